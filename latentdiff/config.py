@@ -1,0 +1,169 @@
+"""What a training run is made of: pydantic models read from TOML.
+
+A config file lists only what differs from the defaults below. Unknown keys are refused with the nearest known
+one, values out of range are refused, and the effective config is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentdiff.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Training(_Section):
+    """How one stage is optimised; names are those of diffusers' training scripts."""
+
+    max_train_steps: int = Field(10_000, ge=1)
+    train_batch_size: int = Field(64, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    lr_warmup_steps: int = Field(200, ge=0)
+    lr_decay: float = Field(0.3, ge=0, le=1, description="last share of the steps, in which the rate falls to 0")
+    adam_beta2: float = Field(0.99, gt=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    mixed_precision: Literal["no", "bf16"] = "no"
+    checkpointing_steps: int = Field(500, ge=1)
+    checkpoints_total_limit: int = Field(2, ge=2)
+    validation_steps: int = Field(1000, ge=1)
+
+
+class Data(_Section):
+    """Procedural scenes: training draws indices 0, 1, 2, ... of one seed; validation those of another."""
+
+    kind: Literal["scenes"] = "scenes"
+    count: int = Field(50_000, ge=1, description="distinct scenes that the denoiser is trained on")
+
+
+class Autoencoder(_Section):
+    """diffusers.AutoencoderKL, or none: `identity` leaves the pixels as they are (a pixel-space model)."""
+
+    kind: Literal["kl", "identity"] = "kl"
+    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    layers_per_block: int = Field(1, ge=1)
+    latent_channels: int = Field(4, ge=1)
+    norm_num_groups: int = Field(8, ge=1)
+    crop: int = Field(32, ge=8, description="side in pixels of the random crops it is trained on")
+    gradient_weight: float = Field(0.5, ge=0)
+    kl_weight: float = Field(1e-4, ge=0)
+    training: Training = Training()
+
+
+class Clip(_Section):
+    """open_clip towers; the text tower becomes the text encoder of the denoiser."""
+
+    embed_dim: int = Field(128, ge=1)
+    text_width: int = Field(128, ge=1)
+    text_layers: int = Field(3, ge=1)
+    text_heads: int = Field(4, ge=1)
+    max_length: int = Field(32, ge=4, le=77, description="tokens, with start and end")
+    patch_size: int = Field(8, ge=1)
+    vision_width: int = Field(128, ge=1)
+    vision_layers: int = Field(4, ge=1)
+    vision_head_width: int = Field(32, ge=1)
+    training: Training = Training()
+
+
+class Schedule(_Section):
+    """The noise schedule; `scaled_linear` is Stable Diffusion's."""
+
+    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "scaled_linear"
+    num_train_timesteps: int = Field(1000, ge=2)
+    zero_terminal_snr: bool = False
+
+
+class Denoiser(_Section):
+    """diffusers.UNet2DConditionModel and the objective it is trained on."""
+
+    block_out_channels: tuple[int, ...] = (64, 128, 192)
+    attention: tuple[bool, ...] = (False, True, True)
+    layers_per_block: int = Field(1, ge=1)
+    num_heads: int = Field(4, ge=1)
+    norm_num_groups: int = Field(16, ge=1)
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    tune_text_encoder: bool = False
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+
+
+class Config(_Section):
+    """A whole model: data, autoencoder, CLIP and denoiser."""
+
+    name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=2**63)
+    image_size: int = Field(64, ge=8, le=2048)
+    data: Data = Data()
+    autoencoder: Autoencoder = Autoencoder()
+    clip: Clip = Clip()
+    denoiser: Denoiser = Denoiser()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file; overrides are `section.key=value` with TOML values. Raises ConfigError."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config ({path}): {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name}: not valid TOML: {error}") from None
+    for override in overrides:
+        _set(tree, override)
+    return parse_config(tree, path.name)
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """Validate a nested dictionary; the first fault is raised as a ConfigError that names key and value."""
+    try:
+        return Config.model_validate(_with_tuples(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f'{source}: unknown key "{key}"{_suggestion(key)}') from None
+        raise ConfigError(f'{source}: key "{key}": {first["msg"].lower()} (got {first["input"]!r})') from None
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign:
+        raise ConfigError(f"override {override!r} is not key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[name] = parsed
+
+
+def _with_tuples(value: Any) -> Any:
+    """TOML has lists only; the frozen config has tuples only."""
+    if isinstance(value, dict):
+        return {k: _with_tuples(v) for k, v in value.items()}
+    return tuple(_with_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _suggestion(key: str) -> str:
+    *sections, name = key.split(".")
+    section: type[BaseModel] = Config
+    for part in sections:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    near = difflib.get_close_matches(name, section.model_fields, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

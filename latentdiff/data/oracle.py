@@ -1,0 +1,124 @@
+"""The exact oracle of the scenes: reads a picture back into objects and says what it satisfies.
+
+A pixel is background + alpha (color - background) for the one palette colour whose line it lies nearest
+to. Connected components of alpha > 1/2 of one colour are objects; an object's shape is the one whose
+rendered coverage, at the same place and size, overlaps it best.
+A picture that holds anything that is not an object is not a correct picture of any prompt: reading is strict.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from latentdiff.data.scenes import BACKGROUNDS, COLORS, RADII, SHAPES, SIZE, Description, Thing, coverage
+
+MIN_AREA = 24  # pixels; smaller specks are noise of a decoder, the smallest object has about 60
+MIN_OVERLAP = 0.7  # intersection over union of soft masks; below it the object is no known shape
+_PALETTE = np.array(list(COLORS.values()), np.float32)
+_GROUNDS = np.array(list(BACKGROUNDS.values()), np.float32)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows. An object of no known shape has shape "unknown"."""
+
+    background: str
+    things: tuple[Thing, ...]
+
+
+def read(image: NDArray[np.uint8]) -> Reading:
+    """Read a uint8 (64, 64, 3) picture."""
+    pixels = image.astype(np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = int(np.argmin(np.linalg.norm(np.median(border, 0) - _GROUNDS, axis=1)))
+    alpha, color = _unmix(pixels, _GROUNDS[ground])
+    things = []
+    for c, name in enumerate(COLORS):
+        labels, count = ndimage.label((alpha > 0.5) & (color == c))
+        for k in range(1, count + 1):
+            mask = labels == k
+            if mask.sum() >= MIN_AREA:
+                things.append(_fit(np.where(ndimage.binary_dilation(mask, iterations=2), alpha, 0), mask, name))
+    return Reading(list(BACKGROUNDS)[ground], tuple(things))
+
+
+def _unmix(
+    pixels: NDArray[np.float32], ground: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Per pixel the alpha in [0, 1] and the palette index whose segment from the background is nearest."""
+    offset = pixels - ground
+    lines = _PALETTE - ground
+    alpha = np.clip(offset @ lines.T / (lines**2).sum(1), 0, 1)
+    residual = np.linalg.norm(offset[:, :, None] - alpha[..., None] * lines, axis=-1)
+    color = residual.argmin(-1)
+    return np.take_along_axis(alpha, color[..., None], -1)[..., 0], color
+
+
+def _fit(alpha: NDArray[np.float32], mask: NDArray[np.bool_], color: str) -> Thing:
+    """The shape, place and size whose coverage has the largest intersection over union with `alpha`."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    left, right, top, bottom = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
+    best, best_overlap = Thing("unknown", color, (left + right) / 2, (top + bottom) / 2, 0.0), MIN_OVERLAP
+    for shape in SHAPES:
+        below, half_height, half_width = _EXTENT[shape]
+        for nudge in (-0.5, 0.0, 0.5):
+            radius = ((right - left) / half_width + (bottom - top) / half_height) / 4 + nudge
+            x, y = (left + right) / 2, (top + bottom) / 2 - below * radius
+            drawn = coverage(shape, x, y, radius, SIZE, SIZE)
+            overlap = float(np.minimum(drawn, alpha).sum() / np.maximum(drawn, alpha).sum())
+            if overlap > best_overlap:
+                best, best_overlap = Thing(shape, color, float(x), float(y), float(radius)), overlap
+    return best
+
+
+# Of each shape of radius 1: centre of the bounding box below the shape's own centre, half height, half width.
+_EXTENT = {
+    "circle": (0.0, 1.0, 1.0),
+    "square": (0.0, 0.9, 0.9),
+    "triangle": (-0.1, 0.9, 0.9),
+    "star": (-0.0955, 0.9045, 0.9511),
+    "ring": (0.0, 1.0, 1.0),
+    "cross": (0.0, 1.0, 1.0),
+}
+
+
+def satisfies(reading: Reading, description: Description) -> bool:
+    """Whether a picture shows all that is described, and no other object."""
+    wanted = Counter({(g.shape, g.color): g.count for g in description.groups})
+    if Counter((t.shape, t.color) for t in reading.things) != wanted:
+        return False
+    if description.background and reading.background != description.background:
+        return False
+    if description.size and _size(reading.things[0]) != description.size:
+        return False
+    if description.place is not None and _place(reading.things[0]) != description.place:
+        return False
+    return not description.relation or _related(reading, description)
+
+
+def _size(thing: Thing) -> str:
+    """The stated size whose range of radii lies nearest."""
+    return min(RADII, key=lambda size: abs(thing.radius - sum(RADII[size]) / 2))
+
+
+def _place(thing: Thing) -> tuple[int, int]:
+    """The cell of the 3 x 3 grid; the threshold lies between the offsets that `layout` draws."""
+    def side(offset: float) -> int:
+        return 0 if abs(offset) < 4.5 else (1 if offset > 0 else -1)
+
+    return side(thing.x - SIZE / 2), side(thing.y - SIZE / 2)
+
+
+def _related(reading: Reading, description: Description) -> bool:
+    first, second = (
+        next(t for t in reading.things if (t.shape, t.color) == (g.shape, g.color)) for g in description.groups
+    )
+    dx, dy = second.x - first.x, second.y - first.y
+    ahead, aside = (dx, dy) if description.relation in ("left of", "right of") else (dy, dx)
+    sign = 1 if description.relation in ("left of", "above") else -1
+    return sign * ahead > abs(aside)

@@ -1,0 +1,45 @@
+"""The errors a user can cause, each with the exit code that the command line returns for it."""
+
+from __future__ import annotations
+
+
+class LatentDiffError(Exception):
+    """One line: what was got, what to do. The command line prints it and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(LatentDiffError):
+    """An argument or a configuration value that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(LatentDiffError):
+    """A data set that cannot be read or does not hold what is asked of it."""
+
+    exit_code = 3
+
+
+class ModelError(LatentDiffError):
+    """A model folder or checkpoint that is missing, damaged or of the wrong kind."""
+
+    exit_code = 4
+
+
+class NonFiniteError(LatentDiffError):
+    """NaN or infinity where a number was needed."""
+
+    exit_code = 5
+
+
+class ResourceError(LatentDiffError):
+    """Not enough disk or memory."""
+
+    exit_code = 6
+
+
+class UnsafeError(LatentDiffError):
+    """A file that asks to run code: a pickle, or a model folder with a program in it."""
+
+    exit_code = 7

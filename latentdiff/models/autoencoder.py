@@ -1,0 +1,100 @@
+"""Images to latents and back: diffusers.AutoencoderKL, with unit-variance latents on this side of the border.
+
+Scale and shift of the latents live in this file and nowhere else. Models trained here have them folded into
+the 1 x 1 convolutions around the latents (`fold_statistics`), so that their scaling_factor is 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+
+class Autoencoder(nn.Module):
+    """images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H/f, W/f) of about unit variance."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_channels = int(vae.config.latent_channels)
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.shift_factor or 0.0)
+
+    @classmethod
+    def create(
+        cls, block_out_channels: tuple[int, ...], layers_per_block: int, latent_channels: int, norm_num_groups: int
+    ) -> Autoencoder:
+        """A new one with random weights, without attention in the middle."""
+        levels = len(block_out_channels)
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+            force_upcast=False,
+        )
+        return cls(vae)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the posterior q(x0 | image), (B, C, H/f, W/f) each."""
+        posterior = self.vae.encode(images).latent_dist
+        log_scale_squared = 2 * torch.log(torch.tensor(self.scale)).item()
+        return (posterior.mean - self.shift) * self.scale, posterior.logvar + log_scale_squared
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about in [-1, 1]."""
+        images: Tensor = self.vae.decode(latents / self.scale + self.shift).sample
+        return images
+
+    def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction through a posterior sample mean + std * eps, and the posterior's mean and log-variance."""
+        mean, log_variance = self.encode(images)
+        return self.decode(mean + (0.5 * log_variance).exp() * eps), mean, log_variance
+
+    @torch.no_grad()
+    def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Whiten: after this, latents whose channels had this mean and std (C,) have 0 and 1.
+
+        z' = (z - mean) / std is an affine map of each channel, so it is absorbed by the 1 x 1 convolution that
+        makes z, and its inverse by the one that reads z; no number is left to carry beside the weights.
+        """
+        quant, post = self.vae.quant_conv, self.vae.post_quant_conv
+        channels = self.latent_channels
+        quant.weight[:channels] /= std[:, None, None, None]
+        quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+        quant.bias[channels:] -= 2 * std.log()
+        post.bias += post.weight[:, :, 0, 0] @ mean
+        post.weight *= std[None, :, None, None]
+
+    def save(self, directory: Path) -> None:
+        """Write config.json and safetensors weights."""
+        self.vae.save_pretrained(directory, safe_serialization=True)
+
+
+class IdentityAutoencoder(nn.Module):
+    """No compression: the latents are the pixels, and the same code is a pixel-space DDPM (Ho et al. 2020)."""
+
+    factor = 1
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.latent_channels = channels
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The images themselves with variance zero."""
+        return images, torch.full_like(images, -torch.inf)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The latents themselves."""
+        return latents
+
