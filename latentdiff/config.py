@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentdiff.errors import ConfigError
@@ -97,7 +98,17 @@ class Denoiser(_Section):
     caption_dropout: float = Field(0.1, ge=0, le=1)
     tune_text_encoder: bool = False
     schedule: Schedule = Schedule()
+    preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
     training: Training = Training()
+
+
+class Recommended(_Section):
+    """Sampling settings that the model is saved with, and drawn with unless others are asked for."""
+
+    num_inference_steps: int = Field(20, ge=1, le=1000)
+    guidance_scale: float = Field(3.0, ge=0, le=100)
+    sampler: str = "ddim"
+    spacing: str = "trailing"
 
 
 class Config(_Section):
@@ -110,6 +121,7 @@ class Config(_Section):
     autoencoder: Autoencoder = Autoencoder()
     clip: Clip = Clip()
     denoiser: Denoiser = Denoiser()
+    recommended: Recommended = Recommended()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -123,6 +135,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _set(tree, override)
     return parse_config(tree, path.name)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the effective config, defaults included, as TOML that `load_config` reads."""
+    path.write_text(tomli_w.dumps(config.model_dump()), encoding="utf-8")
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:

@@ -11,7 +11,7 @@ index everywhere and in any order. Pictures are uint8 (H, W, 3), anti-aliased by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,6 +141,28 @@ def _groups(rng: np.random.Generator, category: str, held_out: bool) -> tuple[Gr
     return (Group(*first), Group(*others[rng.integers(len(others))]))
 
 
+def twin(description: Description, rng: np.random.Generator) -> Description:
+    """The same objects with one fact changed: a hard negative for contrastive training.
+
+    The relation inverted, the colours swapped, another count, place or background. Never a held-out pair.
+    """
+    groups = description.groups
+    if description.relation:
+        return replace(description, relation=INVERSE[description.relation])
+    if len(groups) == 2 and groups[0].color != groups[1].color:
+        swapped = (replace(groups[0], color=groups[1].color), replace(groups[1], color=groups[0].color))
+        changed = replace(description, groups=swapped)
+    elif groups[0].count > 1:
+        others = [n for n in NUMBERS if n != groups[0].count]
+        changed = replace(description, groups=(replace(groups[0], count=int(rng.choice(others))),))
+    elif description.place is not None:
+        others_at = [place for place in PLACES if place != description.place]
+        changed = replace(description, place=others_at[rng.integers(len(others_at))])
+    else:
+        return describe(rng, description.category)
+    return describe(rng, description.category) if changed.held_out else changed
+
+
 def caption(description: Description, rng: np.random.Generator) -> str:
     """One of several sentences that state everything in the description and nothing else."""
     subject = _subject(description, rng)
@@ -187,7 +209,11 @@ def scene(rng: np.random.Generator, category: str | None = None, *, held_out: bo
     """Draw a description, its caption and a layout that satisfies it. No category: any of the six."""
     if category is None:
         category = str(rng.choice(CATEGORIES, p=TRAINING_MIX))
-    description = describe(rng, category, held_out=held_out)
+    return compose(describe(rng, category, held_out=held_out), rng)
+
+
+def compose(description: Description, rng: np.random.Generator) -> Scene:
+    """A caption of a description and a layout that satisfies it."""
     sentence = caption(description, rng)
     background = description.background or str(rng.choice(list(BACKGROUNDS)))
     return Scene(background, layout(description, rng), description, sentence)

@@ -98,3 +98,5 @@ class IdentityAutoencoder(nn.Module):
         """The latents themselves."""
         return latents
 
+    def save(self, directory: Path) -> None:
+        """Nothing to write: a model folder without a VAE is a pixel-space model."""

@@ -1,0 +1,44 @@
+"""`latentdiff info`: what a model folder or a picture says about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def info(path: Annotated[Path, typer.Argument(help="A model folder or a picture.")]) -> None:
+    """Print a model's parts and sizes, or how a picture was made, as JSON."""
+    import json
+
+    typer.echo(json.dumps(_of_model(path) if path.is_dir() else _of_picture(path), indent=1, ensure_ascii=False))
+
+
+def _of_model(path: Path) -> dict[str, object]:
+    """Read from the JSON and the headers of the weights; no network is built."""
+    from latentdiff.models.weights import check_folder, folder_hash, parameter_counts
+    from latentdiff.pretrained import read_scheduler
+
+    index = check_folder(path)
+    schedule, prediction = read_scheduler(path)
+    counts = parameter_counts(path)
+    return {
+        "name": path.resolve().name,
+        "class": index.get("_class_name"),
+        "hash": folder_hash(path),
+        "parameters": counts | {"total": sum(counts.values())},
+        "prediction": prediction,
+        "timesteps": schedule.T,
+        "terminal_snr": schedule.level(schedule.T - 1).snr,
+    }
+
+
+def _of_picture(path: Path) -> dict[str, object]:
+    from latentdiff.errors import DataError
+    from latentdiff.metadata import read_metadata
+
+    found = read_metadata(path)
+    if not found:
+        raise DataError(f"this picture says nothing of how it was made ({path})")
+    return found

@@ -1,0 +1,106 @@
+"""Composition in GenEval's form (Ghosh et al. 2023): does a picture show what its prompt says?
+
+Six categories; a picture counts when the oracle finds everything the prompt states and nothing else; the overall
+score is the unweighted mean of the categories. The ceiling is the same score of rendered scenes sent through the
+autoencoder: no denoiser can be read better than its decoder draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentdiff.data import oracle, scenes
+from latentdiff.diffusion import noise
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+PICTURES_A_PROMPT = 4
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Share:
+    """A fraction of `count` pictures and its standard error over prompts."""
+
+    mean: float
+    error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Scores by category, and the pictures they were read from, uint8 (N, H, W, 3)."""
+
+    categories: dict[str, Share]
+    pictures: dict[str, NDArray[np.uint8]]
+
+    @property
+    def overall(self) -> float:
+        """The unweighted mean of the categories."""
+        return float(np.mean([share.mean for share in self.categories.values()]))
+
+    @property
+    def error(self) -> float:
+        """The standard error of `overall`."""
+        errors = [share.error for share in self.categories.values()]
+        return float(np.linalg.norm(errors) / len(errors))
+
+
+def evaluation_scenes(category: str, count: int, seed: int, held_out: bool = False) -> list[scenes.Scene]:
+    """The evaluation's own scenes, keyed apart from every training set."""
+    purpose = f"composition {category}{' held out' if held_out else ''}"
+    return [
+        scenes.scene(noise.generator(seed, purpose, index), category, held_out=held_out) for index in range(count)
+    ]
+
+
+def evaluate_composition(
+    pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0, held_out: bool = False
+) -> Composition:
+    """Draw `pictures` a category, four a prompt, with the pipeline's recommended settings, and read them."""
+    shares, drawn = {}, {}
+    for category in scenes.CATEGORIES:
+        prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out)
+        asked = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
+        images = pipe([scene.caption for scene in asked], seed=seed, batch_size=_BATCH, output_type="np").images
+        drawn[category] = images
+        shares[category] = _share(images, asked, PICTURES_A_PROMPT)
+    return Composition(shares, drawn)
+
+
+def ceiling(pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0) -> Composition:
+    """The score of rendered scenes after encoding and decoding."""
+    shares, decoded = {}, {}
+    for category in scenes.CATEGORIES:
+        chosen = evaluation_scenes(category, pictures, seed)
+        rendered = np.stack([scenes.render(scene) for scene in chosen])
+        decoded[category] = np.concatenate(
+            [pipe.reconstruct(batch) for batch in np.array_split(rendered, -(-len(rendered) // _BATCH))]
+        )
+        shares[category] = _share(decoded[category], chosen, 1)
+    return Composition(shares, decoded)
+
+
+def _share(images: NDArray[np.uint8], asked: list[scenes.Scene], group: int) -> Share:
+    """The share read right; its error treats the pictures of one prompt as one draw."""
+    right = np.array(
+        [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(images, asked, strict=True)], float
+    )
+    groups = [right[i : i + group].mean() for i in range(0, len(right), group)]
+    error = float(np.std(groups, ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else float("nan")
+    return Share(float(right.mean()), error, len(right))
+
+
+def as_text(score: Composition, title: str) -> str:
+    """A table: category, share, standard error, pictures."""
+    rows = [f"{title:<12}  right   error   pictures"]
+    for name, share in score.categories.items():
+        rows.append(f"{name:<12}  {share.mean:.3f}   {share.error:.3f}   {share.count}")
+    rows.append(f"{'overall':<12}  {score.overall:.3f}   {score.error:.3f}   {sum(s.count for s in score.categories.values())}")
+    return "\n".join(rows)
+

@@ -1,0 +1,120 @@
+"""CLIP (Radford et al. 2021): open_clip's two towers for contrastive training, its text tower for conditioning."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+VOCABULARY = 49408
+
+
+class Clip(nn.Module):
+    """Image and text towers into one space, and the symmetric cross-entropy of their similarities."""
+
+    def __init__(self, embed_dim: int, vision: CLIPVisionCfg, text: CLIPTextCfg):
+        super().__init__()
+        self.config = {"embed_dim": embed_dim, "vision_cfg": asdict(vision), "text_cfg": asdict(text)}
+        self.towers = CLIP(embed_dim, vision, text)
+        self._loss = ClipLoss()
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        image_size: int,
+        embed_dim: int,
+        text_width: int,
+        text_layers: int,
+        text_heads: int,
+        max_length: int,
+        patch_size: int,
+        vision_width: int,
+        vision_layers: int,
+        vision_head_width: int,
+    ) -> Clip:
+        """New towers with random weights: a ViT for images (B, 3, S, S) and a causal transformer for tokens."""
+        vision = CLIPVisionCfg(
+            layers=vision_layers,
+            width=vision_width,
+            head_width=vision_head_width,
+            patch_size=patch_size,
+            image_size=image_size,
+        )
+        text = CLIPTextCfg(
+            context_length=max_length, vocab_size=VOCABULARY, width=text_width, heads=text_heads, layers=text_layers
+        )
+        return cls(embed_dim, vision, text)
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit embeddings (B, E) of images in [-1, 1] and of token ids (B, L), and the logit scale."""
+        image_features, text_features, scale = self.towers(images, ids)
+        return image_features, text_features, scale
+
+    def save(self, directory: Path) -> None:
+        """Write open_clip's format: its model config as JSON and the weights as safetensors."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": self.config}, indent=1))
+        save_model(self.towers, directory / "open_clip_model.safetensors")
+
+    def loss(self, image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
+        """Contrastive loss in nats over the batch: log(B) for embeddings that say nothing."""
+        value: Tensor = self._loss(image_features, text_features, scale)
+        return value
+
+
+@torch.no_grad()
+def text_model_of(clip: Clip) -> CLIPTextModel:
+    """The text tower in transformers' format: the same weights under its names, last hidden states after ln_final.
+
+    open_clip keeps the query, key and value projections as one matrix.
+    """
+    state = clip.towers.state_dict()
+    text = clip.config["text_cfg"]
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=text["vocab_size"],
+            hidden_size=text["width"],
+            intermediate_size=int(text["width"] * text["mlp_ratio"]),
+            projection_dim=clip.config["embed_dim"],
+            num_hidden_layers=text["layers"],
+            num_attention_heads=text["heads"],
+            max_position_embeddings=text["context_length"],
+            hidden_act="gelu",
+            bos_token_id=VOCABULARY - 2,
+            eos_token_id=VOCABULARY - 1,
+            pad_token_id=VOCABULARY - 1,
+        )
+    )
+    renamed = {
+        "embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "embeddings.position_embedding.weight": state["positional_embedding"],
+        "final_layer_norm.weight": state["ln_final.weight"],
+        "final_layer_norm.bias": state["ln_final.bias"],
+    }
+    for layer in range(text["layers"]):
+        source, target = f"transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            parts = state[f"{source}attn.in_proj_{kind}"].chunk(3)
+            for name, part in zip("qkv", parts, strict=True):
+                renamed[f"{target}self_attn.{name}_proj.{kind}"] = part
+            for theirs, ours in _LAYER_NAMES.items():
+                renamed[f"{target}{ours}.{kind}"] = state[f"{source}{theirs}.{kind}"]
+    model.load_state_dict(renamed)
+    return model.eval()
+
+
+_LAYER_NAMES = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}

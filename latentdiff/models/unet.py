@@ -1,0 +1,65 @@
+"""The noise predictor: diffusers.UNet2DConditionModel behind the Network protocol of `diffusion.denoiser`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+
+class UNet(nn.Module):
+    """(x_t, t, context) -> output, with x_t (B, C, h, w), t a time or (B,) times, context (B, L, D).
+
+    A context (K, B, L, D) runs x_t under K conditions in one batch and gives (K, B, C, h, w).
+    """
+
+    def __init__(self, model: UNet2DConditionModel):
+        super().__init__()
+        self.model = model
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)  # sides of latents must be multiples of it
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        sample_size: int,
+        channels: int,
+        context_dim: int,
+        block_out_channels: tuple[int, ...],
+        attention: tuple[bool, ...],
+        layers_per_block: int,
+        num_heads: int,
+        norm_num_groups: int,
+    ) -> UNet:
+        """A new one with random weights; `attention` says which levels attend to the text, from the finest."""
+        model = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            cross_attention_dim=context_dim,
+            attention_head_dim=num_heads,  # diffusers' name for the number of heads
+            norm_num_groups=norm_num_groups,
+        )
+        return cls(model)
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        """See the class."""
+        if context.ndim == 3:
+            return self._predict(x, t, context)
+        conditions = len(context)
+        output = self._predict(x.repeat(conditions, 1, 1, 1), t, context.flatten(0, 1))
+        return output.unflatten(0, (conditions, len(x)))
+
+    def _predict(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        output: Tensor = self.model(x, torch.as_tensor(t, device=x.device), context, return_dict=False)[0]
+        return output
+
+    def save(self, directory: Path) -> None:
+        """Write config.json and safetensors weights."""
+        self.model.save_pretrained(directory, safe_serialization=True)
