@@ -5,7 +5,7 @@ Networks come from `models`, pictures from `data`, losses from `training`; none 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTokenizer
 
 from latentdiff.config import Config
 from latentdiff.config import Schedule as ScheduleSettings
@@ -36,6 +35,7 @@ from latentdiff.training.clip import CaptionedPicture, ClipStage
 from latentdiff.training.denoiser import ConditionedNetwork, DenoiserStage, LatentSet
 from latentdiff.training.run import run_stage
 
+AnyAutoencoder = Autoencoder | IdentityAutoencoder
 VALIDATION = 128  # pictures that a validation looks at
 
 
@@ -70,12 +70,14 @@ def train_autoencoder(config: Config, run: Path) -> None:
     module = Autoencoder.create(
         settings.block_out_channels, settings.layers_per_block, settings.latent_channels, settings.norm_num_groups
     ).to(memory_format=torch.channels_last)
+    crop = min(settings.crop, config.image_size)
     stage = AutoencoderStage(
         module,
         lambda index: scenes.render(training_scene(config, index)),
         seed=config.seed,
         batch_size=settings.training.train_batch_size,
-        crop=min(settings.crop, config.image_size),
+        crop=crop,
+        latent_shape=(module.latent_channels, crop // module.factor, crop // module.factor),
         gradient_weight=settings.gradient_weight,
         kl_weight=settings.kl_weight,
         device=accelerator.device,
@@ -91,7 +93,7 @@ def train_autoencoder(config: Config, run: Path) -> None:
 def latent_statistics(autoencoder: Autoencoder, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std of each latent channel (C,), over posterior samples of 512 training pictures."""
     images = to_images(_pictures(partial(training_scene, config), 0, 512)).to(device)
-    encoded = [autoencoder.encode(batch) for batch in images.split(64)]
+    encoded = [autoencoder.encode(batch) for batch in torch.split(images, 64)]
     mean, log_variance = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     center = mean.mean((0, 2, 3))
     variance = mean.var((0, 2, 3)) + log_variance.exp().mean((0, 2, 3))
@@ -105,7 +107,7 @@ def _autoencoder_report(config: Config, directory: Path, step: int, module: nn.M
     module.eval()
     chosen = [validation_scene(config, index) for index in range(VALIDATION)]
     images = to_images(np.stack([scenes.render(scene) for scene in chosen]))
-    decoded = torch.cat([module.decode(module.encode(b)[0]) for b in images.split(32)])
+    decoded = torch.cat([module.decode(module.encode(b)[0]) for b in torch.split(images, 32)])
     right = [
         oracle.satisfies(oracle.read(picture), scene.description)
         for picture, scene in zip(to_uint8(decoded), chosen, strict=True)
@@ -124,20 +126,24 @@ def train_clip(config: Config, run: Path) -> None:
     fields = settings.model_dump(exclude={"training"})
     module = Clip.create(image_size=config.image_size, **fields)
     tokenizer = clip_tokenizer(settings.max_length)
+    to_ids = partial(tokenize, tokenizer)
     stage = ClipStage(
         module,
         lambda index: _captioned_twins(config, index, settings.training.train_batch_size),
-        lambda captions: tokenize(tokenizer, captions),
+        to_ids,
+        module.loss,
         accelerator.device,
     )
-    report = partial(_clip_report, config, tokenizer, accelerator.device)
+    report = partial(_clip_report, config, to_ids, accelerator.device)
     trained = run_stage(accelerator, stage, settings.training, run / "clip", report)
     assert isinstance(trained, Clip)
     trained.save(run / "model" / "clip")
     TextEncoder(tokenizer, text_model_of(trained)).save(run / "model")
 
 
-def _captioned_twins(config: Config, index: int, batch_size: int, purpose: str = "clip scene") -> list[CaptionedPicture]:
+def _captioned_twins(
+    config: Config, index: int, batch_size: int, purpose: str = "clip scene"
+) -> list[CaptionedPicture]:
     """Half a batch of scenes, and of each a twin that differs in one fact."""
     pairs = []
     for number in range(index * batch_size // 2, (index + 1) * batch_size // 2):
@@ -150,14 +156,14 @@ def _captioned_twins(config: Config, index: int, batch_size: int, purpose: str =
 
 @torch.no_grad()
 def _clip_report(
-    config: Config, tokenizer: CLIPTokenizer, device: torch.device, step: int, module: nn.Module
+    config: Config, to_ids: Callable[[Sequence[str]], Tensor], device: torch.device, step: int, module: nn.Module
 ) -> dict[str, float]:
     """Validation loss, the share of captions found among all, and among a picture's own and its twin's."""
     assert isinstance(module, Clip)
     module.eval()
     pictures, captions = zip(*_captioned_twins(config, 0, 2 * VALIDATION, "clip validation"), strict=True)
     images = to_images(np.stack(pictures)).to(device)
-    image_features, text_features, scale = module(images, tokenize(tokenizer, captions).to(device))
+    image_features, text_features, scale = module(images, to_ids(captions).to(device))
     similarity = image_features @ text_features.T
     rows = torch.arange(len(images), device=device)
     own, twin = similarity[rows, rows], similarity[rows, rows ^ 1]
@@ -213,7 +219,7 @@ def train_denoiser(config: Config, run: Path) -> None:
 
 
 @torch.no_grad()
-def cached_latents(config: Config, cache: Path, autoencoder: nn.Module, text_encoder: TextEncoder) -> LatentSet:
+def cached_latents(config: Config, cache: Path, autoencoder: AnyAutoencoder, text_encoder: TextEncoder) -> LatentSet:
     """Posterior moments and token ids of the training set, encoded once and kept in `cache`.
 
     The file's name holds a hash of the autoencoder's weights, the seed and the count: another model or set is
@@ -234,7 +240,7 @@ def cached_latents(config: Config, cache: Path, autoencoder: nn.Module, text_enc
 
 
 def _encode_scenes(
-    config: Config, indices: range, autoencoder: nn.Module, text_encoder: TextEncoder
+    config: Config, indices: range, autoencoder: AnyAutoencoder, text_encoder: TextEncoder
 ) -> dict[str, Tensor]:
     chosen = [training_scene(config, index) for index in indices]
     images = to_images(np.stack([scenes.render(scene) for scene in chosen]))
@@ -246,9 +252,7 @@ def _encode_scenes(
     }
 
 
-def assemble(
-    config: Config, trained: ConditionedNetwork, autoencoder: Autoencoder | IdentityAutoencoder
-) -> LatentDiffusionPipeline:
+def assemble(config: Config, trained: ConditionedNetwork, autoencoder: AnyAutoencoder) -> LatentDiffusionPipeline:
     """The pipeline of a trained denoiser."""
     assert isinstance(trained.unet, UNet) and isinstance(trained.text_encoder, TextEncoder)
     settings = config.denoiser
@@ -267,11 +271,10 @@ def assemble(
 
 
 def _denoiser_report(
-    config: Config, directory: Path, autoencoder: nn.Module, step: int, module: nn.Module
+    config: Config, directory: Path, autoencoder: AnyAutoencoder, step: int, module: nn.Module
 ) -> dict[str, float]:
     """A strip of pictures at fixed seeds in `directory`, and the composition score of a few pictures a category."""
     assert isinstance(module, ConditionedNetwork)
-    assert isinstance(autoencoder, (Autoencoder, IdentityAutoencoder))
     module.eval()
     pipe = assemble(config, module, autoencoder)
     score = evaluate_composition(pipe, pictures=config.denoiser.preview_pictures, seed=config.seed)

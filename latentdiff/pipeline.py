@@ -1,7 +1,7 @@
 """Prompt to images: text encoder, guided sampling, autoencoder, in one object.
 
-    pipe = LatentDiffusionPipeline.from_pretrained()
-    pipe("a red circle above a blue square", seed=7).images[0].save("scene.png")
+pipe = LatentDiffusionPipeline.from_pretrained()
+pipe("a red circle above a blue square", seed=7).images[0].save("scene.png")
 """
 
 from __future__ import annotations
@@ -200,7 +200,9 @@ class LatentDiffusionPipeline:
 
         seeds = [job.seed for job in jobs]
         if not torch.isfinite(latents).all():
-            raise NonFiniteError(f"sampling gave non-finite latents (seeds {seeds}). Try float32 or a lower guidance scale")
+            raise NonFiniteError(
+                f"sampling gave non-finite latents (seeds {seeds}). Try float32 or a lower guidance scale"
+            )
         images: Any = latents if output_type == "latent" else self.decode(latents)
         if output_type in ("pil", "np"):
             images = to_uint8(images)
@@ -292,7 +294,7 @@ def jobs_of(asked: Request) -> list[Job]:
 
 def _sampler(asked: Request) -> Any:
     """The sampler by name, with eta where it is one of its arguments."""
-    sampler = SAMPLERS[asked.sampler]
+    sampler: Any = SAMPLERS[asked.sampler]
     return partial(sampler, eta=asked.eta) if asked.sampler == "ddim" else sampler
 
 

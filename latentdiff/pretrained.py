@@ -7,6 +7,7 @@ format has no place for: the model's name, its size and its recommended sampling
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ def default_model() -> Path:
     """The folder of the default model: inside the package, or in `assets/` of a source checkout."""
     package = Path(str(files("latentdiff")))
     for folder in (package / "assets" / DEFAULT_MODEL, package.parent / "assets" / DEFAULT_MODEL):
-        if folder.is_dir():
+        if (folder / "model_index.json").is_file():
             return folder
     raise ModelError(f"the default model {DEFAULT_MODEL} is not in this installation ({package}). Name a model folder")
 
@@ -92,8 +93,6 @@ def read_card(directory: Path, digest: str, side: int) -> ModelCard:
 
 def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
     """Write the folder: networks, tokenizer, scheduler, model_index and latentdiff.json."""
-    import diffusers
-
     directory.mkdir(parents=True, exist_ok=True)
     pipe.unet.save(directory / "unet")
     pipe.text_encoder.save(directory)
@@ -101,7 +100,7 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
     _write_json(directory / "scheduler" / "scheduler_config.json", scheduler_config(pipe))
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
+        "_diffusers_version": version("diffusers"),
         "vae": ["diffusers", "AutoencoderKL"] if (directory / "vae").is_dir() else [None, None],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -118,7 +117,7 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
 
 
 def scheduler_config(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
-    """diffusers' DDIM config of a pipeline's schedule, with betas in full where no kind of theirs describes it."""
+    """Diffusers' DDIM config of a pipeline's schedule, with betas in full where no kind of theirs describes it."""
     spacing = pipe.card.defaults.get("spacing", "leading")
     return {
         "_class_name": "DDIMScheduler",

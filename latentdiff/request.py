@@ -77,7 +77,9 @@ def request(**fields: Any) -> Request:
     if not made.prompt.strip():
         raise ConfigError("prompt is empty. Say what to draw")
     if made.seed + made.num_images - 1 > MAX_SEED:
-        raise ConfigError(f"seed: the last picture's seed is over {MAX_SEED} (seed {made.seed}, {made.num_images} pictures)")
+        raise ConfigError(
+            f"seed: the last picture's seed is over {MAX_SEED} (seed {made.seed}, {made.num_images} pictures)"
+        )
     return made
 
 

@@ -45,4 +45,6 @@ def composition(
             title: {"overall": score.overall, **{name: asdict(share) for name, share in score.categories.items()}}
             for title, score in scores.items()
         }
-        output.write_text(json.dumps({"model_hash": pipe.card.hash, "settings": pipe.card.defaults, **figures}, indent=1))
+        output.write_text(
+            json.dumps({"model_hash": pipe.card.hash, "settings": pipe.card.defaults, **figures}, indent=1)
+        )

@@ -30,9 +30,9 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Picture i has SEED + i [default: random].")] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-N", help="How many pictures.")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once.")] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder, or a .png file for one picture.")
-    ] = Path("outputs"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a .png file for one picture.")] = Path(
+        "outputs"
+    ),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     metadata: Annotated[bool, typer.Option(help="Write how it was made into each PNG.")] = True,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-class StageName(str, Enum):
+class StageName(StrEnum):
     """The stages in their order."""
 
     autoencoder = "autoencoder"

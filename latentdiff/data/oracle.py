@@ -47,9 +47,7 @@ def read(image: NDArray[np.uint8]) -> Reading:
     return Reading(list(BACKGROUNDS)[ground], tuple(things))
 
 
-def _unmix(
-    pixels: NDArray[np.float32], ground: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _unmix(pixels: NDArray[np.float32], ground: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Per pixel the alpha in [0, 1] and the palette index whose segment from the background is nearest."""
     offset = pixels - ground
     lines = _PALETTE - ground
@@ -108,6 +106,7 @@ def _size(thing: Thing) -> str:
 
 def _place(thing: Thing) -> tuple[int, int]:
     """The cell of the 3 x 3 grid; the threshold lies between the offsets that `layout` draws."""
+
     def side(offset: float) -> int:
         return 0 if abs(offset) < 4.5 else (1 if offset > 0 else -1)
 

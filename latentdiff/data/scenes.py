@@ -5,7 +5,8 @@ A `Description` holds exactly what a caption states. From it come the caption (b
 way, from a picture back to what is in it, so that a drawn picture can be checked against its prompt.
 
 Randomness is an argument: a caller that keys its generator by (seed, index) gets the same scene for that
-index everywhere and in any order. Pictures are uint8 (H, W, 3), anti-aliased by the signed distance of each pixel centre to the outline.
+index everywhere and in any order. Pictures are uint8 (H, W, 3), anti-aliased by the signed distance of each
+pixel centre to the outline.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "cyan": (40, 200, 220),
     "blue": (30, 70, 220),
     "purple": (130, 40, 170),
-    "pink": (255, 125, 190),
+    "pink": (255, 80, 160),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
-    "gray": (130, 130, 130),
+    "gray": (200, 200, 200),
     "black": (0, 0, 0),
 }
 CATEGORIES = ("single", "two", "counting", "colors", "position", "binding")
@@ -107,7 +108,6 @@ class Scene:
     things: tuple[Thing, ...]
     description: Description
     caption: str
-
 
 
 def describe(rng: np.random.Generator, category: str, *, held_out: bool = False) -> Description:
@@ -247,9 +247,7 @@ def _in_cell(place: tuple[int, int], radius: float, rng: np.random.Generator) ->
     return SIZE / 2 + offset[0], SIZE / 2 + offset[1]
 
 
-def _related(
-    relation: str, radii: Sequence[float], rng: np.random.Generator
-) -> list[tuple[float, float]]:
+def _related(relation: str, radii: Sequence[float], rng: np.random.Generator) -> list[tuple[float, float]]:
     """Two centres along one axis, the first before the second for "left of" and "above"."""
     slack = SIZE - 3 * GAP - 2 * sum(radii)
     cuts = np.sort(rng.uniform(0, max(slack, 0.0), 2))
@@ -284,9 +282,7 @@ def coverage(shape: str, x: float, y: float, radius: float, width: int, height: 
     return np.clip(np.float32(0.5) - _signed_distance(shape, u, v, np.float32(radius)), 0, 1)
 
 
-def _signed_distance(
-    shape: str, u: NDArray[np.float32], v: NDArray[np.float32], r: np.float32
-) -> NDArray[np.float32]:
+def _signed_distance(shape: str, u: NDArray[np.float32], v: NDArray[np.float32], r: np.float32) -> NDArray[np.float32]:
     """Distance in pixels to the outline, negative inside, exact near straight edges. u >= 0 by symmetry."""
     if shape == "circle":
         return np.hypot(u, v) - r
@@ -303,9 +299,7 @@ def _signed_distance(
     return _star_distance(u, v, r)
 
 
-def _star_distance(
-    u: NDArray[np.float32], v: NDArray[np.float32], r: np.float32
-) -> NDArray[np.float32]:
+def _star_distance(u: NDArray[np.float32], v: NDArray[np.float32], r: np.float32) -> NDArray[np.float32]:
     """A five-pointed star: each pixel is turned into the wedge of its nearest tip, where one edge bounds it."""
     angle = np.arctan2(u, -v)  # 0 at the upper tip
     wedge = np.float32(2 * np.pi / 5)

@@ -1,0 +1,1 @@
+"""The mathematics: noise levels, denoisers, guidance, samplers, randomness and the objective."""

@@ -1,8 +1,8 @@
 """From what a network predicts to the clean latents it implies, and to the target it is trained on.
 
-    epsilon        x0 = (x_t - sigma eps) / alpha        target: noise                       Ho et al. 2020
-    sample         x0 = output                           target: x0
-    v_prediction   x0 = alpha x_t - sigma v              target: alpha noise - sigma x0      Salimans & Ho 2022
+epsilon        x0 = (x_t - sigma eps) / alpha        target: noise                       Ho et al. 2020
+sample         x0 = output                           target: x0
+v_prediction   x0 = alpha x_t - sigma v              target: alpha noise - sigma x0      Salimans & Ho 2022
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ class Network(Protocol):
     of K conditions in one batch and gives (K, B, C, h, w).
     """
 
-    def __call__(self, x: Array, t: float, context: Array) -> Array: ...
+    def __call__(self, x: Array, t: Array, context: Array) -> Array:
+        """T is one time, or (B,) times in training."""
+        ...
 
 
 class Denoiser(Protocol):
     """(x_t, level) -> x0; what is sampled."""
 
-    def __call__(self, x: Array, level: NoiseLevel) -> Array: ...
+    def __call__(self, x: Array, level: NoiseLevel) -> Array:
+        """X at `level` -> the predicted clean latents, shaped like x."""
+        ...
 
 
 def denoiser(network: Network, prediction: str, context: Array) -> Denoiser:

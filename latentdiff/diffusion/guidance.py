@@ -13,7 +13,7 @@ from latentdiff.diffusion.schedule import NoiseLevel
 
 
 def classifier_free(both: Denoiser, scale: float) -> Denoiser:
-    """uncond + scale (cond - uncond); scale 1 is the conditional model (Ho & Salimans 2022, eq. 6).
+    """Uncond + scale (cond - uncond); scale 1 is the conditional model (Ho & Salimans 2022, eq. 6).
 
     Guiding x0 is guiding epsilon or v: at one level all three are affine in each other.
     """

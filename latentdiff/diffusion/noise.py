@@ -29,9 +29,7 @@ def generator(seed: int, purpose: str, index: int = 0, step: int = 0) -> np.rand
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def normal(
-    shape: tuple[int, ...], seed: int, purpose: str, index: int = 0, step: int = 0
-) -> NDArray[np.float32]:
+def normal(shape: tuple[int, ...], seed: int, purpose: str, index: int = 0, step: int = 0) -> NDArray[np.float32]:
     """Standard normal draws, float32, of the given shape."""
     return generator(seed, purpose, index, step).standard_normal(shape, dtype=np.float32)
 

@@ -26,7 +26,9 @@ Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
-def weights(schedule: NoiseSchedule, prediction: str, weighting: str, gamma: float | None = None) -> NDArray[np.float64]:
+def weights(
+    schedule: NoiseSchedule, prediction: str, weighting: str, gamma: float | None = None
+) -> NDArray[np.float64]:
     """The weight of the squared error of the network's output at every time, (T,) float64, finite.
 
     min_snr (Hang et al. 2023): w = min(1, gamma / SNR), gamma 5: on x0 it is min(SNR, gamma).
@@ -38,7 +40,7 @@ def weights(schedule: NoiseSchedule, prediction: str, weighting: str, gamma: flo
     if weighting == "uniform":
         return np.ones_like(snr)
     if weighting == "min_snr":
-        w = np.minimum(1, (gamma or 5) / np.maximum(snr, np.finfo(float).tiny))
+        w = (gamma or 5) / np.maximum(snr, gamma or 5)
     elif weighting == "soft_min_snr":
         w = (gamma or 5) / (snr + (gamma or 5))
     elif weighting == "p2":

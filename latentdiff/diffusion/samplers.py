@@ -37,7 +37,9 @@ class Step(NamedTuple):
 class Sampler(Protocol):
     """Walks `levels` from x at levels[0], yielding len(levels) - 1 steps."""
 
-    def __call__(self, denoise: Denoiser, x: Array, levels: Levels, noise: Noise) -> Iterator[Step]: ...
+    def __call__(self, denoise: Denoiser, x: Array, levels: Levels, noise: Noise) -> Iterator[Step]:
+        """See the class."""
+        ...
 
 
 def silent(number: int) -> Array:
@@ -51,9 +53,7 @@ def _towards(x: Array, x0: Array, t: NoiseLevel, s: NoiseLevel) -> Array:
     return r * x + (s.alpha - r * t.alpha) * x0
 
 
-def ddpm(
-    denoise: Denoiser, x: Array, levels: Levels, noise: Noise, *, variance: str = "small"
-) -> Iterator[Step]:
+def ddpm(denoise: Denoiser, x: Array, levels: Levels, noise: Noise, *, variance: str = "small") -> Iterator[Step]:
     """Ancestral sampling of the posterior (Ho et al. 2020, algorithm 2), on any grid.
 
     `variance` "small" is beta-tilde, "large" is beta; the step onto CLEAN adds no noise.
@@ -81,16 +81,15 @@ def ddim(denoise: Denoiser, x: Array, levels: Levels, noise: Noise, *, eta: floa
 
 def euler(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent) -> Iterator[Step]:
     """Euler's method in sigma / alpha for x / alpha, d(x/alpha)/d(sigma/alpha) = (x/alpha - x0) / (sigma/alpha)
-    (Karras et al. 2022, eq. 3); it equals DDIM."""
+    (Karras et al. 2022, eq. 3); it equals DDIM.
+    """
     for number, (t, s) in enumerate(pairwise(levels), 1):
         x0 = denoise(x, t)
         x = _towards(x, x0, t, s)
         yield Step(number, s, x, x0)
 
 
-def euler_ancestral(
-    denoise: Denoiser, x: Array, levels: Levels, noise: Noise, *, eta: float = 1.0
-) -> Iterator[Step]:
+def euler_ancestral(denoise: Denoiser, x: Array, levels: Levels, noise: Noise, *, eta: float = 1.0) -> Iterator[Step]:
     """An Euler step to below the next level, then noise back up to it; with eta 1 it equals DDPM, small variance.
 
     With rho = sigma / alpha, variance eta^2 rho_s^2 (1 - rho_s^2 / rho_t^2) is added at s.
@@ -107,7 +106,8 @@ def euler_ancestral(
 
 def heun(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent) -> Iterator[Step]:
     """Second order by two evaluations a step: the mean of x0 at both ends (Karras et al. 2022, algorithm 1, in
-    exponential form, which is finite at alpha = 0). The step onto CLEAN takes one evaluation."""
+    exponential form, which is finite at alpha = 0). The step onto CLEAN takes one evaluation.
+    """
     for number, (t, s) in enumerate(pairwise(levels), 1):
         x0 = denoise(x, t)
         if s.sigma > 0:
@@ -117,7 +117,7 @@ def heun(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent) -> 
 
 
 def _extrapolation(before: NoiseLevel | None, t: NoiseLevel, s: NoiseLevel) -> float:
-    """h / (2 h_before) of a two-step method, h in log-SNR: 0 (first order) where a step has no finite length."""
+    """H / (2 h_before) of a two-step method, h in log-SNR: 0 (first order) where a step has no finite length."""
     if before is None or before.alpha == 0 or s.sigma == 0:
         return 0.0
     return (s.log_snr - t.log_snr) / (2 * (t.log_snr - before.log_snr))
@@ -164,7 +164,8 @@ class _Knot(NamedTuple):
 
 def unipc(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent) -> Iterator[Step]:
     """UniPC-2 with B2 (Zhao et al. 2023, algorithms 1 and 2): the predictor of dpmpp_2m, and a corrector that redoes
-    each step with the x0 found at its end. One evaluation a step; the step onto CLEAN is not corrected."""
+    each step with the x0 found at its end. One evaluation a step; the step onto CLEAN is not corrected.
+    """
     last: _Knot | None = None
     for number, (t, s) in enumerate(pairwise(levels), 1):
         x0 = denoise(x, t)

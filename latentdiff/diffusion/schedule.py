@@ -56,9 +56,9 @@ class NoiseSchedule:
             raise ValueError("alphas_cumprod must decrease strictly within [0, 1)")
 
     @classmethod
-    def from_betas(cls, betas: NDArray[np.float64]) -> NoiseSchedule:
+    def from_betas(cls, betas: NDArray[np.floating]) -> NoiseSchedule:
         """From the variances of the Markov steps, betas (T,) in (0, 1)."""
-        return cls(np.cumprod(1 - betas))
+        return cls(np.asarray(np.cumprod(1 - betas), np.float64))
 
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
@@ -132,16 +132,14 @@ class NoiseSchedule:
 
     def _times(self, steps: int, spacing: str) -> list[int]:
         if spacing == "trailing":
-            times = np.round(self.T - np.arange(steps) * self.T / steps) - 1
-        elif spacing == "leading":
+            return [round(self.T - i * self.T / steps) - 1 for i in range(steps)]
+        if spacing == "leading":
             stride = self.T // steps
             offset = min(1, self.T - 1 - (steps - 1) * stride)
-            times = np.arange(steps)[::-1] * stride + offset
-        elif spacing == "linspace":
-            times = np.round(np.linspace(self.T - 1, 0, steps))
-        else:
-            raise ValueError(f"unknown spacing {spacing!r}; one of {', '.join(SPACINGS)}")
-        return [int(t) for t in times]
+            return [i * stride + offset for i in reversed(range(steps))]
+        if spacing == "linspace":
+            return [int(t) for t in np.round(np.linspace(self.T - 1, 0, steps))]
+        raise ValueError(f"unknown spacing {spacing!r}; one of {', '.join(SPACINGS)}")
 
     def _spaced(self, steps: int, spacing: str) -> list[NoiseLevel]:
         top = self.level(self.T - 1)

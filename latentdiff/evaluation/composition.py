@@ -54,9 +54,7 @@ class Composition:
 def evaluation_scenes(category: str, count: int, seed: int, held_out: bool = False) -> list[scenes.Scene]:
     """The evaluation's own scenes, keyed apart from every training set."""
     purpose = f"composition {category}{' held out' if held_out else ''}"
-    return [
-        scenes.scene(noise.generator(seed, purpose, index), category, held_out=held_out) for index in range(count)
-    ]
+    return [scenes.scene(noise.generator(seed, purpose, index), category, held_out=held_out) for index in range(count)]
 
 
 def evaluate_composition(
@@ -101,6 +99,7 @@ def as_text(score: Composition, title: str) -> str:
     rows = [f"{title:<12}  right   error   pictures"]
     for name, share in score.categories.items():
         rows.append(f"{name:<12}  {share.mean:.3f}   {share.error:.3f}   {share.count}")
-    rows.append(f"{'overall':<12}  {score.overall:.3f}   {score.error:.3f}   {sum(s.count for s in score.categories.values())}")
+    rows.append(
+        f"{'overall':<12}  {score.overall:.3f}   {score.error:.3f}   {sum(s.count for s in score.categories.values())}"
+    )
     return "\n".join(rows)
-

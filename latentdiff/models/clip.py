@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.loss import ClipLoss
@@ -21,7 +22,7 @@ class Clip(nn.Module):
 
     def __init__(self, embed_dim: int, vision: CLIPVisionCfg, text: CLIPTextCfg):
         super().__init__()
-        self.config = {"embed_dim": embed_dim, "vision_cfg": asdict(vision), "text_cfg": asdict(text)}
+        self.config: dict[str, Any] = {"embed_dim": embed_dim, "vision_cfg": asdict(vision), "text_cfg": asdict(text)}
         self.towers = CLIP(embed_dim, vision, text)
         self._loss = ClipLoss()
 

@@ -54,7 +54,7 @@ class UNet(nn.Module):
             return self._predict(x, t, context)
         conditions = len(context)
         output = self._predict(x.repeat(conditions, 1, 1, 1), t, context.flatten(0, 1))
-        return output.unflatten(0, (conditions, len(x)))
+        return output.reshape(conditions, len(x), *output.shape[1:])
 
     def _predict(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         output: Tensor = self.model(x, torch.as_tensor(t, device=x.device), context, return_dict=False)[0]

@@ -37,22 +37,32 @@ def check_folder(directory: Path) -> dict[str, Any]:
         raise ModelError(f"no model_index.json ({directory}). Give a folder in diffusers' layout")
     for file in sorted(directory.rglob("*")):
         if file.suffix == ".py":
-            raise UnsafeError(f"model directory asks to run code ({file.relative_to(directory)}). latentdiff never does this")
+            raise UnsafeError(
+                f"model directory asks to run code ({file.relative_to(directory)}). latentdiff never does this"
+            )
         if file.suffix == ".json":
             _check_json(file, directory)
         elif file.is_file() and _is_pickle(file):
-            raise UnsafeError(f"{file.relative_to(directory)} is a pickle file ({directory}). latentdiff loads safetensors only")
+            raise UnsafeError(
+                f"{file.relative_to(directory)} is a pickle file ({directory}). latentdiff loads safetensors only"
+            )
     index: dict[str, Any] = json.loads((directory / "model_index.json").read_text())
+    _check_classes(index, directory)
+    return index
+
+
+def _check_classes(index: dict[str, Any], directory: Path) -> None:
     for part, known in KNOWN_CLASSES.items():
         entry = index.get(part)
         if part == "vae" and entry in (None, [None, None]):
             continue  # a pixel-space model
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if name not in known:
-            raise UnsafeError(f"{part} is of unknown class {name} ({directory}/model_index.json). Known: {', '.join(sorted(known))}")
+            raise UnsafeError(
+                f"{part} is of unknown class {name} ({directory}/model_index.json). Known: {', '.join(sorted(known))}"
+            )
         if part != "tokenizer" and not (directory / part / "config.json").is_file():
             raise ModelError(f"{part}/config.json is missing ({directory})")
-    return index
 
 
 def _check_json(file: Path, directory: Path) -> None:
@@ -68,8 +78,15 @@ def _check_json(file: Path, directory: Path) -> None:
             raise UnsafeError(f"model directory asks to run code ({key} in {name}). latentdiff never does this")
         if key == "weight_map" and any("/" in str(v) or "\\" in str(v) for v in dict(value).values()):
             raise UnsafeError(f"{name} names shards outside its folder ({directory})")
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_NUMBER and key != "total_size":
-            raise ModelError(f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {LARGEST_NUMBER}")
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and abs(value) > LARGEST_NUMBER
+            and key != "total_size"
+        ):
+            raise ModelError(
+                f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {LARGEST_NUMBER}"
+            )
 
 
 def _entries(tree: Any) -> Iterable[tuple[str, Any]]:
@@ -94,7 +111,12 @@ def _is_pickle(file: Path) -> bool:
         head = handle.read(9)
     if file.suffix.lower() == ".safetensors":
         return head[8:9] != b"{"
-    return file.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl") or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    return file.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl") or head[:2] in (
+        b"\x80\x02",
+        b"\x80\x03",
+        b"\x80\x04",
+        b"\x80\x05",
+    )
 
 
 def _pretrained(network: Any, directory: Path, part: str, **options: Any) -> Any:
@@ -132,11 +154,12 @@ def load_unet(directory: Path) -> UNet:
 
 
 def folder_hash(directory: Path) -> str:
-    """sha256 of all weights of a folder, in the order of their names: which model drew a picture."""
+    """sha256 of the weights that draw, in the order of their names: which model drew a picture."""
     digest = hashlib.sha256()
-    for file in sorted(directory.glob("*/*.safetensors")):
-        digest.update(file.relative_to(directory).as_posix().encode())
-        digest.update(file.read_bytes())
+    for part in ("text_encoder", "unet", "vae"):
+        for file in sorted((directory / part).glob("*.safetensors")):
+            digest.update(file.relative_to(directory).as_posix().encode())
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -149,7 +172,7 @@ def parameter_counts(directory: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for file in sorted(directory.glob("*/*.safetensors")):
         with safe_open(file, "pt") as weights:
-            sizes = (prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+            sizes = (prod(weights.get_slice(name).get_shape()) for name in weights)
             counts[file.parent.name] = counts.get(file.parent.name, 0) + sum(sizes)
     return counts
 

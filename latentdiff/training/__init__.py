@@ -1,0 +1,1 @@
+"""The loop, the policies of a run, and what each stage minimises."""

@@ -28,12 +28,14 @@ class AutoencoderStage:
         seed: int,
         batch_size: int,
         crop: int,
+        latent_shape: tuple[int, int, int],
         gradient_weight: float,
         kl_weight: float,
         device: torch.device,
     ):
         self.module = module
         self._picture, self._seed, self._batch_size, self._crop = picture, seed, batch_size, crop
+        self._latent_shape = latent_shape
         self._gradient_weight, self._kl_weight, self._device = gradient_weight, kl_weight, device
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
@@ -41,8 +43,7 @@ class AutoencoderStage:
         first = index * self._batch_size
         crops = [self._crop_of(i) for i in range(first, first + self._batch_size)]
         images = to_images(np.stack(crops)).to(self._device)
-        side = self._crop // self.module.factor
-        shape = (self._batch_size, self.module.latent_channels, side, side)
+        shape = (self._batch_size, *self._latent_shape)
         eps = torch.from_numpy(noise.normal(shape, self._seed, "autoencoder posterior", first))
         return images, eps.to(self._device)
 

@@ -90,7 +90,9 @@ class DenoiserStage:
         kept = [rng.random() >= self._caption_dropout for rng in rngs]
         drawn = np.stack([rng.standard_normal((2, *shape), dtype=np.float32) for rng in rngs])
         both = torch.from_numpy(drawn)
-        return Draws(torch.tensor([row for _, row in keys]), torch.tensor(t), both[:, 0], both[:, 1], torch.tensor(kept))
+        return Draws(
+            torch.tensor([row for _, row in keys]), torch.tensor(t), both[:, 0], both[:, 1], torch.tensor(kept)
+        )
 
     def _key(self, position: int) -> tuple[int, int]:
         """(epoch, row) of a position in the endless sequence of samples."""

@@ -21,7 +21,10 @@ from latentdiff.errors import NonFiniteError
 class Stage(Protocol):
     """What is trained: a module, its batches and its loss."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What is trained, before it is prepared for the device."""
+        ...
 
     def batch(self, index: int) -> Any:
         """The micro-batch with this number, counted from the start of the run: a function of it alone."""
@@ -72,7 +75,9 @@ def train_steps(
             total += float(loss.detach())
         norm = float(accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm))
         if not (torch.isfinite(torch.tensor([total, norm])).all()):
-            raise NonFiniteError(f"loss or gradient is not finite at step {step + 1} (loss {total}, gradient norm {norm})")
+            raise NonFiniteError(
+                f"loss or gradient is not finite at step {step + 1} (loss {total}, gradient norm {norm})"
+            )
         optimizer.step()
         optimizer.zero_grad()
         optimisation.ema.update_parameters(accelerator.unwrap_model(module))

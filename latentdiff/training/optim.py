@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 
-def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, beta2: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    parameters: Iterable[nn.Parameter], learning_rate: float, beta2: float, weight_decay: float
+) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov & Hutter 2019); no decay on biases, norms and other vectors."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [

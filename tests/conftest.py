@@ -1,0 +1,53 @@
+"""One tiny model, trained from nothing by the command line itself, serves every test that needs one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Run the command line in a process of its own; its exit code, stdout and stderr."""
+
+    def run(*words, cwd=None, stdin=None, check=True, env=None):
+        done = subprocess.run(
+            [sys.executable, "-m", "latentdiff", *map(str, words)],
+            cwd=cwd,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, command):
+    """The run folder of configs/scenes-tiny.toml: all three stages."""
+    run = tmp_path_factory.mktemp("runs") / "scenes-tiny"
+    command("train", ROOT / "configs" / "scenes-tiny.toml", "-o", run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_run):
+    """The model folder of the tiny run."""
+    return tiny_run / "model"
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny_model):
+    """The tiny model's pipeline, on the CPU."""
+    from latentdiff import LatentDiffusionPipeline
+
+    return LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")

@@ -1,0 +1,59 @@
+"""Configs: every one that ships is valid, and what is wrong is named."""
+
+import pytest
+
+from latentdiff.config import Config, load_config, save_config
+from latentdiff.errors import ConfigError
+
+from .conftest import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_save(path, tmp_path):
+    config = load_config(path)
+    assert config.name == path.stem
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+
+
+def test_the_objective_defaults_to_ddpm_s():
+    assert (Config().denoiser.prediction, Config().denoiser.weighting) == ("epsilon", "uniform")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[denoiser.training]\nlerning_rate = 1e-3",
+            'unknown key "denoiser.training.lerning_rate" (did you mean learning_rate?)',
+        ),
+        ("[denoiser]\nprediction = 'noise'", 'key "denoiser.prediction": input should be'),
+        ("[clip.training]\ntrain_batch_size = 0", 'key "clip.training.train_batch_size"'),
+        ("[clip.training]\ntrain_batch_size = '8'", 'key "clip.training.train_batch_size"'),
+        ("[clip.training]\ntrain_batch_size = true", 'key "clip.training.train_batch_size"'),
+        ("[clip.training]\nlearning_rate = nan", 'key "clip.training.learning_rate"'),
+        ("name = 'a'\nname = 'b'", "not valid TOML"),
+        ("name = ../..", "not valid TOML"),
+        ("name = '../up'", 'key "name"'),
+        ("<html>", "not valid TOML"),
+    ],
+)
+def test_faults_are_named(tmp_path, text, message):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith("config.toml: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("seed = 1")
+    config = load_config(path, ["seed=7", "name=mine", "clip.training.learning_rate=1e-4"])
+    assert (config.seed, config.name, config.clip.training.learning_rate) == (7, "mine", 1e-4)
+    with pytest.raises(ConfigError, match="is not key=value"):
+        load_config(path, ["seed"])

@@ -1,0 +1,103 @@
+"""Guidance on Gaussians, where the guided distribution is known in closed form."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff.diffusion import guidance, samplers
+from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
+
+SD = NoiseSchedule.scaled_linear()
+
+
+def gaussian(mean, std):
+    def denoise(x, level):
+        variance = level.alpha**2 * std**2 + level.sigma**2
+        return mean + level.alpha * std**2 / variance * (x - level.alpha * mean)
+
+    return denoise
+
+
+def pair(uncond, cond):
+    return lambda x, level: np.stack([uncond(x, level), cond(x, level)])
+
+
+def fine_grid(steps=4000):
+    """From the last time of SD's schedule to where sigma / alpha is 1e-4, even in log-SNR."""
+    return [
+        NoiseLevel(0.0, (1 + math.exp(-2 * s)) ** -0.5, (1 + math.exp(2 * s)) ** -0.5)
+        for s in np.linspace(SD.level(999).log_snr, math.log(1e4), steps + 1)
+    ]
+
+
+def mapped(denoise, x):
+    *_, step = samplers.dpmpp_2m(denoise, np.array(x), fine_grid())
+    return step.x
+
+
+def test_equal_variances_move_the_mean():
+    """cond N(m1, s^2), uncond N(m0, s^2): the score of the guided density is that of N(m0 + w (m1 - m0), s^2)."""
+    m0, m1, s, w = -0.3, 0.5, 0.4, 3.0
+    guided = guidance.classifier_free(pair(gaussian(m0, s), gaussian(m1, s)), w)
+    x = np.linspace(-2, 2, 5)
+    np.testing.assert_allclose(mapped(guided, x), mapped(gaussian(m0 + w * (m1 - m0), s), x), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("w", "std"), [(1, 0.4997076), (2, 0.2502916), (7.5, 0.00558422)])
+def test_zero_means_shrink(w, std):
+    """cond 0.5, uncond 1: x is scaled by (factor of cond)^w (factor of uncond)^(1 - w) along the flow, starting from
+    x / alpha ~ N(0, rho^2), rho = 14.614641; the factor of N(0, s^2) is s / sqrt(s^2 + rho^2) for x / alpha."""
+    rho = SD.level(999).sigma / SD.level(999).alpha
+    factor = (0.5 / math.hypot(0.5, rho)) ** w * (1 / math.hypot(1, rho)) ** (1 - w)
+    assert rho * factor == pytest.approx(std, rel=1e-6)
+    guided = guidance.classifier_free(pair(gaussian(0.0, 1.0), gaussian(0.0, 0.5)), w)
+    assert mapped(guided, [SD.level(999).sigma])[0] == pytest.approx(std, rel=1e-4)
+
+
+@pytest.mark.parametrize(("terminal", "shrink"), [(False, 0.0341923), (True, 0.0)])
+def test_mean_lost_by_starting_from_noise(terminal, shrink):
+    """N(mu, s^2) sampled from N(0, 1) at a_T > 0 ends sqrt(a_T) s / sqrt(a_T s^2 + 1 - a_T) of mu short."""
+    schedule = SD.zero_terminal_snr() if terminal else SD
+    mu, s = 2.0, 0.5
+    top = schedule.level(999)
+    assert top.alpha * s / math.hypot(top.alpha * s, top.sigma) == pytest.approx(shrink, abs=1e-7)
+    levels = [top, *fine_grid()] if terminal else fine_grid()
+    *_, step = samplers.dpmpp_2m(gaussian(mu, s), np.zeros(1), levels)
+    assert 1 - step.x[0] / mu == pytest.approx(shrink, abs=2e-5)
+
+
+def test_scale_one_is_conditional_and_zero_unconditional():
+    uncond, cond = gaussian(0.0, 1.0), gaussian(1.0, 0.5)
+    x, level = np.linspace(-1, 1, 5), SD.level(300)
+    np.testing.assert_allclose(guidance.classifier_free(pair(uncond, cond), 1)(x, level), cond(x, level))
+    np.testing.assert_allclose(guidance.classifier_free(pair(uncond, cond), 0)(x, level), uncond(x, level))
+
+
+@pytest.mark.parametrize("library", [np, torch])
+def test_rescaled_has_the_conditional_deviation(library):
+    """Lin et al. 2023, eq. 15-16: share 1 gives each picture cond's standard deviation, 0 plain guidance."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((2, 3, 4, 5, 5))
+    both_values = values if library is np else torch.from_numpy(values)
+    level, x = SD.level(300), both_values[0]
+
+    def both(x, level):
+        return both_values
+
+    plain = guidance.classifier_free(both, 5.0)(x, level)
+    full = guidance.rescaled(both, 5.0, 1.0)(x, level)
+    half = guidance.rescaled(both, 5.0, 0.5)(x, level)
+    for picture in range(3):
+        assert float(full[picture].std()) == pytest.approx(float(both_values[1][picture].std()), rel=1e-12)
+    np.testing.assert_allclose(half, (plain + full) / 2, rtol=1e-12)
+    np.testing.assert_allclose(guidance.rescaled(both, 5.0, 0.0)(x, level), plain, rtol=1e-12)
+
+
+def test_within_guides_inside_the_interval_only():
+    guided, plain = gaussian(1.0, 1.0), gaussian(0.0, 1.0)
+    denoise = guidance.within(guided, plain, lowest=-1, highest=1)
+    x = np.ones(3)
+    for t, expected in ((999, plain), (300, guided), (0, plain)):
+        np.testing.assert_array_equal(denoise(x, SD.level(t)), expected(x, SD.level(t)))

@@ -1,0 +1,56 @@
+"""Who may import whom, read from the source."""
+
+import ast
+
+import pytest
+
+from .conftest import ROOT
+
+PACKAGE = ROOT / "latentdiff"
+LEAVES = ("diffusion", "models", "data", "config.py", "errors.py")
+HOMES = {
+    "diffusers": ("models", "pretrained.py"),
+    "transformers": ("models", "build.py"),
+    "open_clip": ("models",),
+    "peft": ("models",),
+    "accelerate": ("training", "build.py"),
+    "typer": ("cli",),
+    "PIL": ("pipeline.py", "metadata.py", "data", "build.py"),
+}
+
+
+def imports_of(path):
+    """Every module imported anywhere in a file, absolute."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers(path):
+    for module in imports_of(path):
+        top = module.split(".")[0]
+        if top in HOMES:
+            assert room(path) in HOMES[top], f"{path} imports {module}"
+        if top == "latentdiff" and room(path) in LEAVES and module.count("."):
+            other = module.split(".")[1]
+            assert other in (room(path).removesuffix(".py"), "errors"), f"{path} imports {module}"
+
+
+def test_the_mathematics_needs_numpy_only():
+    for path in sorted((PACKAGE / "diffusion").glob("*.py")):
+        if path.name in ("objective.py", "bound.py"):
+            continue
+        foreign = {m.split(".")[0] for m in imports_of(path)} & {"torch", "scipy", "diffusers", "transformers"}
+        assert not foreign, f"{path.name} imports {foreign}"

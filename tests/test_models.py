@@ -1,0 +1,128 @@
+"""The adapters: what is folded, exported or renamed computes the same function."""
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
+from latentdiff.models.clip import Clip, text_model_of
+from latentdiff.models.text_encoder import clip_tokenizer
+from latentdiff.models.unet import UNet
+
+PROMPTS = ["a red circle above a blue square", "", "Ein Größenwahn, 猫 & \U0001f600!", "3 green stars " * 20]
+
+
+def autoencoder():
+    torch.manual_seed(0)
+    return Autoencoder.create((8, 16), 1, 4, 4).eval()
+
+
+def random_images(count=3, side=16):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@torch.no_grad()
+def test_folding_whitens_and_changes_no_picture():
+    """z' = (z - mean) / std, log-variance - 2 log std, and the decoder undoes it exactly."""
+    plain, folded = autoencoder(), autoencoder()
+    center, std = torch.tensor([0.3, -1.0, 2.0, 0.0]), torch.tensor([0.1, 2.0, 0.5, 1.5])
+    folded.fold_statistics(center, std)
+    images = random_images()
+    (mean, log_variance), (white, white_log_variance) = plain.encode(images), folded.encode(images)
+    shaped, scale = center[:, None, None], std[:, None, None]
+    torch.testing.assert_close(white, (mean - shaped) / scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(white_log_variance, log_variance - 2 * scale.log(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded.decode(white), plain.decode(mean), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_scale_and_shift_stay_inside():
+    """A Stable Diffusion style scaling_factor is applied on the way in and out."""
+    plain, scaled = autoencoder(), autoencoder()
+    scaled = Autoencoder(scaled.vae)
+    scaled.scale, scaled.shift = 0.18215, 0.1
+    images = random_images()
+    (mean, log_variance), (latents, latents_log_variance) = plain.encode(images), scaled.encode(images)
+    torch.testing.assert_close(latents, (mean - 0.1) * 0.18215)
+    torch.testing.assert_close(latents_log_variance, log_variance + 2 * np.log(0.18215))
+    torch.testing.assert_close(scaled.decode(latents), plain.decode(mean), rtol=1e-4, atol=1e-5)
+
+
+def test_identity_is_pixel_space():
+    images = random_images()
+    mean, log_variance = IdentityAutoencoder(3).encode(images)
+    assert torch.equal(mean, images)
+    assert (log_variance.exp() == 0).all()
+
+
+def test_tokenizer_is_clip_s():
+    """The same ids as open_clip's own tokenizer, which pads with 0 where this pads with the end token."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    theirs = SimpleTokenizer(context_length=32)(PROMPTS)
+    ours = clip_tokenizer(32)(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    theirs = torch.where(theirs == 0, 49407, theirs)
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_exported_text_tower_computes_the_same():
+    torch.manual_seed(0)
+    clip = Clip.create(
+        image_size=16,
+        embed_dim=24,
+        text_width=32,
+        text_layers=2,
+        text_heads=4,
+        max_length=32,
+        patch_size=8,
+        vision_width=32,
+        vision_layers=1,
+        vision_head_width=16,
+    ).eval()
+    model = text_model_of(clip)
+    ids = clip_tokenizer(32)(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    output = model(ids)
+    expected = clip.towers.encode_text(ids)
+    torch.testing.assert_close(output.pooler_output @ clip.towers.text_projection, expected, rtol=1e-4, atol=1e-5)
+    ends = ids.argmax(1)
+    torch.testing.assert_close(output.last_hidden_state[torch.arange(len(ids)), ends], output.pooler_output)
+
+
+def test_clip_loss_at_chance_is_log_of_the_batch():
+    clip = Clip.create(
+        image_size=16,
+        embed_dim=8,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        max_length=8,
+        patch_size=8,
+        vision_width=16,
+        vision_layers=1,
+        vision_head_width=8,
+    )
+    same = torch.nn.functional.normalize(torch.ones(7, 8), dim=1)
+    assert float(clip.loss(same, same, torch.tensor(10.0))) == pytest.approx(np.log(7))
+    assert float(clip.loss(torch.eye(7, 8), torch.eye(7, 8), torch.tensor(100.0))) == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_several_contexts_are_one_batch():
+    torch.manual_seed(0)
+    unet = UNet.create(
+        sample_size=8,
+        channels=4,
+        context_dim=16,
+        block_out_channels=(16, 16),
+        attention=(False, True),
+        layers_per_block=1,
+        num_heads=2,
+        norm_num_groups=4,
+    ).eval()
+    x, contexts = torch.randn(3, 4, 8, 8), torch.randn(2, 3, 5, 16)
+    both = unet(x, 10.0, contexts)
+    assert both.shape == (2, 3, 4, 8, 8)
+    for k in range(2):
+        torch.testing.assert_close(both[k], unet(x, 10.0, contexts[k]), rtol=1e-4, atol=1e-5)
+    assert (both[0] - both[1]).abs().max() > 1e-3

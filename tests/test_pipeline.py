@@ -1,0 +1,158 @@
+"""The pipeline: equal to diffusers on the same folder, and a function of seeds alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.errors import ConfigError, ModelError
+
+PROMPT = "a red circle above a blue square"
+
+
+def numpy_images(pipe, prompt=PROMPT, **settings):
+    return pipe(prompt, output_type="np", **settings).images
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_equal_to_diffusers(pipe, tiny_model, guidance_scale):
+    """StableDiffusionPipeline with its DDIM, the same latents and 20 steps draws the same picture."""
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model)
+    theirs.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    settings = {"num_inference_steps": 20, "guidance_scale": guidance_scale}
+    expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="np", **settings).images
+    drawn = numpy_images(pipe, num_images_per_prompt=2, latents=latents, spacing="trailing", **settings)
+    assert np.abs(drawn / 255 - expected).max() <= 1.01 / 255 / 2 + 2e-3
+
+
+def test_same_seed_same_bits(pipe):
+    first, again = (numpy_images(pipe, seed=3, num_images_per_prompt=3) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert (first[0] != first[1]).any()
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe):
+    """The noise is bitwise the same; the kernels' rounding may differ by batch size."""
+    together = pipe(PROMPT, seed=3, num_images_per_prompt=4, output_type="latent").images
+    alone = pipe(PROMPT, seed=5, output_type="latent").images
+    torch.testing.assert_close(together[2:3], alone, rtol=1e-3, atol=1e-3)
+    apart = pipe(PROMPT, seed=3, num_images_per_prompt=4, batch_size=3, output_type="latent").images
+    torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m_sde"])
+def test_step_noise_is_keyed_by_seed_too(pipe, sampler):
+    settings = {"sampler": sampler, "num_inference_steps": 5, "output_type": "latent"}
+    together = pipe(PROMPT, seed=3, num_images_per_prompt=3, **settings).images
+    torch.testing.assert_close(together[1:2], pipe(PROMPT, seed=4, **settings).images, rtol=1e-3, atol=1e-3)
+
+
+def test_several_prompts_count_on(pipe):
+    out = pipe([PROMPT, "three green stars"], seed=10, num_images_per_prompt=2, output_type="np", batch_size=4)
+    assert out.seeds == [10, 11, 12, 13]
+    alone = pipe("three green stars", seed=12, output_type="np").images
+    assert np.abs(out.images[2].astype(int) - alone[0]).max() <= 1
+
+
+def test_prompt_and_guidance_change_the_picture(pipe):
+    base = numpy_images(pipe, seed=1)
+    assert (numpy_images(pipe, "a green star", seed=1) != base).any()
+    assert (numpy_images(pipe, seed=1, guidance_scale=6.0) != base).any()
+    assert (numpy_images(pipe, seed=1, negative_prompt="black") != base).any()
+    interval = {"guidance_interval": (10.0, 11.0), "seed": 1}
+    np.testing.assert_array_equal(numpy_images(pipe, **interval), numpy_images(pipe, seed=1, guidance_scale=1.0))
+
+
+def test_stream_ends_in_the_picture(pipe):
+    steps = list(pipe.stream(PROMPT, seed=7))
+    assert [step.number for step in steps] == list(range(1, 11))
+    assert [step.level.t for step in steps][-2:] == [99, -1]
+    final = pipe(PROMPT, seed=7, output_type="latent").images
+    assert torch.equal(steps[-1].x, final)
+
+
+def test_output_types_agree(pipe):
+    latents = pipe(PROMPT, seed=1, output_type="latent").images
+    images = pipe(PROMPT, seed=1, output_type="pt").images
+    torch.testing.assert_close(pipe.decode(latents), images)
+    pictures = pipe(PROMPT, seed=1, output_type="np").images
+    np.testing.assert_array_equal(
+        pictures[0], ((images[0].permute(1, 2, 0) + 1) * 127.5).round().numpy().astype(np.uint8)
+    )
+    pil = pipe(PROMPT, seed=1).images[0]
+    assert isinstance(pil, Image.Image)
+    np.testing.assert_array_equal(np.asarray(pil), pictures[0])
+
+
+def test_other_sizes(pipe):
+    assert numpy_images(pipe, width=96, height=64, num_inference_steps=2).shape == (1, 64, 96, 3)
+
+
+def test_save_and_load_round_trip(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path / "copy", device="cpu")
+    np.testing.assert_array_equal(numpy_images(again, seed=2), numpy_images(pipe, seed=2))
+    assert again.card.hash == pipe.card.hash
+    np.testing.assert_allclose(again.schedule.alphas_cumprod, pipe.schedule.alphas_cumprod, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
+    """Both readings of the written scheduler, ours and diffusers', give the schedule back."""
+    from types import SimpleNamespace
+
+    from diffusers import DDIMScheduler
+
+    from latentdiff.diffusion.schedule import schedule_named
+    from latentdiff.pretrained import schedule_from_diffusers, scheduler_config
+
+    schedule = schedule_named(kind, 1000)
+    schedule = schedule.zero_terminal_snr() if terminal else schedule
+    card = SimpleNamespace(defaults={"spacing": "trailing"})
+    config = scheduler_config(SimpleNamespace(schedule=schedule, prediction="v_prediction", card=card))
+    ours = schedule_from_diffusers(config, tmp_path)
+    np.testing.assert_allclose(ours.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-9, atol=1e-15)
+    theirs = DDIMScheduler.from_config(config)
+    np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), schedule.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 7}, "width must be a multiple of 8 from 64 to 2048 (got 7)"),
+        ({"height": 4096}, "height must be a multiple of 8 from 64 to 2048 (got 4096)"),
+        ({"sampler": "magic"}, "unknown sampler 'magic'; one of ddpm, ddim, euler"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 10**6}, "num_inference_steps"),
+        ({"num_inference_steps": True}, "num_inference_steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 2**64 - 1, "num_images_per_prompt": 2}, "seed"),
+        ({"num_images_per_prompt": 10**9}, "num_images"),
+        ({"output_type": "jpg"}, "unknown output_type 'jpg'"),
+        ({"stepps": 3}, "stepps"),
+        ({"latents": torch.zeros(1, 4, 5, 5)}, "latents must be of shape (1, 4, 32, 32)"),
+    ],
+)
+def test_refused_settings(pipe, settings, message):
+    with pytest.raises(ConfigError) as caught:
+        pipe(PROMPT, **settings)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "x" * 10_000_000])
+def test_refused_prompts(pipe, prompt):
+    with pytest.raises(ConfigError, match="prompt") as caught:
+        pipe(prompt)
+    assert len(str(caught.value)) < 200
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ModelError, match="no such model folder"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "none")
