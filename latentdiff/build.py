@@ -119,7 +119,7 @@ def _autoencoder_report(config: Config, directory: Path, step: int, module: nn.M
 
 
 def train_clip(config: Config, run: Path) -> None:
-    """Train both towers; save the text tower as `run/model/text_encoder` and both as `run/model/clip`."""
+    """Train both towers; save the text tower in transformers' format in `run/clip`, both as `run/model/clip`."""
     settings = config.clip
     accelerator = _accelerator(settings.training.mixed_precision)
     torch.manual_seed(config.seed)
@@ -138,7 +138,7 @@ def train_clip(config: Config, run: Path) -> None:
     trained = run_stage(accelerator, stage, settings.training, run / "clip", report)
     assert isinstance(trained, Clip)
     trained.save(run / "model" / "clip")
-    TextEncoder(tokenizer, text_model_of(trained)).save(run / "model")
+    TextEncoder(tokenizer, text_model_of(trained)).save(run / "clip")
 
 
 def _captioned_twins(
@@ -187,7 +187,7 @@ def train_denoiser(config: Config, run: Path) -> None:
     """Train the U-Net (and the text encoder, by choice) on cached latents; completes `run/model`."""
     settings = config.denoiser
     accelerator = _accelerator(settings.training.mixed_precision)
-    autoencoder, text_encoder = load_autoencoder(run / "model"), load_text_encoder(run / "model")
+    autoencoder, text_encoder = load_autoencoder(run / "model"), load_text_encoder(run / "clip")
     latents = cached_latents(config, run / "cache", autoencoder.to(accelerator.device), text_encoder)
     torch.manual_seed(config.seed)
     unet = UNet.create(

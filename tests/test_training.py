@@ -57,7 +57,7 @@ def test_it_learns(tmp_path):
     assert float(averaged.bias.detach()) == pytest.approx(1, abs=0.01)
 
 
-class Stop(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -67,10 +67,10 @@ def test_stopped_and_resumed_is_bitwise_the_same(tmp_path):
     class Stopping(LineStage):
         def batch(self, index):
             if index == 25:
-                raise Stop
+                raise KilledError
             return super().batch(index)
 
-    with pytest.raises(Stop):
+    with pytest.raises(KilledError):
         run(tmp_path / "parts", Stopping())
     run(tmp_path / "parts")
     for name, tensor in weights(tmp_path / "whole").items():
