@@ -37,7 +37,8 @@ def test_prompt_from_standard_input_and_a_cut_prompt(command, tiny_model, tmp_pa
     words = ("generate", "-", "-m", tiny_model, "--steps", 1, "-s", 0, "-o", "one.png", "--no-metadata")
     done = command(*words, cwd=tmp_path, stdin="red " * 50 + "\n")
     assert "warning: prompt has 52 tokens and is cut to the model's 32" in done.stderr
-    assert Image.open(tmp_path / "one.png").info == {}
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.info == {}
 
 
 def test_info_of_a_model(command, tiny_model):
@@ -86,7 +87,7 @@ def call(monkeypatch, capsys, tmp_path):
         (("-s", -1), "seed"),
         (("-s", 2**64), "seed"),
         (("-N", 10**9), "num_images"),
-        (("--steps", "many"), "many"),
+        (("--steps", "many"), "valid integer"),
         (("--stepps", 3), "No such option: --stepps"),
         (("-o", "one.png", "-N", 2), "2 pictures do not go into one file"),
     ],

@@ -172,7 +172,8 @@ def parameter_counts(directory: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for file in sorted(directory.glob("*/*.safetensors")):
         with safe_open(file, "pt") as weights:
-            sizes = (prod(weights.get_slice(name).get_shape()) for name in weights)
+            names = weights.keys()  # not a mapping: it cannot be iterated
+            sizes = (prod(weights.get_slice(name).get_shape()) for name in names)
             counts[file.parent.name] = counts.get(file.parent.name, 0) + sum(sizes)
     return counts
 
