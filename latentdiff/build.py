@@ -24,13 +24,14 @@ from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.schedule import NoiseSchedule, schedule_named
 from latentdiff.evaluation.composition import evaluate_composition
+from latentdiff.images import to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.clip import Clip, text_model_of
 from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer, tokenize
 from latentdiff.models.unet import UNet
 from latentdiff.models.weights import load_autoencoder, load_text_encoder, weights_hash
-from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard, to_uint8
-from latentdiff.training.autoencoder import AutoencoderStage, psnr, to_images
+from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
+from latentdiff.training.autoencoder import AutoencoderStage, psnr
 from latentdiff.training.clip import CaptionedPicture, ClipStage
 from latentdiff.training.denoiser import ConditionedNetwork, DenoiserStage, LatentSet
 from latentdiff.training.run import run_stage

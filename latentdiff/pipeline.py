@@ -20,6 +20,7 @@ from latentdiff.diffusion.denoiser import Denoiser, denoiser
 from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ConfigError, NonFiniteError
+from latentdiff.images import to_images, to_uint8
 from latentdiff.metadata import ImageMetadata, installed_versions
 from latentdiff.request import Request, check_size, request
 
@@ -214,8 +215,6 @@ class LatentDiffusionPipeline:
         """uint8 (B, H, W, 3) encoded to the posterior's mean and decoded again."""
         import torch
 
-        from latentdiff.training.autoencoder import to_images
-
         with torch.inference_mode():
             dtype = next(self.unet.parameters()).dtype
             mean, _ = self.autoencoder.encode(to_images(pictures).to(self.device, dtype))
@@ -307,11 +306,3 @@ def _joined(batches: list[Any]) -> Any:
     import torch
 
     return torch.cat(batches)
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) about in [-1, 1] -> uint8 (B, H, W, 3), rounded."""
-    import torch
-
-    scaled = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return np.ascontiguousarray(scaled.permute(0, 2, 3, 1).cpu().numpy())

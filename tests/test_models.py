@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentdiff.images import to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.clip import Clip, text_model_of
 from latentdiff.models.text_encoder import clip_tokenizer
@@ -126,3 +127,14 @@ def test_several_contexts_are_one_batch():
     for k in range(2):
         torch.testing.assert_close(both[k], unet(x, 10.0, contexts[k]), rtol=1e-4, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-3
+
+
+def test_pictures_round_trip():
+    """uint8 -> [-1, 1] -> uint8 is the identity on all 256 values; 0 and 255 are the ends; outside is clamped."""
+    pictures = np.arange(256, dtype=np.uint8).reshape(1, 8, 32, 1).repeat(3, 3)
+    images = to_images(pictures)
+    assert (float(images.min()), float(images.max())) == (-1, 1)
+    np.testing.assert_array_equal(to_uint8(images), pictures)
+    np.testing.assert_array_equal(
+        to_uint8(images * 3), np.clip((pictures / 127.5 - 1) * 3 * 127.5 + 127.5, 0, 255).round()
+    )

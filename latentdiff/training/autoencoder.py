@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion import noise
+from latentdiff.images import to_images
 
 Picture = Callable[[int], np.ndarray]
 
@@ -63,11 +64,6 @@ class AutoencoderStage:
         )
         kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean()
         return loss + self._kl_weight * kl
-
-
-def to_images(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1)
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentdiff.training.autoencoder import to_images
+from latentdiff.images import to_images
 
 CaptionedPicture = tuple[np.ndarray, str]
 
