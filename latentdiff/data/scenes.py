@@ -24,7 +24,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "orange": (255, 140, 0),
     "yellow": (250, 220, 30),
     "green": (30, 150, 60),
-    "cyan": (40, 200, 220),
+    "cyan": (0, 175, 200),
     "blue": (30, 70, 220),
     "purple": (130, 40, 170),
     "pink": (255, 80, 160),
