@@ -23,8 +23,8 @@ from latentdiff.data import oracle, scenes
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.schedule import NoiseSchedule, schedule_named
-from latentdiff.evaluation.composition import evaluate_composition
-from latentdiff.images import to_images, to_uint8
+from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
+from latentdiff.images import luminance, to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.clip import Clip, text_model_of
 from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer, tokenize
@@ -50,12 +50,19 @@ def validation_scene(config: Config, index: int) -> scenes.Scene:
     return scenes.scene(noise.generator(config.seed, "validation scene", index))
 
 
-def _pictures(scene: Callable[[int], scenes.Scene], first: int, count: int) -> np.ndarray:
-    return np.stack([scenes.render(scene(index)) for index in range(first, first + count)])
+def pictures_of(config: Config, chosen: Sequence[scenes.Scene]) -> np.ndarray:
+    """Rendered scenes, uint8 (N, S, S, C), as the config wants them: its size, colour or grey."""
+    rendered = np.stack([scenes.render(scene, config.image_size) for scene in chosen])
+    return luminance(rendered) if config.data.grey else rendered
 
 
-def _accelerator(mixed_precision: str) -> Accelerator:
-    return Accelerator(mixed_precision=mixed_precision)
+def _channels(config: Config) -> int:
+    return 1 if config.data.grey else 3
+
+
+def readable(config: Config) -> bool:
+    """Whether the oracle can read this model's pictures."""
+    return config.image_size == scenes.SIZE and not config.data.grey
 
 
 # --- stage 1: the autoencoder --------------------------------------------------------------------------
@@ -66,15 +73,19 @@ def train_autoencoder(config: Config, run: Path) -> None:
     settings = config.autoencoder
     if settings.kind == "identity":
         return
-    accelerator = _accelerator(settings.training.mixed_precision)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)  # initial weights are drawn by torch's modules themselves
     module = Autoencoder.create(
-        settings.block_out_channels, settings.layers_per_block, settings.latent_channels, settings.norm_num_groups
+        settings.block_out_channels,
+        settings.layers_per_block,
+        settings.latent_channels,
+        settings.norm_num_groups,
+        _channels(config),
     ).to(memory_format=torch.channels_last)
     crop = min(settings.crop, config.image_size)
     stage = AutoencoderStage(
         module,
-        lambda index: scenes.render(training_scene(config, index)),
+        lambda index: pictures_of(config, [training_scene(config, index)])[0],
         seed=config.seed,
         batch_size=settings.training.train_batch_size,
         crop=crop,
@@ -83,7 +94,7 @@ def train_autoencoder(config: Config, run: Path) -> None:
         kl_weight=settings.kl_weight,
         device=accelerator.device,
     )
-    report = partial(_autoencoder_report, config, run / "autoencoder")
+    report = partial(_autoencoder_report, config, accelerator.device)
     trained = run_stage(accelerator, stage, settings.training, run / "autoencoder", report)
     assert isinstance(trained, Autoencoder)
     trained.fold_statistics(*latent_statistics(trained, config, accelerator.device))
@@ -93,7 +104,7 @@ def train_autoencoder(config: Config, run: Path) -> None:
 @torch.no_grad()
 def latent_statistics(autoencoder: Autoencoder, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std of each latent channel (C,), over posterior samples of 512 training pictures."""
-    images = to_images(_pictures(partial(training_scene, config), 0, 512)).to(device)
+    images = to_images(pictures_of(config, [training_scene(config, index) for index in range(512)])).to(device)
     encoded = [autoencoder.encode(batch) for batch in torch.split(images, 64)]
     mean, log_variance = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     center = mean.mean((0, 2, 3))
@@ -102,18 +113,19 @@ def latent_statistics(autoencoder: Autoencoder, config: Config, device: torch.de
 
 
 @torch.no_grad()
-def _autoencoder_report(config: Config, directory: Path, step: int, module: nn.Module) -> dict[str, float]:
-    """PSNR and the share of reconstructed validation scenes that the oracle still reads right."""
+def _autoencoder_report(config: Config, device: torch.device, step: int, module: nn.Module) -> dict[str, float]:
+    """PSNR and, where the oracle can read, the share of reconstructed validation scenes still read right."""
     assert isinstance(module, Autoencoder)
     module.eval()
     chosen = [validation_scene(config, index) for index in range(VALIDATION)]
-    images = to_images(np.stack([scenes.render(scene) for scene in chosen]))
-    decoded = torch.cat([module.decode(module.encode(b)[0]) for b in torch.split(images, 32)])
-    right = [
-        oracle.satisfies(oracle.read(picture), scene.description)
-        for picture, scene in zip(to_uint8(decoded), chosen, strict=True)
-    ]
-    return {"psnr": psnr(images, decoded), "read_right": float(np.mean(right))}
+    images = to_images(pictures_of(config, chosen)).to(device)
+    decoded = torch.cat([module.decode(module.encode(batch)[0]) for batch in torch.split(images, 32)])
+    quality = {"psnr": psnr(images, decoded)}
+    if readable(config):
+        pairs = zip(to_uint8(decoded), chosen, strict=True)
+        right = [oracle.satisfies(oracle.read(picture), scene.description) for picture, scene in pairs]
+        quality["read_right"] = float(np.mean(right))
+    return quality
 
 
 # --- stage 2: CLIP, whose text tower becomes the text encoder ------------------------------------------
@@ -122,7 +134,7 @@ def _autoencoder_report(config: Config, directory: Path, step: int, module: nn.M
 def train_clip(config: Config, run: Path) -> None:
     """Train both towers; save the text tower in transformers' format in `run/clip`, both as `run/model/clip`."""
     settings = config.clip
-    accelerator = _accelerator(settings.training.mixed_precision)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
     fields = settings.model_dump(exclude={"training"})
     module = Clip.create(image_size=config.image_size, **fields)
@@ -151,7 +163,7 @@ def _captioned_twins(
         rng = noise.generator(config.seed, purpose, number)
         first = scenes.scene(rng)
         second = scenes.compose(scenes.twin(first.description, rng), rng)
-        pairs += [(scenes.render(scene), scene.caption) for scene in (first, second)]
+        pairs += [(scenes.render(scene, config.image_size), scene.caption) for scene in (first, second)]
     return pairs
 
 
@@ -187,9 +199,11 @@ def noise_schedule(settings: ScheduleSettings) -> NoiseSchedule:
 def train_denoiser(config: Config, run: Path) -> None:
     """Train the U-Net (and the text encoder, by choice) on cached latents; completes `run/model`."""
     settings = config.denoiser
-    accelerator = _accelerator(settings.training.mixed_precision)
-    autoencoder, text_encoder = load_autoencoder(run / "model"), load_text_encoder(run / "clip")
-    latents = cached_latents(config, run / "cache", autoencoder.to(accelerator.device), text_encoder)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    identity = config.autoencoder.kind == "identity"
+    autoencoder = IdentityAutoencoder(_channels(config)) if identity else load_autoencoder(run / "model")
+    text_encoder = load_text_encoder(run / "clip")
+    latents = cached_latents(config, run / "cache", autoencoder, text_encoder, accelerator.device)
     torch.manual_seed(config.seed)
     unet = UNet.create(
         sample_size=latents.mean.shape[-1],
@@ -220,17 +234,19 @@ def train_denoiser(config: Config, run: Path) -> None:
 
 
 @torch.no_grad()
-def cached_latents(config: Config, cache: Path, autoencoder: AnyAutoencoder, text_encoder: TextEncoder) -> LatentSet:
+def cached_latents(
+    config: Config, cache: Path, autoencoder: AnyAutoencoder, text_encoder: TextEncoder, device: torch.device
+) -> LatentSet:
     """Posterior moments and token ids of the training set, encoded once and kept in `cache`.
 
-    The file's name holds a hash of the autoencoder's weights, the seed and the count: another model or set is
-    another file.
+    The file's name holds a hash of the autoencoder's weights and what the set is: another model or set is another file.
     """
-    digest = weights_hash(autoencoder)
-    path = cache / f"latents-{digest[:16]}-{config.seed}-{config.data.count}.safetensors"
+    autoencoder.to(device)
+    shown = f"{config.data.count}x{config.image_size}{'-grey' if config.data.grey else ''}"
+    path = cache / f"latents-{weights_hash(autoencoder)[:16]}-seed{config.seed}-{shown}.safetensors"
     if not path.exists():
         parts = [
-            _encode_scenes(config, range(first, min(first + 64, config.data.count)), autoencoder, text_encoder)
+            _encode_scenes(config, range(first, min(first + 64, config.data.count)), autoencoder, text_encoder, device)
             for first in tqdm(range(0, config.data.count, 64), "encoding", unit="batch")
         ]
         cache.mkdir(parents=True, exist_ok=True)
@@ -241,11 +257,11 @@ def cached_latents(config: Config, cache: Path, autoencoder: AnyAutoencoder, tex
 
 
 def _encode_scenes(
-    config: Config, indices: range, autoencoder: AnyAutoencoder, text_encoder: TextEncoder
+    config: Config, indices: range, autoencoder: AnyAutoencoder, text_encoder: TextEncoder, device: torch.device
 ) -> dict[str, Tensor]:
     chosen = [training_scene(config, index) for index in indices]
-    images = to_images(np.stack([scenes.render(scene) for scene in chosen]))
-    mean, log_variance = autoencoder.encode(images.to(next(text_encoder.parameters()).device))
+    images = to_images(pictures_of(config, chosen))
+    mean, log_variance = autoencoder.encode(images.to(device))
     return {
         "mean": mean.half().cpu(),
         "log_variance": log_variance.half().cpu(),
@@ -274,15 +290,29 @@ def assemble(config: Config, trained: ConditionedNetwork, autoencoder: AnyAutoen
 def _denoiser_report(
     config: Config, directory: Path, autoencoder: AnyAutoencoder, step: int, module: nn.Module
 ) -> dict[str, float]:
-    """A strip of pictures at fixed seeds in `directory`, and the composition score of a few pictures a category."""
+    """Pictures at fixed prompts and seeds in `directory`, a row a category, and their composition scores where the
+    oracle can read them.
+    """
     assert isinstance(module, ConditionedNetwork)
     module.eval()
     pipe = assemble(config, module, autoencoder)
-    score = evaluate_composition(pipe, pictures=config.denoiser.preview_pictures, seed=config.seed)
+    scores: dict[str, float] = {}
+    if readable(config):
+        score = evaluate_composition(pipe, pictures=config.denoiser.preview_pictures, seed=config.seed)
+        rows = [pictures[:8] for pictures in score.pictures.values()]
+        scores = {"composition": score.overall} | {name: share.mean for name, share in score.categories.items()}
+    else:
+        rows = [_preview_row(config, pipe, category) for category in scenes.CATEGORIES]
     directory.mkdir(parents=True, exist_ok=True)
-    rows = [np.concatenate(list(pictures[:8]), 1) for pictures in score.pictures.values()]
-    Image.fromarray(np.concatenate(rows)).save(directory / f"step-{step:08d}.png")
-    return {"composition": score.overall, **{name: share.mean for name, share in score.categories.items()}}
+    sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
+    Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")
+    return scores
+
+
+def _preview_row(config: Config, pipe: LatentDiffusionPipeline, category: str) -> np.ndarray:
+    captions = [scene.caption for scene in evaluation_scenes(category, 8, config.seed)]
+    pictures: np.ndarray = pipe(captions, seed=config.seed, output_type="np").images
+    return pictures
 
 
 STAGES = {"autoencoder": train_autoencoder, "clip": train_clip, "denoiser": train_denoiser}

@@ -35,7 +35,6 @@ class Training(_Section):
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    mixed_precision: Literal["no", "bf16"] = "no"
     checkpointing_steps: int = Field(500, ge=1)
     checkpoints_total_limit: int = Field(2, ge=2)
     validation_steps: int = Field(1000, ge=1)
@@ -45,6 +44,7 @@ class Data(_Section):
     """Procedural scenes: training draws indices 0, 1, 2, ... of one seed; validation those of another."""
 
     kind: Literal["scenes"] = "scenes"
+    grey: bool = Field(False, description="one channel of luminance instead of three of colour")
     count: int = Field(50_000, ge=1, description="distinct scenes that the denoiser is trained on")
 
 
@@ -116,6 +116,7 @@ class Config(_Section):
 
     name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0, lt=2**63)
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="of the arithmetic; weights stay float32")
     image_size: int = Field(64, ge=8, le=2048)
     data: Data = Data()
     autoencoder: Autoencoder = Autoencoder()

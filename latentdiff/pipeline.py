@@ -22,7 +22,7 @@ from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ConfigError, NonFiniteError
 from latentdiff.images import to_images, to_uint8
 from latentdiff.metadata import ImageMetadata, installed_versions
-from latentdiff.request import Request, check_size, request
+from latentdiff.request import SIDES, Request, check_size, request
 
 if TYPE_CHECKING:
     import torch
@@ -208,7 +208,7 @@ class LatentDiffusionPipeline:
         if output_type in ("pil", "np"):
             images = to_uint8(images)
         if output_type == "pil":
-            images = [Image.fromarray(picture) for picture in images]
+            images = [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in images]
         return Output(images, seeds, [self._record(job) for job in jobs])
 
     def reconstruct(self, pictures: np.ndarray) -> np.ndarray:
@@ -267,7 +267,8 @@ class LatentDiffusionPipeline:
         multiple = self.autoencoder.factor * self.unet.factor
         height = self.card.size[0] if asked.height is None else asked.height
         width = self.card.size[1] if asked.width is None else asked.width
-        return check_size("height", height, multiple), check_size("width", width, multiple)
+        lowest = min(*SIDES, *self.card.size)
+        return check_size("height", height, multiple, lowest), check_size("width", width, multiple, lowest)
 
     def _record(self, job: Job) -> ImageMetadata:
         height, width = self.size(job.request)

@@ -83,9 +83,9 @@ def request(**fields: Any) -> Request:
     return made
 
 
-def check_size(name: str, value: int, multiple: int) -> int:
-    """A side in pixels that the networks can draw; raises ConfigError."""
-    low, high = SIDES
+def check_size(name: str, value: int, multiple: int, lowest: int = SIDES[0]) -> int:
+    """A side in pixels that the networks can draw; `lowest` is less for models of small pictures."""
+    low, high = lowest, SIDES[1]
     if not (low <= value <= high and value % multiple == 0):
         raise ConfigError(f"{name} must be a multiple of {multiple} from {low} to {high} (got {value})")
     return value

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.images import to_images, to_uint8
+from latentdiff.images import luminance, to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.clip import Clip, text_model_of
 from latentdiff.models.text_encoder import clip_tokenizer
@@ -138,3 +138,9 @@ def test_pictures_round_trip():
     np.testing.assert_array_equal(
         to_uint8(images * 3), np.clip((pictures / 127.5 - 1) * 3 * 127.5 + 127.5, 0, 255).round()
     )
+
+
+def test_luminance():
+    """ITU-R 601: 0.299 R + 0.587 G + 0.114 B; greys stay what they are."""
+    colors = np.array([[[[255, 0, 0], [0, 255, 0], [0, 0, 255], [77, 77, 77]]]], np.uint8)
+    assert luminance(colors).ravel().tolist() == [76, 150, 29, 77]

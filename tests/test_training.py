@@ -237,3 +237,30 @@ def test_a_finished_run_is_not_run_again(tiny_run, command):
     done = command("train", ROOT / "configs" / "scenes-tiny.toml", "-o", tiny_run)
     assert done.stdout.strip() == str(tiny_run / "model")
     assert (tiny_run / "denoiser" / "log.jsonl").read_text() == before
+
+
+def test_pixel_space(command, tmp_path):
+    """The identity autoencoder: the same code trains and draws small grey pictures, by the DDPM noise objective."""
+    from PIL import Image
+
+    changes = (
+        "data.count=64",
+        "clip.training.max_train_steps=2",
+        "clip.training.train_batch_size=8",
+        "denoiser.block_out_channels=[16, 16, 16]",
+        "denoiser.preview_pictures=8",
+        "denoiser.training.max_train_steps=30",
+        "denoiser.training.train_batch_size=8",
+        "denoiser.training.lr_warmup_steps=5",
+        "recommended.num_inference_steps=4",
+    )
+    words = [word for change in changes for word in ("--set", change)]
+    command("train", ROOT / "configs" / "pixels-32.toml", "-o", tmp_path / "run", *words)
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "run" / "denoiser" / "log.jsonl").read_text().splitlines()
+    ]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert not (tmp_path / "run" / "model" / "vae").exists()
+    command("generate", "a red circle", "-m", tmp_path / "run" / "model", "-s", 1, "-o", tmp_path / "one.png")
+    with Image.open(tmp_path / "one.png") as image:
+        assert (image.size, image.mode) == ((32, 32), "L")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,11 @@ def composition(
     model: Annotated[Path | None, typer.Argument(help="A model folder [default: scenes-64].")] = None,
     pictures: Annotated[int, typer.Option(min=4, help="Pictures a category, four a prompt.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and pictures.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps [default: the model's].")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="[default: the model's].")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the figures there, as JSON.")
     ] = None,
@@ -29,11 +34,15 @@ def composition(
 
     from latentdiff.evaluation.composition import as_text, ceiling, evaluate_composition
     from latentdiff.pipeline import LatentDiffusionPipeline
+    from latentdiff.request import request
 
+    given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
+    settings = {name: value for name, value in given.items() if value is not None}
+    request(prompt="checked before anything is loaded", seed=seed, **settings)
     pipe = LatentDiffusionPipeline.from_pretrained(model)
     scores = {
-        "model": evaluate_composition(pipe, pictures=pictures, seed=seed),
-        "held out": evaluate_composition(pipe, pictures=pictures, seed=seed, held_out=True),
+        "model": evaluate_composition(pipe, pictures=pictures, seed=seed, **settings),
+        "held out": evaluate_composition(pipe, pictures=pictures, seed=seed, held_out=True, **settings),
         "ceiling": ceiling(pipe, pictures=pictures, seed=seed),
     }
     for title, score in scores.items():
@@ -46,5 +55,5 @@ def composition(
             for title, score in scores.items()
         }
         output.write_text(
-            json.dumps({"model_hash": pipe.card.hash, "settings": pipe.card.defaults, **figures}, indent=1)
+            json.dumps({"model_hash": pipe.card.hash, "settings": pipe.card.defaults | settings, **figures}, indent=1)
         )

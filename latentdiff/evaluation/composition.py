@@ -8,7 +8,7 @@ autoencoder: no denoiser can be read better than its decoder draws.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,14 +58,16 @@ def evaluation_scenes(category: str, count: int, seed: int, held_out: bool = Fal
 
 
 def evaluate_composition(
-    pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0, held_out: bool = False
+    pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0, held_out: bool = False, **settings: Any
 ) -> Composition:
-    """Draw `pictures` a category, four a prompt, with the pipeline's recommended settings, and read them."""
+    """Draw `pictures` a category, four a prompt, by the model's recommended settings or those given."""
     shares, drawn = {}, {}
     for category in scenes.CATEGORIES:
         prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out)
         asked = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
-        images = pipe([scene.caption for scene in asked], seed=seed, batch_size=_BATCH, output_type="np").images
+        images = pipe(
+            [scene.caption for scene in asked], seed=seed, batch_size=_BATCH, output_type="np", **settings
+        ).images
         drawn[category] = images
         shares[category] = _share(images, asked, PICTURES_A_PROMPT)
     return Composition(shares, drawn)

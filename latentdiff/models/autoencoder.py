@@ -26,13 +26,18 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def create(
-        cls, block_out_channels: tuple[int, ...], layers_per_block: int, latent_channels: int, norm_num_groups: int
+        cls,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        latent_channels: int,
+        norm_num_groups: int,
+        image_channels: int = 3,
     ) -> Autoencoder:
         """A new one with random weights, without attention in the middle."""
         levels = len(block_out_channels)
         vae = AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
+            in_channels=image_channels,
+            out_channels=image_channels,
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=block_out_channels,

@@ -133,8 +133,7 @@ def load_autoencoder(directory: Path) -> Autoencoder | IdentityAutoencoder:
     from diffusers import AutoencoderKL
 
     if not (directory / "vae").is_dir():
-        config = json.loads((directory / "unet" / "config.json").read_text()) if (directory / "unet").is_dir() else {}
-        return IdentityAutoencoder(config.get("in_channels", 3))
+        return IdentityAutoencoder(json.loads((directory / "unet" / "config.json").read_text())["in_channels"])
     return Autoencoder(_pretrained(AutoencoderKL, directory, "vae", use_safetensors=True)).eval()
 
 
