@@ -188,12 +188,10 @@ class LatentDiffusionPipeline:
             return torch.from_numpy(stack).to(self.device)
 
         levels = self.schedule.levels(asked.num_inference_steps, asked.spacing)
-        with torch.inference_mode():
-            denoise = self._denoiser(jobs)
-            x = drawn("initial latents") if latents is None else torch.as_tensor(latents, device=self.device)
-            if tuple(x.shape) != (len(jobs), *shape):
-                raise ConfigError(f"latents must be of shape {(len(jobs), *shape)} (got {tuple(x.shape)})")
-            yield from _sampler(asked)(denoise, x.float(), levels, partial(drawn, "sampling noise"))
+        x = drawn("initial latents") if latents is None else torch.as_tensor(latents, device=self.device)
+        if tuple(x.shape) != (len(jobs), *shape):
+            raise ConfigError(f"latents must be of shape {(len(jobs), *shape)} (got {tuple(x.shape)})")
+        yield from _sampler(asked)(self._denoiser(jobs), x.float(), levels, partial(drawn, "sampling noise"))
 
     def finish(self, jobs: Sequence[Job], latents: torch.Tensor, output_type: str = "pil") -> Output:
         """Decode final latents and record how each picture was made. Raises NonFiniteError."""
@@ -215,7 +213,7 @@ class LatentDiffusionPipeline:
         """uint8 (B, H, W, 3) encoded to the posterior's mean and decoded again."""
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():
             dtype = next(self.unet.parameters()).dtype
             mean, _ = self.autoencoder.encode(to_images(pictures).to(self.device, dtype))
             return to_uint8(self.decode(mean))
@@ -224,7 +222,7 @@ class LatentDiffusionPipeline:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32."""
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():
             dtype = next(self.unet.parameters()).dtype
             return self.autoencoder.decode(latents.to(dtype)).float().clamp(-1, 1)
 
@@ -248,17 +246,23 @@ class LatentDiffusionPipeline:
 
     def _context(self, prompts: list[str]) -> torch.Tensor:
         """Contexts (B, L, D); equal prompts are encoded once and by themselves, so that none sees the batch's size."""
-        known = {prompt: self.text_encoder.encode([prompt])[0] for prompt in dict.fromkeys(prompts)}
         import torch
 
+        known = {prompt: self.text_encoder.encode([prompt])[0] for prompt in dict.fromkeys(prompts)}
         return torch.stack([known[prompt] for prompt in prompts])
 
     def _conditioned(self, context: torch.Tensor) -> Denoiser:
-        """Sampling is float32 whatever the network's own precision."""
+        """Sampling is float32 whatever the network's own precision.
+
+        Gradients are off around the network alone: a mode entered in a generator would leak to whoever iterates.
+        """
+        import torch
+
         dtype = next(self.unet.parameters()).dtype
 
         def network(x: torch.Tensor, t: float, context: torch.Tensor) -> torch.Tensor:
-            return self.unet(x.to(dtype), t, context).float()
+            with torch.no_grad():
+                return self.unet(x.to(dtype), t, context).float()
 
         return denoiser(network, self.prediction, context)
 

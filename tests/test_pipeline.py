@@ -75,6 +75,13 @@ def test_stream_ends_in_the_picture(pipe):
     assert torch.equal(steps[-1].x, final)
 
 
+def test_stream_leaves_the_caller_s_gradients_alone(pipe):
+    step = next(pipe.stream(PROMPT, seed=7))
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert not step.x.requires_grad
+
+
 def test_output_types_agree(pipe):
     latents = pipe(PROMPT, seed=1, output_type="latent").images
     images = pipe(PROMPT, seed=1, output_type="pt").images
