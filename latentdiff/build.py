@@ -215,6 +215,8 @@ def train_denoiser(config: Config, run: Path) -> None:
         num_heads=settings.num_heads,
         norm_num_groups=settings.norm_num_groups,
     ).to(memory_format=torch.channels_last)
+    if accelerator.device.type == "cpu":
+        unet.use_plain_attention()
     schedule = noise_schedule(settings.schedule)
     stage = DenoiserStage(
         ConditionedNetwork(unet, text_encoder, settings.tune_text_encoder),

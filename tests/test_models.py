@@ -7,8 +7,9 @@ import torch
 from latentdiff.images import luminance, to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.clip import Clip, text_model_of
-from latentdiff.models.text_encoder import clip_tokenizer
+from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
 from latentdiff.models.unet import UNet
+from latentdiff.models.weights import load_clip
 
 PROMPTS = ["a red circle above a blue square", "", "Ein Größenwahn, 猫 & \U0001f600!", "3 green stars " * 20]
 
@@ -20,6 +21,20 @@ def autoencoder():
 
 def random_images(count=3, side=16):
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def small_unet():
+    torch.manual_seed(0)
+    return UNet.create(
+        sample_size=8,
+        channels=4,
+        context_dim=16,
+        block_out_channels=(16, 16),
+        attention=(False, True),
+        layers_per_block=1,
+        num_heads=2,
+        norm_num_groups=4,
+    ).eval()
 
 
 @torch.no_grad()
@@ -66,10 +81,9 @@ def test_tokenizer_is_clip_s():
     assert torch.equal(ours, theirs)
 
 
-@torch.no_grad()
-def test_exported_text_tower_computes_the_same():
+def clip_towers():
     torch.manual_seed(0)
-    clip = Clip.create(
+    return Clip.create(
         image_size=16,
         embed_dim=24,
         text_width=32,
@@ -81,13 +95,34 @@ def test_exported_text_tower_computes_the_same():
         vision_layers=1,
         vision_head_width=16,
     ).eval()
+
+
+def prompt_ids():
+    return clip_tokenizer(32)(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def test_exported_text_tower_computes_the_same():
+    clip, ids = clip_towers(), prompt_ids()
     model = text_model_of(clip)
-    ids = clip_tokenizer(32)(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     output = model(ids)
     expected = clip.towers.encode_text(ids)
     torch.testing.assert_close(output.pooler_output @ clip.towers.text_projection, expected, rtol=1e-4, atol=1e-5)
     ends = ids.argmax(1)
     torch.testing.assert_close(output.last_hidden_state[torch.arange(len(ids)), ends], output.pooler_output)
+
+
+@torch.no_grad()
+def test_clip_is_saved_without_what_the_text_encoder_holds(tmp_path):
+    """A model folder keeps the token embeddings once; the towers come back from both places."""
+    clip, images, ids = clip_towers(), random_images(len(PROMPTS)), prompt_ids()
+    TextEncoder(clip_tokenizer(32), text_model_of(clip)).save(tmp_path)
+    clip.save(tmp_path / "clip")
+    again = load_clip(tmp_path)
+    for ours, theirs in zip(again(images, ids), clip(images, ids), strict=True):
+        assert torch.equal(ours, theirs)
+    size = (tmp_path / "clip" / "open_clip_model.safetensors").stat().st_size
+    assert size < 4 * 49408 * 32, "the embeddings alone are larger"
 
 
 def test_clip_loss_at_chance_is_log_of_the_batch():
@@ -110,23 +145,22 @@ def test_clip_loss_at_chance_is_log_of_the_batch():
 
 @torch.no_grad()
 def test_several_contexts_are_one_batch():
-    torch.manual_seed(0)
-    unet = UNet.create(
-        sample_size=8,
-        channels=4,
-        context_dim=16,
-        block_out_channels=(16, 16),
-        attention=(False, True),
-        layers_per_block=1,
-        num_heads=2,
-        norm_num_groups=4,
-    ).eval()
+    unet = small_unet()
     x, contexts = torch.randn(3, 4, 8, 8), torch.randn(2, 3, 5, 16)
     both = unet(x, 10.0, contexts)
     assert both.shape == (2, 3, 4, 8, 8)
     for k in range(2):
         torch.testing.assert_close(both[k], unet(x, 10.0, contexts[k]), rtol=1e-4, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_plain_attention_computes_the_same():
+    unet = small_unet()
+    x, context = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16)
+    fused = unet(x, 10.0, context)
+    unet.use_plain_attention()
+    torch.testing.assert_close(unet(x, 10.0, context), fused, rtol=1e-4, atol=1e-5)
 
 
 def test_pictures_round_trip():

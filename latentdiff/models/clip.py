@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 VOCABULARY = 49408
+_EMBEDDING = "token_embedding.weight"
 
 
 class Clip(nn.Module):
@@ -60,10 +61,24 @@ class Clip(nn.Module):
         return image_features, text_features, scale
 
     def save(self, directory: Path) -> None:
-        """Write open_clip's format: its model config as JSON and the weights as safetensors."""
+        """Write open_clip's format: its model config as JSON and the weights as safetensors.
+
+        The token embeddings, most of a small model's weights, are left out: no later stage changes them, so those
+        of the model's text encoder serve both.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": self.config}, indent=1))
-        save_model(self.towers, directory / "open_clip_model.safetensors")
+        (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": self.config}, indent=1) + "\n")
+        state = {name: tensor.contiguous() for name, tensor in self.towers.state_dict().items() if name != _EMBEDDING}
+        save_file(state, directory / "open_clip_model.safetensors")
+
+    @classmethod
+    def load(cls, directory: Path, token_embedding: Tensor) -> Clip:
+        """What `save` wrote, with the (vocabulary, width) embeddings of the text encoder it belongs to."""
+        config = json.loads((directory / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+        module = cls(config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"]))
+        state = load_file(directory / "open_clip_model.safetensors")
+        module.towers.load_state_dict(state | {_EMBEDDING: token_embedding})
+        return module.eval()
 
     def loss(self, image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
         """Contrastive loss in nats over the batch: log(B) for embeddings that say nothing."""

@@ -50,6 +50,8 @@ class TextEncoder(nn.Module):
     def save(self, directory: Path) -> None:
         """Write tokenizer/ and text_encoder/."""
         self.tokenizer.save_pretrained(directory / "tokenizer")
+        # the same file again without white space, which is half of it
+        self.tokenizer.backend_tokenizer.save(str(directory / "tokenizer" / "tokenizer.json"), pretty=False)
         self.model.save_pretrained(directory / "text_encoder", safe_serialization=True)
 
 

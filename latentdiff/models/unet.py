@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 
@@ -59,6 +60,14 @@ class UNet(nn.Module):
     def _predict(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         output: Tensor = self.model(x, torch.as_tensor(t, device=x.device), context, return_dict=False)[0]
         return output
+
+    def use_plain_attention(self) -> None:
+        """Attention as two matrix products and a softmax.
+
+        For training on a CPU: there the backward of torch's fused attention is the slowest part of a step on maps as
+        small as ours; without it a step takes a quarter to a third less time.
+        """
+        self.model.set_attn_processor(AttnProcessor())
 
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""

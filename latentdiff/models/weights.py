@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from latentdiff.errors import ModelError, UnsafeError
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
+
+if TYPE_CHECKING:
+    from latentdiff.models.clip import Clip
 
 KNOWN_CLASSES = {
     "vae": {"AutoencoderKL"},
@@ -150,6 +153,22 @@ def load_unet(directory: Path) -> UNet:
     from diffusers import UNet2DConditionModel
 
     return UNet(_pretrained(UNet2DConditionModel, directory, "unet", use_safetensors=True)).eval()
+
+
+def load_clip(directory: Path) -> Clip:
+    """The contrastive towers that the text encoder of a model folder comes from."""
+    from safetensors import safe_open
+
+    from latentdiff.models.clip import Clip  # open_clip takes seconds to import
+
+    if not (directory / "clip").is_dir():
+        raise ModelError(f"this model has no clip/ of its own ({directory})")
+    try:
+        with safe_open(directory / "text_encoder" / "model.safetensors", "pt") as weights:
+            (name,) = (key for key in weights.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
+            return Clip.load(directory / "clip", weights.get_tensor(name))
+    except Exception as error:
+        raise ModelError(f"cannot load clip ({directory}): {' '.join(str(error).split())[:200]}") from error
 
 
 def folder_hash(directory: Path) -> str:
