@@ -8,7 +8,7 @@ import typer
 from typer._click.exceptions import ClickException
 
 from latentdiff import __version__
-from latentdiff.cli import evaluate, generate, info, train
+from latentdiff.cli import convert, evaluate, generate, info, train
 from latentdiff.errors import LatentDiffError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("train")(train.train)
 app.add_typer(evaluate.app, name="evaluate")
+app.command("convert")(convert.convert)
 app.command("info")(info.info)
 
 
