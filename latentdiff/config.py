@@ -31,6 +31,7 @@ class Training(_Section):
     learning_rate: float = Field(1e-3, gt=0)
     lr_warmup_steps: int = Field(200, ge=0)
     lr_decay: float = Field(0.3, ge=0, le=1, description="last share of the steps, in which the rate falls to 0")
+    optimizer: Literal["adamw", "muon"] = "adamw"
     adam_beta2: float = Field(0.99, gt=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

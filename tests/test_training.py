@@ -16,7 +16,7 @@ from latentdiff.errors import ModelError, NonFiniteError
 from latentdiff.training.checkpoint import checkpoints
 from latentdiff.training.denoiser import ConditionedNetwork, DenoiserStage, LatentSet
 from latentdiff.training.ema import ema_of
-from latentdiff.training.optim import trapezoid
+from latentdiff.training.optim import optimizer_of, trapezoid
 from latentdiff.training.run import run_stage
 
 from .conftest import ROOT
@@ -61,18 +61,33 @@ class KilledError(Exception):
     pass
 
 
-def test_stopped_and_resumed_is_bitwise_the_same(tmp_path):
-    run(tmp_path / "whole")
+class PictureStage:
+    """A convolution between two matrices: every kind of parameter that an optimizer treats in its own way."""
 
-    class Stopping(LineStage):
+    def __init__(self):
+        torch.manual_seed(0)
+        self.module = nn.Sequential(nn.Linear(8, 8), nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 8, 1), nn.Flatten())
+
+    def batch(self, index):
+        return torch.randn(8, 8, generator=torch.Generator().manual_seed(index))
+
+    def loss(self, module, batch):
+        return ((module(batch) - batch.flip(1)) ** 2).mean()
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), [(LineStage, "adamw"), (PictureStage, "muon")])
+def test_stopped_and_resumed_is_bitwise_the_same(tmp_path, stage, optimizer):
+    run(tmp_path / "whole", stage(), optimizer=optimizer)
+
+    class Stopping(stage):
         def batch(self, index):
             if index == 25:
                 raise KilledError
             return super().batch(index)
 
     with pytest.raises(KilledError):
-        run(tmp_path / "parts", Stopping())
-    run(tmp_path / "parts")
+        run(tmp_path / "parts", Stopping(), optimizer=optimizer)
+    run(tmp_path / "parts", stage(), optimizer=optimizer)
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
     logged = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
@@ -132,6 +147,27 @@ def test_ema_is_its_recurrence():
         decay = min(0.5, (1 + n) / (10 + n))
         expected = float(n) if n == 0 else expected + (1 - decay) * (n - expected)
     assert float(ema.module.weight.detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_muon_moves_matrices_by_an_orthogonal_step():
+    """0.2 sqrt(larger side) times a matrix whose singular values are near 1: the root mean square of Adam's step."""
+    module = nn.Linear(12, 48)
+    settings = Training(optimizer="muon", learning_rate=0.01, weight_decay=0)
+    optimizer = optimizer_of(module, settings)
+    before = [p.detach().clone() for p in module.parameters()]
+    module(torch.randn(64, 12, generator=torch.Generator().manual_seed(0))).square().mean().backward()
+    optimizer.step()
+    weight, bias = (p.detach() - old for p, old in zip(module.parameters(), before, strict=True))
+    values = torch.linalg.svdvals(weight) / (0.01 * 0.2 * 48**0.5)
+    assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
+    torch.testing.assert_close(bias.abs(), torch.full_like(bias, 0.01 * (1 + 0.9)), rtol=1e-3, atol=0)  # NAdam's first
+
+
+def test_vectors_are_not_decayed():
+    module = nn.Linear(8, 8)
+    for name in ("adamw", "muon"):
+        for group in optimizer_of(module, Training(optimizer=name, weight_decay=0.5)).param_groups:
+            assert group["weight_decay"] == (0.5 if group["params"][0] is module.weight else 0)
 
 
 def test_learning_rate_is_a_trapezoid():

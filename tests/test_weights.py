@@ -68,9 +68,26 @@ def test_unknown_class_is_refused(folder):
     assert "unet is of unknown class Model" in refusal(folder, UnsafeError)
 
 
-def test_absurd_size_is_refused(folder):
-    edit(folder / "unet" / "config.json", cross_attention_dim=10**9)
-    assert "cross_attention_dim = 1000000000 is absurd" in refusal(folder, ModelError)
+@pytest.mark.parametrize(
+    ("part", "key", "value"), [("unet", "cross_attention_dim", 10**9), ("text_encoder", "num_hidden_layers", 5000)]
+)
+def test_absurd_number_is_refused(folder, part, key, value):
+    edit(folder / part / "config.json", **{key: value})
+    assert f"{key} = {value} is absurd" in refusal(folder, ModelError)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("unet", {"block_out_channels": [131072] * 3}),
+        ("vae", {"norm_num_groups": 1, "block_out_channels": [131072] * 2}),
+        ("text_encoder", {"vocab_size": 199_936}),
+    ],
+)
+def test_a_config_larger_than_its_weights_takes_no_memory(folder, part, change):
+    """Each number is a possible one; together they would ask for terabytes."""
+    edit(folder / part / "config.json", **change)
+    assert f"{part}/config.json describes" in refusal(folder, ModelError)
 
 
 def test_truncated_weights(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -35,6 +36,9 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """Run the command line; errors are one line on stderr and an exit code (see `latentdiff.errors`)."""
+    # libraries speak of loading in bars and tables of many lines; what they raise is told below
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         status = app(standalone_mode=False)
     except LatentDiffError as error:

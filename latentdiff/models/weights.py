@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from latentdiff.errors import ModelError, UnsafeError
@@ -29,6 +31,7 @@ KNOWN_CLASSES = {
     "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"},
 }
 LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
+LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
 _ASKS_TO_RUN_CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "trust_remote_code")
 
 
@@ -81,15 +84,9 @@ def _check_json(file: Path, directory: Path) -> None:
             raise UnsafeError(f"model directory asks to run code ({key} in {name}). latentdiff never does this")
         if key == "weight_map" and any("/" in str(v) or "\\" in str(v) for v in dict(value).values()):
             raise UnsafeError(f"{name} names shards outside its folder ({directory})")
-        if (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and abs(value) > LARGEST_NUMBER
-            and key != "total_size"
-        ):
-            raise ModelError(
-                f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {LARGEST_NUMBER}"
-            )
+        largest = LARGEST_DEPTH if "layers" in key else LARGEST_NUMBER
+        if isinstance(value, int) and abs(value) > largest and key != "total_size":
+            raise ModelError(f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {largest}")
 
 
 def _entries(tree: Any) -> Iterable[tuple[str, Any]]:
@@ -122,13 +119,41 @@ def _is_pickle(file: Path) -> bool:
     )
 
 
-def _pretrained(network: Any, directory: Path, part: str, **options: Any) -> Any:
-    """from_pretrained of a checked folder: local, safetensors only; one line of error."""
+@contextmanager
+def _loading(part: str, directory: Path) -> Iterator[None]:
+    """Whatever a library raises while it reads a part becomes a ModelError of one line."""
     try:
-        return network.from_pretrained(directory / part, local_files_only=True, **options)
+        yield
+    except ModelError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"cannot load {part} ({directory}): {reason}") from error
+
+
+def _pretrained(network: Any, directory: Path, part: str) -> Any:
+    """from_pretrained of a part of a checked folder: local, safetensors only."""
+    with _loading(part, directory):
+        _check_size(network, directory, part)
+        return network.from_pretrained(directory / part, local_files_only=True, use_safetensors=True)
+
+
+def _check_size(network: Any, directory: Path, part: str) -> None:
+    """Refuse a config that describes a larger network than the weights fill, before memory is taken for it.
+
+    Twice as large, not merely larger: the loaders name what does not fit, and old checkpoints may lack a buffer.
+    """
+    folder = directory / part
+    with torch.device("meta"):
+        if hasattr(network, "load_config"):  # diffusers
+            skeleton = network.from_config(network.load_config(folder, local_files_only=True))
+        else:
+            skeleton = network(network.config_class.from_pretrained(folder, local_files_only=True))
+    described, held = sum(p.numel() for p in skeleton.parameters()), parameter_counts(directory).get(part, 0)
+    if described > 2 * held:
+        raise ModelError(
+            f"{part}/config.json describes {described:,} parameters, its weights hold {held:,} ({directory})"
+        )
 
 
 def load_autoencoder(directory: Path) -> Autoencoder | IdentityAutoencoder:
@@ -137,22 +162,23 @@ def load_autoencoder(directory: Path) -> Autoencoder | IdentityAutoencoder:
 
     if not (directory / "vae").is_dir():
         return IdentityAutoencoder(json.loads((directory / "unet" / "config.json").read_text())["in_channels"])
-    return Autoencoder(_pretrained(AutoencoderKL, directory, "vae", use_safetensors=True)).eval()
+    return Autoencoder(_pretrained(AutoencoderKL, directory, "vae")).eval()
 
 
 def load_text_encoder(directory: Path) -> TextEncoder:
     """Tokenizer and CLIP text model of a model folder."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    tokenizer = _pretrained(CLIPTokenizer, directory, "tokenizer")
-    return TextEncoder(tokenizer, _pretrained(CLIPTextModel, directory, "text_encoder", use_safetensors=True)).eval()
+    with _loading("tokenizer", directory):
+        tokenizer = CLIPTokenizer.from_pretrained(directory / "tokenizer", local_files_only=True)
+    return TextEncoder(tokenizer, _pretrained(CLIPTextModel, directory, "text_encoder")).eval()
 
 
 def load_unet(directory: Path) -> UNet:
     """The U-Net of a model folder."""
     from diffusers import UNet2DConditionModel
 
-    return UNet(_pretrained(UNet2DConditionModel, directory, "unet", use_safetensors=True)).eval()
+    return UNet(_pretrained(UNet2DConditionModel, directory, "unet")).eval()
 
 
 def load_clip(directory: Path) -> Clip:
@@ -161,14 +187,9 @@ def load_clip(directory: Path) -> Clip:
 
     from latentdiff.models.clip import Clip  # open_clip takes seconds to import
 
-    if not (directory / "clip").is_dir():
-        raise ModelError(f"this model has no clip/ of its own ({directory})")
-    try:
-        with safe_open(directory / "text_encoder" / "model.safetensors", "pt") as weights:
-            (name,) = (key for key in weights.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
-            return Clip.load(directory / "clip", weights.get_tensor(name))
-    except Exception as error:
-        raise ModelError(f"cannot load clip ({directory}): {' '.join(str(error).split())[:200]}") from error
+    with _loading("clip", directory), safe_open(directory / "text_encoder" / "model.safetensors", "pt") as weights:
+        (name,) = (key for key in weights.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
+        return Clip.load(directory / "clip", weights.get_tensor(name))
 
 
 def folder_hash(directory: Path) -> str:

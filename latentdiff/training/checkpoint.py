@@ -66,8 +66,14 @@ def load_checkpoint(path: Path, trained: Trained) -> dict[str, Any]:
 
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Tensors only: what else an optimizer notes about a parameter follows from its shape."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": tensor for index, slots in state.items() for name, tensor in slots.items()}
+    return {
+        f"{index}.{name}": value
+        for index, slots in state.items()
+        for name, value in slots.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from latentdiff.config import Training
 from latentdiff.training.checkpoint import Trained, checkpoints, load_checkpoint, save_checkpoint
 from latentdiff.training.ema import ema_of
 from latentdiff.training.loop import Optimisation, Stage, TrainStep, train_steps
-from latentdiff.training.optim import adamw, trapezoid
+from latentdiff.training.optim import optimizer_of, trapezoid
 
 Report = Callable[[int, nn.Module], dict[str, float]]
 
@@ -30,7 +30,7 @@ def run_stage(
     `validation_steps` and at the end; what it returns is logged.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    optimizer = adamw(stage.module.parameters(), settings.learning_rate, settings.adam_beta2, settings.weight_decay)
+    optimizer = optimizer_of(stage.module, settings)
     module, optimizer = accelerator.prepare(stage.module, optimizer)
     ema = ema_of(accelerator.unwrap_model(module), settings.ema_decay)
     trained = Trained(accelerator.unwrap_model(module), ema, optimizer)

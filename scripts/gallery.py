@@ -1,0 +1,44 @@
+"""Draw the README's pictures: eight prompts with the default model, seed 1, unpicked, and print their table.
+
+    python scripts/gallery.py [MODEL]
+
+Each is shown three times as large, by nearest neighbour, so that what is seen is what was drawn.
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+
+PROMPTS = (
+    "a red circle above a blue square",
+    "three green stars",
+    "a yellow cross to the left of a pink triangle",
+    "a large orange ring",
+    "a cyan star and a purple square on a black background",
+    "four blue triangles",
+    "a green ring below a red star",
+    "a pink cross",  # a pair that training never drew
+)
+FOLDER = Path(__file__).parent.parent / "assets" / "gallery"
+
+
+def main() -> None:
+    pipe = LatentDiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else None)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    cells = []
+    for number, prompt in enumerate(PROMPTS, 1):
+        image = pipe(prompt, seed=1).images[0]
+        path = FOLDER / f"{number}.png"
+        image.resize((image.width * 3, image.height * 3), Image.Resampling.NEAREST).save(path, optimize=True)
+        cells.append(f"![{prompt}](assets/gallery/{path.name})<br>{prompt}")
+    for first in range(0, len(cells), 4):
+        print("| " + " | ".join(cells[first : first + 4]) + " |")
+        if first == 0:
+            print("|" + " --- |" * 4)
+
+
+if __name__ == "__main__":
+    main()
