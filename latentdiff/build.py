@@ -5,7 +5,8 @@ Networks come from `models`, pictures from `data`, losses from `training`; none 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentdiff.config import Config
+from latentdiff.config import Config, flat, load_config
 from latentdiff.config import Schedule as ScheduleSettings
 from latentdiff.data import oracle, scenes
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.schedule import NoiseSchedule, schedule_named
+from latentdiff.errors import ConfigError, DataError
 from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
 from latentdiff.images import luminance, to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
@@ -32,6 +34,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.models.weights import load_autoencoder, load_text_encoder, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 from latentdiff.training.autoencoder import AutoencoderStage, psnr
+from latentdiff.training.checkpoint import checkpoints
 from latentdiff.training.clip import CaptionedPicture, ClipStage
 from latentdiff.training.denoiser import ConditionedNetwork, DenoiserStage, LatentSet
 from latentdiff.training.run import run_stage
@@ -65,6 +68,78 @@ def readable(config: Config) -> bool:
     return config.image_size == scenes.SIZE and not config.data.grey
 
 
+# --- the networks a config describes -------------------------------------------------------------------
+
+
+def new_autoencoder(config: Config) -> AnyAutoencoder:
+    """With random weights; `identity` has none."""
+    settings = config.autoencoder
+    if settings.kind == "identity":
+        return IdentityAutoencoder(_channels(config))
+    return Autoencoder.create(
+        settings.block_out_channels,
+        settings.layers_per_block,
+        settings.latent_channels,
+        settings.norm_num_groups,
+        _channels(config),
+    )
+
+
+def new_clip(config: Config) -> Clip:
+    """Both towers with random weights."""
+    return Clip.create(image_size=config.image_size, **config.clip.model_dump(exclude={"training"}))
+
+
+def new_unet(config: Config, channels: int, side: int) -> UNet:
+    """A U-Net with random weights for latents (channels, side, side) and the text encoder's contexts."""
+    settings = config.denoiser
+    return UNet.create(
+        sample_size=side,
+        channels=channels,
+        context_dim=config.clip.text_width,
+        block_out_channels=settings.block_out_channels,
+        attention=settings.attention,
+        layers_per_block=settings.layers_per_block,
+        num_heads=settings.num_heads,
+        norm_num_groups=settings.norm_num_groups,
+    )
+
+
+def check_networks(config: Config) -> None:
+    """Build every network and run it once, without memory or arithmetic: sizes that do not fit together are known
+    before hours of training. Raises ConfigError.
+    """
+    side, crop = config.image_size, min(config.autoencoder.crop, config.image_size)
+    with torch.device("meta"):
+        with _described("autoencoder"):
+            autoencoder = new_autoencoder(config)
+            if side % autoencoder.factor or crop % autoencoder.factor:
+                raise ConfigError(f"image_size and autoencoder.crop must be multiples of {autoencoder.factor}")
+            autoencoder.decode(autoencoder.encode(torch.zeros(1, _channels(config), crop, crop))[0])
+        with _described("clip"):
+            new_clip(config)(torch.zeros(2, 3, side, side), torch.zeros(2, config.clip.max_length, dtype=torch.long))
+        with _described("denoiser"):
+            latents = torch.zeros(
+                1, autoencoder.latent_channels, side // autoencoder.factor, side // autoencoder.factor
+            )
+            unet = new_unet(config, latents.shape[1], latents.shape[2])
+            if latents.shape[2] % unet.factor:
+                raise ConfigError(f"latents of side {latents.shape[2]} must be a multiple of the U-Net's {unet.factor}")
+            unet(latents, 0, torch.zeros(1, config.clip.max_length, config.clip.text_width))
+
+
+@contextmanager
+def _described(section: str) -> Iterator[None]:
+    """What a network of this section of the config raises, in one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{section}: no network can be built as the config describes it: {reason}") from error
+
+
 # --- stage 1: the autoencoder --------------------------------------------------------------------------
 
 
@@ -75,13 +150,8 @@ def train_autoencoder(config: Config, run: Path) -> None:
         return
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)  # initial weights are drawn by torch's modules themselves
-    module = Autoencoder.create(
-        settings.block_out_channels,
-        settings.layers_per_block,
-        settings.latent_channels,
-        settings.norm_num_groups,
-        _channels(config),
-    ).to(memory_format=torch.channels_last)
+    module = new_autoencoder(config).to(memory_format=torch.channels_last)
+    assert isinstance(module, Autoencoder)
     crop = min(settings.crop, config.image_size)
     stage = AutoencoderStage(
         module,
@@ -136,8 +206,7 @@ def train_clip(config: Config, run: Path) -> None:
     settings = config.clip
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
-    fields = settings.model_dump(exclude={"training"})
-    module = Clip.create(image_size=config.image_size, **fields)
+    module = new_clip(config)
     tokenizer = clip_tokenizer(settings.max_length)
     to_ids = partial(tokenize, tokenizer)
     stage = ClipStage(
@@ -199,22 +268,17 @@ def noise_schedule(settings: ScheduleSettings) -> NoiseSchedule:
 def train_denoiser(config: Config, run: Path) -> None:
     """Train the U-Net (and the text encoder, by choice) on cached latents; completes `run/model`."""
     settings = config.denoiser
+    for stage_before, part in (("autoencoder", run / "model" / "vae"), ("clip", run / "clip" / "text_encoder")):
+        if not part.is_dir() and not (stage_before == "autoencoder" and config.autoencoder.kind == "identity"):
+            raise ConfigError(f"the denoiser needs the {stage_before} of the same run ({part}). Train that stage first")
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     identity = config.autoencoder.kind == "identity"
-    autoencoder = IdentityAutoencoder(_channels(config)) if identity else load_autoencoder(run / "model")
+    autoencoder = new_autoencoder(config) if identity else load_autoencoder(run / "model")
     text_encoder = load_text_encoder(run / "clip")
+    made_from = f"{weights_hash(autoencoder)} {weights_hash(text_encoder)}"
     latents = cached_latents(config, run / "cache", autoencoder, text_encoder, accelerator.device)
     torch.manual_seed(config.seed)
-    unet = UNet.create(
-        sample_size=latents.mean.shape[-1],
-        channels=latents.mean.shape[1],
-        context_dim=text_encoder.model.config.hidden_size,
-        block_out_channels=settings.block_out_channels,
-        attention=settings.attention,
-        layers_per_block=settings.layers_per_block,
-        num_heads=settings.num_heads,
-        norm_num_groups=settings.norm_num_groups,
-    ).to(memory_format=torch.channels_last)
+    unet = new_unet(config, latents.mean.shape[1], latents.mean.shape[-1]).to(memory_format=torch.channels_last)
     if accelerator.device.type == "cpu":
         unet.use_plain_attention()
     schedule = noise_schedule(settings.schedule)
@@ -230,7 +294,7 @@ def train_denoiser(config: Config, run: Path) -> None:
         device=accelerator.device,
     )
     report = partial(_denoiser_report, config, run / "denoiser" / "samples", autoencoder)
-    trained = run_stage(accelerator, stage, settings.training, run / "denoiser", report)
+    trained = run_stage(accelerator, stage, settings.training, run / "denoiser", report, made_from)
     assert isinstance(trained, ConditionedNetwork)
     assemble(config, trained, autoencoder).save_pretrained(run / "model")
 
@@ -244,7 +308,7 @@ def cached_latents(
     The file's name holds a hash of the autoencoder's weights and what the set is: another model or set is another file.
     """
     autoencoder.to(device)
-    shown = f"{config.data.count}x{config.image_size}{'-grey' if config.data.grey else ''}"
+    shown = f"{config.data.count}x{config.image_size}{'-grey' if config.data.grey else ''}-{text_encoder.max_length}"
     path = cache / f"latents-{weights_hash(autoencoder)[:16]}-seed{config.seed}-{shown}.safetensors"
     if not path.exists():
         parts = [
@@ -255,7 +319,10 @@ def cached_latents(
         partial_path = path.with_suffix(".tmp")
         save_file({name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}, partial_path)
         partial_path.rename(path)
-    return LatentSet(**load_file(path))
+    try:
+        return LatentSet(**load_file(path))
+    except Exception as error:
+        raise DataError(f"cached latents cannot be read ({path}). Delete the file; they are made again") from error
 
 
 def _encode_scenes(
@@ -317,4 +384,31 @@ def _preview_row(config: Config, pipe: LatentDiffusionPipeline, category: str) -
     return pictures
 
 
+def check_unchanged(config: Config, run: Path) -> None:
+    """Refuse to go on with a stage under other settings than it was begun with. Raises ConfigError.
+
+    How long, how often saved and how drawn may change, and everything of a stage that has no checkpoint yet.
+    """
+    path = run / "config.toml"
+    begun = [name for name in STAGES if checkpoints(run / name / "checkpoints")]
+    if not begun or not path.is_file():
+        return
+    before, now = flat(load_config(path)), flat(config)
+    for key, value in now.items():
+        section, name = key.split(".")[0], key.split(".")[-1]
+        free = section in ("name", "recommended") or name in FREE or (section in STAGES and section not in begun)
+        if value != before[key] and not free:
+            raise ConfigError(
+                f"{key} is {value!r}, but this run was begun with {before[key]!r} ({path}). Choose another run folder"
+            )
+
+
+FREE = (
+    "max_train_steps",
+    "lr_decay",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "preview_pictures",
+)
 STAGES = {"autoencoder": train_autoencoder, "clip": train_clip, "denoiser": train_denoiser}

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentdiff.errors import ConfigError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Training(_Section):
@@ -108,8 +108,8 @@ class Recommended(_Section):
 
     num_inference_steps: int = Field(20, ge=1, le=1000)
     guidance_scale: float = Field(3.0, ge=0, le=100)
-    sampler: str = "ddim"
-    spacing: str = "trailing"
+    sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = "ddim"
+    spacing: Literal["trailing", "leading", "linspace", "karras", "uniform"] = "trailing"
 
 
 class Config(_Section):
@@ -125,6 +125,18 @@ class Config(_Section):
     denoiser: Denoiser = Denoiser()
     recommended: Recommended = Recommended()
 
+    @model_validator(mode="after")
+    def _steps_there_are(self) -> Config:
+        if self.recommended.num_inference_steps > self.denoiser.schedule.num_train_timesteps:
+            raise ValueError("recommended.num_inference_steps is more than denoiser.schedule.num_train_timesteps")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_twins(self) -> Config:
+        if self.clip.training.train_batch_size % 2:
+            raise ValueError("clip.training.train_batch_size must be even: half a batch are twins of the other half")
+        return self
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file; overrides are `section.key=value` with TOML values. Raises ConfigError."""
@@ -132,7 +144,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config ({path}): {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path.name}: not valid TOML: {error}") from None
     for override in overrides:
         _set(tree, override)
@@ -153,7 +165,26 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(f'{source}: unknown key "{key}"{_suggestion(key)}') from None
-        raise ConfigError(f'{source}: key "{key}": {first["msg"].lower()} (got {first["input"]!r})') from None
+        message = first["msg"].removeprefix("Value error, ")
+        if not key:  # of several keys together
+            raise ConfigError(f"{source}: {message}") from None
+        shown = repr(first["input"])
+        raise ConfigError(f'{source}: key "{key}": {message[0].lower() + message[1:]} (got {shown[:60]})') from None
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every value by its dotted key."""
+    found: dict[str, Any] = {}
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[prefix + key] = value
+
+    walk(config.model_dump(), "")
+    return found
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -167,6 +198,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
     *sections, name = key.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section")
     tree[name] = parsed
 
 
@@ -180,7 +213,7 @@ def _with_tuples(value: Any) -> Any:
 def _suggestion(key: str) -> str:
     *sections, name = key.split(".")
     section: type[BaseModel] = Config
-    for part in sections:
+    for part in sections:  # parents are known, or the parent would have been the fault
         annotation = section.model_fields[part].annotation
         assert isinstance(annotation, type)
         section = annotation

@@ -1,7 +1,8 @@
 """What a picture says about how it was made: A1111's `parameters` line and everything as JSON.
 
 Two text chunks of a PNG. `parameters` is what the tools of this field read; `latentdiff` is the whole request with
-its defaults, the model's hash, the versions, runtime and device, from which the picture can be made again.
+its defaults, the model's hash, the versions, runtime and device, from which the picture can be made again (unless
+it was drawn from latents of the caller's own, which is noted).
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ _SPACING_NAMES = {"karras": "Karras", "uniform": "Exponential"}
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """One picture's record. `request` is the call's, with defaults; `seed` and `index` are this picture's."""
+    """One picture's record. `request` is the call's, with defaults; `seed` and `index` are this picture's.
+
+    `own_latents`: the initial noise was the caller's, not that of the seed.
+    """
 
     request: dict[str, Any]
     index: int
@@ -46,6 +50,7 @@ class ImageMetadata:
     device: str
     dtype: str
     versions: dict[str, str]
+    own_latents: bool = False
 
 
 def installed_versions() -> dict[str, str]:
@@ -112,12 +117,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             image.load()
             texts = {k: v for k, v in image.info.items() if k in ("parameters", "latentdiff") and isinstance(v, str)}
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"not a readable picture ({path}): {error}") from None
     found: dict[str, Any] = dict(texts)
     if "latentdiff" in found:
         try:
             found["latentdiff"] = json.loads(found["latentdiff"])
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"its latentdiff record is not JSON ({path})") from None
     return found

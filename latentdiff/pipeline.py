@@ -120,9 +120,17 @@ class LatentDiffusionPipeline:
         """Where the networks are."""
         return next(self.unet.parameters()).device
 
+    @property
+    def image_channels(self) -> int:
+        """3 for colour, 1 for grey."""
+        return self.autoencoder.image_channels
+
     def request(self, prompt: str, **settings: Any) -> Request:
         """A validated request with the model's recommended settings where none are given."""
-        return request(prompt=prompt, **{**self.card.defaults, **settings})
+        asked = request(prompt=prompt, **{**self.card.defaults, **settings})
+        if asked.num_inference_steps > self.schedule.T:
+            raise ConfigError(f"num_inference_steps: the model has {self.schedule.T} (got {asked.num_inference_steps})")
+        return asked
 
     def __call__(
         self,
@@ -142,13 +150,17 @@ class LatentDiffusionPipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(f"unknown output_type {output_type!r}; one of {', '.join(OUTPUT_TYPES)}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if "num_images" in settings:
+            raise ConfigError("num_images is num_images_per_prompt here")
+        prompts = _prompts(prompt)
         fields = {**settings, "num_images": num_images_per_prompt, "negative_prompt": negative_prompt or ""}
         jobs: list[Job] = []
         for one in prompts:
             asked = self.request(one, **fields)
             jobs += jobs_of(asked)
             fields["seed"] = asked.seed + num_images_per_prompt  # the next prompt goes on counting
+        if latents is not None:
+            latents = self._own_latents(latents, jobs)
         batches = list(self.batches(jobs, output_type, latents))
         return Output(
             _joined([batch.images for batch in batches]),
@@ -164,7 +176,7 @@ class LatentDiffusionPipeline:
             own = None if latents is None else latents[first : first + size]
             for step in self.steps(batch, own):
                 final = step.x
-            yield self.finish(batch, final, output_type)
+            yield self.finish(batch, final, output_type, own_latents=own is not None)
 
     def stream(self, prompt: str, **settings: Any) -> Iterator[Step]:
         """Every sampling step of one prompt's first batch: `step.x`, `step.x0` are latents; `decode` shows them."""
@@ -180,34 +192,49 @@ class LatentDiffusionPipeline:
         import torch
 
         asked = jobs[0].request
-        height, width = self.size(asked)
-        shape = (self.autoencoder.latent_channels, height // self.autoencoder.factor, width // self.autoencoder.factor)
+        shape = self._latent_shape(asked)
 
         def drawn(purpose: str, number: int = 0) -> torch.Tensor:
             stack = np.stack([noise.normal(shape, job.seed, purpose, step=number) for job in jobs])
             return torch.from_numpy(stack).to(self.device)
 
         levels = self.schedule.levels(asked.num_inference_steps, asked.spacing)
-        x = drawn("initial latents") if latents is None else torch.as_tensor(latents, device=self.device)
-        if tuple(x.shape) != (len(jobs), *shape):
-            raise ConfigError(f"latents must be of shape {(len(jobs), *shape)} (got {tuple(x.shape)})")
+        x = drawn("initial latents") if latents is None else latents
         yield from _sampler(asked)(self._denoiser(jobs), x.float(), levels, partial(drawn, "sampling noise"))
 
-    def finish(self, jobs: Sequence[Job], latents: torch.Tensor, output_type: str = "pil") -> Output:
+    def _latent_shape(self, asked: Request) -> tuple[int, int, int]:
+        height, width = self.size(asked)
+        return self.autoencoder.latent_channels, height // self.autoencoder.factor, width // self.autoencoder.factor
+
+    def _own_latents(self, latents: Any, jobs: Sequence[Job]) -> torch.Tensor:
+        """The caller's initial noise on the device, one for each picture. Raises ConfigError."""
+        import torch
+
+        shape = (len(jobs), *self._latent_shape(jobs[0].request))
+        try:
+            own = torch.as_tensor(latents, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(f"latents must be a tensor of shape {shape} (got {type(latents).__name__})") from None
+        if tuple(own.shape) != shape:
+            raise ConfigError(f"latents must be of shape {shape} (got {tuple(own.shape)})")
+        return own
+
+    def finish(
+        self, jobs: Sequence[Job], latents: torch.Tensor, output_type: str = "pil", *, own_latents: bool = False
+    ) -> Output:
         """Decode final latents and record how each picture was made. Raises NonFiniteError."""
         import torch
 
         seeds = [job.seed for job in jobs]
-        if not torch.isfinite(latents).all():
-            raise NonFiniteError(
-                f"sampling gave non-finite latents (seeds {seeds}). Try float32 or a lower guidance scale"
-            )
         images: Any = latents if output_type == "latent" else self.decode(latents)
+        if not (torch.isfinite(latents).all() and torch.isfinite(images).all()):
+            what = "sampling" if not torch.isfinite(latents).all() else "decoding"
+            raise NonFiniteError(f"{what} gave non-finite numbers (seeds {seeds}). Try float32 or less guidance")
         if output_type in ("pil", "np"):
             images = to_uint8(images)
         if output_type == "pil":
             images = [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in images]
-        return Output(images, seeds, [self._record(job) for job in jobs])
+        return Output(images, seeds, [self._record(job, own_latents) for job in jobs])
 
     def reconstruct(self, pictures: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) encoded to the posterior's mean and decoded again."""
@@ -274,7 +301,7 @@ class LatentDiffusionPipeline:
         lowest = min(*SIDES, *self.card.size)
         return check_size("height", height, multiple, lowest), check_size("width", width, multiple, lowest)
 
-    def _record(self, job: Job) -> ImageMetadata:
+    def _record(self, job: Job, own_latents: bool) -> ImageMetadata:
         height, width = self.size(job.request)
         return ImageMetadata(
             request=job.request.model_dump(),
@@ -288,6 +315,7 @@ class LatentDiffusionPipeline:
             device=self.device.type,
             dtype=str(next(self.unet.parameters()).dtype).removeprefix("torch."),
             versions=installed_versions(),
+            own_latents=own_latents,
         )
 
 
@@ -297,9 +325,17 @@ def jobs_of(asked: Request) -> list[Job]:
 
 
 def _sampler(asked: Request) -> Any:
-    """The sampler by name, with eta where it is one of its arguments."""
+    """The sampler by name, with eta where it is asked for."""
     sampler: Any = SAMPLERS[asked.sampler]
-    return partial(sampler, eta=asked.eta) if asked.sampler == "ddim" else sampler
+    return sampler if asked.eta is None else partial(sampler, eta=asked.eta)
+
+
+def _prompts(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list. Raises ConfigError for none, or for what is not text."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
+    if not prompts or not all(isinstance(one, str) for one in prompts):
+        raise ConfigError(f"prompt must be text or a list of texts (got {str(prompt)[:40]!r})")
+    return prompts
 
 
 def _joined(batches: list[Any]) -> Any:

@@ -10,17 +10,22 @@ import json
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from latentdiff.diffusion.denoiser import PREDICTIONS
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentdiff.config import Recommended
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import ModelError
+from latentdiff.errors import ConfigError, ModelError
+from latentdiff.models.folder import folder_hash, picture_geometry
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_MODEL = "scenes-64"
+Model = TypeVar("Model", bound=BaseModel)
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -39,56 +44,106 @@ def load_pipeline(
     """See LatentDiffusionPipeline.from_pretrained."""
     import torch
 
-    from latentdiff.models import weights
+    from latentdiff.models import folder, weights
 
+    where = usable_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"torch_dtype must be a floating-point torch.dtype (got {dtype!r})")
     directory = default_model() if path is None else Path(path)
-    weights.check_folder(directory)
+    folder.check_folder(directory)
     schedule, prediction = read_scheduler(directory)
+    card = read_card(directory, schedule)
     autoencoder = weights.load_autoencoder(directory)
     text_encoder, unet = weights.load_text_encoder(directory), weights.load_unet(directory)
-    card = read_card(directory, weights.folder_hash(directory), unet.model.config.sample_size * autoencoder.factor)
     pipe = LatentDiffusionPipeline(autoencoder, text_encoder, unet, schedule, prediction, card)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype or torch.float32)
+    return pipe.to(where, dtype or torch.float32)
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, or CUDA where there is one. Raises ConfigError for one that cannot be computed on."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        raise ConfigError(f"device {name!r} cannot be used here. Try cpu") from None
+    return device
+
+
+class _Scheduler(BaseModel):
+    """What is read of a diffusers scheduler config; its other keys are of samplers, which are chosen by the call."""
+
+    model_config = ConfigDict(strict=True)
+
+    num_train_timesteps: int = Field(1000, ge=2, le=100_000)
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    beta_schedule: str = "linear"
+    beta_start: float = Field(0.0001, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    trained_betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    rescale_betas_zero_snr: bool | None = False
+
+
+class _Card(BaseModel):
+    """latentdiff.json."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200)
+    size: tuple[Annotated[int, Field(ge=8, le=2048)], Annotated[int, Field(ge=8, le=2048)]]
+    defaults: Recommended | None
+
+
+def _read(model: type[Model], path: Path) -> Model:
+    """A JSON file of a model folder, validated as data. Raises ModelError naming the first fault."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError:
+        raise ModelError(f"{path.parent.name}/{path.name} is missing ({path})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ModelError(f"{path.name}: {key}: {first['msg']} (got {str(first['input'])[:40]!r}) ({path})") from None
 
 
 def read_scheduler(directory: Path) -> tuple[NoiseSchedule, str]:
     """The noise schedule and the prediction of diffusers' scheduler config. Raises ModelError."""
     path = directory / "scheduler" / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ModelError(f"scheduler/scheduler_config.json is missing ({directory})") from None
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise ModelError(f"unknown prediction_type {prediction!r} ({path}). Known: {', '.join(PREDICTIONS)}")
-    return schedule_from_diffusers(config, path), prediction
+    config = _read(_Scheduler, path)
+    return _schedule(config, path), config.prediction_type
 
 
-def schedule_from_diffusers(config: dict[str, Any], path: Path) -> NoiseSchedule:
+def _schedule(config: _Scheduler, path: Path) -> NoiseSchedule:
     """The schedule of a diffusers scheduler config; `trained_betas` is how other kinds are written there."""
-    T = int(config.get("num_train_timesteps", 1000))
-    kind = config.get("beta_schedule", "linear")
-    if config.get("trained_betas") is not None:
-        import numpy as np
-
-        schedule = NoiseSchedule.from_betas(np.asarray(config["trained_betas"], np.float64))
+    T, kind = config.num_train_timesteps, config.beta_schedule
+    if config.trained_betas is not None:
+        if len(config.trained_betas) != T:
+            raise ModelError(f"trained_betas has {len(config.trained_betas)} entries for {T} times ({path})")
+        schedule = NoiseSchedule.from_betas(np.asarray(config.trained_betas, np.float64))
     elif kind == "squaredcos_cap_v2":
         schedule = NoiseSchedule.cosine(T)
     elif kind in ("linear", "scaled_linear"):
         make = NoiseSchedule.linear if kind == "linear" else NoiseSchedule.scaled_linear
-        schedule = make(T, config.get("beta_start", 0.0001), config.get("beta_end", 0.02))
+        schedule = make(T, config.beta_start, config.beta_end)
     else:
         raise ModelError(f"unknown beta_schedule {kind!r} ({path}). Known: {', '.join(_KINDS)}")
-    return schedule.zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
+    return schedule.zero_terminal_snr() if config.rescale_betas_zero_snr else schedule
 
 
-def read_card(directory: Path, digest: str, side: int) -> ModelCard:
-    """Name, size and recommended settings; a folder without latentdiff.json has diffusers' defaults."""
+def read_card(directory: Path, schedule: NoiseSchedule) -> ModelCard:
+    """Name, hash, size and recommended settings; a folder without latentdiff.json has diffusers' defaults."""
+    multiple, side = picture_geometry(directory)
     path = directory / "latentdiff.json"
     if not path.is_file():
-        return ModelCard(directory.resolve().name, digest, (side, side))
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return ModelCard(tree["name"], digest, tuple(tree["size"]), tree["defaults"])
+        return ModelCard(directory.resolve().name, folder_hash(directory), side)
+    card = _read(_Card, path)
+    if any(length % multiple for length in card.size):
+        raise ModelError(f"size {card.size} is not of multiples of {multiple} ({path})")
+    defaults = card.defaults.model_dump() if card.defaults else {}
+    if defaults.get("num_inference_steps", 1) > schedule.T:
+        raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {schedule.T} times ({path})")
+    return ModelCard(card.name, folder_hash(directory), card.size, defaults)
 
 
 def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
@@ -112,7 +167,7 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
         "requires_safety_checker": False,
     }
     _write_json(directory / "model_index.json", index)
-    card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults}
+    card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults or None}
     _write_json(directory / "latentdiff.json", card)
 
 
@@ -133,8 +188,6 @@ def scheduler_config(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
 
 def _described(schedule: NoiseSchedule) -> dict[str, Any]:
     """The kind and flags under which diffusers computes the same schedule, or its betas."""
-    import numpy as np
-
     known = {
         "linear": NoiseSchedule.linear(schedule.T),
         "scaled_linear": NoiseSchedule.scaled_linear(schedule.T),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
+from numbers import Integral
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentdiff.diffusion.noise import MAX_SEED
 from latentdiff.diffusion.samplers import SAMPLERS
@@ -14,6 +15,7 @@ from latentdiff.errors import ConfigError
 
 LONGEST_PROMPT = 10_000  # characters
 SIDES = (64, 2048)  # pixels
+WITH_ETA = ("ddim", "euler_ancestral")
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -36,7 +38,7 @@ class Request(BaseModel):
     guidance_interval: tuple[Finite, Finite] | None = None
     sampler: str = "ddim"
     spacing: str = "trailing"
-    eta: Finite = Field(0.0, ge=0, le=1)
+    eta: Annotated[Finite, Field(ge=0, le=1)] | None = None  # the sampler's own
     seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, le=MAX_SEED)
     num_images: int = Field(1, ge=1, le=10_000)
     batch_size: int = Field(8, ge=1, le=1024)
@@ -51,10 +53,18 @@ class Request(BaseModel):
     def _known_spacing(cls, value: str) -> str:
         return _one_of("spacing", value, SPACINGS)
 
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of every picture."""
-        return [self.seed + i for i in range(self.num_images)]
+    @field_validator("guidance_interval")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value and value[0] > value[1]:
+            raise ValueError("the lower end comes first")
+        return value
+
+    @model_validator(mode="after")
+    def _eta_has_a_meaning(self) -> Request:
+        if self.eta is not None and self.sampler not in WITH_ETA:
+            raise ValueError(f"eta is of {' and '.join(WITH_ETA)}, not of {self.sampler}")
+        return self
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
@@ -65,12 +75,16 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
 
 def request(**fields: Any) -> Request:
     """A validated request; the first fault is raised as a ConfigError in one line."""
+    if isinstance(fields.get("seed"), Integral) and not isinstance(fields["seed"], bool):
+        fields["seed"] = int(fields["seed"])  # NumPy's integers too
     try:
-        made = Request(**fields)
+        made = Request(**{name: value for name, value in fields.items() if (name, value) != ("seed", None)})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
+        if not name:  # of several fields together
+            raise ConfigError(message) from None
         got = repr(first["input"])
         shown = got if len(got) <= 40 else f"{got[:30]}... of {len(str(first['input']))} characters"
         raise ConfigError(f"{name}: {message} (got {shown})") from None

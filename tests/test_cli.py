@@ -1,11 +1,19 @@
 """The command line: files, streams and exit codes, as a user or a script sees them."""
 
+import io
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from .conftest import ROOT
 
 PROMPT = "a red circle above a blue square"
 
@@ -56,6 +64,7 @@ def test_composition_scores(command, tiny_model, tmp_path):
         shares = [scores[title][c]["mean"] for c in ("single", "two", "counting", "colors", "position", "binding")]
         assert scores[title]["overall"] == pytest.approx(np.mean(shares))
         assert f"overall       {np.mean(shares):.3f}" in text
+    assert scores["model"]["single"]["error"] is None, "one prompt has no spread"
 
 
 @pytest.fixture
@@ -78,27 +87,48 @@ def call(monkeypatch, capsys, tmp_path):
     ("words", "message"),
     [
         (("--sampler", "magic"), "sampler: unknown sampler 'magic'; one of ddpm, ddim"),
-        (("-W", 7), "width must be a multiple of 8 from 64 to 2048 (got 7)"),
-        (("-W", 0), "width must be a multiple of 8 from 64 to 2048 (got 0)"),
-        (("-H", 10**9), "height must be a multiple of 8 from 64 to 2048 (got 1000000000)"),
         (("--steps", 0), "num_inference_steps: input should be greater than or equal to 1 (got 0)"),
         (("--steps", 10**6), "num_inference_steps"),
         (("--cfg", "nan"), "guidance_scale: input should be a finite number (got nan)"),
         (("-s", -1), "seed"),
         (("-s", 2**64), "seed"),
         (("-N", 10**9), "num_images"),
+        (("--eta", 0.5, "--sampler", "unipc"), "eta is of ddim and euler_ancestral"),
         (("--steps", "many"), "valid integer"),
         (("--stepps", 3), "No such option: --stepps"),
         (("-o", "one.png", "-N", 2), "2 pictures do not go into one file"),
+        (("-o", "one.jpg"), "pictures are written as .png"),
+        (("-o", "/proc/one.png"), "cannot write to /proc/one.png"),
+        (("-o", "x" * 300 + ".png"), "cannot write to xxx"),
     ],
 )
 def test_bad_arguments_are_one_line_before_anything_loads(call, words, message):
-    """Exit 2, with a model path that does not exist: arguments are refused first."""
+    """Exit 2, with a model path that does not exist: arguments are refused first, and nothing is created."""
     code, err = call("generate", PROMPT, "-m", "nowhere", *words)
     assert code == 2
     assert message.lower() in err.lower()
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-W", 7), "width must be a multiple of 8 from 64 to 2048 (got 7)"),
+        (("-W", 0), "width must be a multiple of 8 from 64 to 2048 (got 0)"),
+        (("-H", 10**9), "height must be a multiple of 8 from 64 to 2048 (got 1000000000)"),
+        (("--device", "meta"), "device 'meta' cannot be used here"),
+        (("--dtype", "int8"), "unknown dtype 'int8'"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_its_weights_are_read(call, tiny_model, tmp_path, words, message):
+    for file in shutil.copytree(tiny_model, tmp_path / "model").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])  # would be exit 4 if it were read
+    code, err = call("generate", PROMPT, "-m", "model", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {message}")
+    assert [path.name for path in Path().iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("prompt", ["", " \n ", "x" * 10_000_000])
@@ -122,10 +152,88 @@ def test_missing_things(call, tmp_path):
     assert err.startswith("error: not a readable picture (page.png)")
 
 
+def test_no_arguments_show_the_help(call):
+    assert call() == (2, "")
+
+
+def test_standard_input_that_is_not_text(call, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00"), encoding="utf-8"))
+    assert call("generate", "-") == (2, "error: prompt: standard input is not text in UTF-8\n")
+
+
+def test_a_negative_prompt_without_guidance_is_told(call, tiny_model):
+    words = ("-m", tiny_model, "-n", "blue", "--cfg", 1, "--steps", 1, "-o", "one.png")
+    assert call("generate", PROMPT, *words) == (
+        0,
+        "warning: the negative prompt has no effect without guidance (--cfg over 1)\n",
+    )
+
+
+def test_numbers_go_on_after_five_digits(call, tiny_model):
+    Path("outputs").mkdir()
+    Path("outputs/99999-1.png").touch()
+    for _ in range(2):
+        assert call("generate", PROMPT, "-m", tiny_model, "--steps", 1, "-s", 1) == (0, "")
+    names = sorted(path.name for path in Path("outputs").iterdir())
+    assert names == ["100000-1.png", "100001-1.png", "99999-1.png"]
+
+
+def test_figures_are_not_overwritten_nor_lost(call, tiny_model, tmp_path):
+    Path("scores.json").write_text("precious")
+    for output in ("scores.json", "nowhere/scores.json"):
+        code, err = call("evaluate", "composition", tiny_model, "--pictures", 4, "-o", output)
+        assert (code, err) == (2, f"error: cannot write to {output}: it exists, or its folder does not\n")
+    assert Path("scores.json").read_text() == "precious"
+
+
+def test_composition_of_another_size_is_refused(call, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    card = json.loads((model / "latentdiff.json").read_text())
+    (model / "latentdiff.json").write_text(json.dumps(card | {"size": [128, 96]}))
+    code, err = call("evaluate", "composition", model, "--pictures", 4)
+    assert code == 4
+    assert "composition is read from pictures of 64x64 in colour, not of 96x128, 3 channels" in err
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": "\\ud800"}'])
+def test_info_of_a_hostile_record(call, content):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("latentdiff", content)
+    Image.new("RGB", (4, 4)).save("odd.png", pnginfo=info)
+    code, err = call("info", "odd.png")
+    assert (code, err.count("\n")) in ((3, 1), (0, 0))
+
+
+def test_info_of_a_bomb(call):
+    Image.new("1", (20_000, 20_000)).save("bomb.png")
+    code, err = call("info", "bomb.png")
+    assert code == 3
+    assert err.startswith("error: not a readable picture (bomb.png)")
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
+def test_stopped_by_a_signal(tiny_model, tmp_path, number, code, said):
+    """One line, the shell's exit code, and the pictures written so far stay whole."""
+    words = [sys.executable, "-m", "latentdiff", "generate", PROMPT, "-m", tiny_model, "-N", "500", "--batch-size", "1"]
+    process = subprocess.Popen(
+        [str(word) for word in words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first = process.stdout.readline().strip()
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (code, f"error: {said}\n")
+    Image.open(tmp_path / first).load()
+
+
 def test_help_imports_nothing_heavy(command):
     """`--help` and a refused argument answer without torch, diffusers or transformers."""
-    import subprocess
-
     code = (
         "import sys\nfrom latentdiff.cli import main\nsys.argv = ['latentdiff', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"

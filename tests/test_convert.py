@@ -51,6 +51,17 @@ def test_refused(tiny_model, half_model, tmp_path):
         convert_folder(tmp_path / "none", tmp_path / "out", torch.float16)
 
 
+def test_nothing_of_the_user_s_is_touched(tiny_model, tmp_path):
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "precious").write_text("x")
+    convert_folder(tiny_model, tmp_path / "out", torch.float16)
+    assert (tmp_path / "out.tmp" / "precious").exists()
+    inside = tmp_path / "out" / "unet" / "inner"
+    with pytest.raises(ConfigError, match="lies inside"):
+        convert_folder(tmp_path / "out", inside, torch.float32)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.tmp"]
+
+
 def test_a_weight_too_large_for_float16(tiny_model, tmp_path):
     """65,520 and more are infinite in float16; nothing is left behind."""
     convert_folder(tiny_model, tmp_path / "model", torch.float32)

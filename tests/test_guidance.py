@@ -101,3 +101,11 @@ def test_within_guides_inside_the_interval_only():
     x = np.ones(3)
     for t, expected in ((999, plain), (300, guided), (0, plain)):
         np.testing.assert_array_equal(denoise(x, SD.level(t)), expected(x, SD.level(t)))
+
+
+@pytest.mark.parametrize("kind", [np, torch])
+def test_rescaling_what_is_constant_changes_nothing(kind):
+    """An epsilon network at zero SNR predicts x0 = 0: no deviation to pull back to, and none is made up."""
+    both = kind.zeros((2, 3, 1, 4, 4))
+    drawn = guidance.rescaled(lambda x, level: both, 7.0, 0.7)(both[0], None)
+    assert (drawn == 0).all()

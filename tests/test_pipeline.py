@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ConfigError, ModelError
 
 PROMPT = "a red circle above a blue square"
@@ -111,18 +112,22 @@ def test_save_and_load_round_trip(pipe, tmp_path):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
     """Both readings of the written scheduler, ours and diffusers', give the schedule back."""
+    import json
     from types import SimpleNamespace
 
     from diffusers import DDIMScheduler
 
     from latentdiff.diffusion.schedule import schedule_named
-    from latentdiff.pretrained import schedule_from_diffusers, scheduler_config
+    from latentdiff.pretrained import read_scheduler, scheduler_config
 
     schedule = schedule_named(kind, 1000)
     schedule = schedule.zero_terminal_snr() if terminal else schedule
     card = SimpleNamespace(defaults={"spacing": "trailing"})
     config = scheduler_config(SimpleNamespace(schedule=schedule, prediction="v_prediction", card=card))
-    ours = schedule_from_diffusers(config, tmp_path)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    ours, prediction = read_scheduler(tmp_path)
+    assert prediction == "v_prediction"
     np.testing.assert_allclose(ours.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-9, atol=1e-15)
     theirs = DDIMScheduler.from_config(config)
     np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), schedule.alphas_cumprod, rtol=1e-4, atol=1e-7)
@@ -144,7 +149,12 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
         ({"num_images_per_prompt": 10**9}, "num_images"),
         ({"output_type": "jpg"}, "unknown output_type 'jpg'"),
         ({"stepps": 3}, "stepps"),
-        ({"latents": torch.zeros(1, 4, 5, 5)}, "latents must be of shape (1, 4, 32, 32)"),
+        ({"num_inference_steps": 1000, "latents": torch.zeros(1, 4, 5, 5)}, "latents must be of shape (1, 4, 32, 32)"),
+        ({"latents": torch.zeros(5, 4, 32, 32), "batch_size": 1}, "latents must be of shape (1, 4, 32, 32)"),
+        ({"latents": "x"}, "latents must be a tensor of shape (1, 4, 32, 32) (got str)"),
+        ({"num_images": 3}, "num_images is num_images_per_prompt here"),
+        ({"sampler": "unipc", "eta": 0.5}, "eta is of ddim and euler_ancestral, not of unipc"),
+        ({"guidance_interval": (5.0, -5.0)}, "the lower end comes first"),
     ],
 )
 def test_refused_settings(pipe, settings, message):
@@ -153,11 +163,59 @@ def test_refused_settings(pipe, settings, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", ["", "   ", "x" * 10_000_000])
+@pytest.mark.parametrize("prompt", ["", "   ", "x" * 10_000_000, [], 5, None, [5], ["a red circle", ""]])
 def test_refused_prompts(pipe, prompt):
     with pytest.raises(ConfigError, match="prompt") as caught:
         pipe(prompt)
     assert len(str(caught.value)) < 200
+
+
+def test_more_steps_than_the_model_has(pipe):
+    short = LatentDiffusionPipeline(
+        pipe.autoencoder, pipe.text_encoder, pipe.unet, NoiseSchedule.cosine(100), pipe.prediction, pipe.card
+    )
+    with pytest.raises(ConfigError, match="the model has 100"):
+        short(PROMPT, num_inference_steps=200)
+
+
+def test_seeds_may_be_numpy_s_or_none(pipe):
+    settings = {"num_inference_steps": 1, "output_type": "latent"}
+    assert torch.equal(pipe(PROMPT, seed=np.int64(3), **settings).images, pipe(PROMPT, seed=3, **settings).images)
+    first, again = (pipe(PROMPT, seed=None, **settings) for _ in range(2))
+    assert first.seeds != again.seeds
+
+
+def test_own_latents_are_noted(pipe):
+    drawn = pipe(PROMPT, seed=1, num_inference_steps=1, latents=torch.zeros(1, 4, 32, 32))
+    assert drawn.metadata[0].own_latents
+    assert not pipe(PROMPT, seed=1, num_inference_steps=1).metadata[0].own_latents
+
+
+def test_eta_of_euler_ancestral(pipe):
+    """Without its noise it is Euler."""
+    settings = {"seed": 1, "num_inference_steps": 4, "output_type": "latent"}
+    still = pipe(PROMPT, sampler="euler_ancestral", eta=0.0, **settings).images
+    torch.testing.assert_close(still, pipe(PROMPT, sampler="euler", **settings).images)
+    assert (pipe(PROMPT, sampler="euler_ancestral", **settings).images != still).any()
+
+
+@pytest.mark.parametrize("options", [{"device": "bogus"}, {"device": "meta"}, {"torch_dtype": "float16"}])
+def test_refused_places(tiny_model, options):
+    with pytest.raises(ConfigError):
+        LatentDiffusionPipeline.from_pretrained(tiny_model, **options)
+
+
+def test_recommended_samplers_are_the_samplers():
+    """The config names them itself, because it imports nothing."""
+    from typing import get_args
+
+    from latentdiff.config import Recommended
+    from latentdiff.diffusion.samplers import SAMPLERS
+    from latentdiff.diffusion.schedule import SPACINGS
+
+    fields = Recommended.model_fields
+    assert get_args(fields["sampler"].annotation) == tuple(SAMPLERS)
+    assert get_args(fields["spacing"].annotation) == tuple(SPACINGS)
 
 
 def test_missing_folder(tmp_path):

@@ -1,6 +1,7 @@
 """Training: the loop against plain arithmetic, resume, keyed batches, and the chain on the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from latentdiff.config import Training
+from latentdiff import build
+from latentdiff.config import Training, load_config
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import ModelError, NonFiniteError
+from latentdiff.errors import ConfigError, DataError, ModelError, NonFiniteError
+from latentdiff.models.weights import load_autoencoder, load_text_encoder
 from latentdiff.training.checkpoint import checkpoints
 from latentdiff.training.denoiser import ConditionedNetwork, DenoiserStage, LatentSet
 from latentdiff.training.ema import ema_of
@@ -49,6 +52,10 @@ def run(directory, stage=None, report=None, **changes):
 
 def weights(directory):
     return load_file(checkpoints(directory / "checkpoints")[-1] / "ema.safetensors")
+
+
+def logged(directory):
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
 def test_it_learns(tmp_path):
@@ -90,10 +97,9 @@ def test_stopped_and_resumed_is_bitwise_the_same(tmp_path, stage, optimizer):
     run(tmp_path / "parts", stage(), optimizer=optimizer)
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
-    logged = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    whole = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in logged] == list(range(1, 41))
-    assert [row["loss"] for row in logged] == [row["loss"] for row in whole]
+    parts, whole = logged(tmp_path / "parts"), logged(tmp_path / "whole")
+    assert [row["step"] for row in parts] == list(range(1, 41))
+    assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
     assert [path.name for path in checkpoints(tmp_path / "parts" / "checkpoints")] == ["step-00000030", "step-00000040"]
 
 
@@ -245,8 +251,10 @@ def test_text_encoder_is_trained_by_choice(tune):
 def test_the_whole_chain(tiny_run):
     """configs/scenes-tiny.toml from nothing: every stage's loss falls, previews and a loadable model are written."""
     for stage, steps in (("autoencoder", 60), ("clip", 40), ("denoiser", 40)):
-        rows = [json.loads(line) for line in (tiny_run / stage / "log.jsonl").read_text().splitlines()]
+        lines = logged(tiny_run / stage)
+        rows, (report,) = [x for x in lines if "loss" in x], [x for x in lines if "loss" not in x]
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        assert report["step"] == steps
         losses = [row["loss"] for row in rows]
         assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8]), stage
     assert (tiny_run / "denoiser" / "samples" / "step-00000040.png").is_file()
@@ -258,10 +266,6 @@ def test_the_whole_chain(tiny_run):
 
 def test_latents_are_white(tiny_run):
     """The folded VAE gives latents of mean 0 and deviation 1 in every channel."""
-    from latentdiff import build
-    from latentdiff.config import load_config
-    from latentdiff.models.weights import load_autoencoder
-
     config = load_config(ROOT / "configs" / "scenes-tiny.toml")
     center, std = build.latent_statistics(load_autoencoder(tiny_run / "model"), config, torch.device("cpu"))
     torch.testing.assert_close(center, torch.zeros(4), rtol=0, atol=1e-3)
@@ -273,6 +277,105 @@ def test_a_finished_run_is_not_run_again(tiny_run, command):
     done = command("train", ROOT / "configs" / "scenes-tiny.toml", "-o", tiny_run)
     assert done.stdout.strip() == str(tiny_run / "model")
     assert (tiny_run / "denoiser" / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("denoiser.prediction=epsilon", "denoiser.prediction is 'epsilon', but this run was begun with 'v_prediction'"),
+        ("seed=7", "seed is 7, but this run was begun with 0"),
+        ("clip.training.train_batch_size=8", "clip.training.train_batch_size is 8"),
+    ],
+)
+def test_a_run_does_not_go_on_under_other_settings(tiny_run, change, named):
+    """Else weights of one meaning would be saved under the name of another."""
+    config = load_config(ROOT / "configs" / "scenes-tiny.toml", [change])
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        build.check_unchanged(config, tiny_run)
+
+
+def test_what_may_change_between_starts(tiny_run, tmp_path):
+    longer = ["denoiser.training.max_train_steps=99", "clip.training.lr_decay=0.5", "recommended.sampler=unipc"]
+    build.check_unchanged(load_config(ROOT / "configs" / "scenes-tiny.toml", longer), tiny_run)
+    (tmp_path / "autoencoder" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    shutil.copy(tiny_run / "config.toml", tmp_path)
+    wider = load_config(ROOT / "configs" / "scenes-tiny.toml", ["denoiser.block_out_channels=[32, 32, 32]"])
+    build.check_unchanged(wider, tmp_path)  # its stage has not begun
+
+
+def test_a_stage_knows_what_it_was_trained_on(tmp_path):
+    run_stage(Accelerator(cpu=True), LineStage(), SETTINGS, tmp_path, made_from="one autoencoder")
+    with pytest.raises(ModelError, match="was trained on other networks"):
+        run_stage(Accelerator(cpu=True), LineStage(), SETTINGS, tmp_path, made_from="another")
+
+
+def test_a_report_that_fails_loses_nothing(tmp_path):
+    def report(step, module):
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run(tmp_path, report=report)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000030", "step-00000040"]
+
+
+def test_a_log_line_cut_off_is_dropped(tmp_path):
+    run(tmp_path, max_train_steps=20)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 20, "lo\n{}\nxx}\n')
+    run(tmp_path)
+    assert [row["step"] for row in logged(tmp_path)] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", '{"step": "x"}', ""])
+def test_checkpoint_state_that_says_no_step(tmp_path, state):
+    run(tmp_path)
+    (checkpoints(tmp_path / "checkpoints")[-1] / "state.json").write_text(state)
+    with pytest.raises(ModelError, match="step-00000040 cannot be read"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "clip"])
+def test_the_denoiser_needs_the_stages_before(tiny_run, tmp_path, stage):
+    shutil.copytree(tiny_run / "model" / "vae", tmp_path / "model" / "vae")
+    shutil.copytree(tiny_run / "clip", tmp_path / "clip")
+    shutil.rmtree(tmp_path / ("model" if stage == "autoencoder" else "clip"))
+    with pytest.raises(ConfigError, match=f"the denoiser needs the {stage} of the same run"):
+        build.train_denoiser(load_config(ROOT / "configs" / "scenes-tiny.toml"), tmp_path)
+
+
+def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path):
+    config = load_config(ROOT / "configs" / "scenes-tiny.toml")
+    networks = load_autoencoder(tiny_run / "model"), load_text_encoder(tiny_run / "clip")
+    shutil.copytree(tiny_run / "cache", tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(DataError, match="cached latents cannot be read"):
+        build.cached_latents(config, tmp_path / "cache", *networks, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["scenes-64", "scenes-tiny", "pixels-32"])
+def test_shipped_configs_describe_networks(name):
+    build.check_networks(load_config(ROOT / "configs" / f"{name}.toml"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "autoencoder.block_out_channels=[8,-16]",
+        "autoencoder.block_out_channels=[]",
+        "autoencoder.norm_num_groups=3",
+        "autoencoder.crop=9",
+        "image_size=63",
+        "clip.text_heads=3",
+        "clip.patch_size=100",
+        "clip.vision_head_width=64",
+        "denoiser.attention=[true]",
+        "denoiser.norm_num_groups=7",
+    ],
+)
+def test_networks_that_cannot_be_are_refused_before_training(change):
+    with pytest.raises(ConfigError, match=change.split("=")[0].split(".")[0]):
+        build.check_networks(load_config(ROOT / "configs" / "scenes-tiny.toml", [change]))
 
 
 def test_pixel_space(command, tmp_path):
@@ -292,9 +395,7 @@ def test_pixel_space(command, tmp_path):
     )
     words = [word for change in changes for word in ("--set", change)]
     command("train", ROOT / "configs" / "pixels-32.toml", "-o", tmp_path / "run", *words)
-    losses = [
-        json.loads(line)["loss"] for line in (tmp_path / "run" / "denoiser" / "log.jsonl").read_text().splitlines()
-    ]
+    losses = [row["loss"] for row in logged(tmp_path / "run" / "denoiser") if "loss" in row]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     assert not (tmp_path / "run" / "model" / "vae").exists()
     command("generate", "a red circle", "-m", tmp_path / "run" / "model", "-s", 1, "-o", tmp_path / "one.png")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import Any
 
 import typer
-from typer._click.exceptions import ClickException
 
 from latentdiff import __version__
 from latentdiff.cli import convert, evaluate, generate, info, train
-from latentdiff.errors import LatentDiffError
+from latentdiff.errors import LatentDiffError, ResourceError
 
 app = typer.Typer(
     name="latentdiff",
@@ -34,22 +35,47 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that what is half done is undone on the way out."""
+
+
 def main() -> None:
     """Run the command line; errors are one line on stderr and an exit code (see `latentdiff.errors`)."""
     # libraries speak of loading in bars and tables of many lines; what they raise is told below
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status = app(standalone_mode=False)
     except LatentDiffError as error:
         _fail(str(error), error.exit_code)
-    except ClickException as error:
-        _fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except _Terminated:
+        _fail("terminated", 143)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except MemoryError as error:
+        _fail(f"out of memory {error}", ResourceError.exit_code)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{(error.strerror or str(error)).lower()}{where}", ResourceError.exit_code)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # of the command line's own parser
+        if usage is None:
+            raise
+        _fail(usage(), 2)
+    if status == 130:
         _fail("interrupted", 130)
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
 def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if message.strip():  # help that was shown instead has none
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,20 +27,27 @@ def composition(
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="[default: the model's].")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the figures there, as JSON.")
+        Path | None, typer.Option("--output", "-o", help="Also write the figures to this new JSON file.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")] = None,
 ) -> None:
-    """Score a scenes model in GenEval's six categories, with held-out pairs and the autoencoder's ceiling beside."""
+    """Score a scenes model in GenEval's six categories, with held-out pairs and the autoencoder's ceiling beside.
+
+    At 300 pictures a category 3,600 are drawn: some ten minutes on two CPU cores.
+    """
     import json
 
-    from latentdiff.evaluation.composition import as_text, ceiling, evaluate_composition
+    from latentdiff.errors import ConfigError
+    from latentdiff.evaluation.composition import as_dict, as_text, ceiling, evaluate_composition
     from latentdiff.pipeline import LatentDiffusionPipeline
     from latentdiff.request import request
 
     given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
     settings = {name: value for name, value in given.items() if value is not None}
     request(prompt="checked before anything is loaded", seed=seed, **settings)
-    pipe = LatentDiffusionPipeline.from_pretrained(model)
+    if output and (os.path.lexists(output) or not output.absolute().parent.is_dir()):
+        raise ConfigError(f"cannot write to {output}: it exists, or its folder does not")
+    pipe = LatentDiffusionPipeline.from_pretrained(model, device=device)
     scores = {
         "model": evaluate_composition(pipe, pictures=pictures, seed=seed, **settings),
         "held out": evaluate_composition(pipe, pictures=pictures, seed=seed, held_out=True, **settings),
@@ -48,12 +56,6 @@ def composition(
     for title, score in scores.items():
         typer.echo(as_text(score, title) + "\n")
     if output:
-        from dataclasses import asdict
-
-        figures = {
-            title: {"overall": score.overall, **{name: asdict(share) for name, share in score.categories.items()}}
-            for title, score in scores.items()
-        }
-        output.write_text(
-            json.dumps({"model_hash": pipe.card.hash, "settings": pipe.card.defaults | settings, **figures}, indent=1)
-        )
+        figures = {title: as_dict(score) for title, score in scores.items()}
+        tree = {"model_hash": pipe.card.hash, "settings": pipe.card.defaults | settings, **figures}
+        output.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")

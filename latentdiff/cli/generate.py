@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +40,8 @@ def generate(
     metadata: Annotated[bool, typer.Option(help="Write how it was made into each PNG.")] = True,
 ) -> None:
     """Draw pictures of a prompt. Paths go to standard output, progress to standard error."""
-    from latentdiff.request import check_size, request
+    from latentdiff.pretrained import default_model
+    from latentdiff.request import request
 
     given = {
         "negative_prompt": negative_prompt,
@@ -55,37 +58,73 @@ def generate(
         "batch_size": batch_size,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    text = sys.stdin.read().strip() if prompt == "-" else prompt
-    request(prompt=text, **settings)  # refused here before any library or weight is loaded
-    for name, side in (("width", width), ("height", height)):
-        if side is not None:
-            check_size(name, side, 8)
-    target = _target(output, num_images)
-    pipe = _load(model, device, dtype)
+    text = _standard_input() if prompt == "-" else prompt
+    asked = request(prompt=text, **settings)  # refused here before any library or weight is loaded
+    target = _target(output, asked.num_images)
+    folder = default_model() if model is None else model
+    _check_sizes(folder, asked)
+    pipe = _load(folder, device, dtype)
     asked = pipe.request(text, **settings)
-    pipe.size(asked)
-    _warn_if_cut(pipe, asked)
+    _warn(pipe, asked)
     for path in _drawn(pipe, asked, target, metadata):
         typer.echo(path)
 
 
-def _target(output: Path, num_images: int) -> Path:
-    """The output checked before any work: a writable folder, or a new .png file for a single picture."""
+def _standard_input() -> str:
     from latentdiff.errors import ConfigError
 
-    single = output.suffix.lower() == ".png"
-    if single and num_images > 1:
-        raise ConfigError(f"{num_images} pictures do not go into one file ({output}). Name a folder")
-    if single and output.exists():
-        raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
     try:
-        (output.parent if single else output).mkdir(parents=True, exist_ok=True)
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise ConfigError("prompt: standard input is not text in UTF-8") from None
+
+
+def _target(output: Path, num_images: int) -> Path:
+    """The output checked before any work: a folder that can be written to, or a new .png file for a single picture.
+
+    Nothing is created yet.
+    """
+    from latentdiff.errors import ConfigError
+
+    suffix = output.suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ConfigError(f"pictures are written as .png ({output})")
+    if suffix == ".png" and num_images > 1:
+        raise ConfigError(f"{num_images} pictures do not go into one file ({output}). Name a folder")
+    folder = output.parent if suffix == ".png" else output
+    try:
+        if suffix == ".png" and _exists(output):
+            raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
+        there = next(path for path in (folder, *folder.absolute().parents) if _exists(path))
+        tempfile.TemporaryFile(dir=there).close()  # the one sure way to know
     except OSError as error:
         raise ConfigError(f"cannot write to {output} ({(error.strerror or str(error)).lower()})") from None
     return output
 
 
-def _load(model: Path | None, device: str | None, dtype: str) -> LatentDiffusionPipeline:
+def _exists(path: Path) -> bool:
+    """Whether there is anything of that name; unlike Path.exists, a name that cannot be is an OSError."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _check_sizes(model: Path, asked: Request) -> None:
+    """Sizes the model cannot draw are refused from its configs, before its weights are read."""
+    from latentdiff.models.folder import check_folder, picture_geometry
+    from latentdiff.request import SIDES, check_size
+
+    check_folder(model)
+    multiple, (height, width) = picture_geometry(model)
+    lowest = min(*SIDES, height, width)
+    for name, side in (("width", asked.width), ("height", asked.height)):
+        if side is not None:
+            check_size(name, side, multiple, lowest)
+
+
+def _load(model: Path, device: str | None, dtype: str) -> LatentDiffusionPipeline:
     from latentdiff.errors import ConfigError
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -94,16 +133,13 @@ def _load(model: Path | None, device: str | None, dtype: str) -> LatentDiffusion
 
     from latentdiff.pipeline import LatentDiffusionPipeline
 
-    try:
-        where = torch.device(device) if device else None
-    except RuntimeError:
-        raise ConfigError(f"unknown device {device!r}; cpu, cuda, cuda:1, mps, ...") from None
-    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda is not available here. Use --device cpu")
     return LatentDiffusionPipeline.from_pretrained(model, device=device, torch_dtype=getattr(torch, dtype))
 
 
-def _warn_if_cut(pipe: LatentDiffusionPipeline, asked: Request) -> None:
+def _warn(pipe: LatentDiffusionPipeline, asked: Request) -> None:
+    """Say what of the request will have no effect."""
+    if asked.negative_prompt and asked.guidance_scale <= 1:
+        print("warning: the negative prompt has no effect without guidance (--cfg over 1)", file=sys.stderr)
     for name in ("prompt", "negative_prompt"):
         count, limit = pipe.text_encoder.count_tokens(getattr(asked, name)), pipe.text_encoder.max_length
         if count > limit:
@@ -132,6 +168,7 @@ def _written(output: Output, target: Path, metadata: bool) -> Any:
 
     for image, record in zip(output.images, output.metadata, strict=True):
         path = target if target.suffix.lower() == ".png" else _next_path(target, record.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:  # x: never overwrites, not even what appeared meanwhile
             image.save(file, "PNG", pnginfo=png_info(record) if metadata else None)
         yield path
@@ -139,5 +176,6 @@ def _written(output: Output, target: Path, metadata: bool) -> Any:
 
 def _next_path(folder: Path, seed: int) -> Path:
     """folder/NNNNN-SEED.png with the first number after all that are there."""
-    numbers = [int(p.name[:5]) for p in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+    names = (re.match(r"(\d{5,9})-.*\.png$", path.name) for path in folder.glob("*.png"))
+    numbers = [int(name[1]) for name in names if name]
     return folder / f"{max(numbers, default=0) + 1:05d}-{seed}.png"

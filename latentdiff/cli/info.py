@@ -12,12 +12,13 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder or a picture.
     """Print a model's parts and sizes, or how a picture was made, as JSON."""
     import json
 
-    typer.echo(json.dumps(_of_model(path) if path.is_dir() else _of_picture(path), indent=1, ensure_ascii=False))
+    text = json.dumps(_of_model(path) if path.is_dir() else _of_picture(path), indent=1, ensure_ascii=False)
+    typer.echo(text.encode("utf-8", "backslashreplace").decode())  # a prompt may hold half a surrogate pair
 
 
 def _of_model(path: Path) -> dict[str, object]:
     """Read from the JSON and the headers of the weights; no network is built."""
-    from latentdiff.models.weights import check_folder, folder_hash, parameter_counts
+    from latentdiff.models.folder import check_folder, folder_hash, parameter_counts
     from latentdiff.pretrained import read_scheduler
 
     index = check_folder(path)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.errors import ResourceError
+
 
 class StageName(StrEnum):
     """The stages in their order."""
@@ -30,18 +32,20 @@ def train(
     The finished model is the folder RUN/model, which `generate -m` and diffusers load.
     """
     from latentdiff.config import load_config, save_config
-    from latentdiff.errors import ConfigError
 
     effective = load_config(config, set_ or ())
     run = output or Path("runs") / effective.name
+
+    from latentdiff.build import STAGES, check_networks, check_unchanged
+
+    check_networks(effective)
+    check_unchanged(effective, run)
     try:
         run.mkdir(parents=True, exist_ok=True)
         save_config(effective, run / "config.toml")
     except OSError as error:
-        raise ConfigError(f"cannot write to {run} ({(error.strerror or str(error)).lower()})") from None
-
-    from latentdiff.build import STAGES
-
-    for name in [s.value for s in stage] if stage else list(STAGES):
-        STAGES[name](effective, run)
+        raise ResourceError(f"cannot write to {run} ({(error.strerror or str(error)).lower()})") from None
+    for name, train_stage in STAGES.items():
+        if not stage or name in stage:
+            train_stage(effective, run)
     typer.echo(run / "model")

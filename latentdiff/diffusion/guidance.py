@@ -35,7 +35,9 @@ def rescaled(both: Denoiser, scale: float, share: float) -> Denoiser:
         uncond, cond = both(x, level)
         guided = uncond + scale * (cond - uncond)
         flat = (len(x), -1)
-        ratio = cond.reshape(flat).std(1) / guided.reshape(flat).std(1)
+        wanted, found = cond.reshape(flat).std(1), guided.reshape(flat).std(1)
+        constant = found == 0  # as where an epsilon network says nothing of x0, at zero SNR: nothing to rescale
+        ratio = (wanted + constant) / (found + constant)
         factor = share * ratio + (1 - share)
         return guided * factor.reshape(len(x), *[1] * (x.ndim - 1))
 

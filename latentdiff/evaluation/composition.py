@@ -7,14 +7,16 @@ autoencoder: no denoiser can be read better than its decoder draws.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from latentdiff.data import oracle, scenes
 from latentdiff.diffusion import noise
+from latentdiff.errors import ModelError
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
@@ -60,9 +62,13 @@ def evaluation_scenes(category: str, count: int, seed: int, held_out: bool = Fal
 def evaluate_composition(
     pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0, held_out: bool = False, **settings: Any
 ) -> Composition:
-    """Draw `pictures` a category, four a prompt, by the model's recommended settings or those given."""
+    """Draw `pictures` a category, four a prompt, by the model's recommended settings or those given.
+
+    Raises ModelError for a model whose pictures the oracle cannot read.
+    """
+    _check_readable(pipe)
     shares, drawn = {}, {}
-    for category in scenes.CATEGORIES:
+    for category in tqdm(scenes.CATEGORIES, "held out" if held_out else "composition", disable=None):
         prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out)
         asked = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
         images = pipe(
@@ -75,6 +81,7 @@ def evaluate_composition(
 
 def ceiling(pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0) -> Composition:
     """The score of rendered scenes after encoding and decoding."""
+    _check_readable(pipe)
     shares, decoded = {}, {}
     for category in scenes.CATEGORIES:
         chosen = evaluation_scenes(category, pictures, seed)
@@ -86,6 +93,12 @@ def ceiling(pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0) -> C
     return Composition(shares, decoded)
 
 
+def _check_readable(pipe: LatentDiffusionPipeline) -> None:
+    if pipe.card.size != (scenes.SIZE, scenes.SIZE) or pipe.image_channels != 3:
+        size = f"{pipe.card.size[1]}x{pipe.card.size[0]}, {pipe.image_channels} channels"
+        raise ModelError(f"composition is read from pictures of {scenes.SIZE}x{scenes.SIZE} in colour, not of {size}")
+
+
 def _share(images: NDArray[np.uint8], asked: list[scenes.Scene], group: int) -> Share:
     """The share read right; its error treats the pictures of one prompt as one draw."""
     right = np.array(
@@ -94,6 +107,14 @@ def _share(images: NDArray[np.uint8], asked: list[scenes.Scene], group: int) -> 
     groups = [right[i : i + group].mean() for i in range(0, len(right), group)]
     error = float(np.std(groups, ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else float("nan")
     return Share(float(right.mean()), error, len(right))
+
+
+def as_dict(score: Composition) -> dict[str, Any]:
+    """The figures as JSON takes them; an error that one prompt cannot have is null."""
+    shares = {name: asdict(share) for name, share in score.categories.items()}
+    for share in shares.values():
+        share["error"] = share["error"] if np.isfinite(share["error"]) else None
+    return {"overall": score.overall, **shares}
 
 
 def as_text(score: Composition, title: str) -> str:

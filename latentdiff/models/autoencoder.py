@@ -6,6 +6,7 @@ the 1 x 1 convolutions around the latents (`fold_statistics`), so that their sca
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_channels = int(vae.config.latent_channels)
+        self.latent_channels, self.image_channels = int(vae.config.latent_channels), int(vae.config.out_channels)
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.shift_factor or 0.0)
 
@@ -53,8 +54,7 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior q(x0 | image), (B, C, H/f, W/f) each."""
         posterior = self.vae.encode(images).latent_dist
-        log_scale_squared = 2 * torch.log(torch.tensor(self.scale)).item()
-        return (posterior.mean - self.shift) * self.scale, posterior.logvar + log_scale_squared
+        return (posterior.mean - self.shift) * self.scale, posterior.logvar + 2 * math.log(self.scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about in [-1, 1]."""
@@ -93,7 +93,7 @@ class IdentityAutoencoder(nn.Module):
 
     def __init__(self, channels: int = 3):
         super().__init__()
-        self.latent_channels = channels
+        self.latent_channels = self.image_channels = channels
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The images themselves with variance zero."""

@@ -1,8 +1,9 @@
-"""A model folder in another precision: every safetensors file rewritten, everything else copied."""
+"""A model folder in another precision: every safetensors file rewritten, its texts copied."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,36 +11,43 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentdiff.errors import ConfigError
-from latentdiff.models.weights import check_folder
+from latentdiff.models.folder import check_folder, loading
+
+_TEXTS = (".json", ".txt", ".md")
 
 
 def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Write the model folder `source` to `target` with its floating-point weights in `dtype`.
 
-    Half the bytes in float16; networks are loaded as float32 again unless told otherwise. Raises ConfigError where
-    `target` exists or a weight is too large for `dtype`, ModelError and UnsafeError for a bad `source`.
+    Half the bytes in float16; networks are loaded as float32 again unless told otherwise. `target` appears whole or
+    not at all. Raises ConfigError where it exists or a weight is too large for `dtype`, ModelError and UnsafeError
+    for a bad `source`.
     """
     check_folder(source)
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; nothing is overwritten")
-    unfinished = target.with_name(target.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns("*.safetensors"))
-    try:
-        for file in sorted(source.rglob("*.safetensors")):
-            _convert_file(file, unfinished / file.relative_to(source), dtype)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
-    unfinished.rename(target)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{target} lies inside {source}. Choose another place")
+    with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=target.parent) as scratch:
+        made = Path(scratch) / "model"
+        for file in sorted(file for file in source.rglob("*") if file.is_file()):
+            copy = made / file.relative_to(source)
+            if file.suffix == ".safetensors":
+                _convert_file(file, copy, dtype)
+            elif file.suffix in _TEXTS:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        made.rename(target)
 
 
 def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:
-    with safe_open(source, "pt") as weights:
+    with loading(source.name, source.parent), safe_open(source, "pt") as weights:
         metadata, state = weights.metadata(), {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     for name, tensor in state.items():
         if tensor.is_floating_point():
             state[name] = tensor.to(dtype)
             if not (torch.isfinite(state[name]) == torch.isfinite(tensor)).all():
                 raise ConfigError(f"{name} of {source} does not fit {str(dtype).removeprefix('torch.')}")
+    target.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, target, metadata)
+    shutil.copymode(source, target)  # safetensors writes 0600

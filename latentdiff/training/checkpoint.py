@@ -59,10 +59,10 @@ def load_checkpoint(path: Path, trained: Trained) -> dict[str, Any]:
         trained.ema.load_state_dict(load_file(path / "ema.safetensors"))
         _load_optimizer(trained.optimizer, load_file(path / "optimizer.safetensors"))
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        return {**state, "step": int(state["step"])}
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"checkpoint {path} cannot be read ({reason}). Delete it to use the one before") from error
-    return state
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"checkpoint {path} cannot be read ({reason}). Move it away to use the one before") from error
 
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
