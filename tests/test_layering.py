@@ -14,6 +14,7 @@ HOMES = {
     "open_clip": ("models",),
     "peft": ("models",),
     "accelerate": ("training", "build.py"),
+    "timm": ("training",),
     "typer": ("cli",),
     "PIL": ("pipeline.py", "metadata.py", "data", "build.py"),
 }
