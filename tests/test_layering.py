@@ -10,13 +10,13 @@ PACKAGE = ROOT / "latentdiff"
 LEAVES = ("diffusion", "models", "data", "config.py", "errors.py")
 HOMES = {
     "diffusers": ("models", "pretrained.py"),
-    "transformers": ("models", "build.py"),
+    "transformers": ("models", "stages.py"),
     "open_clip": ("models",),
     "peft": ("models",),
-    "accelerate": ("training", "build.py"),
+    "accelerate": ("training", "stages.py"),
     "timm": ("training",),
     "typer": ("cli",),
-    "PIL": ("pipeline.py", "metadata.py", "data", "build.py"),
+    "PIL": ("pipeline.py", "metadata.py", "data", "stages.py"),
 }
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from latentdiff import build
+from latentdiff import build, stages
 from latentdiff.config import Training, load_config
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.schedule import NoiseSchedule
@@ -267,7 +267,7 @@ def test_the_whole_chain(tiny_run):
 def test_latents_are_white(tiny_run):
     """The folded VAE gives latents of mean 0 and deviation 1 in every channel."""
     config = load_config(ROOT / "configs" / "scenes-tiny.toml")
-    center, std = build.latent_statistics(load_autoencoder(tiny_run / "model"), config, torch.device("cpu"))
+    center, std = stages.latent_statistics(load_autoencoder(tiny_run / "model"), config, torch.device("cpu"))
     torch.testing.assert_close(center, torch.zeros(4), rtol=0, atol=1e-3)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-3)
 
@@ -291,16 +291,16 @@ def test_a_run_does_not_go_on_under_other_settings(tiny_run, change, named):
     """Else weights of one meaning would be saved under the name of another."""
     config = load_config(ROOT / "configs" / "scenes-tiny.toml", [change])
     with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
-        build.check_unchanged(config, tiny_run)
+        stages.check_unchanged(config, tiny_run)
 
 
 def test_what_may_change_between_starts(tiny_run, tmp_path):
     longer = ["denoiser.training.max_train_steps=99", "clip.training.lr_decay=0.5", "recommended.sampler=unipc"]
-    build.check_unchanged(load_config(ROOT / "configs" / "scenes-tiny.toml", longer), tiny_run)
+    stages.check_unchanged(load_config(ROOT / "configs" / "scenes-tiny.toml", longer), tiny_run)
     (tmp_path / "autoencoder" / "checkpoints" / "step-00000001").mkdir(parents=True)
     shutil.copy(tiny_run / "config.toml", tmp_path)
     wider = load_config(ROOT / "configs" / "scenes-tiny.toml", ["denoiser.block_out_channels=[32, 32, 32]"])
-    build.check_unchanged(wider, tmp_path)  # its stage has not begun
+    stages.check_unchanged(wider, tmp_path)  # its stage has not begun
 
 
 def test_a_stage_knows_what_it_was_trained_on(tmp_path):
@@ -340,7 +340,7 @@ def test_the_denoiser_needs_the_stages_before(tiny_run, tmp_path, stage):
     shutil.copytree(tiny_run / "clip", tmp_path / "clip")
     shutil.rmtree(tmp_path / ("model" if stage == "autoencoder" else "clip"))
     with pytest.raises(ConfigError, match=f"the denoiser needs the {stage} of the same run"):
-        build.train_denoiser(load_config(ROOT / "configs" / "scenes-tiny.toml"), tmp_path)
+        stages.train_denoiser(load_config(ROOT / "configs" / "scenes-tiny.toml"), tmp_path)
 
 
 def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path):
@@ -350,7 +350,7 @@ def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path):
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DataError, match="cached latents cannot be read"):
-        build.cached_latents(config, tmp_path / "cache", *networks, torch.device("cpu"))
+        stages.cached_latents(config, tmp_path / "cache", *networks, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["scenes-64", "scenes-tiny", "pixels-32"])

@@ -36,7 +36,8 @@ def train(
     effective = load_config(config, set_ or ())
     run = output or Path("runs") / effective.name
 
-    from latentdiff.build import STAGES, check_networks, check_unchanged
+    from latentdiff.build import check_networks
+    from latentdiff.stages import STAGES, check_unchanged
 
     check_networks(effective)
     check_unchanged(effective, run)
