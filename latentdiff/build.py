@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
 from latentdiff.config import Config
 from latentdiff.diffusion.schedule import NoiseSchedule, schedule_named
-from latentdiff.errors import ConfigError
+from latentdiff.errors import ConfigError, raised_as
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.clip import Clip
 from latentdiff.models.text_encoder import TextEncoder
@@ -106,13 +105,5 @@ def check_networks(config: Config) -> None:
             unet(latents, 0, torch.zeros(1, config.clip.max_length, config.clip.text_width))
 
 
-@contextmanager
-def _described(section: str) -> Iterator[None]:
-    """What a network of this section of the config raises, in one line."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{section}: no network can be built as the config describes it: {reason}") from error
+def _described(section: str) -> AbstractContextManager[None]:
+    return raised_as(ConfigError, f"{section}: no network can be built as the config describes it")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LatentDiffError(Exception):
     """One line: what was got, what to do. The command line prints it and exits with `exit_code`."""
@@ -43,3 +46,14 @@ class UnsafeError(LatentDiffError):
     """A file that asks to run code: a pickle, or a model folder with a program in it."""
 
     exit_code = 7
+
+
+@contextmanager
+def raised_as(kind: type[LatentDiffError], what: str) -> Iterator[None]:
+    """Whatever a library raises inside becomes one line, `what: reason`; our own errors pass."""
+    try:
+        yield
+    except LatentDiffError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {' '.join(str(error).split())[:200]}") from error

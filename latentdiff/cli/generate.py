@@ -116,6 +116,8 @@ def _check_sizes(model: Path, asked: Request) -> None:
     from latentdiff.models.folder import check_folder, picture_geometry
     from latentdiff.request import SIDES, check_size
 
+    if asked.width is None and asked.height is None:
+        return  # its own size; the folder is checked when it is loaded
     check_folder(model)
     multiple, (height, width) = picture_geometry(model)
     lowest = min(*SIDES, height, width)

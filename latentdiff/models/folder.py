@@ -11,11 +11,11 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from latentdiff.errors import LatentDiffError, ModelError, UnsafeError
+from latentdiff.errors import ModelError, UnsafeError, raised_as
 
 KNOWN_CLASSES = {
     "vae": {"AutoencoderKL"},
@@ -135,16 +135,9 @@ def _is_pickle(file: Path) -> bool:
     return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
 
 
-@contextmanager
-def loading(part: str, directory: Path) -> Iterator[None]:
+def loading(part: str, directory: Path) -> AbstractContextManager[None]:
     """Whatever a library raises while it reads a part becomes a ModelError of one line."""
-    try:
-        yield
-    except LatentDiffError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"cannot load {part} ({directory}): {reason}") from error
+    return raised_as(ModelError, f"cannot load {part} ({directory})")
 
 
 def folder_hash(directory: Path) -> str:

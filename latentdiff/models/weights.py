@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from latentdiff.errors import ModelError
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
-from latentdiff.models.folder import loading, parameter_counts
+from latentdiff.models.folder import loading, parameter_counts, read_json
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 
@@ -34,7 +33,7 @@ def load_autoencoder(directory: Path) -> Autoencoder | IdentityAutoencoder:
 
 
 def _identity(directory: Path) -> IdentityAutoencoder:
-    channels = json.loads((directory / "unet" / "config.json").read_text(encoding="utf-8"))["in_channels"]
+    channels = read_json(directory / "unet" / "config.json").get("in_channels")
     if channels not in (1, 3):
         raise ModelError(f"no vae, and a U-Net of {channels} channels draws no picture ({directory})")
     return IdentityAutoencoder(channels)
