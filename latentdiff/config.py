@@ -10,7 +10,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -41,12 +41,25 @@ class Training(_Section):
     validation_steps: int = Field(1000, ge=1)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class Data(_Section):
     """Procedural scenes: training draws indices 0, 1, 2, ... of one seed; validation those of another."""
 
     kind: Literal["scenes"] = "scenes"
     grey: bool = Field(False, description="one channel of luminance instead of three of colour")
     count: int = Field(50_000, ge=1, description="distinct scenes that the denoiser is trained on")
+    mix: tuple[Share, Share, Share, Share, Share, Share] = Field(
+        (0.24, 0.12, 0.18, 0.04, 0.3, 0.12),
+        description="shares of single, two, counting, colors, position, binding",
+    )
+
+    @model_validator(mode="after")
+    def _some_share(self) -> Data:
+        if not sum(self.mix):
+            raise ValueError("data.mix has no share above 0")
+        return self
 
 
 class Autoencoder(_Section):

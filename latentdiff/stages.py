@@ -49,12 +49,12 @@ VALIDATION = 128  # pictures that a validation looks at
 
 def training_scene(config: Config, index: int) -> scenes.Scene:
     """Scene `index` of the run's training set; endless."""
-    return scenes.scene(noise.generator(config.seed, "training scene", index))
+    return scenes.scene(noise.generator(config.seed, "training scene", index), mix=config.data.mix)
 
 
 def validation_scene(config: Config, index: int) -> scenes.Scene:
     """Scene `index` of a set that training never draws, of the same distribution."""
-    return scenes.scene(noise.generator(config.seed, "validation scene", index))
+    return scenes.scene(noise.generator(config.seed, "validation scene", index), mix=config.data.mix)
 
 
 def pictures_of(config: Config, chosen: Sequence[scenes.Scene]) -> np.ndarray:
@@ -158,7 +158,7 @@ def _captioned_twins(
     pairs = []
     for number in range(index * batch_size // 2, (index + 1) * batch_size // 2):
         rng = noise.generator(config.seed, purpose, number)
-        first = scenes.scene(rng)
+        first = scenes.scene(rng, mix=config.data.mix)
         second = scenes.compose(scenes.twin(first.description, rng), rng)
         pairs += [(scenes.render(scene, config.image_size), scene.caption) for scene in (first, second)]
     return pairs
@@ -231,7 +231,8 @@ def cached_latents(
     """
     autoencoder.to(device)
     shown = f"{config.data.count}x{config.image_size}{'-grey' if config.data.grey else ''}-{text_encoder.max_length}"
-    path = cache / f"latents-{weights_hash(autoencoder)[:16]}-seed{config.seed}-{shown}.safetensors"
+    mix = "-".join(f"{share:g}" for share in config.data.mix)
+    path = cache / f"latents-{weights_hash(autoencoder)[:16]}-seed{config.seed}-{shown}-mix{mix}.safetensors"
     if not path.exists():
         parts = [
             _encode_scenes(config, range(first, min(first + 64, config.data.count)), autoencoder, text_encoder, device)

@@ -38,6 +38,9 @@ def test_the_objective_defaults_to_ddpm_s():
         ("name = ../..", "not valid TOML"),
         ("name = '../up'", 'key "name"'),
         ("<html>", "not valid TOML"),
+        ("[data]\nmix = [0, 0, 0, 0, 0, 0]", 'key "data": data.mix has no share above 0'),
+        ("[data]\nmix = [1, 1]", 'key "data.mix.2": field required'),
+        ("[data]\nmix = [1, 1, 1, 1, 1, -1]", 'key "data.mix.5": input should be greater'),
     ],
 )
 def test_faults_are_named(tmp_path, text, message):

@@ -113,6 +113,15 @@ def test_exported_text_tower_computes_the_same():
 
 
 @torch.no_grad()
+def test_a_new_text_tower_tells_words_apart():
+    """One other word moves the context at that word by half its length or more: it is not drowned by the layers."""
+    encoder = TextEncoder(clip_tokenizer(32), text_model_of(clip_towers()))
+    left, right = encoder.encode(["a red circle left of a blue square", "a red circle right of a blue square"])
+    assert torch.equal(left[:4], right[:4]), "what comes before is not changed: the transformer is causal"
+    assert (left[4] - right[4]).norm() > 0.5 * left[4].norm()
+
+
+@torch.no_grad()
 def test_clip_is_saved_without_what_the_text_encoder_holds(tmp_path):
     """A model folder keeps the token embeddings once; the towers come back from both places."""
     clip, images, ids = clip_towers(), random_images(len(PROMPTS)), prompt_ids()

@@ -132,6 +132,14 @@ def test_same_key_same_scene():
     assert all((scenes.render(a) == scenes.render(b)).all() for a, b in zip(first, again, strict=True))
 
 
+def test_a_mix_is_kept_to():
+    """Shares of 0.75 and 0.25, given up to a factor, within four standard errors of 2,000 draws."""
+    mix = (0.6, 0, 0, 0, 0.2, 0)
+    found = [scenes.scene(generator(0, "mix", i), mix=mix).description.category for i in range(2000)]
+    assert set(found) == {"single", "position"}
+    assert found.count("single") / 2000 == pytest.approx(0.75, abs=4 * np.sqrt(0.75 * 0.25 / 2000))
+
+
 def test_objects_keep_apart():
     for scene in drawn(500):
         for a, b in itertools.combinations(scene.things, 2):

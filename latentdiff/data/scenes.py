@@ -50,7 +50,7 @@ PLACES = {
 }
 RADII = {"small": (6.5, 8.5), "": (10.0, 12.5), "large": (14.5, 18.0)}  # pixels, by stated size
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-TRAINING_MIX = (0.14, 0.14, 0.22, 0.1, 0.22, 0.18)  # of CATEGORIES: more of what is harder to learn
+EVEN_MIX = (1 / 6,) * 6  # shares of CATEGORIES
 GAP = 3.0  # pixels of background between the bounding boxes of two objects, and to the border
 
 # Never drawn in training: one colour a shape, each used once, so that every shape and every colour is known
@@ -205,10 +205,16 @@ def _article(words: str) -> str:
 # --- layouts -------------------------------------------------------------------------------------------
 
 
-def scene(rng: np.random.Generator, category: str | None = None, *, held_out: bool = False) -> Scene:
-    """Draw a description, its caption and a layout that satisfies it. No category: any of the six."""
+def scene(
+    rng: np.random.Generator,
+    category: str | None = None,
+    *,
+    mix: Sequence[float] = EVEN_MIX,
+    held_out: bool = False,
+) -> Scene:
+    """Draw a description, its caption and a layout that satisfies it. No category: any, by the shares of the mix."""
     if category is None:
-        category = str(rng.choice(CATEGORIES, p=TRAINING_MIX))
+        category = str(rng.choice(CATEGORIES, p=np.asarray(mix) / sum(mix)))
     return compose(describe(rng, category, held_out=held_out), rng)
 
 

@@ -53,7 +53,19 @@ class Clip(nn.Module):
         text = CLIPTextCfg(
             context_length=max_length, vocab_size=VOCABULARY, width=text_width, heads=text_heads, layers=text_layers
         )
-        return cls(embed_dim, vision, text)
+        clip = cls(embed_dim, vision, text)
+        clip.spread_embeddings()
+        return clip
+
+    def spread_embeddings(self) -> None:
+        """Draw the embeddings of words and places anew, as large as what the layers after them add.
+
+        open_clip draws them at 0.02, for hundreds of millions of pairs. In a short training they are then drowned:
+        "left" and "right" stay nearly the same context, and places are not learnt at all.
+        """
+        nn.init.normal_(self.towers.token_embedding.weight, std=0.3)
+        nn.init.normal_(self.towers.positional_embedding, std=0.3)
+        nn.init.normal_(self.towers.visual.positional_embedding, std=0.5)  # beside patches of pixels near 1
 
     def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit embeddings (B, E) of images in [-1, 1] and of token ids (B, L), and the logit scale."""
