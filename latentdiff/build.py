@@ -54,6 +54,7 @@ def new_unet(config: Config, channels: int, side: int) -> UNet:
         layers_per_block=settings.layers_per_block,
         num_heads=settings.num_heads,
         norm_num_groups=settings.norm_num_groups,
+        pooled_text=settings.pooled_text,
     )
 
 

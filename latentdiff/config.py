@@ -107,6 +107,7 @@ class Denoiser(_Section):
     layers_per_block: int = Field(1, ge=1)
     num_heads: int = Field(4, ge=1)
     norm_num_groups: int = Field(16, ge=1)
+    pooled_text: bool = Field(False, description="the whole text also scales and shifts every residual block")
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
     caption_dropout: float = Field(0.1, ge=0, le=1)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from latentdiff.images import luminance, to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
@@ -23,7 +24,7 @@ def random_images(count=3, side=16):
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def small_unet():
+def small_unet(pooled_text=False):
     torch.manual_seed(0)
     return UNet.create(
         sample_size=8,
@@ -34,6 +35,7 @@ def small_unet():
         layers_per_block=1,
         num_heads=2,
         norm_num_groups=4,
+        pooled_text=pooled_text,
     ).eval()
 
 
@@ -161,6 +163,22 @@ def test_several_contexts_are_one_batch():
     for k in range(2):
         torch.testing.assert_close(both[k], unet(x, 10.0, contexts[k]), rtol=1e-4, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_pooled_text_scales_and_shifts_and_loads_in_diffusers(tmp_path):
+    """With attention's own answer taken away, the text still moves the output; diffusers computes the same."""
+    plain, unet = small_unet(), small_unet(pooled_text=True)
+    x, contexts = torch.randn(3, 4, 8, 8), torch.randn(2, 3, 5, 16)
+    for model in (plain, unet):
+        for name, parameter in model.named_parameters():
+            if "attn2.to_out" in name:
+                parameter.zero_()
+    assert torch.equal(plain(x, 10.0, contexts[0]), plain(x, 10.0, contexts[1]))
+    assert (unet(x, 10.0, contexts[0]) - unet(x, 10.0, contexts[1])).abs().max() > 1e-3
+    unet.save(tmp_path)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path)(x, 10.0, contexts[0]).sample
+    assert torch.equal(theirs, unet(x, 10.0, contexts[0]))
 
 
 @torch.no_grad()

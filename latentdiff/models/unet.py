@@ -33,8 +33,13 @@ class UNet(nn.Module):
         layers_per_block: int,
         num_heads: int,
         norm_num_groups: int,
+        pooled_text: bool,
     ) -> UNet:
-        """A new one with random weights; `attention` says which levels attend to the text, from the finest."""
+        """A new one with random weights; `attention` says which levels attend to the text, from the finest.
+
+        With `pooled_text` the text, pooled by attention, joins the embedding of the time, and both scale and shift
+        every residual block (as in GLIDE, Nichol et al. 2021).
+        """
         model = UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=channels,
@@ -46,6 +51,9 @@ class UNet(nn.Module):
             cross_attention_dim=context_dim,
             attention_head_dim=num_heads,  # diffusers' name for the number of heads
             norm_num_groups=norm_num_groups,
+            addition_embed_type="text" if pooled_text else None,
+            addition_embed_type_num_heads=num_heads,
+            resnet_time_scale_shift="scale_shift" if pooled_text else "default",
         )
         return cls(model)
 
