@@ -54,10 +54,10 @@ class Clip(nn.Module):
             context_length=max_length, vocab_size=VOCABULARY, width=text_width, heads=text_heads, layers=text_layers
         )
         clip = cls(embed_dim, vision, text)
-        clip.spread_embeddings()
+        clip._spread_embeddings()
         return clip
 
-    def spread_embeddings(self) -> None:
+    def _spread_embeddings(self) -> None:
         """Draw the embeddings of words and places anew, as large as what the layers after them add.
 
         open_clip draws them at 0.02, for hundreds of millions of pairs. In a short training they are then drowned:
