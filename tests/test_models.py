@@ -116,11 +116,11 @@ def test_exported_text_tower_computes_the_same():
 
 @torch.no_grad()
 def test_a_new_text_tower_tells_words_apart():
-    """One other word moves the context at that word by half its length or more: it is not drowned by the layers."""
+    """One other word moves the context at that word by most of its length (0.84; 0.54 as open_clip draws them)."""
     encoder = TextEncoder(clip_tokenizer(32), text_model_of(clip_towers()))
     left, right = encoder.encode(["a red circle left of a blue square", "a red circle right of a blue square"])
     assert torch.equal(left[:4], right[:4]), "what comes before is not changed: the transformer is causal"
-    assert (left[4] - right[4]).norm() > 0.5 * left[4].norm()
+    assert (left[4] - right[4]).norm() > 0.7 * left[4].norm()
 
 
 @torch.no_grad()
