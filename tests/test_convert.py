@@ -30,6 +30,14 @@ def test_every_weight_is_rounded_once(tiny_model, half_model):
     assert sorted(p.name for p in tiny_model.rglob("*")) == sorted(p.name for p in half_model.rglob("*"))
 
 
+def test_others_may_read_what_is_written(tiny_model, half_model, tmp_path):
+    """A trained model and a converted one have the modes that the umask asks for, not safetensors' 0600."""
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    files = [file for folder in (tiny_model, half_model) for file in folder.rglob("*") if file.is_file()]
+    assert {file.stat().st_mode for file in files} == {ordinary.stat().st_mode}
+
+
 def test_drawn_with_in_float32_here_and_in_diffusers(half_model):
     """Half the bytes on disk change what is stored, not what is computed with."""
     from diffusers import StableDiffusionPipeline

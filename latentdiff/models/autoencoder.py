@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from latentdiff.models.folder import let_others_read
+
 
 class Autoencoder(nn.Module):
     """images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H/f, W/f) of about unit variance."""
@@ -84,6 +86,7 @@ class Autoencoder(nn.Module):
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
         self.vae.save_pretrained(directory, safe_serialization=True)
+        let_others_read(directory)
 
 
 class IdentityAutoencoder(nn.Module):

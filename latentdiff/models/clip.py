@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from latentdiff.models.folder import let_others_read
+
 VOCABULARY = 49408
 _EMBEDDING = "token_embedding.weight"
 
@@ -82,6 +84,7 @@ class Clip(nn.Module):
         (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": self.config}, indent=1) + "\n")
         state = {name: tensor.contiguous() for name, tensor in self.towers.state_dict().items() if name != _EMBEDDING}
         save_file(state, directory / "open_clip_model.safetensors")
+        let_others_read(directory)
 
     @classmethod
     def load(cls, directory: Path, token_embedding: Tensor) -> Clip:

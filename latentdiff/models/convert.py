@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentdiff.errors import ConfigError
-from latentdiff.models.folder import check_folder, loading
+from latentdiff.models.folder import check_folder, let_others_read, loading
 
 _TEXTS = (".json", ".txt", ".md")
 
@@ -37,6 +37,7 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
             elif file.suffix in _TEXTS:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
+        let_others_read(made)
         made.rename(target)
 
 
@@ -50,4 +51,3 @@ def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:
                 raise ConfigError(f"{name} of {source} does not fit {str(dtype).removeprefix('torch.')}")
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, target, metadata)
-    shutil.copymode(source, target)  # safetensors writes 0600

@@ -140,6 +140,14 @@ def loading(part: str, directory: Path) -> AbstractContextManager[None]:
     return raised_as(ModelError, f"cannot load {part} ({directory})")
 
 
+def let_others_read(directory: Path) -> None:
+    """Give the weights of a folder the mode that the umask asks for: safetensors makes them their owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in directory.rglob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
+
+
 def folder_hash(directory: Path) -> str:
     """sha256 of the weights that draw, in the order of their names: which model drew a picture."""
     digest = hashlib.sha256()

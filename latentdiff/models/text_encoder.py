@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from latentdiff.models.folder import let_others_read
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -53,6 +55,7 @@ class TextEncoder(nn.Module):
         # the same file again without white space, which is half of it
         self.tokenizer.backend_tokenizer.save(str(directory / "tokenizer" / "tokenizer.json"), pretty=False)
         self.model.save_pretrained(directory / "text_encoder", safe_serialization=True)
+        let_others_read(directory / "text_encoder")
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

@@ -9,6 +9,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
+from latentdiff.models.folder import let_others_read
+
 
 class UNet(nn.Module):
     """(x_t, t, context) -> output, with x_t (B, C, h, w), t a time or (B,) times, context (B, L, D).
@@ -80,3 +82,4 @@ class UNet(nn.Module):
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
         self.model.save_pretrained(directory, safe_serialization=True)
+        let_others_read(directory)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from latentdiff.errors import ModelError
+from latentdiff.models.folder import let_others_read
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def save_checkpoint(directory: Path, trained: Trained, state: dict[str, Any], ke
     save_file(_contiguous(trained.ema.state_dict()), partial / "ema.safetensors")
     save_file(_contiguous(_flat_optimizer(trained.optimizer)), partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(state, indent=1))
+    let_others_read(partial)
     for file in partial.iterdir():
-        file.chmod(0o666 & ~_umask())  # safetensors writes 0600
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     shutil.rmtree(final, ignore_errors=True)
@@ -86,9 +87,3 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
