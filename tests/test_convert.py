@@ -14,7 +14,7 @@ PROMPT = "a red circle above a blue square"
 
 @pytest.fixture(scope="module")
 def half_model(tiny_model, command, tmp_path_factory):
-    out = tmp_path_factory.mktemp("half") / "model"
+    out = tmp_path_factory.mktemp("half") / "in a new folder" / "model"
     assert command("convert", tiny_model, out, "--dtype", "float16").stdout.strip() == str(out)
     return out
 

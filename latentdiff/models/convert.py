@@ -28,6 +28,7 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
         raise ConfigError(f"{target} exists; nothing is overwritten")
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{target} lies inside {source}. Choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=target.parent) as scratch:
         made = Path(scratch) / "model"
         for file in sorted(file for file in source.rglob("*") if file.is_file()):
