@@ -43,6 +43,7 @@ def main() -> None:
     """Run the command line; errors are one line on stderr and an exit code (see `latentdiff.errors`)."""
     # libraries speak of loading in bars and tables of many lines; what they raise is told below
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -62,13 +63,20 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{(error.strerror or str(error)).lower()}{where}", ResourceError.exit_code)
     except Exception as error:
-        usage = getattr(error, "format_message", None)  # of the command line's own parser
-        if usage is None:
-            raise
-        _fail(usage(), 2)
+        _fail_as_told(error)
+        raise
     if status == 130:
         _fail("interrupted", 130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail_as_told(error: Exception) -> None:
+    """What the command line's own parser says, and torch where memory ends; anything else is a bug, left alone."""
+    if usage := getattr(error, "format_message", None):
+        _fail(usage(), 2)
+    # a class of its own on a GPU, on a CPU only the words of a RuntimeError
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        _fail("out of memory. Fewer or smaller pictures at once need less", ResourceError.exit_code)
 
 
 def _terminate(number: int, frame: Any) -> None:

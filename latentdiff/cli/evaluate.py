@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from latentdiff.cli.output import write_new
+
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
 
@@ -18,18 +20,18 @@ def _evaluate() -> None:
 
 @app.command()
 def composition(
-    model: Annotated[Path | None, typer.Argument(help="A model folder [default: scenes-64].")] = None,
+    model: Annotated[Path | None, typer.Argument(help="A model folder (default: scenes-64).")] = None,
     pictures: Annotated[int, typer.Option(min=4, help="Pictures a category, four a prompt.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and pictures.")] = 0,
-    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps [default: the model's].")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="[default: the model's].")] = None,
+    sampler: Annotated[str | None, typer.Option(help="(default: the model's).")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the figures to this new JSON file.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
 ) -> None:
     """Score a scenes model in GenEval's six categories, with held-out pairs and the autoencoder's ceiling beside.
 
@@ -58,4 +60,4 @@ def composition(
     if output:
         figures = {title: as_dict(score) for title, score in scores.items()}
         tree = {"model_hash": pipe.card.hash, "settings": pipe.card.defaults | settings, **figures}
-        output.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
+        write_new(output, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import tempfile
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from latentdiff.cli.output import write_new
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline, Output
@@ -18,24 +21,24 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str, typer.Argument(help='What to draw; "-" reads it from standard input.')],
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What not to draw.")] = None,
-    model: Annotated[Path | None, typer.Option("--model", "-m", help="A model folder [default: scenes-64].")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps [default: the model's].")] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="A model folder (default: scenes-64).")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none.")
     ] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="Pull back to the unguided contrast, 0 to 1.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp_2m, unipc, ... [default: the model's].")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp_2m, unipc, ... (default: the model's).")] = None,
     spacing: Annotated[str | None, typer.Option(help="trailing, leading, linspace, karras or uniform.")] = None,
     eta: Annotated[float | None, typer.Option(help="Noise added by ddim, 0 to 1.")] = None,
     width: Annotated[int | None, typer.Option("--width", "-W", help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option("--height", "-H", help="Pixels.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", "-s", help="Picture i has SEED + i [default: random].")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", "-s", help="Picture i has SEED + i (default: random).")] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-N", help="How many pictures.")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a .png file for one picture.")] = Path(
         "outputs"
     ),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     metadata: Annotated[bool, typer.Option(help="Write how it was made into each PNG.")] = True,
 ) -> None:
@@ -171,8 +174,9 @@ def _written(output: Output, target: Path, metadata: bool) -> Any:
     for image, record in zip(output.images, output.metadata, strict=True):
         path = target if target.suffix.lower() == ".png" else _next_path(target, record.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:  # x: never overwrites, not even what appeared meanwhile
-            image.save(file, "PNG", pnginfo=png_info(record) if metadata else None)
+        encoded = io.BytesIO()
+        image.save(encoded, "PNG", pnginfo=png_info(record) if metadata else None)
+        write_new(path, encoded.getvalue())
         yield path
 
 

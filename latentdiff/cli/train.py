@@ -21,7 +21,7 @@ class StageName(StrEnum):
 
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file such as configs/scenes-64.toml.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/NAME].")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/NAME).")] = None,
     stage: Annotated[list[StageName] | None, typer.Option(help="Run these stages only; may be repeated.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: denoiser.training.learning_rate=1e-4.")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from latentdiff.errors import ConfigError
+from latentdiff.errors import ConfigError, ResourceError, raised_as
 from latentdiff.models.folder import check_folder, let_others_read, loading
 
 _TEXTS = (".json", ".txt", ".md")
@@ -51,4 +51,5 @@ def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:
             if not (torch.isfinite(state[name]) == torch.isfinite(tensor)).all():
                 raise ConfigError(f"{name} of {source} does not fit {str(dtype).removeprefix('torch.')}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, target, metadata)
+    with raised_as(ResourceError, f"cannot write {source.parent.name}/{target.name}"):
+        save_file(state, target, metadata)

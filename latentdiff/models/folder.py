@@ -81,7 +81,7 @@ def _check_parts(index: dict[str, Any], directory: Path) -> None:
         if part == "vae" and entry in (None, [None, None]):
             continue  # a pixel-space model
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if name not in known:
+        if not (isinstance(name, str) and name in known):
             raise UnsafeError(
                 f"{part} is of unknown class {name} ({directory}/model_index.json). Known: {', '.join(sorted(known))}"
             )
@@ -178,5 +178,8 @@ def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
         unet = read_json(directory / "unet" / "config.json")
         vae = directory / "vae" / "config.json"
         factor = 2 ** (len(read_json(vae)["block_out_channels"]) - 1) if vae.is_file() else 1
-        side = int(unet["sample_size"]) * factor
+        sample = unet["sample_size"]
+        if type(sample) is not int or sample < 1:
+            raise ModelError(f"unet/config.json: sample_size must be a whole number of latents (got {sample!r})")
+        side = sample * factor
         return factor * 2 ** (len(unet["block_out_channels"]) - 1), (side, side)
