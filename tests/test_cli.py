@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,39 @@ def test_figures_are_not_overwritten_nor_lost(call, tiny_model, tmp_path):
         code, err = call("evaluate", "composition", tiny_model, "--pictures", 4, "-o", output)
         assert (code, err) == (2, f"error: cannot write to {output}: it exists, or its folder does not\n")
     assert Path("scores.json").read_text() == "precious"
+
+
+def test_figures_for_an_unwritable_place_are_refused_before_drawing(call):
+    code, err = call("evaluate", "composition", "nowhere", "--pictures", 4, "-o", "/proc/scores.json")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: cannot write to /proc/scores.json (")
+
+
+def test_the_end_of_memory_is_told_in_one_line(call, monkeypatch):
+    """On a CPU torch raises a bare RuntimeError."""
+
+    def app(**options):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("latentdiff.cli.app", app)
+    code, err = call("generate", PROMPT)
+    assert (code, err.count("\n")) == (6, 1)
+    assert err.startswith("error: out of memory.")
+
+
+def test_a_full_disk_stops_convert_in_one_line(call, tiny_model):
+    """A limit on the size of files stands for the full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        code, err = call("convert", tiny_model, "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (code, err.count("\n")) == (6, 1)
+    assert err.startswith("error: ")
+    assert not Path("copy").exists()
 
 
 def test_composition_of_another_size_is_refused(call, tiny_model, tmp_path):

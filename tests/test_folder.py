@@ -66,9 +66,17 @@ def test_program_in_the_folder_is_refused(folder):
     assert "asks to run code (pipeline.py)" in refusal(folder, UnsafeError)
 
 
-def test_unknown_class_is_refused(folder):
-    edit(folder / "model_index.json", unet=["evil", "Model"])
-    assert "unet is of unknown class Model" in refusal(folder, UnsafeError)
+@pytest.mark.parametrize("name", ["Model", ["UNet2DConditionModel"]], ids=str)
+def test_unknown_class_is_refused(folder, name):
+    edit(folder / "model_index.json", unet=["evil", name])
+    assert f"unet is of unknown class {name}" in refusal(folder, UnsafeError)
+
+
+@pytest.mark.parametrize("value", [0, -16, 16.7, True, [16, 16], None], ids=str)
+def test_sample_size_that_is_no_number_of_latents(folder, value):
+    (folder / "latentdiff.json").unlink()
+    edit(folder / "unet" / "config.json", sample_size=value)
+    assert "sample_size must be a whole number of latents" in refusal(folder, ModelError)
 
 
 @pytest.mark.parametrize(

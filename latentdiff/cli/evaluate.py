@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latentdiff.cli.output import write_new
+from latentdiff.cli.output import check_writable, write_new
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
@@ -49,6 +49,8 @@ def composition(
     request(prompt="checked before anything is loaded", seed=seed, **settings)
     if output and (os.path.lexists(output) or not output.absolute().parent.is_dir()):
         raise ConfigError(f"cannot write to {output}: it exists, or its folder does not")
+    if output:
+        check_writable(output, output.parent)
     pipe = LatentDiffusionPipeline.from_pretrained(model, device=device)
     scores = {
         "model": evaluate_composition(pipe, pictures=pictures, seed=seed, **settings),

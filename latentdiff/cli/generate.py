@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.output import write_new
+from latentdiff.cli.output import check_writable, write_new
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline, Output
@@ -95,23 +95,10 @@ def _target(output: Path, num_images: int) -> Path:
     if suffix == ".png" and num_images > 1:
         raise ConfigError(f"{num_images} pictures do not go into one file ({output}). Name a folder")
     folder = output.parent if suffix == ".png" else output
-    try:
-        if suffix == ".png" and _exists(output):
-            raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
-        there = next(path for path in (folder, *folder.absolute().parents) if _exists(path))
-        tempfile.TemporaryFile(dir=there).close()  # the one sure way to know
-    except OSError as error:
-        raise ConfigError(f"cannot write to {output} ({(error.strerror or str(error)).lower()})") from None
+    check_writable(output, folder)
+    if suffix == ".png" and os.path.lexists(output):
+        raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
     return output
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is anything of that name; unlike Path.exists, a name that cannot be is an OSError."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def _check_sizes(model: Path, asked: Request) -> None:

@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+
+from latentdiff.errors import ConfigError
+
+
+def check_writable(output: Path, folder: Path) -> None:
+    """Refuse `output` before any work where nothing can be written to `folder`, or to the nearest that there is.
+
+    Nothing is created. Raises ConfigError, also for a name that no file can have.
+    """
+    try:
+        _exists(output)
+        there = next(path for path in (folder, *folder.absolute().parents) if _exists(path))
+        tempfile.TemporaryFile(dir=there).close()  # the one sure way to know
+    except OSError as error:
+        raise ConfigError(f"cannot write to {output} ({(error.strerror or str(error)).lower()})") from None
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is anything of that name; unlike Path.exists, a name that cannot be is an OSError."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_new(path: Path, content: bytes) -> None:
