@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -16,6 +17,14 @@ from latentdiff.models.unet import UNet
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 
 AnyAutoencoder = Autoencoder | IdentityAutoencoder
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initial weights from a seed. Modules draw them from torch's global generator and no other; it is put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def image_channels(config: Config) -> int:

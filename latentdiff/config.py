@@ -29,13 +29,18 @@ class Training(_Section):
     train_batch_size: int = Field(64, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
+    lr_schedule: Literal["trapezoid", "cosine", "linear", "constant"] = "trapezoid"
     lr_warmup_steps: int = Field(200, ge=0)
-    lr_decay: float = Field(0.3, ge=0, le=1, description="last share of the steps, in which the rate falls to 0")
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr_decay: float = Field(0.3, ge=0, le=1, description="last share of the steps, in which a trapezoid falls to 0")
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
     adam_beta2: float = Field(0.99, gt=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema: Literal["constant", "power"] = "constant"
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="limit of the constant decay; 0 is no averaging")
+    ema_power: float = Field(6.94, gt=0, description="power decay: step t weighs as t^this (6.94: a width of 10%)")
+    num_workers: int = Field(0, ge=0, le=64, description="processes that make batches ahead; they change no number")
+    compile: bool = Field(False, description="torch.compile: a minute or two first, then faster steps")
     checkpointing_steps: int = Field(500, ge=1)
     checkpoints_total_limit: int = Field(2, ge=2)
     validation_steps: int = Field(1000, ge=1)
@@ -110,8 +115,15 @@ class Denoiser(_Section):
     pooled_text: bool = Field(False, description="the whole text also scales and shifts every residual block")
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
+    snr_gamma: float | None = Field(None, gt=0, description="of the weighting (default: 5, p2: 1)")
+    noise_offset: float = Field(0.0, ge=0, description="deviation of a constant added to each channel's noise")
+    input_perturbation: float = Field(0.0, ge=0, description="deviation of noise on the input that is no target")
     caption_dropout: float = Field(0.1, ge=0, le=1)
     tune_text_encoder: bool = False
+    cache: bool = Field(
+        True, description="encode pictures, and captions of a frozen text encoder, once before training"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
     schedule: Schedule = Schedule()
     preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
     training: Training = Training()
@@ -167,7 +179,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the effective config, defaults included, as TOML that `load_config` reads."""
-    path.write_text(tomli_w.dumps(config.model_dump()), encoding="utf-8")
+    path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -31,9 +32,13 @@ class ModelError(LatentDiffError):
 
 
 class NonFiniteError(LatentDiffError):
-    """NaN or infinity where a number was needed."""
+    """NaN or infinity where a number was needed; `samples` are those it came from, where that is known."""
 
     exit_code = 5
+
+    def __init__(self, message: str, samples: Sequence[str] = ()):
+        super().__init__(message)
+        self.samples = list(samples)
 
 
 class ResourceError(LatentDiffError):
@@ -46,6 +51,15 @@ class UnsafeError(LatentDiffError):
     """A file that asks to run code: a pickle, or a model folder with a program in it."""
 
     exit_code = 7
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing is wrong
+    """SIGINT or SIGTERM arrived, and `saved` names what a later start goes on from, if anything."""
+
+    def __init__(self, number: int, saved: str | None = None):
+        name = signal.Signals(number).name
+        super().__init__(f"saved {saved} after {name}" if saved else f"error: stopped by {name}, nothing to save")
+        self.exit_code = 128 + number
 
 
 @contextmanager

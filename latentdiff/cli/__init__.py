@@ -11,7 +11,7 @@ import typer
 
 from latentdiff import __version__
 from latentdiff.cli import convert, evaluate, generate, info, train
-from latentdiff.errors import LatentDiffError, ResourceError
+from latentdiff.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
     name="latentdiff",
@@ -50,6 +50,9 @@ def main() -> None:
         status = app(standalone_mode=False)
     except LatentDiffError as error:
         _fail(str(error), error.exit_code)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except _Terminated:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentdiff.errors import ResourceError
+from latentdiff.cli.output import check_writable
+
+if TYPE_CHECKING:
+    from latentdiff.config import Config
 
 
 class StageName(StrEnum):
@@ -26,27 +29,81 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: denoiser.training.learning_rate=1e-4.")
     ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            "--resume-from-checkpoint",
+            help="auto: from the newest checkpoint, or fresh without one; latest: there must be one; or its path.",
+        ),
+    ] = "auto",
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Go on under other settings than the checkpoint's.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Bitwise the same on a GPU too, by slower kernels.")
+    ] = False,
 ) -> None:
     """Train a model from nothing: autoencoder, CLIP, denoiser. Goes on where an earlier start stopped.
 
-    The finished model is the folder RUN/model, which `generate -m` and diffusers load.
+    The finished model is the folder RUN/model, which `generate -m` and diffusers load. Under `accelerate launch` the
+    batches are shared out among the processes.
     """
-    from latentdiff.config import load_config, save_config
+    from latentdiff.config import load_config
 
     effective = load_config(config, set_ or ())
-    run = output or Path("runs") / effective.name
+    folder = output or Path("runs") / effective.name
+    check_writable(folder, folder)
+    _train(effective, folder, [str(name) for name in stage or StageName], resume, allow_changed, dry_run, deterministic)
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    stages: list[str],
+    resume: str,
+    allow_changed: bool,
+    dry_run: bool,
+    deterministic: bool,
+) -> None:
+    import torch
+    from accelerate import Accelerator
 
     from latentdiff.build import check_networks
-    from latentdiff.stages import STAGES, check_unchanged
+    from latentdiff.config import save_config
+    from latentdiff.stages import TRAIN
+    from latentdiff.stages.plan import plan_text
+    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, lock
+    from latentdiff.training.interruption import Interruption
 
-    check_networks(effective)
-    check_unchanged(effective, run)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(effective, run / "config.toml")
-    except OSError as error:
-        raise ResourceError(f"cannot write to {run} ({(error.strerror or str(error)).lower()})") from None
-    for name, train_stage in STAGES.items():
-        if not stage or name in stage:
-            train_stage(effective, run)
-    typer.echo(run / "model")
+    check_networks(config)
+    with Interruption() as interruption:
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+        if deterministic:
+            _choose_deterministic_kernels()
+        checkpoints, told = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
+        changed = check_unchanged(config, checkpoints, accelerator.num_processes, allow_changed)
+        run = Run(config, folder, accelerator, checkpoints, interruption)
+        if accelerator.is_main_process:
+            for line in [*told, *(f"warning: going on although {change}" for change in changed), plan_text(run)]:
+                typer.echo(line, err=True)
+        if dry_run:
+            return
+        with lock(run):
+            if accelerator.is_main_process:
+                save_config(config, folder / "config.toml")
+            for name in run.stages:
+                TRAIN[name](run)
+    if accelerator.is_main_process:
+        typer.echo(folder / "model")
+
+
+def _choose_deterministic_kernels() -> None:
+    import os
+
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -53,17 +53,32 @@ def weights(
 class DiffusionLoss:
     """E |target - network(alpha_t x0 + sigma_t noise, t, context)|^2 with weights, per sample."""
 
-    def __init__(self, schedule: NoiseSchedule, prediction: str, weighting: str = "uniform"):
+    def __init__(
+        self, schedule: NoiseSchedule, prediction: str, weighting: str = "uniform", gamma: float | None = None
+    ):
         self.prediction = prediction
         self._alpha = torch.from_numpy(np.sqrt(schedule.alphas_cumprod)).float()
         self._sigma = torch.from_numpy(np.sqrt(1 - schedule.alphas_cumprod)).float()
-        self._weights = torch.from_numpy(weights(schedule, prediction, weighting)).float()
+        self._weights = torch.from_numpy(weights(schedule, prediction, weighting, gamma)).float()
 
-    def __call__(self, network: Network, x0: Tensor, noise: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """x0 and noise (B, C, h, w), t (B,) whole times, context (B, L, D) -> losses (B,)."""
+    def __call__(
+        self,
+        network: Network,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        context: Tensor,
+        perturbation: Tensor | None = None,
+    ) -> Tensor:
+        """x0 and noise (B, C, h, w), t (B,) whole times, context (B, L, D) -> losses (B,).
+
+        A perturbation (B, C, h, w) is added to the noise that the network is shown, not to its target: input errors
+        as sampling makes them (Ning et al. 2023, alg. 2).
+        """
         alpha, sigma, weight = (table.to(x0.device)[t] for table in (self._alpha, self._sigma, self._weights))
         alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
-        output = network(alpha * x0 + sigma * noise, t, context)
+        shown = noise if perturbation is None else noise + perturbation
+        output = network(alpha * x0 + sigma * shown, t, context)
         error = (output.float() - target(self.prediction, x0, noise, alpha, sigma)) ** 2
         loss: Tensor = weight * error.flatten(1).mean(1)
         return loss

@@ -21,13 +21,12 @@ _EMBEDDING = "token_embedding.weight"
 
 
 class Clip(nn.Module):
-    """Image and text towers into one space, and the symmetric cross-entropy of their similarities."""
+    """Image and text towers into one space."""
 
     def __init__(self, embed_dim: int, vision: CLIPVisionCfg, text: CLIPTextCfg):
         super().__init__()
         self.config: dict[str, Any] = {"embed_dim": embed_dim, "vision_cfg": asdict(vision), "text_cfg": asdict(text)}
         self.towers = CLIP(embed_dim, vision, text)
-        self._loss = ClipLoss()
 
     @classmethod
     def create(
@@ -95,10 +94,14 @@ class Clip(nn.Module):
         module.towers.load_state_dict(state | {_EMBEDDING: token_embedding})
         return module.eval()
 
-    def loss(self, image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
-        """Contrastive loss in nats over the batch: log(B) for embeddings that say nothing."""
-        value: Tensor = self._loss(image_features, text_features, scale)
-        return value
+
+def contrastive_loss(process: int = 0, processes: int = 1) -> ClipLoss:
+    """(image features, text features, scale) -> CLIP's loss in nats over the batch of all processes together.
+
+    log(B) for embeddings that say nothing. Each process computes the whole loss and its gradient, so that their mean
+    is the gradient of one process with the whole batch.
+    """
+    return ClipLoss(gather_with_grad=True, rank=process, world_size=processes)
 
 
 @torch.no_grad()

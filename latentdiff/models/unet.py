@@ -79,6 +79,10 @@ class UNet(nn.Module):
         """
         self.model.set_attn_processor(AttnProcessor())
 
+    def save_memory(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them (Chen et al. 2016)."""
+        self.model.enable_gradient_checkpointing()
+
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
         self.model.save_pretrained(directory, safe_serialization=True)

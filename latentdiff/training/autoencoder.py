@@ -21,32 +21,28 @@ class AutoencoderStage:
     network would cost. Trained on random crops: the networks are fully convolutional.
     """
 
+    divisible = True
+
     def __init__(
         self,
         module: nn.Module,
         picture: Picture,
         *,
         seed: int,
-        batch_size: int,
         crop: int,
         latent_shape: tuple[int, int, int],
         gradient_weight: float,
         kl_weight: float,
-        device: torch.device,
     ):
-        self.module = module
-        self._picture, self._seed, self._batch_size, self._crop = picture, seed, batch_size, crop
-        self._latent_shape = latent_shape
-        self._gradient_weight, self._kl_weight, self._device = gradient_weight, kl_weight, device
+        self.module, self.parts = module, {"autoencoder": module}
+        self._picture, self._seed, self._crop, self._latent_shape = picture, seed, crop, latent_shape
+        self._gradient_weight, self._kl_weight = gradient_weight, kl_weight
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: range) -> dict[str, Tensor]:
         """Crops (B, 3, c, c) in [-1, 1] and the standard normal draws for their latents."""
-        first = index * self._batch_size
-        crops = [self._crop_of(i) for i in range(first, first + self._batch_size)]
-        images = to_images(np.stack(crops)).to(self._device)
-        shape = (self._batch_size, *self._latent_shape)
-        eps = torch.from_numpy(noise.normal(shape, self._seed, "autoencoder posterior", first))
-        return images, eps.to(self._device)
+        images = to_images(np.stack([self._crop_of(index) for index in positions]))
+        eps = [noise.normal(self._latent_shape, self._seed, "autoencoder posterior", index) for index in positions]
+        return {"images": images, "noise": torch.from_numpy(np.stack(eps))}
 
     def _crop_of(self, index: int) -> np.ndarray:
         picture = self._picture(index)
@@ -54,16 +50,25 @@ class AutoencoderStage:
         top, left = noise.generator(self._seed, "crop", index).integers(high)
         return picture[top : top + self._crop, left : left + self._crop]
 
-    def loss(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """See the class."""
-        images, eps = batch
-        reconstruction, mean, log_variance = module(images, eps)
+    def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """See the class; (B,)."""
+        images = batch["images"]
+        reconstruction, mean, log_variance = module(images, batch["noise"])
         difference = reconstruction.float() - images
-        loss = difference.abs().mean() + self._gradient_weight * (
-            difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+        loss = _mean(difference.abs()) + self._gradient_weight * (
+            _mean(difference.diff(dim=-1).abs()) + _mean(difference.diff(dim=-2).abs())
         )
-        kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean()
+        kl = 0.5 * _mean(mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float())
         return loss + self._kl_weight * kl
+
+    def sample_ids(self, positions: range) -> list[str]:
+        """Scenes by number."""
+        return [f"scene {position}" for position in positions]
+
+
+def _mean(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,)."""
+    return values.flatten(1).mean(1)
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> float:

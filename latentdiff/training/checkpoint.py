@@ -1,89 +1,187 @@
-"""Checkpoints: {weights,ema,optimizer}.safetensors and state.json in a folder that appears whole or not at all."""
+"""Checkpoints on disk: safetensors, state.json and a manifest in a folder that is there whole or not at all.
+
+A folder is written as `.tmp-...`; every file is flushed to the disk, MANIFEST.json (bytes and sha256 of each) last;
+then it is renamed, and only afterwards are older ones deleted. Whatever the moment of a kill, the newest folder whose
+manifest agrees is good.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
-from latentdiff.errors import ModelError
+from latentdiff.errors import ModelError, ResourceError
 from latentdiff.models.folder import let_others_read
 
-
-@dataclass(frozen=True)
-class Trained:
-    """What a checkpoint holds: weights, their average and the optimizer's state."""
-
-    module: nn.Module
-    ema: AveragedModel
-    optimizer: torch.optim.Optimizer
+Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without ending -> tensor name -> tensor, on the CPU
+MANIFEST = "MANIFEST.json"
 
 
-def save_checkpoint(directory: Path, trained: Trained, state: dict[str, Any], keep: int) -> Path:
-    """Write `directory/step-XXXXXXXX` from state["step"], then delete all but the newest `keep`."""
+def save_checkpoint(directory: Path, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
+    """Write `directory/step-XXXXXXXX` from state["step"], then delete all but the newest `keep` whole ones.
+
+    A folder of that name is put aside, not overwritten. Raises ResourceError where the disk is full; then nothing is
+    left of the new one and nothing of the old ones is gone.
+    """
     final = directory / f"step-{state['step']:08d}"
     partial = directory / f".tmp-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_contiguous(trained.module.state_dict()), partial / "weights.safetensors")
-    save_file(_contiguous(trained.ema.state_dict()), partial / "ema.safetensors")
-    save_file(_contiguous(_flat_optimizer(trained.optimizer)), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    let_others_read(partial)
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in checkpoints(directory)[:-keep]:
+    with _disk_watched(directory, partial, tensors):
+        partial.mkdir(parents=True)
+        for name, part in tensors.items():
+            save_file(dict(part), partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        files = sorted(partial.iterdir())
+        let_others_read(partial)
+        for file in files:
+            _flush(file)
+        listed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+        (partial / MANIFEST).write_text(json.dumps(listed, indent=1))
+        _flush(partial / MANIFEST)
+        _flush(partial)
+        if final.exists():
+            set_aside(final)
+        partial.rename(final)
+        _flush(directory)
+    for old in [path for path in checkpoints(directory) if not _missing_bytes(path)][:-keep]:
         shutil.rmtree(old)
     return final
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first, whole or damaged."""
     return sorted(directory.glob("step-*"))
 
 
-def load_checkpoint(path: Path, trained: Trained) -> dict[str, Any]:
-    """Put a checkpoint's tensors where they belong and return its state. Raises ModelError."""
+def label(path: Path) -> str:
+    """`step-30` of `step-00000030`, as messages name it."""
+    return "step-" + (path.name.removeprefix("step-").lstrip("0") or "0")
+
+
+def damage(path: Path) -> str | None:
+    """The first fault found in a checkpoint, by its manifest; None where every byte is as it was written."""
     try:
-        trained.module.load_state_dict(load_file(path / "weights.safetensors"))
-        trained.ema.load_state_dict(load_file(path / "ema.safetensors"))
-        _load_optimizer(trained.optimizer, load_file(path / "optimizer.safetensors"))
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        return {**state, "step": int(state["step"])}
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"checkpoint {path} cannot be read ({reason}). Move it away to use the one before") from error
+        if fault := _missing_bytes(path):
+            return fault
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, entry in manifest.items():
+            if _sha256(path / name) != entry["sha256"]:
+                return f"{name}: not the bytes that were written"
+    except OSError as error:
+        return f"{(error.strerror or str(error)).lower()}"
+    return None
 
 
-def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Tensors only: what else an optimizer notes about a parameter follows from its shape."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value
-        for index, slots in state.items()
-        for name, value in slots.items()
-        if isinstance(value, Tensor)
-    }
+def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest agrees, and a warning for each damaged one that is newer."""
+    warnings: list[str] = []
+    for path in reversed(checkpoints(directory)):
+        if not (fault := damage(path)):
+            told = [f"{warning}; using {label(path)}" for warning in warnings]
+            return path, told
+        warnings.append(f"checkpoint {label(path)} is damaged ({fault})")
+    return None, warnings
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in flat.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors by file and the state, of a checkpoint found whole. Raises ModelError."""
+    try:
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        return tensors, load_state(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"checkpoint {path} cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def load_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises ModelError."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return {**state, "step": int(state["step"]), "position": int(state["position"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"checkpoint {path} is damaged (state.json: {str(error)[:80]})") from None
+
+
+def check_whole(path: Path) -> None:
+    """Raises ModelError for a damaged checkpoint, or none at all."""
+    if not path.is_dir():
+        raise ModelError(f"no such checkpoint ({path}). Give a folder step-..., or latest, or auto")
+    if fault := damage(path):
+        raise ModelError(f"checkpoint {path} is damaged ({fault}). Use --resume latest for the newest whole one")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint out of the run's sequence, keeping it."""
+    number = next(n for n in range(1, 10**6) if not path.with_name(f"aside-{n}-{path.name}").exists())
+    return path.rename(path.with_name(f"aside-{number}-{path.name}"))
+
+
+def _missing_bytes(path: Path) -> str | None:
+    """What is wrong as far as names and sizes tell."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        sizes = {str(name): int(entry["bytes"]) for name, entry in manifest.items()}
+        sums = [str(entry["sha256"]) for entry in manifest.values()]
+    except FileNotFoundError:
+        return f"no {MANIFEST}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} cannot be read"
+    if not sums or any(Path(name).name != name for name in sizes):
+        return f"{MANIFEST} lists no files"
+    for name, size in sizes.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (there := (path / name).stat().st_size) != size:
+            return f"{name}: {there:,} of {size:,} bytes"
+    return None
+
+
+@contextmanager
+def _disk_watched(directory: Path, partial: Path, tensors: Tensors) -> Iterator[None]:
+    """Where the disk is full: one line that names what is still good, and no half folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        step = label(Path(partial.name.removeprefix(".tmp-")))
+        number = error.errno if isinstance(error, OSError) else _os_error(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"cannot write {step} ({directory}: {' '.join(str(error).split())[:200]})") from error
+        need = sum(tensor.nbytes for part in tensors.values() for tensor in part.values()) / 1e6
+        free = shutil.disk_usage(directory).free / 1e6
+        good, _ = newest_whole(directory)
+        last = f"Last good: {label(good)}" if good else "There is no earlier one"
+        raise ResourceError(
+            f"disk full while writing {step} (need {need:.1f} MB, {free:.1f} MB free in {directory}). {last}"
+        ) from error
+
+
+def _os_error(error: SafetensorError) -> int | None:
+    """The number of the system's error, which safetensors tells in words only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a rename must not arrive there before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

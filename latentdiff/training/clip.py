@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from latentdiff.images import to_images
@@ -14,25 +13,29 @@ CaptionedPicture = tuple[np.ndarray, str]
 
 
 class ClipStage:
-    """CLIP's symmetric cross-entropy over batches of distinct scenes."""
+    """CLIP's symmetric cross-entropy over batches of distinct scenes: of the whole batch, or of none of it."""
+
+    divisible = False
 
     def __init__(
         self,
         module: nn.Module,
-        pictures: Callable[[int], list[CaptionedPicture]],
+        pictures: Callable[[range], list[CaptionedPicture]],
         tokenize: Callable[[list[str]], Tensor],
         contrastive_loss: Callable[..., Tensor],
-        device: torch.device,
     ):
-        self.module = module
-        self._pictures, self._tokenize, self._device = pictures, tokenize, device
-        self._contrastive_loss = contrastive_loss
+        self.module, self.parts = module, {"clip": module}
+        self._pictures, self._tokenize, self._contrastive_loss = pictures, tokenize, contrastive_loss
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: range) -> dict[str, Tensor]:
         """Images (B, 3, S, S) in [-1, 1] and token ids (B, L)."""
-        pictures, captions = zip(*self._pictures(index), strict=True)
-        return to_images(np.stack(pictures)).to(self._device), self._tokenize(list(captions)).to(self._device)
+        pictures, captions = zip(*self._pictures(positions), strict=True)
+        return {"images": to_images(np.stack(pictures)), "ids": self._tokenize(list(captions))}
 
-    def loss(self, module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """In nats; log(B) at chance."""
-        return self._contrastive_loss(*module(*batch))
+        return self._contrastive_loss(*module(batch["images"], batch["ids"]))
+
+    def sample_ids(self, positions: range) -> list[str]:
+        """Pairs of twins by number, a the first and b the second."""
+        return [f"scene {position // 2}{'ab'[position % 2]}" for position in positions]

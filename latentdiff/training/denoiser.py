@@ -1,8 +1,10 @@
-"""The denoiser's stage: the diffusion loss on cached latents, with captions dropped at random for guidance."""
+"""The denoiser's stage: the diffusion loss on latents, with captions dropped at random for guidance."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,29 +12,95 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
+from latentdiff.images import to_images
 
 
-@dataclass(frozen=True)
-class LatentSet:
-    """Captioned pictures as the denoiser sees them: posterior moments (N, C, h, w) and token ids (N, L)."""
+class Latents(Protocol):
+    """Pictures as the denoiser learns from them: by row, the moments of their latents."""
 
-    mean: Tensor
-    log_variance: Tensor
-    ids: Tensor
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: list[int]) -> dict[str, Tensor]:
+        """What `moments` needs of these rows, on the CPU."""
+        ...
+
+    def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log-variance (B, C, h, w)."""
+        ...
+
+
+class CachedLatents:
+    """Moments (N, C, h, w) that were computed once."""
+
+    def __init__(self, mean: Tensor, log_variance: Tensor):
+        self.mean, self.log_variance = mean, log_variance
+        self.shape = tuple(mean.shape[1:])
 
     def __len__(self) -> int:
         return len(self.mean)
 
+    def to(self, device: torch.device) -> CachedLatents:
+        """The set on a device, so that no picture is sent there again."""
+        return CachedLatents(self.mean.to(device), self.log_variance.to(device))
+
+    def batch(self, rows: list[int]) -> dict[str, Tensor]:
+        """Nothing beside the rows."""
+        return {}
+
+    def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """By row, on the device of the batch."""
+        rows = batch["rows"].to(self.mean.device)
+        device = batch["noise"].device
+        return self.mean[rows].to(device).float(), self.log_variance[rows].to(device).float()
+
+
+class EncodedLatents:
+    """Moments computed anew in every step, by an autoencoder that is not trained."""
+
+    def __init__(
+        self,
+        pictures: Callable[[list[int]], np.ndarray],
+        count: int,
+        shape: tuple[int, ...],
+        encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ):
+        self._pictures, self._count, self._encode, self.shape = pictures, count, encode, shape
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, rows: list[int]) -> dict[str, Tensor]:
+        """Images (B, C, H, W) in [-1, 1]."""
+        return {"images": to_images(self._pictures(rows))}
+
+    @torch.no_grad()
+    def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the images."""
+        mean, log_variance = self._encode(batch["images"])
+        return mean.float(), log_variance.float()
+
 
 @dataclass(frozen=True)
-class Draws:
-    """What is random about one batch: rows of the set, times (B,), noise and posterior noise, captions kept."""
+class Texts:
+    """Captions as the network takes them, token ids (U, L) or contexts (U, L, D), each row's own, and the empty one."""
 
-    rows: Tensor
-    t: Tensor
-    noise: Tensor
-    posterior: Tensor
-    kept: Tensor
+    values: Tensor
+    of_row: Tensor
+    empty: Tensor
+
+    def to(self, device: torch.device) -> Texts:
+        """The captions on a device."""
+        return Texts(self.values.to(device), self.of_row.to(device), self.empty.to(device))
+
+    def chosen(self, rows: Tensor, kept: Tensor) -> Tensor:
+        """Those of the rows (B,), or the empty one where not kept (B,), on the device of the rows."""
+        where = rows.to(self.of_row.device)
+        values = self.values[self.of_row[where]]
+        kept = kept.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
+        texts = torch.where(kept, values, self.empty)
+        return (texts.float() if texts.is_floating_point() else texts).to(rows.device)
 
 
 class ConditionedNetwork(nn.Module):
@@ -58,59 +126,96 @@ class ConditionedNetwork(nn.Module):
         return output
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for a sample beside its place in the order: by which rates, and for which purpose."""
+
+    seed: int
+    timesteps: int
+    caption_dropout: float = 0.0
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    purpose: str = "training"
+    time_bins: int = 0
+    """0 draws every time from all; else epoch e draws from the e-th of so many equal bins, for a validation."""
+
+    def of(self, row: int, epoch: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """The draws of one sample in one epoch: a function of these arguments alone."""
+        rng = noise.generator(self.seed, self.purpose, row, epoch)
+        t = rng.integers(self.timesteps)
+        if self.time_bins:
+            t = np.int64((epoch % self.time_bins + rng.random()) * self.timesteps / self.time_bins)
+        drawn: dict[str, Any] = {"rows": np.int64(row), "t": t, "kept": np.bool_(rng.random() >= self.caption_dropout)}
+        drawn["noise"], drawn["posterior"] = rng.standard_normal((2, *shape), dtype=np.float32)
+        if self.noise_offset:
+            offset = rng.standard_normal((shape[0], *[1] * (len(shape) - 1)), dtype=np.float32)
+            drawn["noise"] = drawn["noise"] + np.float32(self.noise_offset) * offset
+        if self.input_perturbation:
+            drawn["perturbation"] = np.float32(self.input_perturbation) * rng.standard_normal(shape, dtype=np.float32)
+        return drawn
+
+
 class DenoiserStage:
-    """E_t w_t |target - network(x_t, t, caption)|^2 over a latent set, each epoch in a new order."""
+    """E_t w_t |target - network(x_t, t, caption)|^2 over a set of pictures, each epoch in a new order."""
+
+    divisible = True
 
     def __init__(
         self,
-        module: ConditionedNetwork,
+        module: nn.Module,
+        parts: dict[str, nn.Module],
         loss: DiffusionLoss,
-        latents: LatentSet,
-        empty_ids: Tensor,
-        *,
-        seed: int,
-        batch_size: int,
-        timesteps: int,
-        caption_dropout: float,
-        device: torch.device,
+        latents: Latents,
+        texts: Texts,
+        draws: Draws,
     ):
-        self.module = module
-        self._diffusion_loss, self._latents, self._empty_ids = loss, latents, empty_ids
-        self._seed, self._batch_size, self._timesteps = seed, batch_size, timesteps
-        self._caption_dropout, self._device = caption_dropout, device
+        self.module, self.parts = module, parts
+        self._diffusion_loss, self._latents, self._texts, self._draws = loss, latents, texts, draws
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def draws(self, index: int) -> Draws:
-        """The draws of a batch, each keyed by (seed, purpose, sample, epoch)."""
-        positions = range(index * self._batch_size, (index + 1) * self._batch_size)
-        keys = [self._key(position) for position in positions]
-        shape = tuple(self._latents.mean.shape[1:])
-        rngs = [noise.generator(self._seed, "training", row, epoch) for epoch, row in keys]
-        t = [rng.integers(self._timesteps) for rng in rngs]
-        kept = [rng.random() >= self._caption_dropout for rng in rngs]
-        drawn = np.stack([rng.standard_normal((2, *shape), dtype=np.float32) for rng in rngs])
-        both = torch.from_numpy(drawn)
-        return Draws(
-            torch.tensor([row for _, row in keys]), torch.tensor(t), both[:, 0], both[:, 1], torch.tensor(kept)
-        )
-
     def _key(self, position: int) -> tuple[int, int]:
-        """(epoch, row) of a position in the endless sequence of samples."""
+        """(row, epoch) of a position in the endless sequence of samples."""
         epoch, offset = divmod(position, len(self._latents))
         if self._order[0] != epoch:
-            self._order = (epoch, noise.permutation(len(self._latents), self._seed, "order", epoch))
-        return epoch, int(self._order[1][offset])
+            order = noise.permutation(len(self._latents), self._draws.seed, f"{self._draws.purpose} order", epoch)
+            self._order = (epoch, order)
+        return int(self._order[1][offset]), epoch
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x0, noise (B, C, h, w), times (B,) and token ids (B, L)."""
-        d = self.draws(index)
-        std = (0.5 * self._latents.log_variance[d.rows].float()).exp()
-        x0 = self._latents.mean[d.rows].float() + std * d.posterior
-        ids = torch.where(d.kept[:, None], self._latents.ids[d.rows], self._empty_ids)
-        x0, eps, t, ids = (part.to(self._device) for part in (x0, d.noise, d.t, ids))
-        return x0, eps, t, ids
+    def batch(self, positions: range) -> dict[str, Tensor]:
+        """Rows, times, captions kept (B,), noise and posterior noise (B, C, h, w), and what the latents need."""
+        keys = [self._key(position) for position in positions]
+        drawn = [self._draws.of(row, epoch, self._latents.shape) for row, epoch in keys]
+        stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in drawn])) for name in drawn[0]}
+        return stacked | self._latents.batch([row for row, _ in keys])
 
-    def loss(self, module: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        """The batch's mean."""
-        x0, eps, t, ids = batch
-        return self._diffusion_loss(module, x0, eps, t, ids).mean()
+    def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Losses (B,)."""
+        mean, log_variance = self._latents.moments(batch)
+        x0 = mean + (0.5 * log_variance).exp() * batch["posterior"]
+        texts = self._texts.chosen(batch["rows"], batch["kept"])
+        return self._diffusion_loss(module, x0, batch["noise"], batch["t"], texts, batch.get("perturbation"))
+
+    def sample_ids(self, positions: range) -> list[str]:
+        """Rows of the set."""
+        return [f"picture {self._key(position)[0]}" for position in positions]
+
+
+@torch.no_grad()
+def validation_losses(stage: DenoiserStage, count: int, bins: int, timesteps: int, batch_size: int) -> dict[str, float]:
+    """The mean loss on `count` pictures by bins of time, each with noise of its own that never changes, and of all.
+
+    The same numbers whenever the weights are the same: the stage's draws must be of `time_bins` = bins.
+    """
+    stage.module.eval()
+    device = next(stage.module.parameters()).device
+    means = []
+    for number in range(bins):
+        first, last = number * count, (number + 1) * count
+        losses = []
+        for position in range(first, last, batch_size):
+            batch = stage.batch(range(position, min(position + batch_size, last)))
+            losses.append(stage.loss(stage.module, {name: tensor.to(device) for name, tensor in batch.items()}))
+        means.append(float(torch.cat(losses).mean()))
+    edges = [number * timesteps // bins for number in range(bins + 1)]
+    named = {f"loss_at_{low}_to_{high - 1}": value for low, high, value in zip(edges, edges[1:], means, strict=False)}
+    return {"validation_loss": float(np.mean(means)), **named}

@@ -1,23 +1,56 @@
-"""The exponential moving average of weights, on torch's AveragedModel."""
+"""The exponential moving average of weights."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
+
+Decay = Callable[[int], float]
 
 
-def ema_of(module: nn.Module, decay: float) -> AveragedModel:
-    """A copy of `module` that `update_parameters(module)` moves towards it after every step.
-
-    The decay rises as (1 + n) / (10 + n) to its limit, so that a short run is not dominated by its start.
+def constant_decay(limit: float) -> Decay:
+    """The decay of update n = 1, 2, ...: rises as n / (9 + n) to its limit, so that a short run is not
+    dominated by its start.
     """
+    return lambda n: min(limit, n / (9 + n))
+
+
+def power_decay(gamma: float) -> Decay:
+    """(1 - 1/n)^(gamma + 1): step t weighs as t^gamma at every length of training (Karras et al. 2024, eq. 127)."""
+    return lambda n: (1 - 1 / n) ** (gamma + 1)
+
+
+class Ema:
+    """average <- average + (1 - decay(n)) (weight - average) over the parameters that are trained."""
+
+    def __init__(self, module: nn.Module, decay: Decay):
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._decay = decay
+        self.averaged: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained.items()}
 
     @torch.no_grad()
-    def average(averaged: Any, current: Any, count: Any) -> None:
-        n = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    def update(self, n: int) -> None:
+        """After optimizer step n, counted from 1."""
+        torch._foreach_lerp_(list(self.averaged.values()), list(self._trained.values()), 1 - self._decay(n))
 
-    return AveragedModel(module, multi_avg_fn=average)
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module with averaged weights; its own are put back, to the bit."""
+        own = {name: p.detach().clone() for name, p in self._trained.items()}
+        self._put(self.averaged)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    def apply(self) -> None:
+        """Leave the averaged weights in the module."""
+        self._put(self.averaged)
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._trained.items():
+            parameter.copy_(values[name])

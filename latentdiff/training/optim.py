@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import nn
 
 from latentdiff.config import Training
+from latentdiff.errors import ConfigError
 
 
 def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -37,18 +41,45 @@ def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
+    given: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, settings.adam_beta2)}
+    if settings.optimizer == "adamw_8bit":
+        return _adamw_8bit()(groups, **given)
+    return torch.optim.AdamW(groups, **given, fused=True)
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    """Moments in 8 bits (Dettmers et al. 2022): a quarter of AdamW's memory."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError(
+            "optimizer adamw_8bit needs bitsandbytes. Install it: pip install 'latentdiff[8bit]'"
+        ) from None
+    kind: type[torch.optim.Optimizer] = AdamW8bit
+    return kind
 
 
 _EDGES = ("conv_in", "conv_out", "embedding")
 
 
-def trapezoid(step: int, max_steps: int, warmup_steps: int, decay: float) -> float:
-    """Factor of the learning rate at `step` (from 0): a linear rise, a plateau, a linear fall to 0.
+def learning_rate(step: int, settings: Training) -> float:
+    """The rate of `step` (from 0): a linear rise over the warm-up, then the schedule's course to its end.
 
-    The fall takes the last share `decay` of the steps. Because the plateau does not know where it ends, a run
-    can be resumed with another max_steps and only its end moves (Haegele et al. 2024).
+    The trapezoid's plateau does not know where it ends, so a run can be resumed with another max_train_steps and
+    only its end moves (Haegele et al. 2024). The cosine is half a period (Loshchilov and Hutter 2017, eq. 5).
     """
-    rise = (step + 1) / max(warmup_steps, 1)
-    fall = (max_steps - step) / max(decay * max_steps, 1)
-    return min(rise, 1.0, fall)
+    rise = min((step + 1) / max(settings.lr_warmup_steps, 1), 1.0)
+    return settings.learning_rate * min(rise, _course(step, settings))
+
+
+def _course(step: int, settings: Training) -> float:
+    """The schedule's factor, from 1 after the warm-up to 0 after the last step."""
+    left = (settings.max_train_steps - step) / max(settings.max_train_steps - settings.lr_warmup_steps, 1)
+    if settings.lr_schedule == "constant":
+        return 1.0
+    if settings.lr_schedule == "linear":
+        return min(left, 1.0)
+    if settings.lr_schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * min(left, 1.0)))
+    fall: float = (settings.max_train_steps - step) / max(settings.lr_decay * settings.max_train_steps, 1)
+    return min(fall, 1.0)

@@ -1,26 +1,50 @@
-"""One run of one stage: the policies around the loop (resume, log, preview, checkpoint, progress)."""
+"""One run of one stage: the policies around the loop (resume, log, preview, checkpoint, progress, signals)."""
 
 from __future__ import annotations
 
 import json
-import math
+import resource
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
-from torch import nn
 from tqdm import tqdm
 
 from latentdiff.config import Training
-from latentdiff.errors import ModelError
-from latentdiff.training.checkpoint import Trained, checkpoints, load_checkpoint, save_checkpoint
-from latentdiff.training.ema import ema_of
-from latentdiff.training.loop import Optimisation, Stage, TrainStep, train_steps
-from latentdiff.training.optim import optimizer_of, trapezoid
+from latentdiff.errors import Interrupted, ModelError, NonFiniteError
+from latentdiff.training.checkpoint import checkpoints, damage, load_checkpoint, save_checkpoint, set_aside
+from latentdiff.training.ema import Ema, constant_decay, power_decay
+from latentdiff.training.interruption import Interruption
+from latentdiff.training.log import Log
+from latentdiff.training.loop import Batching, Optimisation, Stage, TrainStep, train_steps
+from latentdiff.training.optim import learning_rate, optimizer_of
+from latentdiff.training.state import Trained, gather, restore
 
-Report = Callable[[int, nn.Module], dict[str, float]]
+Report = Callable[[int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: the checkpoint it goes on from, if any, and what identifies the run in its checkpoints."""
+
+    checkpoint: Path | None = None
+    identity: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps made, samples seen, and how many of them went through the network at once."""
+
+    step: int = 0
+    position: int = 0
+    micro_batch: int | None = None
 
 
 def run_stage(
@@ -29,73 +53,171 @@ def run_stage(
     settings: Training,
     directory: Path,
     report: Report | None = None,
-    made_from: str = "",
-) -> nn.Module:
-    """Train a stage to its last step, from its newest checkpoint if there is one, and return the averaged module.
+    start: Start | None = None,
+    interruption: Interruption | None = None,
+) -> None:
+    """Train `stage.module` to its last step and leave the averaged weights in it.
 
-    `directory` gets `log.jsonl` and `checkpoints/`. `report(step, averaged module)` is called every
-    `validation_steps` and at the end; what it returns is a line of the log. `made_from` names what the stage is
-    trained on; a checkpoint of another is refused with ModelError.
+    `directory` gets `log.jsonl`, `tensorboard/` and `checkpoints/`. `report(step)` is called every `validation_steps`
+    and at the end, with the averaged weights in the module; what it returns is a line of the log. On a signal the
+    step in hand is finished and saved, then Interrupted is raised.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    optimizer = optimizer_of(stage.module, settings)
-    module, optimizer = accelerator.prepare(stage.module, optimizer)
-    ema = ema_of(accelerator.unwrap_model(module), settings.ema_decay)
-    trained = Trained(accelerator.unwrap_model(module), ema, optimizer)
-    start = _resume(directory, trained, made_from)
-    optimisation = Optimisation(
-        optimizer,
-        ema,
-        partial(_learning_rate, settings=settings),
-        settings.max_grad_norm,
-        settings.gradient_accumulation_steps,
-    )
-    steps = train_steps(accelerator, stage, module, optimisation, start, settings.max_train_steps)
-    bar = tqdm(steps, directory.name, settings.max_train_steps, initial=start, unit="step", mininterval=1)
-    with (directory / "log.jsonl").open("a", buffering=1) as log:
-        began = time.monotonic()
-        for step in bar:
-            bar.set_postfix(loss=f"{step.loss:.4f}", lr=f"{step.learning_rate:.1e}", refresh=False)
-            last = step.number == settings.max_train_steps
-            log.write(json.dumps(_record(step, time.monotonic() - began)) + "\n")
-            if last or step.number % settings.checkpointing_steps == 0:
-                state = {"step": step.number, "made_from": made_from}
-                save_checkpoint(directory / "checkpoints", trained, state, settings.checkpoints_total_limit)
-            if report and (last or step.number % settings.validation_steps == 0):  # after what it could lose is saved
-                log.write(json.dumps({"step": step.number, **report(step.number, ema.module)}) + "\n")
-    averaged: nn.Module = ema.module
-    return averaged.eval()
-
-
-def _resume(directory: Path, trained: Trained, made_from: str) -> int:
-    """The step to start from. Log lines beyond it are dropped, so that each step is logged once."""
-    found = checkpoints(directory / "checkpoints")
-    state = load_checkpoint(found[-1], trained) if found else {"step": 0}
-    if state.get("made_from", made_from) != made_from:
-        raise ModelError(f"{found[-1]} was trained on other networks than are there now. Move {directory} away")
-    log = directory / "log.jsonl"
-    if log.exists():
-        lines = log.read_text().splitlines()
-        log.write_text("".join(f"{line}\n" for line in lines if _logged_step(line) <= state["step"]))
-    return int(state["step"])
-
-
-def _logged_step(line: str) -> float:
-    """The step of a line of the log; none for one that was cut off in the middle."""
+    start, interruption = start or Start(), interruption or Interruption()
+    run = _Run(accelerator, stage, settings, directory, report, start.identity or {}, interruption)
+    progress = run.resume(start.checkpoint)
+    accelerator.wait_for_everyone()
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        with interruption.deferred():
+            run.train(progress)
+    except NonFiniteError as error:
+        if accelerator.is_main_process:
+            told = {"message": str(error), "samples": error.samples}
+            (directory / "non-finite.json").write_text(json.dumps(told, indent=1) + "\n")
+        raise
+    run.trained.ema.apply()
+    stage.module.eval()
 
 
-def _learning_rate(step: int, settings: Training) -> float:
-    factor = trapezoid(step, settings.max_train_steps, settings.lr_warmup_steps, settings.lr_decay)
-    return settings.learning_rate * factor
+class _Run:
+    """A stage prepared for its device, and what is done around its steps."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        stage: Stage,
+        settings: Training,
+        directory: Path,
+        report: Report | None,
+        identity: dict[str, Any],
+        interruption: Interruption,
+    ):
+        self._accelerator, self._stage, self._settings = accelerator, stage, settings
+        self._directory, self._report, self._identity = directory, report, identity
+        self._interruption = interruption
+        self._batching = Batching(
+            settings.train_batch_size, settings.gradient_accumulation_steps, accelerator.num_processes
+        )
+        self._module, self._optimizer = accelerator.prepare(stage.module, optimizer_of(stage.module, settings))
+        if settings.compile:  # what validates and previews shares the weights, not the compiled shapes
+            self._module = torch.compile(self._module)
+        decay = constant_decay(settings.ema_decay) if settings.ema == "constant" else power_decay(settings.ema_power)
+        self.trained = Trained(stage.parts, Ema(stage.module, decay), self._optimizer)
+
+    def resume(self, checkpoint: Path | None) -> Progress:
+        """Put back what a checkpoint holds. Whole ones that are newer are put aside: the run will write its own."""
+        if checkpoint is None:
+            return Progress()
+        tensors, state = load_checkpoint(checkpoint)
+        if state.get("made_from") != self._identity.get("made_from"):
+            raise ModelError(
+                f"{checkpoint} was trained on other networks than are there now. Move {self._directory} away"
+            )
+        restore(self.trained, tensors)
+        if self._accelerator.is_main_process:
+            for other in checkpoints(checkpoint.parent):
+                if other.name > checkpoint.name and not damage(other):
+                    set_aside(other)
+            if (before := state["batching"]) != (now := asdict(self._batching)):
+                _say(
+                    f"warning: batches are split as {now}, before as {before}: the same samples, sums rounded otherwise"
+                )
+        return Progress(state["step"], state["position"], state["micro_batch"])
+
+    def train(self, progress: Progress) -> None:
+        """Every step that is left, with what is due after it."""
+        settings, main = self._settings, self._accelerator.is_main_process
+        steps = train_steps(
+            self._accelerator,
+            self._stage,
+            self._module,
+            Optimisation(
+                self._optimizer, self.trained.ema, partial(learning_rate, settings=settings), settings.max_grad_norm
+            ),
+            self._batching,
+            range(progress.step, max(settings.max_train_steps, progress.step)),
+            position=progress.position,
+            micro_batch=progress.micro_batch,
+            workers=settings.num_workers,
+        )
+        name, last = self._directory.name, settings.max_train_steps
+        bar = tqdm(steps, name, last, initial=progress.step, unit="step", mininterval=1, disable=not main)
+        with Log(self._directory, progress.step) if main else nullcontext() as log:
+            if progress.step and progress.step not in (log.reported if log else ()):
+                self._report_if_due(progress.step, log)  # a kill came between the checkpoint and its report
+            began, micro_batch = time.monotonic(), progress.micro_batch or settings.train_batch_size
+            for step in bar:
+                if step.micro_batch != micro_batch:
+                    _say(f"micro-batch {micro_batch} -> {step.micro_batch} after out of memory")
+                    micro_batch = step.micro_batch
+                self._show(bar, step)
+                if log:
+                    log.write(step.number, _record(step, time.monotonic() - began), "train")
+                self._after(step, log)
+
+    def _after(self, step: TrainStep, log: Log | None) -> None:
+        """Checkpoint, report, stop: what is due after a step. What a report could lose is saved before."""
+        due = step.number == self._settings.max_train_steps or step.number % self._settings.checkpointing_steps == 0
+        if due:
+            self._save(step)
+        self._report_if_due(step.number, log)
+        if number := self._interrupted():
+            if not due:
+                self._save(step)
+            raise Interrupted(number, f"step-{step.number}")
+
+    def _save(self, step: TrainStep) -> None:
+        tensors = gather(self.trained)  # all ranks together
+        if self._accelerator.is_main_process:
+            state = {
+                "step": step.number,
+                "position": step.position,
+                "micro_batch": step.micro_batch,
+                "learning_rate": step.learning_rate,
+                "batching": asdict(self._batching),
+                **self._identity,
+            }
+            save_checkpoint(self._directory / "checkpoints", tensors, state, self._settings.checkpoints_total_limit)
+        self._accelerator.wait_for_everyone()
+
+    def _report_if_due(self, step: int, log: Log | None) -> None:
+        """Made by one process for all; a signal ends it at once, and what it would have said is said next time."""
+        due = step == self._settings.max_train_steps or step % self._settings.validation_steps == 0
+        if not (due and self._report):
+            return
+        with self.trained.ema.applied(), suppress(Interrupted), self._interruption.deferred(False):
+            if log:
+                log.write(step, self._report(step), "validation")
+        self._accelerator.wait_for_everyone()
+
+    def _interrupted(self) -> int:
+        """The signal that any of the processes received, or 0."""
+        received = self._interruption.received or 0
+        if self._accelerator.num_processes == 1:
+            return received
+        return int(self._accelerator.gather(torch.tensor([received], device=self._accelerator.device)).max())
+
+    def _show(self, bar: tqdm[TrainStep], step: TrainStep) -> None:
+        """Loss, rate, samples a second and the most memory used so far, beside the bar's own time left."""
+        speed = (bar.format_dict["rate"] or 0) * self._batching.global_batch
+        bar.set_postfix_str(
+            f"loss {step.loss:.4f}, lr {step.learning_rate:.1e}, {speed:.0f} images/s, {_peak_memory() / 1e9:.1f} GB",
+            refresh=False,
+        )
+
+
+def _peak_memory() -> float:
+    """Bytes, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _say(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
 
 
 def _record(step: TrainStep, seconds: float) -> dict[str, float]:
     return {
-        "step": step.number,
         "loss": step.loss,
         "learning_rate": step.learning_rate,
         "grad_norm": step.grad_norm,

@@ -1,0 +1,74 @@
+"""Stage 2: CLIP on scenes and their twins; its text tower becomes the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentdiff.build import new_clip, seeded
+from latentdiff.config import Config
+from latentdiff.data import scenes
+from latentdiff.diffusion import noise
+from latentdiff.images import to_images
+from latentdiff.models.clip import Clip, contrastive_loss, text_model_of
+from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer, tokenize
+from latentdiff.stages.pictures import VALIDATION
+from latentdiff.stages.run import Run
+from latentdiff.training.clip import CaptionedPicture, ClipStage
+from latentdiff.training.run import run_stage
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+def train_clip(run: Run) -> None:
+    """Train both towers; save the text tower in transformers' format in `run/clip`, both as `run/model/clip`."""
+    config, accelerator = run.config, run.accelerator
+    with seeded(config.seed):
+        module = new_clip(config)
+    tokenizer = clip_tokenizer(config.clip.max_length)
+    to_ids = partial(tokenize, tokenizer)
+    stage = ClipStage(
+        module,
+        partial(captioned_twins, config),
+        to_ids,
+        contrastive_loss(accelerator.process_index, accelerator.num_processes),
+    )
+    report = partial(_report, config, to_ids, accelerator.device, module)
+    start = run.start("clip")
+    run_stage(accelerator, stage, config.clip.training, run.folder / "clip", report, start, run.interruption)
+    if accelerator.is_main_process:
+        module.save(run.folder / "model" / "clip")
+        TextEncoder(tokenizer, text_model_of(module)).save(run.folder / "clip")
+    accelerator.wait_for_everyone()
+
+
+def captioned_twins(config: Config, positions: range, purpose: str = "clip scene") -> list[CaptionedPicture]:
+    """Scenes at even positions, and after each a twin that differs in one fact. The range begins and ends even."""
+    pairs = []
+    for number in range(positions.start // 2, positions.stop // 2):
+        rng = noise.generator(config.seed, purpose, number)
+        first = scenes.scene(rng, mix=config.data.mix)
+        second = scenes.compose(scenes.twin(first.description, rng), rng)
+        pairs += [(scenes.render(scene, config.image_size), scene.caption) for scene in (first, second)]
+    return pairs
+
+
+@torch.no_grad()
+def _report(config: Config, to_ids: Tokenize, device: torch.device, module: Clip, step: int) -> dict[str, float]:
+    """Validation loss, the share of captions found among all, and among a picture's own and its twin's."""
+    module.eval()
+    pictures, captions = zip(*captioned_twins(config, range(2 * VALIDATION), "clip validation"), strict=True)
+    images = to_images(np.stack(pictures)).to(device)
+    image_features, text_features, scale = module(images, to_ids(captions).to(device))
+    similarity = image_features @ text_features.T
+    rows = torch.arange(len(images), device=device)
+    own, twin = similarity[rows, rows], similarity[rows, rows ^ 1]
+    return {
+        "validation_loss": float(contrastive_loss()(image_features, text_features, scale)),
+        "found_of_all": float((similarity.argmax(1) == rows).float().mean()),
+        "found_of_twins": float((own > twin).float().mean()),
+    }

@@ -1,0 +1,78 @@
+"""What a start will do, told before it does it: pictures, batches, steps, epochs, parameters, memory and disk."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from torch import nn
+
+from latentdiff.build import new_autoencoder, new_clip, new_unet
+from latentdiff.config import Config, Training
+from latentdiff.stages.run import Run
+from latentdiff.training.checkpoint import label, load_state
+from latentdiff.training.loop import Batching
+
+
+def plan_text(run: Run) -> str:
+    """The plan of a start, a line or two a stage."""
+    lines = [
+        f"run {run.folder} on {run.accelerator.device} x {run.accelerator.num_processes}, "
+        f"mixed precision {run.config.mixed_precision}, seed {run.config.seed}"
+    ]
+    needed = 0
+    for stage in run.stages:
+        module = _module(run.config, stage)
+        if module is None:
+            lines.append(f"{stage}: none, pixels stay as they are")
+            continue
+        settings: Training = getattr(run.config, stage).training
+        weights = sum(parameter.nbytes for parameter in module.parameters())
+        checkpoint = 4 * weights  # weights, average and two moments
+        needed += checkpoint * (settings.checkpoints_total_limit + 1)
+        lines += [_steps_line(run, stage, settings), _size_line(weights, checkpoint, settings)]
+    free = shutil.disk_usage(next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())).free
+    lines.append(f"disk: checkpoints up to {_size(needed)}, {_size(free)} free")
+    if needed > free:
+        lines.append("warning: the disk may fill up before the end")
+    return "\n".join(lines)
+
+
+def _steps_line(run: Run, stage: str, settings: Training) -> str:
+    batching = Batching(settings.train_batch_size, settings.gradient_accumulation_steps, run.accelerator.num_processes)
+    checkpoint = run.checkpoints[stage]
+    done = load_state(checkpoint)["step"] if checkpoint else 0
+    where = f"from {label(checkpoint)} ({checkpoint})" if checkpoint else "from the start"
+    steps = max(settings.max_train_steps - done, 0)
+    batch = (
+        f"{batching.batch_size} x {batching.accumulation_steps} accumulated x {batching.processes} processes = "
+        f"{batching.global_batch} pictures a step"
+    )
+    line = f"{stage}: {steps:,} of {settings.max_train_steps:,} steps {where}, {batch}"
+    if stage == "denoiser":  # the other stages draw new scenes for ever
+        count = run.config.data.count
+        epochs = settings.max_train_steps * batching.global_batch / count
+        line += f"; {count:,} pictures, {epochs:.1f} epochs"
+    return line
+
+
+def _size_line(weights: int, checkpoint: int, settings: Training) -> str:
+    return (
+        f"    {weights / 4e6:.1f} M parameters, {_size(5 * weights)} for weights, gradients, moments and average; "
+        f"a checkpoint of {_size(checkpoint)} every {settings.checkpointing_steps:,} steps"
+    )
+
+
+def _module(config: Config, stage: str) -> nn.Module | None:
+    """What a stage trains, without memory."""
+    with torch.device("meta"):
+        autoencoder = new_autoencoder(config)
+        if stage == "autoencoder":
+            return autoencoder if config.autoencoder.kind == "kl" else None
+        if stage == "clip":
+            return new_clip(config)
+        return new_unet(config, autoencoder.latent_channels, config.image_size // autoencoder.factor)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,174 @@
+"""A run folder and what a start of it works with, and whether an interrupted run may go on under a config."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from latentdiff.config import Config, flat
+from latentdiff.errors import ConfigError, ModelError
+from latentdiff.stages.pictures import fingerprint
+from latentdiff.training.checkpoint import check_whole, load_state, newest_whole
+from latentdiff.training.interruption import Interruption
+from latentdiff.training.run import Start
+
+STAGES = ("autoencoder", "clip", "denoiser")
+LOCK = ".lock"
+FREE = (
+    "max_train_steps",
+    "lr_decay",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "preview_pictures",
+    "num_workers",
+    "compile",
+    "cache",
+    "gradient_checkpointing",
+    "train_batch_size",  # their product with the number of processes is what must stay
+    "gradient_accumulation_steps",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One start of a run: its config and folder, where each stage goes on from, device and signals."""
+
+    config: Config
+    folder: Path
+    accelerator: Accelerator
+    checkpoints: Mapping[str, Path | None]
+    interruption: Interruption = field(default_factory=Interruption)
+
+    @property
+    def stages(self) -> list[str]:
+        """Those that this start trains, in their order."""
+        return list(self.checkpoints)
+
+    def start(self, stage: str, **more: str) -> Start:
+        """Where a stage begins, and what its checkpoints say of the run they belong to."""
+        return Start(self.checkpoints[stage], {**identity(self.config, stage), **more})
+
+
+@contextmanager
+def lock(run: Run) -> Iterator[None]:
+    """Keep other starts out of the run folder, which is made where there is none. Raises ConfigError.
+
+    The lock is the operating system's and this process's alone: it ends with it, however that ends, and a loader's
+    workers, which may live a little longer, do not hold it.
+    """
+    if not run.accelerator.is_main_process:
+        yield
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / LOCK).open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is training in {run.folder}. Wait for it, or use --output") from None
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is training there now."""
+    if not (folder / LOCK).is_file():
+        return False
+    with (folder / LOCK).open("r") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def identity(config: Config, stage: str) -> dict[str, Any]:
+    """What must be the same for a stage to go on: the dataset, and every setting that changes what is learnt."""
+    settings = {key: value for key, value in flat(config).items() if _matters(key, stage)}
+    return {"stage": stage, "dataset": fingerprint(config), "config": settings}
+
+
+def _matters(key: str, stage: str) -> bool:
+    section, name = key.split(".")[0], key.split(".")[-1]
+    others = (set(STAGES) | {"name", "recommended"}) - {stage}
+    return section not in others and name not in FREE
+
+
+def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> tuple[dict[str, Path | None], list[str]]:
+    """The checkpoint each stage goes on from, None for a fresh start, and what to tell the user.
+
+    `latest` is the newest whole checkpoint of a stage, and there must be one; `auto` starts fresh where there is
+    none; anything else is a checkpoint's path, for its stage, and never falls back. Raises ModelError.
+    """
+    stages, told = tuple(stages), []
+    found: dict[str, Path | None] = {}
+    for stage in stages:
+        found[stage], warnings = newest_whole(folder / stage / "checkpoints")
+        told += [f"warning: {warning}" for warning in warnings]
+        if warnings and not found[stage]:
+            raise ModelError(f"{warnings[0]} and none of {folder / stage / 'checkpoints'} is whole. Move them away")
+    if resume not in ("auto", "latest"):
+        path = Path(resume)
+        check_whole(path)
+        own = load_state(path).get("stage")
+        if own not in stages:
+            raise ModelError(f"checkpoint {path} is of stage {own}, which is not trained now ({', '.join(stages)})")
+        return {**found, own: path}, []
+    if not any(found.values()):
+        where = folder / (stages[0] if len(stages) == 1 else "*") / "checkpoints"
+        if resume == "latest":
+            raise ModelError(f"no checkpoint in {where}. Use --resume auto to start fresh")
+        told.append(f"no checkpoint in {where}: starting fresh")
+    return found, told
+
+
+def check_unchanged(
+    config: Config, checkpoints: Mapping[str, Path | None], processes: int = 1, allow: bool = False
+) -> list[str]:
+    """Refuse to go on under other settings than a checkpoint was made with: each is listed, old -> new.
+
+    With `allow` they are returned instead. Raises ConfigError.
+    """
+    changes: list[str] = []
+    for stage, path in checkpoints.items():
+        if path:
+            found = _changes(load_state(path), config, stage, processes)
+            changes += [change for change in found if change not in changes]
+    if changes and not allow:
+        raise ConfigError(f"cannot resume: {'; '.join(changes)}. Use --allow-changed to accept, or another run folder")
+    return changes
+
+
+def _changes(state: Mapping[str, Any], config: Config, stage: str, processes: int) -> list[str]:
+    now = identity(config, stage)
+    try:
+        changes = [*_dataset_changes(state["dataset"], now["dataset"])]
+        batching = state["batching"]
+        before = batching["batch_size"] * batching["accumulation_steps"] * batching["processes"]
+        settings = {key: _plain(value) for key, value in now["config"].items()}
+        old = state["config"]
+        keys = sorted(key for key in set(old) | set(settings) if old.get(key) != settings.get(key))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"a checkpoint of {stage} is damaged (state.json: {error})") from None
+    training = getattr(config, stage).training
+    batch = training.train_batch_size * training.gradient_accumulation_steps * processes
+    changes += [f"{key} {old.get(key)} -> {settings.get(key)}" for key in keys if key != "data.count"]
+    return changes + ([f"{stage} batch {before} -> {batch}"] if before != batch else [])
+
+
+def _dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Sequence[str]:
+    if before["sha256"] == now["sha256"]:
+        return []
+    if before["images"] == now["images"]:
+        return [f"dataset changed ({now['images']:,} images, others than before)"]
+    return [f"dataset changed ({before['images']:,} -> {now['images']:,} images)"]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,40 @@
+"""Batches made ahead of the step that needs them, by worker processes or none: the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from latentdiff.training.interruption import leave_signals_to_the_parent
+
+Batch = dict[str, Tensor]
+
+
+class _Shares(Dataset[Batch]):
+    """A batch by the positions of its samples."""
+
+    def __init__(self, batch: Callable[[range], Batch]):
+        self._batch = batch
+
+    def __getitem__(self, positions: range) -> Batch:
+        return self._batch(positions)
+
+
+def batches_of(
+    batch: Callable[[range], Batch], shares: Iterable[range], workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """`batch(share)` for every share, in order, pinned where a GPU will read it."""
+    loader: DataLoader[Batch] = DataLoader(
+        _Shares(batch),
+        batch_size=None,  # a share is a whole batch
+        sampler=shares,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # the set is shared, not sent
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_parent,
+        generator=torch.Generator(),  # else every epoch would draw a seed, which nothing here uses, from the global one
+    )
+    yield from loader

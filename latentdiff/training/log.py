@@ -1,0 +1,50 @@
+"""What a run says of itself: `log.jsonl`, one JSON object a line, and the same numbers as TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+
+
+class Log:
+    """Appends to a run's log after dropping what lies beyond `start`, so that each step is logged once."""
+
+    def __init__(self, directory: Path, start: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "log.jsonl"
+        kept = [line for line in _lines(path) if _step(line) <= start]
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(f"{line}\n" for line in kept))
+        whole.rename(path)
+        self.reported = {int(_step(line)) for line in kept if "loss" not in json.loads(line)}
+        self._file = path.open("a", buffering=1)
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, numbers: dict[str, float], prefix: str) -> None:
+        """One line; in TensorBoard `prefix/name`."""
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, number in numbers.items():
+            self._events.add_scalar(f"{prefix}/{name}", number, step)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _step(line: str) -> float:
+    """The step of a line; beyond all for one that was cut off in the middle."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

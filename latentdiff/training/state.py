@@ -1,0 +1,113 @@
+"""What a run has learnt, as named tensors, and back: weights, their average, the optimizer's state.
+
+Bitwise, also in memory order: torch's fused optimizers walk a parameter and its state side by side in memory, so a
+state restored in another order than its parameter's (channels_last) would be paired with the wrong weights.
+Sharded parameters (FSDP2's DTensors) are gathered whole and scattered again, so that a checkpoint knows no ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from latentdiff.errors import ModelError
+from latentdiff.training.checkpoint import Tensors
+from latentdiff.training.ema import Ema
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The module as prepared for the device, by its parts; the average of its weights; its optimizer."""
+
+    parts: Mapping[str, nn.Module]
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that the optimizer moves, by part and name."""
+        return {
+            f"{part}.{name}": parameter
+            for part, module in self.parts.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def gather(trained: Trained) -> dict[str, dict[str, Tensor]]:
+    """Whole tensors on the CPU: one entry a part, `ema` and `optimizer`. Every rank must call it."""
+    tensors = {
+        part: {name: _whole(tensor) for name, tensor in module.state_dict().items()}
+        for part, module in trained.parts.items()
+    }
+    tensors["ema"] = {name: _whole(tensor) for name, tensor in trained.ema.averaged.items()}
+    tensors["optimizer"] = {
+        f"{name}.{slot}": _whole(value)
+        for name, parameter in trained.parameters.items()
+        for slot, value in trained.optimizer.state[parameter].items()
+        if isinstance(value, Tensor)  # what else is noted about a parameter follows from its shape
+    }
+    return tensors
+
+
+@torch.no_grad()
+def restore(trained: Trained, tensors: Tensors) -> None:
+    """Put gathered tensors where they came from. Raises ModelError where they are of another network."""
+    expected = {*trained.parts, "ema", "optimizer"}
+    if set(tensors) != expected:
+        raise ModelError(f"checkpoint holds {', '.join(sorted(tensors))}; the run needs {', '.join(sorted(expected))}")
+    for part, module in trained.parts.items():
+        _fill(module.state_dict(), tensors[part], part)
+    _fill(trained.ema.averaged, tensors["ema"], "ema")
+    _restore_optimizer(trained, tensors["optimizer"])
+
+
+def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], part: str) -> None:
+    if set(targets) != set(values):
+        odd = sorted(set(targets) ^ set(values))
+        raise ModelError(f"checkpoint is of another network: {part} differs in {len(odd)} tensors, first {odd[0]}")
+    for name, target in targets.items():
+        if target.shape != values[name].shape:
+            shapes = f"{tuple(values[name].shape)}, not {tuple(target.shape)}"
+            raise ModelError(f"checkpoint is of another network: {part} {name} is {shapes}")
+        target.copy_(_like(values[name], target))
+
+
+def _restore_optimizer(trained: Trained, flat: Mapping[str, Tensor]) -> None:
+    parameters = trained.parameters
+    slots: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for key, value in flat.items():
+        name, slot = key.rsplit(".", 1)
+        if name not in parameters:
+            raise ModelError(f"checkpoint is of another network: the optimizer moves no {name}")
+        slots[name][slot] = value
+    groups = trained.optimizer.state_dict()["param_groups"]
+    numbers = {
+        id(parameter): number
+        for group, saved in zip(trained.optimizer.param_groups, groups, strict=True)
+        for parameter, number in zip(group["params"], saved["params"], strict=True)
+    }
+    state = {numbers[id(parameters[name])]: entries for name, entries in slots.items() if entries}
+    trained.optimizer.load_state_dict({"state": state, "param_groups": groups})  # knows where each slot belongs
+    for parameter in parameters.values():
+        for slot, value in trained.optimizer.state[parameter].items():
+            if isinstance(value, Tensor) and slot != "step" and value.shape == parameter.shape:
+                ordered = torch.empty_like(parameter, dtype=value.dtype)
+                trained.optimizer.state[parameter][slot] = ordered.copy_(_like(value, ordered))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor gathered from all ranks, in row-major order on the CPU."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu", copy=True).contiguous()
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """`value` spread over ranks as `target` is."""
+    if isinstance(target, DTensor):
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    return value

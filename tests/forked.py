@@ -1,0 +1,236 @@
+"""The command line in processes forked from a server that has imported everything once: seconds less for each.
+
+What a test does to such a process is a hook: a function of this module, run there before the command line.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+from .conftest import ROOT
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["latentdiff.cli", "latentdiff.stages", "latentdiff.stages.plan", "torch.utils.tensorboard"]
+)
+
+# configs/scenes-tiny.toml, shorter: every stage with checkpoints on the way
+SHORT = (
+    "data.count=40",
+    "autoencoder.training.max_train_steps=9",
+    "autoencoder.training.checkpointing_steps=3",
+    "autoencoder.training.validation_steps=9",
+    "clip.training.max_train_steps=6",
+    "clip.training.train_batch_size=8",
+    "clip.training.checkpointing_steps=2",
+    "clip.training.validation_steps=6",
+    "denoiser.training.max_train_steps=13",
+    "denoiser.training.gradient_accumulation_steps=2",
+    "denoiser.training.checkpointing_steps=3",
+    "denoiser.training.validation_steps=100",
+)
+
+
+class Started:
+    """A command that runs: its process, and what it has said."""
+
+    def __init__(self, *words, hook=None, env=None):
+        folder = Path(tempfile.mkdtemp(prefix="said-"))
+        self.out, self.err = folder / "out", folder / "err"
+        arguments = (tuple(map(str, words)), str(self.out), str(self.err), hook, env or {})
+        self.process = CONTEXT.Process(target=_command_line, args=arguments)
+        self.process.start()
+
+    def ended(self, timeout=300):
+        """Wait; the exit code (negative: killed by that signal) and what was said on stderr."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, self.err.read_text()
+        return self.process.exitcode, self.err.read_text()
+
+
+def _command_line(words, out, err, hook, env):
+    for path, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    os.environ.update(env)
+    if hook:
+        hook()
+    from latentdiff.cli import main
+
+    sys.argv = ["latentdiff", *words]
+    main()
+
+
+def train(folder, *words, hook=None, env=None, changes=(), short=True):
+    """`latentdiff train` of the tiny config into `folder`, begun."""
+    sets = [word for change in (*(SHORT if short else ()), *changes) for word in ("--set", change)]
+    config = ROOT / "configs" / "scenes-tiny.toml"
+    return Started("train", config, "-o", folder, *sets, *words, hook=hook, env=env)
+
+
+# --- hooks ---------------------------------------------------------------------------------------------
+
+
+def at_call(owner, name, number, act):
+    """Before the `number`-th call of a function, counted from 1, `act()`; everything else stays as it is."""
+    original, calls = getattr(owner, name), [0]
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == number:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def send(*numbers):
+    """These signals to this process, at once."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def insist():
+    """SIGTERM, and again after more than a launcher's echo would take."""
+    send(signal.SIGTERM)
+    time.sleep(0.7)
+    send(signal.SIGTERM)
+
+
+def wait():
+    """As long as a test may take."""
+    time.sleep(600)
+
+
+KILL = partial(send, signal.SIGKILL)
+
+
+def in_loss(stage, number, act=KILL):
+    """`act` at a call of a stage's loss: in the middle of a step, or between two parts of an accumulated one."""
+    from latentdiff.training.autoencoder import AutoencoderStage
+    from latentdiff.training.clip import ClipStage
+    from latentdiff.training.denoiser import DenoiserStage
+
+    owner = {"autoencoder": AutoencoderStage, "clip": ClipStage, "denoiser": DenoiserStage}[stage]
+    at_call(owner, "loss", number, act)
+
+
+def in_save(number, act=KILL):
+    """`act` at a boundary of the files of a checkpoint: each is flushed once, the manifest and the folders too."""
+    from latentdiff.training import checkpoint
+
+    at_call(checkpoint, "_flush", number, act)
+
+
+def in_caching(act):
+    """`act` while the training set is encoded."""
+    from latentdiff.stages import cache
+
+    at_call(cache, "pictures_of", 1, act)
+
+
+def in_validation(act):
+    """`act` while the denoiser's validation is computed."""
+    from latentdiff.stages import denoiser
+
+    at_call(denoiser, "validation_losses", 1, act)
+
+
+def recording(path, then=None):
+    """Write what each process learns from, a line a batch: rows and a hash of noise, times and kept captions."""
+    import hashlib
+
+    from latentdiff.training.denoiser import DenoiserStage
+
+    original = DenoiserStage.loss
+
+    def recorded(self, module, batch):
+        if module.training:
+            hashes = []
+            for row in range(len(batch["rows"])):
+                digest = hashlib.sha256()
+                for name in ("noise", "posterior", "t", "kept"):
+                    digest.update(batch[name][row].numpy().tobytes())
+                hashes.append(digest.hexdigest()[:16])
+            with Path(path).open("a") as file:
+                file.write(json.dumps(list(zip(batch["rows"].tolist(), hashes, strict=True))) + "\n")
+        return original(self, module, batch)
+
+    DenoiserStage.loss = recorded
+    if then:
+        then()
+
+
+def isolated_and_poisoned():
+    """No network; global generators seeded at random, and in the training loop not to be drawn from at all."""
+    import random
+    import socket
+
+    import numpy as np
+    import torch
+
+    from latentdiff.training.run import _Run
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a global generator, or the network")
+
+    socket.socket.connect = socket.getaddrinfo = refuse
+    seed = int.from_bytes(os.urandom(4), "little")
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    train = _Run.train
+
+    def poisoned(self, progress):
+        with ExitStack() as stack:
+            for owner, names in (
+                (torch, "randn rand randint randperm normal randn_like rand_like bernoulli multinomial"),
+                (np.random, "rand randn normal uniform permutation randint random shuffle choice"),
+                (random, "random randint shuffle choice uniform sample"),
+            ):
+                for name in names.split():
+                    stack.enter_context(mock.patch.object(owner, name, refuse))
+            before = torch.get_rng_state()
+            train(self, progress)
+            assert torch.equal(torch.get_rng_state(), before), "torch's global generator was drawn from"
+
+    _Run.train = poisoned
+
+
+def as_nobody(folder):
+    """A user who may not write into `folder`."""
+    Path(folder).chmod(0o555)
+    if os.geteuid() == 0:
+        os.setuid(65534)
+
+
+def tensors_of(run, stage="denoiser"):
+    """Every tensor of the newest checkpoint, by file and name."""
+    from latentdiff.training.checkpoint import load_checkpoint, newest_whole
+
+    newest, _ = newest_whole(run / stage / "checkpoints")
+    tensors, state = load_checkpoint(newest)
+    return state["step"], {f"{file}/{name}": t for file, part in tensors.items() for name, t in part.items()}
+
+
+def assert_bitwise(one, other, stages=("autoencoder", "clip", "denoiser")):
+    """The final weights, averages and optimizer states of two runs are the same bits."""
+    for stage in stages:
+        (step, expected), (last, found) = tensors_of(one, stage), tensors_of(other, stage)
+        assert step == last
+        assert expected.keys() == found.keys()
+        differ = [name for name in expected if expected[name].numpy().tobytes() != found[name].numpy().tobytes()]
+        assert not differ, f"{stage}: {len(differ)} of {len(expected)} tensors differ, first {differ[0]}"
+
+
+def logged_steps(run: Path, stage="denoiser"):
+    """The steps in a stage's log, in order."""
+    lines = (json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "loss" in line]

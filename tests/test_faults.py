@@ -1,0 +1,241 @@
+"""Kills, signals and refusals, on the command line: what a run survives, to the bit, and what it says.
+
+The runs are configs/scenes-tiny.toml made shorter. `whole` is the uninterrupted one; the others must end as it did.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+from functools import partial
+
+import pytest
+
+from . import forked
+from .forked import assert_bitwise, logged_steps, train
+
+SIGTERM, SIGINT = partial(forked.send, signal.SIGTERM), partial(forked.send, signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing happened to."""
+    run = tmp_path_factory.mktemp("faults") / "whole"
+    assert train(run).ended()[0] == 0
+    return run
+
+
+@pytest.fixture
+def begun(whole, tmp_path):
+    """A run whose first two stages are finished: the denoiser is to be trained."""
+    run = tmp_path / "run"
+    shutil.copytree(whole / "clip", run / "clip", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(whole / "model" / "vae", run / "model" / "vae")
+    return run
+
+
+def denoiser(run, *words, hook=None, changes=(), env=None):
+    """Its third stage alone; exit code and stderr."""
+    return train(run, "--stage", "denoiser", *words, hook=hook, changes=changes, env=env).ended()
+
+
+def said(err):
+    """The lines on stderr that are not the plan's or a bar's."""
+    lines = [line.strip() for line in re.split("[\r\n]", err)]
+    return [line for line in lines if re.match("error|warning|saved|micro-batch|no checkpoint", line)]
+
+
+def test_killed_three_times_in_three_stages(whole, tmp_path):
+    """Once in each stage, the last between the two parts of an accumulated step: the ends are the same bits."""
+    run = tmp_path / "run"
+    for stage, call in (("autoencoder", 5), ("clip", 4), ("denoiser", 2 * 7 + 2)):
+        assert train(run, hook=partial(forked.in_loss, stage, call)).ended()[0] == -signal.SIGKILL
+    code, err = train(run, "--resume", "latest").ended()
+    assert (code, said(err)) == (0, [])
+    assert "denoiser: 7 of 13 steps from step-6" in err
+    assert_bitwise(whole, run)
+    for stage, last in (("autoencoder", 9), ("clip", 6), ("denoiser", 13)):
+        assert logged_steps(run, stage) == list(range(1, last + 1))
+    names = {file.name for file in (whole / "model" / "unet").iterdir()}
+    for name in names:
+        assert (run / "model" / "unet" / name).read_bytes() == (whole / "model" / "unet" / name).read_bytes()
+
+
+def test_killed_with_any_number_of_workers(whole, begun):
+    """0, then 2, then 4: at the exact end of an epoch (40 pictures, 16 a step), and in the step that straddles one."""
+    for workers, call in ((0, 2 * 5 + 1), (2, 2 * 4 + 2)):
+        hook = partial(forked.in_loss, "denoiser", call)
+        code, err = denoiser(begun, hook=hook, changes=[f"denoiser.training.num_workers={workers}"])
+        assert code == -signal.SIGKILL, err
+    code, err = denoiser(begun, "--resume", "latest", changes=["denoiser.training.num_workers=4"])
+    assert code == 0, err
+    assert_bitwise(whole, begun, ["denoiser"])
+    assert logged_steps(begun) == list(range(1, 14))
+
+
+def test_every_sample_once_an_epoch(whole, begun, tmp_path):
+    """Through a kill and to the last epoch, which 13 steps leave unfinished: 5 epochs of 40 and 8 more."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    kill = partial(forked.in_loss, "denoiser", 9)
+    assert denoiser(begun, hook=partial(forked.recording, first, kill))[0] == -signal.SIGKILL
+    assert denoiser(begun, hook=partial(forked.recording, second))[0] == 0
+    lines = [json.loads(line) for path in (first, second) for line in path.read_text().splitlines()]
+    made = lines[: 2 * 3] + lines[-2 * 10 :]  # up to the checkpoint of step 3, and what came after it
+    samples = [tuple(sample) for line in made for sample in line]
+    rows = [row for row, _ in samples]
+    assert [len(set(rows[first : first + 40])) for first in range(0, 200, 40)] == [40] * 5
+    assert len(samples) == len(set(samples)) == 208, "no noise twice"
+
+
+@pytest.mark.parametrize("boundary", [1, 3, 5, 6, 7])
+def test_killed_while_saving(whole, begun, boundary):
+    """At boundaries of the second checkpoint's files (three tensors' and the state, manifest, folder, its parent)."""
+    hook = partial(forked.in_save, 7 + boundary)
+    assert denoiser(begun, hook=hook, changes=["denoiser.training.validation_steps=13"])[0] == -signal.SIGKILL
+    folders = sorted(path.name for path in (begun / "denoiser" / "checkpoints").iterdir())
+    renamed = boundary == 7
+    assert folders == (["step-00000003", "step-00000006"] if renamed else [".tmp-step-00000006", "step-00000003"])
+    code, err = denoiser(begun, "--resume", "latest")
+    assert (code, said(err)) == (0, [])
+    assert f"from step-{6 if renamed else 3} " in err
+    assert_bitwise(whole, begun, ["denoiser"])
+
+
+def test_a_damaged_checkpoint(whole, begun):
+    """Named, skipped and left in place by `latest`; refused by its path, and then nothing is written."""
+    assert denoiser(begun, hook=partial(forked.in_loss, "denoiser", 2 * 7 + 1))[0] == -signal.SIGKILL
+    newest = begun / "denoiser" / "checkpoints" / "step-00000006"
+    file = newest / "unet.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-100])
+    before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
+    code, err = denoiser(begun, "--resume", newest)
+    fault = f"(unet.safetensors: {size - 100:,} of {size:,} bytes)"
+    assert (code, said(err)) == (
+        4,
+        [f"error: checkpoint {newest} is damaged {fault}. Use --resume latest for the newest whole one"],
+    )
+    assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
+    code, err = denoiser(begun, "--resume", "latest", hook=partial(forked.in_loss, "denoiser", 2))
+    assert said(err) == [f"warning: checkpoint step-6 is damaged {fault}; using step-3"]
+    assert file.stat().st_size == size - 100
+    assert denoiser(begun)[0] == 0
+    assert_bitwise(whole, begun, ["denoiser"])
+
+
+def test_nothing_to_resume(begun):
+    code, err = denoiser(begun, "--resume", "latest")
+    where = begun / "denoiser" / "checkpoints"
+    assert (code, said(err)) == (4, [f"error: no checkpoint in {where}. Use --resume auto to start fresh"])
+    code, err = denoiser(begun, "--resume", "auto", "--dry-run")
+    assert (code, said(err)) == (0, [f"no checkpoint in {where}: starting fresh"])
+    assert not (begun / "denoiser").exists()
+
+
+def test_changed_settings_are_listed(whole, begun):
+    shutil.copytree(whole / "denoiser", begun / "denoiser")
+    before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
+    changes = ["data.count=39", "denoiser.training.train_batch_size=16"]
+    code, err = denoiser(begun, "--resume", "latest", changes=changes)
+    assert (code, said(err)) == (
+        2,
+        [
+            "error: cannot resume: dataset changed (40 -> 39 images); denoiser batch 16 -> 32. "
+            "Use --allow-changed to accept, or another run folder"
+        ],
+    )
+    assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
+    longer = [*changes, "denoiser.training.max_train_steps=14"]
+    code, err = denoiser(begun, "--resume", "latest", "--allow-changed", changes=longer)
+    assert code == 0
+    assert said(err)[:2] == [
+        "warning: going on although dataset changed (40 -> 39 images)",
+        "warning: going on although denoiser batch 16 -> 32",
+    ]
+    assert forked.tensors_of(begun)[0] == 14
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    """Found before anything is built, by a user who may not write there."""
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    code, err = train(locked / "run", hook=partial(forked.as_nobody, locked)).ended()
+    assert (code, err) == (2, f"error: cannot write to {locked / 'run'} (permission denied)\n")
+    assert list(locked.iterdir()) == []
+
+
+def test_without_network_or_global_generators(whole, tmp_path):
+    """From the first step to the saved model, with global generators seeded otherwise and refusing; modes are 0644."""
+    run = tmp_path / "run"
+    code, err = train(run, hook=forked.isolated_and_poisoned, env={"HF_HUB_OFFLINE": "0"}).ended()
+    assert code == 0, err
+    assert_bitwise(whole, run)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    modes = {path: path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    assert {mode for mode in modes.values()} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize(
+    ("hook", "act", "code", "step"),
+    [
+        (partial(forked.in_loss, "denoiser", 2 * 4 + 1), SIGTERM, 143, 5),
+        (partial(forked.in_loss, "denoiser", 2 * 4 + 2), SIGINT, 130, 5),
+        (forked.in_validation, SIGTERM, 143, 4),
+        (forked.in_caching, SIGTERM, 143, None),
+    ],
+    ids=["SIGTERM in a step", "SIGINT in a step", "SIGTERM in validation", "SIGTERM in caching"],
+)
+def test_signals_save_and_stop(whole, begun, hook, act, code, step):
+    changes = ["denoiser.training.validation_steps=4"] if hook is forked.in_validation else []
+    found, err = denoiser(begun, hook=partial(hook, act=act), changes=changes)
+    name = act.args[0].name
+    told = f"saved step-{step} after {name}" if step else f"error: stopped by {name}, nothing to save"
+    assert (found, said(err)[-1]) == (code, told)
+    assert not list((begun / "cache").glob(".tmp*"))
+    found, err = denoiser(begun, "--resume", "latest" if step else "auto", changes=changes)
+    assert found == 0, err
+    assert_bitwise(whole, begun, ["denoiser"])
+    assert logged_steps(begun) == list(range(1, 14))
+
+
+def test_a_second_signal_stops_at_once(begun):
+    """While the step of the first is still computed: nothing is saved, nothing half."""
+    code, err = denoiser(begun, hook=partial(forked.in_loss, "denoiser", 9, forked.insist))
+    assert (code, said(err)) == (
+        143,
+        ["no checkpoint in " + str(begun / "denoiser" / "checkpoints") + ": starting fresh"],
+    )
+    assert [path.name for path in (begun / "denoiser" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_one_run_folder_one_process(begun):
+    first = train(begun, "--stage", "denoiser", hook=partial(forked.in_loss, "denoiser", 1, forked.wait))
+    while not (begun / "denoiser" / "log.jsonl").exists():
+        assert first.process.is_alive(), first.err.read_text()
+        first.process.join(0.1)
+    code, err = denoiser(begun)
+    first.process.kill()
+    told = f"error: another process is training in {begun}. Wait for it, or use --output"
+    assert (code, said(err)[-1]) == (2, told)
+
+
+def test_without_caches_the_same_is_learnt(whole, begun):
+    """Pictures and captions encoded in every step give the cached ones' losses, up to their half precision."""
+    assert denoiser(begun, changes=["denoiser.cache=false"])[0] == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "denoiser" / "log.jsonl").read_text().splitlines()[:13]]
+        for run in (whole, begun)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert not (begun / "cache").exists()
+
+
+def test_gradient_checkpointing_changes_nothing(whole, begun):
+    assert denoiser(begun, changes=["denoiser.gradient_checkpointing=true"])[0] == 0
+    (_, expected), (_, found) = forked.tensors_of(whole), forked.tensors_of(begun)
+    assert all((expected[name] - found[name]).abs().max() < 1e-6 for name in expected)
