@@ -1,6 +1,7 @@
 """One tiny model, trained from nothing by the command line itself, serves every test that needs one."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,23 @@ def pipe(tiny_model):
     from latentdiff import LatentDiffusionPipeline
 
     return LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A short run of the tiny config that nothing happens to: how others must end that are killed and go on."""
+    from .forked import train
+
+    run = tmp_path_factory.mktemp("short") / "whole"
+    code, err = train(run).ended()
+    assert code == 0, err
+    return run
+
+
+@pytest.fixture
+def begun(whole, tmp_path):
+    """A run like it whose first two stages are finished: the denoiser is to be trained."""
+    run = tmp_path / "run"
+    shutil.copytree(whole / "clip", run / "clip", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(whole / "model" / "vae", run / "model" / "vae")
+    return run

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ CONTEXT.set_forkserver_preload(
 # configs/scenes-tiny.toml, shorter: every stage with checkpoints on the way
 SHORT = (
     "data.count=40",
+    "recommended.num_inference_steps=2",  # previews are not what is tested
     "autoencoder.training.max_train_steps=9",
     "autoencoder.training.checkpointing_steps=3",
     "autoencoder.training.validation_steps=9",
@@ -75,6 +77,24 @@ def train(folder, *words, hook=None, env=None, changes=(), short=True):
     return Started("train", config, "-o", folder, *sets, *words, hook=hook, env=env)
 
 
+def ranks(count, folder, *words, hooks=None, changes=()):
+    """The same in `count` processes that share the batches, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        train(
+            folder,
+            *words,
+            hook=(hooks or {}).get(rank),
+            changes=changes,
+            env={name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()},
+        )
+        for rank in range(count)
+    ]
+
+
 # --- hooks ---------------------------------------------------------------------------------------------
 
 
@@ -102,6 +122,13 @@ def insist():
     send(signal.SIGTERM)
     time.sleep(0.7)
     send(signal.SIGTERM)
+
+
+def exhaust():
+    """As a GPU says it."""
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def wait():
@@ -171,7 +198,6 @@ def recording(path, then=None):
 def isolated_and_poisoned():
     """No network; global generators seeded at random, and in the training loop not to be drawn from at all."""
     import random
-    import socket
 
     import numpy as np
     import torch

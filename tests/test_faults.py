@@ -18,23 +18,6 @@ from .forked import assert_bitwise, logged_steps, train
 SIGTERM, SIGINT = partial(forked.send, signal.SIGTERM), partial(forked.send, signal.SIGINT)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that nothing happened to."""
-    run = tmp_path_factory.mktemp("faults") / "whole"
-    assert train(run).ended()[0] == 0
-    return run
-
-
-@pytest.fixture
-def begun(whole, tmp_path):
-    """A run whose first two stages are finished: the denoiser is to be trained."""
-    run = tmp_path / "run"
-    shutil.copytree(whole / "clip", run / "clip", ignore=shutil.ignore_patterns("checkpoints"))
-    shutil.copytree(whole / "model" / "vae", run / "model" / "vae")
-    return run
-
-
 def denoiser(run, *words, hook=None, changes=(), env=None):
     """Its third stage alone; exit code and stderr."""
     return train(run, "--stage", "denoiser", *words, hook=hook, changes=changes, env=env).ended()
@@ -88,7 +71,7 @@ def test_every_sample_once_an_epoch(whole, begun, tmp_path):
     assert len(samples) == len(set(samples)) == 208, "no noise twice"
 
 
-@pytest.mark.parametrize("boundary", [1, 3, 5, 6, 7])
+@pytest.mark.parametrize("boundary", [5, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4, 6))])
 def test_killed_while_saving(whole, begun, boundary):
     """At boundaries of the second checkpoint's files (three tensors' and the state, manifest, folder, its parent)."""
     hook = partial(forked.in_save, 7 + boundary)

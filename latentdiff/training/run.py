@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from tqdm import tqdm
 
 from latentdiff.config import Training
@@ -25,7 +26,7 @@ from latentdiff.training.interruption import Interruption
 from latentdiff.training.log import Log
 from latentdiff.training.loop import Batching, Optimisation, Stage, TrainStep, train_steps
 from latentdiff.training.optim import learning_rate, optimizer_of
-from latentdiff.training.state import Trained, gather, restore
+from latentdiff.training.state import Trained, gather, restore, unshard
 
 Report = Callable[[int], dict[str, float]]
 
@@ -75,6 +76,7 @@ def run_stage(
             (directory / "non-finite.json").write_text(json.dumps(told, indent=1) + "\n")
         raise
     run.trained.ema.apply()
+    unshard(stage.module)
     stage.module.eval()
 
 
@@ -93,6 +95,10 @@ class _Run:
     ):
         self._accelerator, self._stage, self._settings = accelerator, stage, settings
         self._directory, self._report, self._identity = directory, report, identity
+        if report and accelerator.distributed_type == DistributedType.FSDP:  # one process alone has no whole network
+            self._report = None
+            if accelerator.is_main_process:
+                _say("warning: no validation and no previews while the network is sharded")
         self._interruption = interruption
         self._batching = Batching(
             settings.train_batch_size, settings.gradient_accumulation_steps, accelerator.num_processes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from latentdiff.errors import ModelError
 from latentdiff.training.checkpoint import Tensors
 from latentdiff.training.ema import Ema
+
+_NUMBERS = {int: torch.int64, bool: torch.int64, float: torch.float64}  # how a checkpoint holds Python's numbers
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,12 @@ def gather(trained: Trained) -> dict[str, dict[str, Tensor]]:
     }
     tensors["ema"] = {name: _whole(tensor) for name, tensor in trained.ema.averaged.items()}
     tensors["optimizer"] = {
-        f"{name}.{slot}": _whole(value)
+        f"{name}.{slot}": _whole(
+            value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
+        )
         for name, parameter in trained.parameters.items()
         for slot, value in trained.optimizer.state[parameter].items()
-        if isinstance(value, Tensor)  # what else is noted about a parameter follows from its shape
+        if isinstance(value, Tensor | int | float)  # what else is noted of a parameter follows from its shape
     }
     return tensors
 
@@ -66,6 +71,14 @@ def restore(trained: Trained, tensors: Tensors) -> None:
     _restore_optimizer(trained, tensors["optimizer"])
 
 
+def unshard(module: nn.Module) -> None:
+    """Leave whole parameters in place of FSDP2's shards, to be saved as one file. Every rank must call it."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                part.register_parameter(name, nn.Parameter(parameter.full_tensor(), parameter.requires_grad))
+
+
 def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], part: str) -> None:
     if set(targets) != set(values):
         odd = sorted(set(targets) ^ set(values))
@@ -79,12 +92,12 @@ def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], part: str
 
 def _restore_optimizer(trained: Trained, flat: Mapping[str, Tensor]) -> None:
     parameters = trained.parameters
-    slots: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    slots: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for key, value in flat.items():
         name, slot = key.rsplit(".", 1)
         if name not in parameters:
             raise ModelError(f"checkpoint is of another network: the optimizer moves no {name}")
-        slots[name][slot] = value
+        slots[name][slot] = value.item() if value.dtype in _NUMBERS.values() and value.ndim == 0 else value
     groups = trained.optimizer.state_dict()["param_groups"]
     numbers = {
         id(parameter): number
