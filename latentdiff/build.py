@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import nn
 
 from latentdiff.config import Config
 from latentdiff.diffusion.schedule import NoiseSchedule, schedule_named
@@ -25,6 +26,12 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def laid_out_for(module: nn.Module, device: torch.device) -> None:
+    """Channels last on a GPU, whose tensor cores want it; on a CPU bfloat16 convolutions take 1.4 times as long so."""
+    if device.type != "cpu":
+        module.to(memory_format=torch.channels_last)
 
 
 def image_channels(config: Config) -> int:

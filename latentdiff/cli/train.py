@@ -72,12 +72,14 @@ def _train(
 
     from latentdiff.build import check_networks
     from latentdiff.config import save_config
+    from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.stages import TRAIN
     from latentdiff.stages.plan import plan_text
     from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, lock
     from latentdiff.training.interruption import Interruption
 
     check_networks(config)
+    keep_freed_memory()
     with Interruption() as interruption:
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
         if deterministic:

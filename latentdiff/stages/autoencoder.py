@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.build import new_autoencoder, seeded
+from latentdiff.build import laid_out_for, new_autoencoder, seeded
 from latentdiff.config import Config
 from latentdiff.data import oracle
 from latentdiff.images import to_images, to_uint8
@@ -19,12 +19,13 @@ from latentdiff.training.autoencoder import AutoencoderStage, psnr
 from latentdiff.training.run import run_stage
 
 
-def autoencoder_stage(config: Config) -> AutoencoderStage:
+def autoencoder_stage(config: Config, device: torch.device) -> AutoencoderStage:
     """The stage with random weights."""
     settings = config.autoencoder
     with seeded(config.seed):
-        module = new_autoencoder(config).to(memory_format=torch.channels_last)
+        module = new_autoencoder(config)
     assert isinstance(module, Autoencoder)
+    laid_out_for(module, device)
     crop = min(settings.crop, config.image_size)
     return AutoencoderStage(
         module,
@@ -42,7 +43,7 @@ def train_autoencoder(run: Run) -> None:
     config, accelerator = run.config, run.accelerator
     if config.autoencoder.kind == "identity":
         return
-    stage = autoencoder_stage(config)
+    stage = autoencoder_stage(config, accelerator.device)
     module = stage.module
     assert isinstance(module, Autoencoder)
     report = partial(_report, config, accelerator.device, module)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from latentdiff.build import AnyAutoencoder, new_autoencoder, new_pipeline, new_schedule, new_unet, seeded
+from latentdiff.build import AnyAutoencoder, laid_out_for, new_autoencoder, new_pipeline, new_schedule, new_unet, seeded
 from latentdiff.config import Config
 from latentdiff.data import scenes
 from latentdiff.diffusion.objective import DiffusionLoss
@@ -76,7 +76,7 @@ def _networks_before(config: Config, folder: Path) -> tuple[AnyAutoencoder, Text
 def _unet(config: Config, autoencoder: AnyAutoencoder, device: torch.device) -> UNet:
     with seeded(config.seed):
         unet = new_unet(config, autoencoder.latent_channels, config.image_size // autoencoder.factor)
-    unet.to(memory_format=torch.channels_last)
+    laid_out_for(unet, device)
     if device.type == "cpu":
         unet.use_plain_attention()
     if config.denoiser.gradient_checkpointing:

@@ -1,0 +1,1 @@
+"""What makes the same networks fast."""
