@@ -230,6 +230,14 @@ def isolated_and_poisoned():
     _Run.train = poisoned
 
 
+def with_files_up_to(size):
+    """No file may grow beyond `size` bytes, as on a disk that fills."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 def as_nobody(folder):
     """A user who may not write into `folder`."""
     Path(folder).chmod(0o555)

@@ -222,3 +222,34 @@ def test_gradient_checkpointing_changes_nothing(whole, begun):
     assert denoiser(begun, changes=["denoiser.gradient_checkpointing=true"])[0] == 0
     (_, expected), (_, found) = forked.tensors_of(whole), forked.tensors_of(begun)
     assert all((expected[name] - found[name]).abs().max() < 1e-6 for name in expected)
+
+
+def test_a_full_disk_stops_the_run(whole, begun):
+    """A limit on the size of files stands for it: one line, the last good step, and it goes on when there is room."""
+    assert denoiser(begun, hook=partial(forked.in_loss, "denoiser", 2 * 4 + 1))[0] == -signal.SIGKILL
+    code, err = denoiser(begun, "--resume", "latest", hook=partial(forked.with_files_up_to, 100_000))
+    assert code == 6
+    told = r"error: disk full while writing step-6 \(need [\d.]+ MB, [\d.]+ MB free in .*\)\. Last good: step-3"
+    assert re.fullmatch(told, said(err)[-1])
+    assert [path.name for path in (begun / "denoiser" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert denoiser(begun, "--resume", "latest")[0] == 0
+    assert_bitwise(whole, begun, ["denoiser"])
+
+
+def test_deterministic_kernels_are_the_same_on_a_cpu(whole, begun):
+    """On a CPU every kernel is deterministic as it is; the switch costs nothing there and changes nothing."""
+    code, err = denoiser(begun, "--deterministic")
+    assert code == 0, err
+    assert_bitwise(whole, begun, ["denoiser"])
+
+
+@pytest.mark.slow
+def test_compiled_stopped_while_it_compiles_and_resumed(begun, tmp_path):
+    """SIGTERM in the first step, whose compilation takes a minute: saved after it, and bitwise resumed."""
+    other = shutil.copytree(begun, tmp_path / "other")
+    compiled = ["denoiser.training.compile=true", "denoiser.training.max_train_steps=4"]
+    assert denoiser(other, changes=compiled)[0] == 0
+    code, err = denoiser(begun, hook=partial(forked.in_loss, "denoiser", 1, SIGTERM), changes=compiled)
+    assert (code, said(err)[-1]) == (143, "saved step-1 after SIGTERM")
+    assert denoiser(begun, "--resume", "latest", changes=compiled)[0] == 0
+    assert_bitwise(other, begun, ["denoiser"])

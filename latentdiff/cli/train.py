@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,8 +76,9 @@ def _train(
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.stages import TRAIN
     from latentdiff.stages.plan import plan_text
-    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, lock
+    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume
     from latentdiff.training.interruption import Interruption
+    from latentdiff.training.lock import locked
 
     check_networks(config)
     keep_freed_memory()
@@ -92,7 +94,7 @@ def _train(
                 typer.echo(line, err=True)
         if dry_run:
             return
-        with lock(run):
+        with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 save_config(config, folder / "config.toml")
             for name in run.stages:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from latentdiff.training.interruption import Interruption
 from latentdiff.training.run import Start
 
 STAGES = ("autoencoder", "clip", "denoiser")
-LOCK = ".lock"
 FREE = (
     "max_train_steps",
     "lr_decay",
@@ -54,37 +51,6 @@ class Run:
     def start(self, stage: str, **more: str) -> Start:
         """Where a stage begins, and what its checkpoints say of the run they belong to."""
         return Start(self.checkpoints[stage], {**identity(self.config, stage), **more})
-
-
-@contextmanager
-def lock(run: Run) -> Iterator[None]:
-    """Keep other starts out of the run folder, which is made where there is none. Raises ConfigError.
-
-    The lock is the operating system's and this process's alone: it ends with it, however that ends, and a loader's
-    workers, which may live a little longer, do not hold it.
-    """
-    if not run.accelerator.is_main_process:
-        yield
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / LOCK).open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is training in {run.folder}. Wait for it, or use --output") from None
-        yield
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process is training there now."""
-    if not (folder / LOCK).is_file():
-        return False
-    with (folder / LOCK).open("r") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def identity(config: Config, stage: str) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""`latentdiff runs`: the runs of a folder, how far each stage is, and whether somebody is training there now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+STAGES = ("autoencoder", "clip", "denoiser")
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where the run folders are.")] = Path("runs"),
+    json_: Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")] = False,
+) -> None:
+    """List runs: running, finished, stopped, or stopped by numbers that were not finite."""
+    import json
+
+    from latentdiff.errors import ConfigError
+
+    if not folder.is_dir():
+        raise ConfigError(f"no such folder ({folder}). Give the one that holds the run folders")
+    found = [_run(path.parent) for path in sorted(folder.glob("*/config.toml"))]
+    for run in found:
+        if json_:
+            typer.echo(json.dumps(run))
+        else:
+            stages = "  ".join(f"{name} {step}/{last}" for name, (step, last) in run["stages"].items())
+            loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
+            typer.echo(f"{run['name']:<20} {run['state']:<10} {run['last'] or 'never':<19}  {stages}{loss}")
+    if not found:
+        typer.echo(f"no runs in {folder}", err=True)
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """What a run folder says of itself; of a config that cannot be read, that."""
+    from datetime import datetime
+
+    from latentdiff.config import load_config
+    from latentdiff.errors import ConfigError
+    from latentdiff.training.lock import is_locked
+
+    try:
+        config = load_config(folder / "config.toml")
+    except ConfigError as error:
+        return {"name": folder.name, "state": "unreadable", "stages": {}, "loss": None, "last": None, "why": str(error)}
+    names = [name for name in STAGES if name != "autoencoder" or config.autoencoder.kind == "kl"]
+    lines = {name: _last_step(folder / name / "log.jsonl") for name in names}
+    stages = {name: (lines[name].get("step", 0), getattr(config, name).training.max_train_steps) for name in names}
+    logs = [folder / name / "log.jsonl" for name in names if (folder / name / "log.jsonl").is_file()]
+    times = [log.stat().st_mtime for log in logs]
+    losses = [line["loss"] for line in lines.values() if line]
+    state = "finished" if all(step >= last for step, last in stages.values()) else "stopped"
+    reports = [report.stat().st_mtime for report in folder.glob("*/non-finite.json")]
+    if state == "stopped" and reports and max(reports) >= max(times, default=0):  # and not gone on since
+        state = "non-finite"
+    return {
+        "name": folder.name,
+        "state": "running" if is_locked(folder) else state,
+        "stages": stages,
+        "loss": losses[-1] if losses else None,
+        "last": datetime.fromtimestamp(max(times)).isoformat(" ", "seconds") if times else None,
+    }
+
+
+def _last_step(log: Path) -> dict[str, Any]:
+    """The last whole line of a log that is of a step; empty where there is none."""
+    import json
+
+    for line in reversed(log.read_text(errors="replace").splitlines() if log.is_file() else []):
+        try:
+            read = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(read, dict) and {"step", "loss"} <= read.keys():
+            return read
+    return {}
