@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from latentdiff.errors import ConfigError
 
+STAGES = ("autoencoder", "clip", "denoiser")  # of a run, in their order
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

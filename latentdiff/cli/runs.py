@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-STAGES = ("autoencoder", "clip", "denoiser")
-
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="Where the run folders are.")] = Path("runs"),
@@ -37,7 +35,7 @@ def _run(folder: Path) -> dict[str, Any]:
     """What a run folder says of itself; of a config that cannot be read, that."""
     from datetime import datetime
 
-    from latentdiff.config import load_config
+    from latentdiff.config import STAGES, load_config
     from latentdiff.errors import ConfigError
     from latentdiff.training.lock import is_locked
 

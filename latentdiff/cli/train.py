@@ -68,22 +68,19 @@ def _train(
     dry_run: bool,
     deterministic: bool,
 ) -> None:
-    import torch
-    from accelerate import Accelerator
-
     from latentdiff.build import check_networks
     from latentdiff.config import save_config
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.stages import TRAIN
     from latentdiff.stages.plan import plan_text
-    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume
+    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
 
     check_networks(config)
     keep_freed_memory()
     with Interruption() as interruption:
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+        accelerator = new_accelerator(config)
         if deterministic:
             _choose_deterministic_kernels()
         checkpoints, told = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
-from latentdiff.config import Config, flat
+from latentdiff.config import STAGES, Config, flat
 from latentdiff.errors import ConfigError, ModelError
 from latentdiff.stages.pictures import fingerprint
 from latentdiff.training.checkpoint import check_whole, load_state, newest_whole
 from latentdiff.training.interruption import Interruption
 from latentdiff.training.run import Start
 
-STAGES = ("autoencoder", "clip", "denoiser")
 FREE = (
     "max_train_steps",
     "lr_decay",
@@ -26,7 +26,6 @@ FREE = (
     "preview_pictures",
     "num_workers",
     "compile",
-    "cache",
     "gradient_checkpointing",
     "train_batch_size",  # their product with the number of processes is what must stay
     "gradient_accumulation_steps",
@@ -53,6 +52,11 @@ class Run:
         return Start(self.checkpoints[stage], {**identity(self.config, stage), **more})
 
 
+def new_accelerator(config: Config) -> Accelerator:
+    """The devices and processes of this start; on a machine without a GPU processes talk over gloo."""
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+
+
 def identity(config: Config, stage: str) -> dict[str, Any]:
     """What must be the same for a stage to go on: the dataset, and every setting that changes what is learnt."""
     settings = {key: value for key, value in flat(config).items() if _matters(key, stage)}
@@ -62,6 +66,8 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
 def _matters(key: str, stage: str) -> bool:
     section, name = key.split(".")[0], key.split(".")[-1]
     others = (set(STAGES) | {"name", "recommended"}) - {stage}
+    if stage == "clip" and name == "gradient_accumulation_steps":  # a contrastive loss is of the batch it is taken over
+        return section == stage
     return section not in others and name not in FREE
 
 
