@@ -24,7 +24,8 @@ TENSORS = {"unet": {"w": torch.arange(300.0)}, "ema": {"w": torch.arange(300.0) 
 
 
 def save(directory, step, keep=2, tensors=TENSORS):
-    return save_checkpoint(directory, tensors, {"step": step, "position": 4 * step}, keep)
+    need = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+    return save_checkpoint(directory, tensors.items(), need, {"step": step, "position": 4 * step}, keep)
 
 
 def test_what_is_saved_is_loaded(tmp_path):

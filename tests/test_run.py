@@ -135,6 +135,16 @@ def test_going_back_puts_newer_checkpoints_aside(tmp_path):
     run(tmp_path, checkpoint=tmp_path / "checkpoints" / "step-00000030", max_train_steps=33)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["aside-1-step-00000040", "step-00000030", "step-00000033"]
+    lines = (tmp_path / "checkpoints" / names[0] / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 41)), "its log lies beside it"
+
+
+def test_going_on_from_another_run_leaves_that_as_it_is(tmp_path):
+    run(tmp_path / "one")
+    before = sorted(path.name for path in (tmp_path / "one" / "checkpoints").iterdir())
+    run(tmp_path / "two", checkpoint=tmp_path / "one" / "checkpoints" / "step-00000030", max_train_steps=35)
+    assert sorted(path.name for path in (tmp_path / "one" / "checkpoints").iterdir()) == before
+    assert [row["step"] for row in logged(tmp_path / "two")] == list(range(31, 36))
 
 
 def test_a_stage_knows_what_it_was_trained_on(tmp_path):

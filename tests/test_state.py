@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from latentdiff.config import Training
+from latentdiff.training import state
 from latentdiff.training.ema import Ema, constant_decay
 from latentdiff.training.optim import optimizer_of
-from latentdiff.training.state import Trained, gather, restore, unshard
+from latentdiff.training.state import Trained, restore, size, unshard
 
 from . import forked
 
@@ -50,6 +51,13 @@ def trained_by(module, name="adamw"):
     else:
         optimizer = optimizer_of(module, Training(optimizer=name, learning_rate=0.01))
     return Trained({"network": module}, Ema(module, constant_decay(0.9)), optimizer)
+
+
+def gather(trained):
+    """Copies, to be kept over later steps."""
+    found = {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in state.gather(trained)}
+    assert size(trained) == sum(tensor.nbytes for tensors in found.values() for tensor in tensors.values())
+    return found
 
 
 def make_steps(trained, steps, rank=0):

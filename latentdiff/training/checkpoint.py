@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,31 +26,27 @@ from latentdiff.errors import ModelError, ResourceError
 from latentdiff.models.folder import let_others_read
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without ending -> tensor name -> tensor, on the CPU
+Parts = Iterable[tuple[str, Mapping[str, Tensor]]]  # the same, made one after another
 MANIFEST = "MANIFEST.json"
 
 
-def save_checkpoint(directory: Path, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(directory: Path, parts: Parts, need: int, state: dict[str, Any], keep: int) -> Path:
     """Write `directory/step-XXXXXXXX` from state["step"], then delete all but the newest `keep` whole ones.
 
-    A folder of that name is put aside, not overwritten. Raises ResourceError where the disk is full; then nothing is
-    left of the new one and nothing of the old ones is gone.
+    The parts take `need` bytes together. A folder of that name is put aside, not overwritten. Raises ResourceError
+    where the disk is full; then nothing is left of the new one and nothing of the old ones is gone.
     """
     final = directory / f"step-{state['step']:08d}"
     partial = directory / f".tmp-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    with _disk_watched(directory, partial, tensors):
-        partial.mkdir(parents=True)
-        for name, part in tensors.items():
-            save_file(dict(part), partial / f"{name}.safetensors")
+    with _disk_watched(directory, partial, need):
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".tmp-*"):  # by a kill
+            shutil.rmtree(left)
+        partial.mkdir()
+        for name, tensors in parts:
+            save_file(dict(tensors), partial / f"{name}.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-        files = sorted(partial.iterdir())
-        let_others_read(partial)
-        for file in files:
-            _flush(file)
-        listed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-        (partial / MANIFEST).write_text(json.dumps(listed, indent=1))
-        _flush(partial / MANIFEST)
-        _flush(partial)
+        _seal(partial)
         if final.exists():
             set_aside(final)
         partial.rename(final)
@@ -58,6 +54,18 @@ def save_checkpoint(directory: Path, tensors: Tensors, state: dict[str, Any], ke
     for old in [path for path in checkpoints(directory) if not _missing_bytes(path)][:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _seal(folder: Path) -> None:
+    """Every file to the disk, then the manifest that says what they are."""
+    files = sorted(folder.iterdir())
+    let_others_read(folder)
+    for file in files:
+        _flush(file)
+    listed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
+    _flush(folder / MANIFEST)
+    _flush(folder)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -148,7 +156,7 @@ def _missing_bytes(path: Path) -> str | None:
 
 
 @contextmanager
-def _disk_watched(directory: Path, partial: Path, tensors: Tensors) -> Iterator[None]:
+def _disk_watched(directory: Path, partial: Path, need: int) -> Iterator[None]:
     """Where the disk is full: one line that names what is still good, and no half folder."""
     try:
         yield
@@ -158,13 +166,11 @@ def _disk_watched(directory: Path, partial: Path, tensors: Tensors) -> Iterator[
         number = error.errno if isinstance(error, OSError) else _os_error(error)
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"cannot write {step} ({directory}: {' '.join(str(error).split())[:200]})") from error
-        need = sum(tensor.nbytes for part in tensors.values() for tensor in part.values()) / 1e6
-        free = shutil.disk_usage(directory).free / 1e6
         good, _ = newest_whole(directory)
         last = f"Last good: {label(good)}" if good else "There is no earlier one"
-        raise ResourceError(
-            f"disk full while writing {step} (need {need:.1f} MB, {free:.1f} MB free in {directory}). {last}"
-        ) from error
+        free = shutil.disk_usage(directory).free
+        sizes = f"need {need / 1e6:.1f} MB, {free / 1e6:.1f} MB free in {directory}"
+        raise ResourceError(f"disk full while writing {step} ({sizes}). {last}") from error
 
 
 def _os_error(error: SafetensorError) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from latentdiff.training.interruption import Interruption
 from latentdiff.training.log import Log
 from latentdiff.training.loop import Batching, Optimisation, Stage, TrainStep, train_steps
 from latentdiff.training.optim import learning_rate, optimizer_of
-from latentdiff.training.state import Trained, gather, restore, unshard
+from latentdiff.training.state import Trained, gather, restore, size, unshard
 
 Report = Callable[[int], dict[str, float]]
 
@@ -78,6 +79,7 @@ def run_stage(
     run.trained.ema.apply()
     unshard(stage.module)
     stage.module.eval()
+    accelerator.free_memory()
 
 
 class _Run:
@@ -120,9 +122,12 @@ class _Run:
             )
         restore(self.trained, tensors)
         if self._accelerator.is_main_process:
-            for other in checkpoints(checkpoint.parent):
+            log = self._directory / "log.jsonl"
+            for other in checkpoints(self._directory / "checkpoints"):
                 if other.name > checkpoint.name and not damage(other):
-                    set_aside(other)
+                    aside = set_aside(other)
+                    if log.exists():
+                        shutil.copy(log, aside)  # the run's own goes back to this step
             if (before := state["batching"]) != (now := asdict(self._batching)):
                 _say(
                     f"warning: batches are split as {now}, before as {before}: the same samples, sums rounded otherwise"
@@ -172,7 +177,7 @@ class _Run:
             raise Interrupted(number, f"step-{step.number}")
 
     def _save(self, step: TrainStep) -> None:
-        tensors = gather(self.trained)  # all ranks together
+        parts = gather(self.trained)
         if self._accelerator.is_main_process:
             state = {
                 "step": step.number,
@@ -182,7 +187,10 @@ class _Run:
                 "batching": asdict(self._batching),
                 **self._identity,
             }
-            save_checkpoint(self._directory / "checkpoints", tensors, state, self._settings.checkpoints_total_limit)
+            keep = self._settings.checkpoints_total_limit
+            save_checkpoint(self._directory / "checkpoints", parts, size(self.trained), state, keep)
+        for _ in parts:  # the other ranks have their share in what the first one writes
+            pass
         self._accelerator.wait_for_everyone()
 
     def _report_if_due(self, step: int, log: Log | None) -> None:

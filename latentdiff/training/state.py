@@ -7,7 +7,7 @@ Sharded parameters (FSDP2's DTensors) are gathered whole and scattered again, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,22 +41,33 @@ class Trained:
         }
 
 
-def gather(trained: Trained) -> dict[str, dict[str, Tensor]]:
-    """Whole tensors on the CPU: one entry a part, `ema` and `optimizer`. Every rank must call it."""
-    tensors = {
-        part: {name: _whole(tensor) for name, tensor in module.state_dict().items()}
-        for part, module in trained.parts.items()
-    }
-    tensors["ema"] = {name: _whole(tensor) for name, tensor in trained.ema.averaged.items()}
-    tensors["optimizer"] = {
-        f"{name}.{slot}": _whole(
-            value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
-        )
-        for name, parameter in trained.parameters.items()
-        for slot, value in trained.optimizer.state[parameter].items()
-        if isinstance(value, Tensor | int | float)  # what else is noted of a parameter follows from its shape
-    }
-    return tensors
+def gather(trained: Trained) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Whole tensors on the CPU, one part after another, then `ema` and `optimizer`. Every rank must walk it.
+
+    What lies there already is not copied: use it before the next step.
+    """
+    for part, tensors in _tensors(trained):
+        yield part, {name: _whole(tensor) for name, tensor in tensors.items()}
+
+
+def size(trained: Trained) -> int:
+    """Bytes of all that is gathered."""
+    return sum(tensor.nbytes for _, tensors in _tensors(trained) for tensor in tensors.values())
+
+
+def _tensors(trained: Trained) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    for part, module in trained.parts.items():
+        yield part, module.state_dict()
+    yield "ema", trained.ema.averaged
+    yield (
+        "optimizer",
+        {
+            f"{name}.{slot}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
+            for name, parameter in trained.parameters.items()
+            for slot, value in trained.optimizer.state[parameter].items()
+            if isinstance(value, Tensor | int | float)  # what else is noted of a parameter follows from its shape
+        },
+    )
 
 
 @torch.no_grad()
@@ -116,7 +127,7 @@ def _restore_optimizer(trained: Trained, flat: Mapping[str, Tensor]) -> None:
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor gathered from all ranks, in row-major order on the CPU."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True).contiguous()
+    return whole.detach().cpu().contiguous()
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
