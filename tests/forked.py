@@ -77,12 +77,35 @@ def train(folder, *words, hook=None, env=None, changes=(), short=True):
     return Started("train", config, "-o", folder, *sets, *words, hook=hook, env=env)
 
 
-def ranks(count, folder, *words, hooks=None, changes=()):
-    """The same in `count` processes that share the batches, as a launcher starts them."""
+def free_port():
+    """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return free.getsockname()[1]
+
+
+def in_two_processes(target, *arguments):
+    """`target(rank, *arguments)` in two processes that talk over gloo."""
+    port = free_port()
+    processes = [CONTEXT.Process(target=_talking, args=(rank, port, target, arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        assert process.exitcode == 0
+
+
+def _talking(rank, port, target, arguments):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    target(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def ranks(count, folder, *words, hooks=None, changes=()):
+    """The same in `count` processes that share the batches, as a launcher starts them."""
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         train(
             folder,

@@ -105,6 +105,8 @@ def test_out_of_memory_halves_the_micro_batch(tmp_path, capsys):
     assert [len(part) for part in stage.seen[:6]] == [8, 4, 2, 2, 2, 2]
     assert stage.seen[0] == sum(stage.seen[2:6], ())
     assert {len(part) for part in stage.seen[2:]} == {2}, "later steps begin with what fits"
+    state = json.loads((tmp_path / "parts" / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert state["micro_batch"] == 2, "and so does a resumed run"
     whole = run(tmp_path / "whole", PictureStage(), max_train_steps=12)
     for a, b in zip(stage.module.parameters(), whole.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

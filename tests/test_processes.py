@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -118,10 +117,9 @@ def test_memory_that_ends_in_one_of_two_processes_is_told(begun):
     assert all("error: out of memory at step 3 with micro-batch 8" in err for _, err in ended)
 
 
-def _contrastive(rank, port, path):
+def _contrastive(rank, path):
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     images, texts, tower = torch.randn(6, 5), torch.randn(6, 5), nn.Linear(5, 4)
     own = slice(3 * rank, 3 * rank + 3)
@@ -131,21 +129,12 @@ def _contrastive(rank, port, path):
         dist.all_reduce(parameter.grad)
         parameter.grad /= 2
     torch.save([loss.detach(), *(parameter.grad for parameter in tower.parameters())], f"{path}-{rank}")
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_contrastive_loss_is_of_the_whole_batch(tmp_path):
     """Two processes with half a batch each: the loss and, averaged, the gradient of one process with all of it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [forked.CONTEXT.Process(target=_contrastive, args=(rank, port, tmp_path / "out")) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    forked.in_two_processes(_contrastive, tmp_path / "out")
     torch.manual_seed(0)
     images, texts, tower = torch.randn(6, 5), torch.randn(6, 5), nn.Linear(5, 4)
     loss = contrastive_loss()(tower(images), tower(texts), torch.tensor(2.0))

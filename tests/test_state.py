@@ -1,7 +1,5 @@
 """What a run has learnt, gathered and put back: in every layout, and from shards on several processes."""
 
-import socket
-
 import pytest
 import torch
 from torch import nn
@@ -90,12 +88,10 @@ def test_restored_in_the_middle(optimizer):
     assert differing(gather(parts), gather(whole)) == []
 
 
-def _sharded(rank, port, path):
-    import torch.distributed as dist
+def _sharded(rank, path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     whole, parts = (trained_by(network(lambda m: fully_shard(m, mesh=mesh)), "plain") for _ in range(2))
     make_steps(whole, range(1, 4), rank)
@@ -108,20 +104,11 @@ def _sharded(rank, port, path):
     unshard(parts.parts["network"])
     exported = {name: tensor.clone() for name, tensor in parts.parts["network"].state_dict().items()}
     torch.save((saved, *ends, exported), f"{path}-{rank}")
-    dist.destroy_process_group()
 
 
 def test_shards_are_gathered_and_scattered(tmp_path):
     """FSDP2 on two processes, to the bit: a checkpoint holds whole tensors, and what is exported is whole too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [forked.CONTEXT.Process(target=_sharded, args=(rank, port, tmp_path / "out")) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-        assert process.exitcode == 0
+    forked.in_two_processes(_sharded, tmp_path / "out")
     outs = [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in range(2)]
     for saved, whole, parts, exported in outs:
         assert differing(whole, parts) == []
