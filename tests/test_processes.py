@@ -98,6 +98,14 @@ def test_two_go_on_as_one(both, begun, tmp_path):
     assert np.abs(np.subtract(*losses)).max() < 1e-5
 
 
+def test_a_finished_run_is_only_saved_again(both, tmp_path):
+    """Both processes agree that nothing is left to train or to report; were they not, one would wait for ever."""
+    run = shutil.copytree(both / "two", tmp_path / "two")
+    for code, err in all_ended(ranks(2, run, *WORDS, changes=SHARED)):
+        assert code == 0, err
+    assert logged(run / "denoiser") == logged(both / "two" / "denoiser")
+
+
 def test_a_signal_to_one_stops_both_at_one_step(both, begun):
     hooks = {1: partial(forked.in_loss, "denoiser", 8, partial(forked.send, signal.SIGTERM))}
     ended = all_ended(ranks(2, begun, *WORDS, hooks=hooks, changes=SHARED))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from latentdiff.config import STAGES, Config, flat
 from latentdiff.errors import ConfigError, ModelError
@@ -53,8 +55,16 @@ class Run:
 
 
 def new_accelerator(config: Config) -> Accelerator:
-    """The devices and processes of this start; on a machine without a GPU processes talk over gloo."""
-    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+    """The devices and processes of this start; on a machine without a GPU processes talk over gloo.
+
+    Processes wait for the one that validates or encodes: longer than the minutes that are torch's default.
+    """
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[patience],
+    )
 
 
 def identity(config: Config, stage: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from tqdm import tqdm
 
 from latentdiff.config import Training
@@ -153,8 +153,9 @@ class _Run:
         name, last = self._directory.name, settings.max_train_steps
         bar = tqdm(steps, name, last, initial=progress.step, unit="step", mininterval=1, disable=not main)
         with Log(self._directory, progress.step) if main else nullcontext() as log:
-            if progress.step and progress.step not in (log.reported if log else ()):
-                self._report_if_due(progress.step, log)  # a kill came between the checkpoint and its report
+            lacking = [bool(log and progress.step and progress.step not in log.reported)]
+            if broadcast_object_list(lacking)[0]:  # a kill came between the checkpoint and its report
+                self._report_if_due(progress.step, log)
             began, micro_batch = time.monotonic(), progress.micro_batch or settings.train_batch_size
             for step in bar:
                 if step.micro_batch != micro_batch:
