@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from latentdiff.config import Config
+from latentdiff.config import STAGES, Config
 from latentdiff.diffusion.schedule import NoiseSchedule, schedule_named
 from latentdiff.errors import ConfigError, raised_as
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
@@ -16,6 +16,7 @@ from latentdiff.models.clip import Clip
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
+from latentdiff.training.optim import check_optimizer
 
 AnyAutoencoder = Autoencoder | IdentityAutoencoder
 
@@ -100,9 +101,11 @@ def new_pipeline(
 
 
 def check_networks(config: Config) -> None:
-    """Build every network and run it once, without memory or arithmetic: sizes that do not fit together are known
-    before hours of training. Raises ConfigError.
+    """Build every network and run it once, without memory or arithmetic: sizes that do not fit together, and an
+    optimizer that is not installed, are known before hours of training. Raises ConfigError.
     """
+    for stage in STAGES:
+        check_optimizer(getattr(config, stage).training)
     side, crop = config.image_size, min(config.autoencoder.crop, config.image_size)
     with torch.device("meta"):
         with _described("autoencoder"):

@@ -27,9 +27,9 @@ class _Section(BaseModel):
 class Training(_Section):
     """How one stage is optimised; names are those of diffusers' training scripts."""
 
-    max_train_steps: int = Field(10_000, ge=1)
-    train_batch_size: int = Field(64, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_train_steps: int = Field(10_000, ge=1, le=10**9)
+    train_batch_size: int = Field(64, ge=1, le=2**20)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**20)
     learning_rate: float = Field(1e-3, gt=0)
     lr_schedule: Literal["trapezoid", "cosine", "linear", "constant"] = "trapezoid"
     lr_warmup_steps: int = Field(200, ge=0)
@@ -56,7 +56,7 @@ class Data(_Section):
 
     kind: Literal["scenes"] = "scenes"
     grey: bool = Field(False, description="one channel of luminance instead of three of colour")
-    count: int = Field(50_000, ge=1, description="distinct scenes that the denoiser is trained on")
+    count: int = Field(50_000, ge=1, le=10**8, description="distinct scenes that the denoiser is trained on")
     mix: tuple[Share, Share, Share, Share, Share, Share] = Field(
         (0.24, 0.12, 0.18, 0.04, 0.3, 0.12),
         description="shares of single, two, counting, colors, position, binding",
@@ -223,6 +223,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string
+    except RecursionError:
+        raise ConfigError(f"override {override[:60]!r}... is nested too deeply") from None
     *sections, name = key.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

@@ -53,12 +53,14 @@ class UnsafeError(LatentDiffError):
     exit_code = 7
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing is wrong
-    """SIGINT or SIGTERM arrived, and `saved` names what a later start goes on from, if anything."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; `saved` names the step that was saved for it, where one was in hand."""
 
     def __init__(self, number: int, saved: str | None = None):
         name = signal.Signals(number).name
-        super().__init__(f"saved {saved} after {name}" if saved else f"error: stopped by {name}, nothing to save")
+        super().__init__(
+            f"saved {saved} after {name}" if saved else f"error: stopped by {name}. The same command goes on"
+        )
         self.exit_code = 128 + number
 
 

@@ -62,6 +62,7 @@ def _command_line(words, out, err, hook, env):
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     os.environ.update(env)
+    os.setpgid(0, 0)  # a group of its own
     if hook:
         hook()
     from latentdiff.cli import main
@@ -259,6 +260,25 @@ def with_files_up_to(size):
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def with_full_disk_at_the_end(size):
+    """No room for what a stage leaves when it is trained."""
+    from latentdiff.models.clip import Clip
+
+    at_call(Clip, "save", 1, partial(with_files_up_to, size))
+
+
+def in_loading(act):
+    """`act` while a library loads a network."""
+    from diffusers import AutoencoderKL
+
+    at_call(AutoencoderKL, "from_pretrained", 1, act)
+
+
+def signal_the_group():
+    """SIGTERM to this process and all it has begun."""
+    os.killpg(os.getpgid(0), signal.SIGTERM)
 
 
 def as_nobody(folder):

@@ -23,16 +23,19 @@ from latentdiff.training.checkpoint import (
 TENSORS = {"unet": {"w": torch.arange(300.0)}, "ema": {"w": torch.arange(300.0) / 2}}
 
 
+STATE = {"micro_batch": 4, "batching": {"batch_size": 4, "accumulation_steps": 1, "processes": 1}}
+
+
 def save(directory, step, keep=2, tensors=TENSORS):
     need = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
-    return save_checkpoint(directory, tensors.items(), need, {"step": step, "position": 4 * step}, keep)
+    return save_checkpoint(directory, tensors.items(), need, {**STATE, "step": step, "position": 4 * step}, keep)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     path = save(tmp_path, 10)
     tensors, state = load_checkpoint(path)
     assert all(torch.equal(tensors[part]["w"], TENSORS[part]["w"]) for part in TENSORS)
-    assert state == {"step": 10, "position": 40}
+    assert state == {**STATE, "step": 10, "position": 40}
     assert damage(path) is None
     manifest = json.loads((path / "MANIFEST.json").read_text())
     assert (
@@ -64,7 +67,7 @@ DAMAGES = {
     "no MANIFEST.json": lambda path: (path / "MANIFEST.json").unlink(),
     "MANIFEST.json cannot be read": lambda path: (path / "MANIFEST.json").write_text("[" * 100_000),
     "MANIFEST.json lists no files": lambda path: (path / "MANIFEST.json").write_text("{}"),
-    "state.json: 0 of 33 bytes": lambda path: (path / "state.json").write_text(""),
+    "state.json: 0 of 138 bytes": lambda path: (path / "state.json").write_text(""),
 }
 
 
@@ -104,6 +107,20 @@ def test_a_manifest_cannot_point_elsewhere(tmp_path):
     manifest = {"../../secret": {"bytes": 1, "sha256": "0"}}
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     assert damage(path) == "MANIFEST.json lists no files"
+
+
+def test_what_is_not_ours_is_left(tmp_path):
+    """Folders of other names, files, and what a link points to; the link itself is pruned as a checkpoint would be."""
+    elsewhere = save(tmp_path / "elsewhere", 10)
+    run = tmp_path / "run"
+    save(run, 20)
+    (run / "step-00000010").symlink_to(elsewhere)
+    (run / "step-notes").mkdir()
+    (run / ".tmp-notes").write_text("mine")
+    (run / ".tmp-step-00000007").write_text("a kill's")
+    save(run, 30)
+    assert damage(elsewhere) is None
+    assert sorted(path.name for path in run.iterdir()) == [".tmp-notes", "step-00000020", "step-00000030", "step-notes"]
 
 
 def test_a_name_that_is_taken_is_put_aside(tmp_path):
@@ -182,8 +199,13 @@ def test_a_disk_that_fails_otherwise_is_told(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("state", ["[]", "{}", '{"step": "x", "position": 1}', "", "[" * 100_000])
-def test_a_state_that_says_no_step(tmp_path, state):
+ODD = [("step", value) for value in (-5, "12", 12.7, True, None, 10**30)] + [("position", -16), ("micro_batch", 0)]
+ODD += [("batching", value) for value in ([], {"batch_size": 0}, {"batch_size": "4"})] + [("micro_batch", "a")]
+ODD_STATES = [json.dumps({**STATE, "step": 1, "position": 4, name: value}) for name, value in ODD]
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", "", "[" * 100_000, '{"step": Infinity}', *ODD_STATES])
+def test_a_state_that_says_nothing_sensible(tmp_path, state):
     path = save(tmp_path, 10)
     (path / "state.json").write_text(state)
     with pytest.raises(ModelError, match=r"step-00000010 is damaged \(state.json"):

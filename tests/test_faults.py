@@ -177,7 +177,7 @@ def test_signals_save_and_stop(whole, begun, hook, act, code, step):
     changes = ["denoiser.training.validation_steps=4"] if hook is forked.in_validation else []
     found, err = denoiser(begun, hook=partial(hook, act=act), changes=changes)
     name = act.args[0].name
-    told = f"saved step-{step} after {name}" if step else f"error: stopped by {name}, nothing to save"
+    told = f"saved step-{step} after {name}" if step else f"error: stopped by {name}. The same command goes on"
     assert (found, said(err)[-1]) == (code, told)
     assert not list((begun / "cache").glob(".tmp*"))
     found, err = denoiser(begun, "--resume", "latest" if step else "auto", changes=changes)
@@ -194,6 +194,29 @@ def test_a_second_signal_stops_at_once(begun):
         ["no checkpoint in " + str(begun / "denoiser" / "checkpoints") + ": starting fresh"],
     )
     assert [path.name for path in (begun / "denoiser" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_signal_to_the_whole_group(whole, begun):
+    """Loader workers get it too, and still make the batch that the step in hand needs."""
+    workers = ["denoiser.training.num_workers=2"]
+    hook = partial(forked.in_loss, "denoiser", 2 * 4 + 1, forked.signal_the_group)
+    code, err = denoiser(begun, hook=hook, changes=workers)
+    assert (code, said(err)[-1]) == (143, "saved step-5 after SIGTERM")
+    assert denoiser(begun, "--resume", "latest", changes=workers)[0] == 0
+    assert_bitwise(whole, begun, ["denoiser"])
+
+
+def test_a_signal_is_not_taken_for_damage(begun):
+    """While a library loads, whatever handles its errors."""
+    code, err = denoiser(begun, hook=partial(forked.in_loading, SIGTERM))
+    assert (code, said(err)[-1]) == (143, "error: stopped by SIGTERM. The same command goes on")
+
+
+def test_a_full_disk_while_a_network_is_saved(begun):
+    shutil.rmtree(begun / "clip")
+    code, err = train(begun, "--stage", "clip", hook=partial(forked.with_full_disk_at_the_end, 100_000)).ended()
+    assert code == 6
+    assert re.fullmatch(r"error: cannot write CLIP \(.*\): .*File too large.*", said(err)[-1])
 
 
 def test_one_run_folder_one_process(begun):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_workers_change_nothing(tmp_path, workers):
         run(tmp_path / "n", max_train_steps=10, num_workers=workers),
     )
     assert all(torch.equal(a, b) for a, b in zip(alone.module.parameters(), helped.module.parameters(), strict=True))
+
+
+def test_workers_end_with_a_loop_that_fails(tmp_path):
+    """They ignore signals; were they left, the end of the program would wait for them for ever."""
+
+    class Faulty(LineStage):
+        def loss(self, module, batch):
+            raise KeyError("a bug")
+
+    with pytest.raises(KeyError) as caught:
+        run(tmp_path, Faulty(), num_workers=1)
+    assert not multiprocessing.active_children(), caught
 
 
 def breaking(value, what):

@@ -110,7 +110,11 @@ def test_a_run_that_is_longer_goes_on(tmp_path):
 def test_a_log_line_cut_off_is_dropped(tmp_path):
     run(tmp_path, max_train_steps=20)
     with (tmp_path / "log.jsonl").open("a") as log:
-        log.write('{"step": 20, "lo\n{}\nxx}\n')
+        log.write(
+            '{"step": 20, "lo\n{}\nxx}\n' + "[" * 100_000 + '\n{"step": -Infinity}\n{"step": 1' + 400 * "0" + "}\n"
+        )
+    with (tmp_path / "log.jsonl").open("ab") as log:
+        log.write(b"\xff\xfe\x00\n")
     newest, _ = newest_whole(tmp_path / "checkpoints")
     run(tmp_path, checkpoint=newest)
     assert [row["step"] for row in logged(tmp_path)] == list(range(1, 41))
@@ -137,6 +141,19 @@ def test_going_back_puts_newer_checkpoints_aside(tmp_path):
     assert names == ["aside-1-step-00000040", "step-00000030", "step-00000033"]
     lines = (tmp_path / "checkpoints" / names[0] / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 41)), "its log lies beside it"
+
+
+@pytest.mark.parametrize("name", ["copy", "aside-1-step-00000030", "zcopy"])
+def test_the_name_of_a_checkpoint_says_nothing(tmp_path, name):
+    """Put aside are those of this run that are at its step or later; what is saved next stays."""
+    run(tmp_path, max_train_steps=20)
+    newest, _ = newest_whole(tmp_path / "checkpoints")
+    run(tmp_path, checkpoint=newest)
+    path = (tmp_path / "checkpoints" / "step-00000030").rename(tmp_path / "checkpoints" / name)
+    with pytest.raises(Interrupted, match="saved step-32"):
+        run(tmp_path, signalling(LineStage(), 2, signal.SIGTERM), checkpoint=path, signals=True)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*"))
+    assert names == sorted([name, "aside-1-step-00000040", "step-00000032"])
 
 
 def test_going_on_from_another_run_leaves_that_as_it_is(tmp_path):

@@ -64,6 +64,12 @@ def test_runs_are_listed_with_their_state(command, tiny_run, tmp_path, holder):
         log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:25]) + '{"step": 26, "lo')
     report = tmp_path / "broken" / "denoiser" / "non-finite.json"
     report.write_text("{}")
+    odd = {"text": '{"step": "x", "loss": "y"}', "nested": "[" * 100_000, "nan": '{"step": 1, "loss": NaN}'}
+    for name, line in odd.items():
+        shutil.copytree(finished, tmp_path / "junk" / name)
+        (tmp_path / "junk" / name / "denoiser" / "log.jsonl").write_text(line + "\n")
+    for line in command("runs", tmp_path / "junk", "--json").stdout.splitlines():
+        assert json.loads(line)["stages"]["denoiser"] == [0, 40]
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.toml").write_text("nonsense = 1")
     holder(tmp_path / "running")

@@ -202,11 +202,14 @@ def test_the_denoiser_needs_the_stages_before(tiny_run, tmp_path, stage):
         train_denoiser(Run(load_config(TINY), tmp_path, Accelerator(cpu=True), {"denoiser": None}))
 
 
-def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path):
+@pytest.mark.parametrize("cut", [True, False], ids=["cut off", "one bit"])
+def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path, cut):
     config = load_config(TINY)
     shutil.copytree(tiny_run / "cache", tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(file.read_bytes()[:-10])
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content[:-10] if cut else content)
     with pytest.raises(DataError, match="cached latents cannot be read"):
         cached_latents(config, tmp_path / "cache", load_autoencoder(tiny_run / "model"), torch.device("cpu"))
 

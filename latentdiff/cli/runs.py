@@ -65,12 +65,13 @@ def _run(folder: Path) -> dict[str, Any]:
 def _last_step(log: Path) -> dict[str, Any]:
     """The last whole line of a log that is of a step; empty where there is none."""
     import json
+    import math
 
     for line in reversed(log.read_text(errors="replace").splitlines() if log.is_file() else []):
         try:
             read = json.loads(line)
-        except ValueError:
+            if type(read["step"]) is int and math.isfinite(read["loss"]):
+                return read
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             continue
-        if isinstance(read, dict) and {"step", "loss"} <= read.keys():
-            return read
     return {}

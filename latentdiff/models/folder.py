@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from latentdiff.errors import ModelError, UnsafeError, raised_as
+from latentdiff.errors import ModelError, ResourceError, UnsafeError, raised_as
 
 KNOWN_CLASSES = {
     "vae": {"AutoencoderKL"},
@@ -138,6 +138,11 @@ def _is_pickle(file: Path) -> bool:
 def loading(part: str, directory: Path) -> AbstractContextManager[None]:
     """Whatever a library raises while it reads a part becomes a ModelError of one line."""
     return raised_as(ModelError, f"cannot load {part} ({directory})")
+
+
+def saving(part: str, directory: Path) -> AbstractContextManager[None]:
+    """Whatever a library raises while it writes a part, of a full disk above all, becomes a line of ResourceError."""
+    return raised_as(ResourceError, f"cannot write {part} ({directory})")
 
 
 def let_others_read(directory: Path) -> None:

@@ -13,6 +13,7 @@ from latentdiff.config import Config
 from latentdiff.data import oracle
 from latentdiff.images import to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.folder import saving
 from latentdiff.stages.pictures import VALIDATION, pictures_of, readable, training_scene, validation_scene
 from latentdiff.stages.run import Run
 from latentdiff.training.autoencoder import AutoencoderStage, psnr
@@ -52,7 +53,8 @@ def train_autoencoder(run: Run) -> None:
     run_stage(accelerator, stage, settings, run.folder / "autoencoder", report, start, run.interruption)
     if accelerator.is_main_process:
         module.fold_statistics(*latent_statistics(module, config, accelerator.device))
-        module.save(run.folder / "model" / "vae")
+        with saving("the autoencoder", run.folder / "model" / "vae"):
+            module.save(run.folder / "model" / "vae")
     accelerator.wait_for_everyone()
 
 

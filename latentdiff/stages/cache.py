@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,7 +16,7 @@ from latentdiff.build import AnyAutoencoder
 from latentdiff.config import Config
 from latentdiff.errors import DataError
 from latentdiff.images import to_images
-from latentdiff.models.folder import let_others_read
+from latentdiff.models.folder import let_others_read, saving
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.weights import weights_hash
 from latentdiff.stages.pictures import VALIDATION, fingerprint, pictures_of, training_scene, validation_scene
@@ -77,13 +79,32 @@ def cached_latents(config: Config, cache: Path, autoencoder: AnyAutoencoder, dev
         mean, log_variance = (torch.cat(parts) for parts in zip(*moments, strict=True))
         cache.mkdir(parents=True, exist_ok=True)
         partial_path = path.with_name(f".tmp-{path.name}")
-        save_file({"mean": mean, "log_variance": log_variance}, partial_path)
-        let_others_read(cache)
-        partial_path.rename(path)
+        with saving("the cached latents", cache):
+            save_file(
+                {"mean": mean, "log_variance": log_variance}, partial_path, {"sha256": _sha256(mean, log_variance)}
+            )
+            let_others_read(cache)
+            partial_path.rename(path)
+    return _read(path)
+
+
+def _read(path: Path) -> CachedLatents:
+    """What was written, every byte of it. Raises DataError."""
     try:
-        return CachedLatents(**load_file(path))
+        with safe_open(path, "pt") as file:
+            mean, log_variance = file.get_tensor("mean"), file.get_tensor("log_variance")
+            if (file.metadata() or {}).get("sha256") != _sha256(mean, log_variance):
+                raise ValueError("not the bytes that were written")
     except Exception as error:
         raise DataError(f"cached latents cannot be read ({path}). Delete the file; they are made again") from error
+    return CachedLatents(mean, log_variance)
+
+
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from latentdiff.data import scenes
 from latentdiff.diffusion import noise
 from latentdiff.images import to_images
 from latentdiff.models.clip import Clip, contrastive_loss, text_model_of
+from latentdiff.models.folder import saving
 from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer, tokenize
 from latentdiff.stages.pictures import VALIDATION
 from latentdiff.stages.run import Run
@@ -41,8 +42,9 @@ def train_clip(run: Run) -> None:
     start = run.start("clip")
     run_stage(accelerator, stage, config.clip.training, run.folder / "clip", report, start, run.interruption)
     if accelerator.is_main_process:
-        module.save(run.folder / "model" / "clip")
-        TextEncoder(tokenizer, text_model_of(module)).save(run.folder / "clip")
+        with saving("CLIP", run.folder):
+            module.save(run.folder / "model" / "clip")
+            TextEncoder(tokenizer, text_model_of(module)).save(run.folder / "clip")
     accelerator.wait_for_everyone()
 
 

@@ -16,6 +16,7 @@ from latentdiff.data import scenes
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.errors import ConfigError
 from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
+from latentdiff.models.folder import saving
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.weights import load_autoencoder, load_text_encoder, weights_hash
@@ -59,7 +60,8 @@ def train_denoiser(run: Run) -> None:
     settings = config.denoiser.training
     run_stage(accelerator, stage, settings, run.folder / "denoiser", report, start, run.interruption)
     if accelerator.is_main_process:
-        pipe.save_pretrained(run.folder / "model")
+        with saving("the model", run.folder / "model"):
+            pipe.save_pretrained(run.folder / "model")
     accelerator.wait_for_everyone()
 
 

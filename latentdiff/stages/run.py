@@ -128,6 +128,8 @@ def check_unchanged(
 
 def _changes(state: Mapping[str, Any], config: Config, stage: str, processes: int) -> list[str]:
     now = identity(config, stage)
+    if state.get("stage") != stage:
+        raise ModelError(f"a checkpoint of stage {state.get('stage')} lies where {stage} has its own. Move it away")
     try:
         changes = [*_dataset_changes(state["dataset"], now["dataset"])]
         batching = state["batching"]

@@ -40,8 +40,8 @@ def save_checkpoint(directory: Path, parts: Parts, need: int, state: dict[str, A
     partial = directory / f".tmp-{final.name}"
     with _disk_watched(directory, partial, need):
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(".tmp-*"):  # by a kill
-            shutil.rmtree(left)
+        for left in directory.glob(".tmp-step-*"):  # by a kill
+            _remove(left)
         partial.mkdir()
         for name, tensors in parts:
             save_file(dict(tensors), partial / f"{name}.safetensors")
@@ -52,8 +52,17 @@ def save_checkpoint(directory: Path, parts: Parts, need: int, state: dict[str, A
         partial.rename(final)
         _flush(directory)
     for old in [path for path in checkpoints(directory) if not _missing_bytes(path)][:-keep]:
-        shutil.rmtree(old)
+        if old != final:
+            _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """A folder with all in it, or a link to one, which stays."""
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def _seal(folder: Path) -> None:
@@ -70,7 +79,7 @@ def _seal(folder: Path) -> None:
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or damaged."""
-    return sorted(directory.glob("step-*"))
+    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def label(path: Path) -> str:
@@ -113,10 +122,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises ModelError."""
+    """state.json of a checkpoint, its numbers checked. Raises ModelError."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        return {**state, "step": int(state["step"]), "position": int(state["position"])}
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        numbers = {"step": state["step"], "position": state["position"], **state["batching"]}
+        numbers["micro_batch"] = state["micro_batch"]
+        for name, number in numbers.items():
+            least = 0 if name in ("step", "position") else 1
+            if type(number) is not int or not least <= number < 2**48:
+                raise ValueError(f"{name} is {number!r}"[:60])
+        return state
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"checkpoint {path} is damaged (state.json: {str(error)[:80]})") from None
 
@@ -124,7 +139,7 @@ def load_state(path: Path) -> dict[str, Any]:
 def check_whole(path: Path) -> None:
     """Raises ModelError for a damaged checkpoint, or none at all."""
     if not path.is_dir():
-        raise ModelError(f"no such checkpoint ({path}). Give a folder step-..., or latest, or auto")
+        raise ModelError(f"no checkpoint folder ({path}). Give a folder step-..., or latest, or auto")
     if fault := damage(path):
         raise ModelError(f"checkpoint {path} is damaged ({fault}). Use --resume latest for the newest whole one")
 

@@ -62,6 +62,9 @@ class Interruption:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """For a data loader's workers: Ctrl-C reaches them too, and the training process is the one that ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """For a data loader's workers: a signal to the whole group reaches them too, and the step in hand needs them.
+
+    They end when the training process says so, or is no more.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

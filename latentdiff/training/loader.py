@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ class _Shares(Dataset[Batch]):
 
 def batches_of(
     batch: Callable[[range], Batch], shares: Iterable[range], workers: int, device: torch.device
-) -> Iterator[Batch]:
-    """`batch(share)` for every share, in order, pinned where a GPU will read it."""
+) -> Generator[Batch]:
+    """`batch(share)` for every share, in order, pinned where a GPU will read it. Close it to end its workers."""
     loader: DataLoader[Batch] = DataLoader(
         _Shares(batch),
         batch_size=None,  # a share is a whole batch
@@ -37,4 +37,9 @@ def batches_of(
         worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # else every epoch would draw a seed, which nothing here uses, from the global one
     )
-    yield from loader
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:  # at once: workers ignore signals, and the end of the program would wait for them
+        if workers:
+            batches._shutdown_workers()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+from latentdiff.errors import ResourceError
 
 
 class Log:
@@ -15,7 +18,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "log.jsonl"
+        self._path = path = directory / "log.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= start]
         whole = path.with_suffix(".tmp")
         whole.write_text("".join(f"{line}\n" for line in kept))
@@ -26,7 +29,10 @@ class Log:
 
     def write(self, step: int, numbers: dict[str, float], prefix: str) -> None:
         """One line; in TensorBoard `prefix/name`."""
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        except OSError as error:
+            raise ResourceError(f"cannot write {self._path} ({error.strerror}). The checkpoints are whole") from error
         for name, number in numbers.items():
             self._events.add_scalar(f"{prefix}/{name}", number, step)
 
@@ -34,17 +40,19 @@ class Log:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which `write` has told
+            self._file.close()
         self._events.close()
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
 def _step(line: str) -> float:
-    """The step of a line; beyond all for one that was cut off in the middle."""
+    """The step of a line; beyond all for one that was cut off in the middle, or is no line of a log."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if type(step) is int and step >= 0 else math.inf

@@ -8,8 +8,8 @@ neither the number of processes nor of micro-batches nor of workers changes what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,7 +110,7 @@ def train_steps(
     position: int = 0,
     micro_batch: int | None = None,
     workers: int = 0,
-) -> Iterator[TrainStep]:
+) -> Generator[TrainStep]:
     """Make the steps after steps.start up to steps.stop, yielding each after the weights and their average moved.
 
     The first begins at `position` of the samples. `micro_batch` samples at most go through the network at once; it is
@@ -120,33 +120,30 @@ def train_steps(
     optimizer, process = optimisation.optimizer, accelerator.process_index
     micro_batch = micro_batch or batching.batch_size
     firsts = range(position, position + len(steps) * batching.global_batch, batching.global_batch)
-    batches = batches_of(
-        stage.batch,
-        (share for first in firsts for share in batching.shares(first, process)),
-        workers,
-        accelerator.device,
-    )
-    for step, first in zip(steps, firsts, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = optimisation.learning_rate(step)
-        module.train()
-        step_batches = [send_to_device(next(batches), accelerator.device) for _ in range(batching.accumulation_steps)]
-        losses = None
-        while losses is None:
-            losses = _backward(accelerator, stage, module, step_batches, micro_batch)
-            if losses is None:
-                optimizer.zero_grad()
-                micro_batch = _halved(micro_batch, accelerator, stage, step + 1)
-        norm = accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm)
-        loss, grad_norm = _told(accelerator, losses, norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            shares = batching.shares(first, process)
-            raise _not_finite(accelerator, stage, losses, shares, step + 1, loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        optimisation.ema.update(step + 1)
-        seen = first + batching.global_batch
-        yield TrainStep(step + 1, seen, loss, optimisation.learning_rate(step), grad_norm, micro_batch)
+    shares = (share for first in firsts for share in batching.shares(first, process))
+    with closing(batches_of(stage.batch, shares, workers, accelerator.device)) as batches:
+        for step, first in zip(steps, firsts, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = optimisation.learning_rate(step)
+            module.train()
+            step_batches = [
+                send_to_device(next(batches), accelerator.device) for _ in range(batching.accumulation_steps)
+            ]
+            losses = None
+            while losses is None:
+                losses = _backward(accelerator, stage, module, step_batches, micro_batch)
+                if losses is None:
+                    optimizer.zero_grad()
+                    micro_batch = _halved(micro_batch, accelerator, stage, step + 1)
+            norm = accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm)
+            loss, grad_norm = _told(accelerator, losses, norm)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise _not_finite(accelerator, stage, losses, batching.shares(first, process), step + 1, loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            optimisation.ema.update(step + 1)
+            seen = first + batching.global_batch
+            yield TrainStep(step + 1, seen, loss, optimisation.learning_rate(step), grad_norm, micro_batch)
 
 
 def _backward(

@@ -47,6 +47,12 @@ def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, **given, fused=True)
 
 
+def check_optimizer(settings: Training) -> None:
+    """Raises ConfigError where the optimizer's library is not installed, before anything is trained."""
+    if settings.optimizer == "adamw_8bit":
+        _adamw_8bit()
+
+
 def _adamw_8bit() -> type[torch.optim.Optimizer]:
     """Moments in 8 bits (Dettmers et al. 2022): a quarter of AdamW's memory."""
     try:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from latentdiff.config import Training
 from latentdiff.errors import Interrupted, ModelError, NonFiniteError
-from latentdiff.training.checkpoint import checkpoints, damage, load_checkpoint, save_checkpoint, set_aside
+from latentdiff.training.checkpoint import checkpoints, damage, load_checkpoint, load_state, save_checkpoint, set_aside
 from latentdiff.training.ema import Ema, constant_decay, power_decay
 from latentdiff.training.interruption import Interruption
 from latentdiff.training.log import Log
@@ -124,7 +124,8 @@ class _Run:
         if self._accelerator.is_main_process:
             log = self._directory / "log.jsonl"
             for other in checkpoints(self._directory / "checkpoints"):
-                if other.name > checkpoint.name and not damage(other):
+                another = other.resolve() != checkpoint.resolve() and not damage(other)
+                if another and load_state(other)["step"] >= state["step"]:
                     aside = set_aside(other)
                     if log.exists():
                         shutil.copy(log, aside)  # the run's own goes back to this step
@@ -152,7 +153,7 @@ class _Run:
         )
         name, last = self._directory.name, settings.max_train_steps
         bar = tqdm(steps, name, last, initial=progress.step, unit="step", mininterval=1, disable=not main)
-        with Log(self._directory, progress.step) if main else nullcontext() as log:
+        with closing(steps), bar, Log(self._directory, progress.step) if main else nullcontext() as log:
             lacking = [bool(log and progress.step and progress.step not in log.reported)]
             if broadcast_object_list(lacking)[0]:  # a kill came between the checkpoint and its report
                 self._report_if_due(progress.step, log)
