@@ -67,7 +67,7 @@ DAMAGES = {
     "no MANIFEST.json": lambda path: (path / "MANIFEST.json").unlink(),
     "MANIFEST.json cannot be read": lambda path: (path / "MANIFEST.json").write_text("[" * 100_000),
     "MANIFEST.json lists no files": lambda path: (path / "MANIFEST.json").write_text("{}"),
-    "state.json: 0 of 138 bytes": lambda path: (path / "state.json").write_text(""),
+    "state.json: 0 of 134 bytes": lambda path: (path / "state.json").write_text(""),
 }
 
 

@@ -42,4 +42,4 @@ def batches_of(
         yield from batches
     finally:  # at once: workers ignore signals, and the end of the program would wait for them
         if workers:
-            batches._shutdown_workers()
+            batches._shutdown_workers()  # type: ignore[attr-defined]
