@@ -122,6 +122,9 @@ def check_networks(config: Config) -> None:
             unet = new_unet(config, latents.shape[1], latents.shape[2])
             if latents.shape[2] % unet.factor:
                 raise ConfigError(f"latents of side {latents.shape[2]} must be a multiple of the U-Net's {unet.factor}")
+            step, multiple = config.data.pictures.bucket_step, autoencoder.factor * unet.factor
+            if step and step % multiple:
+                raise ConfigError(f"data.pictures.bucket_step must be a multiple of {multiple} (got {step})")
             unet(latents, 0, torch.zeros(1, config.clip.max_length, config.clip.text_width))
 
 

@@ -51,16 +51,63 @@ class Training(_Section):
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Data(_Section):
-    """Procedural scenes: training draws indices 0, 1, 2, ... of one seed; validation those of another."""
+class Captions(_Section):
+    """How a picture's captions become the words it is trained with (latentdiff/data/captions.py)."""
 
-    kind: Literal["scenes"] = "scenes"
+    choice: Literal["random", "first"] = Field("random", description="which of several captions, each epoch anew")
+    shuffle_tags: bool = Field(False, description="comma-separated tags in a new order each epoch")
+    keep_tags: int = Field(0, ge=0, description="of them, how many stay in front")
+    templates: tuple[Annotated[str, Field(pattern=r"\{\}")], ...] = Field(("{}",), min_length=1)
+    prefix: str = ""
+
+
+class Pictures(_Section):
+    """A data set of the user's own: where it is, what is read of it, and how a picture becomes a sample."""
+
+    source: str = Field("", description="a folder, shards-{000..099}.tar, .parquet files, or a hub id")
+    layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "shards", "table"] = "auto"
+    split: str = "train"
+    image_column: str | None = None
+    caption_column: str | None = None
+    streaming: bool = Field(False, description="of a table: read in order only, never stored")
+    instance_prompt: str | None = Field(None, min_length=1, description="the caption of pictures without one")
+    allow_missing_captions: bool = Field(False, description="train pictures without a caption on the empty one")
+    skip_bad: bool = Field(False, description="leave out what cannot be used, and list it in quarantine.jsonl")
+    background: str = Field("#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", description="what shines through transparency")
+    max_pixels: int = Field(64_000_000, ge=1, le=89_000_000, description="of a picture; larger ones are refused")
+    crop: Literal["center", "random", "content"] = Field(
+        "center", description="where the largest part that fits lies; content: by its sha256, the same each epoch"
+    )
+    flip: bool = Field(False, description="half of the time mirrored, left for right")
+    bucket_step: int | None = Field(None, ge=1, description="buckets' sides are its multiples; none: squares only")
+    bucket_max_aspect: float = Field(2.0, ge=1, le=16)
+    validation_pictures: int = Field(0, ge=0, description="held out of training; 0: validation looks at trained ones")
+    captions: Captions = Captions()
+
+    @property
+    def background_color(self) -> tuple[int, int, int]:
+        """Red, green and blue, 0 to 255."""
+        red, green, blue = bytes.fromhex(self.background[1:])
+        return red, green, blue
+
+
+class Data(_Section):
+    """Scenes are procedural: training draws indices 0, 1, 2, ... of one seed; validation those of another."""
+
+    kind: Literal["scenes", "pictures"] = "scenes"
     grey: bool = Field(False, description="one channel of luminance instead of three of colour")
     count: int = Field(50_000, ge=1, le=10**8, description="distinct scenes that the denoiser is trained on")
     mix: tuple[Share, Share, Share, Share, Share, Share] = Field(
         (0.24, 0.12, 0.18, 0.04, 0.3, 0.12),
         description="shares of single, two, counting, colors, position, binding",
     )
+    pictures: Pictures = Pictures()
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Data:
+        if self.kind == "pictures" and not self.pictures.source:
+            raise ValueError("data.pictures.source is missing: say where the pictures are")
+        return self
 
     @model_validator(mode="after")
     def _some_share(self) -> Data:
@@ -80,6 +127,9 @@ class Autoencoder(_Section):
     crop: int = Field(32, ge=8, description="side in pixels of the random crops it is trained on")
     gradient_weight: float = Field(0.5, ge=0)
     kl_weight: float = Field(1e-4, ge=0)
+    encode_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the arithmetic that encodes pictures for the denoiser"
+    )
     training: Training = Training()
 
 
@@ -160,8 +210,19 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _fixed_views_are_cached(self) -> Config:
+        pictures = self.data.pictures
+        if self.data.kind == "pictures" and pictures.crop == "random" and self.denoiser.cache:
+            raise ValueError(
+                'random crops cannot be cached: set denoiser.cache = false, or data.pictures.crop = "content"'
+            )
+        if self.data.kind == "pictures" and pictures.streaming and not self.denoiser.cache:
+            raise ValueError("a streamed data set is read in its own order only: it needs denoiser.cache = true")
+        return self
+
+    @model_validator(mode="after")
     def _whole_twins(self) -> Config:
-        if self.clip.training.train_batch_size % 2:
+        if self.data.kind == "scenes" and self.clip.training.train_batch_size % 2:
             raise ValueError("clip.training.train_batch_size must be even: half a batch are twins of the other half")
         return self
 

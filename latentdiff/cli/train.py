@@ -72,6 +72,7 @@ def _train(
     from latentdiff.config import save_config
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.stages import TRAIN
+    from latentdiff.stages.pictures import open_data
     from latentdiff.stages.plan import plan_text
     from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator
     from latentdiff.training.interruption import Interruption
@@ -83,9 +84,11 @@ def _train(
         accelerator = new_accelerator(config)
         if deterministic:
             _choose_deterministic_kernels()
+        with accelerator.main_process_first():
+            data = open_data(config, folder / "cache")
         checkpoints, told = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
-        changed = check_unchanged(config, checkpoints, accelerator.num_processes, allow_changed)
-        run = Run(config, folder, accelerator, checkpoints, interruption)
+        changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
+        run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
             for line in [*told, *(f"warning: going on although {change}" for change in changed), plan_text(run)]:
                 typer.echo(line, err=True)

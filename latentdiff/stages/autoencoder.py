@@ -1,7 +1,8 @@
-"""Stage 1: the autoencoder, trained on crops of scenes, its latents whitened, saved as `model/vae`."""
+"""Stage 1: the autoencoder, trained on crops of pictures, its latents whitened, saved as `model/vae`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -14,23 +15,28 @@ from latentdiff.data import oracle
 from latentdiff.images import to_images, to_uint8
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.folder import saving
-from latentdiff.stages.pictures import VALIDATION, pictures_of, readable, training_scene, validation_scene
+from latentdiff.stages.encoding import in_batches
+from latentdiff.stages.examples import Examples
+from latentdiff.stages.pictures import VALIDATION, readable
 from latentdiff.stages.run import Run
+from latentdiff.stages.scenes import Scenes
 from latentdiff.training.autoencoder import AutoencoderStage, psnr
+from latentdiff.training.order import Order
 from latentdiff.training.run import run_stage
 
 
-def autoencoder_stage(config: Config, device: torch.device) -> AutoencoderStage:
+def autoencoder_stage(config: Config, examples: Examples, device: torch.device) -> AutoencoderStage:
     """The stage with random weights."""
     settings = config.autoencoder
     with seeded(config.seed):
         module = new_autoencoder(config)
     assert isinstance(module, Autoencoder)
     laid_out_for(module, device)
-    crop = min(settings.crop, config.image_size)
+    crop = min(settings.crop, *(side for size in examples.pictures.buckets() for side in size))
+    crop -= crop % module.factor
     return AutoencoderStage(
         module,
-        lambda index: pictures_of(config, [training_scene(config, index)])[0],
+        _picture(config, examples),
         seed=config.seed,
         crop=crop,
         latent_shape=(module.latent_channels, crop // module.factor, crop // module.factor),
@@ -39,46 +45,69 @@ def autoencoder_stage(config: Config, device: torch.device) -> AutoencoderStage:
     )
 
 
+def _picture(config: Config, examples: Examples) -> Callable[[int], tuple[np.ndarray, str]]:
+    """The picture at a position and its name: new scenes without end, or the user's pictures epoch by epoch."""
+    if isinstance(examples.pictures, Scenes):
+        return lambda position: (examples.image(position, 0), examples.pictures.name(position))
+    order = Order(config.seed, "autoencoder", [np.arange(len(examples))])
+
+    def picture(position: int) -> tuple[np.ndarray, str]:
+        row, epoch = order.key(position)
+        return examples.image(row, epoch), examples.pictures.name(row)
+
+    return picture
+
+
 def train_autoencoder(run: Run) -> None:
     """Train the VAE, whiten its latents and save it as `run/model/vae`."""
     config, accelerator = run.config, run.accelerator
     if config.autoencoder.kind == "identity":
         return
-    stage = autoencoder_stage(config, accelerator.device)
+    stage = autoencoder_stage(config, run.data.training, accelerator.device)
     module = stage.module
     assert isinstance(module, Autoencoder)
-    report = partial(_report, config, accelerator.device, module)
+    report = partial(_report, config, run.data.validation, accelerator.device, module)
     start = run.start("autoencoder")
     settings = config.autoencoder.training
     run_stage(accelerator, stage, settings, run.folder / "autoencoder", report, start, run.interruption)
     if accelerator.is_main_process:
-        module.fold_statistics(*latent_statistics(module, config, accelerator.device))
+        module.fold_statistics(*latent_statistics(module, config, run.data.training, accelerator.device))
         with saving("the autoencoder", run.folder / "model" / "vae"):
             module.save(run.folder / "model" / "vae")
     accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
-def latent_statistics(autoencoder: Autoencoder, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std of each latent channel (C,), over posterior samples of 512 training pictures."""
-    images = to_images(pictures_of(config, [training_scene(config, index) for index in range(512)])).to(device)
-    encoded = [autoencoder.encode(batch) for batch in torch.split(images, 64)]
-    mean, log_variance = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+def latent_statistics(
+    autoencoder: Autoencoder, config: Config, examples: Examples, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of each latent channel (C,), over posterior samples of 512 training pictures, as squares."""
+    endless = isinstance(examples.pictures, Scenes)
+    images = _squares(config, examples, 512 if endless else min(512, len(examples))).to(device)
+    mean, log_variance = in_batches(autoencoder.encode, images)
     center = mean.mean((0, 2, 3))
     variance = mean.var((0, 2, 3)) + log_variance.exp().mean((0, 2, 3))
     return center, variance.sqrt()
 
 
+def _squares(config: Config, examples: Examples, count: int) -> Tensor:
+    """The first pictures of a set, (count, C, S, S) in [-1, 1]."""
+    size = (config.image_size, config.image_size)
+    return to_images(np.stack([examples.image(row, 0, size) for row in range(count)]))
+
+
 @torch.no_grad()
-def _report(config: Config, device: torch.device, module: Autoencoder, step: int) -> dict[str, float]:
+def _report(
+    config: Config, validation: Examples, device: torch.device, module: Autoencoder, step: int
+) -> dict[str, float]:
     """PSNR and, where the oracle can read, the share of reconstructed validation scenes still read right."""
     module.eval()
-    chosen = [validation_scene(config, index) for index in range(VALIDATION)]
-    images = to_images(pictures_of(config, chosen)).to(device)
+    images = _squares(config, validation, min(VALIDATION, len(validation))).to(device)
     decoded = torch.cat([module.decode(module.encode(batch)[0]) for batch in torch.split(images, 32)])
     quality = {"psnr": psnr(images, decoded)}
-    if readable(config):
-        pairs = zip(to_uint8(decoded), chosen, strict=True)
-        right = [oracle.satisfies(oracle.read(picture), scene.description) for picture, scene in pairs]
+    if isinstance(validation.pictures, Scenes) and readable(config):
+        described = [validation.pictures.scene(row).description for row in range(len(images))]
+        pairs = zip(to_uint8(decoded), described, strict=True)
+        right = [oracle.satisfies(oracle.read(picture), description) for picture, description in pairs]
         quality["read_right"] = float(np.mean(right))
     return quality

@@ -1,122 +1,258 @@
-"""The training set as the denoiser takes it: latents' moments and captions, encoded once or in every step."""
+"""The training set as the denoiser takes it: latents' moments and captions, encoded once before, or in every step.
+
+A cache holds rows by identity (the picture's bytes and all that is done to them; the caption's words), in a folder of
+the network that made them: an edit is another row, another network another folder, and nothing stale can be read.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.build import AnyAutoencoder
 from latentdiff.config import Config
+from latentdiff.data.store import Store
 from latentdiff.errors import DataError
 from latentdiff.images import to_images
-from latentdiff.models.folder import let_others_read, saving
 from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.models.weights import weights_hash
-from latentdiff.stages.pictures import VALIDATION, fingerprint, pictures_of, training_scene, validation_scene
-from latentdiff.stages.run import Run
-from latentdiff.training.denoiser import CachedLatents, EncodedLatents, Latents, Texts
+from latentdiff.stages.encoding import AT_ONCE, contexts_of, finite, identity_of, moments_of
+from latentdiff.stages.examples import Examples
+from latentdiff.training.denoiser import Key, Latents, Texts
+
+ROWS_A_FILE = 256  # what a kill can cost
+Share = tuple[int, int]  # (i, n): the i-th of n jobs
+ALL: Share = (0, 1)
+_Taken = tuple[str, int, np.ndarray]  # key, row, pixels
+_Moments = tuple[Tensor, Tensor]
 
 
-def training_latents(run: Run, autoencoder: AnyAutoencoder) -> Latents:
-    """Of the training set: from `run/cache`, or encoded as they are needed where the config says so."""
-    config, accelerator = run.config, run.accelerator
-    if config.denoiser.cache:
-        with accelerator.main_process_first():
-            cached = cached_latents(config, run.folder / "cache", autoencoder, accelerator.device)
-        return _where_it_fits(cached, accelerator.device)
-    side = config.image_size // autoencoder.factor
-    return EncodedLatents(
-        lambda rows: pictures_of(config, [training_scene(config, row) for row in rows]),
-        config.data.count,
-        (autoencoder.latent_channels, side, side),
-        autoencoder.to(accelerator.device).encode,
-    )
+class CachedLatents:
+    """Moments that were computed once."""
+
+    def __init__(self, store: Store, examples: Examples, autoencoder: AnyAutoencoder):
+        self._store, self._examples, self._shape = store, examples, _shape_of(examples, autoencoder)
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return self._shape(row)
+
+    def batch(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        """Moments as they are stored, in half precision."""
+        examples = self._examples
+        return self._store.rows([examples.key(row, examples.view(row, epoch)) for row, epoch in keys])
+
+    def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What was stored."""
+        return batch["mean"].float(), batch["log_variance"].float()
 
 
-def validation_latents(config: Config, autoencoder: AnyAutoencoder, device: torch.device) -> CachedLatents:
-    """Of the validation set."""
-    images = to_images(pictures_of(config, [validation_scene(config, index) for index in range(VALIDATION)]))
-    return CachedLatents(*_encoded(images, autoencoder.to(device), device)).to(device)
+class EncodedLatents:
+    """Moments computed anew in every step."""
+
+    def __init__(self, examples: Examples, autoencoder: AnyAutoencoder, dtype: str = "float32"):
+        self._examples, self._autoencoder, self._dtype = examples, autoencoder, dtype
+        self._shape = _shape_of(examples, autoencoder)
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return self._shape(row)
+
+    def batch(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        """Images (B, C, H, W) in [-1, 1]."""
+        return {"images": to_images(np.stack([self._examples.image(*key) for key in keys]))}
+
+    def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the images."""
+        mean, log_variance = moments_of(self._autoencoder, batch["images"], self._dtype)
+        return mean.float(), log_variance.float()
 
 
-def texts_of(captions: list[str], text_encoder: TextEncoder, device: torch.device, *, contexts: bool) -> Texts:
-    """Captions as token ids, or as contexts where the text encoder is not trained: equal ones are kept once."""
-    unique, of_row = np.unique(captions, return_inverse=True)
-    ids, empty = text_encoder.tokenize(list(map(str, unique))), text_encoder.tokenize([""])
-    if contexts:
-        text_encoder.to(device)
-        with torch.no_grad():
-            encoded = [text_encoder(batch.to(device)).half().cpu() for batch in torch.split(ids, 256)]
-            ids, empty = torch.cat(encoded), text_encoder(empty.to(device)).half().cpu()
-    return Texts(ids, torch.from_numpy(of_row), empty).to(device)
+class TokenIds:
+    """Captions for a text encoder that is trained too."""
+
+    def __init__(self, examples: Examples, text_encoder: TextEncoder):
+        self._examples, self._tokenize = examples, text_encoder.tokenize
+
+    def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
+        """Token ids (B, L)."""
+        return {"texts": self._tokenize(_words(self._examples, keys, kept))}
+
+    def texts(self, batch: dict[str, Tensor]) -> Tensor:
+        """As they are."""
+        return batch["texts"]
 
 
-def captions_of(config: Config) -> list[str]:
-    """Of the training set."""
-    return [training_scene(config, index).caption for index in range(config.data.count)]
+class EncodedTexts(TokenIds):
+    """Contexts computed anew in every step."""
+
+    def __init__(self, examples: Examples, text_encoder: TextEncoder):
+        super().__init__(examples, text_encoder)
+        self._text_encoder = text_encoder
+
+    def texts(self, batch: dict[str, Tensor]) -> Tensor:
+        """Contexts (B, L, D)."""
+        return contexts_of(self._text_encoder, batch["texts"]).float()
 
 
-@torch.no_grad()
-def cached_latents(config: Config, cache: Path, autoencoder: AnyAutoencoder, device: torch.device) -> CachedLatents:
-    """Posterior moments of the training set, encoded once and kept in `cache`.
+class CachedTexts:
+    """Contexts that were computed once."""
 
-    The file's name holds a hash of the autoencoder's weights and the set's: another model or set is another file.
-    """
-    path = cache / f"latents-{weights_hash(autoencoder)[:16]}-{fingerprint(config)['sha256'][:16]}.safetensors"
-    if not path.exists():
-        autoencoder.to(device)
-        count, moments = config.data.count, []
-        for first in tqdm(range(0, count, 64), "encoding", unit="batch"):
-            chosen = [training_scene(config, index) for index in range(first, min(first + 64, count))]
-            moments.append(_encoded(to_images(pictures_of(config, chosen)), autoencoder, device))
-        mean, log_variance = (torch.cat(parts) for parts in zip(*moments, strict=True))
-        cache.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_name(f".tmp-{path.name}")
-        with saving("the cached latents", cache):
-            save_file(
-                {"mean": mean, "log_variance": log_variance}, partial_path, {"sha256": _sha256(mean, log_variance)}
-            )
-            let_others_read(cache)
-            partial_path.rename(path)
-    return _read(path)
+    def __init__(self, store: Store, examples: Examples):
+        self._store, self._examples = store, examples
+
+    def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
+        """Contexts (B, L, D) as they are stored, in half precision."""
+        words = _words(self._examples, keys, kept)
+        return {"texts": self._store.rows([_key_of(caption) for caption in words])["context"]}
+
+    def texts(self, batch: dict[str, Tensor]) -> Tensor:
+        """What was stored."""
+        return batch["texts"].float()
 
 
-def _read(path: Path) -> CachedLatents:
-    """What was written, every byte of it. Raises DataError."""
-    try:
-        with safe_open(path, "pt") as file:
-            mean, log_variance = file.get_tensor("mean"), file.get_tensor("log_variance")
-            if (file.metadata() or {}).get("sha256") != _sha256(mean, log_variance):
-                raise ValueError("not the bytes that were written")
-    except Exception as error:
-        raise DataError(f"cached latents cannot be read ({path}). Delete the file; they are made again") from error
-    return CachedLatents(mean, log_variance)
+def latents_of(
+    config: Config, examples: Examples, autoencoder: AnyAutoencoder, cache: Path, device: torch.device
+) -> Latents:
+    """Cached, where the config says so, and encoded now where they are missing."""
+    autoencoder.to(device)
+    if not config.denoiser.cache:
+        return EncodedLatents(examples, autoencoder, config.autoencoder.encode_dtype)
+    store = latents_store(config, autoencoder, cache)
+    fill_latents(config, store, examples, autoencoder, device)
+    return CachedLatents(store, examples, autoencoder)
 
 
-def _sha256(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
+def texts_of(config: Config, examples: Examples, text_encoder: TextEncoder, cache: Path, device: torch.device) -> Texts:
+    """Token ids where the text encoder is trained, else contexts: cached unless tags are shuffled."""
+    if config.denoiser.tune_text_encoder:
+        return TokenIds(examples, text_encoder)
+    text_encoder.to(device).requires_grad_(False)
+    captions = examples.every_caption() if config.denoiser.cache else None
+    if captions is None:
+        return EncodedTexts(examples, text_encoder)
+    store = contexts_store(text_encoder, cache)
+    fill_contexts(store, captions, text_encoder, device)
+    return CachedTexts(store, examples)
 
 
-@torch.no_grad()
-def _encoded(images: Tensor, autoencoder: AnyAutoencoder, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Moments in half precision on the CPU, computed in float32, 64 pictures at a time."""
-    encoded = [autoencoder.encode(batch.to(device)) for batch in torch.split(images, 64)]
-    mean, log_variance = (torch.cat(parts).half().cpu().contiguous() for parts in zip(*encoded, strict=True))
-    return mean, log_variance
+def latents_store(config: Config, autoencoder: AnyAutoencoder, cache: Path) -> Store:
+    """Rows `mean` and `log_variance` of one autoencoder, in one arithmetic."""
+    return Store(cache / f"latents-{identity_of(autoencoder)[:16]}-{config.autoencoder.encode_dtype}")
 
 
-def _where_it_fits(latents: CachedLatents, device: torch.device) -> CachedLatents:
-    """On the GPU, where they take less than a quarter of its free memory."""
-    if device.type == "cuda" and latents.mean.nbytes * 2 < torch.cuda.mem_get_info(device)[0] / 4:
-        return latents.to(device)
-    return latents
+def contexts_store(text_encoder: TextEncoder, cache: Path) -> Store:
+    """Rows `context` of one text encoder with its tokenizer."""
+    return Store(cache / f"contexts-{identity_of(text_encoder)[:16]}")
+
+
+def fill_latents(
+    config: Config,
+    store: Store,
+    examples: Examples,
+    autoencoder: AnyAutoencoder,
+    device: torch.device,
+    share: Share = ALL,
+) -> int:
+    """Encode what is missing of one share; how many. Raises DataError naming a picture that has no finite latents."""
+    views = ((row, shown) for row in range(len(examples)) for shown in examples.every_view(row))
+    wanted = {examples.key(*item): item for item in views}
+    missing = _shared(store.missing(wanted), share)
+    missing.sort(key=lambda key: examples.pictures.size(wanted[key][0]))
+    writer = _Writer(store, lambda images: _named_moments(config, examples, autoencoder, device, images))
+    items = [wanted[key] for key in missing]
+    for number, pixels in tqdm(examples.pictures.each(items), "encoding", len(items), unit="image", disable=not items):
+        writer.take(missing[number], items[number][0], examples.toned(pixels))
+    writer.finish()
+    return len(items)
+
+
+def fill_contexts(
+    store: Store, captions: Sequence[str], text_encoder: TextEncoder, device: torch.device, share: Share = ALL
+) -> int:
+    """Encode what is missing of one share, the empty caption too; how many."""
+    words = {_key_of(caption): caption for caption in ("", *captions)}
+    missing = _shared(store.missing(words), share)
+    firsts = range(0, len(missing), ROWS_A_FILE)
+    for first in tqdm(firsts, "encoding captions", unit="file", disable=not missing):
+        some = missing[first : first + ROWS_A_FILE]
+        ids = text_encoder.tokenize([words[key] for key in some]).to(device)
+        store.add(some, {"context": contexts_of(text_encoder, ids).cpu()})
+    return len(missing)
+
+
+class _Writer:
+    """Pictures as they come, of several shapes, encoded AT_ONCE at a time and written ROWS_A_FILE at a time."""
+
+    def __init__(self, store: Store, encode: Callable[[list[_Taken]], list[_Moments]]):
+        self._store, self._encode = store, encode
+        self._taken: dict[tuple[int, ...], list[_Taken]] = {}
+        self._rows: dict[tuple[int, ...], list[tuple[str, _Moments]]] = {}
+
+    def take(self, key: str, row: int, pixels: np.ndarray) -> None:
+        taken = self._taken.setdefault(pixels.shape, [])
+        taken.append((key, row, pixels))
+        if len(taken) == AT_ONCE:
+            self._encode_taken(pixels.shape)
+
+    def finish(self) -> None:
+        for shape in self._taken:
+            self._encode_taken(shape, last=True)
+
+    def _encode_taken(self, shape: tuple[int, ...], last: bool = False) -> None:
+        taken, rows = self._taken[shape], self._rows.setdefault(shape, [])
+        if taken:
+            rows += zip((key for key, _, _ in taken), self._encode(taken), strict=True)
+            self._taken[shape] = []
+        if rows and (last or len(rows) >= ROWS_A_FILE):
+            means, log_variances = zip(*(moments for _, moments in rows), strict=True)
+            tensors = {"mean": torch.stack(means), "log_variance": torch.stack(log_variances)}
+            self._store.add([key for key, _ in rows], tensors)
+            rows.clear()
+
+
+def _named_moments(
+    config: Config,
+    examples: Examples,
+    autoencoder: AnyAutoencoder,
+    device: torch.device,
+    taken: list[_Taken],
+) -> list[_Moments]:
+    """Moments of some pictures on the CPU. Raises DataError."""
+    dtype = config.autoencoder.encode_dtype
+    images = to_images(np.stack([pixels for _, _, pixels in taken])).to(device)
+    mean, log_variance = moments_of(autoencoder, images, dtype)
+    for good, (_, row, _) in zip(finite(mean, log_variance).tolist(), taken, strict=True):
+        if not good:
+            tried = dtype if dtype == "float32" else f"{dtype} and float32"
+            raise DataError(f"VAE gave non-finite latents for {examples.pictures.name(row)} in {tried}")
+    return list(zip(mean.cpu(), log_variance.cpu(), strict=True))
+
+
+def _shared(keys: list[str], share: Share) -> list[str]:
+    """Keys are hashes: their remainders share them out alike for any number of jobs."""
+    number, jobs = share
+    return [key for key in keys if int(key[:8], 16) % jobs == number]
+
+
+def _words(examples: Examples, keys: Sequence[Key], kept: Sequence[bool]) -> list[str]:
+    return [examples.caption(*key) if keep else "" for key, keep in zip(keys, kept, strict=True)]
+
+
+def _key_of(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+
+
+def _shape_of(examples: Examples, autoencoder: AnyAutoencoder) -> Callable[[int], tuple[int, ...]]:
+    channels, factor = autoencoder.latent_channels, autoencoder.factor
+
+    def shape(row: int) -> tuple[int, ...]:
+        height, width = examples.pictures.size(row)
+        return channels, height // factor, width // factor
+
+    return shape

@@ -1,4 +1,4 @@
-"""Stage 2: CLIP on scenes and their twins; its text tower becomes the text encoder."""
+"""Stage 2: CLIP on captioned pictures, of scenes also on their twins; its text tower becomes the text encoder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from latentdiff.build import new_clip, seeded
 from latentdiff.config import Config
 from latentdiff.data import scenes
 from latentdiff.diffusion import noise
+from latentdiff.errors import ConfigError
 from latentdiff.images import to_images
 from latentdiff.models.clip import Clip, contrastive_loss, text_model_of
 from latentdiff.models.folder import saving
 from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer, tokenize
+from latentdiff.stages.examples import Examples
 from latentdiff.stages.pictures import VALIDATION
 from latentdiff.stages.run import Run
 from latentdiff.training.clip import CaptionedPicture, ClipStage
+from latentdiff.training.order import Order
 from latentdiff.training.run import run_stage
 
 Tokenize = Callable[[Sequence[str]], Tensor]
@@ -34,11 +37,11 @@ def train_clip(run: Run) -> None:
     to_ids = partial(tokenize, tokenizer)
     stage = ClipStage(
         module,
-        partial(captioned_twins, config),
+        partial(captioned_twins, config) if config.data.kind == "scenes" else _captioned(run),
         to_ids,
         contrastive_loss(accelerator.process_index, accelerator.num_processes),
     )
-    report = partial(_report, config, to_ids, accelerator.device, module)
+    report = partial(_report, config, run.data.validation, to_ids, accelerator.device, module)
     start = run.start("clip")
     run_stage(accelerator, stage, config.clip.training, run.folder / "clip", report, start, run.interruption)
     if accelerator.is_main_process:
@@ -59,18 +62,48 @@ def captioned_twins(config: Config, positions: range, purpose: str = "clip scene
     return pairs
 
 
+def _captioned(run: Run) -> Callable[[range], list[CaptionedPicture]]:
+    """The user's pictures as squares. Raises ConfigError where a batch would hold a picture twice."""
+    examples, config = run.data.training, run.config
+    batch = config.clip.training.train_batch_size * run.accelerator.num_processes
+    if batch > len(examples):
+        raise ConfigError(f"clip.training.train_batch_size: {batch} a step is more than {len(examples)} images")
+    order = Order(config.seed, "clip", [np.arange(len(examples))])
+
+    def batch_of(positions: range) -> list[CaptionedPicture]:
+        keys = [order.key(position) for position in positions]
+        return [(_square(config, examples, *key), examples.caption(*key)) for key in keys]
+
+    return batch_of
+
+
+def _square(config: Config, examples: Examples, row: int, epoch: int) -> np.ndarray:
+    """In colour, also where the model draws grey."""
+    return examples.pictures.pixels(row, examples.view(row, epoch), (config.image_size, config.image_size))
+
+
 @torch.no_grad()
-def _report(config: Config, to_ids: Tokenize, device: torch.device, module: Clip, step: int) -> dict[str, float]:
+def _report(
+    config: Config, validation: Examples, to_ids: Tokenize, device: torch.device, module: Clip, step: int
+) -> dict[str, float]:
     """Validation loss, the share of captions found among all, and among a picture's own and its twin's."""
     module.eval()
-    pictures, captions = zip(*captioned_twins(config, range(2 * VALIDATION), "clip validation"), strict=True)
+    twins = config.data.kind == "scenes"
+    if twins:
+        pairs = captioned_twins(config, range(2 * VALIDATION), "clip validation")
+    else:
+        rows = range(min(len(validation), 2 * VALIDATION))
+        pairs = [(_square(config, validation, row, 0), validation.caption(row, 0)) for row in rows]
+    pictures, captions = zip(*pairs, strict=True)
     images = to_images(np.stack(pictures)).to(device)
     image_features, text_features, scale = module(images, to_ids(captions).to(device))
     similarity = image_features @ text_features.T
-    rows = torch.arange(len(images), device=device)
-    own, twin = similarity[rows, rows], similarity[rows, rows ^ 1]
-    return {
+    rows_of = torch.arange(len(images), device=device)
+    found = {
         "validation_loss": float(contrastive_loss()(image_features, text_features, scale)),
-        "found_of_all": float((similarity.argmax(1) == rows).float().mean()),
-        "found_of_twins": float((own > twin).float().mean()),
+        "found_of_all": float((similarity.argmax(1) == rows_of).float().mean()),
     }
+    if twins:
+        own, twin = similarity[rows_of, rows_of], similarity[rows_of, rows_of ^ 1]
+        found["found_of_twins"] = float((own > twin).float().mean())
+    return found

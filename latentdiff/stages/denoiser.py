@@ -21,41 +21,44 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.weights import load_autoencoder, load_text_encoder, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.stages.cache import captions_of, texts_of, training_latents, validation_latents
-from latentdiff.stages.pictures import VALIDATION, readable, validation_scene
+from latentdiff.stages.cache import latents_of, texts_of
+from latentdiff.stages.examples import Examples
+from latentdiff.stages.pictures import readable
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import (
     ConditionedNetwork,
     DenoiserStage,
     Draws,
-    Latents,
-    Texts,
+    Samples,
     validation_losses,
 )
+from latentdiff.training.order import Order
 from latentdiff.training.run import run_stage
 
 TIME_BINS = 4  # of the validation loss
 
 
 def train_denoiser(run: Run) -> None:
-    """Train the U-Net (and the text encoder, by choice) on cached latents; completes `run/model`."""
+    """Train the U-Net (and the text encoder, by choice) on latents; completes `run/model`."""
     config, accelerator = run.config, run.accelerator
-    autoencoder, text_encoder = _networks_before(config, run.folder)
+    autoencoder, text_encoder = networks_before(config, run.folder)
     made_from = f"{weights_hash(autoencoder)} {weights_hash(text_encoder)}"
     unet = _unet(config, autoencoder, accelerator.device)
-    contexts = config.denoiser.cache and not config.denoiser.tune_text_encoder
-    network = unet if contexts else ConditionedNetwork(unet, text_encoder, config.denoiser.tune_text_encoder)
-    stage_on = partial(_stage, config, network, unet, text_encoder)
-    texts = texts_of(captions_of(config), text_encoder, accelerator.device, contexts=contexts)
-    stage = stage_on(training_latents(run, autoencoder), texts)
-    captions = [validation_scene(config, index).caption for index in range(VALIDATION)]
-    validation = stage_on(
-        validation_latents(config, autoencoder, accelerator.device),
-        texts_of(captions, text_encoder, accelerator.device, contexts=contexts),
-        purpose="validation",
-    )
+    network = ConditionedNetwork(unet, text_encoder) if config.denoiser.tune_text_encoder else unet
+    parts: dict[str, nn.Module] = {"unet": unet}
+    if config.denoiser.tune_text_encoder:
+        parts["text_encoder"] = text_encoder
+
+    def stage_on(examples: Examples, loss: DiffusionLoss, draws: Draws, order: Order) -> DenoiserStage:
+        with accelerator.main_process_first():
+            latents = latents_of(config, examples, autoencoder, run.cache, accelerator.device)
+            texts = texts_of(config, examples, text_encoder, run.cache, accelerator.device)
+        return DenoiserStage(network, parts, loss, Samples(latents, texts, examples.pictures.name), draws, order)
+
+    stage = stage_on(run.data.training, *_training(config, run.data.training, accelerator.num_processes))
+    validation = stage_on(run.data.validation, *_validation(config, run.data.validation))
     pipe = new_pipeline(config, autoencoder, text_encoder, unet)
-    report = partial(_report, config, run.folder / "denoiser" / "samples", pipe, validation)
+    report = partial(_report, config, run.folder / "denoiser" / "samples", pipe, run.data.validation, validation)
     start = run.start("denoiser", made_from=made_from)
     settings = config.denoiser.training
     run_stage(accelerator, stage, settings, run.folder / "denoiser", report, start, run.interruption)
@@ -65,7 +68,7 @@ def train_denoiser(run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
-def _networks_before(config: Config, folder: Path) -> tuple[AnyAutoencoder, TextEncoder]:
+def networks_before(config: Config, folder: Path) -> tuple[AnyAutoencoder, TextEncoder]:
     """What the stages before left in the run folder. Raises ConfigError."""
     identity = config.autoencoder.kind == "identity"
     for stage_before, part in (("autoencoder", folder / "model" / "vae"), ("clip", folder / "clip" / "text_encoder")):
@@ -86,50 +89,58 @@ def _unet(config: Config, autoencoder: AnyAutoencoder, device: torch.device) -> 
     return unet
 
 
-def _stage(
-    config: Config,
-    network: nn.Module,
-    unet: UNet,
-    text_encoder: TextEncoder,
-    latents: Latents,
-    texts: Texts,
-    purpose: str = "training",
-) -> DenoiserStage:
-    """The stage on a set of pictures; a validation keeps every caption and has neither offset nor perturbation."""
+def _training(config: Config, examples: Examples, processes: int) -> tuple[DiffusionLoss, Draws, Order]:
+    """The loss, what is drawn for a sample, and the order: a step is of one bucket, on all processes."""
     settings, schedule = config.denoiser, new_schedule(config)
-    draws = Draws(config.seed, schedule.T, purpose=purpose, time_bins=TIME_BINS)
-    loss = DiffusionLoss(schedule, settings.prediction)
-    if purpose == "training":
-        rates = settings.caption_dropout, settings.noise_offset, settings.input_perturbation
-        draws = Draws(config.seed, schedule.T, *rates)
-        loss = DiffusionLoss(schedule, settings.prediction, settings.weighting, settings.snr_gamma)
-    parts: dict[str, nn.Module] = {"unet": unet}
-    if settings.tune_text_encoder:
-        parts["text_encoder"] = text_encoder
-    return DenoiserStage(network, parts, loss, latents, texts, draws)
+    loss = DiffusionLoss(schedule, settings.prediction, settings.weighting, settings.snr_gamma)
+    rates = settings.caption_dropout, settings.noise_offset, settings.input_perturbation
+    batch = settings.training.train_batch_size * settings.training.gradient_accumulation_steps * processes
+    order = Order(config.seed, "training", list(examples.pictures.buckets().values()), batch)
+    return loss, Draws(config.seed, schedule.T, *rates), order
+
+
+def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draws, Order]:
+    """The same without weights, dropped captions, offset and perturbation; every picture once in each bin of time."""
+    schedule = new_schedule(config)
+    draws = Draws(config.seed, schedule.T, purpose="validation", time_bins=TIME_BINS)
+    order = Order(config.seed, "validation", list(examples.pictures.buckets().values()))
+    return DiffusionLoss(schedule, config.denoiser.prediction), draws, order
 
 
 def _report(
-    config: Config, directory: Path, pipe: LatentDiffusionPipeline, validation: DenoiserStage, step: int
+    config: Config,
+    directory: Path,
+    pipe: LatentDiffusionPipeline,
+    examples: Examples,
+    validation: DenoiserStage,
+    step: int,
 ) -> dict[str, float]:
-    """The validation loss; pictures at fixed prompts and seeds in `directory`, a row a category, and their
-    composition scores where the oracle can read them.
+    """The validation loss; pictures at fixed prompts and seeds in `directory`, a row a category or of captions, and
+    their composition scores where the oracle can read them.
     """
     timesteps = config.denoiser.schedule.num_train_timesteps
-    numbers = validation_losses(validation, VALIDATION, TIME_BINS, timesteps, config.denoiser.training.train_batch_size)
+    numbers = validation_losses(validation, TIME_BINS, timesteps, config.denoiser.training.train_batch_size)
     if readable(config):
         score = evaluate_composition(pipe, pictures=config.denoiser.preview_pictures, seed=config.seed)
         rows = [pictures[:8] for pictures in score.pictures.values()]
         numbers |= {"composition": score.overall} | {name: share.mean for name, share in score.categories.items()}
     else:
-        rows = [_preview_row(config, pipe, category) for category in scenes.CATEGORIES]
+        rows = [_drawn(config, pipe, prompts) for prompts in _prompts(config, examples)]
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")
     return numbers
 
 
-def _preview_row(config: Config, pipe: LatentDiffusionPipeline, category: str) -> np.ndarray:
-    captions = [scene.caption for scene in evaluation_scenes(category, 8, config.seed)]
-    pictures: np.ndarray = pipe(captions, seed=config.seed, output_type="np").images
+def _prompts(config: Config, examples: Examples) -> list[list[str]]:
+    """Rows of 8 prompts: scenes of each category, or the captions of validation pictures."""
+    if config.data.kind == "scenes":
+        scenes_of = (evaluation_scenes(category, 8, config.seed) for category in scenes.CATEGORIES)
+        return [[scene.caption for scene in chosen] for chosen in scenes_of]
+    captions = [examples.caption(row % len(examples), 0) for row in range(max(8, config.denoiser.preview_pictures))]
+    return [captions[first : first + 8] for first in range(0, len(captions) // 8 * 8, 8)]
+
+
+def _drawn(config: Config, pipe: LatentDiffusionPipeline, prompts: list[str]) -> np.ndarray:
+    pictures: np.ndarray = pipe(prompts, seed=config.seed, output_type="np").images
     return pictures

@@ -1,50 +1,90 @@
-"""The pictures and captions that a config describes: its training set, its validation set, and their fingerprint."""
+"""The data set that a config describes: found, looked at, and made into what is trained on and validated on."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from latentdiff.config import Config
 from latentdiff.data import scenes
-from latentdiff.diffusion import noise
-from latentdiff.images import luminance
+from latentdiff.data.buckets import bucket_table
+from latentdiff.data.captions import CaptionRule
+from latentdiff.data.pictures import PictureSet
+from latentdiff.data.source import Options, find
+from latentdiff.data.survey import Survey, survey
+from latentdiff.stages.examples import Examples
+from latentdiff.stages.scenes import Scenes
 
 VALIDATION = 128  # pictures that a validation looks at
 
 
-def training_scene(config: Config, index: int) -> scenes.Scene:
-    """Scene `index` of the run's training set; endless."""
-    return scenes.scene(noise.generator(config.seed, "training scene", index), mix=config.data.mix)
+@dataclass(frozen=True)
+class DataSet:
+    """What a run learns from and what it validates on, and what was found where the user's pictures are."""
+
+    training: Examples
+    validation: Examples
+    found: Survey | None = None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """How many pictures there are and a sha256 of what they are."""
+        return {"images": len(self.training), "sha256": self.training.pictures.identity()}
 
 
-def validation_scene(config: Config, index: int) -> scenes.Scene:
-    """Scene `index` of a set that training never draws, of the same distribution."""
-    return scenes.scene(noise.generator(config.seed, "validation scene", index), mix=config.data.mix)
-
-
-def pictures_of(config: Config, chosen: Sequence[scenes.Scene]) -> np.ndarray:
-    """Rendered scenes, uint8 (N, S, S, C), as the config wants them: its size, colour or grey."""
-    rendered = np.stack([scenes.render(scene, config.image_size) for scene in chosen])
-    return luminance(rendered) if config.data.grey else rendered
+def open_data(config: Config, cache: Path | None = None) -> DataSet:
+    """The data set of a config; `cache` keeps what is slow to find out. Raises DataError where it is not sound."""
+    if config.data.kind == "scenes":
+        training = Scenes(config, "training scene", config.data.count, cache)
+        grey = config.data.grey
+        validation = Examples(Scenes(config, "validation scene", VALIDATION), config.seed, grey=grey)
+        return DataSet(Examples(training, config.seed, grey=grey), validation)
+    found = look(config, cache).sound(config.data.pictures.skip_bad)
+    return picture_data(config, found)
 
 
 def readable(config: Config) -> bool:
     """Whether the oracle can read this model's pictures."""
-    return config.image_size == scenes.SIZE and not config.data.grey
+    return config.data.kind == "scenes" and config.image_size == scenes.SIZE and not config.data.grey
 
 
-def fingerprint(config: Config) -> dict[str, Any]:
-    """How many pictures there are and a sha256 of what they are: the settings that draw them and the first of them,
-    so that a change of the drawing itself is seen too.
-    """
-    settings = json.dumps([config.seed, config.image_size, config.data.model_dump()])
-    digest = hashlib.sha256(settings.encode())
-    first = [training_scene(config, index) for index in range(min(16, config.data.count))]
-    digest.update(pictures_of(config, first).tobytes())
-    digest.update("\n".join(scene.caption for scene in first).encode())
-    return {"images": config.data.count, "sha256": digest.hexdigest()}
+def look(config: Config, cache: Path | None = None) -> Survey:
+    """The survey of a config's own pictures. Raises DataError where nothing can be listed."""
+    settings = config.data.pictures
+    options = Options(
+        settings.layout, settings.split, settings.image_column, settings.caption_column, settings.streaming
+    )
+    return survey(
+        find(settings.source, options),
+        instance_prompt=settings.instance_prompt,
+        allow_missing_captions=settings.allow_missing_captions,
+        max_pixels=settings.max_pixels,
+        memo=cache and cache / "decoded.jsonl",
+    )
+
+
+def picture_data(config: Config, found: Survey) -> DataSet:
+    """Training and validation sets of surveyed pictures; held-out ones are chosen by their identity."""
+    settings = config.data.pictures
+    held = sorted(found.pictures, key=lambda picture: hashlib.sha256(picture.id.encode()).hexdigest())
+    held_ids = {picture.id for picture in held[: settings.validation_pictures]}
+    trained = [picture for picture in found.pictures if picture.id not in held_ids]
+    looked_at = [picture for picture in found.pictures if picture.id in held_ids] or held[:VALIDATION]
+
+    def examples(pictures: Sequence[Any], rule: CaptionRule, crop: str, flip: bool, purpose: str) -> Examples:
+        table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
+        stream = found.listing.records if found.listing.streamed else None
+        chosen = PictureSet(pictures, table, settings.background_color, settings.max_pixels, stream)
+        return Examples(chosen, config.seed, rule, crop, flip, config.data.grey, purpose)
+
+    rule = CaptionRule(**settings.captions.model_dump())
+    first = CaptionRule("first", templates=settings.captions.templates[:1], prefix=settings.captions.prefix)
+    return DataSet(
+        examples(trained, rule, settings.crop, settings.flip, "training"),
+        examples(looked_at, first, "center", False, "validation"),
+        found,
+    )

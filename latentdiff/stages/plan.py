@@ -9,6 +9,7 @@ from torch import nn
 
 from latentdiff.build import new_autoencoder, new_clip, new_unet
 from latentdiff.config import Config, Training
+from latentdiff.data.source import shown
 from latentdiff.stages.run import Run
 from latentdiff.training.checkpoint import label, load_state
 from latentdiff.training.loop import Batching
@@ -18,7 +19,8 @@ def plan_text(run: Run) -> str:
     """The plan of a start, a line or two a stage."""
     lines = [
         f"run {run.folder} on {run.accelerator.device} x {run.accelerator.num_processes}, "
-        f"mixed precision {run.config.mixed_precision}, seed {run.config.seed}"
+        f"mixed precision {run.config.mixed_precision}, seed {run.config.seed}",
+        *_data_lines(run),
     ]
     needed = 0
     for stage in run.stages:
@@ -38,6 +40,19 @@ def plan_text(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _data_lines(run: Run) -> list[str]:
+    """The user's pictures: how many, how repeated, in which buckets, what is left out."""
+    found, training = run.data.found, run.data.training
+    if not found:
+        return []
+    source = shown(run.config.data.pictures.source)
+    line = f"data: {found.found:,} images ({found.listing.layout}, {source}), {len(training):,} samples an epoch"
+    if found.quarantined:
+        line += f", {len(found.quarantined):,} left out (quarantine.jsonl)"
+    sizes = [f"{w}x{h}: {len(rows):,}" for (h, w), rows in training.pictures.buckets().items()]
+    return [line, f"    in {len(sizes)} buckets, {', '.join(sizes)}", *(f"    {note}" for note in found.listing.notes)]
+
+
 def _steps_line(run: Run, stage: str, settings: Training) -> str:
     batching = Batching(settings.train_batch_size, settings.gradient_accumulation_steps, run.accelerator.num_processes)
     checkpoint = run.checkpoints[stage]
@@ -49,8 +64,8 @@ def _steps_line(run: Run, stage: str, settings: Training) -> str:
         f"{batching.global_batch} pictures a step"
     )
     line = f"{stage}: {steps:,} of {settings.max_train_steps:,} steps {where}, {batch}"
-    if stage == "denoiser":  # the other stages draw new scenes for ever
-        count = run.config.data.count
+    if stage == "denoiser":  # of scenes the other stages draw new ones for ever
+        count = len(run.data.training)
         epochs = settings.max_train_steps * batching.global_batch / count
         line += f"; {count:,} pictures, {epochs:.1f} epochs"
     return line

@@ -14,7 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from latentdiff.config import STAGES, Config, flat
 from latentdiff.errors import ConfigError, ModelError
-from latentdiff.stages.pictures import fingerprint
+from latentdiff.stages.pictures import DataSet
 from latentdiff.training.checkpoint import check_whole, load_state, newest_whole
 from latentdiff.training.interruption import Interruption
 from latentdiff.training.run import Start
@@ -31,6 +31,20 @@ FREE = (
     "gradient_checkpointing",
     "train_batch_size",  # their product with the number of processes is what must stay
     "gradient_accumulation_steps",
+    "cache",  # the same numbers, sooner
+)
+FOUND = (  # what these change is seen in the pictures themselves
+    "source",
+    "layout",
+    "split",
+    "image_column",
+    "caption_column",
+    "streaming",
+    "instance_prompt",
+    "allow_missing_captions",
+    "skip_bad",
+    "max_pixels",
+    "validation_pictures",
 )
 
 
@@ -41,8 +55,14 @@ class Run:
     config: Config
     folder: Path
     accelerator: Accelerator
+    data: DataSet
     checkpoints: Mapping[str, Path | None]
     interruption: Interruption = field(default_factory=Interruption)
+
+    @property
+    def cache(self) -> Path:
+        """What is computed once."""
+        return self.folder / "cache"
 
     @property
     def stages(self) -> list[str]:
@@ -51,7 +71,7 @@ class Run:
 
     def start(self, stage: str, **more: str) -> Start:
         """Where a stage begins, and what its checkpoints say of the run they belong to."""
-        return Start(self.checkpoints[stage], {**identity(self.config, stage), **more})
+        return Start(self.checkpoints[stage], {**identity(self.config, stage, self.data), **more})
 
 
 def new_accelerator(config: Config) -> Accelerator:
@@ -67,10 +87,10 @@ def new_accelerator(config: Config) -> Accelerator:
     )
 
 
-def identity(config: Config, stage: str) -> dict[str, Any]:
+def identity(config: Config, stage: str, data: DataSet) -> dict[str, Any]:
     """What must be the same for a stage to go on: the dataset, and every setting that changes what is learnt."""
     settings = {key: value for key, value in flat(config).items() if _matters(key, stage)}
-    return {"stage": stage, "dataset": fingerprint(config), "config": settings}
+    return {"stage": stage, "dataset": data.fingerprint, "config": settings}
 
 
 def _matters(key: str, stage: str) -> bool:
@@ -78,6 +98,8 @@ def _matters(key: str, stage: str) -> bool:
     others = (set(STAGES) | {"name", "recommended"}) - {stage}
     if stage == "clip" and name == "gradient_accumulation_steps":  # a contrastive loss is of the batch it is taken over
         return section == stage
+    if key.startswith("data.pictures."):
+        return name not in FOUND
     return section not in others and name not in FREE
 
 
@@ -110,7 +132,7 @@ def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> t
 
 
 def check_unchanged(
-    config: Config, checkpoints: Mapping[str, Path | None], processes: int = 1, allow: bool = False
+    config: Config, data: DataSet, checkpoints: Mapping[str, Path | None], processes: int = 1, allow: bool = False
 ) -> list[str]:
     """Refuse to go on under other settings than a checkpoint was made with: each is listed, old -> new.
 
@@ -119,15 +141,15 @@ def check_unchanged(
     changes: list[str] = []
     for stage, path in checkpoints.items():
         if path:
-            found = _changes(load_state(path), config, stage, processes)
+            found = _changes(load_state(path), config, data, stage, processes)
             changes += [change for change in found if change not in changes]
     if changes and not allow:
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. Use --allow-changed to accept, or another run folder")
     return changes
 
 
-def _changes(state: Mapping[str, Any], config: Config, stage: str, processes: int) -> list[str]:
-    now = identity(config, stage)
+def _changes(state: Mapping[str, Any], config: Config, data: DataSet, stage: str, processes: int) -> list[str]:
+    now = identity(config, stage, data)
     if state.get("stage") != stage:
         raise ModelError(f"a checkpoint of stage {state.get('stage')} lies where {stage} has its own. Move it away")
     try:

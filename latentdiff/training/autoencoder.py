@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latentdiff.diffusion import noise
 from latentdiff.images import to_images
 
-Picture = Callable[[int], np.ndarray]
+Picture = Callable[[int], tuple[np.ndarray, str]]  # uint8 (H, W, C) and its name
 
 
 class AutoencoderStage:
@@ -45,7 +45,7 @@ class AutoencoderStage:
         return {"images": images, "noise": torch.from_numpy(np.stack(eps))}
 
     def _crop_of(self, index: int) -> np.ndarray:
-        picture = self._picture(index)
+        picture, _ = self._picture(index)
         high = (picture.shape[0] - self._crop + 1, picture.shape[1] - self._crop + 1)
         top, left = noise.generator(self._seed, "crop", index).integers(high)
         return picture[top : top + self._crop, left : left + self._crop]
@@ -62,8 +62,8 @@ class AutoencoderStage:
         return loss + self._kl_weight * kl
 
     def sample_ids(self, positions: range) -> list[str]:
-        """Scenes by number."""
-        return [f"scene {position}" for position in positions]
+        """What the pictures are called."""
+        return [self._picture(position)[1] for position in positions]
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,117 +12,64 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
-from latentdiff.images import to_images
+from latentdiff.training.order import Order
+
+Key = tuple[int, int]  # (row, epoch): a sample
 
 
 class Latents(Protocol):
-    """Pictures as the denoiser learns from them: by row, the moments of their latents."""
+    """Pictures as the denoiser learns from them: the moments of their latents."""
 
-    shape: tuple[int, ...]
+    def shape(self, row: int) -> tuple[int, ...]:
+        """(C, h, w)."""
+        ...
 
-    def __len__(self) -> int: ...
-
-    def batch(self, rows: list[int]) -> dict[str, Tensor]:
-        """What `moments` needs of these rows, on the CPU."""
+    def batch(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        """What `moments` needs of these samples, which are of one shape, on the CPU."""
         ...
 
     def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Posterior mean and log-variance (B, C, h, w)."""
+        """Posterior mean and log-variance (B, C, h, w), float32, on the device of the batch."""
         ...
 
 
-class CachedLatents:
-    """Moments (N, C, h, w) that were computed once."""
+class Texts(Protocol):
+    """Captions as the denoiser's module takes them."""
 
-    def __init__(self, mean: Tensor, log_variance: Tensor):
-        self.mean, self.log_variance = mean, log_variance
-        self.shape = tuple(mean.shape[1:])
+    def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
+        """What `texts` needs of these samples, on the CPU; of those not kept the empty caption."""
+        ...
 
-    def __len__(self) -> int:
-        return len(self.mean)
-
-    def to(self, device: torch.device) -> CachedLatents:
-        """The set on a device, so that no picture is sent there again."""
-        return CachedLatents(self.mean.to(device), self.log_variance.to(device))
-
-    def batch(self, rows: list[int]) -> dict[str, Tensor]:
-        """Nothing beside the rows."""
-        return {}
-
-    def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """By row, on the device of the batch."""
-        rows = batch["rows"].to(self.mean.device)
-        device = batch["noise"].device
-        return self.mean[rows].to(device).float(), self.log_variance[rows].to(device).float()
-
-
-class EncodedLatents:
-    """Moments computed anew in every step, by an autoencoder that is not trained."""
-
-    def __init__(
-        self,
-        pictures: Callable[[list[int]], np.ndarray],
-        count: int,
-        shape: tuple[int, ...],
-        encode: Callable[[Tensor], tuple[Tensor, Tensor]],
-    ):
-        self._pictures, self._count, self._encode, self.shape = pictures, count, encode, shape
-
-    def __len__(self) -> int:
-        return self._count
-
-    def batch(self, rows: list[int]) -> dict[str, Tensor]:
-        """Images (B, C, H, W) in [-1, 1]."""
-        return {"images": to_images(self._pictures(rows))}
-
-    @torch.no_grad()
-    def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of the images."""
-        mean, log_variance = self._encode(batch["images"])
-        return mean.float(), log_variance.float()
+    def texts(self, batch: dict[str, Tensor]) -> Tensor:
+        """Contexts (B, L, D), or the token ids (B, L) of a text encoder that is trained."""
+        ...
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Captions as the network takes them, token ids (U, L) or contexts (U, L, D), each row's own, and the empty one."""
+class Samples:
+    """What is learnt from, and what the user calls a row."""
 
-    values: Tensor
-    of_row: Tensor
-    empty: Tensor
-
-    def to(self, device: torch.device) -> Texts:
-        """The captions on a device."""
-        return Texts(self.values.to(device), self.of_row.to(device), self.empty.to(device))
-
-    def chosen(self, rows: Tensor, kept: Tensor) -> Tensor:
-        """Those of the rows (B,), or the empty one where not kept (B,), on the device of the rows."""
-        where = rows.to(self.of_row.device)
-        values = self.values[self.of_row[where]]
-        kept = kept.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
-        texts = torch.where(kept, values, self.empty)
-        return (texts.float() if texts.is_floating_point() else texts).to(rows.device)
+    latents: Latents
+    texts: Texts
+    name: Callable[[int], str]
 
 
 class ConditionedNetwork(nn.Module):
-    """U-Net and text encoder as one module; the text encoder is trained only where `tune` says so.
+    """U-Net and text encoder as one module, trained together.
 
     The token embeddings stay as the contrastive stage left them: they are most of the weights, and only the few
     words of the captions would move.
     """
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module, tune: bool):
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
         super().__init__()
-        self.unet, self.text_encoder, self.tune = unet, text_encoder, tune
-        text_encoder.requires_grad_(tune)
+        self.unet, self.text_encoder = unet, text_encoder
         for name, parameter in text_encoder.named_parameters():
-            if "token_embedding" in name:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_("token_embedding" not in name)
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """x_t (B, C, h, w), times (B,), token ids (B, L) -> output like x_t."""
-        with torch.set_grad_enabled(self.tune and torch.is_grad_enabled()):
-            context = self.text_encoder(ids)
-        output: Tensor = self.unet(x, t, context)
+        output: Tensor = self.unet(x, t, self.text_encoder(ids))
         return output
 
 
@@ -165,44 +112,45 @@ class DenoiserStage:
         module: nn.Module,
         parts: dict[str, nn.Module],
         loss: DiffusionLoss,
-        latents: Latents,
-        texts: Texts,
+        samples: Samples,
         draws: Draws,
+        order: Order,
     ):
         self.module, self.parts = module, parts
-        self._diffusion_loss, self._latents, self._texts, self._draws = loss, latents, texts, draws
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._diffusion_loss, self._samples, self._draws, self._order = loss, samples, draws, order
 
-    def _key(self, position: int) -> tuple[int, int]:
-        """(row, epoch) of a position in the endless sequence of samples."""
-        epoch, offset = divmod(position, len(self._latents))
-        if self._order[0] != epoch:
-            order = noise.permutation(len(self._latents), self._draws.seed, f"{self._draws.purpose} order", epoch)
-            self._order = (epoch, order)
-        return int(self._order[1][offset]), epoch
+    @property
+    def buckets(self) -> Sequence[np.ndarray]:
+        """The rows of each shape."""
+        return self._order.buckets
 
     def batch(self, positions: range) -> dict[str, Tensor]:
-        """Rows, times, captions kept (B,), noise and posterior noise (B, C, h, w), and what the latents need."""
-        keys = [self._key(position) for position in positions]
-        drawn = [self._draws.of(row, epoch, self._latents.shape) for row, epoch in keys]
+        """The samples at these positions of the order."""
+        return self.batch_of([self._order.key(position) for position in positions])
+
+    def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        """Rows and times (B,), noise and posterior noise (B, C, h, w), and what latents and texts need."""
+        latents, texts = self._samples.latents, self._samples.texts
+        drawn = [self._draws.of(row, epoch, latents.shape(row)) for row, epoch in keys]
+        kept = [bool(sample.pop("kept")) for sample in drawn]
         stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in drawn])) for name in drawn[0]}
-        return stacked | self._latents.batch([row for row, _ in keys])
+        return stacked | latents.batch(keys) | texts.batch(keys, kept)
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Losses (B,)."""
-        mean, log_variance = self._latents.moments(batch)
+        mean, log_variance = self._samples.latents.moments(batch)
         x0 = mean + (0.5 * log_variance).exp() * batch["posterior"]
-        texts = self._texts.chosen(batch["rows"], batch["kept"])
+        texts = self._samples.texts.texts(batch)
         return self._diffusion_loss(module, x0, batch["noise"], batch["t"], texts, batch.get("perturbation"))
 
     def sample_ids(self, positions: range) -> list[str]:
-        """Rows of the set."""
-        return [f"picture {self._key(position)[0]}" for position in positions]
+        """What the user calls the pictures."""
+        return [self._samples.name(self._order.key(position)[0]) for position in positions]
 
 
 @torch.no_grad()
-def validation_losses(stage: DenoiserStage, count: int, bins: int, timesteps: int, batch_size: int) -> dict[str, float]:
-    """The mean loss on `count` pictures by bins of time, each with noise of its own that never changes, and of all.
+def validation_losses(stage: DenoiserStage, bins: int, timesteps: int, batch_size: int) -> dict[str, float]:
+    """The mean loss on all pictures by bins of time, each with noise of its own that never changes, and of all.
 
     The same numbers whenever the weights are the same: the stage's draws must be of `time_bins` = bins.
     """
@@ -210,11 +158,11 @@ def validation_losses(stage: DenoiserStage, count: int, bins: int, timesteps: in
     device = next(stage.module.parameters()).device
     means = []
     for number in range(bins):
-        first, last = number * count, (number + 1) * count
         losses = []
-        for position in range(first, last, batch_size):
-            batch = stage.batch(range(position, min(position + batch_size, last)))
-            losses.append(stage.loss(stage.module, {name: tensor.to(device) for name, tensor in batch.items()}))
+        for rows in stage.buckets:
+            for first in range(0, len(rows), batch_size):
+                batch = stage.batch_of([(int(row), number) for row in rows[first : first + batch_size]])
+                losses.append(stage.loss(stage.module, {name: tensor.to(device) for name, tensor in batch.items()}))
         means.append(float(torch.cat(losses).mean()))
     edges = [number * timesteps // bins for number in range(bins + 1)]
     named = {f"loss_at_{low}_to_{high - 1}": value for low, high, value in zip(edges, edges[1:], means, strict=False)}

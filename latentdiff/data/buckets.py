@@ -1,0 +1,40 @@
+"""Aspect-ratio buckets (NovelAI 2022): pictures of like shape are resized to one size, so that little is cropped.
+
+The table holds, of all sides that are multiples of a step, the largest with no more pixels than resolution^2 and an
+aspect within a limit; a picture goes to the bucket whose aspect is nearest by ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from latentdiff.errors import ConfigError
+
+Size = tuple[int, int]  # (height, width)
+
+
+def bucket_table(resolution: int, step: int | None = None, max_aspect: float = 2.0) -> tuple[Size, ...]:
+    """Sizes (height, width), tall to wide; the square alone without a step. Raises ConfigError."""
+    if step is None:
+        return ((resolution, resolution),)
+    if step > resolution:
+        raise ConfigError(f"bucket_step must be at most the resolution {resolution} (got {step})")
+    area, sizes = resolution * resolution, set()
+    for short in range(step, resolution + 1, step):
+        long = area // short // step * step
+        if long <= max_aspect * short:
+            sizes |= {(short, long), (long, short)}
+    return tuple(sorted(sizes, key=lambda size: (size[1] / size[0], size)))
+
+
+def nearest(size: Size, table: Sequence[Size]) -> Size:
+    """The bucket of a picture: of the nearest aspect, and of those the one with the most pixels."""
+    aspect = math.log(size[1] / size[0])
+    return min(table, key=lambda other: (abs(math.log(other[1] / other[0]) - aspect), -other[0] * other[1]))
+
+
+def kept_share(size: Size, bucket: Size) -> float:
+    """The share of a picture's area that is left when it is cropped to the bucket's aspect."""
+    ratio = (size[1] / size[0]) / (bucket[1] / bucket[0])
+    return min(ratio, 1 / ratio)

@@ -1,0 +1,216 @@
+"""A folder of pictures: captions in metadata files, in sidecars beside them, or nowhere.
+
+- metadata: metadata.jsonl or .csv in the folder or below, `file_name` relative to it, the caption in `text`
+- sidecars: kohya's, img.png with img.txt (or .caption), each line one caption; a folder `10_name` counts 10 times
+- uncaptioned: neither; in a folder `10_a dog` the caption is "a dog"
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from latentdiff.data.decoding import SUFFIXES
+from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, lines_of, shown
+from latentdiff.errors import DataError
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+SIDECARS = (".txt", ".caption")
+_NOT_CAPTIONS = ("readme", "license", "licence", "copying", "notice", "classes", "requirements")
+
+
+def listing(root: Path, options: Options) -> Listing:
+    """Every picture of a folder and its sub-folders. Raises DataError."""
+    files = sorted(_files(root))
+    metadata = [file for file in files if PurePosixPath(file).name in METADATA]
+    pictures = [file for file in files if _suffix(file) in SUFFIXES]
+    stems = {_stem(file) for file in pictures}
+    beside = [file for file in files if _is_sidecar(file)]
+    has_sidecars = any(_stem(file) in stems for file in beside)
+    layout = options.layout
+    if layout == "auto":
+        layout = "metadata" if metadata else "sidecars" if has_sidecars else "uncaptioned"
+    if layout == "metadata":
+        found, read = _by_metadata(root, files, pictures, metadata, options), {*metadata}
+    elif layout == "sidecars":
+        found, read = _by_sidecars(root, pictures, beside), {*beside}
+    else:
+        records = (Record(name, _reader(root, name), *_of_folder_name(name)) for name in pictures)
+        found, read = Listing("uncaptioned", list(records)), set()
+    if not found.records:
+        raise DataError(f"no pictures in {root}. Known suffixes: {', '.join(sorted(SUFFIXES))}")
+    others = sorted(set(files) - read - {record.name for record in found.records})
+    return Listing(found.layout, found.records, found.orphans, (*found.notes, *_note(others)))
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Paths relative to the root, through linked folders too, each folder once; hidden files are no pictures."""
+    seen = set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name).relative_to(root).as_posix() for name in names if not name.startswith("."))
+
+
+def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: list[str], options: Options) -> Listing:
+    """A row a picture; files that a row names are pictures whatever their suffix."""
+    if not metadata:
+        raise DataError(f"no metadata.jsonl or metadata.csv in {root}")
+    said: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    orphans, known = [], _Names(files)
+    for file in metadata:
+        parent = PurePosixPath(file).parent
+        for where, row in _rows(root / file, file, options):
+            name = known.find(_inside(parent, row.get("file_name"), where))
+            if name is None:
+                orphans.append(f"{shown(str(row['file_name']))} ({where})")
+            else:
+                said[name].append((where, captions_in(row, where, options.caption_column)))
+    records = []
+    for name in sorted({*pictures, *said}):
+        rows = said.get(name, [])
+        fault = f"{len(rows)} rows: {' and '.join(where for where, _ in rows)}" if len(rows) > 1 else ""
+        records.append(Record(name, _reader(root, name), rows[0][1] if rows else (), fault=fault))
+    return Listing("metadata", records, tuple(orphans))
+
+
+class _Names:
+    """File names by what a row calls them: to the byte, or else by Unicode's canonical form, if that is one file."""
+
+    def __init__(self, files: list[str]):
+        self._files = set(files)
+        self._forms: dict[str, list[str]] = defaultdict(list)
+        for file in files:
+            self._forms[unicodedata.normalize("NFC", file)].append(file)
+
+    def find(self, name: str) -> str | None:
+        if name in self._files:
+            return name
+        same = self._forms[unicodedata.normalize("NFC", name)]
+        return same[0] if len(same) == 1 else None
+
+
+def _inside(parent: PurePosixPath, name: Any, where: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{where} has no file_name")
+    path = os.path.normpath((parent / name).as_posix())
+    if path.startswith(("../", "/")) or path == "..":
+        raise DataError(f"{where} names a file outside its folder ({shown(name)})")
+    return path
+
+
+def _rows(path: Path, name: str, options: Options) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, row) for each line of a metadata file. Raises DataError that names the line."""
+    lines = lines_of(_read_text(path, name), name)
+    rows = list(_csv_rows(lines, name) if name.endswith(".csv") else _json_rows(lines, name))
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    if rows:
+        check_column(columns, options.caption_column, CAPTION_KEYS, "caption_column", name)
+    yield from rows
+
+
+def _json_rows(lines: list[str], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        where = f"{name} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not valid JSON: {str(error)[:80]}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where} is not a JSON object")
+        yield where, row
+
+
+def _csv_rows(lines: list[str], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO("\n".join(lines), newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{name} line {reader.line_num}"
+            if None in row:
+                raise DataError(f"{where} has more fields than there are columns")
+            yield where, row
+    except csv.Error as error:
+        raise DataError(f"{name} line {reader.line_num} is not valid CSV: {error}") from None
+
+
+def _by_sidecars(root: Path, pictures: list[str], beside: list[str]) -> Listing:
+    """Pictures by their stem; two of one stem have one sidecar between them, and nothing says whose it is."""
+    of_stem: dict[str, list[str]] = defaultdict(list)
+    for name in pictures:
+        of_stem[_stem(name)].append(name)
+    sidecars: dict[str, str] = {}
+    for suffix in reversed(SIDECARS):  # the first kind wins
+        sidecars |= {_stem(file): file for file in beside if file.endswith(suffix)}
+    records = []
+    for name in pictures:
+        stem = _stem(name)
+        sidecar, others = sidecars.get(stem), [other for other in of_stem[stem] if other != name]
+        captions = _lines_as_captions(_read_text(root / sidecar, sidecar), sidecar) if sidecar else ()
+        fault = f"shares {shown(sidecar)} with {shown(', '.join(others))}" if sidecar and others else ""
+        records.append(Record(name, _reader(root, name), captions, _of_folder_name(name)[1], fault))
+    orphans = [shown(file) for stem, file in sidecars.items() if stem not in of_stem]
+    unread = sorted(set(beside) - set(sidecars.values()))
+    notes = [f"{len(unread)} .caption files are not read, for there is a .txt beside each"] if unread else []
+    return Listing("sidecars", records, tuple(orphans), tuple(notes))
+
+
+def _lines_as_captions(data: bytes, name: str) -> tuple[str, ...]:
+    return captions_in({"text": [line for line in lines_of(data, shown(name)) if line.strip()]}, shown(name))
+
+
+def _of_folder_name(name: str) -> tuple[tuple[str, ...], int]:
+    """Of `10_a dog`: the caption of pictures without one, and how often they are seen an epoch."""
+    match = re.fullmatch(r"(\d{1,6})_(.+)", PurePosixPath(name).parent.name)
+    return ((match[2],), max(int(match[1]), 1)) if match else ((), 1)
+
+
+def _is_sidecar(file: str) -> bool:
+    path = PurePosixPath(file)
+    return path.suffix.lower() in SIDECARS and path.stem.lower() not in _NOT_CAPTIONS
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _reader(root: Path, name: str) -> Any:
+    return lambda: _read(root / name)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError((error.strerror or str(error)).lower()) from None
+
+
+def _read_text(path: Path, name: str) -> bytes:
+    try:
+        return _read(path)
+    except DataError as error:
+        raise DataError(f"{shown(name)} cannot be read ({error})") from None
+
+
+def _note(others: list[str]) -> list[str]:
+    if not others:
+        return []
+    more = ", ..." if len(others) > 5 else ""
+    return [f"{len(others)} other files are not read: {', '.join(map(shown, others[:5]))}{more}"]

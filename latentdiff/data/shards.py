@@ -1,0 +1,129 @@
+"""webdataset shards: in .tar files, members of one key are one sample, `000.jpg` with `000.txt` or `000.json`.
+
+Only the headers are read here; a picture is read where it lies in its shard, in any order, and nothing is extracted.
+The webdataset library itself reads shards from end to end only, so the standard library's tarfile is used; what
+belongs together is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from latentdiff.data.decoding import SUFFIXES
+from latentdiff.data.source import Listing, Options, Record, captions_in, lines_of, shown
+from latentdiff.errors import ConfigError, DataError
+
+_Member = tuple[int, int, str]  # where it begins, how long it is, its name
+
+
+def is_sharded(source: str) -> bool:
+    """Whether a source is .tar files: named, as a range in braces, or the only ones of a folder."""
+    path = Path(source)
+    return source.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar")))
+
+
+def listing(source: str, options: Options) -> Listing:
+    """Every picture of every shard. Raises DataError, ConfigError."""
+    records: list[Record] = []
+    orphans: list[str] = []
+    others = 0
+    for shard in _shards(source):
+        samples, ignored = _samples(shard)
+        others += ignored
+        for key, members in samples.items():
+            found = _records(shard, key, members, options)
+            records += found
+            if not found:
+                orphans += [f"{shard.name}/{shown(name)}" for _, _, name in members.values()]
+    if not records:
+        raise DataError(f"no pictures in {shown(source)}")
+    notes = (f"{others} other members are not read",) if others else ()
+    return Listing("shards", records, tuple(orphans), notes)
+
+
+def _shards(source: str) -> list[Path]:
+    from braceexpand import braceexpand
+
+    if re.match(r"\w+:", source):
+        raise ConfigError(f"shards must be files of this machine (got {shown(source)})")
+    if Path(source).is_dir():
+        return sorted(Path(source).glob("*.tar"))
+    try:
+        shards = [Path(name) for name in braceexpand(source)] if "{" in source else [Path(source)]
+    except ValueError:
+        raise ConfigError(f"braces do not match ({shown(source)})") from None
+    for shard in shards:
+        if not shard.is_file():
+            raise DataError(f"no such shard ({shown(str(shard))})")
+    return shards
+
+
+def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
+    """Members by key and by what follows its first dot, and how many are neither pictures nor captions."""
+    samples: dict[str, dict[str, _Member]] = defaultdict(dict)
+    ignored = 0
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                if not member.isreg() or path.name.startswith("."):
+                    continue
+                stem, _, extension = path.name.partition(".")
+                if _kind(extension.lower()) is None:
+                    ignored += 1
+                    continue
+                group = samples[str(path.parent / stem)]
+                if extension.lower() in group:
+                    raise DataError(f"{shard.name} holds {shown(member.name)} twice")
+                group[extension.lower()] = (member.offset_data, member.size, member.name)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"shard {shown(str(shard))} cannot be read: {error}") from None
+    return samples, ignored
+
+
+def _kind(extension: str) -> str | None:
+    last = "." + extension.rsplit(".", 1)[-1]
+    return "picture" if last in SUFFIXES else {".txt": "text", ".caption": "text", ".json": "json"}.get(last)
+
+
+def _records(shard: Path, key: str, members: dict[str, _Member], options: Options) -> list[Record]:
+    pictures = [member for extension, member in members.items() if _kind(extension) == "picture"]
+    captions: tuple[str, ...] = ()
+    for kind in ("json", "text"):  # what stands in a text file wins
+        for extension, member in members.items():
+            if _kind(extension) == kind:
+                captions = _captions(shard, member, kind, options) or captions
+    names = [f"{shard.name}/{name}" for _, _, name in pictures]
+    fault = f"{len(pictures)} pictures of one key, {shown(key)}" if len(pictures) > 1 else ""
+    return [
+        Record(name, _reader(shard, member), captions, fault=fault)
+        for name, member in zip(names, pictures, strict=True)
+    ]
+
+
+def _captions(shard: Path, member: _Member, kind: str, options: Options) -> tuple[str, ...]:
+    where = f"{shard.name}/{shown(member[2])}"
+    lines = lines_of(_read(shard, member), where)
+    if kind == "text":
+        return captions_in({"text": [line for line in lines if line.strip()]}, where)
+    try:
+        row = json.loads("\n".join(lines))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON: {str(error)[:80]}") from None
+    return captions_in(row, where, options.caption_column) if isinstance(row, dict) else ()
+
+
+def _reader(shard: Path, member: _Member) -> Any:
+    return lambda: _read(shard, member)
+
+
+def _read(shard: Path, member: _Member) -> bytes:
+    offset, size, _ = member
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)

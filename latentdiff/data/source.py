@@ -1,0 +1,116 @@
+"""What a data set is found to be: a list of pictures, not yet opened, each with its captions.
+
+Every layout becomes a `Listing` (see `folder.py`, `shards.py`, `table.py`); which one it is, is seen by looking at
+what is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import ConfigError, DataError
+
+CAPTION_KEYS = ("text", "caption", "prompt")  # tried in this order
+LAYOUTS = ("auto", "metadata", "sidecars", "uncaptioned", "shards", "table")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture as it was found: what the user calls it, how its bytes are read, and what is said of it.
+
+    No captions where nothing is said; `fault` says why it cannot be used although it may be readable.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    captions: tuple[str, ...] = ()
+    repeats: int = 1
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set as it was found. `orphans` are captions without a picture, `notes` what else the user should know."""
+
+    layout: str
+    records: Iterable[Record]
+    orphans: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    streamed: bool = False
+    """Whether records hold their bytes and come in their own order only."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says of a data set beside where it is; None is the usual name."""
+
+    layout: str = "auto"
+    split: str = "train"
+    image_column: str | None = None
+    caption_column: str | None = None
+    streaming: bool = False
+
+
+def find(source: str, options: Options) -> Listing:
+    """List what is at a path, in shards `name-{00000..00099}.tar`, or under a hub id. Raises DataError, ConfigError."""
+    from latentdiff.data import folder, shards, table  # table's library takes seconds to import
+
+    layout, path = options.layout, Path(source)
+    if layout == "shards" or (layout == "auto" and shards.is_sharded(source)):
+        return shards.listing(source, options)
+    if layout == "table" or (layout == "auto" and table.is_table(path)):
+        return table.listing(source, options)
+    if path.name in folder.METADATA and path.is_file():
+        path = path.parent
+    if path.is_dir():
+        return folder.listing(path, options)
+    if path.exists():
+        raise DataError(f"{shown(source)} is no data set. Give a folder, .tar shards, .parquet files or a hub id")
+    if layout == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
+        return table.listing(source, options)
+    raise DataError(f"no such data set ({shown(source)}). Give a folder, .tar shards, .parquet files or a hub id")
+
+
+def captions_in(row: Mapping[str, Any], where: str, column: str | None = None) -> tuple[str, ...]:
+    """The captions a row holds, one or a list of them; what is null or only white space is none. Raises DataError."""
+    key = column or next((name for name in CAPTION_KEYS if name in row), None)
+    value = row.get(key) if key else None
+    values = value if isinstance(value, list | tuple) else [value]
+    for text in values:
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}: {key} must be a string or a list of strings (got {str(value)[:60]})")
+    texts = [text for text in values if text and text.strip()]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {key} holds half a surrogate pair, which is no text") from None
+    return tuple(text.strip() for text in texts)
+
+
+def check_column(columns: Iterable[str], wanted: str | None, usual: Iterable[str], key: str, where: str) -> str | None:
+    """The column to read: the one that is asked for, or the first usual one. Raises ConfigError listing the columns."""
+    names = list(columns)
+    chosen = wanted or next((name for name in usual if name in names), None)
+    if wanted and wanted not in names:
+        raise ConfigError(f'{where} has no column "{wanted}". Its columns: {", ".join(names)}. Name one with {key}')
+    return chosen
+
+
+def lines_of(data: bytes, where: str) -> list[str]:
+    """Lines of UTF-8 text, with or without a byte order mark. Raises DataError with the number of a bad one."""
+    lines = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise DataError(f"{where} line {number} is not valid UTF-8") from None
+    return lines
+
+
+def shown(name: str) -> str:
+    """A name as one line can hold it: control characters and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,0 +1,101 @@
+"""Rows of tensors by key, in safetensors files that are only ever added: what is expensive to compute again.
+
+A file holds rows of one shape, their keys in its header. Its name is the sha256 of its bytes, so that a damaged one is
+known when the store is opened, two writers of the same rows agree, and an interrupted one leaves nothing behind but a
+name that begins with a dot. Files are memory-mapped: a row that is never read takes no memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentdiff.errors import DataError, ResourceError
+
+
+class Store:
+    """Rows under 32 hexadecimal digits. Raises DataError for a file that is not as it was written."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._files: dict[Path, dict[str, Tensor]] = {}
+        self._where: dict[str, tuple[Path, int]] = {}
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def refresh(self) -> None:
+        """Take in files that others have added."""
+        new = [path for path in sorted(self._directory.glob("[!.]*.safetensors")) if path not in self._files]
+        with ThreadPoolExecutor() as pool:
+            for path, digest in zip(new, pool.map(_sha256, new), strict=True):
+                if digest != path.stem:
+                    raise _damaged(path)
+                self._map(path)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those without a row, each once, in their order."""
+        return [key for key in dict.fromkeys(keys) if key not in self._where]
+
+    def shape(self, key: str, name: str) -> tuple[int, ...]:
+        """Of a row's tensor."""
+        path, _ = self._where[key]
+        return tuple(self._files[path][name].shape[1:])
+
+    def rows(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors (len(keys), ...) by name; the rows must be of one shape. Raises DataError for a key without a row."""
+        try:
+            found = [(self._files[path], row) for path, row in map(self._where.__getitem__, keys)]
+        except KeyError as error:
+            raise DataError(f"{self._directory} has no row {error.args[0]}. The same command makes it again") from None
+        return {name: torch.stack([tensors[name][row] for tensors, row in found]) for name in found[0][0]}
+
+    def add(self, keys: Sequence[str], tensors: dict[str, Tensor]) -> None:
+        """Write rows (N, ...), whole or not at all. Raises ResourceError where there is no room."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        partial = self._directory / f".tmp-{os.getpid()}.safetensors"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, _header(keys))
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            partial.chmod(0o666 & ~mask)  # safetensors makes it its owner's alone
+            path = partial.rename(self._directory / f"{_sha256(partial)}.safetensors")
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise ResourceError(f"cannot write to {self._directory} ({error}). The rows before are kept") from error
+        self._map(path)
+
+    def _map(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                keys = json.loads((file.metadata() or {})["keys"])
+                self._files[path] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise _damaged(path) from error
+        for row, key in enumerate(keys):
+            self._where.setdefault(key, (path, row))
+
+
+def _header(keys: Sequence[str]) -> dict[str, str]:
+    return {"keys": json.dumps(list(keys))}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"cached rows are damaged ({path}). Delete the file; they are made again")

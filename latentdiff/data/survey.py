@@ -1,0 +1,217 @@
+"""A data set, looked at whole: every picture decoded, every caption accounted for, before anything is learnt from it.
+
+A picture's identity is the sha256 of its encoded bytes, whatever it is called and wherever it lies; the set is in the
+order of its identities, so the same pictures in another layout are the same set, row by row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import PIL
+from tqdm import tqdm
+
+from latentdiff.data.buckets import Size
+from latentdiff.data.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
+from latentdiff.data.source import Listing, Record, shown
+from latentdiff.errors import DataError
+
+_RULES = f"1, Pillow {PIL.__version__}"  # what the facts below depend on beside the bytes
+_AT_ONCE = 256  # pictures in hand: of a stream each holds its bytes
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decoding a picture says: its upright size, colour mode, format and frames, or why it cannot be used."""
+
+    size: Size = (0, 0)
+    mode: str = ""
+    format: str = ""
+    frames: int = 1
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be used."""
+
+    id: str
+    name: str
+    facts: Facts
+    captions: tuple[str, ...]
+    repeats: int
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A picture that cannot, and why."""
+
+    name: str
+    reason: str
+    id: str | None = None
+
+    def __str__(self) -> str:
+        return f"{shown(self.name)} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Each picture found is in exactly one of `pictures`, `unreadable`, `ambiguous` and `uncaptioned`."""
+
+    listing: Listing
+    pictures: tuple[Picture, ...]
+    unreadable: tuple[Fault, ...]
+    ambiguous: tuple[Fault, ...]
+    uncaptioned: tuple[Fault, ...]
+
+    @property
+    def found(self) -> int:
+        """How many pictures there are."""
+        return len(self.pictures) + len(self.quarantined)
+
+    @cached_property
+    def quarantined(self) -> tuple[Fault, ...]:
+        """All that cannot be used."""
+        return (*self.unreadable, *self.ambiguous, *self.uncaptioned)
+
+    @cached_property
+    def duplicates(self) -> dict[str, list[str]]:
+        """Names of pictures of the same bytes, by identity."""
+        often = {key for key, times in Counter(picture.id for picture in self.pictures).items() if times > 1}
+        return {key: [picture.name for picture in self.pictures if picture.id == key] for key in sorted(often)}
+
+    def refusal(self) -> str | None:
+        """Why nothing is trained on this set, in one line; None where it is sound."""
+        found = self.found
+        reasons = [
+            _named(self.unreadable, 20, f"{len(self.unreadable)} of {found:,} images cannot be read"),
+            _named(self.uncaptioned, 5, f"{_images(len(self.uncaptioned))} no caption", names_only=True),
+            _named(self.ambiguous, 5, f"{_images(len(self.ambiguous))} captions that nothing tells apart"),
+            _named(self.listing.orphans, 5, f"{len(self.listing.orphans)} captions have no image"),
+        ]
+        told = [reason for reason in reasons if reason]
+        if not told:
+            return None if self.pictures else "no images can be used"
+        advice = "Add rows or pass --allow-missing-captions" if self.uncaptioned else "Mend them or pass --skip-bad"
+        return f"{'; '.join(told)}. {advice}"
+
+    def sound(self, skip_bad: bool) -> Survey:
+        """The set itself where training may use it; `skip_bad` leaves out what cannot be used. Raises DataError."""
+        refusal = self.refusal()
+        if refusal and not (skip_bad and self.pictures):
+            raise DataError(refusal)
+        return self
+
+    def write_quarantine(self, path: Path) -> None:
+        """One JSON object a line for everything left out; the pictures themselves stay where and as they are."""
+        lines = [asdict(fault) for fault in self.quarantined]
+        lines += [{"name": name, "reason": "a caption without an image", "id": None} for name in self.listing.orphans]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def survey(
+    listing: Listing,
+    *,
+    instance_prompt: str | None = None,
+    allow_missing_captions: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    memo: Path | None = None,
+) -> Survey:
+    """Open every picture of a listing. `instance_prompt` is the caption of those without one.
+
+    What decoding said is remembered in `memo` by identity, so that the next time bytes are only hashed.
+    """
+    known = _read_memo(memo, max_pixels)
+    pictures: list[Picture] = []
+    faults: dict[str, list[Fault]] = {"unreadable": [], "ambiguous": [], "uncaptioned": []}
+    for record, key, facts in _opened(listing.records, known, max_pixels):
+        captions = record.captions or ((instance_prompt,) if instance_prompt else ())
+        if facts.fault:
+            faults["unreadable"].append(Fault(record.name, facts.fault, key))
+        elif record.fault:
+            faults["ambiguous"].append(Fault(record.name, record.fault, key))
+        elif not captions and not allow_missing_captions:
+            faults["uncaptioned"].append(Fault(record.name, "no caption", key))
+        else:
+            assert key
+            pictures.append(Picture(key, record.name, facts, captions or ("",), record.repeats, record.read))
+    if memo:
+        _write_memo(memo, max_pixels, known)
+    pictures.sort(key=lambda picture: (picture.id, picture.name))
+    return Survey(listing, tuple(pictures), **{kind: tuple(found) for kind, found in faults.items()})
+
+
+def _opened(
+    records: Iterable[Record], known: dict[str, Facts], max_pixels: int
+) -> Iterator[tuple[Record, str | None, Facts]]:
+    """Each record with its identity and facts, by two threads: decoders leave Python's lock to the other."""
+
+    def look(record: Record) -> tuple[Record, str | None, Facts]:
+        try:
+            data = record.read()
+        except (DataError, OSError) as error:
+            return record, None, Facts(fault=str(error))
+        key = hashlib.sha256(data).hexdigest()
+        if key not in known:
+            known[key] = _facts(data, max_pixels)
+        return record, key, known[key]
+
+    remaining, total = iter(records), len(records) if isinstance(records, list) else None
+    with ThreadPoolExecutor() as pool, silent_decoders(), tqdm(total=total, desc="looking", unit="image") as bar:
+        while some := list(itertools.islice(remaining, _AT_ONCE)):
+            yield from pool.map(look, some)
+            bar.update(len(some))
+
+
+def _facts(data: bytes, max_pixels: int) -> Facts:
+    try:
+        decoded = decode(data, WHITE, max_pixels)
+    except DataError as error:
+        return Facts(fault=str(error))
+    height, width = decoded.pixels.shape[:2]
+    return Facts((height, width), decoded.mode, decoded.format, decoded.frames)
+
+
+def _read_memo(path: Path | None, max_pixels: int) -> dict[str, Facts]:
+    """Facts by identity; none where the rules were others, or a line is not as it was written."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        first, *rest = path.read_text(encoding="utf-8").splitlines()
+        if json.loads(first) != {"rules": _RULES, "max_pixels": max_pixels}:
+            return {}
+        rows = [json.loads(line) for line in rest]
+        return {key: replace(Facts(**facts), size=tuple(facts["size"])) for key, facts in rows}
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+def _write_memo(path: Path, max_pixels: int, known: dict[str, Facts]) -> None:
+    lines: list[Any] = [{"rules": _RULES, "max_pixels": max_pixels}]
+    lines += [[key, asdict(facts)] for key, facts in sorted(known.items())]
+    partial = path.with_name(f".tmp-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def _images(count: int) -> str:
+    return "1 image has" if count == 1 else f"{count:,} images have"
+
+
+def _named(faults: tuple[Any, ...], most: int, what: str, names_only: bool = False) -> str:
+    """`what: the first few by name`; empty without any."""
+    if not faults:
+        return ""
+    named = ", ".join(shown(fault.name) if names_only else str(fault) for fault in faults[:most])
+    return f"{what}: {named}" + (f", ... ({len(faults) - most} more)" if len(faults) > most else "")

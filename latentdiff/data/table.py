@@ -1,0 +1,110 @@
+"""Tables of pictures, read by Hugging Face's `datasets`: saved ones, parquet files, hub ids; whole or streamed.
+
+The encoded bytes are taken as they are stored, so a picture has the same identity here as in a file of its own.
+A hub id is the only thing in this package that is ever fetched, and only because the user named it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, shown
+from latentdiff.errors import ConfigError, DataError, LatentDiffError
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is a saved data set, a parquet file, or a folder of them."""
+    if path.is_dir():
+        saved = (path / "dataset_dict.json", path / "state.json")
+        return any(file.is_file() for file in saved) or any(path.rglob("*.parquet"))
+    return path.suffix == ".parquet" and path.is_file()
+
+
+def listing(source: str, options: Options) -> Listing:
+    """Every row. Raises DataError, and ConfigError for a column or split that is not there."""
+    table = _opened(source, options)
+    columns = list(table.features or next(iter(table.take(1)), {}))
+    image = check_column(columns, options.image_column, ("image", "img", "jpg", "png"), "image_column", shown(source))
+    if image is None:
+        raise ConfigError(f"{shown(source)} has no column image. Its columns: {', '.join(columns)}. Use image_column")
+    caption = check_column(columns, options.caption_column, CAPTION_KEYS, "caption_column", shown(source))
+    table = _undecoded(table.select_columns([image, *([caption] if caption else [])]), image)
+    if options.streaming:
+        return Listing("table", _Stream(table, image, caption), streamed=True)
+    captions = table[caption] if caption else [None] * len(table)
+    records = []
+    for number, text in enumerate(captions):
+        said = captions_in({"text": text}, f"{shown(source)} row {number}")
+        records.append(Record(f"row {number}", _reader(table, number, image), said))
+    if not records:
+        raise DataError(f"no rows in {shown(source)}")
+    return Listing("table", records)
+
+
+class _Stream:
+    """Records in the order of the rows, each with its bytes in hand; it can be gone through again."""
+
+    def __init__(self, table: Iterable[dict[str, Any]], image: str, caption: str | None):
+        self._table, self._image, self._caption = table, image, caption
+
+    def __iter__(self) -> Iterator[Record]:
+        for number, row in enumerate(self._table):
+            said = captions_in({"text": row[self._caption] if self._caption else None}, f"row {number}")
+            yield Record(f"row {number}", _bytes_in_hand(row[self._image]), said)
+
+
+def _bytes_in_hand(cell: Any) -> Callable[[], bytes]:
+    return lambda: _bytes(cell)
+
+
+def _opened(source: str, options: Options) -> Any:
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+
+    disable_progress_bars()
+    path = Path(source)
+    try:
+        if path.is_dir() and not any(path.rglob("*.parquet")):
+            table = load_from_disk(source)
+            if isinstance(table, DatasetDict):
+                table = _split(table, options, source)
+            return table.to_iterable_dataset() if options.streaming else table
+        if path.exists():
+            files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [source]
+            return load_dataset("parquet", data_files=files, split="train", streaming=options.streaming)
+        return load_dataset(source, split=options.split, streaming=options.streaming)
+    except LatentDiffError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot read the data set {shown(source)}: {reason}") from None
+
+
+def _split(table: Any, options: Options, source: str) -> Any:
+    if options.split not in table:
+        raise ConfigError(f'{shown(source)} has no split "{options.split}". Its splits: {", ".join(table)}')
+    return table[options.split]
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    """Pictures as their bytes; `datasets` would decode them, and its decoder knows nothing of what ours refuses."""
+    from datasets import Image
+
+    feature = (table.features or {}).get(column)
+    return table.cast_column(column, Image(decode=False)) if isinstance(feature, Image) else table
+
+
+def _reader(table: Any, number: int, column: str) -> Callable[[], bytes]:
+    return lambda: _bytes(table[number][column])
+
+
+def _bytes(cell: Any) -> bytes:
+    """Of a cell that holds them, or the path of a local file that does."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes):
+        return cell
+    if isinstance(cell, str) and Path(cell).is_file():
+        return Path(cell).read_bytes()
+    raise DataError("no picture" if not cell else f"not bytes of a picture but {str(cell)[:60]}")

@@ -1,0 +1,76 @@
+"""Networks that are not trained any more, applied to pictures and captions: the same bits before training and in it.
+
+Kernels round otherwise for another number of rows. So rows go through in batches of `AT_ONCE`, filled up where there
+are fewer; which rows share a batch then changes no bit, and what is cached is what would be computed in a step. So do
+they for another order in memory: what goes in and what comes out is contiguous. The arithmetic is float32 unless asked otherwise, whatever the training's is, and the results are rounded to half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from latentdiff.build import AnyAutoencoder
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.weights import weights_hash
+
+AT_ONCE = 8
+
+
+def in_batches(function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> tuple[Tensor, ...]:
+    """function(rows), tensors (B, ...), computed AT_ONCE rows at a time."""
+    parts = []
+    for part in torch.split(rows, AT_ONCE):
+        lacking = AT_ONCE - len(part)
+        filled = torch.cat([part, part.new_zeros(lacking, *part.shape[1:])]) if lacking else part
+        parts.append([tensor[: len(part)] for tensor in function(filled.contiguous())])
+    return tuple(torch.cat(tensors).contiguous() for tensors in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def moments_of(autoencoder: AnyAutoencoder, images: Tensor, dtype: str = "float32") -> tuple[Tensor, Tensor]:
+    """Posterior mean and log-variance (B, C, h, w) of images (B, 3, H, W), in half precision.
+
+    Rows that are not finite in a narrower `dtype` are computed again in float32; see `finite`.
+    """
+    mean, log_variance = _moments(autoencoder, images, dtype)
+    if dtype != "float32" and not (good := finite(mean, log_variance)).all():
+        mean[~good], log_variance[~good] = _moments(autoencoder, images[~good], "float32")
+    return mean, log_variance
+
+
+def _moments(autoencoder: AnyAutoencoder, images: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    kind = images.device.type
+    narrow = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32")
+    with torch.autocast(kind, enabled=False), narrow:
+        mean, log_variance = in_batches(autoencoder.encode, images)
+    return mean.half(), log_variance.half()
+
+
+def finite(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Whether each row (B,) can be learnt from. A variance of zero can: a log-variance of minus infinity."""
+    good = mean.isfinite() & ~log_variance.isnan() & ~log_variance.isposinf()
+    return good.flatten(1).all(1)
+
+
+def identity_of(network: AnyAutoencoder | TextEncoder) -> str:
+    """sha256 of all that its results depend on: weights, configuration, and the tokenizer of a text encoder."""
+    said = [weights_hash(network)]
+    if isinstance(network, TextEncoder):
+        said += [network.model.config.to_json_string(), network.tokenizer.backend_tokenizer.to_str()]
+        said.append(str(network.max_length))
+    elif isinstance(network, Autoencoder):
+        said.append(network.vae.to_json_string())
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+@torch.no_grad()
+def contexts_of(text_encoder: TextEncoder, ids: Tensor) -> Tensor:
+    """Contexts (B, L, D) of token ids (B, L), in half precision."""
+    with torch.autocast(ids.device.type, enabled=False):
+        (contexts,) = in_batches(lambda part: (text_encoder(part),), ids)
+    return contexts.half()
