@@ -227,17 +227,20 @@ class Config(_Section):
         return self
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file; overrides are `section.key=value` with TOML values. Raises ConfigError."""
+def load_config(path: Path | None, overrides: Sequence[str | tuple[str, Any]] = ()) -> Config:
+    """Read a TOML file, or take the defaults. Raises ConfigError.
+
+    Overrides are `section.key=value` with TOML values, or (key, value).
+    """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
     except OSError as error:
         raise ConfigError(f"cannot read config ({path}): {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path.name}: not valid TOML: {error}") from None
+        raise ConfigError(f"{path and path.name}: not valid TOML: {error}") from None
     for override in overrides:
-        _set(tree, override)
-    return parse_config(tree, path.name)
+        _set(tree, *(_parsed(override) if isinstance(override, str) else override))
+    return parse_config(tree, path.name if path else "config")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -276,22 +279,26 @@ def flat(config: Config) -> dict[str, Any]:
     return found
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
+    """(key, value) of `key=value`."""
     key, sign, value = override.partition("=")
     if not sign:
         raise ConfigError(f"override {override!r} is not key=value")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string
+        return key.strip(), value  # a bare word is a string
     except RecursionError:
         raise ConfigError(f"override {override[:60]!r}... is nested too deeply") from None
-    *sections, name = key.strip().split(".")
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"override {override!r}: {section} is not a section")
-    tree[name] = parsed
+            raise ConfigError(f"override of {key!r}: {section} is not a section")
+    tree[name] = value
 
 
 def _with_tuples(value: Any) -> Any:

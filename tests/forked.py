@@ -184,7 +184,7 @@ def in_caching(act):
     """`act` while the training set is encoded."""
     from latentdiff.stages import cache
 
-    at_call(cache, "pictures_of", 1, act)
+    at_call(cache, "to_images", 1, act)
 
 
 def in_validation(act):
@@ -195,7 +195,7 @@ def in_validation(act):
 
 
 def recording(path, then=None):
-    """Write what each process learns from, a line a batch: rows and a hash of noise, times and kept captions."""
+    """Write what each process learns from, a line a batch: rows and a hash of noise, times and texts."""
     import hashlib
 
     from latentdiff.training.denoiser import DenoiserStage
@@ -207,7 +207,7 @@ def recording(path, then=None):
             hashes = []
             for row in range(len(batch["rows"])):
                 digest = hashlib.sha256()
-                for name in ("noise", "posterior", "t", "kept"):
+                for name in ("noise", "posterior", "t", "texts"):
                     digest.update(batch[name][row].numpy().tobytes())
                 hashes.append(digest.hexdigest()[:16])
             with Path(path).open("a") as file:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -9,8 +10,9 @@ from torch import nn
 from latentdiff.config import Training
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.training.denoiser import CachedLatents, DenoiserStage, Draws, Texts
+from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
 from latentdiff.training.interruption import Interruption
+from latentdiff.training.order import Order
 from latentdiff.training.run import Start, run_stage
 
 
@@ -62,18 +64,39 @@ class TinyNetwork(nn.Module):
         return self.conv(x) * (1 + shift[:, :, None, None])
 
 
-def denoiser_stage(count=10, network=None, **draws):
+class Given:
+    """Latents and texts that a test gives, row by row; the text of a dropped caption is 99."""
+
+    def __init__(self, mean, log_variance):
+        self.mean, self.log_variance = mean, log_variance
+
+    def shape(self, row):
+        return tuple(self.mean.shape[1:])
+
+    def batch(self, keys, kept=None):
+        rows = torch.tensor([row for row, _ in keys])
+        if kept is not None:
+            texts = torch.where(torch.tensor(kept), rows, 99).float()
+            return {"texts": texts[:, None, None].expand(-1, 1, 3).contiguous()}
+        return {"mean": self.mean[rows], "log_variance": self.log_variance[rows]}
+
+    def moments(self, batch):
+        return batch["mean"].float(), batch["log_variance"].float()
+
+    def texts(self, batch):
+        return batch["texts"]
+
+
+def denoiser_stage(count=10, network=None, buckets=None, group=1, **draws):
     """The real stage on `count` random latents."""
     generator = torch.Generator().manual_seed(0)
-    latents = CachedLatents(
-        torch.randn(count, 4, 2, 2, generator=generator).half(), torch.full((count, 4, 2, 2), -2.0).half()
-    )
-    texts = Texts(
-        torch.arange(count)[:, None].expand(-1, 3).float()[:, None], torch.arange(count), torch.full((1, 1, 3), 99.0)
-    )
+    given = Given(torch.randn(count, 4, 2, 2, generator=generator).half(), torch.full((count, 4, 2, 2), -2.0).half())
     network = network or TinyNetwork()
     loss = DiffusionLoss(NoiseSchedule.scaled_linear(), "epsilon")
-    return DenoiserStage(network, {"unet": network}, loss, latents, texts, Draws(0, 1000, **draws))
+    drawn = Draws(0, 1000, **draws)
+    order = Order(0, drawn.purpose, buckets or [np.arange(count)], group)
+    samples = Samples(given, given, lambda row: f"picture {row}")
+    return DenoiserStage(network, {"unet": network}, loss, samples, drawn, order)
 
 
 SETTINGS = Training(

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from latentdiff import build
 from latentdiff.config import load_config
 from latentdiff.errors import ConfigError, DataError, ModelError
-from latentdiff.models.weights import load_autoencoder, load_text_encoder
+from latentdiff.models.weights import load_autoencoder
 from latentdiff.stages.autoencoder import latent_statistics
-from latentdiff.stages.cache import cached_latents, captions_of, texts_of
+from latentdiff.stages.cache import latents_of
 from latentdiff.stages.denoiser import train_denoiser
-from latentdiff.stages.pictures import fingerprint
+from latentdiff.stages.pictures import open_data
 from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume
 
 from .conftest import ROOT
@@ -43,7 +43,9 @@ def test_the_whole_chain(tiny_run):
 def test_latents_are_white(tiny_run):
     """The folded VAE gives latents of mean 0 and deviation 1 in every channel."""
     config = load_config(ROOT / "configs" / "scenes-tiny.toml")
-    center, std = latent_statistics(load_autoencoder(tiny_run / "model"), config, torch.device("cpu"))
+    center, std = latent_statistics(
+        load_autoencoder(tiny_run / "model"), config, open_data(config).training, torch.device("cpu")
+    )
     torch.testing.assert_close(center, torch.zeros(4), rtol=0, atol=1e-3)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-3)
 
@@ -105,6 +107,11 @@ def test_pixel_space(command, tmp_path):
         assert (image.size, image.mode) == ((32, 32), "L")
 
 
+def unchanged(config, checkpoints, **more):
+    """check_unchanged on the data that the config describes."""
+    return check_unchanged(config, open_data(config), checkpoints, **more)
+
+
 def latest(run):
     """The checkpoints of all stages of a run that is there."""
     found, _ = checkpoints_to_resume(run, ("autoencoder", "clip", "denoiser"), "latest")
@@ -129,8 +136,8 @@ def test_a_run_does_not_go_on_under_other_settings(tiny_run, change, named):
     """Else weights of one meaning would be saved under the name of another. Each change is listed, once."""
     config = load_config(TINY, [change])
     with pytest.raises(ConfigError, match=re.escape(named)) as refused:
-        check_unchanged(config, latest(tiny_run))
-    told = check_unchanged(config, latest(tiny_run), allow=True)
+        unchanged(config, latest(tiny_run))
+    told = unchanged(config, latest(tiny_run), allow=True)
     assert str(refused.value).startswith(f"cannot resume: {'; '.join(told)}. Use")
 
 
@@ -138,21 +145,21 @@ def test_what_may_change_between_starts(tiny_run):
     """How long, how often saved, how drawn; the split of a batch, not its size; what a stage without checkpoint is."""
     changes = ["denoiser.training.max_train_steps=99", "clip.training.lr_decay=0.5", "recommended.sampler=unipc"]
     changes += ["denoiser.training.train_batch_size=4", "denoiser.training.gradient_accumulation_steps=2"]
-    assert check_unchanged(load_config(TINY, changes), latest(tiny_run)) == []
+    assert unchanged(load_config(TINY, changes), latest(tiny_run)) == []
     halves = load_config(TINY, ["denoiser.training.train_batch_size=4"])
-    assert check_unchanged(halves, {"denoiser": latest(tiny_run)["denoiser"]}, processes=2) == []
+    assert unchanged(halves, {"denoiser": latest(tiny_run)["denoiser"]}, processes=2) == []
     wider = load_config(TINY, ["denoiser.block_out_channels=[32, 32, 32]"])
-    assert check_unchanged(wider, {**latest(tiny_run), "denoiser": None}) == []
+    assert unchanged(wider, {**latest(tiny_run), "denoiser": None}) == []
 
 
 def test_the_fingerprint_sees_the_pictures(monkeypatch):
     """Not only the settings they are drawn by."""
     config = load_config(TINY)
-    before = fingerprint(config)
-    assert before == fingerprint(config)
+    before = open_data(config).fingerprint
+    assert before == open_data(config).fingerprint
     assert before["images"] == 256
     monkeypatch.setattr("latentdiff.data.scenes.render", lambda scene, size: np.zeros((size, size, 3), np.uint8))
-    assert fingerprint(config)["sha256"] != before["sha256"]
+    assert open_data(config).fingerprint["sha256"] != before["sha256"]
 
 
 def test_where_a_start_goes_on_from(tiny_run, tmp_path):
@@ -198,28 +205,19 @@ def test_the_denoiser_needs_the_stages_before(tiny_run, tmp_path, stage):
     shutil.copytree(tiny_run / "clip", tmp_path / "clip")
     shutil.rmtree(tmp_path / ("model" if stage == "autoencoder" else "clip"))
     with pytest.raises(ConfigError, match=f"the denoiser needs the {stage} of the same run"):
-        train_denoiser(Run(load_config(TINY), tmp_path, Accelerator(cpu=True), {"denoiser": None}))
+        train_denoiser(
+            Run(load_config(TINY), tmp_path, Accelerator(cpu=True), open_data(load_config(TINY)), {"denoiser": None})
+        )
 
 
 @pytest.mark.parametrize("cut", [True, False], ids=["cut off", "one bit"])
 def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path, cut):
     config = load_config(TINY)
     shutil.copytree(tiny_run / "cache", tmp_path / "cache")
-    (file,) = (tmp_path / "cache").iterdir()
+    file = next((tmp_path / "cache").glob("latents-*/*.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content[:-10] if cut else content)
-    with pytest.raises(DataError, match="cached latents cannot be read"):
-        cached_latents(config, tmp_path / "cache", load_autoencoder(tiny_run / "model"), torch.device("cpu"))
-
-
-def test_cached_contexts_are_the_text_encoders(tiny_run):
-    """Row by row, in half precision; the empty one beside; equal captions kept once."""
-    config = load_config(TINY, ["data.count=100"])
-    encoder, captions = load_text_encoder(tiny_run / "clip").eval(), captions_of(config)
-    texts = texts_of([*captions, captions[0]], encoder, torch.device("cpu"), contexts=True)
-    assert len(texts.values) == len(set(captions))
-    rows = torch.tensor([0, 57, 100, 3])
-    chosen = texts.chosen(rows, torch.tensor([True, True, True, False]))
-    expected = encoder.encode([captions[0], captions[57], captions[0], ""])
-    torch.testing.assert_close(chosen, expected, rtol=1e-3, atol=1e-3)
+    examples, autoencoder = open_data(config).training, load_autoencoder(tiny_run / "model")
+    with pytest.raises(DataError, match=f"cached rows are damaged .*{file.name}"):
+        latents_of(config, examples, autoencoder, tmp_path / "cache", Accelerator(cpu=True))

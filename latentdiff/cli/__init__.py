@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from latentdiff import __version__
-from latentdiff.cli import convert, evaluate, generate, info, runs, train
+from latentdiff.cli import convert, data, evaluate, generate, info, runs, train
 from latentdiff.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("generate")(generate.generate)
 app.command("train")(train.train)
 app.command("runs")(runs.runs)
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(data.app, name="data")
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 

@@ -30,6 +30,16 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: denoiser.training.learning_rate=1e-4.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Train on these pictures: a folder, .tar shards, .parquet, a hub id.")
+    ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out what cannot be used, listed in RUN/quarantine.jsonl."),
+    ] = False,
+    allow_missing_captions: Annotated[
+        bool, typer.Option("--allow-missing-captions", help="Train pictures without a caption on the empty one.")
+    ] = False,
     resume: Annotated[
         str,
         typer.Option(
@@ -53,7 +63,14 @@ def train(
     """
     from latentdiff.config import load_config
 
-    effective = load_config(config, set_ or ())
+    more: list[tuple[str, object]] = []
+    if data is not None:
+        more += [("data.kind", "pictures"), ("data.pictures.source", data)]
+    if skip_bad:
+        more.append(("data.pictures.skip_bad", True))
+    if allow_missing_captions:
+        more.append(("data.pictures.allow_missing_captions", True))
+    effective = load_config(config, [*(set_ or ()), *more])
     folder = output or Path("runs") / effective.name
     check_writable(folder, folder)
     _train(effective, folder, [str(name) for name in stage or StageName], resume, allow_changed, dry_run, deterministic)
@@ -71,7 +88,7 @@ def _train(
     from latentdiff.build import check_networks
     from latentdiff.config import save_config
     from latentdiff.runtime.memory import keep_freed_memory
-    from latentdiff.stages import TRAIN
+    from latentdiff.stages.chain import TRAIN
     from latentdiff.stages.pictures import open_data
     from latentdiff.stages.plan import plan_text
     from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator
@@ -97,6 +114,8 @@ def _train(
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 save_config(config, folder / "config.toml")
+                if data.found and data.found.left_out:
+                    data.found.write_quarantine(folder / "quarantine.jsonl")
             for name in run.stages:
                 TRAIN[name](run)
     if accelerator.is_main_process:

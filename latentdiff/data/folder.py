@@ -74,10 +74,11 @@ def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: li
         parent = PurePosixPath(file).parent
         for where, row in _rows(root / file, file, options):
             name = known.find(_inside(parent, row.get("file_name"), where))
+            captions = captions_in(row, where, options.caption_column)
             if name is None:
                 orphans.append(f"{shown(str(row['file_name']))} ({where})")
             else:
-                said[name].append((where, captions_in(row, where, options.caption_column)))
+                said[name].append((where, captions))
     records = []
     for name in sorted({*pictures, *said}):
         rows = said.get(name, [])

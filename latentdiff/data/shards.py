@@ -81,9 +81,18 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
                 if extension.lower() in group:
                     raise DataError(f"{shard.name} holds {shown(member.name)} twice")
                 group[extension.lower()] = (member.offset_data, member.size, member.name)
+            _check_end(shard, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"shard {shown(str(shard))} cannot be read: {error}") from None
     return samples, ignored
+
+
+def _check_end(shard: Path, offset: int) -> None:
+    """tarfile stops in silence at a header that is cut off or damaged; a whole archive ends in blocks of zeros."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        if file.read(512) != bytes(512):
+            raise tarfile.ReadError(f"cut off or damaged at byte {offset:,}")
 
 
 def _kind(extension: str) -> str | None:

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from latentdiff.data.buckets import Size
 from latentdiff.data.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
+from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.source import Listing, Record, shown
 from latentdiff.errors import DataError
 
@@ -112,6 +113,11 @@ class Survey:
             raise DataError(refusal)
         return self
 
+    @property
+    def left_out(self) -> bool:
+        """Whether anything is."""
+        return bool(self.quarantined or self.listing.orphans)
+
     def write_quarantine(self, path: Path) -> None:
         """One JSON object a line for everything left out; the pictures themselves stay where and as they are."""
         lines = [asdict(fault) for fault in self.quarantined]
@@ -131,7 +137,8 @@ def survey(
 
     What decoding said is remembered in `memo` by identity, so that the next time bytes are only hashed.
     """
-    known = _read_memo(memo, max_pixels)
+    rules = {"rules": _RULES, "max_pixels": max_pixels}
+    known = {key: facts_of(told) for key, told in (read_memo(memo, rules) if memo else ())}
     pictures: list[Picture] = []
     faults: dict[str, list[Fault]] = {"unreadable": [], "ambiguous": [], "uncaptioned": []}
     for record, key, facts in _opened(listing.records, known, max_pixels):
@@ -146,7 +153,7 @@ def survey(
             assert key
             pictures.append(Picture(key, record.name, facts, captions or ("",), record.repeats, record.read))
     if memo:
-        _write_memo(memo, max_pixels, known)
+        write_memo(memo, rules, [[key, asdict(facts)] for key, facts in sorted(known.items())])
     pictures.sort(key=lambda picture: (picture.id, picture.name))
     return Survey(listing, tuple(pictures), **{kind: tuple(found) for kind, found in faults.items()})
 
@@ -173,6 +180,12 @@ def _opened(
             bar.update(len(some))
 
 
+def facts_of(told: dict[str, Any]) -> Facts:
+    """Facts as JSON gives them back."""
+    height, width = told["size"]
+    return Facts(**{**told, "size": (height, width)})
+
+
 def _facts(data: bytes, max_pixels: int) -> Facts:
     try:
         decoded = decode(data, WHITE, max_pixels)
@@ -182,27 +195,31 @@ def _facts(data: bytes, max_pixels: int) -> Facts:
     return Facts((height, width), decoded.mode, decoded.format, decoded.frames)
 
 
-def _read_memo(path: Path | None, max_pixels: int) -> dict[str, Facts]:
-    """Facts by identity; none where the rules were others, or a line is not as it was written."""
-    if path is None or not path.is_file():
-        return {}
-    try:
-        first, *rest = path.read_text(encoding="utf-8").splitlines()
-        if json.loads(first) != {"rules": _RULES, "max_pixels": max_pixels}:
-            return {}
-        rows = [json.loads(line) for line in rest]
-        return {key: replace(Facts(**facts), size=tuple(facts["size"])) for key, facts in rows}
-    except (ValueError, TypeError, KeyError):
-        return {}
+def told(found: Survey) -> list[Any]:
+    """A survey as JSON values, for a stream that nobody wants to go through again only to look."""
+    values: list[Any] = [
+        [picture.id, picture.name, asdict(picture.facts), picture.captions, picture.repeats]
+        for picture in found.pictures
+    ]
+    kinds = {"unreadable": found.unreadable, "ambiguous": found.ambiguous, "uncaptioned": found.uncaptioned}
+    return values + [[kind, asdict(fault)] for kind, faults in kinds.items() for fault in faults]
 
 
-def _write_memo(path: Path, max_pixels: int, known: dict[str, Facts]) -> None:
-    lines: list[Any] = [{"rules": _RULES, "max_pixels": max_pixels}]
-    lines += [[key, asdict(facts)] for key, facts in sorted(known.items())]
-    partial = path.with_name(f".tmp-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+def retold(listing: Listing, values: list[Any]) -> Survey:
+    """What `told` was told of."""
+    pictures = []
+    faults: dict[str, list[Fault]] = {"unreadable": [], "ambiguous": [], "uncaptioned": []}
+    for first, *rest in values:
+        if first in faults:
+            faults[first].append(Fault(**rest[0]))
+        else:
+            name, facts, captions, repeats = rest
+            pictures.append(Picture(first, name, facts_of(facts), tuple(captions), repeats, _streamed))
+    return Survey(listing, tuple(pictures), **{kind: tuple(found) for kind, found in faults.items()})
+
+
+def _streamed() -> bytes:
+    raise DataError("a streamed picture is read with its stream only")
 
 
 def _images(count: int) -> str:

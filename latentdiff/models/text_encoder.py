@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.models.folder import let_others_read
 
+Tokenizer = CLIPTokenizer
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

@@ -2,18 +2,3 @@
 
 Networks come from `build`, pictures from `data`, losses and the loop from `training`; none of those know each other.
 """
-
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from latentdiff.stages.autoencoder import train_autoencoder
-from latentdiff.stages.clip import train_clip
-from latentdiff.stages.denoiser import train_denoiser
-from latentdiff.stages.run import Run
-
-TRAIN: dict[str, Callable[[Run], None]] = {
-    "autoencoder": train_autoencoder,
-    "clip": train_clip,
-    "denoiser": train_denoiser,
-}

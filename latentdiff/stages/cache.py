@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -117,27 +118,31 @@ class CachedTexts:
 
 
 def latents_of(
-    config: Config, examples: Examples, autoencoder: AnyAutoencoder, cache: Path, device: torch.device
+    config: Config, examples: Examples, autoencoder: AnyAutoencoder, cache: Path, accelerator: Accelerator
 ) -> Latents:
-    """Cached, where the config says so, and encoded now where they are missing."""
-    autoencoder.to(device)
+    """Cached, where the config says so; what is missing is encoded now, by all processes together."""
+    autoencoder.to(accelerator.device)
     if not config.denoiser.cache:
         return EncodedLatents(examples, autoencoder, config.autoencoder.encode_dtype)
     store = latents_store(config, autoencoder, cache)
-    fill_latents(config, store, examples, autoencoder, device)
+    fill_latents(config, store, examples, autoencoder, accelerator.device, _own_share(accelerator))
+    _take_in_all(accelerator, store)
     return CachedLatents(store, examples, autoencoder)
 
 
-def texts_of(config: Config, examples: Examples, text_encoder: TextEncoder, cache: Path, device: torch.device) -> Texts:
+def texts_of(
+    config: Config, examples: Examples, text_encoder: TextEncoder, cache: Path, accelerator: Accelerator
+) -> Texts:
     """Token ids where the text encoder is trained, else contexts: cached unless tags are shuffled."""
     if config.denoiser.tune_text_encoder:
         return TokenIds(examples, text_encoder)
-    text_encoder.to(device).requires_grad_(False)
+    text_encoder.to(accelerator.device).requires_grad_(False)
     captions = examples.every_caption() if config.denoiser.cache else None
     if captions is None:
         return EncodedTexts(examples, text_encoder)
     store = contexts_store(text_encoder, cache)
-    fill_contexts(store, captions, text_encoder, device)
+    fill_contexts(store, captions, text_encoder, accelerator.device, _own_share(accelerator))
+    _take_in_all(accelerator, store)
     return CachedTexts(store, examples)
 
 
@@ -232,6 +237,15 @@ def _named_moments(
             tried = dtype if dtype == "float32" else f"{dtype} and float32"
             raise DataError(f"VAE gave non-finite latents for {examples.pictures.name(row)} in {tried}")
     return list(zip(mean.cpu(), log_variance.cpu(), strict=True))
+
+
+def _own_share(accelerator: Accelerator) -> Share:
+    return accelerator.process_index, accelerator.num_processes
+
+
+def _take_in_all(accelerator: Accelerator, store: Store) -> None:
+    accelerator.wait_for_everyone()
+    store.refresh()
 
 
 def _shared(keys: list[str], share: Share) -> list[str]:

@@ -50,9 +50,8 @@ def train_denoiser(run: Run) -> None:
         parts["text_encoder"] = text_encoder
 
     def stage_on(examples: Examples, loss: DiffusionLoss, draws: Draws, order: Order) -> DenoiserStage:
-        with accelerator.main_process_first():
-            latents = latents_of(config, examples, autoencoder, run.cache, accelerator.device)
-            texts = texts_of(config, examples, text_encoder, run.cache, accelerator.device)
+        latents = latents_of(config, examples, autoencoder, run.cache, accelerator)
+        texts = texts_of(config, examples, text_encoder, run.cache, accelerator)
         return DenoiserStage(network, parts, loss, Samples(latents, texts, examples.pictures.name), draws, order)
 
     stage = stage_on(run.data.training, *_training(config, run.data.training, accelerator.num_processes))

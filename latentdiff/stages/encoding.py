@@ -1,8 +1,9 @@
 """Networks that are not trained any more, applied to pictures and captions: the same bits before training and in it.
 
-Kernels round otherwise for another number of rows. So rows go through in batches of `AT_ONCE`, filled up where there
-are fewer; which rows share a batch then changes no bit, and what is cached is what would be computed in a step. So do
-they for another order in memory: what goes in and what comes out is contiguous. The arithmetic is float32 unless asked otherwise, whatever the training's is, and the results are rounded to half.
+Kernels round otherwise for another number of rows or another order in memory. So rows go through contiguous, in batches
+of `AT_ONCE`, filled up where there are fewer; which rows share a batch then changes no bit, and what is cached is what
+would be computed in a step. The arithmetic is float32 unless asked otherwise, whatever the training's is, and the
+results are rounded to half.
 """
 
 from __future__ import annotations

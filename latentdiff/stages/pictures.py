@@ -13,9 +13,10 @@ from latentdiff.config import Config
 from latentdiff.data import scenes
 from latentdiff.data.buckets import bucket_table
 from latentdiff.data.captions import CaptionRule
+from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.source import Options, find
-from latentdiff.data.survey import Survey, survey
+from latentdiff.data.survey import Survey, retold, survey, told
 from latentdiff.stages.examples import Examples
 from latentdiff.stages.scenes import Scenes
 
@@ -53,18 +54,29 @@ def readable(config: Config) -> bool:
 
 
 def look(config: Config, cache: Path | None = None) -> Survey:
-    """The survey of a config's own pictures. Raises DataError where nothing can be listed."""
+    """The survey of a config's own pictures. Raises DataError where nothing can be listed.
+
+    A stream is gone through once for a run: what it said is kept in `cache`, until the settings are others.
+    """
     settings = config.data.pictures
     options = Options(
         settings.layout, settings.split, settings.image_column, settings.caption_column, settings.streaming
     )
-    return survey(
-        find(settings.source, options),
+    listing = find(settings.source, options)
+    whole = cache / "streamed.jsonl" if cache and listing.streamed else None
+    rules = [settings.model_dump(), 1]
+    if whole and (values := read_memo(whole, rules)):
+        return retold(listing, values)
+    found = survey(
+        listing,
         instance_prompt=settings.instance_prompt,
         allow_missing_captions=settings.allow_missing_captions,
         max_pixels=settings.max_pixels,
-        memo=cache and cache / "decoded.jsonl",
+        memo=None if listing.streamed or not cache else cache / "decoded.jsonl",
     )
+    if whole:
+        write_memo(whole, rules, told(found))
+    return found
 
 
 def picture_data(config: Config, found: Survey) -> DataSet:

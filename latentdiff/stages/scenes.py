@@ -13,6 +13,7 @@ import numpy as np
 from latentdiff.config import Config
 from latentdiff.data import scenes
 from latentdiff.data.buckets import Size
+from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import View
 from latentdiff.diffusion import noise
 
@@ -76,15 +77,10 @@ class Scenes:
     @cached_property
     def _captions(self) -> list[str]:
         """Drawn once for a run: of 50,000 scenes it takes seconds."""
-        path = self._memo and self._memo / f"captions-{self.identity()[:16]}.json"
-        if path and path.is_file():
-            told = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(told, list) and len(told) == self._count:
-                return told
-        drawn = [self.scene(row).caption for row in range(self._count)]
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".tmp-{path.name}")
-            partial.write_text(json.dumps(drawn), encoding="utf-8")
-            partial.replace(path)
+        path, rules = self._memo and self._memo / "captions.jsonl", {"scenes": self.identity()}
+        drawn = read_memo(path, rules) if path else []
+        if len(drawn) != self._count:
+            drawn = [self.scene(row).caption for row in range(self._count)]
+            if path:
+                write_memo(path, rules, drawn)
         return drawn

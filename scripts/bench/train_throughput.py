@@ -154,24 +154,23 @@ def peer(model: str, folder: Path, side: int, batch: int, precision: str):
 
 def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached: bool, compiled: bool):
     """A generator of steps by our loop."""
-    import numpy as np
     from accelerate import Accelerator
-    from PIL import Image
 
     from latentdiff.build import laid_out_for
-    from latentdiff.config import Training
+    from latentdiff.config import Training, parse_config
     from latentdiff.diffusion.objective import DiffusionLoss
     from latentdiff.diffusion.schedule import NoiseSchedule
-    from latentdiff.images import to_images
     from latentdiff.models.autoencoder import Autoencoder
     from latentdiff.models.text_encoder import TextEncoder
     from latentdiff.models.unet import UNet
     from latentdiff.runtime.memory import keep_freed_memory
-    from latentdiff.stages.cache import texts_of
-    from latentdiff.training.denoiser import CachedLatents, ConditionedNetwork, DenoiserStage, Draws, EncodedLatents
+    from latentdiff.stages.cache import latents_of, texts_of
+    from latentdiff.stages.pictures import open_data
+    from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
     from latentdiff.training.ema import Ema, constant_decay
     from latentdiff.training.loop import Batching, Optimisation, train_steps
     from latentdiff.training.optim import optimizer_of
+    from latentdiff.training.order import Order
 
     accelerator = Accelerator(mixed_precision=precision)
     vae, text, tokenizer, network, scheduler = networks(model)
@@ -181,36 +180,25 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
     autoencoder.requires_grad_(False)
     if accelerator.device.type == "cpu":
         unet.use_plain_attention()
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-
-    def pictures(numbers):
-        return np.stack([np.asarray(Image.open(folder / rows[n]["file_name"]).convert("RGB")) for n in numbers])
-
-    captions = [row["text"] for row in rows]
-    texts = texts_of(captions, text_encoder, accelerator.device, contexts=cached)
-    latent = side // autoencoder.factor
-    autoencoder.to(accelerator.device)
-    latents = EncodedLatents(pictures, len(rows), (autoencoder.latent_channels, latent, latent), autoencoder.encode)
+    data = {"kind": "pictures", "pictures": {"source": str(folder)}}
+    config = parse_config({"image_size": side, "data": data, "denoiser": {"cache": cached}})
+    examples, cache = open_data(config).training, folder.parent / "cache"
+    latents = latents_of(config, examples, autoencoder, cache, accelerator)
+    texts = texts_of(config, examples, text_encoder, cache, accelerator)
     if cached:
-        with torch.no_grad():
-            parts = [
-                autoencoder.encode(to_images(pictures(range(first, min(first + 8, len(rows))))).to(accelerator.device))
-                for first in range(0, len(rows), 8)
-            ]
-        latents = CachedLatents(*(torch.cat(part).half() for part in zip(*parts, strict=True)))
         del autoencoder, text_encoder, vae, text  # what is cached needs them no more
-    module = unet if cached else ConditionedNetwork(unet, text_encoder, tune=False)
-    config = scheduler.config
     schedule = NoiseSchedule.scaled_linear()
-    if config.get("rescale_betas_zero_snr"):
+    if scheduler.config.get("rescale_betas_zero_snr"):
         schedule = schedule.zero_terminal_snr()
-    loss = DiffusionLoss(schedule, config.prediction_type)
-    stage = DenoiserStage(module, {"unet": unet}, loss, latents, texts, Draws(0, schedule.T, caption_dropout=0.1))
-    optimizer = optimizer_of(module, Training(learning_rate=1e-4))
-    prepared, optimizer = accelerator.prepare(module, optimizer)
+    loss = DiffusionLoss(schedule, scheduler.config.prediction_type)
+    draws = Draws(0, schedule.T, caption_dropout=0.1)
+    order = Order(0, "training", list(examples.pictures.buckets().values()))
+    stage = DenoiserStage(unet, {"unet": unet}, loss, Samples(latents, texts, examples.pictures.name), draws, order)
+    optimizer = optimizer_of(unet, Training(learning_rate=1e-4))
+    prepared, optimizer = accelerator.prepare(unet, optimizer)
     if compiled:
         prepared = torch.compile(prepared)
-    optimisation = Optimisation(optimizer, Ema(module, constant_decay(0.999)), lambda step: 1e-4, 1.0)
+    optimisation = Optimisation(optimizer, Ema(unet, constant_decay(0.999)), lambda step: 1e-4, 1.0)
     return train_steps(accelerator, stage, prepared, optimisation, Batching(batch), range(10**6))
 
 

@@ -1,0 +1,178 @@
+"""`latentdiff data`: look at a data set before training, see what a network sees of it, encode it ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentdiff.cli.output import check_writable
+
+if TYPE_CHECKING:
+    from latentdiff.config import Config
+    from latentdiff.models.text_encoder import Tokenizer
+    from latentdiff.stages.pictures import DataSet
+
+app = typer.Typer(no_args_is_help=True, help="Check, preview and cache captioned pictures.")
+
+Source = Annotated[
+    str, typer.Argument(help="A folder, shards-{000..099}.tar, .parquet files, a hub id, or a config (.toml).")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: data.pictures.bucket_step=16.")]
+Resolution = Annotated[int | None, typer.Option(min=8, help="Side in pixels; buckets have its square (default 64).")]
+SHEET = 64  # pictures of a contact sheet
+
+
+@app.callback()
+def _data() -> None:
+    """Check, preview and cache captioned pictures."""
+
+
+@app.command()
+def check(
+    source: Source,
+    resolution: Resolution = None,
+    bucket_step: Annotated[int | None, typer.Option(min=1, help="Sort into buckets of multiples of this.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=4, help="Where captions are cut (default: 32).")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Exit 0 where something is left; list the rest in the quarantine file.")
+    ] = False,
+    allow_missing_captions: Annotated[
+        bool, typer.Option("--allow-missing-captions", help="Pictures without a caption are no fault.")
+    ] = False,
+    quarantine: Annotated[Path, typer.Option(help="Where --skip-bad lists the rest.")] = Path("quarantine.jsonl"),
+    html: Annotated[Path | None, typer.Option(help="Write the report with a contact sheet as a page.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="For machines: the report as one JSON object.")] = False,
+    set_: Set = None,
+) -> None:
+    """Decode every picture and account for every caption. Exits 3 where training would refuse; changes nothing."""
+    import json
+
+    from latentdiff.data.buckets import bucket_table
+    from latentdiff.data.report import as_html, as_text, sections
+    from latentdiff.errors import ConfigError, DataError
+    from latentdiff.stages.pictures import look, picture_data
+
+    for path in (quarantine if skip_bad else None, html):
+        if path:
+            check_writable(path, path.parent)
+    config = _config(
+        source,
+        set_,
+        {
+            "image_size": resolution,
+            "data.pictures.bucket_step": bucket_step,
+            "clip.max_length": max_tokens,
+            "data.pictures.skip_bad": skip_bad or None,
+            "data.pictures.allow_missing_captions": allow_missing_captions or None,
+        },
+    )
+    settings = config.data.pictures
+    if config.data.kind == "scenes":
+        raise ConfigError(f"{source} is of procedural scenes: there is nothing to check")
+    table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
+    found = look(config)
+    tokenizer = _tokenizer(config)
+    limit = config.clip.max_length
+    report = sections(found, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
+    said = {section.title: {"said": section.said, "lines": section.lines} for section in report}
+    typer.echo(_printable(json.dumps(said, indent=1) if json_ else as_text(report)))
+    if html:
+        page = as_html(settings.source, report, _sheet(picture_data(config, found), SHEET, 0, tokenizer))
+        html.write_text(page, encoding="utf-8")
+        typer.echo(html, err=True)
+    if skip_bad and found.left_out and found.pictures:
+        found.write_quarantine(quarantine)
+        typer.echo(f"{len(found.quarantined):,} images left out: {quarantine}", err=True)
+    elif refusal := found.refusal():
+        raise DataError(refusal)
+
+
+@app.command()
+def preview(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("preview.html"),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="How many samples.")] = SHEET,
+    epoch: Annotated[int, typer.Option(min=0, help="Of the random crops, flips and captions.")] = 0,
+    resolution: Resolution = None,
+    set_: Set = None,
+) -> None:
+    """Show what the network sees: samples of an epoch as they are cropped, with the words the text encoder reads."""
+    from latentdiff.data.report import Section, as_html
+    from latentdiff.stages.pictures import open_data
+
+    check_writable(output, output.parent)
+    config = _config(source, set_, {"image_size": resolution})
+    data = open_data(config)
+    said = f"{min(count, len(data.training)):,} of {len(data.training):,} samples, epoch {epoch}"
+    sheet = _sheet(data, count, epoch, _tokenizer(config))
+    page = as_html(config.data.pictures.source or config.name, [Section("preview", said)], sheet)
+    output.write_text(page, encoding="utf-8")
+    typer.echo(output)
+
+
+@app.command()
+def cache(
+    config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/NAME).")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: the i-th (from 0) of n jobs that share the work.")] = "0/1",
+    data: Annotated[str | None, typer.Option("--data", help="These pictures instead of the config's.")] = None,
+    set_: Set = None,
+) -> None:
+    """Encode a run's pictures, and captions of a frozen text encoder, into RUN/cache, as training would when it starts.
+
+    Jobs may be killed and run again, also with another n: what is there is kept, what is missing is encoded.
+    """
+    from latentdiff.config import load_config
+    from latentdiff.stages.ahead import cache_ahead, parse_shard
+    from latentdiff.stages.pictures import open_data
+
+    share = parse_shard(shard)
+    more = [("data.kind", "pictures"), ("data.pictures.source", data)] if data else []
+    effective = load_config(config, [*(set_ or ()), *more])
+    folder = output or Path("runs") / effective.name
+    check_writable(folder, folder)
+    latents, contexts = cache_ahead(effective, folder, open_data(effective, folder / "cache"), share)
+    typer.echo(f"{latents:,} latents and {contexts:,} contexts encoded", err=True)
+    typer.echo(folder / "cache")
+
+
+def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Config:
+    """A config file, or the defaults with these pictures; flags that were given override it."""
+    from latentdiff.config import load_config
+
+    given = [(key, value) for key, value in flags.items() if value is not None]
+    if source.endswith(".toml"):
+        return load_config(Path(source), [*(set_ or ()), *given])
+    pictures = [("data.kind", "pictures"), ("data.pictures.source", source)]
+    return load_config(None, [*pictures, *(set_ or ()), *given])
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    from latentdiff.models.text_encoder import clip_tokenizer
+
+    return clip_tokenizer(config.clip.max_length)
+
+
+def _token_counts(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids] if texts else []
+
+
+def _sheet(data: DataSet, count: int, epoch: int, tokenizer: Tokenizer) -> list[tuple[Any, dict[str, str]]]:
+    """Samples evenly spaced over the set, with their names and the words that are left of their captions."""
+    examples = data.training
+    count = min(count, len(examples))
+    sheet = []
+    for number in range(count):
+        row = number * len(examples) // count
+        words = examples.caption(row, epoch)
+        ids = tokenizer(words, truncation=True, verbose=False).input_ids
+        read = tokenizer.decode(ids, skip_special_tokens=True)
+        said = {"": examples.pictures.name(row), "caption": words, "read": read}
+        sheet.append((examples.image(row, epoch), said))
+    return sheet
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

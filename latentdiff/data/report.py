@@ -1,0 +1,186 @@
+"""What is found in a data set, as lines for a terminal, as values for a machine, and as a page with a contact sheet."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentdiff.data.buckets import Size, kept_share, nearest
+from latentdiff.data.source import shown
+from latentdiff.data.survey import Picture, Survey
+
+_NAMED = 8  # of what is not wrong; what is wrong is listed whole
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what is said under it in a line, and the lines that list it."""
+
+    title: str
+    said: str
+    lines: tuple[str, ...] = ()
+
+
+def sections(
+    found: Survey, source: str, table: Sequence[Size], max_tokens: int, tokens: Callable[[list[str]], list[int]]
+) -> list[Section]:
+    """All that is said of a survey; `tokens` counts those of captions, with start and end."""
+    left = len(found.quarantined)
+    images = f"{found.found:,} = {len(found.pictures):,} that can be used + {left:,} that cannot"
+    rows = sum(picture.repeats for picture in found.pictures)
+    return [
+        Section("data set", f"{shown(source)}: {found.listing.layout}", tuple(found.listing.notes)),
+        Section("images", images + (f"; {rows:,} samples an epoch" if rows != len(found.pictures) else "")),
+        *_faults(found),
+        _captions(found, max_tokens, tokens),
+        _duplicates(found),
+        *_kinds(found),
+        *_geometry(found.pictures, table),
+    ]
+
+
+def _faults(found: Survey) -> list[Section]:
+    kinds: dict[str, Iterable[Any]] = {
+        "cannot be read": found.unreadable,
+        "no caption": found.uncaptioned,
+        "captions that nothing tells apart": found.ambiguous,
+        "captions without an image": found.listing.orphans,
+    }
+    return [
+        Section(title, f"{len(lines):,}", lines)
+        for title, lines in ((title, tuple(map(str, faults))) for title, faults in kinds.items())
+        if lines
+    ]
+
+
+def _captions(found: Survey, max_tokens: int, tokens: Callable[[list[str]], list[int]]) -> Section:
+    distinct = list(dict.fromkeys(caption for picture in found.pictures for caption in picture.captions))
+    lengths = dict(zip(distinct, tokens(distinct), strict=True))
+    cut = [p for p in found.pictures if any(lengths[caption] > max_tokens for caption in p.captions)]
+    several, empty = (sum(test(p) for p in found.pictures) for test in (_has_several, _has_none))
+    said = f"{len(distinct):,} distinct"
+    if lengths:
+        ordered = sorted(lengths.values())
+        said += f", {ordered[0]} to {ordered[-1]} tokens, median {ordered[len(ordered) // 2]}"
+    said += f"; {len(cut):,} images with a caption cut at {max_tokens} tokens"
+    said += f"; {several:,} images with several" if several else ""
+    said += f"; {empty:,} images with none" if empty else ""
+    longest = sorted(cut, key=lambda picture: -max(lengths[caption] for caption in picture.captions))
+    lines = [f"{shown(p.name)}: {max(lengths[caption] for caption in p.captions):,} tokens" for p in longest]
+    return Section("captions", said, _first(lines))
+
+
+def _has_several(picture: Picture) -> bool:
+    return len(picture.captions) > 1
+
+
+def _has_none(picture: Picture) -> bool:
+    return picture.captions == ("",)
+
+
+def _duplicates(found: Survey) -> Section:
+    groups = found.duplicates
+    said = (
+        f"{sum(map(len, groups.values())):,} images in {len(groups):,} groups of the same bytes" if groups else "none"
+    )
+    return Section("duplicates", said, _first([", ".join(map(shown, names)) for names in groups.values()]))
+
+
+def _kinds(found: Survey) -> list[Section]:
+    facts = [picture.facts for picture in found.pictures]
+    moving = [shown(picture.name) for picture in found.pictures if picture.facts.frames > 1]
+    kinds = [
+        Section("colour modes", _counted(fact.mode for fact in facts)),
+        Section("formats", _counted(fact.format for fact in facts)),
+    ]
+    if moving:
+        kinds.append(Section("animations", f"{len(moving):,}, of which the first frame is used", _first(moving)))
+    return kinds
+
+
+def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Section]:
+    """Sizes, the bucket table, and the share of all pixels that is cropped away: once every picture is on one scale."""
+    if not pictures:
+        return []
+    buckets = [nearest(picture.facts.size, table) for picture in pictures]
+    kept = [kept_share(picture.facts.size, bucket) for picture, bucket in zip(pictures, buckets, strict=True)]
+    tiny = [
+        f"{shown(picture.name)}: {_size(picture.facts.size)}, shown as {_size(bucket)}"
+        for picture, bucket in zip(pictures, buckets, strict=True)
+        if picture.facts.size[0] < bucket[0] or picture.facts.size[1] < bucket[1]
+    ]
+    areas = sorted((picture.facts.size for picture in pictures), key=lambda size: size[0] * size[1])
+    sizes = f"{_size(areas[0])} to {_size(areas[-1])}, median {_size(areas[len(areas) // 2])}"
+    lines = []
+    for size in table:
+        shares = [share for share, bucket in zip(kept, buckets, strict=True) if bucket == size]
+        if shares:
+            lines.append(
+                f"{_size(size):>9}  {len(shares):>7,} images, {1 - sum(shares) / len(shares):6.1%} cropped away"
+            )
+    return [
+        Section("sizes", sizes),
+        Section("tiny", f"{len(tiny):,} smaller than they are shown: enlarged", _first(tiny)),
+        Section(
+            "buckets", f"{len(lines)} of {len(table)} used; {1 - sum(kept) / len(kept):.1%} cropped away", tuple(lines)
+        ),
+    ]
+
+
+def _size(size: Size) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in Counter(names).most_common()) or "none"
+
+
+def _first(lines: Sequence[str]) -> tuple[str, ...]:
+    more = [f"... and {len(lines) - _NAMED:,} more"] if len(lines) > _NAMED else []
+    return (*lines[:_NAMED], *more)
+
+
+def as_text(found: Sequence[Section]) -> str:
+    """For a terminal."""
+    width = max(len(section.title) for section in found) + 2
+    lines = []
+    for section in found:
+        lines.append(f"{section.title:<{width}}{section.said}")
+        lines += [f"{'':<{width}}  {line}" for line in section.lines]
+    return "\n".join(lines)
+
+
+def as_html(title: str, found: Sequence[Section], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]]) -> str:
+    """A page of its own: the sections, then pictures uint8 (H, W, C) with what is said of each."""
+    rows = []
+    for section in found:
+        listed = "".join(f"<li>{_escaped(line)}</li>" for line in section.lines)
+        rows.append(f"<tr><th>{_escaped(section.title)}</th><td>{_escaped(section.said)}<ul>{listed}</ul></td></tr>")
+    figures = "".join(_figure(pixels, said) for pixels, said in sheet)
+    style = (
+        "body{font:15px system-ui;margin:2em}th{text-align:left;vertical-align:top;padding-right:1.5em}"
+        "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px}"
+        "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}figcaption{font-size:12px}b{color:#777}"
+    )
+    head = f'<!doctype html><meta charset="utf-8"><title>{_escaped(title)}</title><style>{style}</style>'
+    return f"{head}<h1>{_escaped(title)}</h1><table>{''.join(rows)}</table><main>{figures}</main>\n"
+
+
+def _figure(pixels: np.ndarray, said: Mapping[str, str]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    lines = "".join(f"<div><b>{_escaped(key)}</b> {_escaped(value)}</div>" for key, value in said.items())
+    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{lines}</figcaption></figure>'
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text.encode("utf-8", "backslashreplace").decode())

@@ -1,0 +1,41 @@
+"""Filling a run's cache ahead of its training, by several jobs at once or one after another."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from latentdiff.build import check_networks
+from latentdiff.config import Config
+from latentdiff.errors import ConfigError
+from latentdiff.stages.cache import Share, contexts_store, fill_contexts, fill_latents, latents_store
+from latentdiff.stages.denoiser import networks_before
+from latentdiff.stages.pictures import DataSet
+
+
+def parse_shard(text: str) -> Share:
+    """(i, n) of "i/n". Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise ConfigError(f"--shard must be i/n with i from 0 to n - 1 (got {text})")
+    return int(match[1]), int(match[2])
+
+
+def cache_ahead(config: Config, folder: Path, data: DataSet, share: Share) -> tuple[int, int]:
+    """Encode one share of what is missing: how many pictures and captions. Raises ConfigError, DataError."""
+    if not config.denoiser.cache:
+        raise ConfigError("denoiser.cache is false: nothing of this run is cached")
+    check_networks(config)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    autoencoder, text_encoder = networks_before(config, folder)
+    store, cache, latents, contexts = latents_store(config, autoencoder, folder / "cache"), folder / "cache", 0, 0
+    autoencoder.to(device)
+    text_encoder.to(device)
+    for examples in (data.training, data.validation):
+        latents += fill_latents(config, store, examples, autoencoder, device, share)
+        captions = None if config.denoiser.tune_text_encoder else examples.every_caption()
+        if captions is not None:
+            contexts += fill_contexts(contexts_store(text_encoder, cache), captions, text_encoder, device, share)
+    return latents, contexts
