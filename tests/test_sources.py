@@ -193,8 +193,8 @@ def test_two_rows_for_one_picture(pictures, tmp_path):
     as_jsonl(tmp_path, dict(list(pictures.items())[:3]))
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "001.jpg", "text": "another"}\n')
-    told = "1 image has captions that nothing tells apart: 001.jpg (2 rows: metadata.jsonl line 2 and metadata.jsonl line 4)"
-    assert refusal(tmp_path).startswith(told)
+    told = "that nothing tells apart: 001.jpg (2 rows: metadata.jsonl line 2 and metadata.jsonl line 4)"
+    assert told in refusal(tmp_path)
 
 
 def test_one_stem_two_pictures(pictures, tmp_path):
@@ -311,9 +311,12 @@ def test_shards_in_braces_and_what_is_no_shard(pictures, tmp_path):
     with pytest.raises(ConfigError, match="must be files of this machine"):
         surveyed("pipe:curl http://example.org/000.tar")
     data = (tmp_path / "set" / "00000.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"cut.tar cannot be read: unexpected end of data"):
-        surveyed(tmp_path / "cut.tar")
+    with tarfile.open(tmp_path / "set" / "00000.tar") as archive:
+        last = archive.getmembers()[-1]
+    for cut in (len(data) // 2, last.offset, last.offset + 100, last.offset_data + 3):
+        (tmp_path / "cut.tar").write_bytes(data[:cut])
+        with pytest.raises(DataError, match=r"cut.tar cannot be read: (unexpected end of data|cut off)"):
+            surveyed(tmp_path / "cut.tar")
     (tmp_path / "not.tar").write_bytes(b"something else" * 100)
     with pytest.raises(DataError, match=r"not.tar cannot be read"):
         surveyed(tmp_path / "not.tar")

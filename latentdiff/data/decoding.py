@@ -15,9 +15,10 @@ Only a few well-kept decoders are ever tried, whatever a file is called.
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,11 +63,17 @@ def decode(data: bytes, background: Color = WHITE, max_pixels: int = MAX_PIXELS)
 
 @contextmanager
 def silent_decoders() -> Iterator[None]:
-    """Pillow warns of large pictures and broken EXIF; both are told by `decode`, once a file."""
-    with warnings.catch_warnings():
+    """Pillow warns of large pictures and logs of broken tags; what matters is told by `decode`, once a file.
+
+    libtiff, a C library beneath it, writes of broken TIFFs to standard error by itself.
+    """
+    quiet = logging.NullHandler()  # else what has no handler is printed
+    logging.getLogger("PIL").addHandler(quiet)
+    with closing(quiet), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
+    logging.getLogger("PIL").removeHandler(quiet)
 
 
 def _decoded(image: Image.Image, background: Color, max_pixels: int) -> Decoded:

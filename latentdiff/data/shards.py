@@ -88,7 +88,7 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
 
 
 def _check_end(shard: Path, offset: int) -> None:
-    """tarfile stops in silence at a header that is cut off or damaged; a whole archive ends in blocks of zeros."""
+    """A tarfile ends in silence at a header that is cut off or damaged; a whole archive ends in blocks of zeros."""
     with shard.open("rb") as file:
         file.seek(offset)
         if file.read(512) != bytes(512):
