@@ -20,7 +20,13 @@ from .conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["latentdiff.cli", "latentdiff.stages", "latentdiff.stages.plan", "torch.utils.tensorboard"]
+    [
+        "latentdiff.cli",
+        "latentdiff.stages.ahead",
+        "latentdiff.stages.chain",
+        "latentdiff.stages.plan",
+        "torch.utils.tensorboard",
+    ]
 )
 
 # configs/scenes-tiny.toml, shorter: every stage with checkpoints on the way
@@ -50,6 +56,10 @@ class Started:
         arguments = (tuple(map(str, words)), str(self.out), str(self.err), hook, env or {})
         self.process = CONTEXT.Process(target=_command_line, args=arguments)
         self.process.start()
+
+    def said(self):
+        """What went to stdout."""
+        return self.out.read_text()
 
     def ended(self, timeout=300):
         """Wait; the exit code (negative: killed by that signal) and what was said on stderr."""
@@ -311,3 +321,11 @@ def logged_steps(run: Path, stage="denoiser"):
     """The steps in a stage's log, in order."""
     lines = (json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines())
     return [line["step"] for line in lines if "loss" in line]
+
+
+def not_finite_losses():
+    """Every loss of the denoiser is NaN."""
+    from latentdiff.training.denoiser import DenoiserStage
+
+    original = DenoiserStage.loss
+    DenoiserStage.loss = lambda self, module, batch: original(self, module, batch) * float("nan")

@@ -183,7 +183,7 @@ def run_job(*arguments):
     return process.exitcode
 
 
-def test_jobs_that_are_killed_and_run_again_with_another_number(folder, tmp_path, autoencoder):
+def test_jobs_that_are_killed_and_run_again_with_another_number(folder, tmp_path):
     """0/3 done, 1/3 killed after one file, 2/3 done; then four jobs: the rows of a single run, each once."""
     for share, kill_after in (((0, 3), 0), ((1, 3), 1), ((2, 3), 0)):
         assert run_job(folder, tmp_path / "jobs", share, kill_after) == (-signal.SIGKILL if kill_after else 0)
@@ -191,7 +191,8 @@ def test_jobs_that_are_killed_and_run_again_with_another_number(folder, tmp_path
     assert 0 < len(Store(directory)) < 20
     for number in range(4):
         assert run_job(folder, tmp_path / "jobs", (number, 4), 0) == 0
-    store, single = Store(directory), fill(config_of(folder), tmp_path / "single", autoencoder)[0]
+    assert run_job(folder, tmp_path / "single", (0, 1), 0) == 0
+    store, single = Store(directory), Store(tmp_path / "single" / directory.name)
     keys = [key for keys in keys_by_name(config_of(folder)).values() for key in keys]
     assert len(store) == len(single) == len(keys) == 20
     for key in keys:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import torch
-
 from latentdiff.build import check_networks
 from latentdiff.config import Config
 from latentdiff.errors import ConfigError
 from latentdiff.stages.cache import Share, contexts_store, fill_contexts, fill_latents, latents_store
 from latentdiff.stages.denoiser import networks_before
 from latentdiff.stages.pictures import DataSet
+from latentdiff.stages.run import new_accelerator
 
 
 def parse_shard(text: str) -> Share:
@@ -28,7 +27,7 @@ def cache_ahead(config: Config, folder: Path, data: DataSet, share: Share) -> tu
     if not config.denoiser.cache:
         raise ConfigError("denoiser.cache is false: nothing of this run is cached")
     check_networks(config)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = new_accelerator(config).device
     autoencoder, text_encoder = networks_before(config, folder)
     store, cache, latents, contexts = latents_store(config, autoencoder, folder / "cache"), folder / "cache", 0, 0
     autoencoder.to(device)
