@@ -247,7 +247,7 @@ def test_a_picture_without_finite_latents_is_named(folder, tmp_path, autoencoder
     network.encode = encode
     (folder / "007.jpg").write_bytes(encoded(Image.new("RGB", (40, 40), "red"), "jpg", quality=100, subsampling=0))
     for dtype, told in (("float16", "float16 and float32"), ("float32", "float32")):
-        with pytest.raises(DataError, match=rf"VAE gave non-finite latents for 007.jpg \(\w+\) in {told}"):
+        with pytest.raises(DataError, match=rf"VAE gave non-finite latents for 007.jpg in {told}"):
             fill(config_of(folder, dtype), tmp_path, network)
         assert not list(tmp_path.rglob("*.safetensors"))
 

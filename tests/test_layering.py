@@ -15,6 +15,8 @@ HOMES = {
     "peft": ("models",),
     "accelerate": ("training", "stages"),
     "timm": ("training",),
+    "datasets": ("data",),
+    "braceexpand": ("data",),
     "typer": ("cli",),
     "PIL": ("pipeline.py", "metadata.py", "data", "stages"),
 }

@@ -57,7 +57,7 @@ def test_a_finished_run_is_not_run_again(tiny_run, command):
     assert (tiny_run / "denoiser" / "log.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("name", ["scenes-64", "scenes-tiny", "pixels-32"])
+@pytest.mark.parametrize("name", ["scenes-64", "scenes-tiny", "pixels-32", "pictures-64"])
 def test_shipped_configs_describe_networks(name):
     build.check_networks(load_config(ROOT / "configs" / f"{name}.toml"))
 

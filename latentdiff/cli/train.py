@@ -102,7 +102,7 @@ def _train(
         if deterministic:
             _choose_deterministic_kernels()
         with accelerator.main_process_first():
-            data = open_data(config, folder / "cache")
+            data = open_data(config, None if dry_run else folder / "cache")
         checkpoints, told = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)

@@ -15,7 +15,8 @@ def read_memo(path: Path, rules: Any) -> list[Any]:
         return []
     try:
         first, *rest = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in rest] if json.loads(first) == rules else []
+        same = json.loads(first) == json.loads(json.dumps(rules))  # as JSON gives them back
+        return [json.loads(line) for line in rest] if same else []
     except ValueError:
         return []
 

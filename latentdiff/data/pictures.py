@@ -12,7 +12,7 @@ import numpy as np
 
 from latentdiff.data.buckets import Size, nearest
 from latentdiff.data.decoding import MAX_PIXELS, WHITE, Color, decode, silent_decoders
-from latentdiff.data.source import Record
+from latentdiff.data.source import Record, shown
 from latentdiff.data.survey import Picture
 from latentdiff.data.transform import CENTER, place_by_content, view
 from latentdiff.errors import DataError
@@ -64,21 +64,20 @@ class PictureSet:
         return {size: np.array(rows[size]) for size in sorted(rows)}
 
     def name(self, row: int) -> str:
-        """What the user calls it, and the beginning of its identity."""
-        picture = self.picture(row)
-        return f"{picture.name} ({picture.id[:12]})"
+        """What the user calls it."""
+        return shown(self.picture(row).name)
 
     def captions(self, row: int) -> tuple[str, ...]:
         """At least one; the empty one where nothing is said."""
         return self.picture(row).captions
 
-    def key(self, row: int, shown: View) -> str:
+    def key(self, row: int, seen: View) -> str:
         """The identity of the pixels that `pixels` gives: of the bytes and everything done to them."""
-        at = "content" if shown.at is None else shown.at
-        said = f"{_RULES} {self.picture(row).id} {self.size(row)} {at} {shown.flipped} {self._background}"
+        at = "content" if seen.at is None else seen.at
+        said = f"{_RULES} {self.picture(row).id} {self.size(row)} {at} {seen.flipped} {self._background}"
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
-    def pixels(self, row: int, shown: View, size: Size | None = None) -> np.ndarray:
+    def pixels(self, row: int, seen: View, size: Size | None = None) -> np.ndarray:
         """uint8 (*size, 3), of the bucket unless another size is asked for. Raises DataError."""
         if self._stream is not None:
             raise DataError("a streamed data set is read in its own order only, from caches")
@@ -86,10 +85,10 @@ class PictureSet:
         try:
             data = picture.read()
         except (DataError, OSError) as error:
-            raise DataError(f"{picture.name} cannot be read any more ({error})") from None
+            raise DataError(f"{self.name(row)} cannot be read any more ({error})") from None
         if hashlib.sha256(data).hexdigest() != picture.id:
-            raise DataError(f"{picture.name} changed since it was looked at. Start again")
-        return self._shown(data, row, shown, size)
+            raise DataError(f"{self.name(row)} changed since it was looked at. Start again")
+        return self._seen(data, row, seen, size)
 
     def each(self, wanted: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
         """(number in `wanted`, pixels) of every row and view, in the order they are best read in: a stream's own."""
@@ -106,13 +105,13 @@ class PictureSet:
             for record in self._stream:
                 data = record.read()
                 for number in asked.pop(hashlib.sha256(data).hexdigest(), ()):
-                    yield number, self._shown(data, *wanted[number])
+                    yield number, self._seen(data, *wanted[number])
 
-    def _shown(self, data: bytes, row: int, shown: View, size: Size | None = None) -> np.ndarray:
+    def _seen(self, data: bytes, row: int, seen: View, size: Size | None = None) -> np.ndarray:
         picture = self.picture(row)
-        at = place_by_content(picture.id) if shown.at is None else shown.at
+        at = place_by_content(picture.id) if seen.at is None else seen.at
         decoded = decode(data, self._background, self._max_pixels)
-        return view(decoded.pixels, size or self.size(row), at, shown.flipped)
+        return view(decoded.pixels, size or self.size(row), at, seen.flipped)
 
     def identity(self) -> str:
         """sha256 of what is learnt from: pictures, captions and repeats, wherever they lie."""

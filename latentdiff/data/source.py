@@ -18,7 +18,7 @@ CAPTION_KEYS = ("text", "caption", "prompt")  # tried in this order
 LAYOUTS = ("auto", "metadata", "sidecars", "uncaptioned", "shards", "table")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One picture as it was found: what the user calls it, how its bytes are read, and what is said of it.
 
@@ -70,7 +70,7 @@ def find(source: str, options: Options) -> Listing:
         return folder.listing(path, options)
     if path.exists():
         raise DataError(f"{shown(source)} is no data set. Give a folder, .tar shards, .parquet files or a hub id")
-    if layout == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
+    if layout == "auto" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.parent.is_dir():
         return table.listing(source, options)
     raise DataError(f"no such data set ({shown(source)}). Give a folder, .tar shards, .parquet files or a hub id")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ _RULES = f"1, Pillow {PIL.__version__}"  # what the facts below depend on beside
 _AT_ONCE = 256  # pictures in hand: of a stream each holds its bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What decoding a picture says: its upright size, colour mode, format and frames, or why it cannot be used."""
 
@@ -41,7 +41,7 @@ class Facts:
     fault: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A picture that can be used."""
 
@@ -53,7 +53,7 @@ class Picture:
     read: Callable[[], bytes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fault:
     """A picture that cannot, and why."""
 
@@ -88,8 +88,10 @@ class Survey:
     @cached_property
     def duplicates(self) -> dict[str, list[str]]:
         """Names of pictures of the same bytes, by identity."""
-        often = {key for key, times in Counter(picture.id for picture in self.pictures).items() if times > 1}
-        return {key: [picture.name for picture in self.pictures if picture.id == key] for key in sorted(often)}
+        names: dict[str, list[str]] = defaultdict(list)
+        for picture in self.pictures:
+            names[picture.id].append(picture.name)
+        return {key: same for key, same in names.items() if len(same) > 1}
 
     def refusal(self) -> str | None:
         """Why nothing is trained on this set, in one line; None where it is sound."""

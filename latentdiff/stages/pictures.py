@@ -17,6 +17,7 @@ from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.source import Options, find
 from latentdiff.data.survey import Survey, retold, survey, told
+from latentdiff.errors import DataError
 from latentdiff.stages.examples import Examples
 from latentdiff.stages.scenes import Scenes
 
@@ -84,6 +85,9 @@ def picture_data(config: Config, found: Survey) -> DataSet:
     settings = config.data.pictures
     held = sorted(found.pictures, key=lambda picture: hashlib.sha256(picture.id.encode()).hexdigest())
     held_ids = {picture.id for picture in held[: settings.validation_pictures]}
+    if found.pictures and len(held_ids) == len({picture.id for picture in found.pictures}):
+        count = len(found.pictures)
+        raise DataError(f"{count} of {count} images are held out for validation. Hold out fewer than there are")
     trained = [picture for picture in found.pictures if picture.id not in held_ids]
     looked_at = [picture for picture in found.pictures if picture.id in held_ids] or held[:VALIDATION]
 

@@ -8,26 +8,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from latentdiff.errors import LatentDiffError
 from latentdiff.training.interruption import leave_signals_to_the_parent
 
 Batch = dict[str, Tensor]
 
 
-class _Shares(Dataset[Batch]):
+class _Shares(Dataset[Batch | LatentDiffError]):
     """A batch by the positions of its samples."""
 
     def __init__(self, batch: Callable[[range], Batch]):
         self._batch = batch
 
-    def __getitem__(self, positions: range) -> Batch:
-        return self._batch(positions)
+    def __getitem__(self, positions: range) -> Batch | LatentDiffError:
+        try:
+            return self._batch(positions)
+        except LatentDiffError as error:  # raised here it would come out of a worker as a traceback of its own
+            return error
 
 
 def batches_of(
     batch: Callable[[range], Batch], shares: Iterable[range], workers: int, device: torch.device
 ) -> Generator[Batch]:
     """`batch(share)` for every share, in order, pinned where a GPU will read it. Close it to end its workers."""
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[Batch | LatentDiffError] = DataLoader(
         _Shares(batch),
         batch_size=None,  # a share is a whole batch
         sampler=shares,
@@ -39,7 +43,10 @@ def batches_of(
     )
     batches = iter(loader)
     try:
-        yield from batches
+        for made in batches:
+            if isinstance(made, LatentDiffError):
+                raise made
+            yield made
     finally:  # at once: workers ignore signals, and the end of the program would wait for them
         if workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
