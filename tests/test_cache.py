@@ -77,10 +77,9 @@ def test_cached_moments_are_the_encoded_ones(folder, tmp_path, autoencoder, dtyp
     """To the bit, whatever batch a row is in; new variants each epoch where pictures are mirrored."""
     config = config_of(folder, dtype, flip=flip, crop="content")
     examples, accelerator = open_data(config).training, Accelerator(cpu=True)
-    cached = cache.latents_of(config, examples, autoencoder, tmp_path, accelerator)
-    anew = cache.latents_of(
-        config_of(folder, dtype, cached=False, flip=flip, crop="content"), examples, autoencoder, tmp_path, accelerator
-    )
+    (cached,) = cache.latents_of(config, [examples], autoencoder, tmp_path, accelerator)
+    other = config_of(folder, dtype, cached=False, flip=flip, crop="content")
+    (anew,) = cache.latents_of(other, [examples], autoencoder, tmp_path, accelerator)
     assert len(examples.pictures.buckets()) > 2
     for rows in examples.pictures.buckets().values():
         for epoch, size in ((0, 3), (1, 5), (2, 16)):
@@ -106,8 +105,8 @@ def test_contexts_are_the_text_encoders(folder, tmp_path, text_encoder):
     """Cached and encoded anew the same bits; of a dropped caption the empty one's."""
     config, accelerator = config_of(folder), Accelerator(cpu=True)
     examples = open_data(config).training
-    cached = cache.texts_of(config, examples, text_encoder, tmp_path, accelerator)
-    anew = cache.texts_of(config_of(folder, cached=False), examples, text_encoder, tmp_path, accelerator)
+    (cached,) = cache.texts_of(config, [examples], text_encoder, tmp_path, accelerator)
+    (anew,) = cache.texts_of(config_of(folder, cached=False), [examples], text_encoder, tmp_path, accelerator)
     keys, kept = [(row, 0) for row in range(11)], [row != 3 for row in range(11)]
     one, other = cached.texts(cached.batch(keys, kept)), anew.texts(anew.batch(keys, kept))
     assert torch.equal(one, other)

@@ -3,7 +3,7 @@
 The pixels of a picture are uint8 (H, W, 3), sRGB as stored (embedded colour profiles are not applied):
 
     turned upright by its EXIF orientation
-    transparency (alpha channels, palette and key colours) composited: (a c + (255 - a) background + 127) // 255
+    transparency (alpha channels, palette and key colours) composited: (a c + (255 - a) background) / 255, rounded
     1-bit, grey, palette and CMYK as Pillow converts them to RGB
     16-bit grey divided by 257 and rounded; 16 bits a channel of colour cut to the high byte
     of an animation or several pages the first
@@ -96,9 +96,9 @@ def _rgb(image: Image.Image, background: Color) -> np.ndarray:
     if image.mode in ("I", "F", "LAB", "HSV"):
         raise DataError(f"colour mode {image.mode}, of which nothing says what is white")
     if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA")).astype(np.uint32)
-        alpha = rgba[..., 3:]
-        return ((alpha * rgba[..., :3] + (255 - alpha) * np.array(background, np.uint32) + 127) // 255).astype(np.uint8)
+        rgba, shown = image.convert("RGBA"), Image.new("RGB", image.size, background)
+        shown.paste(rgba, mask=rgba)
+        return np.asarray(shown)
     return np.asarray(image.convert("RGB"))
 
 

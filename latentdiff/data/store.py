@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,7 +64,7 @@ class Store:
     def add(self, keys: Sequence[str], tensors: dict[str, Tensor]) -> None:
         """Write rows (N, ...), whole or not at all. Raises ResourceError where there is no room."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        partial = self._directory / f".tmp-{os.getpid()}.safetensors"
+        partial = self._directory / f".tmp-{uuid4().hex}.safetensors"
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, _header(keys))
             with partial.open("rb") as file:

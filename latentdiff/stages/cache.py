@@ -118,32 +118,37 @@ class CachedTexts:
 
 
 def latents_of(
-    config: Config, examples: Examples, autoencoder: AnyAutoencoder, cache: Path, accelerator: Accelerator
-) -> Latents:
-    """Cached, where the config says so; what is missing is encoded now, by all processes together."""
+    config: Config, sets: Sequence[Examples], autoencoder: AnyAutoencoder, cache: Path, accelerator: Accelerator
+) -> list[Latents]:
+    """Of each set: cached, where the config says so; what is missing is encoded now, by all processes together."""
     autoencoder.to(accelerator.device)
     if not config.denoiser.cache:
-        return EncodedLatents(examples, autoencoder, config.autoencoder.encode_dtype)
+        return [EncodedLatents(examples, autoencoder, config.autoencoder.encode_dtype) for examples in sets]
     store = latents_store(config, autoencoder, cache)
-    fill_latents(config, store, examples, autoencoder, accelerator.device, _own_share(accelerator))
+    for examples in sets:
+        fill_latents(config, store, examples, autoencoder, accelerator.device, _own_share(accelerator))
     _take_in_all(accelerator, store)
-    return CachedLatents(store, examples, autoencoder)
+    return [CachedLatents(store, examples, autoencoder) for examples in sets]
 
 
 def texts_of(
-    config: Config, examples: Examples, text_encoder: TextEncoder, cache: Path, accelerator: Accelerator
-) -> Texts:
-    """Token ids where the text encoder is trained, else contexts: cached unless tags are shuffled."""
+    config: Config, sets: Sequence[Examples], text_encoder: TextEncoder, cache: Path, accelerator: Accelerator
+) -> list[Texts]:
+    """Of each set: token ids where the text encoder is trained, else contexts, cached unless tags are shuffled."""
     if config.denoiser.tune_text_encoder:
-        return TokenIds(examples, text_encoder)
+        return [TokenIds(examples, text_encoder) for examples in sets]
     text_encoder.to(accelerator.device).requires_grad_(False)
-    captions = examples.every_caption() if config.denoiser.cache else None
-    if captions is None:
-        return EncodedTexts(examples, text_encoder)
+    if not config.denoiser.cache:
+        return [EncodedTexts(examples, text_encoder) for examples in sets]
+    captions = [examples.every_caption() for examples in sets]
     store = contexts_store(text_encoder, cache)
-    fill_contexts(store, captions, text_encoder, accelerator.device, _own_share(accelerator))
+    for words in captions:
+        fill_contexts(store, words or [], text_encoder, accelerator.device, _own_share(accelerator))
     _take_in_all(accelerator, store)
-    return CachedTexts(store, examples)
+    return [
+        EncodedTexts(examples, text_encoder) if words is None else CachedTexts(store, examples)
+        for examples, words in zip(sets, captions, strict=True)
+    ]
 
 
 def latents_store(config: Config, autoencoder: AnyAutoencoder, cache: Path) -> Store:

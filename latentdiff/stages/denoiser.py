@@ -49,13 +49,15 @@ def train_denoiser(run: Run) -> None:
     if config.denoiser.tune_text_encoder:
         parts["text_encoder"] = text_encoder
 
-    def stage_on(examples: Examples, loss: DiffusionLoss, draws: Draws, order: Order) -> DenoiserStage:
-        latents = latents_of(config, examples, autoencoder, run.cache, accelerator)
-        texts = texts_of(config, examples, text_encoder, run.cache, accelerator)
-        return DenoiserStage(network, parts, loss, Samples(latents, texts, examples.pictures.name), draws, order)
-
-    stage = stage_on(run.data.training, *_training(config, run.data.training, accelerator.num_processes))
-    validation = stage_on(run.data.validation, *_validation(config, run.data.validation))
+    sets = (run.data.training, run.data.validation)
+    latents = latents_of(config, sets, autoencoder, run.cache, accelerator)
+    texts = texts_of(config, sets, text_encoder, run.cache, accelerator)
+    names = [examples.pictures.name for examples in sets]
+    samples = [Samples(*parts_of_set) for parts_of_set in zip(latents, texts, names, strict=True)]
+    loss, draws, order = _training(config, run.data.training, accelerator.num_processes)
+    stage = DenoiserStage(network, parts, loss, samples[0], draws, order)
+    loss, draws, order = _validation(config, run.data.validation)
+    validation = DenoiserStage(network, parts, loss, samples[1], draws, order)
     pipe = new_pipeline(config, autoencoder, text_encoder, unet)
     report = partial(_report, config, run.folder / "denoiser" / "samples", pipe, run.data.validation, validation)
     start = run.start("denoiser", made_from=made_from)
