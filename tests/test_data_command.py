@@ -188,7 +188,9 @@ def test_killed_in_buckets_goes_on_to_the_bit(trained, begun, sound):
 def test_without_a_cache_the_same_is_learnt(trained, begun, sound):
     """To the bit, in buckets, mirrored, with workers."""
     changes = ["denoiser.cache=false", "denoiser.training.num_workers=2"]
-    assert train(begun, sound, "--stage", "denoiser", changes=changes)[0] == 0
+    code, err = train(begun, sound, "--stage", "denoiser", changes=changes)
+    assert code == 0, err
+    assert "huggingface/tokenizers" not in err  # which warns of forks after its use
     assert not list((begun / "cache").glob("*/*.safetensors"))
     forked.assert_bitwise(trained[0], begun, ["denoiser"])
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from latentdiff.data.buckets import bucket_table
+from latentdiff.data.layouts import find
 from latentdiff.data.pictures import PictureSet, View
-from latentdiff.data.source import Options, find
+from latentdiff.data.source import Options
 from latentdiff.data.survey import survey
 from latentdiff.errors import ConfigError, DataError
 

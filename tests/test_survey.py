@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from latentdiff.data import survey as module
-from latentdiff.data.source import Options, find
+from latentdiff.data.layouts import find
+from latentdiff.data.source import Options
 from latentdiff.data.survey import retold, survey, told
 from latentdiff.errors import DataError
 

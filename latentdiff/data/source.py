@@ -1,21 +1,17 @@
 """What a data set is found to be: a list of pictures, not yet opened, each with its captions.
 
-Every layout becomes a `Listing` (see `folder.py`, `shards.py`, `table.py`); which one it is, is seen by looking at
-what is there.
+Every layout (`folder.py`, `shards.py`, `table.py`) becomes a `Listing`; `layouts.py` finds out which one it is.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import ConfigError, DataError
 
 CAPTION_KEYS = ("text", "caption", "prompt")  # tried in this order
-LAYOUTS = ("auto", "metadata", "sidecars", "uncaptioned", "shards", "table")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +49,6 @@ class Options:
     image_column: str | None = None
     caption_column: str | None = None
     streaming: bool = False
-
-
-def find(source: str, options: Options) -> Listing:
-    """List what is at a path, in shards `name-{00000..00099}.tar`, or under a hub id. Raises DataError, ConfigError."""
-    from latentdiff.data import folder, shards, table  # table's library takes seconds to import
-
-    layout, path = options.layout, Path(source)
-    if layout == "shards" or (layout == "auto" and shards.is_sharded(source)):
-        return shards.listing(source, options)
-    if layout == "table" or (layout == "auto" and table.is_table(path)):
-        return table.listing(source, options)
-    if path.name in folder.METADATA and path.is_file():
-        path = path.parent
-    if path.is_dir():
-        return folder.listing(path, options)
-    if path.exists():
-        raise DataError(f"{shown(source)} is no data set. Give a folder, .tar shards, .parquet files or a hub id")
-    if layout == "auto" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.parent.is_dir():
-        return table.listing(source, options)
-    raise DataError(f"no such data set ({shown(source)}). Give a folder, .tar shards, .parquet files or a hub id")
 
 
 def captions_in(row: Mapping[str, Any], where: str, column: str | None = None) -> tuple[str, ...]:

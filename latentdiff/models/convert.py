@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from latentdiff.errors import ConfigError, ResourceError, raised_as
-from latentdiff.models.folder import check_folder, let_others_read, loading
+from latentdiff.errors import ConfigError
+from latentdiff.models.folder import check_folder, let_others_read, loading, saving
 
 _TEXTS = (".json", ".txt", ".md")
 
@@ -51,5 +51,5 @@ def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:
             if not (torch.isfinite(state[name]) == torch.isfinite(tensor)).all():
                 raise ConfigError(f"{name} of {source} does not fit {str(dtype).removeprefix('torch.')}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with raised_as(ResourceError, f"cannot write {source.parent.name}/{target.name}"):
+    with saving(f"{source.parent.name}/{target.name}", target.parent):
         save_file(state, target, metadata)

@@ -48,16 +48,11 @@ def train_denoiser(run: Run) -> None:
     parts: dict[str, nn.Module] = {"unet": unet}
     if config.denoiser.tune_text_encoder:
         parts["text_encoder"] = text_encoder
-
-    sets = (run.data.training, run.data.validation)
-    latents = latents_of(config, sets, autoencoder, run.cache, accelerator)
-    texts = texts_of(config, sets, text_encoder, run.cache, accelerator)
-    names = [examples.pictures.name for examples in sets]
-    samples = [Samples(*parts_of_set) for parts_of_set in zip(latents, texts, names, strict=True)]
+    trained, validated = _samples(run, autoencoder, text_encoder)
     loss, draws, order = _training(config, run.data.training, accelerator.num_processes)
-    stage = DenoiserStage(network, parts, loss, samples[0], draws, order)
+    stage = DenoiserStage(network, parts, loss, trained, draws, order)
     loss, draws, order = _validation(config, run.data.validation)
-    validation = DenoiserStage(network, parts, loss, samples[1], draws, order)
+    validation = DenoiserStage(network, parts, loss, validated, draws, order)
     pipe = new_pipeline(config, autoencoder, text_encoder, unet)
     report = partial(_report, config, run.folder / "denoiser" / "samples", pipe, run.data.validation, validation)
     start = run.start("denoiser", made_from=made_from)
@@ -67,6 +62,15 @@ def train_denoiser(run: Run) -> None:
         with saving("the model", run.folder / "model"):
             pipe.save_pretrained(run.folder / "model")
     accelerator.wait_for_everyone()
+
+
+def _samples(run: Run, autoencoder: AnyAutoencoder, text_encoder: TextEncoder) -> list[Samples]:
+    """Of the training and the validation set."""
+    sets = (run.data.training, run.data.validation)
+    latents = latents_of(run.config, sets, autoencoder, run.cache, run.accelerator)
+    texts = texts_of(run.config, sets, text_encoder, run.cache, run.accelerator)
+    names = [examples.pictures.name for examples in sets]
+    return [Samples(*of_set) for of_set in zip(latents, texts, names, strict=True)]
 
 
 def networks_before(config: Config, folder: Path) -> tuple[AnyAutoencoder, TextEncoder]:

@@ -13,9 +13,10 @@ from latentdiff.config import Config
 from latentdiff.data import scenes
 from latentdiff.data.buckets import bucket_table
 from latentdiff.data.captions import CaptionRule
+from latentdiff.data.layouts import find
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import PictureSet
-from latentdiff.data.source import Options, find
+from latentdiff.data.source import Options
 from latentdiff.data.survey import Survey, retold, survey, told
 from latentdiff.errors import DataError
 from latentdiff.stages.examples import Examples
