@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latentdiff.data.buckets import bucket_table, kept_share, nearest
+from latentdiff.data.buckets import bucket_table, cropped_share, nearest
 from latentdiff.data.captions import CaptionRule
 from latentdiff.data.transform import place_by_content, view
 from latentdiff.errors import ConfigError
@@ -32,9 +32,9 @@ def test_pictures_go_to_the_nearest_aspect():
         assert nearest((size[0] * 3, size[1] * 3), table) == size
     assert nearest((1000, 3000), table) == (384, 640)
     assert nearest((3000, 1000), table) == (640, 384)
-    assert kept_share((384, 640), (384, 640)) == 1
-    assert kept_share((1000, 2000), (512, 512)) == pytest.approx(0.5)
-    assert kept_share((2000, 1000), (512, 512)) == pytest.approx(0.5)
+    assert cropped_share((384, 640), (384, 640)) == 0
+    assert cropped_share((1000, 2000), (512, 512)) == pytest.approx(0.5)
+    assert cropped_share((2000, 1000), (512, 512)) == pytest.approx(0.5)
 
 
 RAMP = np.add.outer(np.arange(40), np.arange(60) * 3).astype(np.uint8)[..., None].repeat(3, -1)

@@ -34,7 +34,7 @@ def nearest(size: Size, table: Sequence[Size]) -> Size:
     return min(table, key=lambda other: (abs(math.log(other[1] / other[0]) - aspect), -other[0] * other[1]))
 
 
-def kept_share(size: Size, bucket: Size) -> float:
-    """The share of a picture's area that is left when it is cropped to the bucket's aspect."""
+def cropped_share(size: Size, bucket: Size) -> float:
+    """The share of a picture's area that is lost when it is cropped to the bucket's aspect."""
     ratio = (size[1] / size[0]) / (bucket[1] / bucket[0])
-    return min(ratio, 1 / ratio)
+    return 1 - min(ratio, 1 / ratio)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentdiff.data.buckets import Size, nearest
+from latentdiff.data.buckets import Size, cropped_share, nearest
 from latentdiff.data.decoding import MAX_PIXELS, WHITE, Color, decode, silent_decoders
 from latentdiff.data.source import Record, shown
 from latentdiff.data.survey import Picture
@@ -62,6 +62,12 @@ class PictureSet:
         for row in range(len(self)):
             rows[self.size(row)].append(row)
         return {size: np.array(rows[size]) for size in sorted(rows)}
+
+    def cropped_share(self) -> float:
+        """The mean share of a picture that its view leaves out."""
+        sizes = zip(self._pictures, self._sizes, strict=True)
+        shares = [cropped_share(picture.facts.size, size) for picture, size in sizes]
+        return sum(shares) / max(len(shares), 1)
 
     def name(self, row: int) -> str:
         """What the user calls it."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentdiff.data.buckets import Size, kept_share, nearest
+from latentdiff.data.buckets import Size, cropped_share, nearest
 from latentdiff.data.source import shown
 from latentdiff.data.survey import Picture, Survey
 
@@ -111,7 +111,7 @@ def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Sectio
     if not pictures:
         return []
     buckets = [nearest(picture.facts.size, table) for picture in pictures]
-    kept = [kept_share(picture.facts.size, bucket) for picture, bucket in zip(pictures, buckets, strict=True)]
+    lost = [cropped_share(picture.facts.size, bucket) for picture, bucket in zip(pictures, buckets, strict=True)]
     tiny = [
         f"{shown(picture.name)}: {_size(picture.facts.size)}, shown as {_size(bucket)}"
         for picture, bucket in zip(pictures, buckets, strict=True)
@@ -121,17 +121,15 @@ def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Sectio
     sizes = f"{_size(areas[0])} to {_size(areas[-1])}, median {_size(areas[len(areas) // 2])}"
     lines = []
     for size in table:
-        shares = [share for share, bucket in zip(kept, buckets, strict=True) if bucket == size]
+        shares = [share for share, bucket in zip(lost, buckets, strict=True) if bucket == size]
         if shares:
-            lines.append(
-                f"{_size(size):>9}  {len(shares):>7,} images, {1 - sum(shares) / len(shares):6.1%} cropped away"
-            )
+            away = sum(shares) / len(shares)
+            lines.append(f"{_size(size):>9}  {len(shares):>7,} images, {away:6.1%} cropped away")
+    used = f"{len(lines)} of {len(table)} used; {sum(lost) / len(lost):.1%} cropped away"
     return [
         Section("sizes", sizes),
         Section("tiny", f"{len(tiny):,} smaller than they are shown: enlarged", _first(tiny)),
-        Section(
-            "buckets", f"{len(lines)} of {len(table)} used; {1 - sum(kept) / len(kept):.1%} cropped away", tuple(lines)
-        ),
+        Section("buckets", used, tuple(lines)),
     ]
 
 

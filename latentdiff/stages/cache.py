@@ -79,6 +79,7 @@ class TokenIds:
 
     def __init__(self, examples: Examples, text_encoder: TextEncoder):
         self._examples, self._tokenize = examples, text_encoder.tokenize
+        examples.caption(0, 0)  # scenes draw all their captions at the first: once, before workers are forked
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
         """Token ids (B, L)."""

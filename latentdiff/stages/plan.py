@@ -9,6 +9,7 @@ from torch import nn
 
 from latentdiff.build import new_autoencoder, new_clip, new_unet
 from latentdiff.config import Config, Training
+from latentdiff.data.pictures import PictureSet
 from latentdiff.data.source import shown
 from latentdiff.stages.run import Run
 from latentdiff.training.checkpoint import label, load_state
@@ -50,7 +51,10 @@ def _data_lines(run: Run) -> list[str]:
     if found.quarantined:
         line += f", {len(found.quarantined):,} left out (quarantine.jsonl)"
     sizes = [f"{w}x{h}: {len(rows):,}" for (h, w), rows in training.pictures.buckets().items()]
-    return [line, f"    in {len(sizes)} buckets, {', '.join(sizes)}", *(f"    {note}" for note in found.listing.notes)]
+    buckets = f"    in {len(sizes)} buckets, {', '.join(sizes)}"
+    if isinstance(training.pictures, PictureSet):
+        buckets += f"; {training.pictures.cropped_share():.1%} cropped away"
+    return [line, buckets, *(f"    {note}" for note in found.listing.notes)]
 
 
 def _steps_line(run: Run, stage: str, settings: Training) -> str:
