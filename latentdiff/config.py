@@ -251,17 +251,29 @@ def save_config(config: Config, path: Path) -> None:
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     """Validate a nested dictionary; the first fault is raised as a ConfigError that names key and value."""
     try:
-        return Config.model_validate(_with_tuples(tree))
+        config = Config.model_validate(_with_tuples(tree))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        parts = [str(part) for part in first["loc"]]
+        key = ".".join(parts)
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f'{source}: unknown key "{key}"{_suggestion(key)}') from None
+            raise ConfigError(f'{source}: unknown key "{key}"{_suggestion(parts)}') from None
         message = first["msg"].removeprefix("Value error, ")
         if not key:  # of several keys together
             raise ConfigError(f"{source}: {message}") from None
         shown = repr(first["input"])
         raise ConfigError(f'{source}: key "{key}": {message[0].lower() + message[1:]} (got {shown[:60]})') from None
+    _check_text(config, source)
+    return config
+
+
+def _check_text(config: Config, source: str) -> None:
+    """A name on a disk, or an argument, may hold bytes that no file of text can. Raises ConfigError."""
+    for key, value in flat(config).items():
+        try:
+            " ".join(map(str, value if isinstance(value, tuple) else (value,))).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f'{source}: key "{key}" is not valid UTF-8 (got {value!r})') from None
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -308,8 +320,8 @@ def _with_tuples(value: Any) -> Any:
     return tuple(_with_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _suggestion(key: str) -> str:
-    *sections, name = key.split(".")
+def _suggestion(parts: list[str]) -> str:
+    *sections, name = parts
     section: type[BaseModel] = Config
     for part in sections:  # parents are known, or the parent would have been the fault
         annotation = section.model_fields[part].annotation

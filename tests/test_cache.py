@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from latentdiff.data.store import Store
 from latentdiff.errors import ConfigError, DataError
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
+from latentdiff.models.weights import load_autoencoder, load_text_encoder
 from latentdiff.stages import cache, encoding
 from latentdiff.stages.ahead import parse_shard
 from latentdiff.stages.pictures import open_data
@@ -155,6 +157,24 @@ def test_another_network_is_another_folder(folder, tmp_path, autoencoder):
     assert encoding.identity_of(rescaled) == encoding.identity_of(autoencoder)
     rescaled.vae.register_to_config(scaling_factor=0.5)
     assert encoding.identity_of(rescaled) != encoding.identity_of(autoencoder)
+
+
+def test_where_a_network_lies_is_not_what_it_is(tmp_path, autoencoder, text_encoder, monkeypatch):
+    """Loaded by another spelling of its path, or used before: the same identity."""
+    autoencoder.save(tmp_path / "one" / "vae")
+    monkeypatch.chdir(tmp_path)
+    spelled = [load_autoencoder(Path("one")), load_autoencoder(tmp_path / "one")]
+    assert len({encoding.identity_of(network) for network in spelled}) == 1
+    text_encoder.save(tmp_path / "one")
+    loaded = load_text_encoder(tmp_path / "one")
+    before = encoding.identity_of(loaded)
+    loaded.tokenize(["a word"])
+    assert encoding.identity_of(loaded) == before
+    loaded.save(tmp_path / "other")
+    files = [(tmp_path / folder / "tokenizer" / "tokenizer.json").read_bytes() for folder in ("one", "other")]
+    assert files[0] == files[1]
+    ids = text_encoder.tokenize(["a word", "two"])
+    assert torch.equal(load_text_encoder(tmp_path / "other").tokenize(["a word", "two"]), ids)
 
 
 def _job(folder, root, share, kill_after):

@@ -122,6 +122,12 @@ def test_the_preview_is_what_the_network_sees(sound, tmp_path):
         (("check", "nowhere"), 3, "error: no such data set (nowhere)"),
         (("check", "configs/scenes-tiny.toml"), 2, "error: configs/scenes-tiny.toml is of procedural scenes"),
         (("check", "{sound}", "--resolution", "4"), 2, "error: Invalid value for '--resolution'"),
+        (("check", "{sound}", "--html", "/nowhere/page.html"), 2, "error: cannot write to /nowhere/page.html"),
+        (("check", "{sound}", "--skip-bad", "--quarantine", "{sound}"), 2, "error: cannot write to"),
+        (("preview", "{sound}", "-o", "{sound}/000.png"), 2, "error: {sound}/000.png is a file of yours"),
+        (("preview", "{sound}", "--epoch", "99999999999999999999"), 2, "error: Invalid value for '--epoch'"),
+        (("check", "{sound}", "--bucket-step", "33"), 2, "error: no bucket of step 33 fits"),
+        (("check", "{sound}", "--set", "data.pictures.validation_pictures=40"), 3, "error: 40 of 40 images are held"),
         (("preview", "{sound}", "--set", "data.pictures.crop=left"), 2, 'error: config: key "data.pictures.crop"'),
         (
             ("preview", "{sound}", "--set", "data.pictures.background=white"),
@@ -138,7 +144,7 @@ def test_wrong_arguments(words, code, told, sound, monkeypatch):
     found, _, err = ran(*words)
     assert found == code
     assert len(err) == 1
-    assert err[0].startswith(told), err
+    assert err[0].startswith(told.format(sound=sound)), err
 
 
 # --- training on pictures ------------------------------------------------------------------------------
@@ -212,6 +218,40 @@ def test_cached_ahead_by_jobs_and_streamed(trained, begun, sound, tmp_path):
     assert code == 0, err
     assert sorted((begun / "cache").rglob("*.safetensors")) == before
     forked.assert_bitwise(trained[0], begun, ["denoiser"])
+
+
+def test_a_later_stage_is_thought_of_before_the_first(sound, tmp_path):
+    """Hours of training would be wasted else."""
+    code, err = train(tmp_path / "run", sound, changes=["clip.training.train_batch_size=64"])
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: clip.training.train_batch_size: 64 a step is more than 40 images")
+    table = as_parquet(tmp_path / "table", some_pictures(40))
+    code, err = train(tmp_path / "run", table, "--dry-run", changes=["data.pictures.streaming=true"])
+    assert code == 2
+    assert err.splitlines()[-1].endswith("Train the denoiser alone: --stage denoiser")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_streams_are_shown_too(sound, tmp_path):
+    table = as_parquet(tmp_path / "table", some_pictures(40))
+    pages = []
+    for source, more in ((sound, ()), (table, ("--set", "data.pictures.streaming=true"))):
+        assert ran("preview", source, "-o", tmp_path / "page.html", "-n", 5, *more)[0] == 0
+        page = (tmp_path / "page.html").read_text()
+        pages.append(re.findall(r'base64,([^"]+)".*?<b>caption</b> (.*?)</div>', page))
+    assert len(pages[0]) == 5
+    assert pages[0] == pages[1]
+
+
+def test_a_goes_on_models_are_the_same(trained, begun, sound):
+    """All of the folder that `generate` and diffusers load, the tokenizer too, though CLIP was not trained here."""
+    assert train(begun, sound, "--stage", "denoiser")[0] == 0
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        for file in (trained[0] / "model" / part).iterdir():
+            own, other = (path.read_bytes() for path in (file, begun / "model" / part / file.name))
+            if file.name == "config.json":  # diffusers writes where a network was loaded from
+                own, other = (re.sub(rb'"_name_or_path": ".*"', b"", text) for text in (own, other))
+            assert own == other, file
 
 
 def test_training_refuses_what_check_refuses(broken, tmp_path):

@@ -280,6 +280,7 @@ def test_byte_order_marks_and_long_captions(layout, pictures, tmp_path):
         (b'{"file_name": "/etc/passwd", "text": "x"}', "metadata.jsonl line 7 names a file outside its folder"),
         (b'{"file_name": "a.png", "text": 3}', r"metadata.jsonl line 7: text must be a string or a list .*got 3"),
         (b'{"file_name": "a.png", "text": "\\ud800"}', "metadata.jsonl line 7: text holds half a surrogate pair"),
+        (b'{"file_name": "a.png", "text": "x", "text": "y"}', "metadata.jsonl line 7 .* a key stands there twice"),
         (b"[" * 100_000, "metadata.jsonl line 7 is not valid JSON"),
     ],
 )
@@ -296,6 +297,11 @@ def test_bad_sidecars_and_tables_of_commas_are_named(pictures, tmp_path):
     (tmp_path / "beside" / "1_things" / "a.txt").write_bytes(b"good\ncaf\xe9\n")
     with pytest.raises(DataError, match=r"^1_things/a.txt line 2 is not valid UTF-8"):
         surveyed(tmp_path / "beside")
+    as_csv(tmp_path / "commas", dict(list(pictures.items())[:2]))
+    doubled = (tmp_path / "commas" / "metadata.csv").read_text().replace("file_name,text", "file_name,text,text", 1)
+    (tmp_path / "commas" / "metadata.csv").write_text(doubled)
+    with pytest.raises(DataError, match=r"^metadata.csv has a column twice: file_name, text, text"):
+        surveyed(tmp_path / "commas")
     as_csv(tmp_path / "commas", dict(list(pictures.items())[:2]))
     with (tmp_path / "commas" / "metadata.csv").open("a") as file:
         file.write("000.png,a,b\n")
@@ -351,7 +357,70 @@ def test_nothing_is_read_twice_or_in_secret(pictures, tmp_path):
     (tmp_path / "set" / "notes.md").write_text("x")
     found = surveyed(tmp_path / "set")
     assert len(found.pictures) == 2
-    assert found.listing.notes == ("1 other files are not read: notes.md",)
+    assert found.listing.notes == ("2 other files are not read: ._000.png, notes.md",)
+
+
+@pytest.mark.parametrize("stray", ["backup.tar", "rows.parquet"])
+def test_two_layouts_in_one_folder_are_not_chosen_between(stray, pictures, tmp_path):
+    """Else the pictures of one would be dropped."""
+    as_jsonl(tmp_path / "set", dict(list(pictures.items())[:2]))
+    if stray.endswith("tar"):
+        as_shards(tmp_path / "other", pictures)
+        (tmp_path / "other" / "00000.tar").rename(tmp_path / "set" / stray)
+    else:
+        as_parquet(tmp_path / "other", pictures)
+        (tmp_path / "other" / "train-00000.parquet").rename(tmp_path / "set" / stray)
+    with pytest.raises(ConfigError, match=r"holds pictures and \..* Set data.pictures.layout to metadata, "):
+        surveyed(tmp_path / "set")
+    assert len(surveyed(tmp_path / "set", Options("metadata")).pictures) == 2
+
+
+def test_joined_archives_and_links_in_them(pictures, tmp_path):
+    as_shards(tmp_path / "set", pictures)
+    (joined := tmp_path / "joined.tar").write_bytes(
+        b"".join((tmp_path / "set" / f"0000{number}.tar").read_bytes() for number in range(2))
+    )
+    with pytest.raises(DataError, match=r"more follows its end at byte .*: archives must not be joined"):
+        surveyed(joined)
+    with tarfile.open(tmp_path / "set" / "00002.tar", "a") as archive:
+        link = tarfile.TarInfo("linked.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "040.jpg"
+        archive.addfile(link)
+    told = r"1 of 51 images cannot be read: 00002.tar/linked.jpg \(a link or sparse file inside its archive\)"
+    assert re.match(told, refusal(tmp_path / "set"))
+
+
+def test_pipes_and_closed_folders(pictures, tmp_path, monkeypatch):
+    """Neither waited for nor passed over."""
+    import os
+
+    as_jsonl(tmp_path / "set", dict(list(pictures.items())[:2]))
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+    assert "pipe.png (not a file)" in surveyed(tmp_path / "set", allow_missing_captions=True).refusal()
+    original = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    (tmp_path / "set" / "closed").mkdir()
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match=r"closed cannot be read \(permission denied\)"):
+        surveyed(tmp_path / "set")
+
+
+def test_splits_of_parquet_folders(pictures, tmp_path):
+    """By their names; what is not read is told."""
+    items = list(pictures.items())
+    as_parquet(tmp_path / "set", dict(items[:20]))
+    as_parquet(tmp_path / "more", dict(items[20:25]))
+    (tmp_path / "more" / "train-00000.parquet").rename(tmp_path / "set" / "test-00000.parquet")
+    train, test = (surveyed(tmp_path / "set", Options(split=split)) for split in ("train", "test"))
+    assert (len(train.pictures), len(test.pictures)) == (20, 5)
+    assert train.listing.notes == ("other splits are not read: test",)
+    with pytest.raises(DataError, match=r"cannot read the data set .*[Uu]nknown split"):
+        surveyed(tmp_path / "set", Options(split="dev"))
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(pictures, tmp_path):

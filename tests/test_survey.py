@@ -12,7 +12,7 @@ from latentdiff.data import survey as module
 from latentdiff.data.layouts import find
 from latentdiff.data.source import Options
 from latentdiff.data.survey import retold, survey, told
-from latentdiff.errors import DataError
+from latentdiff.errors import DataError, ResourceError
 
 from .pictures import as_jsonl, encoded, some_pictures, write_pictures
 
@@ -170,6 +170,49 @@ def test_what_decoding_said_is_remembered_by_identity(broken, tmp_path, monkeypa
     assert len(decoded) == 8  # by other rules
     memo.write_text(memo.read_text()[:-20])
     assert surveyed(broken, memo=memo).unreadable == mended.unreadable
+
+
+def test_a_memo_that_was_changed_is_not_believed(broken, tmp_path):
+    """Neither cut, nor edited, nor of other types."""
+    memo = tmp_path / "memo.jsonl"
+    first = surveyed(broken, memo=memo)
+    whole = memo.read_text()
+    for damaged in (
+        whole.replace("[64, 64]", "[64, 128]").replace('"size": [', '"size": [9'),
+        "\n".join(whole.splitlines()[:4]),
+        whole + "5\n",
+        "[]\n5\n",
+        "[" * 100_000,
+    ):
+        memo.write_text(damaged)
+        again = surveyed(broken, memo=memo)
+        assert [picture.facts for picture in again.pictures] == [picture.facts for picture in first.pictures]
+        assert again.unreadable == first.unreadable
+        assert memo.read_text() == whole
+
+
+def test_a_machine_without_memory_says_so(broken, tmp_path, monkeypatch):
+    """It is no fault of the picture, and nothing of it is remembered."""
+    memo, original = tmp_path / "memo.jsonl", module.decode
+
+    def exhausted(data, *rest):
+        if data.startswith(b"\xff\xd8"):
+            raise MemoryError
+        return original(data, *rest)
+
+    monkeypatch.setattr(module, "decode", exhausted)
+    with pytest.raises(ResourceError, match=r"out of memory while decoding \S+\.jpg"):
+        surveyed(broken, memo=memo)
+    assert not memo.exists()
+
+
+def test_names_do_not_order_the_set(tmp_path):
+    """Not even of the same bytes with other captions."""
+    (data, _), *_ = some_pictures(1).values()
+    for folder, names in (("one", "ab"), ("other", "ba")):
+        as_jsonl(tmp_path / folder, {f"{names[0]}.png": (data, "first"), f"{names[1]}.png": (data, "second")})
+    one, other = (surveyed(tmp_path / folder) for folder in ("one", "other"))
+    assert [p.captions for p in one.pictures] == [p.captions for p in other.pictures]
 
 
 def test_a_survey_is_retold(broken):

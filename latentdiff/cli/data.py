@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.output import check_writable
+from latentdiff.cli.output import check_page, check_writable
 
 if TYPE_CHECKING:
     from latentdiff.config import Config
@@ -50,13 +50,15 @@ def check(
     import json
 
     from latentdiff.data.buckets import bucket_table
-    from latentdiff.data.report import as_html, as_text, sections
+    from latentdiff.data.report import PAGE, as_html, as_text, sections
+    from latentdiff.data.survey import QUARANTINED
     from latentdiff.errors import ConfigError, DataError
     from latentdiff.stages.pictures import look, picture_data
 
-    for path in (quarantine if skip_bad else None, html):
-        if path:
-            check_writable(path, path.parent)
+    if skip_bad:
+        check_page(quarantine, QUARANTINED)
+    if html:
+        check_page(html, PAGE)
     config = _config(
         source,
         set_,
@@ -78,8 +80,9 @@ def check(
     report = sections(found, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
     said = {section.title: {"said": section.said, "lines": section.lines} for section in report}
     typer.echo(_printable(json.dumps(said, indent=1) if json_ else as_text(report)))
+    data = picture_data(config, found) if found.pictures else None  # refuses what training would
     if html:
-        page = as_html(settings.source, report, _sheet(picture_data(config, found), SHEET, 0, tokenizer))
+        page = as_html(settings.source, report, _sheet(data, SHEET, 0, tokenizer) if data else [])
         html.write_text(page, encoding="utf-8")
         typer.echo(html, err=True)
     if skip_bad and found.left_out and found.pictures:
@@ -94,15 +97,15 @@ def preview(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("preview.html"),
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="How many samples.")] = SHEET,
-    epoch: Annotated[int, typer.Option(min=0, help="Of the random crops, flips and captions.")] = 0,
+    epoch: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random crops, flips and captions.")] = 0,
     resolution: Resolution = None,
     set_: Set = None,
 ) -> None:
     """Show what the network sees: samples of an epoch as they are cropped, with the words the text encoder reads."""
-    from latentdiff.data.report import Section, as_html
+    from latentdiff.data.report import PAGE, Section, as_html
     from latentdiff.stages.pictures import open_data
 
-    check_writable(output, output.parent)
+    check_page(output, PAGE)
     config = _config(source, set_, {"image_size": resolution})
     data = open_data(config)
     said = f"{min(count, len(data.training)):,} of {len(data.training):,} samples, epoch {epoch}"
@@ -143,7 +146,7 @@ def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Confi
     from latentdiff.config import load_config
 
     given = [(key, value) for key, value in flags.items() if value is not None]
-    if source.endswith(".toml"):
+    if source.endswith(".toml") and not Path(source).is_dir():
         return load_config(Path(source), [*(set_ or ()), *given])
     pictures = [("data.kind", "pictures"), ("data.pictures.source", source)]
     return load_config(None, [*pictures, *(set_ or ()), *given])
@@ -163,14 +166,15 @@ def _sheet(data: DataSet, count: int, epoch: int, tokenizer: Tokenizer) -> list[
     """Samples evenly spaced over the set, with their names and the words that are left of their captions."""
     examples = data.training
     count = min(count, len(examples))
+    rows = [number * len(examples) // count for number in range(count)]
+    pixels = dict(examples.pictures.each([(row, examples.view(row, epoch)) for row in rows]))
     sheet = []
-    for number in range(count):
-        row = number * len(examples) // count
+    for number, row in enumerate(rows):
         words = examples.caption(row, epoch)
         ids = tokenizer(words, truncation=True, verbose=False).input_ids
         read = tokenizer.decode(ids, skip_special_tokens=True)
         said = {"": examples.pictures.name(row), "caption": words, "read": read}
-        sheet.append((examples.image(row, epoch), said))
+        sheet.append((examples.toned(pixels[number]), said))
     return sheet
 
 

@@ -14,11 +14,23 @@ def check_writable(output: Path, folder: Path) -> None:
     Nothing is created. Raises ConfigError, also for a name that no file can have.
     """
     try:
+        str(output).encode()  # libraries write names into files of text
         _exists(output)
         there = next(path for path in (folder, *folder.absolute().parents) if _exists(path))
         tempfile.TemporaryFile(dir=there).close()  # the one sure way to know
+    except UnicodeEncodeError:
+        raise ConfigError(f"cannot write to {str(output)!r} (the name is not valid UTF-8)") from None
     except OSError as error:
         raise ConfigError(f"cannot write to {output} ({(error.strerror or str(error)).lower()})") from None
+
+
+def check_page(output: Path, ours: str) -> None:
+    """Refuse before any work where a file cannot be written, or would replace one that does not begin as ours do."""
+    check_writable(output, output.parent)
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(f"cannot write to {output} (no such folder, or a folder itself)")
+    if output.is_file() and not output.read_bytes().startswith(ours.encode()):
+        raise ConfigError(f"{output} is a file of yours; nothing is overwritten. Choose another name")
 
 
 def _exists(path: Path) -> bool:

@@ -13,6 +13,7 @@ from latentdiff.cli.output import check_writable
 
 if TYPE_CHECKING:
     from latentdiff.config import Config
+    from latentdiff.stages.pictures import DataSet
 
 
 class StageName(StrEnum):
@@ -91,7 +92,7 @@ def _train(
     from latentdiff.stages.chain import TRAIN
     from latentdiff.stages.pictures import open_data
     from latentdiff.stages.plan import plan_text
-    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator
+    from latentdiff.stages.run import Run, check_trainable, check_unchanged, checkpoints_to_resume, new_accelerator
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
 
@@ -103,6 +104,7 @@ def _train(
             _choose_deterministic_kernels()
         with accelerator.main_process_first():
             data = open_data(config, None if dry_run else folder / "cache")
+        check_trainable(config, data, stages, accelerator.num_processes)
         checkpoints, told = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
@@ -114,12 +116,18 @@ def _train(
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 save_config(config, folder / "config.toml")
-                if data.found and data.found.left_out:
-                    data.found.write_quarantine(folder / "quarantine.jsonl")
+                _write_quarantine(data, folder / "quarantine.jsonl")
             for name in run.stages:
                 TRAIN[name](run)
     if accelerator.is_main_process:
         typer.echo(folder / "model")
+
+
+def _write_quarantine(data: DataSet, path: Path) -> None:
+    """What this start leaves out; nothing is left of one that left out something else."""
+    path.unlink(missing_ok=True)
+    if data.found and data.found.left_out:
+        data.found.write_quarantine(path)
 
 
 def _choose_deterministic_kernels() -> None:

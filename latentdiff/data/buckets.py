@@ -25,6 +25,8 @@ def bucket_table(resolution: int, step: int | None = None, max_aspect: float = 2
         long = area // short // step * step
         if long <= max_aspect * short:
             sizes |= {(short, long), (long, short)}
+    if not sizes:
+        raise ConfigError(f"no bucket of step {step} fits a resolution of {resolution} within {max_aspect:g} to 1")
     return tuple(sorted(sizes, key=lambda size: (size[1] / size[0], size)))
 
 

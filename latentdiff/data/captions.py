@@ -31,7 +31,7 @@ class CaptionRule:
             tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
             kept, others = tags[: self.keep_tags], tags[self.keep_tags :]
             shuffled = np.random.Generator(np.random.Philox(int(order))).permutation(len(others))
-            caption = ", ".join([*kept, *(others[index] for index in shuffled)])
+            caption = ", ".join([*kept, *(others[index] for index in shuffled)]) or caption
         return self._framed(caption, self.templates[int(template * len(self.templates))])
 
     def possible(self, captions: Sequence[str]) -> list[str] | None:

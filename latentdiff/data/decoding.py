@@ -53,7 +53,7 @@ def decode(data: bytes, background: Color = WHITE, max_pixels: int = MAX_PIXELS)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _decoded(image, background, max_pixels)
-    except DataError:
+    except (DataError, MemoryError):  # the machine's fault is not the picture's
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(_what_else(data) if isinstance(error, UnidentifiedImageError) else "too many pixels") from None

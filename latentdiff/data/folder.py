@@ -31,7 +31,7 @@ def listing(root: Path, options: Options) -> Listing:
     """Every picture of a folder and its sub-folders. Raises DataError."""
     files = sorted(_files(root))
     metadata = [file for file in files if PurePosixPath(file).name in METADATA]
-    pictures = [file for file in files if _suffix(file) in SUFFIXES]
+    pictures = [file for file in files if _is_picture(file)]
     stems = {_stem(file) for file in pictures}
     beside = [file for file in files if _is_sidecar(file)]
     has_sidecars = any(_stem(file) in stems for file in beside)
@@ -51,17 +51,33 @@ def listing(root: Path, options: Options) -> Listing:
     return Listing(found.layout, found.records, found.orphans, (*found.notes, *_note(others)))
 
 
+def has_pictures(root: Path) -> bool:
+    """Whether there is any, at whatever depth."""
+    return any(_is_picture(file) for file in _files(root))
+
+
+def _is_picture(file: str) -> bool:
+    """By its suffix. A hidden file is none: finders leave such beside pictures."""
+    return _suffix(file) in SUFFIXES and not PurePosixPath(file).name.startswith(".")
+
+
 def _files(root: Path) -> Iterator[str]:
-    """Paths relative to the root, through linked folders too, each folder once; hidden files are no pictures."""
+    """Paths relative to the root, through linked folders too, each folder once; hidden folders as one name."""
     seen = set()
-    for parent, folders, names in os.walk(root, followlinks=True):
+    for parent, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
+        yield from (f"{Path(parent, name).relative_to(root).as_posix()}/" for name in folders if name.startswith("."))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name).relative_to(root).as_posix() for name in names if not name.startswith("."))
+        yield from (Path(parent, name).relative_to(root).as_posix() for name in names)
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be listed is not an empty one."""
+    raise DataError(f"{shown(str(error.filename))} cannot be read ({(error.strerror or str(error)).lower()})")
 
 
 def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: list[str], options: Options) -> Listing:
@@ -128,7 +144,7 @@ def _json_rows(lines: list[str], name: str) -> Iterator[tuple[str, Mapping[str, 
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_without_doubles)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not valid JSON: {str(error)[:80]}") from None
         if not isinstance(row, dict):
@@ -136,9 +152,17 @@ def _json_rows(lines: list[str], name: str) -> Iterator[tuple[str, Mapping[str, 
         yield where, row
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return dict(pairs)
+
+
 def _csv_rows(lines: list[str], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.DictReader(io.StringIO("\n".join(lines), newline=""), strict=True)
     try:
+        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+            raise DataError(f"{name} has a column twice: {', '.join(reader.fieldnames or ())}")
         for row in reader:
             where = f"{name} line {reader.line_num}"
             if None in row:
@@ -155,7 +179,7 @@ def _by_sidecars(root: Path, pictures: list[str], beside: list[str]) -> Listing:
         of_stem[_stem(name)].append(name)
     sidecars: dict[str, str] = {}
     for suffix in reversed(SIDECARS):  # the first kind wins
-        sidecars |= {_stem(file): file for file in beside if file.endswith(suffix)}
+        sidecars |= {_stem(file): file for file in beside if _suffix(file) == suffix}
     records = []
     for name in pictures:
         stem = _stem(name)
@@ -165,7 +189,7 @@ def _by_sidecars(root: Path, pictures: list[str], beside: list[str]) -> Listing:
         records.append(Record(name, _reader(root, name), captions, _of_folder_name(name)[1], fault))
     orphans = [shown(file) for stem, file in sidecars.items() if stem not in of_stem]
     unread = sorted(set(beside) - set(sidecars.values()))
-    notes = [f"{len(unread)} .caption files are not read, for there is a .txt beside each"] if unread else []
+    notes = [f"{len(unread)} captions are not read, for there is another beside each"] if unread else []
     return Listing("sidecars", records, tuple(orphans), tuple(notes))
 
 
@@ -198,6 +222,8 @@ def _reader(root: Path, name: str) -> Any:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError("not a file")
         return path.read_bytes()
     except OSError as error:
         raise DataError((error.strerror or str(error)).lower()) from None

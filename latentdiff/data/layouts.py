@@ -7,15 +7,26 @@ from pathlib import Path
 
 from latentdiff.data import folder, shards, table
 from latentdiff.data.source import Listing, Options, shown
-from latentdiff.errors import DataError
+from latentdiff.errors import ConfigError, DataError
 
 
 def find(source: str, options: Options) -> Listing:
     """List what is at a path, in shards `name-{00000..00099}.tar`, or under a hub id. Raises DataError, ConfigError."""
-    layout, path = options.layout, Path(source)
-    if layout == "shards" or (layout == "auto" and shards.is_sharded(source)):
+    try:
+        return _found(source, Path(source), options)
+    except OSError as error:
+        raise DataError(f"cannot read {shown(source)} ({(error.strerror or str(error)).lower()})") from None
+
+
+def _found(source: str, path: Path, options: Options) -> Listing:
+    layout, sharded, tabled = options.layout, shards.is_sharded(source), table.is_table(path)
+    if layout == "auto" and path.is_dir() and (sharded or tabled) and folder.has_pictures(path):
+        other, name = (".tar files", "shards") if sharded else (".parquet files or a saved data set", "table")
+        advice = f"Set data.pictures.layout to metadata, sidecars, uncaptioned or {name}"
+        raise ConfigError(f"{shown(source)} holds pictures and {other}. {advice}")
+    if layout == "shards" or (layout == "auto" and sharded):
         return shards.listing(source, options)
-    if layout == "table" or (layout == "auto" and table.is_table(path)):
+    if layout == "table" or (layout == "auto" and tabled):
         return table.listing(source, options)
     if path.name in folder.METADATA and path.is_file():
         path = path.parent

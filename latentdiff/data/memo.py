@@ -1,7 +1,11 @@
-"""What was slow to find out, kept in a file of JSON lines: the rules it was found out by, then one value a line."""
+"""What was slow to find out, kept in a file of JSON lines: the rules it was found out by, then one value a line.
+
+The first line also holds a sha256 of the others, so that what was damaged or edited is found out again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -14,10 +18,11 @@ def read_memo(path: Path, rules: Any) -> list[Any]:
     if not path.is_file():
         return []
     try:
-        first, *rest = path.read_text(encoding="utf-8").splitlines()
-        same = json.loads(first) == json.loads(json.dumps(rules))  # as JSON gives them back
-        return [json.loads(line) for line in rest] if same else []
-    except ValueError:
+        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+        if json.loads(first) == json.loads(json.dumps(_header(rules, rest))):  # as JSON gives it back
+            return [json.loads(line) for line in rest.splitlines()]
+        return []
+    except (ValueError, OSError, RecursionError):
         return []
 
 
@@ -25,5 +30,10 @@ def write_memo(path: Path, rules: Any, values: Iterable[Any]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    partial.write_text("".join(json.dumps(value) + "\n" for value in (rules, *values)), encoding="utf-8")
+    rest = "".join(json.dumps(value) + "\n" for value in values)
+    partial.write_text(f"{json.dumps(_header(rules, rest))}\n{rest}", encoding="utf-8")
     partial.replace(path)
+
+
+def _header(rules: Any, rest: str) -> list[Any]:
+    return [rules, hashlib.sha256(rest.encode()).hexdigest()]

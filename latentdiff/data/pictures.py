@@ -109,9 +109,14 @@ class PictureSet:
             for number, (row, _) in enumerate(wanted):
                 asked[self.picture(row).id].append(number)
             for record in self._stream:
-                data = record.read()
+                try:
+                    data = record.read()
+                except DataError:  # what is wanted could be read when it was looked at
+                    continue
                 for number in asked.pop(hashlib.sha256(data).hexdigest(), ()):
                     yield number, self._seen(data, *wanted[number])
+            if asked:
+                raise DataError(f"{len(asked)} pictures are not in the stream any more. Start again")
 
     def _seen(self, data: bytes, row: int, seen: View, size: Size | None = None) -> np.ndarray:
         picture = self.picture(row)

@@ -17,6 +17,7 @@ from latentdiff.data.buckets import Size, cropped_share, nearest
 from latentdiff.data.source import shown
 from latentdiff.data.survey import Picture, Survey
 
+PAGE = '<!doctype html><meta charset="utf-8"><meta name="generator" content="latentdiff">'  # how each begins
 _NAMED = 8  # of what is not wrong; what is wrong is listed whole
 
 
@@ -168,7 +169,7 @@ def as_html(title: str, found: Sequence[Section], sheet: Sequence[tuple[np.ndarr
         "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px}"
         "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}figcaption{font-size:12px}b{color:#777}"
     )
-    head = f'<!doctype html><meta charset="utf-8"><title>{_escaped(title)}</title><style>{style}</style>'
+    head = f"{PAGE}<title>{_escaped(title)}</title><style>{style}</style>"
     return f"{head}<h1>{_escaped(title)}</h1><table>{''.join(rows)}</table><main>{figures}</main>\n"
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import tarfile
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,8 @@ from latentdiff.data.source import Listing, Options, Record, captions_in, lines_
 from latentdiff.errors import ConfigError, DataError
 
 _Member = tuple[int, int, str]  # where it begins, how long it is, its name
+_ELSEWHERE = -1  # of links and sparse files: their bytes are not one piece of the archive
+_MOST = 100_000  # shards
 
 
 def is_sharded(source: str) -> bool:
@@ -54,9 +57,12 @@ def _shards(source: str) -> list[Path]:
     if Path(source).is_dir():
         return sorted(Path(source).glob("*.tar"))
     try:
-        shards = [Path(name) for name in braceexpand(source)] if "{" in source else [Path(source)]
+        names = islice(braceexpand(source), _MOST + 1) if "{" in source else [source]
+        shards = [Path(name) for name in names]
     except ValueError:
         raise ConfigError(f"braces do not match ({shown(source)})") from None
+    if len(shards) > _MOST:
+        raise ConfigError(f"more than {_MOST:,} shards ({shown(source)})")
     for shard in shards:
         if not shard.is_file():
             raise DataError(f"no such shard ({shown(str(shard))})")
@@ -71,16 +77,17 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
-                if not member.isreg() or path.name.startswith("."):
+                if member.isdir():
                     continue
                 stem, _, extension = path.name.partition(".")
-                if _kind(extension.lower()) is None:
+                if not stem or _kind(extension.lower()) is None:
                     ignored += 1
                     continue
                 group = samples[str(path.parent / stem)]
                 if extension.lower() in group:
                     raise DataError(f"{shard.name} holds {shown(member.name)} twice")
-                group[extension.lower()] = (member.offset_data, member.size, member.name)
+                plain = member.isreg() and not member.issparse()
+                group[extension.lower()] = (member.offset_data if plain else _ELSEWHERE, member.size, member.name)
             _check_end(shard, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"shard {shown(str(shard))} cannot be read: {error}") from None
@@ -88,11 +95,18 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
 
 
 def _check_end(shard: Path, offset: int) -> None:
-    """A tarfile ends in silence at a header that is cut off or damaged; a whole archive ends in blocks of zeros."""
+    """A whole archive ends in zeros and nothing else.
+
+    At a header that is cut off or damaged, and at the end of the first of several archives, tarfile stops in silence.
+    """
     with shard.open("rb") as file:
         file.seek(offset)
-        if file.read(512) != bytes(512):
+        rest = file.read(512)
+        if rest != bytes(512):
             raise tarfile.ReadError(f"cut off or damaged at byte {offset:,}")
+        while rest := file.read(2**20):
+            if rest.count(0) != len(rest):
+                raise tarfile.ReadError(f"more follows its end at byte {offset:,}: archives must not be joined")
 
 
 def _kind(extension: str) -> str | None:
@@ -133,6 +147,8 @@ def _reader(shard: Path, member: _Member) -> Any:
 
 def _read(shard: Path, member: _Member) -> bytes:
     offset, size, _ = member
+    if offset == _ELSEWHERE:
+        raise DataError("a link or sparse file inside its archive")
     with shard.open("rb") as file:
         file.seek(offset)
         return file.read(size)

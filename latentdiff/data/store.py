@@ -83,10 +83,11 @@ class Store:
             with safe_open(path, "pt") as file:
                 keys = json.loads((file.metadata() or {})["keys"])
                 self._files[path] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            places = {key: (path, row) for row, key in enumerate(keys)}
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise _damaged(path) from error
-        for row, key in enumerate(keys):
-            self._where.setdefault(key, (path, row))
+        for key, place in places.items():
+            self._where.setdefault(key, place)
 
 
 def _header(keys: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,10 @@ from latentdiff.data.buckets import Size
 from latentdiff.data.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.source import Listing, Record, shown
-from latentdiff.errors import DataError
+from latentdiff.errors import DataError, ResourceError
 
 _RULES = f"1, Pillow {PIL.__version__}"  # what the facts below depend on beside the bytes
+QUARANTINED = '{"name": '  # how each line of what is left out begins
 _AT_ONCE = 256  # pictures in hand: of a stream each holds its bytes
 
 
@@ -156,7 +158,8 @@ def survey(
             pictures.append(Picture(key, record.name, facts, captions or ("",), record.repeats, record.read))
     if memo:
         write_memo(memo, rules, [[key, asdict(facts)] for key, facts in sorted(known.items())])
-    pictures.sort(key=lambda picture: (picture.id, picture.name))
+    # names come last: what is learnt from does not depend on them
+    pictures.sort(key=lambda picture: (picture.id, picture.captions, picture.repeats, picture.name))
     return Survey(listing, tuple(pictures), **{kind: tuple(found) for kind, found in faults.items()})
 
 
@@ -172,11 +175,15 @@ def _opened(
             return record, None, Facts(fault=str(error))
         key = hashlib.sha256(data).hexdigest()
         if key not in known:
-            known[key] = _facts(data, max_pixels)
+            try:
+                known[key] = _facts(data, max_pixels)
+            except MemoryError:
+                raise ResourceError(f"out of memory while decoding {shown(record.name)}. Lower max_pixels") from None
         return record, key, known[key]
 
     remaining, total = iter(records), len(records) if isinstance(records, list) else None
-    with ThreadPoolExecutor() as pool, silent_decoders(), tqdm(total=total, desc="looking", unit="image") as bar:
+    bar = tqdm(total=total, desc="looking", unit="image")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, silent_decoders(), bar:
         while some := list(itertools.islice(remaining, _AT_ONCE)):
             yield from pool.map(look, some)
             bar.update(len(some))

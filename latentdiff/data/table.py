@@ -11,28 +11,43 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, shown
-from latentdiff.errors import ConfigError, DataError, LatentDiffError
+from latentdiff.errors import ConfigError, DataError, LatentDiffError, raised_as
 
 
 def is_table(path: Path) -> bool:
     """Whether a path is a saved data set, a parquet file, or a folder of them."""
     if path.is_dir():
-        saved = (path / "dataset_dict.json", path / "state.json")
-        return any(file.is_file() for file in saved) or any(path.rglob("*.parquet"))
+        return _is_saved(path) or any(path.rglob("*.parquet"))
     return path.suffix == ".parquet" and path.is_file()
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `datasets` itself wrote a folder."""
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    )
+
+
+def state_of(source: str) -> list[Any]:
+    """Of a table on this machine its files with their sizes and times: another list is another state."""
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = ((str(file), file.stat()) for file in files if file.is_file())
+    return [[name, said.st_size, said.st_mtime_ns, said.st_ctime_ns] for name, said in found]
 
 
 def listing(source: str, options: Options) -> Listing:
     """Every row. Raises DataError, and ConfigError for a column or split that is not there."""
     table = _opened(source, options)
-    columns = list(table.features or next(iter(table.take(1)), {}))
+    with raised_as(DataError, f"cannot read the data set {shown(source)}"):
+        columns = list(table.features or next(iter(table.take(1)), {}))
     image = check_column(columns, options.image_column, ("image", "img", "jpg", "png"), "image_column", shown(source))
     if image is None:
         raise ConfigError(f"{shown(source)} has no column image. Its columns: {', '.join(columns)}. Use image_column")
     caption = check_column(columns, options.caption_column, CAPTION_KEYS, "caption_column", shown(source))
     table = _undecoded(table.select_columns([image, *([caption] if caption else [])]), image)
     if options.streaming:
-        return Listing("table", _Stream(table, image, caption), streamed=True)
+        return Listing("table", _Stream(source, table, image, caption), streamed=True)
     captions = table[caption] if caption else [None] * len(table)
     records = []
     for number, text in enumerate(captions):
@@ -40,19 +55,33 @@ def listing(source: str, options: Options) -> Listing:
         records.append(Record(f"row {number}", _reader(table, number, image), said))
     if not records:
         raise DataError(f"no rows in {shown(source)}")
-    return Listing("table", records)
+    return Listing("table", records, notes=_other_splits(table))
+
+
+def _other_splits(table: Any) -> tuple[str, ...]:
+    others = sorted(str(name) for name in table.info.splits or () if str(name) != str(table.split))
+    return (f"other splits are not read: {', '.join(others)}",) if others else ()
 
 
 class _Stream:
     """Records in the order of the rows, each with its bytes in hand; it can be gone through again."""
 
-    def __init__(self, table: Iterable[dict[str, Any]], image: str, caption: str | None):
-        self._table, self._image, self._caption = table, image, caption
+    def __init__(self, source: str, table: Iterable[dict[str, Any]], image: str, caption: str | None):
+        self._source, self._table, self._image, self._caption = source, table, image, caption
 
     def __iter__(self) -> Iterator[Record]:
-        for number, row in enumerate(self._table):
+        for number, row in enumerate(self._rows()):
             said = captions_in({"text": row[self._caption] if self._caption else None}, f"row {number}")
             yield Record(f"row {number}", _bytes_in_hand(row[self._image]), said)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self._table)
+        while True:
+            with raised_as(DataError, f"cannot read the data set {shown(self._source)}"):
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
 
 
 def _bytes_in_hand(cell: Any) -> Callable[[], bytes]:
@@ -65,14 +94,13 @@ def _opened(source: str, options: Options) -> Any:
     disable_progress_bars()
     path = Path(source)
     try:
-        if path.is_dir() and not any(path.rglob("*.parquet")):
+        if _is_saved(path):
             table = load_from_disk(source)
             if isinstance(table, DatasetDict):
                 table = _split(table, options, source)
             return table.to_iterable_dataset() if options.streaming else table
-        if path.exists():
-            files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [source]
-            return load_dataset("parquet", data_files=files, split="train", streaming=options.streaming)
+        if path.is_file():
+            return load_dataset("parquet", data_files=[source], split="train", streaming=options.streaming)
         return load_dataset(source, split=options.split, streaming=options.streaming)
     except LatentDiffError:
         raise

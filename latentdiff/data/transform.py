@@ -18,7 +18,7 @@ def view(pixels: np.ndarray, size: Size, at: tuple[float, float] = CENTER, flipp
     """uint8 (H, W, 3) -> (*size, 3). `at` in [0, 1]^2 is where the part lies: (0, 0) top left, (1, 1) bottom right."""
     height, width = pixels.shape[:2]
     scale = min(height / size[0], width / size[1])  # source pixels a pixel of the view
-    part = (size[0] * scale, size[1] * scale)
+    part = (min(size[0] * scale, height), min(size[1] * scale, width))  # rounding may pass the border
     top, left = (height - part[0]) * at[0], (width - part[1]) * at[1]
     if (height, width) != size:
         box = (left, top, min(left + part[1], width), min(top + part[0], height))

@@ -50,11 +50,18 @@ class TextEncoder(nn.Module):
         context: Tensor = self(self.tokenize(prompts).to(self.model.device))
         return context
 
+    def tokenizer_json(self) -> str:
+        """The tokenizer as its file holds it, without the padding and cutting of whoever used it last."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return str(backend.to_str())
+
     def save(self, directory: Path) -> None:
         """Write tokenizer/ and text_encoder/."""
         self.tokenizer.save_pretrained(directory / "tokenizer")
         # the same file again without white space, which is half of it
-        self.tokenizer.backend_tokenizer.save(str(directory / "tokenizer" / "tokenizer.json"), pretty=False)
+        (directory / "tokenizer" / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
         self.model.save_pretrained(directory / "text_encoder", safe_serialization=True)
         let_others_read(directory / "text_encoder")
 

@@ -13,7 +13,6 @@ from latentdiff.build import new_clip, seeded
 from latentdiff.config import Config
 from latentdiff.data import scenes
 from latentdiff.diffusion import noise
-from latentdiff.errors import ConfigError
 from latentdiff.images import to_images
 from latentdiff.models.clip import Clip, contrastive_loss, text_model_of
 from latentdiff.models.folder import saving
@@ -63,11 +62,8 @@ def captioned_twins(config: Config, positions: range, purpose: str = "clip scene
 
 
 def _captioned(run: Run) -> Callable[[range], list[CaptionedPicture]]:
-    """The user's pictures as squares. Raises ConfigError where a batch would hold a picture twice."""
+    """The user's pictures as squares."""
     examples, config = run.data.training, run.config
-    batch = config.clip.training.train_batch_size * run.accelerator.num_processes
-    if batch > len(examples):
-        raise ConfigError(f"clip.training.train_batch_size: {batch} a step is more than {len(examples)} images")
     order = Order(config.seed, "clip", [np.arange(len(examples))])
 
     def batch_of(positions: range) -> list[CaptionedPicture]:

@@ -9,7 +9,9 @@ results are rounded to half.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.weights import weights_hash
 
 AT_ONCE = 8
+_NOT_ITS_OWN = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 def in_batches(function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> tuple[Tensor, ...]:
@@ -62,11 +65,17 @@ def identity_of(network: AnyAutoencoder | TextEncoder) -> str:
     """sha256 of all that its results depend on: weights, configuration, and the tokenizer of a text encoder."""
     said = [weights_hash(network)]
     if isinstance(network, TextEncoder):
-        said += [network.model.config.to_json_string(), network.tokenizer.backend_tokenizer.to_str()]
-        said.append(str(network.max_length))
+        said += [_settings(network.model.config.to_dict()), network.tokenizer_json(), str(network.max_length)]
     elif isinstance(network, Autoencoder):
-        said.append(network.vae.to_json_string())
+        said.append(_settings(dict(network.vae.config)))
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def _settings(config: dict[str, Any]) -> str:
+    """Of a network's config what is its own: not where it was loaded from, nor by which version."""
+    return json.dumps(
+        {key: value for key, value in sorted(config.items()) if key[0] != "_" and key not in _NOT_ITS_OWN}
+    )
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.source import Options
 from latentdiff.data.survey import Survey, retold, survey, told
+from latentdiff.data.table import state_of
 from latentdiff.errors import DataError
 from latentdiff.stages.examples import Examples
 from latentdiff.stages.scenes import Scenes
@@ -58,7 +59,8 @@ def readable(config: Config) -> bool:
 def look(config: Config, cache: Path | None = None) -> Survey:
     """The survey of a config's own pictures. Raises DataError where nothing can be listed.
 
-    A stream is gone through once for a run: what it said is kept in `cache`, until the settings are others.
+    A stream is gone through once for a run: what it said is kept in `cache`, until the settings are others, or the
+    files where they are of this machine.
     """
     settings = config.data.pictures
     options = Options(
@@ -66,7 +68,7 @@ def look(config: Config, cache: Path | None = None) -> Survey:
     )
     listing = find(settings.source, options)
     whole = cache / "streamed.jsonl" if cache and listing.streamed else None
-    rules = [settings.model_dump(), 1]
+    rules = [settings.model_dump(), state_of(settings.source)]
     if whole and (values := read_memo(whole, rules)):
         return retold(listing, values)
     found = survey(

@@ -103,6 +103,21 @@ def _matters(key: str, stage: str) -> bool:
     return section not in others and name not in FREE
 
 
+def check_trainable(config: Config, data: DataSet, stages: Iterable[str], processes: int = 1) -> None:
+    """Refuse before the first stage what a later one could not take. Raises ConfigError."""
+    if not data.found:
+        return
+    if data.found.listing.streamed and (set(stages) - {"denoiser"}):
+        raise ConfigError(
+            "a streamed data set is read in its own order only. Train the denoiser alone: --stage denoiser"
+        )
+    batch = config.clip.training.train_batch_size * processes
+    if "clip" in stages and batch > len(data.training):
+        raise ConfigError(
+            f"clip.training.train_batch_size: {batch} a step is more than {len(data.training)} images. Make it smaller"
+        )
+
+
 def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> tuple[dict[str, Path | None], list[str]]:
     """The checkpoint each stage goes on from, None for a fresh start, and what to tell the user.
 
