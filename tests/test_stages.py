@@ -19,6 +19,7 @@ from latentdiff.stages.pictures import open_data
 from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume
 
 from .conftest import ROOT
+from .forked import Started
 from .small import logged
 
 TINY = ROOT / "configs" / "scenes-tiny.toml"
@@ -50,10 +51,11 @@ def test_latents_are_white(tiny_run):
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-3)
 
 
-def test_a_finished_run_is_not_run_again(tiny_run, command):
+def test_a_finished_run_is_not_run_again(tiny_run):
     before = (tiny_run / "denoiser" / "log.jsonl").read_text()
-    done = command("train", ROOT / "configs" / "scenes-tiny.toml", "-o", tiny_run)
-    assert done.stdout.strip() == str(tiny_run / "model")
+    again = Started("train", ROOT / "configs" / "scenes-tiny.toml", "-o", tiny_run)
+    assert again.ended()[0] == 0
+    assert again.said().strip() == str(tiny_run / "model")
     assert (tiny_run / "denoiser" / "log.jsonl").read_text() == before
 
 
@@ -82,7 +84,7 @@ def test_networks_that_cannot_be_are_refused_before_training(change):
         build.check_networks(load_config(ROOT / "configs" / "scenes-tiny.toml", [change]))
 
 
-def test_pixel_space(command, tmp_path):
+def test_pixel_space(tmp_path):
     """The identity autoencoder: the same code trains and draws small grey pictures, by the DDPM noise objective."""
     from PIL import Image
 
@@ -98,11 +100,13 @@ def test_pixel_space(command, tmp_path):
         "recommended.num_inference_steps=4",
     )
     words = [word for change in changes for word in ("--set", change)]
-    command("train", ROOT / "configs" / "pixels-32.toml", "-o", tmp_path / "run", *words)
+    code, err = Started("train", ROOT / "configs" / "pixels-32.toml", "-o", tmp_path / "run", *words).ended()
+    assert code == 0, err
     losses = [row["loss"] for row in logged(tmp_path / "run" / "denoiser") if "loss" in row]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     assert not (tmp_path / "run" / "model" / "vae").exists()
-    command("generate", "a red circle", "-m", tmp_path / "run" / "model", "-s", 1, "-o", tmp_path / "one.png")
+    words = ("generate", "a red circle", "-m", tmp_path / "run" / "model", "-s", 1, "-o", tmp_path / "one.png")
+    assert Started(*words).ended()[0] == 0
     with Image.open(tmp_path / "one.png") as image:
         assert (image.size, image.mode) == ((32, 32), "L")
 
