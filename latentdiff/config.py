@@ -243,6 +243,11 @@ def load_config(path: Path | None, overrides: Sequence[str | tuple[str, Any]] = 
     return parse_config(tree, path.name if path else "config")
 
 
+def own_pictures(source: str) -> list[tuple[str, Any]]:
+    """Overrides for a data set of the user's own."""
+    return [("data.kind", "pictures"), ("data.pictures.source", source)]
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the effective config, defaults included, as TOML that `load_config` reads."""
     path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")

@@ -23,6 +23,12 @@ def some_pictures(count=50, seed=0):
     return made
 
 
+def broken_pictures():
+    """A truncated picture, an empty one and a web page."""
+    noise = encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "jpg")
+    return {"a.jpg": (noise[:-400], "a"), "b.png": (b"", "b"), "c.jpg": (b"<html>404</html>", "c")}
+
+
 def encoded(image, kind="png", **options):
     """A picture as the bytes of a file."""
     buffer = io.BytesIO()

@@ -18,7 +18,7 @@ from latentdiff.stages.pictures import open_data
 
 from . import forked
 from .forked import Started
-from .pictures import as_jsonl, as_parquet, encoded, some_pictures
+from .pictures import as_jsonl, as_parquet, broken_pictures, encoded, some_pictures
 
 
 def ran(*words):
@@ -38,11 +38,7 @@ def sound(tmp_path_factory):
 @pytest.fixture
 def broken(tmp_path):
     """37 sound ones and three that cannot be read."""
-    made = some_pictures(37)
-    made["a.jpg"] = (encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "jpg")[:-400], "a")
-    made["b.png"] = (b"", "b")
-    made["c.jpg"] = (b"<html>404</html>", "c")
-    return as_jsonl(tmp_path / "broken", made)
+    return as_jsonl(tmp_path / "broken", some_pictures(37) | broken_pictures())
 
 
 REFUSED = (

@@ -14,7 +14,7 @@ from latentdiff.data.source import Options
 from latentdiff.data.survey import retold, survey, told
 from latentdiff.errors import DataError, ResourceError
 
-from .pictures import as_jsonl, encoded, some_pictures, write_pictures
+from .pictures import as_jsonl, broken_pictures, encoded, some_pictures, write_pictures
 
 
 def surveyed(root, **more):
@@ -28,11 +28,7 @@ def contents(root):
 @pytest.fixture
 def broken(tmp_path):
     """Five sound pictures, a truncated one, an empty one and a web page."""
-    made = some_pictures(5)
-    made["a.jpg"] = (encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "jpg")[:-400], "a")
-    made["b.png"] = (b"", "b")
-    made["c.jpg"] = (b"<html>404</html>", "c")
-    return as_jsonl(tmp_path / "set", made)
+    return as_jsonl(tmp_path / "set", some_pictures(5) | broken_pictures())
 
 
 def test_bad_pictures_are_all_named(broken):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.output import check_page, check_writable
+from latentdiff.cli.output import check_page, check_writable, printable
 
 if TYPE_CHECKING:
     from latentdiff.config import Config
@@ -79,7 +79,7 @@ def check(
     limit = config.clip.max_length
     report = sections(found, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
     said = {section.title: {"said": section.said, "lines": section.lines} for section in report}
-    typer.echo(_printable(json.dumps(said, indent=1) if json_ else as_text(report)))
+    typer.echo(printable(json.dumps(said, indent=1) if json_ else as_text(report)))
     data = picture_data(config, found) if found.pictures else None  # refuses what training would
     if html:
         page = as_html(settings.source, report, _sheet(data, SHEET, 0, tokenizer) if data else [])
@@ -127,13 +127,12 @@ def cache(
 
     Jobs may be killed and run again, also with another n: what is there is kept, what is missing is encoded.
     """
-    from latentdiff.config import load_config
+    from latentdiff.config import load_config, own_pictures
     from latentdiff.stages.ahead import cache_ahead, parse_shard
     from latentdiff.stages.pictures import open_data
 
     share = parse_shard(shard)
-    more = [("data.kind", "pictures"), ("data.pictures.source", data)] if data else []
-    effective = load_config(config, [*(set_ or ()), *more])
+    effective = load_config(config, [*(set_ or ()), *(own_pictures(data) if data else ())])
     folder = output or Path("runs") / effective.name
     check_writable(folder, folder)
     latents, contexts = cache_ahead(effective, folder, open_data(effective, folder / "cache"), share)
@@ -143,13 +142,12 @@ def cache(
 
 def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Config:
     """A config file, or the defaults with these pictures; flags that were given override it."""
-    from latentdiff.config import load_config
+    from latentdiff.config import load_config, own_pictures
 
     given = [(key, value) for key, value in flags.items() if value is not None]
     if source.endswith(".toml") and not Path(source).is_dir():
         return load_config(Path(source), [*(set_ or ()), *given])
-    pictures = [("data.kind", "pictures"), ("data.pictures.source", source)]
-    return load_config(None, [*pictures, *(set_ or ()), *given])
+    return load_config(None, [*own_pictures(source), *(set_ or ()), *given])
 
 
 def _tokenizer(config: Config) -> Tokenizer:
@@ -176,7 +174,3 @@ def _sheet(data: DataSet, count: int, epoch: int, tokenizer: Tokenizer) -> list[
         said = {"": examples.pictures.name(row), "caption": words, "read": read}
         sheet.append((examples.toned(pixels[number]), said))
     return sheet
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()

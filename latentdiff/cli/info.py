@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.cli.output import printable
+
 
 def info(path: Annotated[Path, typer.Argument(help="A model folder or a picture.")]) -> None:
     """Print a model's parts and sizes, or how a picture was made, as JSON."""
     import json
 
     text = json.dumps(_of_model(path) if path.is_dir() else _of_picture(path), indent=1, ensure_ascii=False)
-    typer.echo(text.encode("utf-8", "backslashreplace").decode())  # a prompt may hold half a surrogate pair
+    typer.echo(printable(text))  # a prompt may hold half a surrogate pair
 
 
 def _of_model(path: Path) -> dict[str, object]:

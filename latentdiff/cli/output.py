@@ -42,6 +42,11 @@ def _exists(path: Path) -> bool:
     return True
 
 
+def printable(text: str) -> str:
+    """The text as a terminal can show it: what is no character is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_new(path: Path, content: bytes) -> None:
     """Write a file that was not there; none is left where the disk is full or the command is stopped meanwhile.
 

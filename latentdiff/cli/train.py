@@ -62,11 +62,9 @@ def train(
     The finished model is the folder RUN/model, which `generate -m` and diffusers load. Under `accelerate launch` the
     batches are shared out among the processes.
     """
-    from latentdiff.config import load_config
+    from latentdiff.config import load_config, own_pictures
 
-    more: list[tuple[str, object]] = []
-    if data is not None:
-        more += [("data.kind", "pictures"), ("data.pictures.source", data)]
+    more = [] if data is None else own_pictures(data)
     if skip_bad:
         more.append(("data.pictures.skip_bad", True))
     if allow_missing_captions:

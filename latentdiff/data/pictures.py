@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,7 @@ class PictureSet:
         """(number in `wanted`, pixels) of every row and view, in the order they are best read in: a stream's own."""
         with silent_decoders():
             if self._stream is None:
-                with ThreadPoolExecutor() as pool:
+                with ThreadPoolExecutor(os.cpu_count()) as pool:  # each holds a picture
                     for first in range(0, len(wanted), _AT_ONCE):
                         some = wanted[first : first + _AT_ONCE]
                         yield from enumerate(pool.map(lambda item: self.pixels(*item), some), first)

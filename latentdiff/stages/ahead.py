@@ -29,12 +29,13 @@ def cache_ahead(config: Config, folder: Path, data: DataSet, share: Share) -> tu
     check_networks(config)
     device = new_accelerator(config).device
     autoencoder, text_encoder = networks_before(config, folder)
-    store, cache, latents, contexts = latents_store(config, autoencoder, folder / "cache"), folder / "cache", 0, 0
+    cache, latents, contexts = folder / "cache", 0, 0
+    of_pictures, of_captions = latents_store(config, autoencoder, cache), contexts_store(text_encoder, cache)
     autoencoder.to(device)
     text_encoder.to(device)
     for examples in (data.training, data.validation):
-        latents += fill_latents(config, store, examples, autoencoder, device, share)
+        latents += fill_latents(config, of_pictures, examples, autoencoder, device, share)
         captions = None if config.denoiser.tune_text_encoder else examples.every_caption()
         if captions is not None:
-            contexts += fill_contexts(contexts_store(text_encoder, cache), captions, text_encoder, device, share)
+            contexts += fill_contexts(of_captions, captions, text_encoder, device, share)
     return latents, contexts
