@@ -243,6 +243,15 @@ def test_names(layout, tmp_path):
     assert {picture.id: picture.captions[0] for picture in found.pictures} == said
 
 
+@pytest.mark.parametrize(("on_disk", "said"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_either_unicode_form_is_matched(on_disk, said, tmp_path):
+    ((data, _),) = some_pictures(1).values()
+    write_pictures(tmp_path, {unicodedata.normalize(on_disk, "é.png"): (data, "")})
+    row = {"file_name": unicodedata.normalize(said, "é.png"), "text": "one"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    assert [picture.captions for picture in surveyed(tmp_path).pictures] == [("one",)]
+
+
 def test_the_other_unicode_form_is_matched(tmp_path):
     """macOS writes NFD, an editor NFC; but two files that differ in nothing else are told apart by their bytes."""
     (data, _), (other, _) = list(some_pictures(2).values())
