@@ -86,13 +86,13 @@ def test_rescaled_has_the_conditional_deviation(library):
     def both(x, level):
         return both_values
 
-    plain = guidance.classifier_free(both, 5.0)(x, level)
-    full = guidance.rescaled(both, 5.0, 1.0)(x, level)
-    half = guidance.rescaled(both, 5.0, 0.5)(x, level)
+    guided, cond = guidance.classifier_free(both, 5.0), guidance.chosen(both, 1)
+    plain = guided(x, level)
+    full, half, none = (guidance.rescaled(guided, cond, share)(x, level) for share in (1.0, 0.5, 0.0))
     for picture in range(3):
         assert float(full[picture].std()) == pytest.approx(float(both_values[1][picture].std()), rel=1e-12)
     np.testing.assert_allclose(half, (plain + full) / 2, rtol=1e-12)
-    np.testing.assert_allclose(guidance.rescaled(both, 5.0, 0.0)(x, level), plain, rtol=1e-12)
+    np.testing.assert_allclose(none, plain, rtol=1e-12)
 
 
 def test_within_guides_inside_the_interval_only():
@@ -107,5 +107,98 @@ def test_within_guides_inside_the_interval_only():
 def test_rescaling_what_is_constant_changes_nothing(kind):
     """An epsilon network at zero SNR predicts x0 = 0: no deviation to pull back to, and none is made up."""
     both = kind.zeros((2, 3, 1, 4, 4))
-    drawn = guidance.rescaled(lambda x, level: both, 7.0, 0.7)(both[0], None)
+    guided = guidance.classifier_free(lambda x, level: both, 7.0)
+    drawn = guidance.rescaled(guided, guidance.chosen(lambda x, level: both, 1), 0.7)(both[0], None)
     assert (drawn == 0).all()
+
+
+def test_one_evaluation_is_shared():
+    """Wrappers around the same network ask it once a place; another x or level is another place."""
+    asked = []
+
+    def both(x, level):
+        asked.append(level.t)
+        return np.stack([0 * x, x])
+
+    shared = guidance.once(both)
+    guided = guidance.rescaled(guidance.classifier_free(shared, 3.0), guidance.chosen(shared, 1), 0.5)
+    x = np.arange(8.0).reshape(1, 8)
+    guided(x, SD.level(5))
+    assert asked == [5.0]
+    guided(x.copy(), SD.level(5)), guided(x, SD.level(6))
+    assert asked == [5.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize("library", [np, torch])
+def test_apg_projects(library):
+    """Sadat et al. 2024: eta 1 without a norm is plain guidance; eta 0 leaves nothing parallel to cond; the update is
+    as long as the norm allows; with momentum b the k-th update of a constant difference is (1 - b^k) / (1 - b) of it."""
+    values = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 5))
+    values = values if library is np else torch.from_numpy(values)
+    cond, x, level = values[1], values[0], SD.level(300)
+
+    def both(x, level):
+        return values
+
+    def updates(scale=5.0, **settings):
+        return (guidance.apg(both, scale, **settings)(x, level) - cond).reshape(3, -1)
+
+    plain = (guidance.classifier_free(both, 5.0)(x, level) - cond).reshape(3, -1)
+    np.testing.assert_allclose(updates(eta=1.0), plain, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose((updates() * cond.reshape(3, -1)).sum(1), 0, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(updates(eta=1.0, norm=2.5), axis=1), 4 * 2.5, rtol=1e-9)
+    np.testing.assert_allclose(updates(eta=1.0, norm=1e6), plain, rtol=1e-9, atol=1e-9)
+    moving = guidance.apg(both, 2.0, eta=1.0, momentum=-0.5)
+    for k in (1, 2, 3):
+        update = (moving(x, level) - cond).reshape(3, -1)
+        np.testing.assert_allclose(update, plain / 4 * (1 - (-0.5) ** k) / 1.5, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("library", [np, torch])
+def test_thresholds_are_those_without_guidance(library):
+    """Guided values 0..99 against 0..9.9: the 0.9 quantile 89 is brought to 8.9, what exceeds it too; a picture that
+    is within its own bounds stays as it is."""
+    line = np.arange(100.0)
+    cond = np.stack([line / 10, line])
+    drawn = np.stack([line, line / 2])
+    if library is torch:
+        cond, drawn = torch.from_numpy(cond), torch.from_numpy(drawn)
+    denoise = guidance.thresholded(lambda x, level: drawn, lambda x, level: cond, 0.9)
+    found = denoise(drawn, None)
+    np.testing.assert_allclose(found[0], np.minimum(line, 89) / 10, rtol=1e-12)
+    np.testing.assert_allclose(found[1], line / 2, rtol=1e-12)
+
+
+def test_away_from_a_worse_network():
+    """Against a wider Gaussian of the same mean it is guidance of scale 1 + s: one formula, two derivations."""
+    cond, worse = gaussian(0.3, 0.5), gaussian(0.3, 1.0)
+    x, level = np.linspace(-1, 1, 5), SD.level(300)
+    away = guidance.away_from(cond, cond, worse, 2.0)(x, level)
+    np.testing.assert_allclose(away, guidance.classifier_free(guidance.paired(worse, cond), 3.0)(x, level), rtol=1e-12)
+
+
+@pytest.mark.parametrize("observed", [-1.0, 2.0])
+def test_steered_toward_an_observation(observed):
+    """Data N(0, 1), y = x0 + N(0, r^2): the steered denoiser of scale 1, with the gradient of log p(y | x0) at the
+    fixed point, is the exact posterior mean E[x0 | x_t, y] (both Gaussian)."""
+    r, level, x = 0.7, SD.level(300), np.linspace(-2, 2, 5)
+    precision = 1 / level.sigma**2 + 1 / r**2  # x0 | x_t has mean alpha x and variance sigma^2
+    exact = (level.alpha * x / level.sigma**2 + observed / r**2) / precision
+    steered = guidance.toward(gaussian(0.0, 1.0), lambda x0: (observed - exact) / r**2, 1.0)
+    np.testing.assert_allclose(steered(x, level), exact, rtol=1e-9)
+
+
+def test_what_is_kept_walks_the_closed_form():
+    """Started from alpha known + sigma noise, every level of a deterministic walk is the same mixture there; elsewhere
+    it is what it is without."""
+    known, noise = np.full(6, 0.8), np.linspace(-1, 1, 6)
+    mask = np.array([0, 0, 0, 1, 1, 1])
+    levels = SD.levels(7)
+    start = levels[0].alpha * known + levels[0].sigma * noise
+    free = list(samplers.ddim(gaussian(0.0, 0.5), start, levels, samplers.silent))
+    kept = list(samplers.ddim(guidance.keep(gaussian(0.0, 0.5), known, mask), start, levels, samplers.silent))
+    for step, other in zip(kept, free, strict=True):
+        expected = step.level.alpha * known + step.level.sigma * noise
+        np.testing.assert_allclose(step.x[:3], expected[:3], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(step.x[3:], other.x[3:], rtol=1e-12)
+    np.testing.assert_allclose(kept[-1].x[:3], known[:3])

@@ -1,15 +1,45 @@
 """Guidance: functions from denoisers to denoisers. Networks and samplers have never heard of it.
 
-The first argument of those that compare conditions is a denoiser of two contexts at once, unconditional first,
-which returns both in one batch, (2, B, C, h, w).
+`many` is a denoiser under several conditions at once, which returns all of them in one batch, (K, B, C, h, w); in
+`both` the unconditional comes first, the conditional second. Wrappers that look at the same network share its one
+evaluation through `once`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from latentdiff.diffusion.denoiser import Array, Denoiser
 from latentdiff.diffusion.schedule import NoiseLevel
+
+TINY = 1e-30  # keeps 0 / 0 finite
+
+
+def once(denoise: Denoiser) -> Denoiser:
+    """The same denoiser, which remembers its last answer for whoever asks again at the same place."""
+    last: tuple[Array, NoiseLevel, Array] | None = None
+
+    def remembering(x: Array, level: NoiseLevel) -> Array:
+        nonlocal last
+        if last is None or last[0] is not x or last[1] != level:
+            last = (x, level, denoise(x, level))
+        return last[2]
+
+    return remembering
+
+
+def chosen(many: Denoiser, index: int) -> Denoiser:
+    """One of several conditions."""
+    return lambda x, level: many(x, level)[index]
+
+
+def paired(worse: Denoiser, better: Denoiser) -> Denoiser:
+    """Two denoisers as the two conditions of `both`.
+
+    Classifier-free guidance of a weaker model and the model itself is autoguidance (Karras et al. 2024, eq. 3).
+    """
+    return lambda x, level: (worse(x, level), better(x, level))
 
 
 def classifier_free(both: Denoiser, scale: float) -> Denoiser:
@@ -25,23 +55,68 @@ def classifier_free(both: Denoiser, scale: float) -> Denoiser:
     return denoise
 
 
-def rescaled(both: Denoiser, scale: float, share: float) -> Denoiser:
-    """Classifier-free guidance pulled back to the conditional standard deviation (Lin et al. 2023, eq. 15-16).
+def apg(both: Denoiser, scale: float, *, eta: float = 0.0, norm: float = math.inf, momentum: float = 0.0) -> Denoiser:
+    """Adaptive projected guidance (Sadat et al. 2024, algorithm 1), which does not oversaturate at large scales.
+
+    Of the difference of the conditions, what is parallel to cond counts `eta` times (1 is plain guidance), it is no
+    longer than `norm` a picture, and `momentum` times the steps before (negative pushes against them) is added. For
+    one walk through the levels: it remembers the last difference.
+    """
+    running: Array = 0.0
+
+    def denoise(x: Array, level: NoiseLevel) -> Array:
+        nonlocal running
+        uncond, cond = both(x, level)
+        running = cond - uncond + momentum * running
+        difference = running
+        if math.isfinite(norm):
+            difference = difference * _each(norm / _lengths(difference).clip(norm, math.inf), x)
+        along = _sums(difference * cond) / (_lengths(cond) ** 2 + TINY)
+        parallel = _each(along, x) * cond
+        return cond + (scale - 1) * (difference - parallel + eta * parallel)
+
+    return denoise
+
+
+def rescaled(guided: Denoiser, cond: Denoiser, share: float) -> Denoiser:
+    """Guidance pulled back to the conditional standard deviation (Lin et al. 2023, eq. 15-16).
 
     The deviation is taken over each picture's predicted x0; `share` in [0, 1] is the mixing factor phi.
     """
 
     def denoise(x: Array, level: NoiseLevel) -> Array:
-        uncond, cond = both(x, level)
-        guided = uncond + scale * (cond - uncond)
+        drawn = guided(x, level)
         flat = (len(x), -1)
-        wanted, found = cond.reshape(flat).std(1), guided.reshape(flat).std(1)
+        wanted, found = cond(x, level).reshape(flat).std(1), drawn.reshape(flat).std(1)
         constant = found == 0  # as where an epsilon network says nothing of x0, at zero SNR: nothing to rescale
         ratio = (wanted + constant) / (found + constant)
-        factor = share * ratio + (1 - share)
-        return guided * factor.reshape(len(x), *[1] * (x.ndim - 1))
+        return drawn * _each(share * ratio + (1 - share), x)
 
     return denoise
+
+
+def thresholded(guided: Denoiser, cond: Denoiser, quantile: float) -> Denoiser:
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): the largest of |x0| are cut, then all is scaled down.
+
+    What the quantile of |x0| may be is not 1, as for pixels, but what it is without guidance, picture by picture;
+    latents know no other bounds.
+    """
+
+    def denoise(x: Array, level: NoiseLevel) -> Array:
+        drawn = guided(x, level)
+        wanted = _each(_quantiles(abs(cond(x, level)), quantile), x)
+        found = _each(_quantiles(abs(drawn), quantile), x)
+        excess = ((found + TINY) / (wanted + TINY)).clip(1, math.inf)
+        return drawn.clip(-excess * wanted, excess * wanted) / excess
+
+    return denoise
+
+
+def away_from(guided: Denoiser, cond: Denoiser, worse: Denoiser, scale: float) -> Denoiser:
+    """Guided + scale (cond - worse): perturbed-attention guidance (Ahn et al. 2024, eq. 14), where `worse` is the
+    network with the identity for its self-attention maps.
+    """
+    return lambda x, level: guided(x, level) + scale * (cond(x, level) - worse(x, level))
 
 
 def within(guided: Denoiser, plain: Denoiser, lowest: float = -math.inf, highest: float = math.inf) -> Denoiser:
@@ -51,3 +126,46 @@ def within(guided: Denoiser, plain: Denoiser, lowest: float = -math.inf, highest
         return (guided if lowest <= level.log_snr <= highest else plain)(x, level)
 
     return denoise
+
+
+def toward(denoise: Denoiser, gradient: Callable[[Array], Array], scale: float) -> Denoiser:
+    """x0 + scale sigma^2 gradient(x0), for the gradient in x0 of the log-probability of what is wanted.
+
+    Bayes' rule for the posterior mean: E[x0 | x_t, y] = E[x0 | x_t] + Cov[x0 | x_t] grad log p(y | x0) for a Gaussian
+    posterior, whose variance is sigma^2 for data of unit variance (Song et al. 2023, PiGDM, section 3.2).
+    """
+
+    def steered(x: Array, level: NoiseLevel) -> Array:
+        x0 = denoise(x, level)
+        return x0 + scale * level.sigma**2 * gradient(x0)
+
+    return steered
+
+
+def keep(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
+    """Inpainting with any network: x0 is predicted where `mask` is 1, and `known` where it is 0.
+
+    Started from a diffused `known`, what is kept then walks the closed-form path alpha known + sigma noise.
+    """
+    return lambda x, level: mask * denoise(x, level) + (1 - mask) * known
+
+
+def _each(values: Array, x: Array) -> Array:
+    """One value a picture, (B,), shaped to be multiplied with x (B, ...)."""
+    return values.reshape(len(x), *[1] * (x.ndim - 1))
+
+
+def _sums(x: Array) -> Array:
+    return x.reshape(len(x), -1).sum(1)
+
+
+def _lengths(x: Array) -> Array:
+    return _sums(x * x) ** 0.5
+
+
+def _quantiles(x: Array, share: float) -> Array:
+    """The value in each picture that a share of its values does not exceed, (B,)."""
+    flat = x.reshape(len(x), -1)
+    place = flat.argsort(1)[:, round(share * (flat.shape[1] - 1))]
+    rows = (0 * place + 1).cumsum(0) - 1
+    return flat[rows, place]
