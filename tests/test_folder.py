@@ -37,17 +37,42 @@ def refusal(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "extra.ckpt", "weights.model"]
+    "name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "w.SafeTensors", "w.ckpt", "w.model"]
 )
 @pytest.mark.parametrize("archive", [False, True])
 def test_pickles_are_refused_by_content(folder, tmp_path, name, archive):
+    """As the weights of a part, and under the name of safetensors anywhere."""
     canary, path = tmp_path / "canary", folder / "unet" / name
+    if name != "w.SafeTensors":
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    save_pickle(canary, path, archive)
+    assert f"unet/{name} is a pickle file" in refusal(folder, UnsafeError)
+    assert not canary.exists()
+
+
+def save_pickle(canary, path, archive):
     if archive:
         torch.save(Canary(canary), path)
     else:
         path.write_bytes(pickle.dumps(Canary(canary)))
-    assert f"unet/{name} is a pickle file" in refusal(folder, UnsafeError)
-    assert not canary.exists()
+
+
+def test_pickles_beside_safetensors_are_never_opened(folder, tmp_path):
+    """Many published models have both, and what a trainer saved; the picture is that of the safetensors."""
+    before = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+    for name in (
+        "unet/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+        "v1.ckpt",
+        "random_states_0.pkl",
+    ):
+        save_pickle(tmp_path / "canary", folder / name, archive=name.endswith(".bin"))
+    (folder / ".metadata").write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+    after = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+    assert after.card == before.card
+    for name, tensor in before.unet.state_dict().items():
+        assert torch.equal(after.unet.state_dict()[name], tensor)
+    assert not (tmp_path / "canary").exists()
 
 
 def edit(path, **changes):

@@ -132,7 +132,7 @@ def test_one_evaluation_is_shared():
 @pytest.mark.parametrize("library", [np, torch])
 def test_apg_projects(library):
     """Sadat et al. 2024: eta 1 without a norm is plain guidance; eta 0 leaves nothing parallel to cond; the update is
-    as long as the norm allows; with momentum b the k-th update of a constant difference is (1 - b^k) / (1 - b) of it."""
+    as long as the norm allows; with momentum b the k-th update of a constant difference is (1 - b^k) / (1 - b) it."""
     values = np.random.default_rng(0).standard_normal((2, 3, 4, 5, 5))
     values = values if library is np else torch.from_numpy(values)
     cond, x, level = values[1], values[0], SD.level(300)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,16 +22,29 @@ KNOWN_CLASSES = {
     "vae": {"AutoencoderKL"},
     "unet": {"UNet2DConditionModel"},
     "text_encoder": {"CLIPTextModel"},
+    "text_encoder_2": {"CLIPTextModelWithProjection"},
     "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"},
+    "tokenizer_2": {"CLIPTokenizer", "CLIPTokenizerFast"},
 }
+_OPTIONAL = {"vae", "text_encoder_2", "tokenizer_2"}  # without a vae it is a pixel-space model
+_TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
+_PIPELINES = {f"StableDiffusion{family}{task}" for family in ("", "XL") for task in _TASKS}
+_UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
+_MODULES = {"diffusers", "transformers", "stable_diffusion", None}
+NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
 LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
 _ASKS_TO_RUN_CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "trust_remote_code")
+_SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+))?\.safetensors")
+_INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.([\w-]+))?\.json")
 _ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def check_folder(directory: Path) -> dict[str, Any]:
-    """Refuse a folder that is not a model or asks to run code; returns its model_index. Builds nothing."""
+    """Refuse a folder that is not a model or asks to run code; returns its model_index. Builds nothing.
+
+    A pickle is refused where it stands for weights; beside safetensors, as many models have both, it is never opened.
+    """
     if not directory.is_dir():
         raise ModelError(f"no such model folder ({directory}). Give a folder with a model_index.json")
     if not (directory / "model_index.json").is_file():
@@ -42,13 +56,18 @@ def check_folder(directory: Path) -> dict[str, Any]:
             )
         if file.suffix == ".json":
             _check_json(file, directory)
-        elif _is_pickle(file):
+        elif is_pickle(file) and (_named_safetensors(file) or not _has_safetensors(file.parent, directory)):
             raise UnsafeError(
                 f"{file.relative_to(directory)} is a pickle file ({directory}). latentdiff loads safetensors only"
             )
     index = read_json(directory / "model_index.json")
-    _check_parts(index, directory)
+    _check_index(index, directory)
     return index
+
+
+def _has_safetensors(folder: Path, directory: Path) -> bool:
+    """Whether nothing but safetensors would be read of a folder; of the model's own folder no weights are."""
+    return folder == directory or any(folder.glob("*.safetensors"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,26 +94,44 @@ def _files(directory: Path) -> Iterator[Path]:
                 yield path
 
 
-def _check_parts(index: dict[str, Any], directory: Path) -> None:
-    for part, known in KNOWN_CLASSES.items():
+def _check_index(index: dict[str, Any], directory: Path) -> None:
+    where = f"{directory}/model_index.json"
+    kind = index.get("_class_name", "StableDiffusionPipeline")
+    if not isinstance(kind, str):
+        raise UnsafeError(f"model directory asks to run code (_class_name {kind}, {where}). latentdiff never does this")
+    if kind not in _PIPELINES:
+        raise ModelError(f"{kind} is no model that can be drawn with ({where}). Stable Diffusion 1, 2 and XL are")
+    for part in sorted(KNOWN_CLASSES.keys() | {key for key, entry in index.items() if isinstance(entry, list)}):
         entry = index.get(part)
-        if part == "vae" and entry in (None, [None, None]):
-            continue  # a pixel-space model
-        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if not (isinstance(name, str) and name in known):
-            raise UnsafeError(
-                f"{part} is of unknown class {name} ({directory}/model_index.json). Known: {', '.join(sorted(known))}"
-            )
-        needed = ("tokenizer.json", "vocab.json") if part == "tokenizer" else ("config.json",)
-        if not any((directory / part / file).is_file() for file in needed):
-            raise ModelError(f"{part}/{' or '.join(needed)} is missing ({directory})")
-        if part != "tokenizer" and not any((directory / part).glob("*.safetensors")):
-            raise ModelError(f"{part} has no safetensors weights ({directory})")
+        if part in _OPTIONAL | _UNREAD and entry in (None, [None, None]):
+            continue
+        module, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if part == "_class_name" or (part in _UNREAD and module in _MODULES):
+            continue
+        if part in _UNREAD:
+            raise UnsafeError(f"{part} is of unknown module {module} ({where}). latentdiff never imports one")
+        if part not in KNOWN_CLASSES:
+            if entry == [None, None]:
+                continue
+            raise ModelError(f"a model with {part} cannot be drawn with ({where})")
+        if not (isinstance(name, str) and name in KNOWN_CLASSES[part] and module in _MODULES):
+            known = ", ".join(sorted(KNOWN_CLASSES[part]))
+            raise UnsafeError(f"{part} is of unknown class {name} ({where}). Known: {known}")
+        _check_files(part, directory)
+
+
+def _check_files(part: str, directory: Path) -> None:
+    tokens = part.startswith("tokenizer")
+    needed = ("tokenizer.json", "vocab.json") if tokens else ("config.json",)
+    if not any((directory / part / file).is_file() for file in needed):
+        raise ModelError(f"{part}/{' or '.join(needed)} is missing ({directory})")
+    if not tokens and not any((directory / part).glob("*.safetensors")):
+        raise ModelError(f"{part} has no safetensors weights ({directory})")
 
 
 def _check_json(file: Path, directory: Path) -> None:
     name, tree = str(file.relative_to(directory)), read_json(file)
-    if file.parent.name == "tokenizer":
+    if file.parent.name.startswith("tokenizer"):
         return  # vocabularies: words and numbers that build nothing
     for key, value in _entries(tree):
         if key in _ASKS_TO_RUN_CODE:
@@ -121,7 +158,11 @@ def _entries(tree: Any) -> Iterable[tuple[str, Any]]:
             yield from _entries(item)
 
 
-def _is_pickle(file: Path) -> bool:
+def _named_safetensors(file: Path) -> bool:
+    return file.suffix.lower() == ".safetensors"
+
+
+def is_pickle(file: Path) -> bool:
     """By name, and by content: pickle protocols 2 and up open with 0x80, torch's archives are zip files.
 
     A safetensors file opens with the 8-byte length of a JSON header, then "{"; one too short to say is left to its
@@ -129,7 +170,7 @@ def _is_pickle(file: Path) -> bool:
     """
     with file.open("rb") as handle:
         head = handle.read(9)
-    if file.suffix.lower() == ".safetensors":
+    if _named_safetensors(file):
         return len(head) == 9 and head[8:9] != b"{"
     named = file.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
     return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
@@ -153,28 +194,75 @@ def let_others_read(directory: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-def folder_hash(directory: Path) -> str:
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a network of a checked folder: one, or the shards that an index names.
+
+    variant: fp16, non_ema, ... of those that stand side by side; without it the plain ones, or the only ones there
+    are. Raises ModelError.
+    """
+    found = _variants(folder)
+    if variant is None and None not in found and len(found) == 1:
+        (variant,) = found
+    if variant not in found:
+        known = ", ".join(sorted(name or "the plain one" for name in found)) or "none"
+        raise ModelError(f"{folder.name} has no weights of variant {variant} ({folder.parent}). There are: {known}")
+    if not found[variant].name.endswith(".json"):
+        return [found[variant]]
+    shards = read_json(found[variant]).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{folder.name}/{found[variant].name} maps no weights ({folder.parent})")
+    files = [folder / str(name) for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{folder.name}/{file.name} is missing ({folder.parent})")
+    return files
+
+
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """The variant that `weight_files` takes, by the name under which libraries load it."""
+    found = _variants(folder)
+    return next(iter(found)) if variant is None and None not in found and len(found) == 1 else variant
+
+
+def _variants(folder: Path) -> dict[str | None, Path]:
+    """The single file or the index of each variant of a network's weights."""
+    found: dict[str | None, Path] = {}
+    for file in sorted(folder.iterdir()):
+        single, index = _SINGLE.fullmatch(file.name), _INDEX.fullmatch(file.name)
+        if named := index or single:
+            found.setdefault(named[1], file)
+    return found
+
+
+def folder_hash(directory: Path, variant: str | None = None) -> str:
     """sha256 of the weights that draw, in the order of their names: which model drew a picture."""
     digest = hashlib.sha256()
-    for part in ("text_encoder", "unet", "vae"):
-        for file in sorted((directory / part).glob("*.safetensors")):
+    for part in NETWORKS:
+        for file in weight_files(directory / part, variant) if (directory / part).is_dir() else []:
             digest.update(file.relative_to(directory).as_posix().encode())
-            digest.update(file.read_bytes())
+            with file.open("rb") as content:
+                while block := content.read(1 << 24):
+                    digest.update(block)
     return digest.hexdigest()
 
 
-def parameter_counts(directory: Path) -> dict[str, int]:
+def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, int]:
     """Number of parameters of each part, from the headers of its weights."""
+    counts: dict[str, int] = {}
+    for part in (*NETWORKS, "clip"):
+        if (directory / part).is_dir():
+            files = sorted((directory / part).glob("*.safetensors")) if part == "clip" else None
+            counts[part] = sum(map(_numbers, files or weight_files(directory / part, variant)))
+    return counts
+
+
+def _numbers(file: Path) -> int:
+    """How many numbers a safetensors file holds, by its header."""
     from safetensors import safe_open
 
-    counts: dict[str, int] = {}
-    for file in sorted(directory.glob("*/*.safetensors")):
-        part = file.parent.name
-        with loading(part, directory), safe_open(file, "np") as weights:
-            names = weights.keys()  # not a mapping: it cannot be iterated
-            sizes = (math.prod(weights.get_slice(name).get_shape()) for name in names)
-            counts[part] = counts.get(part, 0) + sum(sizes)
-    return counts
+    with loading(file.parent.name, file.parent.parent), safe_open(file, "np") as weights:
+        names = weights.keys()  # not a mapping: it cannot be iterated
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:

@@ -8,35 +8,54 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from latentdiff.errors import ConfigError
+from latentdiff.models.context import Context
 from latentdiff.models.folder import let_others_read
+from latentdiff.models.prompt import Chunk, Style, chunks
 
 Tokenizer = CLIPTokenizer
 START, END = "<|startoftext|>", "<|endoftext|>"
+EMPTY = Chunk([], [])
+
+
+class Reading(NamedTuple):
+    """What becomes of a prompt: its tokens with start and end, the chunks it is read in, the tokens that are cut."""
+
+    tokens: int
+    chunks: int
+    cut: int
 
 
 class TextEncoder(nn.Module):
-    """token ids (B, L) -> context (B, L, D), the last hidden states after the final layer norm."""
+    """token ids (B, L) -> context (B, L, D): the last hidden states after the final layer norm.
 
-    def __init__(self, tokenizer: CLIPTokenizer, model: CLIPTextModel):
+    penultimate: those of the layer before, without the norm, as SDXL reads its two.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        model: CLIPTextModel | CLIPTextModelWithProjection,
+        *,
+        penultimate: bool = False,
+    ):
         super().__init__()
-        self.tokenizer, self.model = tokenizer, model
+        self.tokenizer, self.model, self.penultimate = tokenizer, model, penultimate
+        self.layers = int(model.config.num_hidden_layers) - penultimate  # that can be read
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, max_length), cut and padded with the end token as Stable Diffusion does."""
         return tokenize(self.tokenizer, prompts)
 
-    def count_tokens(self, prompt: str) -> int:
-        """How many tokens a prompt has, with start and end, before it is cut."""
-        return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-
     @property
     def max_length(self) -> int:
-        """The number of tokens read, with start and end."""
+        """The number of tokens read at once, with start and end."""
         return int(self.tokenizer.model_max_length)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -46,9 +65,74 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The context (B, L, D) of prompts, on the model's device."""
+        """The context (B, L, D) of prompts as training reads them: no weights, cut, on the model's device."""
         context: Tensor = self(self.tokenize(prompts).to(self.model.device))
         return context
+
+    def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
+        """What `context` would make of a prompt, without computing it. Raises ConfigError for bad brackets."""
+        found = self._chunks(prompt, style)
+        tokens = 2 + sum(len(chunk.ids) for chunk in found)
+        if style.chunked:
+            return Reading(tokens, len(found), 0)
+        return Reading(tokens, 1, tokens - 2 - len(found[0].ids))
+
+    @torch.no_grad()
+    def context(self, prompt: str, style: Style = Style(), *, least: int = 1) -> Context:  # noqa: B008 - frozen
+        """The context (n L, D) of one prompt in n chunks; empty ones are added up to `least`.
+
+        A word of weight w moves the context w times as far from the empty prompt's as it would by itself:
+        c = c_empty + w (c - c_empty), so that 1 changes nothing and 0 leaves nothing of it.
+        """
+        if style.clip_skip is not None and not 0 <= style.clip_skip < self.layers:
+            raise ConfigError(f"clip_skip must be from 0 to {self.layers - 1} for this model (got {style.clip_skip})")
+        found = self._chunks(prompt, style)
+        found = found if style.chunked else found[:1]
+        hidden, pooled = self._hidden(found + [EMPTY] * (least - len(found)), style)
+        weights = self._weights(found, hidden)
+        if not bool((weights == 1).all()):
+            empty, _ = self._hidden([EMPTY], style)
+            hidden = torch.where(weights == 1, hidden, empty + weights * (hidden - empty))
+        return Context(hidden.flatten(0, 1), None if pooled is None else pooled[0])
+
+    def _hidden(self, found: Sequence[Chunk], style: Style) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (n, L, D) of chunks, and the pooled text (n, P) of an encoder with a projection."""
+        output = self.model(self._ids(found), output_hidden_states=True)
+        pooled, skipped = getattr(output, "text_embeds", None), style.clip_skip or 0
+        if self.penultimate:
+            return output.hidden_states[-2 - skipped], pooled
+        if not skipped:
+            return output.last_hidden_state, pooled
+        return self.model.final_layer_norm(output.hidden_states[-1 - skipped]), pooled
+
+    def _weights(self, found: Sequence[Chunk], hidden: Tensor) -> Tensor:
+        """Of each place, (n, L, 1); start, end and padding have 1."""
+        weights = torch.ones_like(hidden[..., :1])
+        for row, chunk in zip(weights, found, strict=False):
+            row[1 : 1 + len(chunk.weights), 0] = row.new_tensor(chunk.weights)
+        return weights
+
+    def _ids(self, found: Sequence[Chunk]) -> Tensor:
+        start, end, pad = (self.tokenizer.convert_tokens_to_ids(t) for t in (START, END, self.tokenizer.pad_token))
+        rows = [[start, *chunk.ids, end] + [pad] * (self.max_length - 2 - len(chunk.ids)) for chunk in found]
+        return torch.tensor(rows, device=self.model.device)
+
+    def _chunks(self, prompt: str, style: Style) -> list[Chunk]:
+        return chunks(prompt, style, self._ids_of, self.max_length - 2)
+
+    def _ids_of(self, text: str) -> list[int]:
+        """The ids of a text, with all vectors of each learnt word: `word` stands for word, word_1, word_2, ..."""
+        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        learnt = self.tokenizer.added_tokens_encoder
+        words = {index: word for word, index in learnt.items() if word not in (START, END)}
+        found: list[int] = []
+        for index in ids:
+            found.append(index)
+            number = 1
+            while index in words and (further := learnt.get(f"{words[index]}_{number}")) is not None:
+                found.append(further)
+                number += 1
+        return found
 
     def tokenizer_json(self) -> str:
         """The tokenizer as its file holds it, without the padding and cutting of whoever used it last."""
@@ -57,13 +141,14 @@ class TextEncoder(nn.Module):
         backend.no_padding()
         return str(backend.to_str())
 
-    def save(self, directory: Path) -> None:
-        """Write tokenizer/ and text_encoder/."""
-        self.tokenizer.save_pretrained(directory / "tokenizer")
+    def save(self, directory: Path, suffix: str = "") -> None:
+        """Write tokenizer/ and text_encoder/, or tokenizer_2/ and text_encoder_2/."""
+        tokenizer, text_encoder = directory / f"tokenizer{suffix}", directory / f"text_encoder{suffix}"
+        self.tokenizer.save_pretrained(tokenizer)
         # the same file again without white space, which is half of it
-        (directory / "tokenizer" / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
-        self.model.save_pretrained(directory / "text_encoder", safe_serialization=True)
-        let_others_read(directory / "text_encoder")
+        (tokenizer / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
+        self.model.save_pretrained(text_encoder, safe_serialization=True)
+        let_others_read(text_encoder)
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
@@ -73,8 +158,8 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     return ids
 
 
-def clip_tokenizer(max_length: int) -> CLIPTokenizer:
-    """CLIP's tokenizer, from the merges that open_clip ships.
+def clip_tokenizer(max_length: int, pad: str = END) -> CLIPTokenizer:
+    """CLIP's tokenizer, from the merges that open_clip ships; OpenCLIP's own models pad with "!", which has id 0.
 
     The vocabulary is CLIP's: 256 bytes, the same ending a word, one entry a merge, start and end.
     """
@@ -89,4 +174,5 @@ def clip_tokenizer(max_length: int) -> CLIPTokenizer:
         vocab={word: index for index, word in enumerate(words)},
         merges=[tuple(m.split()) for m in merges],
         model_max_length=max_length,
+        pad_token=pad,
     )

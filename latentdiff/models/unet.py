@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
+from latentdiff.models.context import Context
 from latentdiff.models.folder import let_others_read
 
 
 class UNet(nn.Module):
-    """(x_t, t, context) -> output, with x_t (B, C, h, w), t a time or (B,) times, context (B, L, D).
+    """(x_t, t, context) -> output, with x_t (B, C, h, w), t a time or (B,) times, context (B, L, D) or a Context.
 
     A context (K, B, L, D) runs x_t under K conditions in one batch and gives (K, B, C, h, w).
     """
@@ -59,16 +61,45 @@ class UNet(nn.Module):
         )
         return cls(model)
 
-    def forward(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+    @property
+    def in_channels(self) -> int:
+        """Of its input: the latents', or for inpainting the latents', a mask's and the masked latents'."""
+        return int(self.model.config.in_channels)
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the context must hold pooled text and sizes, as for SDXL."""
+        return bool(self.model.config.addition_embed_type == "text_time")
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor | Context) -> Tensor:
         """See the class."""
-        if context.ndim == 3:
-            return self._predict(x, t, context)
-        conditions = len(context)
-        output = self._predict(x.repeat(conditions, 1, 1, 1), t, context.flatten(0, 1))
+        told = context if isinstance(context, Context) else Context(context)
+        if told.tokens.ndim == 3:
+            return self._predict(x, t, told)
+        conditions = len(told.tokens)
+        output = self._predict(x.repeat(conditions, 1, 1, 1), t, told.flattened())
         return output.reshape(conditions, len(x), *output.shape[1:])
 
-    def _predict(self, x: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
-        output: Tensor = self.model(x, torch.as_tensor(t, device=x.device), context, return_dict=False)[0]
+    def perturbed(self, x: Tensor, t: Tensor | float, context: Tensor | Context) -> Tensor:
+        """The same with the identity for the self-attention maps of the middle block (Ahn et al. 2024, eq. 13)."""
+        processors = self.model.attn_processors
+        own = {name: _Identity() for name in processors if name.startswith("mid_block") and ".attn1." in name}
+        self.model.set_attn_processor({**processors, **own})
+        try:
+            return self(x, t, context)
+        finally:
+            self.model.set_attn_processor(processors)
+
+    @property
+    def can_be_perturbed(self) -> bool:
+        """Whether there is self-attention in the middle block."""
+        return any(name.startswith("mid_block") and ".attn1." in name for name in self.model.attn_processors)
+
+    def _predict(self, x: Tensor, t: Tensor | float, told: Context) -> Tensor:
+        added = {"text_embeds": told.pooled, "time_ids": told.sizes} if self.reads_sizes else None
+        output: Tensor = self.model(
+            x, torch.as_tensor(t, device=x.device), told.tokens, added_cond_kwargs=added, return_dict=False
+        )[0]
         return output
 
     def use_plain_attention(self) -> None:
@@ -87,3 +118,11 @@ class UNet(nn.Module):
         """Write config.json and safetensors weights."""
         self.model.save_pretrained(directory, safe_serialization=True)
         let_others_read(directory)
+
+
+class _Identity:
+    """Self-attention in which every place attends to itself alone."""
+
+    def __call__(self, attention: Attention, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        values = attention.to_out[0](attention.to_v(hidden_states))
+        return values / attention.rescale_output_factor

@@ -12,7 +12,8 @@ from torch import nn
 
 from latentdiff.errors import ModelError
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
-from latentdiff.models.folder import loading, parameter_counts, read_json
+from latentdiff.models.dual_text_encoder import DualTextEncoder
+from latentdiff.models.folder import loading, parameter_counts, read_json, variant_of, weight_files
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 
@@ -20,16 +21,21 @@ if TYPE_CHECKING:
     from latentdiff.models.clip import Clip
 
 
-def load_autoencoder(directory: Path) -> Autoencoder | IdentityAutoencoder:
+def load_autoencoder(directory: Path, variant: str | None = None) -> Autoencoder | IdentityAutoencoder:
     """The VAE of a model folder, or the identity where it has none."""
     from diffusers import AutoencoderKL
 
     if not (directory / "vae").is_dir():
         return _identity(directory)
-    autoencoder = _pretrained(AutoencoderKL, directory, "vae", Autoencoder)
+    autoencoder = Autoencoder(_pretrained(AutoencoderKL, directory, "vae", variant))
+    check_scaling(autoencoder, directory)
+    return autoencoder.eval()
+
+
+def check_scaling(autoencoder: Autoencoder, source: Path) -> None:
+    """Raise ModelError where latents could not be scaled."""
     if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
-        raise ModelError(f"vae/config.json: scaling_factor or shift_factor is no positive number ({directory})")
-    return autoencoder
+        raise ModelError(f"vae/config.json: scaling_factor or shift_factor is no positive number ({source})")
 
 
 def _identity(directory: Path) -> IdentityAutoencoder:
@@ -39,26 +45,39 @@ def _identity(directory: Path) -> IdentityAutoencoder:
     return IdentityAutoencoder(channels)
 
 
-def load_text_encoder(directory: Path) -> TextEncoder:
-    """Tokenizer and CLIP text model of a model folder."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+def load_text_encoder(directory: Path, variant: str | None = None) -> TextEncoder | DualTextEncoder:
+    """Tokenizer and CLIP text model of a model folder; both pairs of them where it has two."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    with loading("tokenizer", directory):
-        if not (directory / "tokenizer").is_dir():  # else it is sought on the hub
-            raise ModelError(f"tokenizer is missing ({directory})")
-        tokenizer = CLIPTokenizer.from_pretrained(directory / "tokenizer", local_files_only=True)
-    encoder = _pretrained(CLIPTextModel, directory, "text_encoder", lambda model: TextEncoder(tokenizer, model))
-    read, positions = tokenizer.model_max_length, encoder.model.config.max_position_embeddings
+    dual = (directory / "text_encoder_2").is_dir()
+    first = _text_encoder(CLIPTextModel, directory, variant, "", penultimate=dual)
+    if not dual:
+        return first
+    second = _text_encoder(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
+    zero_empty = read_json(directory / "model_index.json").get("force_zeros_for_empty_prompt", True)
+    return DualTextEncoder(first, second, zero_empty=bool(zero_empty)).eval()
+
+
+def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool) -> TextEncoder:
+    from transformers import CLIPTokenizer
+
+    tokenizer_folder = directory / f"tokenizer{suffix}"
+    with loading(tokenizer_folder.name, directory):
+        if not tokenizer_folder.is_dir():  # else it is sought on the hub
+            raise ModelError(f"{tokenizer_folder.name} is missing ({directory})")
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    model = _pretrained(network, directory, f"text_encoder{suffix}", variant)
+    read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
     if not (isinstance(read, int) and 2 <= read <= positions):
         raise ModelError(f"tokenizer reads {read} tokens, the text encoder has {positions} positions ({directory})")
-    return encoder
+    return TextEncoder(tokenizer, model, penultimate=penultimate).eval()
 
 
-def load_unet(directory: Path) -> UNet:
+def load_unet(directory: Path, variant: str | None = None) -> UNet:
     """The U-Net of a model folder."""
     from diffusers import UNet2DConditionModel
 
-    return _pretrained(UNet2DConditionModel, directory, "unet", UNet)
+    return UNet(_pretrained(UNet2DConditionModel, directory, "unet", variant)).eval()
 
 
 def load_clip(directory: Path) -> Clip:
@@ -67,27 +86,32 @@ def load_clip(directory: Path) -> Clip:
 
     from latentdiff.models.clip import Clip  # open_clip takes seconds to import
 
-    with loading("clip", directory), safe_open(directory / "text_encoder" / "model.safetensors", "pt") as weights:
+    (file,) = weight_files(directory / "text_encoder")
+    with loading("clip", directory), safe_open(file, "pt") as weights:
         (name,) = (key for key in weights.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
         return Clip.load(directory / "clip", weights.get_tensor(name))
 
 
-def _pretrained(network: Any, directory: Path, part: str, adapter: Any) -> Any:
-    """The adapter around a network of a checked folder, in evaluation mode; every weight of it comes from the file."""
+def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -> Any:
+    """A network of a checked folder; every weight of it comes from the file."""
     with loading(part, directory):
         if not (directory / part / "config.json").is_file():  # else it is sought on the hub
             raise ModelError(f"{part} is missing ({directory})")
-        _check_size(network, directory, part)
+        _check_size(network, directory, part, variant)
         model, told = network.from_pretrained(
-            directory / part, local_files_only=True, use_safetensors=True, output_loading_info=True
+            directory / part,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            variant=variant_of(directory / part, variant),
         )
         absent = sorted(told["missing_keys"])
         if absent:
             raise ModelError(f"{part}: {len(absent)} weights are missing, the first is {absent[0]} ({directory})")
-        return adapter(model).eval()
+        return model
 
 
-def _check_size(network: Any, directory: Path, part: str) -> None:
+def _check_size(network: Any, directory: Path, part: str, variant: str | None) -> None:
     """Refuse a config that describes a larger network than the weights fill, before memory is taken for it.
 
     Twice as large, not merely larger: the loaders name what does not fit, and old checkpoints may lack a buffer.
@@ -98,7 +122,7 @@ def _check_size(network: Any, directory: Path, part: str) -> None:
             skeleton = network.from_config(network.load_config(folder, local_files_only=True))
         else:
             skeleton = network(network.config_class.from_pretrained(folder, local_files_only=True))
-    described, held = sum(p.numel() for p in skeleton.parameters()), parameter_counts(directory).get(part, 0)
+    described, held = sum(p.numel() for p in skeleton.parameters()), parameter_counts(directory, variant).get(part, 0)
     if described > 2 * held:
         raise ModelError(
             f"{part}/config.json describes {described:,} parameters, its weights hold {held:,} ({directory})"

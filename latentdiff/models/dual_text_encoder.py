@@ -1,0 +1,54 @@
+"""SDXL's text: two encoders read the same prompt (Podell et al. 2023, section 2.1).
+
+Their penultimate hidden states stand side by side in the context; the second's pooled text goes in by itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from latentdiff.models.context import Context
+from latentdiff.models.prompt import Style
+from latentdiff.models.text_encoder import Reading, TextEncoder
+
+
+class DualTextEncoder(nn.Module):
+    """A prompt -> context (n L, D1 + D2) with pooled text (P,).
+
+    zero_empty: the empty negative prompt is zeros, as the model was trained (`force_zeros_for_empty_prompt`).
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder, *, zero_empty: bool):
+        super().__init__()
+        self.first, self.second, self.zero_empty = first, second, zero_empty
+
+    @property
+    def tokenizer(self) -> object:
+        """The first encoder's."""
+        return self.first.tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """The number of tokens read at once, with start and end."""
+        return self.first.max_length
+
+    def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
+        """See TextEncoder.read; both have the same vocabulary."""
+        return self.first.read(prompt, style)
+
+    @torch.no_grad()
+    def context(self, prompt: str, style: Style = Style(), *, least: int = 1) -> Context:  # noqa: B008 - frozen
+        """See TextEncoder.context; the pooled text is the second's, of the first chunk."""
+        first, second = (encoder.context(prompt, style, least=least) for encoder in (self.first, self.second))
+        context = Context(torch.cat([first.tokens, second.tokens], -1), second.pooled)
+        if self.zero_empty and not prompt:
+            return context.zeros()
+        return context
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer/, text_encoder/, tokenizer_2/ and text_encoder_2/."""
+        self.first.save(directory)
+        self.second.save(directory, "_2")
