@@ -33,10 +33,24 @@ _SPACING_NAMES = {"karras": "Karras", "uniform": "Exponential"}
 
 
 @dataclass(frozen=True)
+class Source:
+    """A file that a picture was drawn with beside the model: what it served as, where it was, what it was.
+
+    path: as it was named, but of an absolute path the name alone: pictures do not tell of their maker's folders.
+    """
+
+    kind: str  # lora, embedding, weaker, clip
+    path: str
+    sha256: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class ImageMetadata:
     """One picture's record. `request` is the call's, with defaults; `seed` and `index` are this picture's.
 
-    `own_latents`: the initial noise was the caller's, not that of the seed.
+    steps: those that each pass took. canvas: the picture it was drawn from. batch: its place in its batch, and the
+    batch's size. own_noise: noise or contexts were the caller's, not those of seed and prompt.
     """
 
     request: dict[str, Any]
@@ -50,7 +64,17 @@ class ImageMetadata:
     device: str
     dtype: str
     versions: dict[str, str]
-    own_latents: bool = False
+    steps: tuple[int, ...] = ()
+    model_source: str | None = None
+    sources: tuple[Source, ...] = ()
+    canvas: dict[str, Any] | None = None
+    batch: tuple[int, int] = (0, 1)
+    own_noise: bool = False
+
+
+def recorded(path: Path) -> str:
+    """What a picture says of a path; see `Source`."""
+    return path.name if path.is_absolute() else path.as_posix()
 
 
 def installed_versions() -> dict[str, str]:

@@ -6,28 +6,32 @@ pipe("a red circle above a blue square", seed=7).images[0].save("scene.png")
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from latentdiff.diffusion import guidance, noise
-from latentdiff.diffusion.denoiser import Denoiser, denoiser
-from latentdiff.diffusion.samplers import SAMPLERS, Step
+from latentdiff.diffusion.samplers import Step
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.drawing.job import NOTHING, Job, Own, jobs_of
+from latentdiff.drawing.plan import enlarged, step_counts
 from latentdiff.errors import ConfigError, NonFiniteError
-from latentdiff.images import to_images, to_uint8
-from latentdiff.metadata import ImageMetadata, installed_versions
+from latentdiff.images import luminance, to_images, to_uint8
+from latentdiff.metadata import ImageMetadata, Source, installed_versions
 from latentdiff.request import SIDES, Request, check_size, request
 
 if TYPE_CHECKING:
     import torch
 
+    from latentdiff.drawing.canvas import Canvas, Margins
     from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
+    from latentdiff.models.context import Context
+    from latentdiff.models.dual_text_encoder import DualTextEncoder
+    from latentdiff.models.scorer import Scorer
     from latentdiff.models.text_encoder import TextEncoder
     from latentdiff.models.unet import UNet
 
@@ -36,43 +40,36 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 @dataclass(frozen=True)
 class Output:
-    """The pictures of one call, in the order of their seeds, and a record of each."""
+    """The pictures of one call, in the order of their seeds, a record of each, and what there is to know of them."""
 
     images: Any
     seeds: list[int]
     metadata: list[ImageMetadata]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model folder says beside its weights: name, hash, size in pixels and recommended settings."""
+    """What a model says beside its weights: name, hash, size in pixels, recommended settings, where it came from."""
 
     name: str = "model"
     hash: str = ""
     size: tuple[int, int] = (64, 64)
     defaults: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture of a request."""
-
-    request: Request
-    index: int
-
-    @property
-    def seed(self) -> int:
-        """The picture's own seed."""
-        return self.request.seed + self.index
+    source: str | None = None  # a path or hub id as it was named; None is the default model
+    folder: Path | None = field(default=None, compare=False)  # where the model lies, unless it is a single file
 
 
 class LatentDiffusionPipeline:
-    """Networks, a noise schedule and what the network predicts; everything else is an argument of the call."""
+    """Networks, a noise schedule and what the network predicts; everything else is an argument of the call.
+
+    weaker: a worse pipeline of the same latents, for autoguidance; scorer: CLIP, for guidance by its gradient.
+    """
 
     def __init__(
         self,
         autoencoder: Autoencoder | IdentityAutoencoder,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | DualTextEncoder,
         unet: UNet,
         schedule: NoiseSchedule,
         prediction: str,
@@ -80,21 +77,38 @@ class LatentDiffusionPipeline:
     ):
         self.autoencoder, self.text_encoder, self.unet = autoencoder, text_encoder, unet
         self.schedule, self.prediction, self.card = schedule, prediction, card
+        self.weaker: LatentDiffusionPipeline | None = None
+        self.scorer: Scorer | None = None
+        self.sources: dict[str, Source] = {}  # of what was loaded beside the model
+        self._place: torch.device | None = None
+        self._notes: list[str] = []
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, *, device: str | None = None, torch_dtype: torch.dtype | None = None
+        cls,
+        path: str | Path | None = None,
+        *,
+        device: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
     ) -> LatentDiffusionPipeline:
-        """The model of a folder in diffusers' layout; without a path, the default model inside the package.
+        """The model of a folder in diffusers' layout, of a single .safetensors file or of a hub id.
 
-        On CUDA where there is one, float32 unless told otherwise. Raises ModelError, UnsafeError.
+        Without a path, the default model inside the package. A hub id is fetched once, at `revision`. On CUDA where
+        there is one, float32 unless told otherwise. Raises ModelError, UnsafeError.
         """
         from latentdiff.pretrained import load_pipeline
 
-        return load_pipeline(path, device=device, dtype=torch_dtype)
+        return load_pipeline(path, device=device, dtype=torch_dtype, variant=variant, revision=revision)
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, **settings: Any) -> LatentDiffusionPipeline:
+        """The model of a .safetensors file in the original layout of Stable Diffusion; see `from_pretrained`."""
+        return cls.from_pretrained(path, **settings)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a folder that this class and diffusers.StableDiffusionPipeline load."""
+        """Write a folder that this class and diffusers' pipelines load."""
         from latentdiff.pretrained import save_pipeline
 
         save_pipeline(self, Path(directory))
@@ -115,112 +129,202 @@ class LatentDiffusionPipeline:
             network.to(device=device, dtype=dtype)
         return self
 
+    def offload(self, device: str | torch.device, *, layers: bool = False) -> LatentDiffusionPipeline:
+        """Keep the networks in the CPU's memory and compute on `device`; returns itself.
+
+        Each network is moved there when its turn comes; with `layers` each of its layers, slower, for the least memory.
+        """
+        from latentdiff.runtime.offload import offload
+
+        self._place = offload(self.text_encoder, self.unet, self.autoencoder, device=device, layers=layers)
+        return self
+
+    def enable_model_cpu_offload(self, device: str = "cuda") -> None:
+        """See `offload`, under diffusers' name."""
+        self.offload(device)
+
+    def enable_sequential_cpu_offload(self, device: str = "cuda") -> None:
+        """See `offload`, under diffusers' name."""
+        self.offload(device, layers=True)
+
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.unet.parameters()).device
+        """Where the networks compute."""
+        return self._place or next(self.unet.parameters()).device
 
     @property
     def image_channels(self) -> int:
         """3 for colour, 1 for grey."""
         return self.autoencoder.image_channels
 
+    @property
+    def multiple(self) -> int:
+        """What the sides of pictures must be multiples of, in pixels."""
+        return self.autoencoder.factor * self.unet.factor
+
     def request(self, prompt: str, **settings: Any) -> Request:
         """A validated request with the model's recommended settings where none are given."""
         asked = request(prompt=prompt, **{**self.card.defaults, **settings})
         if asked.num_inference_steps > self.schedule.T:
             raise ConfigError(f"num_inference_steps: the model has {self.schedule.T} (got {asked.num_inference_steps})")
+        self._check(asked)
         return asked
+
+    def _check(self, asked: Request) -> None:
+        """Refuse what this model has nothing to do with."""
+        if (asked.original_size or asked.crop != (0, 0)) and not self.unet.reads_sizes:
+            raise ConfigError("original_size and crop are told to SDXL alone; this model reads no sizes")
+        if asked.pag_scale and not self.unet.can_be_perturbed:
+            raise ConfigError("pag_scale: this model has no self-attention in its middle block")
+        if asked.autoguidance_scale != 1 and self.weaker is None:
+            raise ConfigError("autoguidance_scale needs a weaker model (load_weaker, --weaker)")
+        if asked.clip_guidance_scale and self.scorer is None:
+            self.load_clip()
+
+    def load_clip(self, directory: str | Path | None = None) -> None:
+        """The CLIP that guidance and scores use: a folder in open_clip's format, or the model's own."""
+        from latentdiff.pretrained import load_scorer_of
+
+        self.scorer, source = load_scorer_of(self, directory)
+        self.sources["clip"] = source
+
+    def load_weaker(self, path: str | Path) -> None:
+        """A weaker model for autoguidance: smaller, or trained for less time. Raises ModelError."""
+        from latentdiff.pretrained import load_weaker
+
+        self.weaker, self.sources["weaker"] = load_weaker(self, path)
+
+    def canvas(self, asked: Request, image: Any, mask: Any = None, **more: Any) -> Canvas | None:
+        """The picture that a request starts from, if one is given; see `drawing.canvas`. Raises ConfigError."""
+        from latentdiff.drawing.canvas import canvas
+
+        if image is None:
+            if mask is not None or any(more.get("margins", ())):
+                raise ConfigError("a mask or an outpainting needs an image")
+            if asked.strength is not None:
+                raise ConfigError("strength is of a given image, and there is none")
+            return None
+        if asked.hires_scale:
+            raise ConfigError("hires_scale is of pictures from noise. With an image, width and height enlarge it")
+        made = canvas(image, mask, size=(asked.height, asked.width), multiple=self.multiple, **more)
+        self.size(asked, made)
+        step_counts(asked, made)
+        return made
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        outpaint: Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
         output_type: str = "pil",
         latents: Any = None,
+        generator: Any = None,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
         **settings: Any,
     ) -> Output:
         """Draw `num_images_per_prompt` pictures of each prompt; picture i of the call has seed `seed + i`.
 
-        settings: height, width, num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, sampler,
-        spacing, eta, seed, batch_size (see `Request`). latents: initial noise (N, C, h, w) instead of the keyed one.
+        image: a PIL image or uint8 (H, W, 3) to start from; mask_image: of its size, white is drawn anew and the rest
+        is returned unchanged; outpaint: pixels to add on the (left, top, right, bottom).
+        settings: height, width, num_inference_steps, guidance_scale, sampler, strength, seed and others of `Request`.
+        latents: initial noise (N, C, h, w), generator: torch's, one or N, instead of the keyed noise.
+        prompt_embeds: contexts (B, L, D) instead of prompts, B of them, and their likes as in diffusers.
         output_type: "pil", "np" (uint8 (N, H, W, 3)), "pt" ((N, 3, H, W) in [-1, 1]) or "latent".
         """
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(f"unknown output_type {output_type!r}; one of {', '.join(OUTPUT_TYPES)}")
         if "num_images" in settings:
             raise ConfigError("num_images is num_images_per_prompt here")
-        prompts = _prompts(prompt)
+        contexts = _contexts(
+            prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, prompt
+        )
+        prompts = ["(embeddings)"] * len(contexts) if contexts else _prompts(prompt)
         fields = {**settings, "num_images": num_images_per_prompt, "negative_prompt": negative_prompt or ""}
         jobs: list[Job] = []
-        for one in prompts:
+        for index, one in enumerate(prompts):
             asked = self.request(one, **fields)
-            jobs += jobs_of(asked)
+            canvas = jobs[0].canvas if jobs else self.canvas(asked, image, mask_image, margins=_margins(outpaint))
+            made = jobs_of(asked, canvas)
+            jobs += [replace(job, own=contexts[index]) for job in made] if contexts else made
             fields["seed"] = asked.seed + num_images_per_prompt  # the next prompt goes on counting
-        if latents is not None:
-            latents = self._own_latents(latents, jobs)
-        batches = list(self.batches(jobs, output_type, latents))
-        return Output(
-            _joined([batch.images for batch in batches]),
-            [seed for batch in batches for seed in batch.seeds],
-            [record for batch in batches for record in batch.metadata],
-        )
+        return _joined(list(self.batches(jobs, output_type, self._own(latents, generator, jobs))))
 
-    def batches(self, jobs: Sequence[Job], output_type: str = "pil", latents: Any = None) -> Iterator[Output]:
-        """The pictures of jobs that differ in prompt and seed only, a batch at a time."""
-        size = jobs[0].request.batch_size
-        for first in range(0, len(jobs), size):
-            batch = jobs[first : first + size]
-            own = None if latents is None else latents[first : first + size]
-            for step in self.steps(batch, own):
+    def batches(self, jobs: Sequence[Job], output_type: str = "pil", own: Own = NOTHING) -> Iterator[Output]:
+        """The pictures of jobs, a batch at a time."""
+        first = 0
+        for batch in self.grouped(jobs):
+            for step in self.steps(batch, own.of(first, len(batch))):
                 final = step.x
-            yield self.finish(batch, final, output_type, own_latents=own is not None)
+            yield self.finish(batch, final, output_type, own=bool(own))
+            first += len(batch)
 
-    def stream(self, prompt: str, **settings: Any) -> Iterator[Step]:
+    def grouped(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Jobs in batches, in their order; together are those that differ in prompt, seed and picture only."""
+        from latentdiff.drawing.texts import chunks_of
+
+        def alike(job: Job) -> tuple[Any, ...]:
+            canvas = job.canvas and (job.canvas.pixels.shape, job.canvas.size, job.canvas.mask is None)
+            return job.settings, canvas, chunks_of(job, self.text_encoder), job.own is None
+
+        for _, group in groupby(jobs, alike):
+            same = list(group)
+            size = same[0].request.batch_size
+            yield from (same[first : first + size] for first in range(0, len(same), size))
+
+    def stream(
+        self, prompt: str, *, image: Any = None, mask_image: Any = None, outpaint: Any = None, **settings: Any
+    ) -> Iterator[Step]:
         """Every sampling step of one prompt's first batch: `step.x`, `step.x0` are latents; `decode` shows them."""
         asked = self.request(prompt, **settings)
-        yield from self.steps(jobs_of(asked)[: asked.batch_size])
+        canvas = self.canvas(asked, image, mask_image, margins=_margins(outpaint))
+        yield from self.steps(next(self.grouped(jobs_of(asked, canvas))))
 
-    def steps(self, jobs: Sequence[Job], latents: Any = None) -> Iterator[Step]:
-        """Sample jobs that differ in prompt and seed only, together, yielding each step.
-
-        The initial noise of a picture is keyed by its seed, that of a step by (seed, step): neither depends on what
-        else is in the batch, or on the device.
-        """
-        import torch
+    def steps(self, jobs: Sequence[Job], own: Own = NOTHING) -> Iterator[Step]:
+        """Sample jobs of one batch together, yielding each step; of two passes the second's follow the first's."""
+        from latentdiff.drawing.passes import passes
 
         asked = jobs[0].request
-        shape = self._latent_shape(asked)
+        self.autoencoder.piecewise(tiles=asked.vae_tiling, slices=asked.vae_slicing)
+        yield from passes(self, jobs, own)
 
-        def drawn(purpose: str, number: int = 0) -> torch.Tensor:
-            stack = np.stack([noise.normal(shape, job.seed, purpose, step=number) for job in jobs])
-            return torch.from_numpy(stack).to(self.device)
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of (height, width)."""
+        factor = self.autoencoder.factor
+        return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor
 
-        levels = self.schedule.levels(asked.num_inference_steps, asked.spacing)
-        x = drawn("initial latents") if latents is None else latents
-        yield from _sampler(asked)(self._denoiser(jobs), x.float(), levels, partial(drawn, "sampling noise"))
-
-    def _latent_shape(self, asked: Request) -> tuple[int, int, int]:
-        height, width = self.size(asked)
-        return self.autoencoder.latent_channels, height // self.autoencoder.factor, width // self.autoencoder.factor
-
-    def _own_latents(self, latents: Any, jobs: Sequence[Job]) -> torch.Tensor:
-        """The caller's initial noise on the device, one for each picture. Raises ConfigError."""
+    def _own(self, latents: Any, generator: Any, jobs: Sequence[Job]) -> Own:
+        """The caller's own noise, checked. Raises ConfigError."""
         import torch
 
-        shape = (len(jobs), *self._latent_shape(jobs[0].request))
+        generators = (
+            None if generator is None else list(generator) if isinstance(generator, list | tuple) else [generator]
+        )
+        if generators is not None and not all(isinstance(one, torch.Generator) for one in generators):
+            raise ConfigError(
+                f"generator must be a torch.Generator, or a list of them (got {type(generator).__name__})"
+            )
+        if generators is not None and len(generators) not in (1, len(jobs)):
+            raise ConfigError(f"{len(generators)} generators for {len(jobs)} pictures")
+        if latents is None:
+            return Own(None, generators)
+        shape = (len(jobs), *self.latent_shape(self.size(jobs[0].request, jobs[0].canvas)))
         try:
             own = torch.as_tensor(latents, device=self.device)
         except (TypeError, ValueError, RuntimeError):
             raise ConfigError(f"latents must be a tensor of shape {shape} (got {type(latents).__name__})") from None
         if tuple(own.shape) != shape:
             raise ConfigError(f"latents must be of shape {shape} (got {tuple(own.shape)})")
-        return own
+        return Own(own, generators)
 
     def finish(
-        self, jobs: Sequence[Job], latents: torch.Tensor, output_type: str = "pil", *, own_latents: bool = False
+        self, jobs: Sequence[Job], latents: torch.Tensor, output_type: str = "pil", *, own: bool = False
     ) -> Output:
         """Decode final latents and record how each picture was made. Raises NonFiniteError."""
         import torch
@@ -230,107 +334,123 @@ class LatentDiffusionPipeline:
         if not (torch.isfinite(latents).all() and torch.isfinite(images).all()):
             what = "sampling" if not torch.isfinite(latents).all() else "decoding"
             raise NonFiniteError(f"{what} gave non-finite numbers (seeds {seeds}). Try float32 or less guidance")
+        if output_type != "latent":
+            images = _with_what_was_kept(images, [job.canvas for job in jobs])
         if output_type in ("pil", "np"):
             images = to_uint8(images)
         if output_type == "pil":
             images = [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in images]
-        return Output(images, seeds, [self._record(job, own_latents) for job in jobs])
+        records = [self._record(job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
+        notes, self._notes = self._notes, []
+        return Output(images, seeds, records, notes)
 
     def reconstruct(self, pictures: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) encoded to the posterior's mean and decoded again."""
+        return to_uint8(self.decode(self.encode_images(self.as_images(pictures))))
+
+    def as_images(self, pictures: np.ndarray) -> torch.Tensor:
+        """uint8 (B, H, W, 3) -> (B, C, H, W) in [-1, 1] as the autoencoder takes them, on its device."""
+        return to_images(luminance(pictures) if self.image_channels == 1 else pictures).to(self.device)
+
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+        """uint8 (B, H, W, 3) -> latents (B, C, h, w), the posterior's means, each picture by itself."""
         import torch
 
-        with torch.no_grad():
-            dtype = next(self.unet.parameters()).dtype
-            mean, _ = self.autoencoder.encode(to_images(pictures).to(self.device, dtype))
-            return to_uint8(self.decode(mean))
+        return torch.cat([self.encode_images(self.as_images(picture[None])) for picture in pictures])
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> latents, float32."""
+        return self._computed(lambda dtype: self.autoencoder.encode(images.to(dtype))[0], "encoded")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32."""
+        return self._computed(lambda dtype: self.autoencoder.decode(latents.to(dtype)), "decoded").clamp(-1, 1)
+
+    def _computed(self, compute: Callable[[torch.dtype], torch.Tensor], what: str) -> torch.Tensor:
+        """By the autoencoder in its own precision; where that is too small for it, again in float32."""
         import torch
 
+        dtype = self.autoencoder.dtype
         with torch.no_grad():
-            dtype = next(self.unet.parameters()).dtype
-            return self.autoencoder.decode(latents.to(dtype)).float().clamp(-1, 1)
+            found = compute(dtype).float()
+            if dtype == torch.float32 or bool(torch.isfinite(found).all()):
+                return found
+            with self.autoencoder.in_float32():
+                found = compute(torch.float32)
+        if bool(torch.isfinite(found).all()):
+            narrow = str(dtype).removeprefix("torch.")
+            self._notes.append(f"the autoencoder gave non-finite numbers in {narrow}; {what} in float32 instead")
+        return found
 
-    def _denoiser(self, jobs: Sequence[Job]) -> Denoiser:
-        """The network under each job's prompt, guided as asked."""
-        import torch
+    def differentiable_decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents -> images about in [-1, 1], float32, in the autoencoder's precision, for gradients."""
+        return self.autoencoder.decode(latents.to(self.autoencoder.dtype)).float()
 
-        asked = jobs[0].request
-        cond = self._context([job.request.prompt for job in jobs])
-        plain = self._conditioned(cond)
-        if asked.guidance_scale <= 1:
-            return plain
-        uncond = self._context([job.request.negative_prompt for job in jobs])
-        pair = self._conditioned(torch.stack([uncond, cond]))
-        guided = (
-            guidance.rescaled(pair, asked.guidance_scale, asked.guidance_rescale)
-            if asked.guidance_rescale > 0
-            else guidance.classifier_free(pair, asked.guidance_scale)
-        )
-        return guidance.within(guided, plain, *asked.guidance_interval) if asked.guidance_interval else guided
-
-    def _context(self, prompts: list[str]) -> torch.Tensor:
-        """Contexts (B, L, D); equal prompts are encoded once and by themselves, so that none sees the batch's size."""
-        import torch
-
-        known = {prompt: self.text_encoder.encode([prompt])[0] for prompt in dict.fromkeys(prompts)}
-        return torch.stack([known[prompt] for prompt in prompts])
-
-    def _conditioned(self, context: torch.Tensor) -> Denoiser:
-        """Sampling is float32 whatever the network's own precision.
-
-        Gradients are off around the network alone: a mode entered in a generator would leak to whoever iterates.
-        """
-        import torch
-
-        dtype = next(self.unet.parameters()).dtype
-
-        def network(x: torch.Tensor, t: float, context: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                return self.unet(x.to(dtype), t, context).float()
-
-        return denoiser(network, self.prediction, context)
-
-    def size(self, asked: Request) -> tuple[int, int]:
-        """Height and width in pixels of a request; raises ConfigError for what the networks cannot draw."""
-        multiple = self.autoencoder.factor * self.unet.factor
-        height = self.card.size[0] if asked.height is None else asked.height
-        width = self.card.size[1] if asked.width is None else asked.width
+    def size(self, asked: Request, canvas: Canvas | None = None) -> tuple[int, int]:
+        """Height and width in pixels of the first pass; raises ConfigError for what the networks cannot draw."""
+        if canvas is not None:
+            height, width = canvas.pixels.shape[:2]
+        else:
+            height = self.card.size[0] if asked.height is None else asked.height
+            width = self.card.size[1] if asked.width is None else asked.width
         lowest = min(*SIDES, *self.card.size)
-        return check_size("height", height, multiple, lowest), check_size("width", width, multiple, lowest)
+        size = check_size("height", height, self.multiple, lowest), check_size("width", width, self.multiple, lowest)
+        if asked.hires_scale:
+            for name, side in zip(("height", "width"), enlarged(size, asked, self.multiple), strict=True):
+                check_size(f"{name} after hires_scale", side, self.multiple, lowest)
+        return size
 
-    def _record(self, job: Job, own_latents: bool) -> ImageMetadata:
-        height, width = self.size(job.request)
+    def _record(self, job: Job, own: bool, place: tuple[int, int]) -> ImageMetadata:
+        canvas = job.canvas
+        drawn = enlarged(self.size(job.request, canvas), job.request, self.multiple)
+        height, width = drawn if canvas is None else canvas.size
         return ImageMetadata(
             request=job.request.model_dump(),
             index=job.index,
             seed=job.seed,
             width=width,
             height=height,
+            steps=step_counts(job.request, canvas),
             model=self.card.name,
             model_hash=self.card.hash,
+            model_source=self.card.source,
+            sources=tuple(self.sources.values()),
+            canvas=canvas and canvas.record(),
             runtime="torch",
             device=self.device.type,
-            dtype=str(next(self.unet.parameters()).dtype).removeprefix("torch."),
+            dtype=str(self.unet.dtype).removeprefix("torch."),
             versions=installed_versions(),
-            own_latents=own_latents,
+            batch=place,
+            own_noise=own or job.own is not None,
         )
 
 
-def jobs_of(asked: Request) -> list[Job]:
-    """A request's pictures, one by one."""
-    return [Job(asked, index) for index in range(asked.num_images)]
+def _with_what_was_kept(images: torch.Tensor, canvases: Sequence[Canvas | None]) -> torch.Tensor:
+    """Images (B, C, H, W) with the given pixels where nothing was to be drawn, without what was padded."""
+    import torch
+
+    rows = []
+    for image, canvas in zip(images, canvases, strict=True):
+        if canvas is not None and canvas.mask is not None:
+            given = canvas.pixels if len(image) == 3 else luminance(canvas.pixels)
+            kept = to_images(given[None])[0].to(image.device)
+            image = torch.where(torch.from_numpy(canvas.mask).to(image.device), image, kept)
+        rows.append(image if canvas is None else image[:, : canvas.size[0], : canvas.size[1]])
+    return torch.stack(rows)
 
 
-def _sampler(asked: Request) -> Any:
-    """The sampler by name, with eta where it is asked for."""
-    sampler: Any = SAMPLERS[asked.sampler]
-    return sampler if asked.eta is None else partial(sampler, eta=asked.eta)
+def _margins(outpaint: Any) -> Margins:
+    """Raises ConfigError for what is not four numbers of pixels."""
+    from latentdiff.drawing.canvas import NONE, Margins
+
+    if outpaint is None:
+        return NONE
+    if len(outpaint) != 4 or not all(type(side) is int and 0 <= side <= SIDES[1] for side in outpaint):
+        raise ConfigError(f"outpaint is pixels on the left, top, right and bottom, 0 to {SIDES[1]} (got {outpaint})")
+    return Margins(*outpaint)
 
 
-def _prompts(prompt: str | Sequence[str]) -> list[str]:
+def _prompts(prompt: str | Sequence[str] | None) -> list[str]:
     """One prompt or several as a list. Raises ConfigError for none, or for what is not text."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not prompts or not all(isinstance(one, str) for one in prompts):
@@ -338,10 +458,45 @@ def _prompts(prompt: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def _joined(batches: list[Any]) -> Any:
+def _contexts(
+    tokens: Any, negative: Any, pooled: Any, negative_pooled: Any, prompt: Any
+) -> list[tuple[Context, Context | None]]:
+    """The caller's own contexts, one pair for each prompt that they stand for; none without `tokens`."""
+    import torch
+
+    from latentdiff.models.context import Context
+
+    if tokens is None:
+        if negative is not None or pooled is not None or negative_pooled is not None:
+            raise ConfigError("negative_prompt_embeds and pooled embeds go with prompt_embeds")
+        return []
+    if prompt is not None:
+        raise ConfigError("prompt_embeds stand for the prompt: give one of both")
+    given = [tokens, negative, pooled, negative_pooled]
+    for tensor, dimensions in zip(given, (3, 3, 2, 2), strict=True):
+        known = isinstance(tensor, torch.Tensor) and tensor.ndim == dimensions and len(tensor) == len(tokens)
+        if tensor is not None and not known:
+            raise ConfigError("prompt_embeds must be tensors (B, L, D), pooled ones (B, P), all of the same B")
+    rows: list[Any] = [[None] * len(tokens) if tensor is None else list(tensor) for tensor in given]
+    return [
+        (Context(cond, vector), None if uncond is None else Context(uncond, uncond_vector))
+        for cond, uncond, vector, uncond_vector in zip(*rows, strict=True)
+    ]
+
+
+def _joined(outputs: list[Output]) -> Output:
     """Batches of pictures as one."""
+    seeds = [seed for output in outputs for seed in output.seeds]
+    records = [record for output in outputs for record in output.metadata]
+    notes = list(dict.fromkeys(note for output in outputs for note in output.notes))
+    return Output(_together([output.images for output in outputs]), seeds, records, notes)
+
+
+def _together(batches: list[Any]) -> Any:
     if isinstance(batches[0], list):
         return [image for batch in batches for image in batch]
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        raise ConfigError("pictures of several sizes are no single array; ask for pil")
     if isinstance(batches[0], np.ndarray):
         return np.concatenate(batches)
     import torch

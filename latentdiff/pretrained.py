@@ -7,25 +7,39 @@ format has no place for: the model's name, its size and its recommended sampling
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentdiff.config import Recommended
-from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.schedule import SPACINGS, NoiseSchedule
 from latentdiff.errors import ConfigError, ModelError
+from latentdiff.metadata import Source, recorded
 from latentdiff.models.folder import folder_hash, picture_geometry
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 
 if TYPE_CHECKING:
     import torch
 
+    from latentdiff.models.scorer import Scorer
+
 DEFAULT_MODEL = "scenes-64"
 Model = TypeVar("Model", bound=BaseModel)
+_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "unipc",
+}
+_PLAIN = {"sampler": "dpmpp_2m", "spacing": "trailing"}  # of a file that says nothing of it
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -39,24 +53,118 @@ def default_model() -> Path:
 
 
 def load_pipeline(
-    path: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None
+    path: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> LatentDiffusionPipeline:
     """See LatentDiffusionPipeline.from_pretrained."""
     import torch
 
-    from latentdiff.models import folder, weights
-
     where = usable_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"torch_dtype must be a floating-point torch.dtype (got {dtype!r})")
-    directory = default_model() if path is None else Path(path)
+    source = located(path, variant, revision)
+    pipe = _of_file(source) if source.path.is_file() else _of_folder(source, variant)
+    _check_channels(pipe, source.path)
+    return pipe.to(where, dtype or torch.float32)
+
+
+class Located(NamedTuple):
+    """A model on this disk: its file or folder, its name, and how it was asked for (None: the default model)."""
+
+    path: Path
+    name: str
+    source: str | None
+
+
+def located(path: str | Path | None, variant: str | None = None, revision: str | None = None) -> Located:
+    """The default model, a path, or a hub id, fetched where it is not in the cache yet. Raises ModelError."""
+    from latentdiff.models.hub import fetched, is_hub_id
+
+    if path is None:
+        return Located(default_model(), DEFAULT_MODEL, None)
+    if is_hub_id(str(path)):
+        folder = fetched(str(path), revision, variant)
+        return Located(folder, str(path), f"{path}@{folder.name}")  # the folder of a commit is called by it
+    if revision is not None:
+        raise ConfigError(f"revision is of hub ids, not of a path ({path})")
+    place = Path(path)
+    name = place.stem if place.is_file() else place.resolve().name
+    return Located(place, name, recorded(place))
+
+
+def _of_folder(source: Located, variant: str | None) -> LatentDiffusionPipeline:
+    from latentdiff.models import folder, weights
+
+    directory = source.path
     folder.check_folder(directory)
     schedule, prediction = read_scheduler(directory)
-    card = read_card(directory, schedule)
-    autoencoder = weights.load_autoencoder(directory)
-    text_encoder, unet = weights.load_text_encoder(directory), weights.load_unet(directory)
-    pipe = LatentDiffusionPipeline(autoencoder, text_encoder, unet, schedule, prediction, card)
-    return pipe.to(where, dtype or torch.float32)
+    card = read_card(directory, schedule, variant)
+    named = replace(card, name=source.name if card.name == directory.resolve().name else card.name)
+    autoencoder = weights.load_autoencoder(directory, variant)
+    text_encoder = weights.load_text_encoder(directory, variant)
+    unet = weights.load_unet(directory, variant)
+    return LatentDiffusionPipeline(
+        autoencoder, text_encoder, unet, schedule, prediction, replace(named, source=source.source)
+    )
+
+
+def _of_file(source: Located) -> LatentDiffusionPipeline:
+    from latentdiff.models.folder import file_hash
+    from latentdiff.models.single_file import load_single_file
+
+    found = load_single_file(source.path)
+    schedule = NoiseSchedule.scaled_linear()
+    side = int(found.unet.model.config.sample_size) * found.autoencoder.factor
+    card = ModelCard(source.name, file_hash(source.path), (side, side), dict(_PLAIN), source.source)
+    return LatentDiffusionPipeline(
+        found.autoencoder,
+        found.text_encoder,
+        found.unet,
+        schedule.zero_terminal_snr() if found.zero_terminal_snr else schedule,
+        found.prediction,
+        card,
+    )
+
+
+def _check_channels(pipe: LatentDiffusionPipeline, path: Path) -> None:
+    """A U-Net of latents, or for inpainting of latents, a mask and what it hides. Raises ModelError."""
+    from latentdiff.models.dual_text_encoder import DualTextEncoder
+
+    latents, read = pipe.autoencoder.latent_channels, pipe.unet.in_channels
+    if read not in (latents, 2 * latents + 1):
+        raise ModelError(f"a U-Net that reads {read} channels does not fit latents of {latents} ({path})")
+    if pipe.unet.reads_sizes != isinstance(pipe.text_encoder, DualTextEncoder):
+        raise ModelError(f"a U-Net of SDXL goes with two text encoders, others with one ({path})")
+
+
+def load_scorer_of(pipe: LatentDiffusionPipeline, directory: str | Path | None) -> tuple[Scorer, Source]:
+    """See LatentDiffusionPipeline.load_clip. The model's own lies in its folder, without the token embeddings."""
+    from latentdiff.models.folder import file_hash
+    from latentdiff.models.scorer import Scorer, load_scorer
+    from latentdiff.models.weights import load_clip
+
+    if directory is not None:
+        scorer = load_scorer(Path(directory))
+        weights = Path(directory) / "open_clip_model.safetensors"
+        return scorer.to(pipe.device), Source("clip", recorded(Path(directory)), file_hash(weights))
+    folder = pipe.card.folder
+    if folder is None or not (folder / "clip").is_dir():
+        raise ConfigError("this model has no CLIP of its own. Name one in open_clip's format (load_clip, --clip)")
+    scorer = Scorer(load_clip(folder), pipe.text_encoder.tokenizer)
+    return scorer.to(pipe.device), Source("clip", "", file_hash(folder / "clip" / "open_clip_model.safetensors"))
+
+
+def load_weaker(pipe: LatentDiffusionPipeline, path: str | Path) -> tuple[LatentDiffusionPipeline, Source]:
+    """See LatentDiffusionPipeline.load_weaker."""
+    weaker = load_pipeline(path, device=str(pipe.device), dtype=pipe.unet.dtype)
+    same = np.array_equal(weaker.schedule.alphas_cumprod, pipe.schedule.alphas_cumprod)
+    if not same or weaker.autoencoder.latent_channels != pipe.autoencoder.latent_channels:
+        raise ModelError(f"the weaker model must have the same latents and noise schedule ({path})")
+    return weaker, Source("weaker", weaker.card.source or "", weaker.card.hash)
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -83,6 +191,19 @@ class _Scheduler(BaseModel):
     beta_end: float = Field(0.02, gt=0, lt=1)
     trained_betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     rescale_betas_zero_snr: bool | None = False
+    class_name: str = Field("", alias="_class_name")
+    timestep_spacing: str = "leading"
+    algorithm_type: str | None = None
+    use_karras_sigmas: bool | None = False
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """The sampler and the grid that diffusers would take; where we have no such sampler, the nearest of order 2."""
+        sampler = _SAMPLERS.get(self.class_name, "dpmpp_2m")
+        if sampler == "dpmpp_2m" and (self.algorithm_type or "").startswith("sde"):
+            sampler = "dpmpp_2m_sde"
+        spacing = self.timestep_spacing if self.timestep_spacing in SPACINGS else "trailing"
+        return {"sampler": sampler, "spacing": "karras" if self.use_karras_sigmas else spacing}
 
 
 class _Card(BaseModel):
@@ -131,19 +252,20 @@ def _schedule(config: _Scheduler, path: Path) -> NoiseSchedule:
     return schedule.zero_terminal_snr() if config.rescale_betas_zero_snr else schedule
 
 
-def read_card(directory: Path, schedule: NoiseSchedule) -> ModelCard:
-    """Name, hash, size and recommended settings; a folder without latentdiff.json has diffusers' defaults."""
+def read_card(directory: Path, schedule: NoiseSchedule, variant: str | None = None) -> ModelCard:
+    """Name, hash, size and recommended settings; without latentdiff.json the scheduler's config says what is usual."""
     multiple, side = picture_geometry(directory)
-    path = directory / "latentdiff.json"
+    path, found = directory / "latentdiff.json", folder_hash(directory, variant)
     if not path.is_file():
-        return ModelCard(directory.resolve().name, folder_hash(directory), side)
+        usual = _read(_Scheduler, directory / "scheduler" / "scheduler_config.json").recommended
+        return ModelCard(directory.resolve().name, found, side, usual, folder=directory)
     card = _read(_Card, path)
     if any(length % multiple for length in card.size):
         raise ModelError(f"size {card.size} is not of multiples of {multiple} ({path})")
     defaults = card.defaults.model_dump() if card.defaults else {}
     if defaults.get("num_inference_steps", 1) > schedule.T:
         raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {schedule.T} times ({path})")
-    return ModelCard(card.name, folder_hash(directory), card.size, defaults)
+    return ModelCard(card.name, found, card.size, defaults, folder=directory)
 
 
 def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
@@ -153,22 +275,40 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
     pipe.text_encoder.save(directory)
     pipe.autoencoder.save(directory / "vae")
     _write_json(directory / "scheduler" / "scheduler_config.json", scheduler_config(pipe))
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    _write_json(directory / "model_index.json", _index(pipe, with_vae=(directory / "vae").is_dir()))
+    card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults or None}
+    _write_json(directory / "latentdiff.json", card)
+
+
+def _index(pipe: LatentDiffusionPipeline, *, with_vae: bool) -> dict[str, Any]:
+    """Which of diffusers' pipelines reads the folder, and the class of each part."""
+    from latentdiff.models.dual_text_encoder import DualTextEncoder
+
+    inpainting = "Inpaint" if pipe.unet.in_channels != pipe.autoencoder.latent_channels else ""
+    shared = {
         "_diffusers_version": version("diffusers"),
-        "vae": ["diffusers", "AutoencoderKL"] if (directory / "vae").is_dir() else [None, None],
+        "vae": ["diffusers", "AutoencoderKL"] if with_vae else [None, None],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
+    }
+    if isinstance(pipe.text_encoder, DualTextEncoder):
+        return {
+            "_class_name": f"StableDiffusionXL{inpainting}Pipeline",
+            **shared,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": pipe.text_encoder.zero_empty,
+        }
+    return {
+        "_class_name": f"StableDiffusion{inpainting}Pipeline",
+        **shared,
+        "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
-    _write_json(directory / "model_index.json", index)
-    card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults or None}
-    _write_json(directory / "latentdiff.json", card)
 
 
 def scheduler_config(pipe: LatentDiffusionPipeline) -> dict[str, Any]:

@@ -18,12 +18,16 @@ SIDES = (64, 2048)  # pixels
 WITH_ETA = ("ddim", "euler_ancestral")
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[Finite, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Pixels = Annotated[int, Field(ge=0, le=65_536)]
 
 
 class Request(BaseModel):
     """One call: `num_images` pictures of one prompt; picture i has seed `seed + i`.
 
-    Sizes are None for the model's own. Guidance is on where guidance_scale > 1.
+    Sizes are None for the model's own, or the given picture's. Guidance is on where guidance_scale > 1. What is None
+    or 0 is off, or the model's own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -33,15 +37,41 @@ class Request(BaseModel):
     width: int | None = None
     height: int | None = None
     num_inference_steps: int = Field(50, ge=1, le=1000)
-    guidance_scale: Finite = Field(7.5, ge=0, le=100)
-    guidance_rescale: Finite = Field(0.0, ge=0, le=1)
-    guidance_interval: tuple[Finite, Finite] | None = None
     sampler: str = "ddim"
     spacing: str = "trailing"
-    eta: Annotated[Finite, Field(ge=0, le=1)] | None = None  # the sampler's own
-    seed: int = Field(default_factory=lambda: secrets.randbelow(2**32), ge=0, le=MAX_SEED)
+    eta: Share | None = None  # the sampler's own
+    seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
     num_images: int = Field(1, ge=1, le=10_000)
     batch_size: int = Field(8, ge=1, le=1024)
+
+    # how the prompt is read, see models/prompt.py
+    prompt_weights: bool = True
+    long_prompts: bool = True
+    clip_skip: int | None = Field(None, ge=0, le=100)
+    original_size: tuple[Pixels, Pixels] | None = None  # (height, width), told to SDXL; else the picture's
+    crop: tuple[Pixels, Pixels] = (0, 0)  # (top, left), told to SDXL
+
+    # guidance, see diffusion/guidance.py
+    guidance_scale: Finite = Field(7.5, ge=0, le=100)
+    guidance_rescale: Share = 0.0
+    guidance_interval: tuple[Finite, Finite] | None = None  # of log-SNR
+    threshold: Annotated[Finite, Field(gt=0, le=1)] | None = None  # the quantile of dynamic thresholding
+    apg: bool = False
+    apg_eta: Finite = Field(0.0, ge=-10, le=10)
+    apg_norm: Annotated[Finite, Field(gt=0, le=1e6)] | None = None
+    apg_momentum: Finite = Field(0.0, ge=-1, le=1)
+    pag_scale: Finite = Field(0.0, ge=0, le=100)  # perturbed attention
+    autoguidance_scale: Finite = Field(1.0, ge=0, le=100)  # 1 is none; needs a weaker model
+    clip_guidance_scale: Finite = Field(0.0, ge=0, le=10_000)
+
+    # where sampling starts and ends
+    strength: Share | None = None  # with a picture: 0.8, or 1 with a mask
+    hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # of a second pass, times the first's size
+    hires_strength: Share = 0.5
+    variation_seed: Seed | None = None
+    variation_strength: Share = 0.0
+    vae_tiling: bool = False
+    vae_slicing: bool = False
 
     @field_validator("sampler")
     @classmethod
@@ -61,9 +91,18 @@ class Request(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _eta_has_a_meaning(self) -> Request:
+    def _each_has_a_meaning(self) -> Request:
+        """What would change nothing is a mistake."""
         if self.eta is not None and self.sampler not in WITH_ETA:
             raise ValueError(f"eta is of {' and '.join(WITH_ETA)}, not of {self.sampler}")
+        if self.apg and self.guidance_scale <= 1:
+            raise ValueError("apg changes guidance; it needs a guidance_scale over 1")
+        if not self.apg and (self.apg_eta or self.apg_norm is not None or self.apg_momentum):
+            raise ValueError("apg_eta, apg_norm and apg_momentum are of apg, which is off")
+        if self.variation_strength and self.variation_seed is None:
+            raise ValueError("variation_strength needs a variation_seed")
+        if self.variation_seed is not None and self.variation_seed + self.num_images - 1 > MAX_SEED:
+            raise ValueError(f"variation_seed: the last picture's is over {MAX_SEED}")
         return self
 
 
@@ -75,8 +114,9 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
 
 def request(**fields: Any) -> Request:
     """A validated request; the first fault is raised as a ConfigError in one line."""
-    if isinstance(fields.get("seed"), Integral) and not isinstance(fields["seed"], bool):
-        fields["seed"] = int(fields["seed"])  # NumPy's integers too
+    for name in ("seed", "variation_seed"):
+        if isinstance(fields.get(name), Integral) and not isinstance(fields[name], bool):
+            fields[name] = int(fields[name])  # NumPy's integers too
     try:
         made = Request(**{name: value for name, value in fields.items() if (name, value) != ("seed", None)})
     except ValidationError as error:

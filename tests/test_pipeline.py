@@ -187,8 +187,8 @@ def test_seeds_may_be_numpy_s_or_none(pipe):
 
 def test_own_latents_are_noted(pipe):
     drawn = pipe(PROMPT, seed=1, num_inference_steps=1, latents=torch.zeros(1, 4, 32, 32))
-    assert drawn.metadata[0].own_latents
-    assert not pipe(PROMPT, seed=1, num_inference_steps=1).metadata[0].own_latents
+    assert drawn.metadata[0].own_noise
+    assert not pipe(PROMPT, seed=1, num_inference_steps=1).metadata[0].own_noise
 
 
 def test_eta_of_euler_ancestral(pipe):

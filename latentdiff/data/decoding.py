@@ -87,10 +87,11 @@ def _decoded(image: Image.Image, background: Color, max_pixels: int) -> Decoded:
         frames = 1  # a camera's JPEG with a second view or a preview
     image.load()
     upright = ImageOps.exif_transpose(image)
-    return Decoded(_rgb(upright, background), mode, kind, frames)
+    return Decoded(rgb(upright, background), mode, kind, frames)
 
 
-def _rgb(image: Image.Image, background: Color) -> np.ndarray:
+def rgb(image: Image.Image, background: Color = WHITE) -> np.ndarray:
+    """The pixels of a decoded picture that stands upright. Raises DataError for what has no white."""
     if image.mode.startswith("I;16"):
         return _grey16(np.asarray(image), image.info.get("transparency"), background)
     if image.mode in ("I", "F", "LAB", "HSV"):

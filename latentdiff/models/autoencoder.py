@@ -7,6 +7,8 @@ the 1 x 1 convolutions around the latents (`fold_statistics`), so that their sca
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +55,30 @@ class Autoencoder(nn.Module):
         )
         return cls(vae)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def overflows(self) -> bool:
+        """Whether its config says that float16 is too small for it."""
+        return bool(self.vae.config.force_upcast)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Its weights widened, and narrowed again to the very bits they were."""
+        dtype = self.dtype
+        self.to(dtype=torch.float32)
+        try:
+            yield
+        finally:
+            self.to(dtype=dtype)
+
+    def piecewise(self, *, tiles: bool, slices: bool) -> None:
+        """Less memory for large pictures: overlapping tiles that are blended, one picture of a batch at a time."""
+        self.vae.use_tiling, self.vae.use_slicing = tiles, slices
+
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior q(x0 | image), (B, C, H/f, W/f) each."""
         posterior = self.vae.encode(images).latent_dist
@@ -93,10 +119,15 @@ class IdentityAutoencoder(nn.Module):
     """No compression: the latents are the pixels, and the same code is a pixel-space DDPM (Ho et al. 2020)."""
 
     factor = 1
+    dtype = torch.float32
+    overflows = False
 
     def __init__(self, channels: int = 3):
         super().__init__()
         self.latent_channels = self.image_channels = channels
+
+    def piecewise(self, *, tiles: bool, slices: bool) -> None:
+        """Nothing to compute, in pieces or not."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The images themselves with variance zero."""

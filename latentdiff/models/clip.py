@@ -23,10 +23,10 @@ _EMBEDDING = "token_embedding.weight"
 class Clip(nn.Module):
     """Image and text towers into one space."""
 
-    def __init__(self, embed_dim: int, vision: CLIPVisionCfg, text: CLIPTextCfg):
+    def __init__(self, embed_dim: int, vision: CLIPVisionCfg, text: CLIPTextCfg, *, quick_gelu: bool = False):
         super().__init__()
         self.config: dict[str, Any] = {"embed_dim": embed_dim, "vision_cfg": asdict(vision), "text_cfg": asdict(text)}
-        self.towers = CLIP(embed_dim, vision, text)
+        self.towers = CLIP(embed_dim, vision, text, quick_gelu=quick_gelu)
 
     @classmethod
     def create(
@@ -86,12 +86,20 @@ class Clip(nn.Module):
         let_others_read(directory)
 
     @classmethod
-    def load(cls, directory: Path, token_embedding: Tensor) -> Clip:
-        """What `save` wrote, with the (vocabulary, width) embeddings of the text encoder it belongs to."""
+    def load(cls, directory: Path, token_embedding: Tensor | None = None) -> Clip:
+        """What `save` wrote, with the (vocabulary, width) embeddings of the text encoder it belongs to.
+
+        Without them, a whole model in open_clip's format.
+        """
         config = json.loads((directory / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
-        module = cls(config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"]))
+        module = cls(
+            config["embed_dim"],
+            CLIPVisionCfg(**config["vision_cfg"]),
+            CLIPTextCfg(**config["text_cfg"]),
+            quick_gelu=bool(config.get("quick_gelu", False)),
+        )
         state = load_file(directory / "open_clip_model.safetensors")
-        module.towers.load_state_dict(state | {_EMBEDDING: token_embedding})
+        module.towers.load_state_dict(state if token_embedding is None else state | {_EMBEDDING: token_embedding})
         return module.eval()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,21 +21,25 @@ class Context:
     pooled: Tensor | None = None
     sizes: Tensor | None = None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Context:
-        """The same elsewhere; sizes keep their float32, in which 1024 is itself."""
-        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        sizes = None if self.sizes is None else self.sizes.to(device)
-        return Context(self.tokens.to(device, dtype), pooled, sizes)
+    def to(self, device: torch.device) -> Context:
+        """The same elsewhere."""
+        return self._mapped(lambda tensor: tensor.to(device), lambda sizes: sizes.to(device))
+
+    def cast(self, dtype: torch.dtype) -> Context:
+        """The same in another precision; sizes keep their float32, in which 1023 is itself."""
+        return self._mapped(lambda tensor: tensor.to(dtype), lambda sizes: sizes)
 
     def flattened(self) -> Context:
         """K conditions of B pictures as K B pictures."""
-        flat = [None if tensor is None else tensor.flatten(0, 1) for tensor in (self.pooled, self.sizes)]
-        return Context(self.tokens.flatten(0, 1), *flat)
+        return self._mapped(lambda tensor: tensor.flatten(0, 1), lambda sizes: sizes.flatten(0, 1))
 
     def zeros(self) -> Context:
         """What says nothing to a model that was trained with zeros for it."""
-        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
-        return Context(torch.zeros_like(self.tokens), pooled, self.sizes)
+        return self._mapped(torch.zeros_like, lambda sizes: sizes)
+
+    def _mapped(self, of_text: Callable[[Tensor], Tensor], of_sizes: Callable[[Tensor], Tensor]) -> Context:
+        pooled = None if self.pooled is None else of_text(self.pooled)
+        return Context(of_text(self.tokens), pooled, None if self.sizes is None else of_sizes(self.sizes))
 
 
 def stacked(contexts: Sequence[Context]) -> Context:

@@ -55,7 +55,7 @@ def check_folder(directory: Path) -> dict[str, Any]:
                 f"model directory asks to run code ({file.relative_to(directory)}). latentdiff never does this"
             )
         if file.suffix == ".json":
-            _check_json(file, directory)
+            check_json(file, directory)
         elif is_pickle(file) and (_named_safetensors(file) or not _has_safetensors(file.parent, directory)):
             raise UnsafeError(
                 f"{file.relative_to(directory)} is a pickle file ({directory}). latentdiff loads safetensors only"
@@ -129,7 +129,8 @@ def _check_files(part: str, directory: Path) -> None:
         raise ModelError(f"{part} has no safetensors weights ({directory})")
 
 
-def _check_json(file: Path, directory: Path) -> None:
+def check_json(file: Path, directory: Path) -> None:
+    """Refuse a JSON file of a model that asks to run code, or for an absurd size. Raises ModelError, UnsafeError."""
     name, tree = str(file.relative_to(directory)), read_json(file)
     if file.parent.name.startswith("tokenizer"):
         return  # vocabularies: words and numbers that build nothing
@@ -240,10 +241,22 @@ def folder_hash(directory: Path, variant: str | None = None) -> str:
     for part in NETWORKS:
         for file in weight_files(directory / part, variant) if (directory / part).is_dir() else []:
             digest.update(file.relative_to(directory).as_posix().encode())
-            with file.open("rb") as content:
-                while block := content.read(1 << 24):
-                    digest.update(block)
+            _digest_file(digest, file)
     return digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file's bytes. Raises ModelError."""
+    digest = hashlib.sha256()
+    with loading(file.name, file.parent):
+        _digest_file(digest, file)
+    return digest.hexdigest()
+
+
+def _digest_file(digest: Any, file: Path) -> None:
+    with file.open("rb") as content:
+        while block := content.read(1 << 24):
+            digest.update(block)
 
 
 def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, int]:

@@ -119,7 +119,7 @@ def _weights(network: torch.nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def unet_name(name: str, config: Any) -> str:
-    """diffusers' name of a U-Net's weight in the original layout, by the blocks that its config describes."""
+    """Diffusers' name of a U-Net's weight in the original layout, by the blocks that its config describes."""
     for theirs, ours in _UNET.items():
         if name.startswith(theirs + "."):
             rest = name.removeprefix(theirs)
@@ -143,7 +143,7 @@ def _resnet(rest: str) -> str:
 
 
 def vae_name(name: str, levels: int) -> str:
-    """diffusers' name of an autoencoder's weight in the original layout; going up, levels are counted from below."""
+    """Diffusers' name of an autoencoder's weight in the original layout; going up, levels are counted from below."""
     name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
     name = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", name)
     name = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda found: f"up.{levels - 1 - int(found[1])}.block.", name)

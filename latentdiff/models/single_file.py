@@ -1,8 +1,8 @@
 """One .safetensors file in the layout in which Stable Diffusion 1, 2 and XL were published.
 
 Every config is inferred from the names and shapes of the weights; diffusers' own functions convert the names. What
-shapes cannot say: the number of heads (8 in Stable Diffusion 1, channels / 64 later), what an OpenCLIP model's last layer
-is (read to the one before), and for Stable Diffusion 2 whether it predicts noise or velocity, which is measured.
+shapes cannot say: the number of heads (8 in Stable Diffusion 1, channels / 64 later), which of an OpenCLIP's layers is
+read (the last but one), and for Stable Diffusion 2 whether it predicts noise or velocity, which is measured.
 """
 
 from __future__ import annotations

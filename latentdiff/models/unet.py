@@ -67,6 +67,11 @@ class UNet(nn.Module):
         return int(self.model.config.in_channels)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
+    @property
     def reads_sizes(self) -> bool:
         """Whether the context must hold pooled text and sizes, as for SDXL."""
         return bool(self.model.config.addition_embed_type == "text_time")

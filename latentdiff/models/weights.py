@@ -27,15 +27,12 @@ def load_autoencoder(directory: Path, variant: str | None = None) -> Autoencoder
 
     if not (directory / "vae").is_dir():
         return _identity(directory)
-    autoencoder = Autoencoder(_pretrained(AutoencoderKL, directory, "vae", variant))
-    check_scaling(autoencoder, directory)
+    vae = _pretrained(AutoencoderKL, directory, "vae", variant)
+    with loading("vae", directory):
+        autoencoder = Autoencoder(vae)
+        if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
+            raise ModelError(f"vae/config.json: scaling_factor or shift_factor is no positive number ({directory})")
     return autoencoder.eval()
-
-
-def check_scaling(autoencoder: Autoencoder, source: Path) -> None:
-    """Raise ModelError where latents could not be scaled."""
-    if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
-        raise ModelError(f"vae/config.json: scaling_factor or shift_factor is no positive number ({source})")
 
 
 def _identity(directory: Path) -> IdentityAutoencoder:

@@ -1,0 +1,131 @@
+"""The picture that drawing starts from, and the part of it that is drawn anew.
+
+Sides that the networks cannot draw are padded by the edge's own pixels, and what was padded is cut off again: a picture
+keeps its size, and what is not masked keeps its bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from latentdiff.data.decoding import rgb
+from latentdiff.errors import ConfigError, DataError
+
+
+class Margins(NamedTuple):
+    """Pixels added on each side."""
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+
+NONE = Margins()
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """pixels: uint8 (H, W, 3) in sides that can be drawn, of which `size`, (height, width) from the upper left, counts.
+
+    mask: bool (H, W), True where it is drawn anew; None where all of it is drawn over.
+    """
+
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    size: tuple[int, int]
+    margins: Margins
+    names: tuple[str | None, str | None] = (None, None)  # of the files of picture and mask, where they are known
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the pixels and the mask: which picture it was."""
+        digest = hashlib.sha256(repr((self.pixels.shape, self.size, self.mask is None)).encode())
+        digest.update(self.pixels.tobytes())
+        digest.update(b"" if self.mask is None else self.mask.tobytes())
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """What a picture that was made from it says of it."""
+        return {"image": self.names[0], "mask": self.names[1], "outpaint": self.margins, "sha256": self.hash}
+
+
+def canvas(
+    image: Any,
+    mask: Any = None,
+    *,
+    multiple: int,
+    size: tuple[int | None, int | None] = (None, None),
+    margins: Margins = NONE,
+    names: tuple[str | None, str | None] = (None, None),
+) -> Canvas:
+    """From a PIL image or uint8 (H, W, 3), and a mask of the same size, white or True where it is drawn anew.
+
+    size: (height, width) to resize to, None for its own; margins: what is drawn around it. Raises ConfigError.
+    """
+    pixels = _pixels(image)
+    marked = None if mask is None else _marked(mask, pixels.shape[:2])
+    height, width = (asked or own for asked, own in zip(size, pixels.shape[:2], strict=True))
+    pixels = resized(pixels, height, width)
+    if marked is not None and marked.shape != (height, width):
+        marked = np.asarray(Image.fromarray(marked).resize((width, height), Image.Resampling.NEAREST))
+    if any(margins):
+        marked = np.zeros((height, width), bool) if marked is None else marked
+        pixels, marked = _extended(pixels, marked, margins)
+    if marked is not None and not marked.any():
+        raise ConfigError("the mask has no white: nothing would be drawn")
+    return _padded(Canvas(pixels, marked, pixels.shape[:2], margins, names), multiple)
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Uint8 (H, W, 3) at another size, by Lanczos."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def _extended(pixels: np.ndarray, marked: np.ndarray, margins: Margins) -> tuple[np.ndarray, np.ndarray]:
+    """Outpainting: the edge's pixels repeated outwards, and marked to be drawn."""
+    around = ((margins.top, margins.bottom), (margins.left, margins.right))
+    return np.pad(pixels, (*around, (0, 0)), mode="edge"), np.pad(marked, around, constant_values=True)
+
+
+def _padded(whole: Canvas, multiple: int) -> Canvas:
+    height, width = whole.size
+    below, right = -height % multiple, -width % multiple
+    pixels = np.pad(whole.pixels, ((0, below), (0, right), (0, 0)), mode="edge")
+    mask = None if whole.mask is None else np.pad(whole.mask, ((0, below), (0, right)), mode="edge")
+    return replace(whole, pixels=pixels, mask=mask)
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """Raises ConfigError for what is no picture."""
+    if isinstance(image, Image.Image):
+        try:
+            return rgb(ImageOps.exif_transpose(image))
+        except DataError as error:
+            raise ConfigError(f"image: {error}") from None
+    found = np.asarray(image)
+    if found.dtype != np.uint8 or found.ndim != 3 or found.shape[-1] != 3 or not found.size:
+        raise ConfigError(
+            f"image must be a PIL image or uint8 (H, W, 3) (got {type(image).__name__}, {found.dtype} {found.shape})"
+        )
+    return found
+
+
+def _marked(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """True from half grey up. Raises ConfigError for another size than the picture's."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(ImageOps.exif_transpose(mask).convert("L"))
+    found = np.asarray(mask)
+    marked = found if found.dtype == bool else found >= 128
+    if marked.shape != size or found.dtype not in (np.uint8, bool):
+        raise ConfigError(
+            f"mask_image must be a picture of the image's size, {size[1]}x{size[0]} (got {found.dtype} {found.shape})"
+        )
+    return marked

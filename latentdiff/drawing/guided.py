@@ -1,0 +1,78 @@
+"""The denoiser of a batch: the network under its texts, guided as the request asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion import guidance
+from latentdiff.diffusion.denoiser import Denoiser, Network, denoiser
+from latentdiff.drawing.start import Start
+from latentdiff.drawing.texts import Texts
+from latentdiff.models.context import stacked
+from latentdiff.request import Request
+
+if TYPE_CHECKING:
+    from latentdiff.models.unet import UNet
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """What guidance may need beside the network: a weaker denoiser, and the gradient of a score of x0."""
+
+    weaker: Denoiser | None = None
+    gradient: Callable[[Tensor], Tensor] | None = None
+
+
+def network_of(unet: UNet, extra: Tensor | None = None, *, perturbed: bool = False) -> Network:
+    """The U-Net as sampling sees it: float32 whatever its own precision.
+
+    Gradients are off around the network alone: a mode entered in a generator would leak to whoever iterates.
+    """
+
+    def network(x: Tensor, t: float, context: object) -> Tensor:
+        with torch.no_grad():
+            whole = x if extra is None else torch.cat([x, extra], 1)
+            run = unet.perturbed if perturbed else unet
+            return run(whole.to(unet.dtype), t, context).float()
+
+    return network
+
+
+def guided(unet: UNet, prediction: str, texts: Texts, asked: Request, start: Start, helpers: Helpers) -> Denoiser:
+    """Guidance by what the conditions differ in, then by what lies elsewhere, then what is kept of a given picture."""
+    network = network_of(unet, start.extra)
+    plain = denoiser(network, prediction, texts.cond.cast(unet.dtype))
+    cond = drawn = guidance.once(plain)
+    if texts.uncond is not None:
+        both = stacked([texts.uncond, texts.cond]).cast(unet.dtype)
+        pair = guidance.once(denoiser(network, prediction, both))
+        cond, drawn = guidance.chosen(pair, 1), _classifier_free(pair, asked)
+    if asked.pag_scale:
+        other = denoiser(network_of(unet, start.extra, perturbed=True), prediction, texts.cond.cast(unet.dtype))
+        drawn = guidance.away_from(drawn, cond, other, asked.pag_scale)
+    if helpers.weaker is not None:
+        drawn = guidance.away_from(drawn, cond, helpers.weaker, asked.autoguidance_scale - 1)
+    if asked.guidance_rescale:
+        drawn = guidance.rescaled(drawn, cond, asked.guidance_rescale)
+    if asked.threshold is not None:
+        drawn = guidance.thresholded(drawn, cond, asked.threshold)
+    if helpers.gradient is not None:
+        drawn = guidance.toward(drawn, helpers.gradient, asked.clip_guidance_scale)
+    if asked.guidance_interval:
+        drawn = guidance.within(drawn, plain, *asked.guidance_interval)
+    if start.mask is not None and start.extra is None:
+        drawn = guidance.keep(drawn, start.known, start.mask)
+    return drawn
+
+
+def _classifier_free(pair: Denoiser, asked: Request) -> Denoiser:
+    if not asked.apg:
+        return guidance.classifier_free(pair, asked.guidance_scale)
+    norm = math.inf if asked.apg_norm is None else asked.apg_norm
+    return guidance.apg(pair, asked.guidance_scale, eta=asked.apg_eta, norm=norm, momentum=asked.apg_momentum)

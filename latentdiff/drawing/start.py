@@ -1,0 +1,103 @@
+"""Where sampling starts: the noise, the levels that are walked, and what of the picture is given.
+
+Every draw is keyed by the picture's own seed, that of a step by (seed, step): neither depends on what else is in the
+batch, or on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from latentdiff.diffusion import noise
+from latentdiff.diffusion.process import diffuse
+from latentdiff.diffusion.samplers import Levels
+from latentdiff.drawing.job import Job
+
+
+class Draw(Protocol):
+    """(purpose, step) -> standard normal noise (B, C, h, w)."""
+
+    def __call__(self, purpose: str, step: int = 0) -> Tensor:
+        """See the class."""
+        ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """x at levels[0]; where a picture is given and a part of it is kept, its latents and the latents' mask.
+
+    known: (B, C, h, w); mask: (B, 1, h, w), 1 where it is drawn. extra: what an inpainting network reads beside x.
+    """
+
+    x: Tensor
+    levels: Levels
+    known: Tensor | None = None
+    mask: Tensor | None = None
+    extra: Tensor | None = None
+
+
+def keyed(jobs: Sequence[Job], shape: tuple[int, int, int], device: torch.device) -> Draw:
+    """Noise by the seeds of the jobs; that of the start may be turned towards a variation's."""
+
+    def drawn(purpose: str, step: int = 0) -> Tensor:
+        return torch.from_numpy(np.stack([_noise(job, shape, purpose, step) for job in jobs])).to(device)
+
+    return drawn
+
+
+def generated(generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device) -> Draw:
+    """Noise by the caller's own generators, one for each picture or one for all, in the order in which it is needed."""
+
+    def drawn(purpose: str, step: int = 0) -> Tensor:
+        rows = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
+        return torch.stack(rows).to(device)
+
+    return drawn
+
+
+def _noise(job: Job, shape: tuple[int, int, int], purpose: str, step: int) -> np.ndarray:
+    asked = job.request
+    if asked.variation_seed is None:
+        return noise.normal(shape, job.seed, purpose, step=step)
+    base = noise.normal(shape, asked.seed, purpose, step=step)
+    return turned(
+        base, noise.normal(shape, asked.variation_seed + job.index, purpose, step=step), asked.variation_strength
+    )
+
+
+def turned(base: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
+    """A share of the way from one noise to another along the great circle, where noise keeps its length."""
+    a, b = base.ravel().astype(np.float64), other.ravel().astype(np.float64)
+    cosine = np.clip(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)), -1, 1)
+    angle = math.acos(cosine)
+    if angle < 1e-6 or math.pi - angle < 1e-6:
+        return base
+    mixed = (math.sin((1 - share) * angle) * a + math.sin(share * angle) * b) / math.sin(angle)
+    return np.asarray(mixed, np.float32).reshape(base.shape)
+
+
+def from_latents(
+    levels: Levels, drawn: Tensor, known: Tensor, mask: Tensor | None = None, *, fresh: bool = False
+) -> Start:
+    """A given picture, noised to the first level by `drawn`.
+
+    mask: (B, 1, h, w), 1 where it is drawn, None for all of it; with `fresh` that part starts from noise alone.
+    """
+    x = diffuse(known, drawn, levels[0])
+    if mask is None:
+        return Start(x, levels)
+    return Start(torch.where(mask == 1, drawn, x) if fresh else x, levels, known, mask)
+
+
+def latent_mask(mask: np.ndarray, factor: int, device: torch.device) -> Tensor:
+    """(H, W) bool -> (1, 1, h, w): 1 where any of the pixels under a latent is drawn."""
+    pixels = torch.from_numpy(mask)[None, None].to(device, torch.float32)
+    return functional.max_pool2d(pixels, factor)

@@ -1,0 +1,73 @@
+"""The contexts of a batch of pictures, with and without their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from latentdiff.drawing.job import Job
+from latentdiff.models.context import Context, stacked
+from latentdiff.models.prompt import Style
+from latentdiff.request import Request
+
+if TYPE_CHECKING:
+    from latentdiff.models.dual_text_encoder import DualTextEncoder
+    from latentdiff.models.text_encoder import TextEncoder
+
+
+class Texts(NamedTuple):
+    """Contexts of the prompts and of the negative prompts, (B, L, D) each; the latter only where guidance needs it."""
+
+    cond: Context
+    uncond: Context | None
+
+
+def style_of(asked: Request) -> Style:
+    """How the prompt is read."""
+    return Style(asked.prompt_weights, asked.long_prompts, asked.clip_skip)
+
+
+def chunks_of(job: Job, encoder: TextEncoder | DualTextEncoder) -> int:
+    """In how many readings both of a picture's prompts go: their contexts are made as long as each other."""
+    if job.own is not None:
+        return 0
+    style = style_of(job.request)
+    prompts = [job.request.prompt] + [job.request.negative_prompt] * (job.request.guidance_scale > 1)
+    return max(encoder.read(prompt, style).chunks for prompt in prompts)
+
+
+def texts_of(
+    jobs: Sequence[Job], encoder: TextEncoder | DualTextEncoder, size: tuple[int, int] | None, device: torch.device
+) -> Texts:
+    """The contexts of jobs that are of one size and one length.
+
+    Equal prompts are encoded once and by themselves, so that none sees the batch's size. As in diffusers, clip_skip is
+    of the prompt; the negative prompt is read to the usual layer. size: (height, width) for a network that reads it.
+    """
+    asked = jobs[0].request
+    style, least = style_of(asked), max(chunks_of(job, encoder) for job in jobs)
+    known: dict[tuple[str, Style], Context] = {}
+
+    def encoded(prompt: str, style: Style) -> Context:
+        if (prompt, style) not in known:
+            known[prompt, style] = encoder.context(prompt, style, least=least)
+        return known[prompt, style]
+
+    own = [job.own or (encoded(job.request.prompt, style), None) for job in jobs]
+    sizes = None if size is None else _sizes(asked, size, len(jobs))
+    cond = replace(stacked([cond for cond, _ in own]), sizes=sizes).to(device)
+    if asked.guidance_scale <= 1:
+        return Texts(cond, None)
+    plain = replace(style, clip_skip=None)
+    negative = [
+        uncond or encoded(job.request.negative_prompt, plain) for job, (_, uncond) in zip(jobs, own, strict=True)
+    ]
+    return Texts(cond, replace(stacked(negative), sizes=sizes).to(device))
+
+
+def _sizes(asked: Request, size: tuple[int, int], count: int) -> torch.Tensor:
+    """SDXL's (original size, crop, target size), the same for every picture of a batch, (B, 6)."""
+    return torch.tensor([[*(asked.original_size or size), *asked.crop, *size]] * count, dtype=torch.float32)
