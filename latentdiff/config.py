@@ -239,7 +239,7 @@ def load_config(path: Path | None, overrides: Sequence[str | tuple[str, Any]] = 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path and path.name}: not valid TOML: {error}") from None
     for override in overrides:
-        _set(tree, *(_parsed(override) if isinstance(override, str) else override))
+        _set(tree, *(parsed_override(override) if isinstance(override, str) else override))
     return parse_config(tree, path.name if path else "config")
 
 
@@ -296,8 +296,8 @@ def flat(config: Config) -> dict[str, Any]:
     return found
 
 
-def _parsed(override: str) -> tuple[str, Any]:
-    """(key, value) of `key=value`."""
+def parsed_override(override: str) -> tuple[str, Any]:
+    """(key, value) of `key=value`, the value as TOML has it, or a bare word. Raises ConfigError."""
     key, sign, value = override.partition("=")
     if not sign:
         raise ConfigError(f"override {override!r} is not key=value")

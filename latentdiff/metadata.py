@@ -1,8 +1,8 @@
 """What a picture says about how it was made: A1111's `parameters` line and everything as JSON.
 
-Two text chunks of a PNG. `parameters` is what the tools of this field read; `latentdiff` is the whole request with
-its defaults, the model's hash, the versions, runtime and device, from which the picture can be made again (unless
-it was drawn from latents of the caller's own, which is noted).
+In a PNG two text chunks: `parameters` is what the tools of this field read; `latentdiff` is the whole request with its
+defaults, the model's hash, the versions, runtime and device, from which the picture can be made again. In JPEG and WebP
+the same two are EXIF's UserComment, where those tools look, and its ImageDescription.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.errors import DataError
@@ -30,6 +30,8 @@ _SAMPLER_NAMES = {
     "unipc": "UniPC",
 }
 _SPACING_NAMES = {"karras": "Karras", "uniform": "Exponential"}
+_UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: what a user comment is written in
+LARGEST_EXIF = 65_000  # bytes; a JPEG's segment holds no more
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,11 @@ class Source:
     path: as it was named, but of an absolute path the name alone: pictures do not tell of their maker's folders.
     """
 
-    kind: str  # lora, embedding, weaker, clip
+    kind: str  # lora, merged (a lora too), embedding, weaker, clip
     path: str
     sha256: str
     weight: float = 1.0
+    word: str | None = None  # what an embedding was called instead of its own name
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,29 @@ def parameters_text(record: ImageMetadata) -> str:
         "Size": f"{record.width}x{record.height}",
         "Model hash": record.model_hash[:10],
         "Model": _quoted(record.model),
+        **_further_fields(record),
         "Version": f"latentdiff {record.versions.get('latentdiff', 'unknown')}",
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
     return "\n".join(lines)
+
+
+def _further_fields(record: ImageMetadata) -> dict[str, Any]:
+    """What A1111 writes only where it is used."""
+    asked, fields = record.request, dict[str, Any]()
+    if asked.get("variation_seed") is not None:
+        fields |= {"Variation seed": asked["variation_seed"], "Variation seed strength": asked["variation_strength"]}
+    if record.canvas is not None:
+        first = record.steps[0] / asked["num_inference_steps"]
+        fields["Denoising strength"] = f"{first if asked.get('strength') is None else asked['strength']:g}"
+    if asked.get("hires_scale") is not None:
+        fields |= {"Denoising strength": f"{asked['hires_strength']:g}", "Hires upscale": f"{asked['hires_scale']:g}"}
+    if asked.get("clip_skip") is not None:
+        fields["Clip skip"] = asked["clip_skip"] + 1
+    loras = [source for source in record.sources if source.kind in ("lora", "merged")]
+    if loras:
+        fields["Lora hashes"] = _quoted(", ".join(f"{Path(s.path).stem}: {s.sha256[:12]}" for s in loras))
+    return fields
 
 
 def _one_line(text: str) -> str:
@@ -122,12 +144,28 @@ def _quoted(text: str) -> str:
     return json.dumps(text) if any(c in text for c in ',:"\n') else text
 
 
+def save_options(record: ImageMetadata, suffix: str) -> dict[str, Any]:
+    """What Pillow's save takes to write a record into a picture of that suffix.
+
+    Raises DataError where it is too long for a JPEG.
+    """
+    if suffix == ".png":
+        return {"pnginfo": png_info(record)}
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(asdict(record))
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + parameters_text(record).encode("utf-16-be")
+    if len(exif.tobytes()) > LARGEST_EXIF:
+        raise DataError("its record is too long for this format. Write a PNG, or none (--no-metadata)")
+    return {"exif": exif}
+
+
 def png_info(record: ImageMetadata) -> PngInfo:
     """The text chunks of one picture."""
-    info = PngInfo()
-    info.add_text("parameters", parameters_text(record)) if parameters_text(record).isascii() else info.add_itxt(
-        "parameters", parameters_text(record)
-    )
+    info, text = PngInfo(), parameters_text(record)
+    if text.isascii():
+        info.add_text("parameters", text)
+    else:
+        info.add_itxt("parameters", text)
     info.add_itxt("latentdiff", json.dumps(asdict(record), ensure_ascii=False))
     return info
 
@@ -140,13 +178,26 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             image.load()
-            texts = {k: v for k, v in image.info.items() if k in ("parameters", "latentdiff") and isinstance(v, str)}
+            found: dict[str, Any] = _texts(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"not a readable picture ({path}): {error}") from None
-    found: dict[str, Any] = dict(texts)
     if "latentdiff" in found:
         try:
             found["latentdiff"] = json.loads(found["latentdiff"])
         except (ValueError, RecursionError):
             raise DataError(f"its latentdiff record is not JSON ({path})") from None
+    return found
+
+
+def _texts(image: Image.Image) -> dict[str, Any]:
+    """A PNG's chunks, or another picture's EXIF; a description that is no record of ours is the camera's."""
+    if image.format == "PNG":
+        return {k: v for k, v in image.info.items() if k in ("parameters", "latentdiff") and isinstance(v, str)}
+    exif, found = image.getexif(), dict[str, Any]()
+    comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if isinstance(comment, bytes) and comment.startswith(_UNICODE):
+        found["parameters"] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+    description = exif.get(ExifTags.Base.ImageDescription)
+    if isinstance(description, str) and description.startswith('{"request"'):
+        found["latentdiff"] = description
     return found

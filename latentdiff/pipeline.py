@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from latentdiff import extras
 from latentdiff.diffusion.samplers import Step
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.drawing.job import NOTHING, Job, Own, jobs_of
 from latentdiff.drawing.plan import enlarged, step_counts
 from latentdiff.errors import ConfigError, NonFiniteError
 from latentdiff.images import luminance, to_images, to_uint8
-from latentdiff.metadata import ImageMetadata, Source, installed_versions
+from latentdiff.metadata import ImageMetadata, installed_versions
 from latentdiff.request import SIDES, Request, check_size, request
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
     from latentdiff.models.context import Context
     from latentdiff.models.dual_text_encoder import DualTextEncoder
-    from latentdiff.models.scorer import Scorer
     from latentdiff.models.text_encoder import TextEncoder
     from latentdiff.models.unet import UNet
 
@@ -63,7 +63,7 @@ class ModelCard:
 class LatentDiffusionPipeline:
     """Networks, a noise schedule and what the network predicts; everything else is an argument of the call.
 
-    weaker: a worse pipeline of the same latents, for autoguidance; scorer: CLIP, for guidance by its gradient.
+    extras: what was loaded beside the model.
     """
 
     def __init__(
@@ -77,9 +77,7 @@ class LatentDiffusionPipeline:
     ):
         self.autoencoder, self.text_encoder, self.unet = autoencoder, text_encoder, unet
         self.schedule, self.prediction, self.card = schedule, prediction, card
-        self.weaker: LatentDiffusionPipeline | None = None
-        self.scorer: Scorer | None = None
-        self.sources: dict[str, Source] = {}  # of what was loaded beside the model
+        self.extras = extras.Extras()
         self._place: torch.device | None = None
         self._notes: list[str] = []
 
@@ -176,23 +174,38 @@ class LatentDiffusionPipeline:
             raise ConfigError("original_size and crop are told to SDXL alone; this model reads no sizes")
         if asked.pag_scale and not self.unet.can_be_perturbed:
             raise ConfigError("pag_scale: this model has no self-attention in its middle block")
-        if asked.autoguidance_scale != 1 and self.weaker is None:
+        if asked.autoguidance_scale != 1 and self.extras.weaker is None:
             raise ConfigError("autoguidance_scale needs a weaker model (load_weaker, --weaker)")
-        if asked.clip_guidance_scale and self.scorer is None:
+        if asked.clip_guidance_scale and self.extras.scorer is None:
             self.load_clip()
 
     def load_clip(self, directory: str | Path | None = None) -> None:
-        """The CLIP that guidance and scores use: a folder in open_clip's format, or the model's own."""
-        from latentdiff.pretrained import load_scorer_of
-
-        self.scorer, source = load_scorer_of(self, directory)
-        self.sources["clip"] = source
+        """See `extras.load_clip`."""
+        extras.load_clip(self, None if directory is None else Path(directory))
 
     def load_weaker(self, path: str | Path) -> None:
-        """A weaker model for autoguidance: smaller, or trained for less time. Raises ModelError."""
-        from latentdiff.pretrained import load_weaker
+        """See `extras.load_weaker`."""
+        extras.load_weaker(self, path)
 
-        self.weaker, self.sources["weaker"] = load_weaker(self, path)
+    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None, weight: float = 1.0) -> extras.Fit:
+        """An adapter beside the networks, of PEFT's, diffusers' or kohya's format; returns how it fits. ModelError."""
+        return extras.load_adapter(self, Path(path), name=adapter_name, weight=weight)
+
+    def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+        """Make these adapters the active ones, with one weight or one each."""
+        extras.weigh_adapters(self, extras.names_and_weights(names, weights))
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Add the active adapters to the weights: as fast as without them, and not to be undone."""
+        extras.merge_adapters(self, lora_scale)
+
+    def unload_lora_weights(self) -> None:
+        """Take off every adapter that is not fused."""
+        extras.unload_adapters(self)
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
+        """Learnt words, which a prompt may then use; returns them."""
+        return extras.load_words(self, Path(path), token)
 
     def canvas(self, asked: Request, image: Any, mask: Any = None, **more: Any) -> Canvas | None:
         """The picture that a request starts from, if one is given; see `drawing.canvas`. Raises ConfigError."""
@@ -414,8 +427,8 @@ class LatentDiffusionPipeline:
             model=self.card.name,
             model_hash=self.card.hash,
             model_source=self.card.source,
-            sources=tuple(self.sources.values()),
-            canvas=canvas and canvas.record(),
+            sources=tuple(self.extras.sources.values()),
+            canvas=None if canvas is None else canvas.record(),
             runtime="torch",
             device=self.device.type,
             dtype=str(self.unet.dtype).removeprefix("torch."),

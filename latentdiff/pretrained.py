@@ -19,14 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from latentdiff.config import Recommended
 from latentdiff.diffusion.schedule import SPACINGS, NoiseSchedule
 from latentdiff.errors import ConfigError, ModelError
-from latentdiff.metadata import Source, recorded
+from latentdiff.metadata import recorded
 from latentdiff.models.folder import folder_hash, picture_geometry
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 
 if TYPE_CHECKING:
     import torch
-
-    from latentdiff.models.scorer import Scorer
 
 DEFAULT_MODEL = "scenes-64"
 Model = TypeVar("Model", bound=BaseModel)
@@ -66,10 +64,17 @@ def load_pipeline(
     where = usable_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"torch_dtype must be a floating-point torch.dtype (got {dtype!r})")
+    return stored_pipeline(path, variant, revision).to(where, dtype or torch.float32)
+
+
+def stored_pipeline(
+    path: str | Path | None, variant: str | None = None, revision: str | None = None
+) -> LatentDiffusionPipeline:
+    """A model on the CPU in the precision in which it is stored."""
     source = located(path, variant, revision)
     pipe = _of_file(source) if source.path.is_file() else _of_folder(source, variant)
     _check_channels(pipe, source.path)
-    return pipe.to(where, dtype or torch.float32)
+    return pipe
 
 
 class Located(NamedTuple):
@@ -105,7 +110,7 @@ def _of_folder(source: Located, variant: str | None) -> LatentDiffusionPipeline:
     card = read_card(directory, schedule, variant)
     named = replace(card, name=source.name if card.name == directory.resolve().name else card.name)
     autoencoder = weights.load_autoencoder(directory, variant)
-    text_encoder = weights.load_text_encoder(directory, variant)
+    text_encoder = weights.load_text_encoders(directory, variant)
     unet = weights.load_unet(directory, variant)
     return LatentDiffusionPipeline(
         autoencoder, text_encoder, unet, schedule, prediction, replace(named, source=source.source)
@@ -139,32 +144,6 @@ def _check_channels(pipe: LatentDiffusionPipeline, path: Path) -> None:
         raise ModelError(f"a U-Net that reads {read} channels does not fit latents of {latents} ({path})")
     if pipe.unet.reads_sizes != isinstance(pipe.text_encoder, DualTextEncoder):
         raise ModelError(f"a U-Net of SDXL goes with two text encoders, others with one ({path})")
-
-
-def load_scorer_of(pipe: LatentDiffusionPipeline, directory: str | Path | None) -> tuple[Scorer, Source]:
-    """See LatentDiffusionPipeline.load_clip. The model's own lies in its folder, without the token embeddings."""
-    from latentdiff.models.folder import file_hash
-    from latentdiff.models.scorer import Scorer, load_scorer
-    from latentdiff.models.weights import load_clip
-
-    if directory is not None:
-        scorer = load_scorer(Path(directory))
-        weights = Path(directory) / "open_clip_model.safetensors"
-        return scorer.to(pipe.device), Source("clip", recorded(Path(directory)), file_hash(weights))
-    folder = pipe.card.folder
-    if folder is None or not (folder / "clip").is_dir():
-        raise ConfigError("this model has no CLIP of its own. Name one in open_clip's format (load_clip, --clip)")
-    scorer = Scorer(load_clip(folder), pipe.text_encoder.tokenizer)
-    return scorer.to(pipe.device), Source("clip", "", file_hash(folder / "clip" / "open_clip_model.safetensors"))
-
-
-def load_weaker(pipe: LatentDiffusionPipeline, path: str | Path) -> tuple[LatentDiffusionPipeline, Source]:
-    """See LatentDiffusionPipeline.load_weaker."""
-    weaker = load_pipeline(path, device=str(pipe.device), dtype=pipe.unet.dtype)
-    same = np.array_equal(weaker.schedule.alphas_cumprod, pipe.schedule.alphas_cumprod)
-    if not same or weaker.autoencoder.latent_channels != pipe.autoencoder.latent_channels:
-        raise ModelError(f"the weaker model must have the same latents and noise schedule ({path})")
-    return weaker, Source("weaker", weaker.card.source or "", weaker.card.hash)
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -262,7 +241,7 @@ def read_card(directory: Path, schedule: NoiseSchedule, variant: str | None = No
     card = _read(_Card, path)
     if any(length % multiple for length in card.size):
         raise ModelError(f"size {card.size} is not of multiples of {multiple} ({path})")
-    defaults = card.defaults.model_dump() if card.defaults else {}
+    defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}
     if defaults.get("num_inference_steps", 1) > schedule.T:
         raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {schedule.T} times ({path})")
     return ModelCard(card.name, found, card.size, defaults, folder=directory)
@@ -278,6 +257,32 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
     _write_json(directory / "model_index.json", _index(pipe, with_vae=(directory / "vae").is_dir()))
     card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults or None}
     _write_json(directory / "latentdiff.json", card)
+
+
+def save_single_file(pipe: LatentDiffusionPipeline, path: Path) -> None:
+    """Write one .safetensors file in the original layout of Stable Diffusion.
+
+    Raises ConfigError for a model whose shape, schedule or scale that layout cannot hold.
+    """
+    from latentdiff.models import original
+
+    plain = NoiseSchedule.scaled_linear(pipe.schedule.T)
+    schedules = {False: plain, True: plain.zero_terminal_snr()}
+    same = [
+        terminal
+        for terminal, schedule in schedules.items()
+        if np.allclose(schedule.alphas_cumprod, pipe.schedule.alphas_cumprod, rtol=1e-9, atol=1e-12)
+    ]
+    if pipe.schedule.T != 1000 or not same:
+        raise ConfigError("the noise schedule is not Stable Diffusion's, which a single file implies. Use a folder")
+    original.save_single_file(
+        path,
+        pipe.autoencoder,
+        pipe.text_encoder,
+        pipe.unet,
+        prediction=pipe.prediction,
+        zero_terminal_snr=same[0],
+    )
 
 
 def _index(pipe: LatentDiffusionPipeline, *, with_vae: bool) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Picture metadata: readable by the field's tools, and not to be forged by a prompt."""
 
-import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from latentdiff.errors import DataError
-from latentdiff.metadata import ImageMetadata, parameters_text, png_info, read_metadata
-from latentdiff.request import request
+from latentdiff.metadata import ImageMetadata, Source, parameters_text, png_info, read_metadata, save_options
+from latentdiff.reproduce import read_record
+from latentdiff.request import Request, request
 
 
 def record(**fields):
@@ -21,7 +22,7 @@ def record(**fields):
         width=64,
         height=96,
         model="scenes-64",
-        model_hash="0123456789abcdef",
+        model_hash="0123456789abcdef" * 4,
         runtime="torch",
         device="cpu",
         dtype="float32",
@@ -63,8 +64,43 @@ def test_png_round_trip(tmp_path, prompt):
     found = read_metadata(path)
     assert found["latentdiff"]["request"]["prompt"] == prompt
     assert found["parameters"] == parameters_text(record(prompt=prompt))
-    again = json.loads(json.dumps(found["latentdiff"]["request"]))
-    assert request(**{k: v for k, v in again.items()}).model_dump() == record(prompt=prompt).request
+    assert read_record(path).request == Request(**record(prompt=prompt).request)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+@pytest.mark.parametrize("prompt", ["plain", "two\nlines", "Grüße, 猫 \U0001f600"])
+def test_exif_round_trip(tmp_path, suffix, prompt):
+    """Read by another library too: Pillow's own parsing of UserComment, which A1111's tools look at."""
+    path = tmp_path / f"a{suffix}"
+    made = record(prompt=prompt)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, **save_options(made, suffix))
+    found = read_metadata(path)
+    assert found["parameters"] == parameters_text(made)
+    assert read_record(path).request == Request(**made.request)
+
+
+def test_a_record_too_long_for_a_jpeg():
+    with pytest.raises(DataError, match="too long"):
+        save_options(record(prompt="猫" * 10_000), ".jpg")
+
+
+def test_a_camera_s_exif_is_no_record(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "a holiday"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\x00\x00\x00nice"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_metadata(tmp_path / "a.jpg") == {}
+
+
+def test_further_fields():
+    made = record(variation_seed=3, variation_strength=0.25, clip_skip=1, num_inference_steps=20, strength=0.55)
+    lora = Source("merged", "loras/ink.safetensors", "ab" * 32, 0.8)
+    made = replace(made, steps=(11,), sources=(lora,), canvas={"image": "a.png"})
+    line = parameters_text(made).splitlines()[-1]
+    assert (
+        "Variation seed: 3, Variation seed strength: 0.25, Denoising strength: 0.55, Clip skip: 2, "
+        'Lora hashes: "ink: abababababab", Version' in line
+    )
 
 
 def test_what_is_not_a_picture(tmp_path):

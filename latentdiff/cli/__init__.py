@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from latentdiff import __version__
-from latentdiff.cli import convert, data, evaluate, generate, info, runs, train
+from latentdiff.cli import convert, data, evaluate, generate, info, reproduce, runs, train
 from latentdiff.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data")
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
+app.command("reproduce")(reproduce.reproduce)
 
 
 @app.callback(invoke_without_command=True)

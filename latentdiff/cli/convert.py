@@ -1,12 +1,17 @@
-"""`latentdiff convert`: a model folder in another form."""
+"""`latentdiff convert`: a model or an adapter in another form."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from latentdiff.errors import ConfigError
 
 
 class Precision(StrEnum):
@@ -17,15 +22,98 @@ class Precision(StrEnum):
     float32 = "float32"
 
 
+class Form(StrEnum):
+    """Of an adapter's file."""
+
+    peft = "peft"
+    kohya = "kohya"
+
+
 def convert(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
-    output: Annotated[Path, typer.Argument(help="The new folder; it must not exist.")],
-    dtype: Annotated[Precision, typer.Option(help="Precision of the weights.")] = Precision.float16,
+    source: Annotated[Path, typer.Argument(help="A model folder, a single .safetensors file, or an adapter.")],
+    output: Annotated[Path, typer.Argument(help="A new folder, or a new .safetensors file.")],
+    dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights (default: as they are).")] = None,
+    to: Annotated[Form | None, typer.Option(help="Of an adapter: peft or kohya.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Of an adapter: the model it is for (default: scenes-64).")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Of a folder's weights: fp16, ...")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read the tensors of a pickle (.ckpt, .bin) in a process of its own.")
+    ] = False,
 ) -> None:
-    """Copy a model folder with its weights in another precision."""
+    """Write a model folder as a single file and back, in another precision, or an adapter under other names."""
+    from latentdiff.cli.output import check_writable
+
+    check_writable(output, output.parent)
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"{output} exists; nothing is overwritten")
+    if trust_pickle:
+        _pickle(source, output)
+    elif to is not None:
+        _adapter(source, output, to, model)
+    else:
+        _model(source, output, dtype, variant)
+    typer.echo(output)
+
+
+@contextmanager
+def _made(output: Path, suffix: str) -> Iterator[Path]:
+    """A place to write to, which becomes `output` once all of it is written; nothing is left of what fails."""
+    from latentdiff.models.folder import let_others_read
+
+    if suffix and output.suffix.lower() != suffix:
+        raise ConfigError(f"the output is a file: name it {output}{suffix}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=output.parent) as scratch:
+        yield Path(scratch) / f"made{suffix}"
+        let_others_read(Path(scratch))
+        (Path(scratch) / f"made{suffix}").rename(output)
+
+
+def _pickle(source: Path, output: Path) -> None:
+    from latentdiff.models.folder import is_pickle
+    from latentdiff.models.unpickle import unpickled
+
+    if not source.is_file() or not is_pickle(source):
+        raise ConfigError(f"--trust-pickle is for pickles, which this is not ({source})")
+    with _made(output, ".safetensors") as made:
+        unpickled(source, made)
+
+
+def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
+    """The model says what the layers are called that kohya's names stand for."""
+    from latentdiff.extras import networks_of
+    from latentdiff.models import adapter_file
+    from latentdiff.pretrained import stored_pipeline
+
+    networks = networks_of(stored_pipeline(model))
+    adapter = adapter_file.read_adapter(source, networks)
+    if adapter.unused or adapter.missing:
+        first = (adapter.unused + adapter.missing)[0]
+        raise ConfigError(f"{first} of {source} has no place in the model and would be lost. Name its --model")
+    with _made(output, ".safetensors") as made:
+        if to is Form.peft:
+            adapter_file.save_peft(adapter, made)
+        else:
+            adapter_file.save_kohya(adapter, made, networks)
+
+
+def _model(source: Path, output: Path, dtype: Precision | None, variant: str | None) -> None:
     import torch
 
     from latentdiff.models.convert import convert_folder
+    from latentdiff.pretrained import save_pipeline, save_single_file, stored_pipeline
 
-    convert_folder(model, output, getattr(torch, dtype.value))
-    typer.echo(output)
+    single = output.suffix.lower() == ".safetensors"
+    precision = None if dtype is None else getattr(torch, dtype.value)
+    if source.is_dir() and not single and variant is None:
+        if precision is None:
+            raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
+        convert_folder(source, output, precision)
+        return
+    pipe = stored_pipeline(source, variant)
+    if precision is not None:
+        pipe.to(dtype=precision)
+    with _made(output, ".safetensors" if single else "") as made:
+        (save_single_file if single else save_pipeline)(pipe, made)

@@ -1,174 +1,311 @@
-"""`latentdiff generate`: a prompt becomes pictures on disk."""
+"""`latentdiff generate`: prompts become pictures on disk."""
 
 from __future__ import annotations
 
-import io
-import os
-import re
+import json
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.output import check_writable, write_new
+from latentdiff.cli.pictures import check_target, write_pictures
+from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
+from latentdiff.errors import ConfigError
 
 if TYPE_CHECKING:
-    from latentdiff.pipeline import LatentDiffusionPipeline, Output
+    from latentdiff.drawing.job import Job
+    from latentdiff.pipeline import LatentDiffusionPipeline
     from latentdiff.request import Request
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Format(StrEnum):
+    """Of the pictures in a folder."""
+
+    png = "png"
+    jpg = "jpg"
+    webp = "webp"
+
+
+class Offload(StrEnum):
+    """What is moved to the device by itself when its turn comes."""
+
+    model = "model"
+    sequential = "sequential"
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help='What to draw; "-" reads it from standard input.')],
+    prompt: Annotated[str | None, typer.Argument(help='What to draw; "-" reads it from standard input.')] = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What not to draw.")] = None,
-    model: Annotated[Path | None, typer.Option("--model", "-m", help="A model folder (default: scenes-64).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A folder, a .safetensors file or a hub id (default: scenes-64)."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The hub id's commit, tag or branch.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the folder's weights: fp16, ...")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none.")
     ] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="Pull back to the unguided contrast, 0 to 1.")] = None,
+    clip_guidance_scale: Annotated[float | None, typer.Option(help="Steer by the gradient of CLIP's score.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp_2m, unipc, ... (default: the model's).")] = None,
     spacing: Annotated[str | None, typer.Option(help="trailing, leading, linspace, karras or uniform.")] = None,
     eta: Annotated[float | None, typer.Option(help="Noise added by ddim, 0 to 1.")] = None,
     width: Annotated[int | None, typer.Option("--width", "-W", help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option("--height", "-H", help="Pixels.")] = None,
+    size: Annotated[str | None, typer.Option(help="Width and height, 512x768.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Of its size: white is drawn anew, the rest kept.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of the picture is drawn over, 0 to 1.")] = None,
+    outpaint: Annotated[str | None, typer.Option(help="Pixels to add: LEFT,TOP,RIGHT,BOTTOM.")] = None,
+    hires_scale: Annotated[float | None, typer.Option(help="Draw, enlarge so many times, draw over.")] = None,
+    hires_strength: Annotated[float | None, typer.Option(help="How much of the enlarged one is drawn over.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; again for more.")] = None,
+    embedding: Annotated[list[Path] | None, typer.Option(help="Learnt words (textual inversion).")] = None,
+    weaker: Annotated[str | None, typer.Option(help="A weaker model for --set autoguidance_scale=2.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="CLIP in open_clip's format (default: the model's own).")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Leave out so many of the text encoder's layers.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Picture i has SEED + i (default: random).")] = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-N", help="How many pictures.")] = 1,
+    num_images: Annotated[int, typer.Option("--num-images", "-N", help="How many pictures of each prompt.")] = 1,
     batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a .png file for one picture.")] = Path(
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="A line a prompt; .jsonl: an object with prompt and any setting.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; the README lists them.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a file for one picture.")] = Path(
         "outputs"
     ),
+    picture_format: Annotated[Format, typer.Option("--format", help="Of the pictures in a folder.")] = Format.png,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    metadata: Annotated[bool, typer.Option(help="Write how it was made into each PNG.")] = True,
+    offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="A JSON object a picture, instead of its path.")] = False,
+    metadata: Annotated[bool, typer.Option(help="Write how it was made into each picture.")] = True,
 ) -> None:
-    """Draw pictures of a prompt. Paths go to standard output, progress to standard error."""
-    from latentdiff.pretrained import default_model
-    from latentdiff.request import request
-
+    """Draw pictures of prompts. Paths go to standard output, progress to standard error."""
     given = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
         "guidance_rescale": guidance_rescale,
+        "clip_guidance_scale": clip_guidance_scale,
         "sampler": sampler,
         "spacing": spacing,
         "eta": eta,
-        "width": width,
-        "height": height,
-        "seed": seed,
+        **_sides(width, height, size),
+        "strength": strength,
+        "hires_scale": hires_scale,
+        "hires_strength": hires_strength,
+        "clip_skip": clip_skip,
         "num_images": num_images,
         "batch_size": batch_size,
+        **_further(settings or []),
     }
-    settings = {name: value for name, value in given.items() if value is not None}
-    text = _standard_input() if prompt == "-" else prompt
-    asked = request(prompt=text, **settings)  # refused here before any library or weight is loaded
-    target = _target(output, asked.num_images)
-    folder = default_model() if model is None else model
-    _check_sizes(folder, asked)
-    pipe = _load(folder, device, dtype)
-    asked = pipe.request(text, **settings)
-    _warn(pipe, asked)
-    for path in _drawn(pipe, asked, target, metadata):
-        typer.echo(path)
+    common = {name: value for name, value in given.items() if value is not None}
+    wishes = _wishes(prompt, prompts_file, image, mask, outpaint)
+    asked = _requests(wishes, common, seed)  # refused here before any library or weight is loaded
+    check_target(output, sum(request.num_images for request in asked))
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
+    loras = [_adapter(text) for text in lora or []]
+    _check_sizes(model, asked)
+    pipe = _loaded(model, device, dtype, variant, revision)
+    _with_extras(pipe, loras, embedding or [], weaker, clip)
+    if offload is not None:
+        pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
+    jobs = _jobs(pipe, wishes, asked, common)
+    for path, record in _drawn(pipe, jobs, output, f".{picture_format.value}", metadata):
+        told = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
+        typer.echo(json.dumps(told | {"prompt": record.request["prompt"]}) if json_lines else path)
 
 
-def _standard_input() -> str:
-    from latentdiff.errors import ConfigError
+def _sides(width: int | None, height: int | None, size: str | None) -> dict[str, int | None]:
+    if size is None:
+        return {"width": width, "height": height}
+    across, x, down = size.lower().partition("x")
+    if width is not None or height is not None or not (x and across.isdecimal() and down.isdecimal()):
+        raise ConfigError(f"--size is WIDTHxHEIGHT, instead of --width and --height (got {size!r})")
+    return {"width": int(across), "height": int(down)}
 
+
+def _further(settings: Sequence[str]) -> dict[str, Any]:
+    """Values as in a config: TOML, or a bare word."""
+    from latentdiff.config import parsed_override
+
+    found = dict(parsed_override(setting) for setting in settings)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def _wishes(
+    prompt: str | None, prompts_file: Path | None, image: Path | None, mask: Path | None, outpaint: str | None
+) -> list[Wish]:
+    """What is asked for, with the command's own picture where a wish has none of its own. Raises ConfigError."""
+    if (prompt is None) == (prompts_file is None):
+        raise ConfigError("give a prompt, or a --prompts-file, and not both")
+    wishes = [Wish(one_prompt(prompt))] if prompt is not None else wishes_of(prompts_file or Path())
+    margins = None if outpaint is None else _margins(outpaint)
+    if image is None and mask is None and margins is None:
+        return wishes
+    return [
+        replace(wish, image=wish.image or image, mask=wish.mask or mask, outpaint=wish.outpaint or margins)
+        for wish in wishes
+    ]
+
+
+def _margins(outpaint: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in outpaint.split(",")]
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--outpaint is LEFT,TOP,RIGHT,BOTTOM in pixels (got {outpaint!r})")
+    return tuple(int(part) for part in parts)
+
+
+def _requests(wishes: Sequence[Wish], common: dict[str, Any], seed: int | None) -> list[Request]:
+    """Every wish validated, with what it does not say from the command; seeds go on counting."""
+    from latentdiff.request import request
+
+    found: list[Request] = []
+    for wish in wishes:
+        own = {"seed": seed if not found else found[-1].seed + found[-1].num_images} | common | wish.settings
+        try:
+            found.append(request(prompt=wish.prompt, **own))
+        except ConfigError as error:
+            raise ConfigError(f"{wish.where}: {error}" if wish.where else str(error)) from None
+    return found
+
+
+def _adapter(text: str) -> tuple[Path, float]:
+    """PATH or PATH:WEIGHT; a path may hold colons of its own."""
+    path, colon, weight = text.rpartition(":")
     try:
-        return sys.stdin.read().strip()
-    except UnicodeDecodeError:
-        raise ConfigError("prompt: standard input is not text in UTF-8") from None
+        return (Path(path), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
 
 
-def _target(output: Path, num_images: int) -> Path:
-    """The output checked before any work: a folder that can be written to, or a new .png file for a single picture.
-
-    Nothing is created yet.
-    """
-    from latentdiff.errors import ConfigError
-
-    suffix = output.suffix.lower()
-    if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
-        raise ConfigError(f"pictures are written as .png ({output})")
-    if suffix == ".png" and num_images > 1:
-        raise ConfigError(f"{num_images} pictures do not go into one file ({output}). Name a folder")
-    folder = output.parent if suffix == ".png" else output
-    check_writable(output, folder)
-    if suffix == ".png" and os.path.lexists(output):
-        raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
-    return output
-
-
-def _check_sizes(model: Path, asked: Request) -> None:
-    """Sizes the model cannot draw are refused from its configs, before its weights are read."""
+def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
+    """Sizes that a folder's model cannot draw are refused from its configs, before its weights are read."""
     from latentdiff.models.folder import check_folder, picture_geometry
+    from latentdiff.pretrained import default_model
     from latentdiff.request import SIDES, check_size
 
-    if asked.width is None and asked.height is None:
-        return  # its own size; the folder is checked when it is loaded
-    check_folder(model)
-    multiple, (height, width) = picture_geometry(model)
-    lowest = min(*SIDES, height, width)
-    for name, side in (("width", asked.width), ("height", asked.height)):
-        if side is not None:
-            check_size(name, side, multiple, lowest)
+    folder = default_model() if model is None else Path(model)
+    sizes = {(one.width, one.height) for one in asked} - {(None, None)}
+    if not sizes or not folder.is_dir():
+        return  # its own size, or not known yet; it is checked when it is loaded
+    check_folder(folder)
+    multiple, own = picture_geometry(folder)
+    for width, height in sizes:
+        for name, side in (("width", width), ("height", height)):
+            if side is not None:
+                check_size(name, side, multiple, min(*SIDES, *own))
 
 
-def _load(model: Path, device: str | None, dtype: str) -> LatentDiffusionPipeline:
-    from latentdiff.errors import ConfigError
-
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"unknown dtype {dtype!r}; one of float32, bfloat16, float16")
+def _loaded(
+    model: str | None, device: str | None, dtype: str, variant: str | None, revision: str | None
+) -> LatentDiffusionPipeline:
     import torch
 
     from latentdiff.pipeline import LatentDiffusionPipeline
 
-    return LatentDiffusionPipeline.from_pretrained(model, device=device, torch_dtype=getattr(torch, dtype))
+    return LatentDiffusionPipeline.from_pretrained(
+        model, device=device, torch_dtype=getattr(torch, dtype), variant=variant, revision=revision
+    )
+
+
+def _with_extras(
+    pipe: LatentDiffusionPipeline,
+    loras: Sequence[tuple[Path, float]],
+    embeddings: Sequence[Path],
+    weaker: str | None,
+    clip: Path | None,
+) -> None:
+    """Load what is drawn with beside the model, and say how adapters fit."""
+    from latentdiff import extras
+
+    for path, weight in loras:
+        print(extras.load_adapter(pipe, path, weight=weight, merged=True), file=sys.stderr)
+    for path in embeddings:
+        print(f"words: {', '.join(extras.load_words(pipe, path))}", file=sys.stderr)
+    if weaker is not None:
+        extras.load_weaker(pipe, weaker)
+    if clip is not None:
+        extras.load_clip(pipe, clip)
+
+
+def _jobs(
+    pipe: LatentDiffusionPipeline, wishes: Sequence[Wish], asked: Sequence[Request], common: dict[str, Any]
+) -> list[Job]:
+    """Every picture that is to be drawn, with the model's own settings where none are given."""
+    from latentdiff.drawing.job import jobs_of
+
+    jobs: list[Job] = []
+    for wish, first in zip(wishes, asked, strict=True):
+        own = common | wish.settings | {"seed": first.seed}
+        try:
+            request = pipe.request(wish.prompt, **own)
+            jobs += jobs_of(request, _canvas(pipe, wish, request))
+        except ConfigError as error:
+            raise ConfigError(f"{wish.where}: {error}" if wish.where else str(error)) from None
+        _warn(pipe, request)
+    return jobs
+
+
+def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
+    from latentdiff.drawing.canvas import NONE, Margins
+    from latentdiff.drawing.plan import step_counts
+    from latentdiff.metadata import recorded
+    from latentdiff.reproduce import open_picture
+
+    opened = [None if path is None else open_picture(path) for path in (wish.image, wish.mask)]
+    names = [None if path is None else recorded(path) for path in (wish.image, wish.mask)]
+    margins = NONE if wish.outpaint is None else Margins(*wish.outpaint)
+    canvas = pipe.canvas(request, *opened, margins=margins, names=(names[0], names[1]))
+    if canvas is not None:
+        steps = step_counts(request, canvas)[0]
+        print(f"{wish.image}: {steps} of {request.num_inference_steps} steps are run", file=sys.stderr)
+    return canvas
 
 
 def _warn(pipe: LatentDiffusionPipeline, asked: Request) -> None:
-    """Say what of the request will have no effect."""
+    """Say what of the request will have no effect, and what is read in pieces."""
+    from latentdiff.drawing.texts import style_of
+
     if asked.negative_prompt and asked.guidance_scale <= 1:
         print("warning: the negative prompt has no effect without guidance (--cfg over 1)", file=sys.stderr)
     for name in ("prompt", "negative_prompt"):
-        count, limit = pipe.text_encoder.count_tokens(getattr(asked, name)), pipe.text_encoder.max_length
-        if count > limit:
-            print(f"warning: {name} has {count} tokens and is cut to the model's {limit}", file=sys.stderr)
+        read, limit = pipe.text_encoder.read(getattr(asked, name), style_of(asked)), pipe.text_encoder.max_length
+        if read.cut:
+            print(f"warning: {name} has {read.tokens} tokens and is cut to the model's {limit}", file=sys.stderr)
+        elif read.chunks > 1:
+            print(f"{name} of {read.tokens} tokens is read in {read.chunks} chunks", file=sys.stderr)
 
 
-def _drawn(pipe: LatentDiffusionPipeline, asked: Request, target: Path, metadata: bool) -> Any:
-    """Draw batch by batch under a progress bar and yield the path of every picture written."""
+def _drawn(
+    pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Path, suffix: str, metadata: bool
+) -> Iterator[tuple[Path, Any]]:
+    """Draw batch by batch under a progress bar and yield every picture written."""
     from tqdm import tqdm
 
-    from latentdiff.pipeline import jobs_of
+    from latentdiff.drawing.plan import step_counts
 
-    jobs = jobs_of(asked)
-    batches = -(-len(jobs) // asked.batch_size)
-    with tqdm(total=batches * asked.num_inference_steps, unit="step", disable=not sys.stderr.isatty()) as bar:
-        for first in range(0, len(jobs), asked.batch_size):
-            batch = jobs[first : first + asked.batch_size]
+    batches = list(pipe.grouped(jobs))
+    total = sum(sum(step_counts(batch[0].request, batch[0].canvas)) for batch in batches)
+    told: set[str] = set()
+    with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
+        for batch in batches:
             for step in pipe.steps(batch):
                 bar.update()
                 latents = step.x
-            yield from _written(pipe.finish(batch, latents), target, metadata)
-
-
-def _written(output: Output, target: Path, metadata: bool) -> Any:
-    from latentdiff.metadata import png_info
-
-    for image, record in zip(output.images, output.metadata, strict=True):
-        path = target if target.suffix.lower() == ".png" else _next_path(target, record.seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        encoded = io.BytesIO()
-        image.save(encoded, "PNG", pnginfo=png_info(record) if metadata else None)
-        write_new(path, encoded.getvalue())
-        yield path
-
-
-def _next_path(folder: Path, seed: int) -> Path:
-    """folder/NNNNN-SEED.png with the first number after all that are there."""
-    names = (re.match(r"(\d{5,9})-.*\.png$", path.name) for path in folder.glob("*.png"))
-    numbers = [int(name[1]) for name in names if name]
-    return folder / f"{max(numbers, default=0) + 1:05d}-{seed}.png"
+            output = pipe.finish(batch, latents)
+            for note in set(output.notes) - told:
+                print(f"warning: {note}", file=sys.stderr)
+            told |= set(output.notes)
+            yield from write_pictures(output, target, suffix, metadata)

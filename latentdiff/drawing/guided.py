@@ -14,7 +14,7 @@ from latentdiff.diffusion import guidance
 from latentdiff.diffusion.denoiser import Denoiser, Network, denoiser
 from latentdiff.drawing.start import Start
 from latentdiff.drawing.texts import Texts
-from latentdiff.models.context import stacked
+from latentdiff.models.context import Context, stacked
 from latentdiff.request import Request
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def network_of(unet: UNet, extra: Tensor | None = None, *, perturbed: bool = Fal
     Gradients are off around the network alone: a mode entered in a generator would leak to whoever iterates.
     """
 
-    def network(x: Tensor, t: float, context: object) -> Tensor:
+    def network(x: Tensor, t: float, context: Context) -> Tensor:
         with torch.no_grad():
             whole = x if extra is None else torch.cat([x, extra], 1)
             run = unet.perturbed if perturbed else unet

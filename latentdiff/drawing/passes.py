@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoiser, denoiser
-from latentdiff.diffusion.samplers import SAMPLERS, Levels, Step
+from latentdiff.diffusion.samplers import SAMPLERS, Step
+from latentdiff.diffusion.schedule import NoiseLevel
 from latentdiff.drawing.canvas import Canvas, resized
 from latentdiff.drawing.guided import Helpers, guided, network_of
 from latentdiff.drawing.job import NOTHING, Job, Own
@@ -42,7 +43,7 @@ def passes(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], own: Own = NOTHIN
     yield from _sampled(pipe, jobs, size, start, draw, "hires noise")
 
 
-def _levels(pipe: LatentDiffusionPipeline, asked: Request) -> Levels:
+def _levels(pipe: LatentDiffusionPipeline, asked: Request) -> tuple[NoiseLevel, ...]:
     return pipe.schedule.levels(asked.num_inference_steps, asked.spacing)
 
 
@@ -63,9 +64,13 @@ def _first(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], draw: Draw, own: 
     strength = strength_of(asked, canvases[0].mask is not None)
     known = _each(canvases, lambda canvas: pipe.encode(canvas.pixels[None]))
     masks = [canvas for canvas in canvases if canvas.mask is not None]
-    mask = _each(masks, lambda c: latent_mask(c.mask, pipe.autoencoder.factor, pipe.device)) if masks else None
+    mask = _each(masks, lambda canvas: _latent_mask(pipe, canvas)) if masks else None
     start = from_latents(shortened(levels, strength), drawn, known, mask, fresh=strength == 1)
     return _with_extra(pipe, start, masks)
+
+
+def _latent_mask(pipe: LatentDiffusionPipeline, canvas: Canvas) -> Tensor:
+    return latent_mask(np.asarray(canvas.mask), pipe.autoencoder.factor, pipe.device)
 
 
 def _each(canvases: Sequence[Canvas], compute: Callable[[Canvas], Tensor]) -> Tensor:
@@ -98,7 +103,7 @@ def _hidden(pipe: LatentDiffusionPipeline, canvas: Canvas) -> Tensor:
 
 def _sampled(
     pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, start: Start, draw: Draw, purpose: str
-) -> Iterator[Step]:
+) -> Generator[Step, None, Step]:
     """One pass; returns its last step."""
     asked = jobs[0].request
     texts = texts_of(jobs, pipe.text_encoder, size if pipe.unet.reads_sizes else None, pipe.device)
@@ -113,13 +118,14 @@ def _helpers(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, sta
     weaker = _weaker(pipe, jobs, size, start) if asked.autoguidance_scale != 1 else None
     if not asked.clip_guidance_scale:
         return Helpers(weaker)
-    assert pipe.scorer is not None
-    return Helpers(weaker, pipe.scorer.gradient([job.request.prompt for job in jobs], pipe.differentiable_decode))
+    assert pipe.extras.scorer is not None
+    prompts = [job.request.prompt for job in jobs]
+    return Helpers(weaker, pipe.extras.scorer.gradient(prompts, pipe.differentiable_decode))
 
 
 def _weaker(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, start: Start) -> Denoiser:
     """The weaker model under the same prompts, read by its own text encoder."""
-    weaker = pipe.weaker
+    weaker = pipe.extras.weaker
     assert weaker is not None
     texts = texts_of(jobs, weaker.text_encoder, size if weaker.unet.reads_sizes else None, pipe.device)
     extra = start.extra if weaker.unet.in_channels == pipe.unet.in_channels else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -59,11 +59,6 @@ class Autoencoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of its weights."""
         return next(self.parameters()).dtype
-
-    @property
-    def overflows(self) -> bool:
-        """Whether its config says that float16 is too small for it."""
-        return bool(self.vae.config.force_upcast)
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -120,7 +115,6 @@ class IdentityAutoencoder(nn.Module):
 
     factor = 1
     dtype = torch.float32
-    overflows = False
 
     def __init__(self, channels: int = 3):
         super().__init__()
@@ -128,6 +122,10 @@ class IdentityAutoencoder(nn.Module):
 
     def piecewise(self, *, tiles: bool, slices: bool) -> None:
         """Nothing to compute, in pieces or not."""
+
+    def in_float32(self) -> AbstractContextManager[None]:
+        """It is."""
+        return nullcontext()
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The images themselves with variance zero."""

@@ -26,6 +26,11 @@ class DualTextEncoder(nn.Module):
         self.first, self.second, self.zero_empty = first, second, zero_empty
 
     @property
+    def encoders(self) -> list[TextEncoder]:
+        """Both."""
+        return [self.first, self.second]
+
+    @property
     def tokenizer(self) -> object:
         """The first encoder's."""
         return self.first.tokenizer

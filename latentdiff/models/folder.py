@@ -34,9 +34,10 @@ _MODULES = {"diffusers", "transformers", "stable_diffusion", None}
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
 LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
+_TOTALS = ("total_size", "total_parameters")  # of an index of shards; nothing is built by them
 _ASKS_TO_RUN_CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "trust_remote_code")
-_SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+))?\.safetensors")
-_INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.([\w-]+))?\.json")
+_SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors")
+_INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(\w+))?\.json")
 _ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -142,7 +143,7 @@ def check_json(file: Path, directory: Path) -> None:
             if any(not isinstance(v, str) or "/" in v or "\\" in v for v in shards):
                 raise UnsafeError(f"{name} names shards outside its folder ({directory})")
         largest = LARGEST_DEPTH if "layers" in key else LARGEST_NUMBER
-        if isinstance(value, int | float) and not abs(value) <= largest and key != "total_size":
+        if isinstance(value, int | float) and not abs(value) <= largest and key not in _TOTALS:
             raise ModelError(f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {largest}")
 
 

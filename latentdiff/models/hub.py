@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from latentdiff.errors import ModelError
 
@@ -27,7 +28,7 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     named = f".{variant}" if variant else ""
-    settings = {
+    settings: dict[str, Any] = {
         "repo_id": name,
         "revision": revision,
         "allow_patterns": [*_READ, *(f"{part}/*{named}*.safetensors" for part in _PARTS)],
@@ -38,7 +39,7 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     except (LocalEntryNotFoundError, FileNotFoundError):
         pass
     try:
-        return Path(snapshot_download(**settings))
+        return Path(str(snapshot_download(**settings)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         told = " ".join(str(error).split())[:150]
         raise ModelError(f"cannot fetch {name}{f' at {revision}' if revision else ''} from the hub: {told}") from None

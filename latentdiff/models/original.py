@@ -94,7 +94,7 @@ def save_single_file(
         state["v_pred"] = torch.zeros(0)
     if zero_terminal_snr:
         state["ztsnr"] = torch.zeros(0)
-    metadata = {"format": "pt", "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction}
+    metadata = {"modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction}  # one: else unordered
     with saving(path.name, path.parent):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
 

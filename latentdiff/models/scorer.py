@@ -14,6 +14,8 @@ from latentdiff.models.clip import Clip
 from latentdiff.models.folder import check_json, loading
 from latentdiff.models.text_encoder import Tokenizer, clip_tokenizer, tokenize
 
+WEIGHTS = "open_clip_model.safetensors"
+
 OURS = ((0.5,) * 3, (0.5,) * 3)  # in [0, 1]: the towers trained here see [-1, 1]
 
 

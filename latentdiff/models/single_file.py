@@ -57,9 +57,11 @@ def load_single_file(path: Path) -> SingleFile:
     with loading("the file", path):
         state = load_file(path)
         family = _family(state, path)
-        unet = UNet(_filled(UNet2DConditionModel, unet_config(state, family), *_unet_state(state, family)))
-        vae = vae_config(state, family)
-        autoencoder = Autoencoder(_filled(AutoencoderKL, vae, conversion.convert_ldm_vae_checkpoint(state, vae)))
+        config = unet_config(state, family)
+        unet = UNet(_filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config)))
+        config = vae_config(state, family)
+        vae = _filled(AutoencoderKL, config, conversion.convert_ldm_vae_checkpoint(state, config))
+        autoencoder = Autoencoder(vae)
         text_encoder = _text_encoder(state, family)
     prediction, marked = _prediction(path, state, family, unet, text_encoder)
     if family == "2" and prediction == "v_prediction":
@@ -102,19 +104,19 @@ def unet_config(state: State, family: Family) -> dict[str, Any]:
         if f"input_blocks.{block}.0.op.weight" in weights:
             levels.append([])
         else:
-            channels = weights[f"input_blocks.{block}.0.out_layers.3.weight"].shape[0]
-            levels[-1].append((channels, _count(weights, rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")))
+            depth = _count(weights, rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
+            levels[-1].append((weights[f"input_blocks.{block}.0.out_layers.3.weight"].shape[0], depth))
     if len({len(level) for level in levels}) != 1:
         raise ModelError("its U-Net has not as many blocks at every level")
-    channels, depths = zip(*(level[0] for level in levels), strict=True)
+    channels, depths = [level[0][0] for level in levels], [level[0][1] for level in levels]
     middle = _count(weights, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     keys = [name for name in weights if name.endswith("attn2.to_k.weight")]
     later = family != "1"
-    config = {
+    config: dict[str, Any] = {
         "sample_size": SIDES[family],
         "in_channels": weights["input_blocks.0.0.weight"].shape[1],
         "out_channels": weights["out.2.weight"].shape[0],
-        "block_out_channels": channels,
+        "block_out_channels": tuple(channels),
         "layers_per_block": len(levels[0]),
         "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
         "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
@@ -128,10 +130,6 @@ def unet_config(state: State, family: Family) -> dict[str, Any]:
         config["addition_time_embed_dim"] = 256
         config["projection_class_embeddings_input_dim"] = weights["label_emb.0.0.weight"].shape[1]
     return config
-
-
-def _unet_state(state: State, family: Family) -> tuple[State]:
-    return (conversion.convert_ldm_unet_checkpoint(state, unet_config(state, family)),)
 
 
 def vae_config(state: State, family: Family) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class TextEncoder(nn.Module):
         return tokenize(self.tokenizer, prompts)
 
     @property
+    def encoders(self) -> list[TextEncoder]:
+        """Itself: there is one."""
+        return [self]
+
+    @property
     def max_length(self) -> int:
         """The number of tokens read at once, with start and end."""
         return int(self.tokenizer.model_max_length)

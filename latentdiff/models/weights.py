@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from latentdiff.errors import ModelError
@@ -19,6 +20,8 @@ from latentdiff.models.unet import UNet
 
 if TYPE_CHECKING:
     from latentdiff.models.clip import Clip
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
 
 
 def load_autoencoder(directory: Path, variant: str | None = None) -> Autoencoder | IdentityAutoencoder:
@@ -42,14 +45,20 @@ def _identity(directory: Path) -> IdentityAutoencoder:
     return IdentityAutoencoder(channels)
 
 
-def load_text_encoder(directory: Path, variant: str | None = None) -> TextEncoder | DualTextEncoder:
-    """Tokenizer and CLIP text model of a model folder; both pairs of them where it has two."""
+def load_text_encoder(directory: Path, variant: str | None = None) -> TextEncoder:
+    """Tokenizer and CLIP text model of a model folder."""
+    from transformers import CLIPTextModel
+
+    return _text_encoder(CLIPTextModel, directory, variant, "", penultimate=False)
+
+
+def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncoder | DualTextEncoder:
+    """The text encoder of a model folder, or both of SDXL."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    dual = (directory / "text_encoder_2").is_dir()
-    first = _text_encoder(CLIPTextModel, directory, variant, "", penultimate=dual)
-    if not dual:
-        return first
+    if not (directory / "text_encoder_2").is_dir():
+        return load_text_encoder(directory, variant)
+    first = _text_encoder(CLIPTextModel, directory, variant, "", penultimate=True)
     second = _text_encoder(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
     zero_empty = read_json(directory / "model_index.json").get("force_zeros_for_empty_prompt", True)
     return DualTextEncoder(first, second, zero_empty=bool(zero_empty)).eval()
@@ -79,8 +88,6 @@ def load_unet(directory: Path, variant: str | None = None) -> UNet:
 
 def load_clip(directory: Path) -> Clip:
     """The contrastive towers that the text encoder of a model folder comes from."""
-    from safetensors import safe_open
-
     from latentdiff.models.clip import Clip  # open_clip takes seconds to import
 
     (file,) = weight_files(directory / "text_encoder")
@@ -101,11 +108,20 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
             use_safetensors=True,
             output_loading_info=True,
             variant=variant_of(directory / part, variant),
+            torch_dtype=_stored_dtype(directory / part, variant),
         )
         absent = sorted(told["missing_keys"])
         if absent:
             raise ModelError(f"{part}: {len(absent)} weights are missing, the first is {absent[0]} ({directory})")
         return model
+
+
+def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
+    """The precision of a network's weights on the disk, in which they are loaded: to convert is the caller's."""
+    with safe_open(weight_files(folder, variant)[0], "pt") as weights:
+        kinds = (weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
+        found = next((kind for kind in kinds if kind in _DTYPES), "F32")
+    return _DTYPES[found]
 
 
 def _check_size(network: Any, directory: Path, part: str, variant: str | None) -> None:

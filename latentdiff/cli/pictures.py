@@ -1,0 +1,67 @@
+"""Pictures as files: where they go, what they are called, what they say of themselves. None is ever overwritten."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.cli.output import check_writable, write_new
+from latentdiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    from latentdiff.metadata import ImageMetadata
+    from latentdiff.pipeline import Output
+
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95}),
+    ".jpeg": ("JPEG", {"quality": 95}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+_OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
+def check_target(output: Path, count: int) -> None:
+    """The output checked before any work: a folder that can be written to, or a new file for a single picture.
+
+    Nothing is created yet. Raises ConfigError.
+    """
+    suffix = output.suffix.lower()
+    if suffix in _OTHERS:
+        raise ConfigError(f"pictures are written as {', '.join(_FORMATS)} ({output})")
+    single = suffix in _FORMATS
+    if single and count > 1:
+        raise ConfigError(f"{count} pictures do not go into one file ({output}). Name a folder")
+    check_writable(output, output.parent if single else output)
+    if single and os.path.lexists(output):
+        raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
+
+
+def write_pictures(output: Output, target: Path, suffix: str, metadata: bool) -> Iterator[tuple[Path, ImageMetadata]]:
+    """Each picture's file, as soon as it is there, and its record."""
+    for image, record in zip(output.images, output.metadata, strict=True):
+        path = target if target.suffix.lower() in _FORMATS else _next_path(target, record.seed, suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_new(path, encoded(image, path.suffix.lower(), record if metadata else None))
+        yield path, record
+
+
+def encoded(image: Any, suffix: str, record: ImageMetadata | None) -> bytes:
+    """A PIL image as a file's bytes; JPEG at quality 95, WebP without loss."""
+    from latentdiff.metadata import save_options
+
+    kind, options = _FORMATS[suffix]
+    content = io.BytesIO()
+    image.save(content, kind, **options, **(save_options(record, suffix) if record else {}))
+    return content.getvalue()
+
+
+def _next_path(folder: Path, seed: int, suffix: str) -> Path:
+    """folder/NNNNN-SEED.png with the first number after all that are there."""
+    names = (re.match(r"(\d{5,9})-.*\.(png|jpe?g|webp)$", path.name) for path in folder.glob("*-*.*"))
+    numbers = [int(name[1]) for name in names if name]
+    return folder / f"{max(numbers, default=0) + 1:05d}-{seed}{suffix}"

@@ -1,0 +1,87 @@
+"""What a command is to draw: one prompt, or a file of them, each with what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import ConfigError
+
+_PATHS = ("image", "mask")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One prompt with its own settings, and the paths of a picture and a mask; `where` names it in errors."""
+
+    prompt: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    image: Path | None = None
+    mask: Path | None = None
+    outpaint: tuple[int, ...] | None = None
+    where: str = ""
+
+
+def one_prompt(prompt: str) -> str:
+    """The prompt itself, or what standard input holds for "-". Raises ConfigError."""
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise ConfigError("prompt: standard input is not text in UTF-8") from None
+
+
+def wishes_of(path: Path) -> list[Wish]:
+    """A line a prompt, or a JSON object a line in a .jsonl file: prompt, any setting, image, mask, outpaint.
+
+    Paths are relative to the file. Raises ConfigError naming the line.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read prompts ({path}): {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts are not text in UTF-8, byte {error.start} ({path})") from None
+    read = _of_json if path.suffix.lower() == ".jsonl" else _of_text
+    wishes = list(read(text, path))
+    if not wishes:
+        raise ConfigError(f"no prompts in it ({path})")
+    return wishes
+
+
+def _of_text(text: str, path: Path) -> Iterator[Wish]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield Wish(line.strip(), where=f"{path} line {number}")
+
+
+def _of_json(text: str, path: Path) -> Iterator[Wish]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            tree = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ConfigError(f"{where} is not JSON") from None
+        if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), str):
+            raise ConfigError(f'{where} is no object with a "prompt"')
+        yield _wish(tree, path.parent, where)
+
+
+def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
+    prompt = tree.pop("prompt")
+    paths = {name: tree.pop(name, None) for name in _PATHS}
+    outpaint = tree.pop("outpaint", None)
+    if not all(value is None or isinstance(value, str) for value in paths.values()):
+        raise ConfigError(f"{where}: image and mask are paths")
+    if outpaint is not None and not isinstance(outpaint, list):
+        raise ConfigError(f"{where}: outpaint is four numbers of pixels")
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    given = {name: None if value is None else folder / value for name, value in paths.items()}
+    return Wish(prompt, settings, given["image"], given["mask"], None if outpaint is None else tuple(outpaint), where)

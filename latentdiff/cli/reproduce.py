@@ -1,0 +1,30 @@
+"""`latentdiff reproduce`: a picture made again from what it says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def reproduce(
+    image: Annotated[Path, typer.Argument(help="A picture that latentdiff made.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Its model, if not where it was.")] = None,
+    source: Annotated[
+        list[Path] | None, typer.Option(help="A file or folder with what it was drawn from: pictures, adapters.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the new picture goes.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
+) -> None:
+    """Draw a picture again and say how equal it is. Files that it names must have the content that it names."""
+    from latentdiff import reproduce as again
+    from latentdiff.cli.output import write_new
+    from latentdiff.cli.pictures import check_target, encoded
+
+    if output is not None:
+        check_target(output, 1)
+    picture, likeness = again.reproduce(image, model, source or [], device)
+    if output is not None:
+        write_new(output, encoded(picture, output.suffix.lower(), None))
+    typer.echo(likeness)

@@ -1,0 +1,293 @@
+"""Low-rank adapters as files: PEFT's and diffusers' names, and kohya's, which the rest of the field writes.
+
+    PEFT     unet.mid_block.attentions.0.proj_in.lora_A.weight           with PEFT's config as metadata or beside it
+    kohya    lora_unet_mid_block_attentions_0_proj_in.lora_down.weight   with .alpha; LyCORIS adds hada_* and lokr_*
+
+kohya's names have lost their dots, so they are read by the names of the model's own layers; those of SDXL may also be
+in the original layout. W' = W + weight * alpha / rank * B A (Hu et al. 2021, section 4.1).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from latentdiff.errors import ModelError, UnsafeError
+from latentdiff.models.folder import is_pickle, loading, read_json, saving
+from latentdiff.models.original import unet_name
+
+Networks = Mapping[str, nn.Module]  # unet, text_encoder, text_encoder_2: the libraries' own modules
+NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+_FACTORS = {
+    "lora_down.weight": "lora_A.weight",
+    "lora_up.weight": "lora_B.weight",
+    "dora_scale": "lora_magnitude_vector",
+}
+_HALVES = {"lora_A.weight", "lora_B.weight"}
+_METADATA = "lora_adapter_metadata"  # under which diffusers keeps PEFT's config, as JSON
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What an adapter adds to one layer, by PEFT's names of the factors; alpha is None where the file says nothing."""
+
+    factors: dict[str, Tensor]
+    alpha: float | None = None
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension."""
+        for name, axis in (("lora_A.weight", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
+            if name in self.factors:
+                return int(self.factors[name].shape[axis])
+        return 1
+
+    @property
+    def kind(self) -> str:
+        """Lora, loha or lokr."""
+        return next((kind for kind, mark in (("loha", "hada_"), ("lokr", "lokr_")) if self._has(mark)), "lora")
+
+    @property
+    def scale(self) -> float:
+        """Alpha / rank, or alpha / sqrt(rank) where it was trained so; 1 where alpha is the rank."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
+
+    def _has(self, mark: str) -> bool:
+        return any(name.startswith(mark) for name in self.factors)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Layers by part and module, and the names in the file that no layer of the model answers to."""
+
+    layers: dict[str, dict[str, Layer]]
+    unused: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def matched(self) -> int:
+        """How many layers it changes."""
+        return sum(map(len, self.layers.values()))
+
+
+def adapter_path(path: Path) -> Path:
+    """The file itself, or that of a folder under one of its usual names. Raises ModelError, UnsafeError."""
+    found = next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path
+    if not found.is_file():
+        raise ModelError(f"no adapter there ({path}). Give a .safetensors file, or a folder with {NAMES[0]}")
+    if is_pickle(found):
+        raise UnsafeError(f"{found} is a pickle file; latentdiff loads safetensors only")
+    return found
+
+
+def read_adapter(path: Path, networks: Networks) -> Adapter:
+    """An adapter for these networks. Raises ModelError where nothing in it fits them, UnsafeError for a pickle."""
+    file = adapter_path(path)
+    with loading(file.name, file.parent), safe_open(file, "pt") as content:
+        state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        config = _config(file, content.metadata() or {})
+    kohya = any(name.startswith("lora_") for name in state)
+    named, unused = _of_kohya(state, networks) if kohya else _of_peft(state, networks)
+    layers, missing = _layers(named, config, networks, path)
+    adapter = Adapter(layers, sorted(unused), sorted(missing))
+    if not adapter.matched:
+        first = (adapter.unused or adapter.missing or ["nothing"])[0]
+        raise ModelError(f"nothing in it is of this model ({path}): of {len(state)} names the first is {first}")
+    return adapter
+
+
+Named = dict[tuple[str, str], dict[str, Tensor]]  # by (part, module), then by factor
+
+
+def _of_kohya(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[str]]:
+    known = {flat: (part, module) for part, network in networks.items() for flat, module in kohya_names(part, network)}
+    named: Named = {}
+    unused = []
+    for name, tensor in state.items():
+        flat, _, factor = name.partition(".")
+        if flat in known:
+            named.setdefault(known[flat], {})[_FACTORS.get(factor, factor)] = tensor
+        else:
+            unused.append(name)
+    return named, unused
+
+
+def kohya_names(part: str, network: nn.Module) -> list[tuple[str, str]]:
+    """Every name that a layer may have in kohya's files, with its own; the last of a layer is what is written."""
+    pairs = []
+    for module in _adaptable(network):
+        plain = module if part == "unet" else "text_model." + module.removeprefix("text_model.")
+        if part == "text_encoder_2" and module == "text_projection":
+            plain = module
+        names, config = [plain], cast(Any, network.config)
+        if part == "unet" and config.addition_embed_type == "text_time":
+            names.append(unet_name(f"{module}.weight", config).removesuffix(".weight"))
+        pairs += [(prefix + name.replace(".", "_"), module) for name in names for prefix in _KOHYA[part]]
+    return pairs
+
+
+def _adaptable(network: nn.Module) -> list[str]:
+    """The linear layers and convolutions, whether or not adapters are attached to them."""
+    kinds = nn.Linear | nn.Conv2d
+    names = [name for name, layer in network.named_modules() if isinstance(layer, kinds) and ".lora_" not in name]
+    return [name.removesuffix(".base_layer") for name in names]
+
+
+def _of_peft(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[str]]:
+    named: Named = {}
+    unused = []
+    modules = {part: dict(network.named_modules()) for part, network in networks.items()}
+    for name, tensor in _modern(state).items():
+        found = re.fullmatch(r"(.*?)\.((?:lora_|hada_|lokr_)\w+(?:\.weight|\.bias)?|alpha)", name)
+        place = found and _placed(found[1], modules)
+        if found and place:
+            factor = found[2].replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+            named.setdefault(place, {})[factor] = tensor
+        else:
+            unused.append(name)
+    return named, unused
+
+
+def _placed(name: str, modules: dict[str, dict[str, nn.Module]]) -> tuple[str, str] | None:
+    """Part and module of a dotted name; PEFT's own files name no part, and older ones a text_model."""
+    part, _, module = name.removeprefix("base_model.model.").partition(".")
+    if part not in modules:
+        part, module = "unet", name.removeprefix("base_model.model.")
+    for candidate in (module, module.removeprefix("text_model."), f"text_model.{module}"):
+        if candidate in modules.get(part, {}):
+            return part, candidate
+    return None
+
+
+def _modern(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Diffusers' earlier names in PEFT's, by diffusers' own tables."""
+    if any(".lora_A." in name or "hada_" in name or "lokr_" in name for name in state):
+        return state
+    texts = {name: tensor for name, tensor in state.items() if name.startswith("text_encoder")}
+    rest = {name: tensor for name, tensor in state.items() if name not in texts}
+    return convert_unet_state_dict_to_peft(rest) | (convert_state_dict_to_peft(texts) if texts else {})
+
+
+def _layers(
+    named: Named, config: dict[str, Any], networks: Networks, path: Path
+) -> tuple[dict[str, dict[str, Layer]], list[str]]:
+    layers: dict[str, dict[str, Layer]] = {}
+    missing = []
+    for (part, module), factors in named.items():
+        alpha = factors.pop("alpha", None)
+        layer = Layer(factors, _alpha(alpha, part, module, config), bool(_told(config, part, "use_rslora")))
+        name = f"{part}.{module}"
+        if layer.kind == "lora":
+            if absent := _HALVES - factors.keys():
+                missing += [f"{name}.{factor}" for factor in absent]
+                continue
+            if odd := factors.keys() - _HALVES - {"lora_magnitude_vector", "lora_B.bias"}:
+                raise ModelError(f"{name} has {min(odd)}, which is not known here ({path})")
+            layer = _fitted(layer, networks[part].get_submodule(module), name, path)
+        layers.setdefault(part, {})[module] = layer
+    return layers, missing
+
+
+def _fitted(layer: Layer, target: Any, name: str, path: Path) -> Layer:
+    """Its factors as the target has them: kohya writes those of 1 x 1 convolutions and of linear layers alike."""
+    down, up, weight = layer.factors["lora_A.weight"], layer.factors["lora_B.weight"], target.weight
+    if weight.ndim == 2 and down.ndim == 4 and down.shape[2:] == (1, 1):
+        down, up = down[..., 0, 0], up[..., 0, 0]
+    if weight.ndim == 4 and down.ndim == 2:
+        down, up = down[..., None, None], up[..., None, None]
+    if down.shape[1:] != weight.shape[1:] or up.shape[0] != weight.shape[0] or up.shape[1] != down.shape[0]:
+        told = f"{tuple(up.shape)} x {tuple(down.shape)} for a weight of {tuple(weight.shape)}"
+        raise ModelError(f"the adapter is of another model: {name} has {told} ({path})")
+    return Layer(layer.factors | {"lora_A.weight": down, "lora_B.weight": up}, layer.alpha, layer.rslora)
+
+
+def _alpha(given: Tensor | None, part: str, module: str, config: dict[str, Any]) -> float | None:
+    if given is not None:
+        return float(given)
+    pattern = _told(config, part, "alpha_pattern") or {}
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(.*\.)?({key})", module):
+            return float(value)
+    told = _told(config, part, "lora_alpha")
+    return None if told is None else float(told)
+
+
+def _told(config: dict[str, Any], part: str, key: str) -> Any:
+    """Of a part's config, or of the one config of a PEFT folder."""
+    return config.get(f"{part}.{key}", config.get(key))
+
+
+def _config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """PEFT's config: in the file's metadata, or adapter_config.json beside it. Raises ModelError."""
+    if _METADATA in metadata:
+        found = json.loads(metadata[_METADATA])
+    else:
+        beside = file.parent / "adapter_config.json"
+        found = read_json(beside) if file.name == NAMES[1] and beside.is_file() else {}
+    if not isinstance(found, dict):
+        raise ModelError(f"its config is no JSON object ({file})")
+    return found
+
+
+def save_peft(adapter: Adapter, path: Path) -> None:
+    """Write an adapter under PEFT's names, with its alphas where diffusers reads them."""
+    state: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for part, layers in adapter.layers.items():
+        for module, layer in layers.items():
+            state |= {f"{part}.{module}.{name}": tensor for name, tensor in layer.factors.items()}
+        ranks = {module: layer.rank for module, layer in layers.items()}
+        alphas = {module: layer.rank if layer.alpha is None else layer.alpha for module, layer in layers.items()}
+        config |= {f"{part}.{key}": value for key, value in _peft_config(ranks, alphas).items()}
+        if any(layer.rslora for layer in layers.values()):
+            config[f"{part}.use_rslora"] = True
+        if any("lora_magnitude_vector" in layer.factors for layer in layers.values()):
+            config[f"{part}.use_dora"] = True
+    _save(state, path, {_METADATA: json.dumps(config, sort_keys=True)})  # one: several have no order
+
+
+def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(module): value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
+        "target_modules": sorted(ranks),
+    }
+
+
+def save_kohya(adapter: Adapter, path: Path, networks: Networks) -> None:
+    """Write an adapter under kohya's names, with alpha in the precision of its factors. Raises ModelError."""
+    back = {factor: name for name, factor in _FACTORS.items()}
+    state: dict[str, Tensor] = {}
+    for part, layers in adapter.layers.items():
+        single = part == "text_encoder" and "text_encoder_2" not in networks
+        prefix = _KOHYA[part][0 if part == "unet" or single else -1]
+        names = {module: flat for flat, module in kohya_names(part, networks[part]) if flat.startswith(prefix)}
+        for module, layer in layers.items():
+            if layer.rslora:
+                raise ModelError(f"{part}.{module} is scaled by alpha / sqrt(rank), which kohya's format cannot say")
+            state |= {f"{names[module]}.{back.get(name, name)}": tensor for name, tensor in layer.factors.items()}
+            alpha = layer.rank if layer.alpha is None else layer.alpha
+            first = next(iter(layer.factors.values()))
+            state[f"{names[module]}.alpha"] = torch.tensor(alpha, dtype=first.dtype)
+    _save(state, path, {"ss_network_module": "networks.lora"})
+
+
+def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    with saving(path.name, path.parent):
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)

@@ -1,0 +1,148 @@
+"""Adapters on networks: several at once, each with its weight, beside the layers or added to their weights.
+
+PEFT's layers carry LoRA and DoRA; LoHa and LoKr are added to the weights by PEFT's formulas.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.loha import layer as loha
+from peft.tuners.lokr import layer as lokr
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from latentdiff.errors import ModelError
+from latentdiff.models.adapter_file import Adapter, Layer, Networks
+
+
+def attach(adapter: Adapter, networks: Networks, name: str, weight: float = 1.0) -> None:
+    """Put an adapter beside the layers it changes, under a name of letters, digits and underscores."""
+    for part, layers in adapter.layers.items():
+        plain = {module: layer for module, layer in layers.items() if layer.kind == "lora"}
+        if len(plain) < len(layers):
+            raise ModelError("LoHa and LoKr cannot be kept beside the weights; merge them (fuse_lora)")
+        _inject(plain, networks[part], name)
+    weigh(networks, {**weights_of(networks), name: weight})
+
+
+def _inject(layers: Mapping[str, Layer], network: nn.Module, name: str) -> None:
+    ranks = {re.escape(module): layer.rank for module, layer in layers.items()}
+    config = LoraConfig(
+        r=next(iter(ranks.values())),
+        lora_alpha=1,
+        target_modules="|".join(ranks),  # as a pattern the names are whole ones
+        rank_pattern={f"^{module}": rank for module, rank in ranks.items()},
+        # a float as PEFT's alpha; it divides by the rank
+        alpha_pattern={f"^{re.escape(module)}": layer.scale * layer.rank for module, layer in layers.items()},
+        use_dora=any("lora_magnitude_vector" in layer.factors for layer in layers.values()),
+        lora_bias=any("lora_B.bias" in layer.factors for layer in layers.values()),
+    )
+    state = {f"{module}.{factor}": t for module, layer in layers.items() for factor, t in layer.factors.items()}
+    # made empty: nothing is drawn from a global generator
+    inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
+    told: Any = set_peft_model_state_dict(network, state, name, low_cpu_mem_usage=True)
+    if told.unexpected_keys:
+        raise ModelError(f"adapter {name}: no place for {told.unexpected_keys[0]}")
+    first = next(network.parameters())
+    network.to(device=first.device, dtype=first.dtype)
+
+
+def _carriers(networks: Networks) -> list[Any]:
+    modules = chain.from_iterable(network.modules() for network in networks.values())
+    return [module for module in modules if isinstance(module, LoraLayer)]
+
+
+def weights_of(networks: Networks) -> dict[str, float]:
+    """The adapters that are attached and active, with their weights."""
+    found: dict[str, float] = {}
+    for carrier in _carriers(networks):
+        for name in carrier.active_adapters:
+            if name in carrier.scaling and carrier.lora_alpha[name]:
+                found[name] = carrier.scaling[name] * carrier.r[name] / carrier.lora_alpha[name]
+    return found
+
+
+def weigh(networks: Networks, weights: Mapping[str, float]) -> None:
+    """Make these adapters the active ones, with these weights. Raises ModelError for a name that is not attached."""
+    carriers = _carriers(networks)
+    known = {name for carrier in carriers for name in carrier.lora_A}
+    if unknown := weights.keys() - known:
+        raise ModelError(f"no adapter {sorted(unknown)[0]!r} is loaded; there are {', '.join(sorted(known)) or 'none'}")
+    for carrier in carriers:
+        carrier.set_adapter([name for name in weights if name in carrier.lora_A])
+        for name, weight in weights.items():
+            carrier.set_scale(name, weight)
+        carrier.requires_grad_(False)
+
+
+def merge_attached(networks: Networks) -> None:
+    """Add the active adapters to the weights, by their weights, and take all of them off."""
+    for carrier in _carriers(networks):
+        carrier.merge()
+    detach(networks)
+
+
+def detach(networks: Networks) -> None:
+    """Take every adapter off; what was merged stays."""
+    for network in networks.values():
+        for name, module in list(network.named_modules()):
+            if isinstance(module, LoraLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(network.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(network, "peft_config"):
+            del network.peft_config
+
+
+@torch.no_grad()
+def merge(adapter: Adapter, networks: Networks, weight: float = 1.0) -> None:
+    """Add an adapter of any kind to the weights. Raises ModelError where others are attached."""
+    if weights_of(networks):
+        raise ModelError("adapters are attached: merge or unload them before another is merged")
+    plain: dict[str, dict[str, Layer]] = {}
+    for part, layers in adapter.layers.items():
+        for module, layer in layers.items():
+            if layer.kind == "lora":
+                plain.setdefault(part, {})[module] = layer
+            else:
+                _add(networks[part].get_submodule(module), weight * _delta(layer))
+    if plain:
+        attach(Adapter(plain), networks, "merging", weight)
+        merge_attached(networks)
+
+
+def _add(target: Any, delta: Tensor) -> None:
+    """To the weight of a layer, in float32, rounded once."""
+    weight = target.weight
+    sum_ = weight.float() + delta.reshape(weight.shape).to(weight.device)
+    target.weight.data = sum_.to(weight.dtype)
+
+
+def _delta(layer: Layer) -> Tensor:
+    """What LoHa (Hyeon-Woo et al. 2022) and LoKr (Yeh et al. 2024) add to a weight, by PEFT's own arithmetic."""
+    factors = {name: tensor.float() for name, tensor in layer.factors.items()}
+    make: Any = loha if layer.kind == "loha" else lokr
+    if layer.kind == "lokr":
+        full = "lokr_w1" in factors and "lokr_w2" in factors  # LyCORIS: without low rank there is no alpha / rank
+        w1, w2 = _kronecker_factor(factors, "w1"), _kronecker_factor(factors, "w2")
+        return make.make_kron(w1, w2, 1.0 if full else layer.scale)
+    w1_a, w1_b, w2_a, w2_b = (factors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    scale = torch.tensor(layer.scale)
+    if "hada_t1" in factors:
+        return make.make_weight_cp(factors["hada_t1"], w1_a, w1_b, factors["hada_t2"], w2_a, w2_b, scale)
+    return make.make_weight(w1_a, w1_b, w2_a, w2_b, scale)
+
+
+def _kronecker_factor(factors: dict[str, Tensor], name: str) -> Tensor:
+    make: Any = lokr
+    if f"lokr_{name}" in factors:
+        return factors[f"lokr_{name}"]
+    a, b = factors[f"lokr_{name}_a"], factors[f"lokr_{name}_b"]
+    if "lokr_t2" in factors and name == "w2":
+        return make.make_weight_cp(factors["lokr_t2"], a, b)
+    return a @ b

@@ -1,0 +1,81 @@
+"""Learnt words (Gal et al. 2022): a file of embeddings, and the tokens that stand for them.
+
+`learned_embeds.safetensors` holds {word: (D,) or (n, D)}; A1111's files hold `emb_params`, those of SDXL `clip_l` and
+`clip_g`, and the word is the file's name. A word of n vectors is n tokens: word, word_1, word_2, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from latentdiff.errors import ModelError, UnsafeError
+from latentdiff.models.dual_text_encoder import DualTextEncoder
+from latentdiff.models.folder import is_pickle, loading
+from latentdiff.models.text_encoder import TextEncoder
+
+_OF_SDXL = ("clip_l", "clip_g")
+FILE = "learned_embeds.safetensors"
+
+
+def load_words(path: Path, text_encoder: TextEncoder | DualTextEncoder, word: str | None = None) -> list[str]:
+    """Teach the encoder the words of a file, or of a folder with learned_embeds.safetensors; returns them.
+
+    word: what to call it instead. Raises ModelError where the vectors do not fit, or a word is known already.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ModelError(f"no embeddings there ({path}). Give a .safetensors file, or a folder with {FILE}")
+    if is_pickle(file):
+        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
+    with loading(file.name, file.parent):
+        state = load_file(file)
+    encoders = text_encoder.encoders
+    words = _by_word(state, file.stem, encoders, file)
+    if word is not None and len(words) > 1:
+        raise ModelError(f"it holds {len(words)} words ({file}): one other name is not enough")
+    for name, vectors in words.items():
+        for encoder, own in zip(encoders, vectors, strict=True):
+            _teach(encoder, word or name, own, file)
+    return [word] if word is not None else list(words)
+
+
+def _by_word(
+    state: dict[str, Tensor], stem: str, encoders: Sequence[TextEncoder], file: Path
+) -> dict[str, list[Tensor]]:
+    """For each word the vectors (n, D) of each encoder."""
+    if set(_OF_SDXL) <= state.keys() and len(encoders) == 2:
+        found = {stem: [state[name] for name in _OF_SDXL]}
+    elif len(encoders) == 1:
+        named = {stem: state["emb_params"]} if "emb_params" in state else state
+        found = {word: [vectors] for word, vectors in named.items()}
+    else:
+        raise ModelError(
+            f"two text encoders need embeddings clip_l and clip_g ({file}: {', '.join(sorted(state)[:3])})"
+        )
+    if not found:
+        raise ModelError(f"there is nothing in it ({file})")
+    return {word: [vectors.reshape(-1, vectors.shape[-1]) for vectors in each] for word, each in found.items()}
+
+
+@torch.no_grad()
+def _teach(encoder: TextEncoder, word: str, vectors: Tensor, file: Path) -> None:
+    embeddings = encoder.model.get_input_embeddings()
+    if vectors.shape[1] != embeddings.weight.shape[1]:
+        width = embeddings.weight.shape[1]
+        raise ModelError(f"{word} has vectors of {vectors.shape[1]}, this model's have {width} ({file})")
+    tokens = [word, *(f"{word}_{number}" for number in range(1, len(vectors)))]
+    known = encoder.tokenizer.get_vocab()
+    if taken := [token for token in tokens if token in known]:
+        raise ModelError(f"the word {taken[0]!r} is known already ({file}). Give another name")
+    encoder.tokenizer.add_tokens(tokens)
+    first = len(embeddings.weight)
+    encoder.model.resize_token_embeddings(first + len(tokens), mean_resizing=False)
+    grown = encoder.model.get_input_embeddings().weight
+    ids = encoder.tokenizer.convert_tokens_to_ids(tokens)
+    grown[ids] = vectors.to(grown)
+    getattr(encoder.model, "text_model", encoder.model).eos_token_id = 49407  # else the largest id is taken for the end

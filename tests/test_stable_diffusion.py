@@ -1,0 +1,429 @@
+"""Stable Diffusion 1, 2 and XL beside diffusers' own pipelines: the same weights, latents and solver."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.models.folder import folder_hash, weight_files
+from latentdiff.models.prompt import Style
+from latentdiff.models.single_file import load_single_file, predicts_noise
+from latentdiff.pretrained import save_single_file, stored_pipeline
+
+from . import stable_diffusion
+
+PROMPT, NEGATIVE = "a photograph of an astronaut riding a horse", "blurry, ugly"
+SOLVERS = {
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One folder for each family, written by diffusers."""
+    made = {}
+    for family in stable_diffusion.FAMILIES:
+        made[family] = tmp_path_factory.mktemp("sd") / family
+        stable_diffusion.pipeline(family).save_pretrained(made[family])
+    return made
+
+
+@pytest.fixture(scope="module", params=stable_diffusion.FAMILIES)
+def both(request, folders):
+    """Our pipeline and diffusers' of one folder."""
+    family = request.param
+    kind = StableDiffusionXLPipeline if family == "XL" else StableDiffusionPipeline
+    theirs = kind.from_pretrained(folders[family], **({"add_watermarker": False} if family == "XL" else {}))
+    theirs.set_progress_bar_config(disable=True)
+    return LatentDiffusionPipeline.from_pretrained(folders[family], device="cpu"), theirs, family
+
+
+def latents(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def largest(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.no_grad()
+def test_networks(both):
+    """Text encoder, U-Net and autoencoder by themselves: rounding only, relative to the largest value."""
+    ours, theirs, family = both
+    context = ours.text_encoder.context(PROMPT)
+    encoded = theirs.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    assert largest(context.tokens, encoded[0][0]) < 1e-6
+    x = latents(1, 4, 8, 8)
+    added = None
+    if family == "XL":
+        assert largest(context.pooled, encoded[2][0]) < 1e-6
+        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+        added = {"text_embeds": encoded[2], "time_ids": sizes}
+        context = type(context)(context.tokens[None], context.pooled[None], sizes)
+    else:
+        context = context.tokens[None]
+    expected = theirs.unet(x, 500, encoded[0], added_cond_kwargs=added).sample
+    assert largest(ours.unet(x, 500.0, context), expected) < 1e-5
+    scale = theirs.vae.config.scaling_factor
+    assert largest(ours.autoencoder.decode(x), theirs.vae.decode(x / scale).sample) < 1e-5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_pictures(both, solver):
+    """Guided, with a negative prompt: the same picture to rounding.
+
+    8 steps divide the 1000 times: of other numbers diffusers' DDIM takes its steps from other levels than it reached.
+    Its Euler starts from sigma times the noise, not sqrt(1 + sigma^2); the latents make up for it.
+    """
+    ours, theirs, family = both
+    kind, settings = SOLVERS[solver]
+    theirs.scheduler = kind.from_config(dict(theirs.scheduler.config) | stable_diffusion.SCHEDULE | settings)
+    x = latents(2, 4, 16, 8)
+    asked = {"height": 128, "width": 64, "num_inference_steps": 8, "guidance_scale": 5.0}
+    start = x / ours.schedule.level(999).sigma if solver == "euler" else x
+    prompts = {"prompt": [PROMPT] * 2, "negative_prompt": [NEGATIVE] * 2}
+    expected = theirs(**prompts, **asked, latents=start, output_type="np").images
+    drawn = ours(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        num_images_per_prompt=2,
+        latents=x,
+        sampler=solver,
+        spacing="trailing",
+        output_type="pt",
+        **asked,
+    ).images
+    drawn = (drawn.permute(0, 2, 3, 1).numpy() + 1) / 2
+    assert np.abs(drawn - expected).max() < 1e-5
+    assert expected.std() > 0.01, "a flat picture shows nothing"
+
+
+def test_default_negative_prompt(both):
+    """Without one, SDXL's unconditional context is zeros, the others' is that of the empty prompt."""
+    ours, theirs, _ = both
+    kind, settings = SOLVERS["ddim"]
+    theirs.scheduler = kind.from_config(dict(theirs.scheduler.config) | stable_diffusion.SCHEDULE | settings)
+    x = latents(1, 4, 8, 8)
+    asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64}
+    expected = theirs(PROMPT, latents=x, output_type="latent", **asked).images
+    drawn = ours(PROMPT, latents=x, sampler="ddim", spacing="trailing", output_type="latent", **asked).images
+    assert largest(drawn, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_clip_skip(both):
+    """One layer fewer, after the final norm but for SDXL; in the picture too, where the prompt alone skips."""
+    ours, theirs, family = both
+    context = ours.text_encoder.context(PROMPT, Style(clip_skip=1)).tokens
+    ids = [encoder.tokenize([PROMPT]) for encoder in ours.text_encoder.encoders]
+    texts = [theirs.text_encoder, getattr(theirs, "text_encoder_2", None)]
+    hidden = [text(i, output_hidden_states=True).hidden_states for text, i in zip(texts, ids, strict=False)]
+    if family == "XL":
+        assert largest(context, torch.cat([states[-3] for states in hidden], -1)[0]) < 1e-6
+        encoded = theirs.encode_prompt(PROMPT, device="cpu", clip_skip=1)
+        assert largest(context, encoded[0][0]) < 1e-6
+    else:
+        assert largest(context, theirs.text_encoder.final_layer_norm(hidden[0][-2])[0]) < 1e-6
+    asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "seed": 1}
+    skipped, plain = (ours(PROMPT, output_type="latent", clip_skip=skip, **asked).images for skip in (1, None))
+    assert largest(skipped, plain) > 1e-3
+    with pytest.raises(ConfigError, match="clip_skip must be from 0 to"):
+        ours(PROMPT, clip_skip=9, num_inference_steps=1)
+
+
+def test_sdxl_is_told_sizes(folders):
+    ours = LatentDiffusionPipeline.from_pretrained(folders["XL"], device="cpu")
+    theirs = StableDiffusionXLPipeline.from_pretrained(folders["XL"], add_watermarker=False)
+    theirs.set_progress_bar_config(disable=True)
+    x = latents(1, 4, 8, 8)
+    asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "original_size": (512, 320)}
+    expected = theirs(PROMPT, latents=x, output_type="latent", crops_coords_top_left=(16, 8), **asked).images
+    drawn = ours(PROMPT, latents=x, sampler="ddim", spacing="trailing", output_type="latent", crop=(16, 8), **asked)
+    assert largest(drawn.images, expected) < 1e-4
+    with pytest.raises(ConfigError, match="told to SDXL alone"):
+        LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu")(PROMPT, crop=(1, 1))
+
+
+def test_own_contexts(both):
+    """prompt_embeds and their likes as diffusers makes them."""
+    ours, theirs, family = both
+    encoded = theirs.encode_prompt(
+        PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=NEGATIVE
+    )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    given = dict(zip(names, encoded, strict=False))
+    asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "seed": 3}
+    drawn = ours(**given, output_type="latent", **asked)
+    expected = ours(PROMPT, negative_prompt=NEGATIVE, output_type="latent", **asked).images
+    assert largest(drawn.images, expected) < 1e-4
+    assert drawn.metadata[0].own_noise
+    with pytest.raises(ConfigError, match="give one of both"):
+        ours(PROMPT, **given, **asked)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_picture_to_picture(folders):
+    """StableDiffusionImg2ImgPipeline with the posterior's mean: the same steps, the same latents."""
+    ours = LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu")
+    theirs = StableDiffusionImg2ImgPipeline.from_pretrained(folders["1"])
+    theirs.set_progress_bar_config(disable=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8))
+    noise, steps = latents(1, 4, 8, 16), 10
+    theirs.scheduler.set_timesteps(steps)
+    known = ours.encode(np.asarray(image)[None])
+    from latentdiff.diffusion.process import diffuse
+
+    levels = ours.schedule.levels(steps, "trailing")
+    x = diffuse(known, noise, levels[4])
+    theirs.prepare_latents = lambda *_, **__: x  # theirs draws the posterior, and noise of its own
+    asked = {"num_inference_steps": steps, "guidance_scale": 3.0, "strength": 0.65}
+    expected = theirs(PROMPT, image=image, output_type="latent", **asked).images
+    out = ours(PROMPT, image=image, latents=noise, sampler="ddim", spacing="trailing", output_type="latent", **asked)
+    assert largest(out.images, expected) < 1e-4
+    assert out.metadata[0].steps == (6,), "int(10 * 0.65)"
+
+
+def same_networks(first, second):
+    for name in ("unet", "text_encoder", "autoencoder"):
+        ours, theirs = getattr(first, name).state_dict(), getattr(second, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("family", stable_diffusion.FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_single_file_round_trip(folders, family, dtype, tmp_path):
+    """Folder -> file -> folder -> file: the same bits each time, by diffusers' conversion, and the same picture."""
+    pipe = stored_pipeline(folders[family]).to(dtype=dtype)
+    save_single_file(pipe, tmp_path / "model.safetensors")
+    read = stored_pipeline(tmp_path / "model.safetensors")
+    assert (read.unet.dtype, read.prediction) == (dtype, pipe.prediction)
+    same_networks(pipe, read)
+    read.save_pretrained(tmp_path / "folder")
+    again = stored_pipeline(tmp_path / "folder")
+    assert again.unet.dtype == dtype
+    same_networks(pipe, again)
+    save_single_file(again, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    asked = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "sampler": "euler", "spacing": "trailing"}
+    sources = (folders[family], tmp_path / "model.safetensors", tmp_path / "folder")
+    pictures = [
+        LatentDiffusionPipeline.from_pretrained(source, device="cpu", torch_dtype=torch.float32)(
+            PROMPT, output_type="np", **asked
+        ).images
+        for source in (sources if dtype == torch.float32 else sources[1:])
+    ]
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
+
+
+@pytest.mark.parametrize("family", stable_diffusion.FAMILIES)
+def test_a_single_file_loads_in_diffusers(folders, family, tmp_path):
+    """diffusers reads what we wrote, given the folder's configs: the same U-Net and autoencoder."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    pipe = stored_pipeline(folders[family])
+    save_single_file(pipe, tmp_path / "model.safetensors")
+    for kind, part, own in ((UNet2DConditionModel, "unet", pipe.unet), (AutoencoderKL, "vae", pipe.autoencoder)):
+        theirs = kind.from_single_file(str(tmp_path / "model.safetensors"), config=str(folders[family]), subfolder=part)
+        for key, tensor in next(own.children()).state_dict().items():
+            assert torch.equal(theirs.state_dict()[key], tensor)
+
+
+def test_inferred_configs_are_the_published_ones(folders, tmp_path):
+    for family, folder in folders.items():
+        save_single_file(stored_pipeline(folder), tmp_path / f"{family}.safetensors")
+        found = load_single_file(tmp_path / f"{family}.safetensors")
+        assert found.family == family
+        for part, network in (("unet", found.unet.model), ("vae", found.autoencoder.vae)):
+            told = json.loads((folder / part / "config.json").read_text())
+            built = json.loads(network.to_json_string())
+            differing = {k for k, v in told.items() if built.get(k) != v and not k.startswith("_")}
+            assert differing <= {"sample_size"}, "of which a file says nothing"
+
+
+@pytest.mark.parametrize("family", ["1", "XL"])
+def test_a_single_file_that_says_what_it_predicts(folders, family, tmp_path):
+    pipe = stored_pipeline(folders[family])
+    pipe.prediction, pipe.schedule = "v_prediction", pipe.schedule.zero_terminal_snr()
+    save_single_file(pipe, tmp_path / "v.safetensors")
+    read = stored_pipeline(tmp_path / "v.safetensors")
+    assert read.prediction == "v_prediction"
+    np.testing.assert_array_equal(read.schedule.alphas_cumprod, pipe.schedule.alphas_cumprod)
+
+
+class GivesBack(torch.nn.Module):
+    """A U-Net whose output is a share of its input, and the rest what the text says."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share, self.model = share, SimpleNamespace(dtype=torch.float32, config=SimpleNamespace())
+        self.model.config.block_out_channels, self.model.config.in_channels = (8, 8, 8, 8), 4
+
+    def forward(self, x, t, context):
+        assert t == 999
+        return self.share * x + (1 - self.share) * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize(("share", "noise"), [(0.95, True), (0.6, True), (0.05, False), (-0.1, False)])
+def test_what_stable_diffusion_2_predicts_is_measured(folders, share, noise):
+    """A network that gives its input back at the last time predicts noise; one that does not, velocity."""
+    encoder = stored_pipeline(folders["2"]).text_encoder
+    assert predicts_noise(GivesBack(share), encoder) == noise
+
+
+def test_stable_diffusion_2_without_a_mark(folders, tmp_path):
+    """Random weights follow nothing: velocity, and so 768 pixels."""
+    save_single_file(stored_pipeline(folders["2"]), tmp_path / "marked.safetensors")
+    state = load_file(tmp_path / "marked.safetensors")
+    del state["v_pred"]
+    save_file(state, tmp_path / "bare.safetensors")
+    read = stored_pipeline(tmp_path / "bare.safetensors")
+    assert (read.prediction, read.unet.model.config.sample_size) == ("v_prediction", 96)
+
+
+def test_a_trained_network_shows_what_it_predicts(tiny_model):
+    """The rule on a network that was trained, if briefly: this one predicts velocity."""
+    pipe = stored_pipeline(tiny_model)
+    assert not predicts_noise(pipe.unet, pipe.text_encoder)
+
+
+# what is refused
+
+
+@pytest.fixture(scope="module")
+def single_file(folders, tmp_path_factory):
+    path = tmp_path_factory.mktemp("file") / "model.safetensors"
+    save_single_file(stored_pipeline(folders["1"]), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("model.diffusion_model.", "no U-Net under model.diffusion_model"),
+        ("first_stage_model.", "no autoencoder under first_stage_model"),
+        ("cond_stage_model.", "no Stable Diffusion 1, 2 or XL by its text encoders"),
+        ("model.diffusion_model.middle_block.1", "cannot load the file"),
+    ],
+)
+def test_a_file_with_a_part_missing(single_file, tmp_path, prefix, message):
+    state = {name: tensor for name, tensor in load_file(single_file).items() if not name.startswith(prefix)}
+    save_file(state, tmp_path / "part.safetensors")
+    with pytest.raises(ModelError, match=message):
+        stored_pipeline(tmp_path / "part.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8 + b"{}" * 50])
+def test_a_file_that_is_none(tmp_path, content):
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    with pytest.raises((ModelError, UnsafeError)):
+        stored_pipeline(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "model.SafeTensors"])
+def test_a_pickle_is_refused(tmp_path, name):
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / name)
+    with pytest.raises(UnsafeError, match="is a pickle file; latentdiff loads safetensors only"):
+        stored_pipeline(tmp_path / name)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"_class_name": "FluxPipeline"}, ModelError, "FluxPipeline is no model that can be drawn with"),
+        ({"_class_name": ["pipeline", "Mine"]}, UnsafeError, "asks to run code"),
+        ({"text_encoder": ["evil", "CLIPTextModel"]}, UnsafeError, "text_encoder is of unknown class"),
+        ({"text_encoder_2": ["transformers", "T5EncoderModel"]}, UnsafeError, "text_encoder_2 is of unknown class"),
+        ({"scheduler": ["evil", "DDIMScheduler"]}, UnsafeError, "scheduler is of unknown module evil"),
+        ({"safety_checker": ["evil", "Checker"]}, UnsafeError, "safety_checker is of unknown module evil"),
+        ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, ModelError, "a model with transformer"),
+        ({"controlnet": [None, None]}, None, ""),
+        ({"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}, None, ""),
+    ],
+    ids=str,
+)
+def test_model_index(folders, tmp_path, changes, kind, message):
+    folder = shutil.copytree(folders["XL"], tmp_path / "model")
+    edit(folder / "model_index.json", **changes)
+    if kind is None:
+        stored_pipeline(folder)
+        return
+    with pytest.raises(kind, match=message):
+        stored_pipeline(folder)
+
+
+def test_a_network_of_other_channels(folders, tmp_path):
+    """An upscaler's or a depth model's U-Net reads what is not given here."""
+    folder = shutil.copytree(folders["1"], tmp_path / "model")
+    stable_diffusion.unet("1", tiny=True, in_channels=7).save_pretrained(folder / "unet")
+    with pytest.raises(ModelError, match="reads 7 channels does not fit latents of 4"):
+        stored_pipeline(folder)
+
+
+# variants and shards
+
+
+def test_variants_and_shards(folders, tmp_path):
+    """fp16 beside the plain weights, and weights in pieces: each is what it was saved as."""
+    theirs = stable_diffusion.pipeline("1")
+    folder = tmp_path / "model"
+    theirs.save_pretrained(folder, max_shard_size="300KB")
+    assert len(weight_files(folder / "unet")) > 2
+    plain = stored_pipeline(folder)
+    same_networks(plain, stored_pipeline(folders["1"]))
+    theirs.to(torch.float16).save_pretrained(folder, variant="fp16", max_shard_size="300KB")
+    half, again = stored_pipeline(folder, variant="fp16"), stored_pipeline(folder)
+    assert (half.unet.dtype, again.unet.dtype) == (torch.float16, torch.float32)
+    same_networks(again, plain)
+    same_networks(half, plain.to(dtype=torch.float16))
+    assert folder_hash(folder) != folder_hash(folder, "fp16")
+    with pytest.raises(ModelError, match="no weights of variant bf16 .* There are: fp16, the plain one"):
+        stored_pipeline(folder, variant="bf16")
+    for part in ("unet", "vae", "text_encoder"):
+        for file in weight_files(folder / part):
+            file.unlink()
+        for index in (folder / part).glob("*.index.json"):
+            index.unlink()
+    same_networks(stored_pipeline(folder), half)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_shards_that_leave_the_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    stable_diffusion.pipeline("1").save_pretrained(folder, max_shard_size="300KB")
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    tree = json.loads(index.read_text())
+    tree["weight_map"]["conv_in.bias"] = name
+    index.write_text(json.dumps(tree))
+    with pytest.raises(UnsafeError, match="names shards outside its folder"):
+        stored_pipeline(folder)
+
+
+def test_a_shard_that_is_not_there(tmp_path):
+    folder = tmp_path / "model"
+    stable_diffusion.pipeline("1").save_pretrained(folder, max_shard_size="300KB")
+    weight_files(folder / "unet")[1].unlink()
+    with pytest.raises(ModelError, match="is missing"):
+        stored_pipeline(folder)
