@@ -92,7 +92,7 @@ def test_pictures(both, solver):
     8 steps divide the 1000 times: of other numbers diffusers' DDIM takes its steps from other levels than it reached.
     Its Euler starts from sigma times the noise, not sqrt(1 + sigma^2); the latents make up for it.
     """
-    ours, theirs, family = both
+    ours, theirs, _ = both
     kind, settings = SOLVERS[solver]
     theirs.scheduler = kind.from_config(dict(theirs.scheduler.config) | stable_diffusion.SCHEDULE | settings)
     x = latents(2, 4, 16, 8)
@@ -163,7 +163,7 @@ def test_sdxl_is_told_sizes(folders):
 
 def test_own_contexts(both):
     """prompt_embeds and their likes as diffusers makes them."""
-    ours, theirs, family = both
+    ours, theirs, _ = both
     encoded = theirs.encode_prompt(
         PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=NEGATIVE
     )
@@ -399,7 +399,7 @@ def test_variants_and_shards(folders, tmp_path):
     same_networks(again, plain)
     same_networks(half, plain.to(dtype=torch.float16))
     assert folder_hash(folder) != folder_hash(folder, "fp16")
-    with pytest.raises(ModelError, match="no weights of variant bf16 .* There are: fp16, the plain one"):
+    with pytest.raises(ModelError, match=r"no weights of variant bf16 .* There are: fp16, the plain one"):
         stored_pipeline(folder, variant="bf16")
     for part in ("unet", "vae", "text_encoder"):
         for file in weight_files(folder / part):

@@ -6,6 +6,7 @@ PEFT's layers carry LoRA and DoRA; LoHa and LoKr are added to the weights by PEF
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -21,14 +22,18 @@ from latentdiff.errors import ModelError
 from latentdiff.models.adapter_file import Adapter, Layer, Networks
 
 
+_PREFIX = "adapter_"  # PEFT keeps them as attributes, which cannot be called "half" or "to"
+
+
 def attach(adapter: Adapter, networks: Networks, name: str, weight: float = 1.0) -> None:
     """Put an adapter beside the layers it changes, under a name of letters, digits and underscores."""
+    name = _PREFIX + name
     for part, layers in adapter.layers.items():
         plain = {module: layer for module, layer in layers.items() if layer.kind == "lora"}
         if len(plain) < len(layers):
             raise ModelError("LoHa and LoKr cannot be kept beside the weights; merge them (fuse_lora)")
         _inject(plain, networks[part], name)
-    weigh(networks, {**weights_of(networks), name: weight})
+    weigh(networks, {**weights_of(networks), name.removeprefix(_PREFIX): weight})
 
 
 def _inject(layers: Mapping[str, Layer], network: nn.Module, name: str) -> None:
@@ -44,8 +49,10 @@ def _inject(layers: Mapping[str, Layer], network: nn.Module, name: str) -> None:
         lora_bias=any("lora_B.bias" in layer.factors for layer in layers.values()),
     )
     state = {f"{module}.{factor}": t for module, layer in layers.items() for factor, t in layer.factors.items()}
-    # made empty: nothing is drawn from a global generator
-    inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are meant
+        # made empty: nothing is drawn from a global generator
+        inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
     told: Any = set_peft_model_state_dict(network, state, name, low_cpu_mem_usage=True)
     if told.unexpected_keys:
         raise ModelError(f"adapter {name}: no place for {told.unexpected_keys[0]}")
@@ -64,20 +71,20 @@ def weights_of(networks: Networks) -> dict[str, float]:
     for carrier in _carriers(networks):
         for name in carrier.active_adapters:
             if name in carrier.scaling and carrier.lora_alpha[name]:
-                found[name] = carrier.scaling[name] * carrier.r[name] / carrier.lora_alpha[name]
+                found[name.removeprefix(_PREFIX)] = carrier.scaling[name] * carrier.r[name] / carrier.lora_alpha[name]
     return found
 
 
 def weigh(networks: Networks, weights: Mapping[str, float]) -> None:
     """Make these adapters the active ones, with these weights. Raises ModelError for a name that is not attached."""
     carriers = _carriers(networks)
-    known = {name for carrier in carriers for name in carrier.lora_A}
+    known = {name.removeprefix(_PREFIX) for carrier in carriers for name in carrier.lora_A}
     if unknown := weights.keys() - known:
         raise ModelError(f"no adapter {sorted(unknown)[0]!r} is loaded; there are {', '.join(sorted(known)) or 'none'}")
     for carrier in carriers:
-        carrier.set_adapter([name for name in weights if name in carrier.lora_A])
+        carrier.set_adapter([_PREFIX + name for name in weights if _PREFIX + name in carrier.lora_A])
         for name, weight in weights.items():
-            carrier.set_scale(name, weight)
+            carrier.set_scale(_PREFIX + name, weight)
         carrier.requires_grad_(False)
 
 

@@ -1,0 +1,391 @@
+"""Adapters: every format on every family gives the same picture, by weight, beside the weights or in them."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.extras import load_adapter, networks_of
+from latentdiff.models.adapter_file import read_adapter, save_kohya, save_peft
+from latentdiff.models.prompt import Style
+
+from . import stable_diffusion
+
+PROMPT = "a castle on a hill"
+ASKED = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for family in ("1", "XL"):
+        made[family] = tmp_path_factory.mktemp("sd") / family
+        stable_diffusion.pipeline(family).save_pretrained(made[family])
+    return made
+
+
+def load(folder):
+    return LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+
+
+def drawn(pipe):
+    return pipe(PROMPT, **ASKED).images
+
+
+def filled(state, seed=0):
+    """The tensors of an adapter drawn anew, so that none is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+
+
+TARGETS = ["to_q", "to_out.0", "conv1", "proj_in", "ff.net.2"]
+
+
+def adapter_state(folder, family, rank=4):
+    """What PEFT itself makes of these layers, under diffusers' names; ranks differ from layer to layer."""
+    pipe = load(folder)
+    state = {}
+    for part, network in networks_of(pipe).items():
+        targets, odd = (TARGETS, {"conv1": 3}) if part == "unet" else (["q_proj", "fc1"], {"fc1": 2})
+        config = LoraConfig(r=rank, target_modules=targets, rank_pattern=odd)
+        inject_adapter_in_model(config, network, "made")
+        own = filled(get_peft_model_state_dict(network, adapter_name="made"))
+        state |= {f"{part}.{name}": tensor for name, tensor in own.items()}
+    return state
+
+
+@pytest.fixture(scope="module")
+def files(folders, tmp_path_factory):
+    """The same adapter of each family in PEFT's names and in kohya's, with an alpha that is not the rank."""
+    made = {}
+    for family, folder in folders.items():
+        place = tmp_path_factory.mktemp("lora") / family
+        place.mkdir()
+        state = adapter_state(folder, family)
+        parts = sorted({name.partition(".")[0] for name in state})
+        config = {f"{part}.{key}": value for part in parts for key, value in (("r", 4), ("lora_alpha", 6.0))}
+        save_file(state, place / "peft.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+        networks = networks_of(load(folder))
+        save_kohya(read_adapter(place / "peft.safetensors", networks), place / "kohya.safetensors", networks)
+        made[family] = place
+    return made
+
+
+FAMILIES = pytest.mark.parametrize("family", ["1", "XL"])
+
+
+@FAMILIES
+def test_by_the_formula(folders, files, family):
+    """W + weight * alpha / rank * B A, layer by layer, in the network that PEFT changes."""
+    pipe, plain = load(folders[family]), load(folders[family])
+    fit = load_adapter(pipe, files[family] / "peft.safetensors", weight=0.5, merged=True)
+    state = load_file(files[family] / "peft.safetensors")
+    downs = [name for name in state if name.endswith("lora_A.weight")]
+    assert (fit.matched, fit.unused, fit.missing) == (len(downs), [], [])
+    for name in downs:
+        part, _, module = name.removesuffix(".lora_A.weight").partition(".")
+        down, up = state[name], state[name.replace("lora_A", "lora_B")]
+        delta = 0.5 * 6 / len(down) * torch.einsum("or,r...->o...", up.flatten(1), down)
+        before, after = (networks_of(p)[part].get_submodule(module).weight for p in (plain, pipe))
+        torch.testing.assert_close(after, before + delta.reshape(before.shape), rtol=1e-5, atol=1e-6)
+
+
+@FAMILIES
+def test_kohya_s_twin_draws_the_same_picture(folders, files, family):
+    """To the bit; and merged or beside the weights to rounding."""
+    pictures = {}
+    for name in ("peft", "kohya"):
+        pipe = load(folders[family])
+        plain = drawn(pipe)
+        fit = pipe.load_lora_weights(files[family] / f"{name}.safetensors", weight=0.7)
+        assert not fit.unused + fit.missing
+        pictures[name] = drawn(pipe)
+        pipe.fuse_lora()
+        torch.testing.assert_close(drawn(pipe), pictures[name], rtol=1e-3, atol=1e-3)
+    assert torch.equal(pictures["peft"], pictures["kohya"])
+    assert (pictures["peft"] - plain).abs().max() > 0.01
+
+
+@FAMILIES
+def test_files_round_trip(folders, files, family, tmp_path):
+    """PEFT -> kohya -> PEFT -> kohya: the same tensors and alphas, to the bit."""
+    networks = networks_of(load(folders[family]))
+    save_peft(read_adapter(files[family] / "kohya.safetensors", networks), tmp_path / "peft.safetensors")
+    first, again = load_file(files[family] / "peft.safetensors"), load_file(tmp_path / "peft.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    save_kohya(read_adapter(tmp_path / "peft.safetensors", networks), tmp_path / "kohya.safetensors", networks)
+    assert (tmp_path / "kohya.safetensors").read_bytes() == (files[family] / "kohya.safetensors").read_bytes()
+
+
+@FAMILIES
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_reads_both_as_we_do(folders, files, family, tmp_path):
+    """The U-Net's layers of our PEFT file and of our kohya file, in diffusers' own pipeline."""
+    kind = StableDiffusionXLPipeline if family == "XL" else StableDiffusionPipeline
+    pipe = load(folders[family])
+    networks = networks_of(pipe)
+    adapter = read_adapter(files[family] / "kohya.safetensors", networks)
+    save_peft(adapter, tmp_path / "peft.safetensors")
+    load_adapter(pipe, files[family] / "peft.safetensors", merged=True)
+    for file in (tmp_path / "peft.safetensors", files[family] / "kohya.safetensors"):
+        theirs = kind.from_pretrained(folders[family])
+        state = {name: tensor for name, tensor in load_file(file).items() if "unet" in name}
+        metadata = None
+        if file.name == "peft.safetensors":
+            with open_metadata(file) as told:
+                metadata = json.loads(told["lora_adapter_metadata"])
+            theirs.unet.load_lora_adapter(state, prefix="unet", metadata=metadata)
+        else:
+            converted, alphas = kind.lora_state_dict(state, unet_config=theirs.unet.config)
+            theirs.unet.load_lora_adapter(converted, prefix="unet", network_alphas=alphas)
+        theirs.unet.fuse_lora()
+        for module, layer in theirs.unet.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and module.endswith(".base_layer"):
+                own = pipe.unet.model.get_submodule(module.removesuffix(".base_layer"))
+                torch.testing.assert_close(own.weight, layer.weight, rtol=1e-5, atol=1e-6)
+
+
+class open_metadata:  # noqa: N801 - a context manager
+    def __init__(self, path):
+        from safetensors import safe_open
+
+        self.file = safe_open(path, "pt")
+
+    def __enter__(self):
+        return self.file.__enter__().metadata()
+
+    def __exit__(self, *told):
+        self.file.__exit__(*told)
+
+
+def test_earlier_names_of_diffusers(folders, files, tmp_path):
+    """`processor.to_q_lora.down` and `lora.down` of files before PEFT, alpha being the rank."""
+    state = {}
+    for name, tensor in load_file(files["1"] / "peft.safetensors").items():
+        if name.startswith("unet") and ".attn1.to_q." in name:
+            old = name.replace(".attn1.to_q.lora_A", ".attn1.processor.to_q_lora.down")
+            state[old.replace(".attn1.to_q.lora_B", ".attn1.processor.to_q_lora.up")] = tensor
+    save_file(state, tmp_path / "old.safetensors")
+    found = read_adapter(tmp_path / "old.safetensors", networks_of(load(folders["1"])))
+    assert found.matched == len(state) / 2
+    assert all(layer.scale == 1 for layer in found.layers["unet"].values())
+
+
+def test_a_peft_folder(folders, files, tmp_path):
+    """adapter_model.safetensors names no part; its alpha is in the config beside it."""
+    state = load_file(files["1"] / "peft.safetensors")
+    unet = {f"base_model.model.{n.removeprefix('unet.')}": t for n, t in state.items() if n.startswith("unet.")}
+    save_file(unet, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True}))
+    found = read_adapter(tmp_path, networks_of(load(folders["1"])))
+    assert found.layers.keys() == {"unet"}
+    for layer in found.layers["unet"].values():
+        assert layer.scale == pytest.approx(8 / layer.rank**0.5)
+
+
+def test_several_at_once(folders, files, tmp_path):
+    """Each with its weight: the sum of both; a weight of 0 or taken off is without."""
+    state = filled(load_file(files["1"] / "peft.safetensors"), seed=5)
+    save_file(state, tmp_path / "other.safetensors")
+    pipe = load(folders["1"])
+    plain = drawn(pipe)
+    pipe.load_lora_weights(files["1"] / "peft.safetensors", adapter_name="one")
+    pipe.load_lora_weights(tmp_path / "other.safetensors")
+    pipe.set_adapters(["one", "other"], [0.6, -0.3])
+    both = drawn(pipe)
+    assert [(s.path, s.weight) for s in pipe.extras.sources.values()] == [
+        ("peft.safetensors", 0.6),
+        ("other.safetensors", -0.3),
+    ]
+    merged = load(folders["1"])
+    load_adapter(merged, files["1"] / "peft.safetensors", weight=0.6, merged=True)
+    load_adapter(merged, tmp_path / "other.safetensors", weight=-0.3, merged=True)
+    torch.testing.assert_close(drawn(merged), both, rtol=1e-3, atol=1e-3)
+    pipe.set_adapters("one", 0.6)
+    assert (drawn(pipe) - both).abs().max() > 1e-3
+    pipe.unload_lora_weights()
+    assert torch.equal(drawn(pipe), plain)
+    assert not pipe.extras.sources
+
+
+def lycoris(kind, folder, tmp_path):
+    """PEFT's own LoHa or LoKr of some layers, in LyCORIS's file format, and the network that PEFT merges it into."""
+    config = {
+        "loha": LoHaConfig(r=3, alpha=5, target_modules=["to_q", "conv1"], use_effective_conv2d=True),
+        "lokr": LoKrConfig(r=2, alpha=3, target_modules=["to_q", "conv1"], use_effective_conv2d=True),
+    }[kind]
+    theirs = load(folder).unet.model
+    inject_adapter_in_model(config, theirs, "made")
+    state = get_peft_model_state_dict(theirs, adapter_name="made")
+    drawn_anew = filled(state)
+    named = dict(theirs.named_parameters())
+    file = {}
+    with torch.no_grad():
+        for name, tensor in drawn_anew.items():
+            module, _, factor = name.rpartition(".")
+            named[f"{module}.{factor}.made"].copy_(tensor)
+            flat = "lora_unet_" + module.replace(".", "_")
+            file[f"{flat}.{factor}"] = tensor
+            file[f"{flat}.alpha"] = torch.tensor(float(config.alpha))
+    for module in theirs.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    save_file(file, tmp_path / f"{kind}.safetensors")
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_lycoris_is_merged_as_peft_does(folders, tmp_path, kind):
+    theirs = lycoris(kind, folders["1"], tmp_path)
+    pipe = load(folders["1"])
+    fit = load_adapter(pipe, tmp_path / f"{kind}.safetensors", merged=True)
+    assert fit.matched > 4
+    assert not fit.unused
+    changed = 0
+    for name, layer in theirs.named_modules():
+        if name.endswith(".base_layer"):
+            own = pipe.unet.model.get_submodule(name.removesuffix(".base_layer"))
+            torch.testing.assert_close(own.weight, layer.weight, rtol=1e-4, atol=1e-5)
+            changed += 1
+    assert changed == fit.matched
+    with pytest.raises(ModelError, match="cannot be kept beside the weights"):
+        load(folders["1"]).load_lora_weights(tmp_path / f"{kind}.safetensors")
+
+
+def test_dora(folders, tmp_path):
+    """Weight-decomposed: PEFT's own layer, in PEFT's names and in kohya's."""
+    theirs = load(folders["1"]).unet.model
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"], use_dora=True), theirs, "made")
+    state = get_peft_model_state_dict(theirs, adapter_name="made")
+    state = {
+        n: t if "magnitude" in n else 0.1 * torch.ones_like(t).normal_(generator=torch.Generator().manual_seed(3))
+        for n, t in state.items()
+    }
+    save_file({f"unet.{name}": tensor.contiguous() for name, tensor in state.items()}, tmp_path / "dora.safetensors")
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(theirs, state, "made")
+    pipe = load(folders["1"])
+    fit = pipe.load_lora_weights(tmp_path / "dora.safetensors")
+    assert fit.matched == len(state) / 3
+    x, context = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 77, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.unet(x, 10.0, context), theirs(x, torch.tensor(10.0), context).sample)
+
+
+# what does not fit
+
+
+def test_nothing_matched_is_an_error(folders, files, tmp_path):
+    save_file({"something.else": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="nothing in it is of this model"):
+        load(folders["1"]).load_lora_weights(tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="the adapter is of another model|nothing in it"):
+        load(folders["1"]).load_lora_weights(files["XL"] / "peft.safetensors")
+    with pytest.raises(ModelError, match="the adapter is of another model|nothing in it"):
+        load(folders["XL"]).load_lora_weights(files["1"] / "kohya.safetensors")
+
+
+def test_unused_and_missing_are_told(folders, files, tmp_path):
+    state = load_file(files["1"] / "peft.safetensors")
+    first = next(name for name in state if name.endswith("lora_B.weight"))
+    half = {name: tensor for name, tensor in state.items() if name != first} | {
+        "unet.nowhere.lora_A.weight": torch.zeros(1)
+    }
+    save_file(half, tmp_path / "half.safetensors")
+    fit = load(folders["1"]).load_lora_weights(tmp_path / "half.safetensors")
+    assert (fit.unused, fit.missing) == (["unet.nowhere.lora_A.weight"], [first])
+    counts = f"{len(state) // 2 - 1} layers matched, 1 names unused, 1 missing"
+    assert str(fit) == f"half: {counts} (unet.nowhere.lora_A.weight, {first})"
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora.bin"])
+def test_a_pickle_is_refused(folders, tmp_path, name):
+    torch.save({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(UnsafeError, match="is a pickle file"):
+        load(folders["1"]).load_lora_weights(tmp_path / name)
+
+
+def test_refused(folders, files, tmp_path):
+    pipe = load(folders["1"])
+    with pytest.raises(ModelError, match="no adapter there"):
+        pipe.load_lora_weights(tmp_path / "none.safetensors")
+    for weight in (11.0, float("nan")):
+        with pytest.raises(ConfigError, match="weight must be from -10 to 10"):
+            pipe.load_lora_weights(files["1"] / "peft.safetensors", weight=weight)
+    pipe.load_lora_weights(files["1"] / "peft.safetensors")
+    with pytest.raises(ConfigError, match="is loaded already"):
+        pipe.load_lora_weights(files["1"] / "peft.safetensors")
+    with pytest.raises(ModelError, match="no adapter 'x' is loaded; there are peft"):
+        pipe.set_adapters("x")
+    with pytest.raises(ConfigError, match="2 weights for 1 adapters"):
+        pipe.set_adapters("peft", [1.0, 2.0])
+
+
+# learnt words
+
+
+@FAMILIES
+@pytest.mark.parametrize("count", [1, 3])
+def test_learnt_words(folders, family, count, tmp_path):
+    """The word's vectors are read in its place, all of them; other prompts read as before."""
+    pipe = load(folders[family])
+    generator = torch.Generator().manual_seed(0)
+    vectors = [
+        torch.randn(count, stable_diffusion.width(name, True), generator=generator)
+        for name in stable_diffusion.encoders(family)
+    ]
+    names = ["<castle>"] if family == "1" else ["clip_l", "clip_g"]
+    file = tmp_path / ("learned_embeds.safetensors" if family == "1" else "<castle>.safetensors")
+    save_file(dict(zip(names, vectors, strict=True)), file)
+    before = pipe.text_encoder.context(PROMPT)
+    assert pipe.load_textual_inversion(file) == ["<castle>"]
+    after = pipe.text_encoder.context(PROMPT)
+    assert torch.equal(before.tokens, after.tokens)
+    if family == "XL":
+        assert torch.equal(before.pooled, after.pooled)
+    assert pipe.text_encoder.read("a <castle> here").tokens == 4 + count
+    for encoder, own in zip(pipe.text_encoder.encoders, vectors, strict=True):
+        (chunk,) = encoder._chunks("a <castle> here", Style())
+        read = encoder.model.get_input_embeddings().weight[chunk.ids]
+        torch.testing.assert_close(read[1 : 1 + count], own)
+    pipe.save_pretrained(tmp_path / "model")
+    again = load(tmp_path / "model")
+    torch.testing.assert_close(
+        again.text_encoder.context("a <castle> here").tokens, pipe.text_encoder.context("a <castle> here").tokens
+    )
+
+
+def test_a1111_s_embeddings(folders, tmp_path):
+    save_file({"emb_params": torch.ones(2, 64)}, tmp_path / "ink.safetensors")
+    pipe = load(folders["1"])
+    assert pipe.load_textual_inversion(tmp_path / "ink.safetensors", token="<ink>") == ["<ink>"]
+    assert pipe.text_encoder.read("<ink>").tokens == 4
+    assert pipe.extras.sources["embedding <ink>"].word == "<ink>"
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"<a>": torch.ones(63)}, "has vectors of 63, this model's have 64"),
+        ({"castle</w>": torch.ones(64)}, "is known already"),
+        ({}, "there is nothing in it|cannot load"),
+    ],
+)
+def test_words_that_do_not_fit(folders, tmp_path, state, message):
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=message):
+        load(folders["1"]).load_textual_inversion(tmp_path / "x.safetensors")
+
+
+def test_two_encoders_need_two_embeddings(folders, tmp_path):
+    save_file({"<a>": torch.ones(64)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="two text encoders need embeddings clip_l and clip_g"):
+        load(folders["XL"]).load_textual_inversion(tmp_path / "x.safetensors")
