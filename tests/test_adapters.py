@@ -287,9 +287,9 @@ def test_nothing_matched_is_an_error(folders, files, tmp_path):
     save_file({"something.else": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="nothing in it is of this model"):
         load(folders["1"]).load_lora_weights(tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match="the adapter is of another model|nothing in it"):
+    with pytest.raises(ModelError, match=r"the adapter is of another model|nothing in it"):
         load(folders["1"]).load_lora_weights(files["XL"] / "peft.safetensors")
-    with pytest.raises(ModelError, match="the adapter is of another model|nothing in it"):
+    with pytest.raises(ModelError, match=r"the adapter is of another model|nothing in it"):
         load(folders["XL"]).load_lora_weights(files["1"] / "kohya.safetensors")
 
 

@@ -188,6 +188,18 @@ def test_steered_toward_an_observation(observed):
     np.testing.assert_allclose(steered(x, level), exact, rtol=1e-9)
 
 
+@pytest.mark.parametrize("library", [np, torch])
+def test_steered_no_further_than_the_radius(library):
+    """Root mean square of the change of each picture; a smaller change is left as it is."""
+    gradient = library.ones((2, 4, 5, 5))
+    gradient[1] *= 0.01
+    x = library.zeros((2, 4, 5, 5))
+    level = SD.level(999)
+    moved = guidance.toward(lambda x, level: x, lambda x0: gradient, 1.0, radius=0.05)(x, level)
+    found = [float((picture**2).mean()) ** 0.5 for picture in moved]
+    assert found == pytest.approx([0.05, 0.01 * level.sigma**2], rel=1e-5)
+
+
 def test_what_is_kept_walks_the_closed_form():
     """Started from alpha known + sigma noise, every level of a deterministic walk is the same mixture there; elsewhere
     it is what it is without."""

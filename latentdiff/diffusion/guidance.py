@@ -128,16 +128,23 @@ def within(guided: Denoiser, plain: Denoiser, lowest: float = -math.inf, highest
     return denoise
 
 
-def toward(denoise: Denoiser, gradient: Callable[[Array], Array], scale: float) -> Denoiser:
+def toward(
+    denoise: Denoiser, gradient: Callable[[Array], Array], scale: float, *, radius: float = math.inf
+) -> Denoiser:
     """x0 + scale sigma^2 gradient(x0), for the gradient in x0 of the log-probability of what is wanted.
 
     Bayes' rule for the posterior mean: E[x0 | x_t, y] = E[x0 | x_t] + Cov[x0 | x_t] grad log p(y | x0) for a Gaussian
-    posterior, whose variance is sigma^2 for data of unit variance (Song et al. 2023, PiGDM, section 3.2).
+    posterior, whose variance is sigma^2 for data of unit variance (Song et al. 2023, PiGDM, section 3.2). A gradient
+    is to be trusted only near x0: no picture is moved further than `radius`, root mean square over its values.
     """
 
     def steered(x: Array, level: NoiseLevel) -> Array:
         x0 = denoise(x, level)
-        return x0 + scale * level.sigma**2 * gradient(x0)
+        change = scale * level.sigma**2 * gradient(x0)
+        if math.isfinite(radius):
+            excess = _lengths(change) / (radius * (x0.reshape(len(x), -1).shape[1]) ** 0.5)
+            change = change / _each(excess.clip(1, math.inf), x)
+        return x0 + change
 
     return steered
 

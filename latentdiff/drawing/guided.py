@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from latentdiff.models.unet import UNet
 
 
+TRUSTED = 0.05  # how far CLIP's gradient moves unit-variance latents in a step; unbounded, it draws for CLIP alone
+
+
 @dataclass(frozen=True)
 class Helpers:
     """What guidance may need beside the network: a weaker denoiser, and the gradient of a score of x0."""
@@ -63,7 +66,7 @@ def guided(unet: UNet, prediction: str, texts: Texts, asked: Request, start: Sta
     if asked.threshold is not None:
         drawn = guidance.thresholded(drawn, cond, asked.threshold)
     if helpers.gradient is not None:
-        drawn = guidance.toward(drawn, helpers.gradient, asked.clip_guidance_scale)
+        drawn = guidance.toward(drawn, helpers.gradient, asked.clip_guidance_scale, radius=TRUSTED)
     if asked.guidance_interval:
         drawn = guidance.within(drawn, plain, *asked.guidance_interval)
     if start.mask is not None and start.extra is None:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from latentdiff.errors import ModelError
 from latentdiff.models.adapter_file import Adapter, Layer, Networks
 
-
 _PREFIX = "adapter_"  # PEFT keeps them as attributes, which cannot be called "half" or "to"
 
 

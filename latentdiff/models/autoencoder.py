@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from latentdiff.models.folder import let_others_read
 
+SMALLEST_TILE = 512  # pixels; diffusers takes the size a model was trained for, which may be tiny
+
 
 class Autoencoder(nn.Module):
     """images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H/f, W/f) of about unit variance."""
@@ -28,6 +30,8 @@ class Autoencoder(nn.Module):
         self.latent_channels, self.image_channels = int(vae.config.latent_channels), int(vae.config.out_channels)
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.shift_factor or 0.0)
+        vae.tile_sample_min_size = max(int(vae.config.sample_size), SMALLEST_TILE)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // self.factor
 
     @classmethod
     def create(

@@ -120,7 +120,8 @@ class TextEncoder(nn.Module):
     def _ids(self, found: Sequence[Chunk]) -> Tensor:
         start, end, pad = (self.tokenizer.convert_tokens_to_ids(t) for t in (START, END, self.tokenizer.pad_token))
         rows = [[start, *chunk.ids, end] + [pad] * (self.max_length - 2 - len(chunk.ids)) for chunk in found]
-        return torch.tensor(rows, device=self.model.device)
+        place = self.model.device
+        return torch.tensor(rows, device="cpu" if place.type == "meta" else place)  # offloaded layers fetch their input
 
     def _chunks(self, prompt: str, style: Style) -> list[Chunk]:
         return chunks(prompt, style, self._ids_of, self.max_length - 2)

@@ -23,7 +23,9 @@ def chosen_scenes(count: int, seed: int) -> list[scenes.Scene]:
     return [scene for category in scenes.CATEGORIES for scene in evaluation_scenes(category, each, seed)][:count]
 
 
-def measure(pipe: LatentDiffusionPipeline, chosen: list[scenes.Scene], seed: int, **settings: object) -> dict[str, float]:
+def measure(
+    pipe: LatentDiffusionPipeline, chosen: list[scenes.Scene], seed: int, **settings: object
+) -> dict[str, float]:
     """CLIP's cosine with its error over pictures, the share read right with its own, seconds a picture."""
     start = time.perf_counter()
     prompts = [scene.caption for scene in chosen]

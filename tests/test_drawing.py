@@ -1,0 +1,473 @@
+"""The ways of asking, on a model that is trained in a minute: what is kept, what is drawn, what is refused."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.diffusion import noise
+from latentdiff.drawing.canvas import Margins, canvas
+from latentdiff.drawing.job import Job, jobs_of
+from latentdiff.drawing.start import turned
+from latentdiff.errors import ConfigError, NonFiniteError
+from latentdiff.images import to_uint8
+from latentdiff.models.clip import Clip
+from latentdiff.models.weights import load_unet
+
+from . import stable_diffusion
+
+PROMPT = "a red circle above a blue square"
+QUICK = {"num_inference_steps": 4, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """A picture with no flat part, 96 wide and 64 high."""
+    return np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    marked = np.zeros((64, 96), np.uint8)
+    marked[8:40, 16:48] = 255
+    return marked
+
+
+@pytest.fixture(scope="module")
+def inpainter(pipe, tiny_model):
+    """A network of nine channels around the same autoencoder."""
+    torch.manual_seed(0)
+    unet = load_unet(tiny_model)
+    old = unet.model.conv_in
+    unet.model.conv_in = torch.nn.Conv2d(9, old.out_channels, 3, padding=1)
+    unet.model.register_to_config(in_channels=9)
+    return LatentDiffusionPipeline(
+        pipe.autoencoder, pipe.text_encoder, unet.eval(), pipe.schedule, pipe.prediction, pipe.card
+    )
+
+
+def drawn(pipe, **settings):
+    return pipe(PROMPT, output_type="np", **QUICK | settings).images
+
+
+# from a picture
+
+
+def test_strength_is_how_much_is_drawn_over(pipe, photo):
+    """Nearer to the given picture the less; what is left of it is what the autoencoder leaves."""
+    kept = pipe.reconstruct(photo[None])[0].astype(int)
+    settings = {"image": photo, "num_inference_steps": 20, "guidance_scale": 1.0}
+    apart = [np.abs(drawn(pipe, strength=strength, **settings)[0] - kept).mean() for strength in (0.05, 0.3, 1.0)]
+    assert apart[0] < apart[1] < apart[2]
+    assert pipe(PROMPT, image=photo, num_inference_steps=7, strength=0.5).metadata[0].steps == (3,)
+    with pytest.raises(ConfigError, match=r"strength 0.1 of 4 steps is not one step"):
+        drawn(pipe, image=photo, strength=0.1)
+    with pytest.raises(ConfigError, match="strength is of a given image"):
+        drawn(pipe, strength=0.5)
+
+
+def test_the_start_is_the_closed_form(pipe, photo):
+    """alpha x0 + sigma noise, x0 the posterior's mean, the noise that of the seed."""
+    level = pipe.schedule.levels(4, "trailing")[2]
+    known = pipe.encode(photo[None])
+    own = torch.from_numpy(noise.normal((4, 32, 48), 1, "initial latents"))
+    from latentdiff.drawing.passes import NOTHING, _draw, _first
+
+    asked = pipe.request(PROMPT, strength=0.5, **QUICK)
+    jobs = jobs_of(asked, pipe.canvas(asked, photo))
+    start = _first(pipe, jobs, _draw(pipe, jobs, (64, 96), NOTHING), NOTHING)
+    torch.testing.assert_close(start.x, level.alpha * known + level.sigma * own)
+    assert len(start.levels) == 3
+
+
+@pytest.mark.parametrize("size", [(64, 96), (61, 90), (100, 70)])
+def test_a_picture_keeps_its_size(pipe, size):
+    """Of sides that cannot be drawn the edge is padded and cut off again."""
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
+    out = pipe(PROMPT, image=image, strength=0.5, output_type="np", **QUICK)
+    assert out.images.shape == (1, *size, 3)
+    assert (out.metadata[0].height, out.metadata[0].width) == size
+
+
+def test_a_picture_may_be_resized(pipe, photo):
+    assert drawn(pipe, image=photo, strength=0.5, width=64, height=80).shape == (1, 80, 64, 3)
+
+
+# inpainting
+
+
+@pytest.mark.parametrize("kind", ["plain", "inpainter"])
+@pytest.mark.parametrize("shape", [(64, 96), (61, 90)])
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_what_is_not_masked_keeps_its_bits(pipe, inpainter, photo, mask, kind, shape, output_type):
+    model = pipe if kind == "plain" else inpainter
+    image, marked = photo[: shape[0], : shape[1]], mask[: shape[0], : shape[1]]
+    settings = {"image": image, "mask_image": Image.fromarray(marked), "output_type": output_type}
+    images = model(PROMPT, num_images_per_prompt=2, **QUICK, **settings).images
+    pictures = to_uint8(images) if output_type == "pt" else [np.asarray(picture) for picture in images]
+    for picture in pictures:
+        assert np.array_equal(picture[marked == 0], image[marked == 0])
+        assert (picture[marked == 255] != image[marked == 255]).mean() > 0.5
+
+
+def test_what_is_kept_steers_what_is_drawn(pipe, photo, mask):
+    """Another picture around the same mask: something else is drawn within it."""
+    other = 255 - photo
+    first, second = (drawn(pipe, image=image, mask_image=mask)[0] for image in (photo, other))
+    assert (first[mask == 255] != second[mask == 255]).mean() > 0.2
+
+
+def test_nine_channels(inpainter, photo, mask, monkeypatch):
+    """The network reads latents, the mask, and the latents of the picture that is grey where it is masked."""
+    seen = []
+    forward = inpainter.unet.model.forward
+    monkeypatch.setattr(inpainter.unet.model, "forward", lambda x, *a, **k: (seen.append(x), forward(x, *a, **k))[1])
+    drawn(inpainter, image=photo, mask_image=mask, guidance_scale=1.0)
+    read = seen[0][0]
+    assert read.shape == (9, 32, 48)
+    small = mask[::2, ::2] == 255
+    np.testing.assert_array_equal(read[4].numpy() == 1, small)
+    hidden = np.where(mask[..., None] == 255, 127.5, photo) / 127.5 - 1
+    expected = inpainter.encode_images(torch.from_numpy(hidden).permute(2, 0, 1)[None].float())
+    torch.testing.assert_close(read[5:], expected[0])
+    seen.clear()
+    drawn(inpainter, guidance_scale=1.0)
+    assert (seen[0][0, 4] == 1).all(), "without a mask everything is drawn"
+
+
+def test_masks_reach_every_latent_they_touch(pipe, photo):
+    """A mask of one pixel: the latent above it is drawn, and the pixel with it."""
+    marked = np.zeros((64, 96), bool)
+    marked[33, 51] = True
+    picture = drawn(pipe, image=photo, mask_image=marked)[0]
+    assert (picture != photo).any(-1).sum() <= 1
+    assert np.array_equal(picture[~marked], photo[~marked])
+
+
+def test_outpainting(pipe, photo):
+    """More on each side, the middle unchanged."""
+    picture = drawn(pipe, image=photo, outpaint=(8, 16, 24, 3))[0]
+    assert picture.shape == (64 + 19, 96 + 32, 3)
+    np.testing.assert_array_equal(picture[16 : 16 + 64, 8 : 8 + 96], photo)
+    around = np.ones(picture.shape[:2], bool)
+    around[16 : 16 + 64, 8 : 8 + 96] = False
+    edge = np.pad(photo, ((16, 3), (8, 24), (0, 0)), mode="edge")
+    assert (picture[around] != edge[around]).any(-1).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_image": np.zeros((64, 96), np.uint8)}, "the mask has no white"),
+        ({"mask_image": np.full((64, 64), 255, np.uint8)}, "mask_image must be a picture of the image's size, 96x64"),
+        ({"image": None, "mask_image": np.full((64, 96), 255, np.uint8)}, "needs an image"),
+        ({"image": None, "outpaint": (8, 8, 8, 8)}, "needs an image"),
+        ({"image": np.zeros((64, 96, 3))}, r"image must be a PIL image or uint8 \(H, W, 3\) \(got ndarray, float64"),
+        ({"image": "photo.png"}, "image must be a PIL image"),
+        ({"image": Image.new("F", (96, 64))}, "image: colour mode F"),
+        ({"image": Image.new("RGB", (5000, 64))}, "width must be a multiple of 8 from 64 to 2048"),
+        ({"image": Image.new("RGB", (96, 20))}, "height must be a multiple of 8 from 64 to 2048"),
+        ({"outpaint": (1, 2, 3)}, "outpaint is pixels on the left, top, right and bottom"),
+        ({"outpaint": (0, 0, 0, 4096)}, "outpaint is pixels on the left, top, right and bottom"),
+        ({"hires_scale": 2.0}, "hires_scale is of pictures from noise"),
+    ],
+    ids=str,
+)
+def test_refused_pictures(pipe, photo, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        drawn(pipe, **{"image": photo} | settings)
+
+
+def test_transparency_and_orientation(pipe):
+    """As data sets have them: on white, upright."""
+    image = Image.new("RGBA", (80, 64), (255, 0, 0, 0))
+    np.testing.assert_array_equal(canvas(image, multiple=8).pixels, np.full((64, 80, 3), 255, np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned_image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
+    turned_image.getexif().update(exif)
+    assert canvas(turned_image, multiple=8).size == (96, 64)
+
+
+def test_canvases_say_which_picture_they_were(photo, mask):
+    made = canvas(photo, mask, multiple=8, margins=Margins(8), names=("a.png", None))
+    assert made.record() == {"image": "a.png", "mask": None, "outpaint": (8, 0, 0, 0), "sha256": made.hash}
+    others = [canvas(photo, multiple=8), canvas(photo, mask, multiple=8), canvas(photo[::-1], mask, multiple=8)]
+    assert len({made.hash, *(other.hash for other in others)}) == 4
+
+
+# two passes, variations, batches
+
+
+def test_hires_is_two_passes(pipe, monkeypatch):
+    """The second starts from the first's picture, enlarged; the steps of both are yielded and counted."""
+    asked = {"num_inference_steps": 10, "seed": 1, "hires_scale": 1.5, "hires_strength": 0.1}
+    steps = list(pipe.stream(PROMPT, **asked))
+    assert [step.number for step in steps] == [*range(1, 11), 1]
+    out = pipe(PROMPT, output_type="np", **asked)
+    assert out.images.shape == (1, 96, 96, 3)
+    assert (out.metadata[0].width, out.metadata[0].steps) == (96, (10, 1))
+    encoded = []
+    encode = pipe.encode
+    monkeypatch.setattr(pipe, "encode", lambda pictures: (encoded.append(pictures), encode(pictures))[1])
+    pipe(PROMPT, **asked)
+    plain = pipe(PROMPT, num_inference_steps=10, seed=1).images[0]
+    np.testing.assert_array_equal(encoded[0][0], np.asarray(plain.resize((96, 96), Image.Resampling.LANCZOS)))
+    with pytest.raises(ConfigError, match="height after hires_scale must be a multiple of 8 from 64 to 2048"):
+        pipe(PROMPT, hires_scale=8.0, width=1024, height=1024)
+
+
+def test_turned_noise():
+    """Lengths are kept, a share of 0 and 1 are the ends, half way is as near to both."""
+    a, b = (noise.normal((4, 16, 16), seed, "test") for seed in (1, 2))
+    np.testing.assert_allclose(turned(a, b, 0.0), a, atol=1e-6)
+    np.testing.assert_allclose(turned(a, b, 1.0), b, atol=1e-6)
+    half = turned(a, b, 0.5)
+    assert np.linalg.norm(half - a) == pytest.approx(np.linalg.norm(half - b), rel=0.05)
+    assert np.linalg.norm(half) == pytest.approx(np.linalg.norm(a), rel=0.05)
+    np.testing.assert_array_equal(turned(a, a, 0.3), a)
+
+
+def test_variations_of_one_picture(pipe):
+    """All of the seed's picture, the nearer the less strength; strength 0 is it."""
+    base = drawn(pipe)
+    none = drawn(pipe, variation_seed=9)
+    assert np.abs(none.astype(int) - base).max() <= 1
+    small, large = (
+        drawn(pipe, variation_seed=9, variation_strength=share, num_images_per_prompt=2) for share in (0.1, 0.8)
+    )
+    for one in (0, 1):
+        assert np.abs(small[one] - base[0].astype(int)).mean() < np.abs(large[one] - base[0].astype(int)).mean()
+    assert (small[0] != small[1]).any()
+    with pytest.raises(ConfigError, match="variation_strength needs a variation_seed"):
+        drawn(pipe, variation_strength=0.5)
+
+
+def test_batches_are_of_what_is_alike(pipe, photo):
+    """Other settings, sizes, pictures or lengths of prompts are other batches, in order."""
+    plain = pipe.request(PROMPT, **QUICK, num_images=3, batch_size=2)
+    long = pipe.request("red " * 50, seed=4)
+    large = pipe.request(PROMPT, seed=5, width=96)
+    given = pipe.request(PROMPT, seed=6)
+    jobs = [*jobs_of(plain), *jobs_of(long), *jobs_of(large), *jobs_of(given, pipe.canvas(given, photo))]
+    assert [[job.seed for job in batch] for batch in pipe.grouped(jobs)] == [[1, 2], [3], [4], [5], [6]]
+
+
+def test_a_long_prompt_does_not_change_its_neighbours(pipe):
+    """The picture of a short prompt is the same beside a long one."""
+    alone = pipe(PROMPT, output_type="latent", **QUICK).images
+    beside = pipe([PROMPT, "red " * 50], output_type="latent", **QUICK).images
+    assert torch.equal(alone[0], beside[0])
+
+
+def test_generators(pipe):
+    """torch's, one for each picture or one for all; and not to be mistaken for a seed in the record."""
+    seeded = partial(torch.Generator().manual_seed)
+    out = pipe(PROMPT, num_images_per_prompt=2, generator=[seeded(1), torch.Generator().manual_seed(2)], **QUICK)
+    assert out.metadata[0].own_noise
+    first = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(2))
+    same = pipe(PROMPT, latents=first[None], output_type="np", **QUICK).images[0]
+    assert np.abs(np.asarray(out.images[1]).astype(int) - same).max() <= 1
+    with pytest.raises(ConfigError, match="3 generators for 2 pictures"):
+        pipe(PROMPT, num_images_per_prompt=2, generator=[seeded(1)] * 3, **QUICK)
+    with pytest.raises(ConfigError, match=r"generator must be a torch.Generator"):
+        pipe(PROMPT, generator=3, **QUICK)
+
+
+# guidance
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 50.0, "guidance_rescale": 0.7},
+        {"threshold": 0.9},
+        {"apg": True, "apg_eta": 0.5, "apg_norm": 2.0, "apg_momentum": -0.5},
+        {"pag_scale": 3.0},
+        {"guidance_scale": 1.0, "pag_scale": 3.0},
+        {"pag_scale": 2.0, "guidance_rescale": 0.5, "threshold": 0.99, "guidance_interval": (-3.0, 3.0)},
+    ],
+    ids=str,
+)
+def test_each_guidance_changes_the_picture_and_not_its_neighbours(pipe, settings):
+    asked = {"num_images_per_prompt": 2, "output_type": "latent", **QUICK, "guidance_scale": 4.0} | settings
+    plain = pipe(PROMPT, output_type="latent", **QUICK, guidance_scale=asked["guidance_scale"]).images
+    together = pipe(PROMPT, **asked).images
+    alone = pipe(PROMPT, **asked | {"num_images_per_prompt": 1, "seed": 2}).images
+    assert torch.isfinite(together).all()
+    assert (together[:1] - plain).abs().max() > 1e-4
+    torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_perturbed_attention_is_the_identity(pipe):
+    """With the middle block's self-attention maps set to the identity by hand: values, projected."""
+    x, context = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)), torch.randn(2, 5, 32)
+    context = torch.randn(2, 32, pipe.unet.model.config.cross_attention_dim)
+    found = pipe.unet.perturbed(x, 10.0, context)
+    attentions = [
+        module
+        for name, module in pipe.unet.model.named_modules()
+        if name.startswith("mid_block") and name.endswith("attn1")
+    ]
+    assert attentions
+    before = [module.forward for module in attentions]
+    for module in attentions:
+        module.forward = lambda hidden, *_, module=module, **__: module.to_out[0](module.to_v(hidden))
+    try:
+        expected = pipe.unet(x, 10.0, context)
+    finally:
+        for module, forward in zip(attentions, before, strict=True):
+            module.forward = forward
+    assert torch.equal(found, expected)
+    assert not torch.equal(pipe.unet(x, 10.0, context), expected), "and afterwards attention is its own again"
+
+
+def test_autoguidance(pipe, tiny_model):
+    """By itself it changes nothing; a weaker one that says zero pushes away from zero."""
+    pipe.load_weaker(tiny_model)
+    try:
+        plain, guided = (
+            pipe(PROMPT, output_type="latent", guidance_scale=1.0, autoguidance_scale=scale, **QUICK).images
+            for scale in (1.0, 3.0)
+        )
+        torch.testing.assert_close(plain, guided, rtol=1e-3, atol=1e-3)
+        worse = pipe.extras.weaker.unet
+        for parameter in worse.parameters():
+            parameter.data.mul_(0.9)
+        other = pipe(PROMPT, output_type="latent", guidance_scale=1.0, autoguidance_scale=3.0, **QUICK).images
+        assert (other - plain).abs().max() > 1e-2
+        assert "weaker" in pipe.extras.sources
+    finally:
+        pipe.extras.weaker = None
+        del pipe.extras.sources["weaker"]
+    with pytest.raises(ConfigError, match="autoguidance_scale needs a weaker model"):
+        drawn(pipe, autoguidance_scale=2.0)
+
+
+def test_the_gradient_of_clip_is_that_of_its_score(pipe):
+    """Against finite differences of temperature times cosine, along a random direction."""
+    pipe.load_clip()
+    scorer = pipe.extras.scorer
+    temperature = float(scorer.clip.towers.logit_scale.exp())
+    latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    towards = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    gradient = scorer.gradient([PROMPT, "a green star"], pipe.differentiable_decode)(latents)
+
+    def score(step):
+        with torch.no_grad():
+            images = pipe.differentiable_decode(latents + step * towards)
+            return temperature * scorer.score([PROMPT, "a green star"], images).double()
+
+    slope = (score(1e-2) - score(-1e-2)) / 2e-2
+    torch.testing.assert_close((gradient * towards).sum((1, 2, 3)).double(), slope, rtol=0.02, atol=1e-3)
+    assert not gradient.requires_grad
+
+
+def test_clip_of_ones_own(pipe, tmp_path):
+    """A whole model in open_clip's format scores as open_clip itself does."""
+    import json
+
+    import open_clip
+    from safetensors.torch import save_file
+
+    from latentdiff.models.scorer import load_scorer
+
+    settings = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
+    }
+    settings["text_cfg"] = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    theirs = open_clip.model.CLIP(**settings).eval()
+    save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.48, 0.45, 0.4], "std": [0.26, 0.26, 0.27]}
+    config = {"model_cfg": settings, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    prompts = ["a red circle", "blue"]
+    transform = open_clip.image_transform(32, is_train=False, **preprocess)
+    with torch.no_grad():
+        images = torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
+        ids = open_clip.SimpleTokenizer(context_length=77)(prompts)
+        expected = (theirs.encode_image(images, True) * theirs.encode_text(ids, True)).sum(-1)
+    from latentdiff.images import to_images
+
+    found = load_scorer(tmp_path).score(prompts, to_images(pictures))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(load_scorer(tmp_path).clip, Clip)
+
+
+def test_a_model_without_clip_says_so(tmp_path):
+    stable_diffusion.pipeline("1").save_pretrained(tmp_path / "model")
+    other = LatentDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    with pytest.raises(ConfigError, match="has no CLIP of its own"):
+        other(PROMPT, clip_guidance_scale=1.0)
+
+
+# memory
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_offloaded_networks_draw_the_same(tiny_model, pipe, layers):
+    """The CPU stands for the device: accelerate's hooks move networks, or layers, and change no bit."""
+    other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu").offload("cpu", layers=layers)
+    if layers:
+        assert next(other.unet.parameters()).device.type == "meta"
+    settings = {"image": np.zeros((64, 64, 3), np.uint8), "strength": 0.9}
+    np.testing.assert_array_equal(drawn(other), drawn(pipe))
+    np.testing.assert_array_equal(drawn(other, **settings), drawn(pipe, **settings))
+
+
+@pytest.mark.parametrize("pieces", [{"vae_tiling": True}, {"vae_slicing": True}])
+def test_in_pieces(pipe, pieces):
+    """Slices are the same picture, and so are tiles where a picture is no larger than one."""
+    whole, again = (drawn(pipe, num_images_per_prompt=2, **more) for more in ({}, pieces))
+    assert np.abs(whole.astype(int) - again).max() <= 1
+
+
+def test_tiles_of_a_large_picture(pipe, monkeypatch):
+    """Blended where they overlap: near to the whole, and it is tiles that are decoded."""
+    vae = pipe.autoencoder.vae
+    monkeypatch.setattr(vae, "tile_sample_min_size", 64)
+    monkeypatch.setattr(vae, "tile_latent_min_size", 32)
+    whole, tiled = (drawn(pipe, width=128, height=128, vae_tiling=tiling).astype(int) for tiling in (False, True))
+    assert 0 < np.abs(whole - tiled).mean() < 8
+
+
+def test_a_half_precision_autoencoder_that_overflows(tiny_model):
+    """float16 gives NaN: again in float32, and said; the weights are float16 as before, to the bit."""
+    other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", torch_dtype=torch.bfloat16)
+    other.autoencoder.to(torch.float16)
+    vae = other.autoencoder.vae
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(300.0)
+        vae.decoder.conv_in.bias.mul_(300.0)
+        vae.decoder.mid_block.resnets[0].conv1.weight.mul_(200.0)
+        vae.decoder.conv_norm_out.weight.mul_(60_000.0)
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    out = other(PROMPT, output_type="pt", **QUICK)
+    assert torch.isfinite(out.images).all()
+    assert out.notes == ["the autoencoder gave non-finite numbers in float16; decoded in float32 instead"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        other(PROMPT, **QUICK)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_nearly_the_same(tiny_model, pipe, dtype):
+    other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", torch_dtype=dtype)
+    assert np.abs(drawn(other).astype(int) - drawn(pipe)).mean() < 6
+
+
+def test_jobs_count_seeds_on():
+    from latentdiff.request import request
+
+    asked = request(prompt=PROMPT, seed=5, num_images=3)
+    assert [job.seed for job in jobs_of(asked)] == [5, 6, 7]
+    assert Job(asked, 1).settings == Job(request(prompt="other", seed=9), 0).settings

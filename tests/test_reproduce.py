@@ -1,0 +1,248 @@
+"""Pictures made again from what they say of themselves, and records that are not to be believed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.cli.pictures import encoded
+from latentdiff.errors import ConfigError, DataError, ModelError
+from latentdiff.extras import load_adapter, networks_of
+from latentdiff.metadata import read_metadata
+from latentdiff.reproduce import Likeness, reproduce
+
+PROMPT = "a red circle above a blue square"
+QUICK = {"num_inference_steps": 3, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    """A folder with a model, pictures and an adapter, as a user would have it."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "models").mkdir()
+    shutil.copytree(tiny_model, folder / "models" / "tiny")
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, (64, 96, 3), np.uint8)).save(folder / "photo.png")
+    mask = np.zeros((64, 96), np.uint8)
+    mask[8:40, 16:48] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    networks = networks_of(LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu"))
+    name = next(n for n, _ in networks["unet"].named_modules() if n.endswith("attn2.to_q"))
+    wide = networks["unet"].get_submodule(name).weight.shape
+    seeded = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, wide[1], generator=seeded), torch.randn(wide[0], 2, generator=seeded)
+    state = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    save_file(state, folder / "ink.safetensors")
+    save_file({"<ink>": torch.randn(2, 32, generator=seeded)}, folder / "word.safetensors")
+    return folder
+
+
+COMMANDS = {  # how a picture is asked for, on the command line
+    "text": [],
+    "batch": ["-N", 3],
+    "batches": ["-N", 3, "--batch-size", 2],
+    "negative": ["-n", "green", "--cfg", 5],
+    "sampler": ["--sampler", "dpmpp_2m_sde", "--spacing", "karras"],
+    "eta": ["--eta", 0.5],
+    "size": ["--size", "96x64"],
+    "image": ["-i", "photo.png", "--strength", 0.7],
+    "mask": ["-i", "photo.png", "--mask", "mask.png"],
+    "outpaint": ["-i", "photo.png", "--outpaint", "8,0,3,16"],
+    "lora": ["--lora", "ink.safetensors:0.5"],
+    "words": ["--embedding", "word.safetensors"],
+    "hires": ["--hires-scale", 1.5],
+    "variation": ["--set", "variation_seed=7", "--set", "variation_strength=0.3", "-N", 2],
+    "clip": ["--clip-guidance-scale", 3],
+    "apg": ["--set", "apg=true", "--set", "apg_norm=3.0", "--cfg", 5],
+    "pag": ["--set", "pag_scale=2"],
+    "interval": ["--set", "guidance_interval=[-3, 3]", "--guidance-rescale", 0.5],
+    "weaker": ["--weaker", "models/tiny", "--set", "autoguidance_scale=2"],
+    "long": [],
+    "bfloat16": ["--dtype", "bfloat16"],
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(place, tiny_model):
+    """One picture or more of each kind, from the command line in one process."""
+    import os
+    import sys
+    from pathlib import Path
+    from unittest import mock
+
+    from latentdiff.cli import main
+
+    here = Path.cwd()
+    os.chdir(place)
+    try:
+        for name, words in COMMANDS.items():
+            prompt = "a (red:1.3) <ink> circle " + "and more " * (20 if name == "long" else 1)
+            asked = ["generate", prompt, "-m", "models/tiny", "--steps", 3, "-s", 1, "-o", f"out/{name}", *words]
+            with mock.patch.object(sys, "argv", ["latentdiff", *map(str, asked)]), pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == 0, name
+    finally:
+        os.chdir(here)
+    return {path.relative_to(place / "out"): path for path in sorted((place / "out").rglob("*.png"))}
+
+
+def test_every_kind_of_picture_is_made_again(pictures, place, monkeypatch):
+    """To the bit, in the folder where they were made."""
+    monkeypatch.chdir(place)
+    likes = {name: reproduce(path)[1] for name, path in pictures.items()}
+    print(f"{sum(like.equal for like in likes.values())} of {len(likes)} reproduced bitwise equal")
+    assert len(likes) == len(COMMANDS) + 5
+    assert {name: str(like) for name, like in likes.items() if not like.equal} == {}
+
+
+def test_no_place_of_its_maker_is_told(pictures, place):
+    for path in pictures.values():
+        assert str(place).encode() not in path.read_bytes()
+
+
+def test_from_elsewhere(pictures, place, tmp_path, monkeypatch):
+    """What is not beside the picture is named by the user; what has another content is not taken."""
+    monkeypatch.chdir(tmp_path)
+    (picture,) = (path for name, path in pictures.items() if name.parts[0] == "mask")
+    alone = shutil.copy(picture, tmp_path / "alone.png")
+    with pytest.raises(ConfigError, match=r"its model scenes-tiny is not at 'models/tiny' here"):
+        reproduce(alone)
+    model = place / "models" / "tiny"
+    with pytest.raises(ConfigError, match=r"photo.png is not here"):
+        reproduce(alone, model)
+    assert reproduce(alone, model, [place])[1].equal
+    assert reproduce(alone, model, [place / "photo.png", place / "mask.png"])[1].equal
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (96, 64)).save(tmp_path / "other" / "photo.png")
+    with pytest.raises(DataError, match=r"photo.png or its mask is another picture now"):
+        reproduce(alone, model, [tmp_path / "other", place])
+
+
+def test_another_model_or_adapter(pictures, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    (picture,) = (path for name, path in pictures.items() if name.parts[0] == "lora")
+    with pytest.raises(ModelError, match="another model: scenes-64"):
+        reproduce(picture, LatentDiffusionPipeline.from_pretrained(device="cpu").card.folder)
+    (tmp_path / "other").mkdir()
+    wide = json.loads((place / "models/tiny/unet/config.json").read_text())["block_out_channels"][0]
+    state = {
+        "unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(wide, 1, 1, 1),
+    }
+    save_file(state, tmp_path / "other" / "ink.safetensors")
+    with pytest.raises(ModelError, match=r"ink.safetensors is another file now"):
+        reproduce(picture, None, [tmp_path / "other"])
+
+
+def test_likeness_is_told():
+    assert str(Likeness(0, 12288, 0, float("inf"), {})) == "equal: all 12,288 values"
+    versions = {"torch": ("2.14.0", "2.15.0"), "numpy": ("2", "2")}
+    assert str(Likeness(34, 12288, 2, 58.21, versions)) == (
+        "not equal: 34 of 12,288 values differ, by at most 2 of 255 (PSNR 58.2 dB); "
+        "drawn with other versions: torch 2.14.0 -> 2.15.0"
+    )
+
+
+def test_a_picture_that_was_changed(pictures, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    (picture,) = (path for name, path in pictures.items() if name.parts[0] == "text")
+    with Image.open(picture) as image:
+        pixels, record = np.array(image), image.info["latentdiff"]
+    pixels[5, 7, 1] ^= 8
+    info = PngInfo()
+    info.add_itxt("latentdiff", record)
+    Image.fromarray(pixels).save(tmp_path / "changed.png", pnginfo=info)
+    like = reproduce(tmp_path / "changed.png", "models/tiny")[1]
+    assert (like.differing, like.largest) == (1, 8)
+    assert like.psnr == pytest.approx(10 * np.log10(255**2 * pixels.size / 64))
+
+
+def forged(path, place, **changes):
+    """A picture with a record that was tampered with."""
+    tree = read_metadata(next((place / "out" / "text").glob("*.png")))["latentdiff"]
+    for key, value in changes.items():
+        target, names = tree, key.split("__")
+        for name in names[:-1]:
+            target = target[name]
+        target[names[-1]] = value
+    info = PngInfo()
+    info.add_itxt("latentdiff", json.dumps(tree))
+    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"request__width": 10**9}, ConfigError, "width must be a multiple"),
+        ({"request__num_inference_steps": 10**6}, DataError, "num_inference_steps"),
+        ({"request__num_images": 10**9}, DataError, "num_images"),
+        ({"request__prompt": "x" * 10**6}, DataError, "prompt"),
+        ({"request__prompt": "a (red"}, ConfigError, "has no partner"),
+        ({"request__eval": "1"}, DataError, "eval"),
+        ({"request__guidance_scale": "7"}, DataError, "guidance_scale"),
+        ({"seed": 5}, DataError, "contradicts itself"),
+        ({"index": -1}, DataError, "index"),
+        ({"batch": [0, 10**9]}, DataError, "batch"),
+        ({"batch": [3, 2]}, DataError, "contradicts itself"),
+        ({"dtype": "__class__"}, DataError, "dtype"),
+        ({"runtime": "shell"}, DataError, "runtime"),
+        ({"model_source": "/etc"}, ConfigError, "is not at '/etc' here"),
+        ({"model_source": "../models/tiny"}, ConfigError, "is not at"),
+        ({"model_source": "owner/name@main"}, ConfigError, "Name it by --model owner/name"),
+        ({"model_hash": "x"}, DataError, "model_hash"),
+        ({"own_noise": True}, ConfigError, "noise or embeddings of its maker's own"),
+        ({"more": 1}, DataError, "more"),
+        ({"sources": [{"kind": "lora", "path": "/etc/passwd", "sha256": "0" * 64}]}, ConfigError, "not looked for"),
+        ({"sources": [{"kind": "lora", "path": "../x", "sha256": "0" * 64}]}, ConfigError, "not looked for"),
+        ({"sources": [{"kind": "lora", "path": "x", "sha256": "0"}]}, DataError, "sha256"),
+        ({"sources": [{"kind": "run", "path": "x", "sha256": "0" * 64}]}, DataError, "kind"),
+        ({"sources": [{"kind": "lora", "path": "x", "sha256": "0" * 64, "weight": 1e9}]}, DataError, "weight"),
+        (
+            {"canvas": {"image": "/etc/passwd", "mask": None, "outpaint": [0, 0, 0, 0], "sha256": "0" * 64}},
+            ConfigError,
+            "not looked for",
+        ),
+        (
+            {"canvas": {"image": "photo.png", "mask": None, "outpaint": [0, 0, 0, -1], "sha256": "0" * 64}},
+            DataError,
+            "outpaint",
+        ),
+        (
+            {"canvas": {"image": "photo.png", "mask": None, "outpaint": [0, 0, 0, 0], "sha256": "0" * 64}},
+            DataError,
+            "is another picture now",
+        ),
+    ],
+    ids=str,
+)
+def test_records_from_outside(pictures, place, tmp_path, monkeypatch, changes, kind, message):
+    monkeypatch.chdir(place)
+    with pytest.raises(kind, match=message) as caught:
+        reproduce(forged(tmp_path / "forged.png", place, **changes))
+    assert len(str(caught.value)) < 400
+
+
+def test_pictures_that_say_nothing(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="says nothing of how it was made"):
+        reproduce(tmp_path / "a.png")
+
+
+def test_other_formats(place, monkeypatch, tmp_path):
+    """WebP without loss is equal; a JPEG is as near as its quality."""
+    monkeypatch.chdir(place)
+    pipe = LatentDiffusionPipeline.from_pretrained("models/tiny", device="cpu")
+    load_adapter(pipe, place / "ink.safetensors", merged=True)
+    out = pipe(PROMPT, **QUICK)
+    for suffix in (".webp", ".jpg"):
+        (tmp_path / f"a{suffix}").write_bytes(encoded(out.images[0], suffix, out.metadata[0]))
+        assert read_metadata(tmp_path / f"a{suffix}")["latentdiff"]["seed"] == 1
+        like = reproduce(tmp_path / f"a{suffix}")[1]
+        assert like.equal if suffix == ".webp" else like.psnr > 30
