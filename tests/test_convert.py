@@ -1,4 +1,7 @@
-"""Model folders in another precision."""
+"""Models and adapters in other forms: precision, layout, names; and pickles, read in a process of their own."""
+
+import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -6,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.cli import main
 from latentdiff.errors import ConfigError, ModelError
 from latentdiff.models.convert import convert_folder
+
+from . import stable_diffusion
 
 PROMPT = "a red circle above a blue square"
 
@@ -81,3 +87,118 @@ def test_a_weight_too_large_for_float16(tiny_model, tmp_path):
         convert_folder(tmp_path / "model", tmp_path / "out", torch.float16)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     convert_folder(tmp_path / "model", tmp_path / "out", torch.bfloat16)
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys, tmp_path):
+    """The command in this process: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["latentdiff", "convert", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        told = capsys.readouterr()
+        return stopped.value.code, told.out, told.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd1") / "model"
+    stable_diffusion.pipeline("1").save_pretrained(folder)
+    return folder
+
+
+def test_folder_to_single_file_and_back(convert, sd1, tmp_path):
+    """The same weights, to the bit; a precision on the way is a rounding once."""
+    assert convert(sd1, "one.safetensors") == (0, "one.safetensors\n", "")
+    assert convert("one.safetensors", "back")[0] == 0
+    for part in ("unet", "vae"):
+        name = "diffusion_pytorch_model.safetensors"
+        first, again = load_file(sd1 / part / name), load_file(tmp_path / "back" / part / name)
+        assert all(torch.equal(first[key], again[key]) for key in first)
+    assert convert("one.safetensors", "half.safetensors", "--dtype", "float16")[0] == 0
+    whole, half = load_file("one.safetensors"), load_file("half.safetensors")
+    assert all(torch.equal(half[name], tensor.half()) for name, tensor in whole.items())
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert {f.stat().st_mode for f in tmp_path.rglob("*.safetensors")} == {ordinary.stat().st_mode}
+
+
+def test_adapters_both_ways(convert, sd1, tmp_path):
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        f"unet.{module}.lora_{x}.weight": torch.randn(s, generator=generator)
+        for x, s in (("A", (4, 32)), ("B", (32, 4)))
+    }
+    save_file(state, tmp_path / "peft.safetensors")
+    assert convert("peft.safetensors", "kohya.safetensors", "--to", "kohya", "-m", sd1)[0] == 0
+    kohya = load_file(tmp_path / "kohya.safetensors")
+    flat = f"lora_unet_{module.replace('.', '_')}"
+    assert kohya.keys() == {f"{flat}.{name}" for name in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert float(kohya[f"{flat}.alpha"]) == 4
+    assert convert("kohya.safetensors", "again.safetensors", "--to", "peft", "-m", sd1)[0] == 0
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    save_file(state | {"unet.nowhere.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "more.safetensors")
+    code, _, err = convert("more.safetensors", "lost.safetensors", "--to", "kohya", "-m", sd1)
+    assert (code, "would be lost" in err) == (2, True)
+
+
+class Canary:
+    """Unpickling this creates a file."""
+
+    def __reduce__(self):
+        return open, ("canary", "w")
+
+
+def test_a_pickle_is_read_by_its_tensors_alone(convert, tmp_path):
+    weights = {"a": torch.randn(3), "b": torch.ones(2, 2)}
+    torch.save({"state_dict": weights | {"shared": weights["a"]}, "epoch": 3}, "model.ckpt")
+    code, _, err = convert("model.ckpt", "model.safetensors")
+    assert (code, "is a pickle file" in err, err.count("\n")) == (7, True, 1)
+    assert convert("model.ckpt", "model.safetensors", "--trust-pickle") == (0, "model.safetensors\n", "")
+    found = load_file("model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    torch.save({"string_to_param": {"*": torch.ones(2, 8)}, "name": "ink"}, "ink.pt")
+    assert convert("ink.pt", "ink.safetensors", "--trust-pickle")[0] == 0
+    assert load_file("ink.safetensors").keys() == {"emb_params"}
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
+    if archive:
+        torch.save({"state_dict": {"a": torch.zeros(1)}, "more": Canary()}, "evil.ckpt")
+    else:
+        (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Canary()))
+    code, _, err = convert("evil.ckpt", "out.safetensors", "--trust-pickle")
+    assert (code, err.count("\n")) == (7, 1)
+    assert "asks for more than tensors" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("{sd1}", "copy"), 2, "is a folder already: say what is to change"),
+        (("{sd1}", "copy", "--dtype", "int8"), 2, "Invalid value for '--dtype'"),
+        (("none", "copy"), 4, "no such model folder"),
+        (("none.safetensors", "copy"), 4, "no such"),
+        (("{sd1}/model_index.json", "copy"), 4, "cannot load"),
+        (("{tiny}", "one.safetensors"), 2, "which a single file"),
+        (("{sd1}", "there.safetensors"), 2, "exists; nothing is overwritten"),
+        (("{sd1}", "x.safetensors", "--trust-pickle"), 2, "--trust-pickle is for pickles"),
+        (("there.safetensors", "x", "--to", "kohya"), 2, "the output is a file: name it x.safetensors"),
+    ],
+    ids=str,
+)
+def test_refused_conversions(convert, sd1, tiny_model, tmp_path, words, code, message):
+    save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(1)}, tmp_path / "there.safetensors")
+    filled = [word.format(sd1=sd1, tiny=tiny_model) for word in words]
+    found, _, err = convert(*filled)
+    assert (found, err.count("\n")) == (code, 1)
+    assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]

@@ -48,6 +48,8 @@ def convert(
     check_writable(output, output.parent)
     if output.exists() or output.is_symlink():
         raise ConfigError(f"{output} exists; nothing is overwritten")
+    if (trust_pickle or to is not None) and output.suffix.lower() != ".safetensors":
+        raise ConfigError(f"the output is a file: name it {output}.safetensors")
     if trust_pickle:
         _pickle(source, output)
     elif to is not None:
@@ -62,8 +64,6 @@ def _made(output: Path, suffix: str) -> Iterator[Path]:
     """A place to write to, which becomes `output` once all of it is written; nothing is left of what fails."""
     from latentdiff.models.folder import let_others_read
 
-    if suffix and output.suffix.lower() != suffix:
-        raise ConfigError(f"the output is a file: name it {output}{suffix}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=output.parent) as scratch:
         yield Path(scratch) / f"made{suffix}"

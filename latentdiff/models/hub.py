@@ -48,6 +48,6 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
 def _whole(folder: Path, named: str) -> Path:
     """A snapshot whose download was not cut off: its networks have weights. Raises FileNotFoundError."""
     for part in ("unet", "text_encoder"):
-        if not any((folder / part).glob(f"*{named}*.safetensors")):
+        if not any(named in file.name for file in (folder / part).glob("*.safetensors")):
             raise FileNotFoundError(part)
     return folder
