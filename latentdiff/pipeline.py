@@ -255,6 +255,8 @@ class LatentDiffusionPipeline:
             raise ConfigError(f"unknown output_type {output_type!r}; one of {', '.join(OUTPUT_TYPES)}")
         if "num_images" in settings:
             raise ConfigError("num_images is num_images_per_prompt here")
+        if "callback_on_step_end" in settings:
+            raise ConfigError("instead of a callback, `stream` yields every step, for the body of a loop")
         contexts = _contexts(
             prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, prompt
         )

@@ -7,6 +7,7 @@ format has no place for: the model's name, its size and its recommended sampling
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
@@ -248,8 +249,15 @@ def read_card(directory: Path, schedule: NoiseSchedule, variant: str | None = No
 
 
 def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
-    """Write the folder: networks, tokenizer, scheduler, model_index and latentdiff.json."""
+    """Write the folder: networks, tokenizer, scheduler, model_index, latentdiff.json, and the CLIP it came with.
+
+    Raises ConfigError where adapters are beside the weights: no folder holds both.
+    """
+    _check_saveable(pipe)
     directory.mkdir(parents=True, exist_ok=True)
+    clip = None if pipe.card.folder is None else pipe.card.folder / "clip"
+    if clip is not None and clip.is_dir() and not (directory / "clip").exists():
+        shutil.copytree(clip, directory / "clip")
     pipe.unet.save(directory / "unet")
     pipe.text_encoder.save(directory)
     pipe.autoencoder.save(directory / "vae")
@@ -259,6 +267,14 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
     _write_json(directory / "latentdiff.json", card)
 
 
+def _check_saveable(pipe: LatentDiffusionPipeline) -> None:
+    beside = [name for name, source in pipe.extras.sources.items() if source.kind == "lora"]
+    if beside:
+        raise ConfigError(
+            f"adapters are beside the weights ({', '.join(beside)}): fuse_lora or unload_lora_weights"
+        )
+
+
 def save_single_file(pipe: LatentDiffusionPipeline, path: Path) -> None:
     """Write one .safetensors file in the original layout of Stable Diffusion.
 
@@ -266,6 +282,7 @@ def save_single_file(pipe: LatentDiffusionPipeline, path: Path) -> None:
     """
     from latentdiff.models import original
 
+    _check_saveable(pipe)
     plain = NoiseSchedule.scaled_linear(pipe.schedule.T)
     schedules = {False: plain, True: plain.zero_terminal_snr()}
     same = [

@@ -329,6 +329,18 @@ def test_refused(folders, files, tmp_path):
         pipe.set_adapters("peft", [1.0, 2.0])
 
 
+def test_a_folder_with_adapters_beside_the_weights_is_not_saved(folders, files, tmp_path):
+    """Fused they are saved in the weights."""
+    pipe = load(folders["1"])
+    pipe.load_lora_weights(files["1"] / "peft.safetensors")
+    with pytest.raises(ConfigError, match=r"adapters are beside the weights \(peft\)"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "model")
+    assert torch.equal(drawn(load(tmp_path / "model")), drawn(pipe))
+
+
 # learnt words
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import unquote
 
 import pytest
@@ -24,8 +25,8 @@ NAME = "someone/tiny-diffusion"
 class Hub(http.server.BaseHTTPRequestHandler):
     """What the client asks of the hub for a model: what a revision holds, and its files."""
 
-    folders: dict[str, Path] = {}
-    asked: list[str] = []
+    folders: ClassVar[dict[str, Path]] = {}
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self):
         path = unquote(self.path.partition("?")[0])

@@ -105,6 +105,7 @@ def test_save_and_load_round_trip(pipe, tmp_path):
     again = LatentDiffusionPipeline.from_pretrained(tmp_path / "copy", device="cpu")
     np.testing.assert_array_equal(numpy_images(again, seed=2), numpy_images(pipe, seed=2))
     assert again.card.hash == pipe.card.hash
+    again.load_clip()
     np.testing.assert_allclose(again.schedule.alphas_cumprod, pipe.schedule.alphas_cumprod, rtol=1e-12)
 
 
@@ -153,6 +154,7 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
         ({"latents": torch.zeros(5, 4, 32, 32), "batch_size": 1}, "latents must be of shape (1, 4, 32, 32)"),
         ({"latents": "x"}, "latents must be a tensor of shape (1, 4, 32, 32) (got str)"),
         ({"num_images": 3}, "num_images is num_images_per_prompt here"),
+        ({"callback_on_step_end": print}, "`stream` yields every step"),
         ({"sampler": "unipc", "eta": 0.5}, "eta is of ddim and euler_ancestral, not of unipc"),
         ({"guidance_interval": (5.0, -5.0)}, "the lower end comes first"),
     ],

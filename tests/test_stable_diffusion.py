@@ -382,6 +382,23 @@ def test_a_network_of_other_channels(folders, tmp_path):
         stored_pipeline(folder)
 
 
+def test_info_of_single_files(single_file, tmp_path, monkeypatch, capsys):
+    import sys
+
+    from latentdiff.cli import main
+
+    save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "ink.safetensors")
+    found = {}
+    for path in (single_file, tmp_path / "ink.safetensors"):
+        monkeypatch.setattr(sys, "argv", ["latentdiff", "info", str(path)])
+        with pytest.raises(SystemExit):
+            main()
+        found[path.stem] = json.loads(capsys.readouterr().out)
+    assert found["model"]["kind"] == "Stable Diffusion 1, original layout"
+    assert found["model"]["metadata"] == {"modelspec.prediction_type": "epsilon"}
+    assert (found["ink"]["kind"], found["ink"]["parameters"]) == ("adapter, kohya's names", 6)
+
+
 # variants and shards
 
 

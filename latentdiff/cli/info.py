@@ -1,4 +1,4 @@
-"""`latentdiff info`: what a model folder or a picture says about itself."""
+"""`latentdiff info`: what a model, an adapter or a picture says about itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import typer
 from latentdiff.cli.output import printable
 
 
-def info(path: Annotated[Path, typer.Argument(help="A model folder or a picture.")]) -> None:
+def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors file or a picture.")]) -> None:
     """Print a model's parts and sizes, or how a picture was made, as JSON."""
     import json
 
-    text = json.dumps(_of_model(path) if path.is_dir() else _of_picture(path), indent=1, ensure_ascii=False)
-    typer.echo(printable(text))  # a prompt may hold half a surrogate pair
+    weights = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
+    told = _of_model(path) if path.is_dir() else _of_weights(path) if weights else _of_picture(path)
+    typer.echo(printable(json.dumps(told, indent=1, ensure_ascii=False)))  # a prompt may hold half a surrogate pair
 
 
 def _of_model(path: Path) -> dict[str, object]:
@@ -35,6 +36,13 @@ def _of_model(path: Path) -> dict[str, object]:
         "timesteps": schedule.T,
         "terminal_snr": schedule.level(schedule.T - 1).snr,
     }
+
+
+def _of_weights(path: Path) -> dict[str, object]:
+    """Of a single file, by the names of its tensors: a model's family, or whose names an adapter has."""
+    from latentdiff.models.single_file import described
+
+    return described(path)
 
 
 def _of_picture(path: Path) -> dict[str, object]:

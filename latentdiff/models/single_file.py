@@ -7,7 +7,9 @@ read (the last but one), and for Stable Diffusion 2 whether it predicts noise or
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from latentdiff.errors import ModelError, UnsafeError
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.context import Context
 from latentdiff.models.dual_text_encoder import DualTextEncoder
-from latentdiff.models.folder import is_pickle, loading
+from latentdiff.models.folder import file_hash, is_pickle, loading
 from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
 from latentdiff.models.unet import UNet
 
@@ -80,7 +82,37 @@ def check_file(path: Path) -> None:
         pass
 
 
-def _family(state: State, path: Path) -> Family:
+def described(path: Path) -> dict[str, Any]:
+    """What a safetensors file is, from its header: names, sizes, its own metadata. Raises ModelError, UnsafeError."""
+    check_file(path)
+    with loading("the file", path), safe_open(path, "pt") as file:
+        names, metadata = list(file.keys()), dict(file.metadata() or {})
+        counts = [math.prod(file.get_slice(name).get_shape()) for name in names]
+        kinds = sorted({file.get_slice(name).get_dtype() for name in names})
+    return {
+        "name": path.stem,
+        "kind": _kind(names, path),
+        "hash": file_hash(path),
+        "tensors": len(names),
+        "parameters": sum(counts),
+        "precision": kinds,
+        "metadata": {key: value[:200] for key, value in metadata.items()},
+    }
+
+
+def _kind(names: Sequence[str], path: Path) -> str:
+    """A family of models, or a format of adapters."""
+    if any(name.startswith(UNET) for name in names):
+        return f"Stable Diffusion {_family(names, path)}, original layout"
+    if any(name.startswith("lora_") for name in names):
+        return "adapter, kohya's names"
+    if any("lora" in name for name in names):
+        return "adapter, PEFT's or diffusers' names"
+    return "weights"
+
+
+def _family(state: Iterable[str], path: Path) -> Family:
+    state = list(state)
     if not any(name.startswith(UNET) for name in state):
         raise ModelError(f"no U-Net under {UNET}* ({path}). A whole Stable Diffusion checkpoint is needed")
     if not any(name.startswith(VAE) for name in state):

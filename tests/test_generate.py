@@ -1,0 +1,164 @@
+"""`latentdiff generate` in all its ways, in this process: files, streams, exit codes."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentdiff.cli import main
+from latentdiff.cli.generate import _adapter
+from latentdiff.reproduce import read_record
+
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.fixture
+def generate(monkeypatch, capsys, tmp_path, tiny_model):
+    """Two steps of the tiny model: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        asked = ["latentdiff", "generate", *words, "-m", tiny_model, "--steps", 2]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in asked])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        told = capsys.readouterr()
+        return stopped.value.code, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 72, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    mask = np.zeros((64, 72), np.uint8)
+    mask[10:30, 10:30] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return pixels
+
+
+def test_a_file_of_prompts(generate, tmp_path):
+    """A picture a line; seeds go on counting; each as if it were asked for alone."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n  two blue rings  \r\nthree green stars\n")
+    code, out, err = generate("--prompts-file", "prompts.txt", "-s", 7, "-N", 2, "--batch-size", 2)
+    assert (code, err) == (0, "")
+    paths = out.split()
+    assert paths == [f"outputs/{i + 1:05d}-{7 + i}.png" for i in range(6)]
+    records = [read_record(tmp_path / path) for path in paths]
+    prompts = ["a red circle", "two blue rings", "three green stars"]
+    assert [record.request.prompt for record in records] == [prompt for prompt in prompts for _ in range(2)]
+    assert generate("two blue rings", "-s", 9, "-N", 2, "--batch-size", 2, "-o", "alone")[0] == 0
+    for path, other in zip(paths[2:4], sorted((tmp_path / "alone").iterdir()), strict=True):
+        with Image.open(tmp_path / path) as together, Image.open(other) as alone:
+            assert np.abs(np.asarray(together).astype(int) - np.asarray(alone)).max() <= 1
+
+
+def test_a_file_of_objects(generate, photo, tmp_path):
+    """Every line has settings and pictures of its own; paths are relative to the file."""
+    (tmp_path / "in").mkdir()
+    for name in ("photo.png", "mask.png"):
+        (tmp_path / name).rename(tmp_path / "in" / name)
+    lines = [
+        {"prompt": "a red circle", "seed": 3, "guidance_scale": 2.5},
+        {"prompt": "two blue rings", "width": 96, "negative_prompt": "red", "guidance_interval": [-1, 1]},
+        {"prompt": "a star", "image": "photo.png", "mask": "mask.png", "strength": 1.0},
+        {"prompt": "a star", "image": "photo.png", "outpaint": [8, 0, 0, 0]},
+    ]
+    (tmp_path / "in" / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, err = generate("--prompts-file", "in/jobs.jsonl", "--json", "--cfg", 4)
+    assert code == 0, err
+    told = [json.loads(line) for line in out.splitlines()]
+    assert [one["seed"] for one in told] == [3, 4, 5, 6]
+    assert [(one["width"], one["height"]) for one in told] == [(64, 64), (96, 64), (72, 64), (80, 64)]
+    records = [read_record(tmp_path / one["path"]) for one in told]
+    assert [record.request.guidance_scale for record in records] == [2.5, 4.0, 4.0, 4.0]
+    with Image.open(tmp_path / told[2]["path"]) as drawn:
+        marked = np.zeros((64, 72), bool)
+        marked[10:30, 10:30] = True
+        assert np.array_equal(np.asarray(drawn)[~marked], photo[~marked])
+    assert "in/photo.png: 2 of 2 steps are run" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"\n \n", "no prompts in it (x.txt)"),
+        ("x.txt", b"caf\xe9", "prompts are not text in UTF-8, byte 3 (x.txt)"),
+        ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "x.jsonl line 2 is not JSON"),
+        ("x.jsonl", b'["a"]', 'x.jsonl line 1 is no object with a "prompt"'),
+        ("x.jsonl", b'{"prompt": "a", "stepps": 3}', "x.jsonl line 1: stepps: Extra inputs are not permitted"),
+        ("x.jsonl", b'{"prompt": "a", "seed": true}', "x.jsonl line 1: seed"),
+        ("x.jsonl", b'{"prompt": "a"}\n{"prompt": " "}', "x.jsonl line 2: prompt is empty"),
+        ("x.jsonl", b'{"prompt": "a", "image": 3}', "x.jsonl line 1: image and mask are paths"),
+        ("x.jsonl", b'{"prompt": "a", "outpaint": 3}', "x.jsonl line 1: outpaint is four numbers"),
+        ("x.jsonl", b'{"prompt": "a", "mask": "m.png"}', "m.png: no such file"),
+        ("y.txt", None, "cannot read prompts (y.txt): no such file or directory"),
+    ],
+    ids=str,
+)
+def test_files_of_prompts_that_are_refused(generate, tmp_path, name, content, message):
+    """In one line that names the line, and nothing is drawn."""
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, out, err = generate("--prompts-file", name)
+    assert (code in (2, 3), out, err.count("\n")) == (True, "", 1)
+    assert err.startswith("error: ")
+    assert message in err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_pictures_on_the_command_line(generate, photo, tmp_path):
+    code, _, err = generate(PROMPT, "-i", "photo.png", "--strength", 0.5, "-o", "a.webp", "-s", 1)
+    assert (code, err) == (0, "photo.png: 1 of 2 steps are run\n")
+    code, _, err = generate(PROMPT, "-i", "photo.png", "--mask", "mask.png", "-o", "b.png", "-s", 1)
+    assert code == 0
+    with Image.open(tmp_path / "b.png") as drawn:
+        assert np.array_equal(np.asarray(drawn)[40:], photo[40:])
+    assert read_record(tmp_path / "b.png").canvas.mask == "mask.png"
+    code, _, _ = generate(PROMPT, "-N", 2, "--format", "jpg", "-s", 1)
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["00001-1.jpg", "00002-2.jpg"]
+    assert read_record(tmp_path / "outputs" / "00002-2.jpg").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("-i", "none.png"), 3, "none.png: no such file or directory"),
+        (("-i", "text.png"), 3, 'text.png: not an image: starts with "<html>"'),
+        (("--strength", 0.5), 2, "strength is of a given image, and there is none"),
+        (("--mask", "mask.png"), 2, "a mask or an outpainting needs an image"),
+        (("-i", "photo.png", "--mask", "photo2.png"), 2, "mask_image must be a picture of the image's size, 72x64"),
+        (("-i", "photo.png", "--strength", 0.1), 2, "strength 0.1 of 2 steps is not one step"),
+        (("-i", "photo.png", "--hires-scale", 2), 2, "hires_scale is of pictures from noise"),
+        (("--lora", "none.safetensors:0.5"), 4, "no adapter there (none.safetensors)"),
+        (("--lora", "text.png"), 4, "cannot load text.png"),
+        (("--lora", "text.png:99"), 2, "an adapter's weight must be from -10 to 10"),
+        (("--embedding", "none.safetensors"), 4, "no embeddings there"),
+        (("--weaker", "none"), 4, "no such model folder (none)"),
+        (("--set", "autoguidance_scale=2"), 2, "autoguidance_scale needs a weaker model"),
+        (("--clip", "none"), 4, "clip"),
+        (("--set", "original_size=[64, 64]"), 2, "told to SDXL alone"),
+        (("--revision", "main"), 2, "revision is of hub ids"),
+        (("--variant", "fp16"), 4, "no weights of variant fp16"),
+    ],
+    ids=str,
+)
+def test_refused(generate, photo, tmp_path, words, code, message):
+    (tmp_path / "text.png").write_text("<html>")
+    Image.new("L", (64, 64), 255).save(tmp_path / "photo2.png")
+    found, out, err = generate(PROMPT, *words)
+    assert (found, out, err.count("\n")) == (code, "", 1)
+    assert message in err
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"),
+    [("a.b", "a.b", 1.0), ("a:0.8", "a", 0.8), ("C:/a.b", "C:/a.b", 1.0), ("C:/a:-1", "C:/a", -1.0)],
+)
+def test_adapters_and_their_weights(text, path, weight):
+    found = _adapter(text)
+    assert (str(found[0]), found[1]) == (path, weight)
