@@ -18,6 +18,7 @@ from PIL import Image
 from latentdiff import extras
 from latentdiff.diffusion.samplers import Step
 from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.drawing import given
 from latentdiff.drawing.job import NOTHING, Job, Own, jobs_of
 from latentdiff.drawing.plan import enlarged, step_counts
 from latentdiff.errors import ConfigError, NonFiniteError
@@ -28,9 +29,8 @@ from latentdiff.request import SIDES, Request, check_size, request
 if TYPE_CHECKING:
     import torch
 
-    from latentdiff.drawing.canvas import Canvas, Margins
+    from latentdiff.drawing.canvas import Canvas
     from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
-    from latentdiff.models.context import Context
     from latentdiff.models.dual_text_encoder import DualTextEncoder
     from latentdiff.models.text_encoder import TextEncoder
     from latentdiff.models.unet import UNet
@@ -122,9 +122,13 @@ class LatentDiffusionPipeline:
         }
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentDiffusionPipeline:
-        """Move the networks; returns itself."""
+        """Move the networks and what was loaded beside them; returns itself."""
         for network in (self.autoencoder, self.text_encoder, self.unet):
             network.to(device=device, dtype=dtype)
+        if self.extras.weaker is not None:
+            self.extras.weaker.to(device, dtype)
+        if self.extras.scorer is not None:
+            self.extras.scorer.to(device=device)
         return self
 
     def offload(self, device: str | torch.device, *, layers: bool = False) -> LatentDiffusionPipeline:
@@ -257,19 +261,23 @@ class LatentDiffusionPipeline:
             raise ConfigError("num_images is num_images_per_prompt here")
         if "callback_on_step_end" in settings:
             raise ConfigError("instead of a callback, `stream` yields every step, for the body of a loop")
-        contexts = _contexts(
-            prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, prompt
-        )
-        prompts = ["(embeddings)"] * len(contexts) if contexts else _prompts(prompt)
+        if prompt is not None and prompt_embeds is not None:
+            raise ConfigError("prompt_embeds stand for the prompt: give one of both")
+        embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        contexts = given.contexts_of(*embeds, with_pooled=self.unet.reads_sizes)
+        prompts = ["(embeddings)"] * len(contexts) if contexts else given.prompts_of(prompt)
         fields = {**settings, "num_images": num_images_per_prompt, "negative_prompt": negative_prompt or ""}
+        margins = given.margins_of(outpaint)
         jobs: list[Job] = []
         for index, one in enumerate(prompts):
             asked = self.request(one, **fields)
-            canvas = jobs[0].canvas if jobs else self.canvas(asked, image, mask_image, margins=_margins(outpaint))
+            canvas = jobs[0].canvas if jobs else self.canvas(asked, image, mask_image, margins=margins)
             made = jobs_of(asked, canvas)
             jobs += [replace(job, own=contexts[index]) for job in made] if contexts else made
             fields["seed"] = asked.seed + num_images_per_prompt  # the next prompt goes on counting
-        return _joined(list(self.batches(jobs, output_type, self._own(latents, generator, jobs))))
+        shape = (len(jobs), *self.latent_shape(self.size(jobs[0].request, jobs[0].canvas)))
+        own = given.own_of(latents, generator, shape, self.device)
+        return _joined(list(self.batches(jobs, output_type, own)))
 
     def batches(self, jobs: Sequence[Job], output_type: str = "pil", own: Own = NOTHING) -> Iterator[Output]:
         """The pictures of jobs, a batch at a time."""
@@ -298,7 +306,7 @@ class LatentDiffusionPipeline:
     ) -> Iterator[Step]:
         """Every sampling step of one prompt's first batch: `step.x`, `step.x0` are latents; `decode` shows them."""
         asked = self.request(prompt, **settings)
-        canvas = self.canvas(asked, image, mask_image, margins=_margins(outpaint))
+        canvas = self.canvas(asked, image, mask_image, margins=given.margins_of(outpaint))
         yield from self.steps(next(self.grouped(jobs_of(asked, canvas))))
 
     def steps(self, jobs: Sequence[Job], own: Own = NOTHING) -> Iterator[Step]:
@@ -314,30 +322,6 @@ class LatentDiffusionPipeline:
         factor = self.autoencoder.factor
         return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor
 
-    def _own(self, latents: Any, generator: Any, jobs: Sequence[Job]) -> Own:
-        """The caller's own noise, checked. Raises ConfigError."""
-        import torch
-
-        generators = (
-            None if generator is None else list(generator) if isinstance(generator, list | tuple) else [generator]
-        )
-        if generators is not None and not all(isinstance(one, torch.Generator) for one in generators):
-            raise ConfigError(
-                f"generator must be a torch.Generator, or a list of them (got {type(generator).__name__})"
-            )
-        if generators is not None and len(generators) not in (1, len(jobs)):
-            raise ConfigError(f"{len(generators)} generators for {len(jobs)} pictures")
-        if latents is None:
-            return Own(None, generators)
-        shape = (len(jobs), *self.latent_shape(self.size(jobs[0].request, jobs[0].canvas)))
-        try:
-            own = torch.as_tensor(latents, device=self.device)
-        except (TypeError, ValueError, RuntimeError):
-            raise ConfigError(f"latents must be a tensor of shape {shape} (got {type(latents).__name__})") from None
-        if tuple(own.shape) != shape:
-            raise ConfigError(f"latents must be of shape {shape} (got {tuple(own.shape)})")
-        return Own(own, generators)
-
     def finish(
         self, jobs: Sequence[Job], latents: torch.Tensor, output_type: str = "pil", *, own: bool = False
     ) -> Output:
@@ -350,7 +334,7 @@ class LatentDiffusionPipeline:
             what = "sampling" if not torch.isfinite(latents).all() else "decoding"
             raise NonFiniteError(f"{what} gave non-finite numbers (seeds {seeds}). Try float32 or less guidance")
         if output_type != "latent":
-            images = _with_what_was_kept(images, [job.canvas for job in jobs])
+            images = _kept(images, [job.canvas for job in jobs])
         if output_type in ("pil", "np"):
             images = to_uint8(images)
         if output_type == "pil":
@@ -440,63 +424,11 @@ class LatentDiffusionPipeline:
         )
 
 
-def _with_what_was_kept(images: torch.Tensor, canvases: Sequence[Canvas | None]) -> torch.Tensor:
+def _kept(images: torch.Tensor, canvases: Sequence[Canvas | None]) -> torch.Tensor:
     """Images (B, C, H, W) with the given pixels where nothing was to be drawn, without what was padded."""
     import torch
 
-    rows = []
-    for image, canvas in zip(images, canvases, strict=True):
-        if canvas is not None and canvas.mask is not None:
-            given = canvas.pixels if len(image) == 3 else luminance(canvas.pixels)
-            kept = to_images(given[None])[0].to(image.device)
-            image = torch.where(torch.from_numpy(canvas.mask).to(image.device), image, kept)
-        rows.append(image if canvas is None else image[:, : canvas.size[0], : canvas.size[1]])
-    return torch.stack(rows)
-
-
-def _margins(outpaint: Any) -> Margins:
-    """Raises ConfigError for what is not four numbers of pixels."""
-    from latentdiff.drawing.canvas import NONE, Margins
-
-    if outpaint is None:
-        return NONE
-    if len(outpaint) != 4 or not all(type(side) is int and 0 <= side <= SIDES[1] for side in outpaint):
-        raise ConfigError(f"outpaint is pixels on the left, top, right and bottom, 0 to {SIDES[1]} (got {outpaint})")
-    return Margins(*outpaint)
-
-
-def _prompts(prompt: str | Sequence[str] | None) -> list[str]:
-    """One prompt or several as a list. Raises ConfigError for none, or for what is not text."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
-    if not prompts or not all(isinstance(one, str) for one in prompts):
-        raise ConfigError(f"prompt must be text or a list of texts (got {str(prompt)[:40]!r})")
-    return prompts
-
-
-def _contexts(
-    tokens: Any, negative: Any, pooled: Any, negative_pooled: Any, prompt: Any
-) -> list[tuple[Context, Context | None]]:
-    """The caller's own contexts, one pair for each prompt that they stand for; none without `tokens`."""
-    import torch
-
-    from latentdiff.models.context import Context
-
-    if tokens is None:
-        if negative is not None or pooled is not None or negative_pooled is not None:
-            raise ConfigError("negative_prompt_embeds and pooled embeds go with prompt_embeds")
-        return []
-    if prompt is not None:
-        raise ConfigError("prompt_embeds stand for the prompt: give one of both")
-    given = [tokens, negative, pooled, negative_pooled]
-    for tensor, dimensions in zip(given, (3, 3, 2, 2), strict=True):
-        known = isinstance(tensor, torch.Tensor) and tensor.ndim == dimensions and len(tensor) == len(tokens)
-        if tensor is not None and not known:
-            raise ConfigError("prompt_embeds must be tensors (B, L, D), pooled ones (B, P), all of the same B")
-    rows: list[Any] = [[None] * len(tokens) if tensor is None else list(tensor) for tensor in given]
-    return [
-        (Context(cond, vector), None if uncond is None else Context(uncond, uncond_vector))
-        for cond, uncond, vector, uncond_vector in zip(*rows, strict=True)
-    ]
+    return torch.stack([i if c is None else c.kept(i) for i, c in zip(images, canvases, strict=True)])
 
 
 def _joined(outputs: list[Output]) -> Output:

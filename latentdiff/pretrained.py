@@ -270,9 +270,7 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
 def _check_saveable(pipe: LatentDiffusionPipeline) -> None:
     beside = [name for name, source in pipe.extras.sources.items() if source.kind == "lora"]
     if beside:
-        raise ConfigError(
-            f"adapters are beside the weights ({', '.join(beside)}): fuse_lora or unload_lora_weights"
-        )
+        raise ConfigError(f"adapters are beside the weights ({', '.join(beside)}): fuse_lora or unload_lora_weights")
 
 
 def save_single_file(pipe: LatentDiffusionPipeline, path: Path) -> None:

@@ -174,7 +174,6 @@ def test_outpainting(pipe, photo):
         ({"outpaint": (0, 0, 0, 4096)}, "outpaint is pixels on the left, top, right and bottom"),
         ({"hires_scale": 2.0}, "hires_scale is of pictures from noise"),
     ],
-    ids=str,
 )
 def test_refused_pictures(pipe, photo, settings, message):
     with pytest.raises(ConfigError, match=message):

@@ -163,12 +163,12 @@ def test_sdxl_is_told_sizes(folders):
 
 def test_own_contexts(both):
     """prompt_embeds and their likes as diffusers makes them."""
-    ours, theirs, _ = both
+    ours, theirs, family = both
     encoded = theirs.encode_prompt(
         PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=NEGATIVE
     )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    given = dict(zip(names, encoded, strict=False))
+    given = {name: tensor for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
     asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "seed": 3}
     drawn = ours(**given, output_type="latent", **asked)
     expected = ours(PROMPT, negative_prompt=NEGATIVE, output_type="latent", **asked).images
@@ -176,6 +176,13 @@ def test_own_contexts(both):
     assert drawn.metadata[0].own_noise
     with pytest.raises(ConfigError, match="give one of both"):
         ours(PROMPT, **given, **asked)
+    with pytest.raises(ConfigError, match="give negative_prompt_embeds with them"):
+        part = {name: tensor for name, tensor in given.items() if name == "pooled_prompt_embeds"}
+        ours(prompt_embeds=given["prompt_embeds"][:, :70], **part, **asked)
+    with pytest.raises(ConfigError, match="go with prompt_embeds"):
+        ours(negative_prompt_embeds=given["negative_prompt_embeds"], **asked)
+    with pytest.raises(ConfigError, match="pooled embeds are for SDXL"):
+        ours(**given | {"pooled_prompt_embeds": None if family == "XL" else torch.zeros(1, 8)}, **asked)
 
 
 @pytest.mark.filterwarnings("ignore")

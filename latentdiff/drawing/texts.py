@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from latentdiff.drawing.job import Job
+from latentdiff.errors import ConfigError
 from latentdiff.models.context import Context, stacked
 from latentdiff.models.prompt import Style
 from latentdiff.request import Request
@@ -33,7 +34,7 @@ def style_of(asked: Request) -> Style:
 def chunks_of(job: Job, encoder: TextEncoder | DualTextEncoder) -> int:
     """In how many readings both of a picture's prompts go: their contexts are made as long as each other."""
     if job.own is not None:
-        return 0
+        return len(job.own[0].tokens) // encoder.max_length
     style = style_of(job.request)
     prompts = [job.request.prompt] + [job.request.negative_prompt] * (job.request.guidance_scale > 1)
     return max(encoder.read(prompt, style).chunks for prompt in prompts)
@@ -65,7 +66,11 @@ def texts_of(
     negative = [
         uncond or encoded(job.request.negative_prompt, plain) for job, (_, uncond) in zip(jobs, own, strict=True)
     ]
-    return Texts(cond, replace(stacked(negative), sizes=sizes).to(device))
+    uncond = replace(stacked(negative), sizes=sizes).to(device)
+    if uncond.tokens.shape != cond.tokens.shape:
+        told = f"{tuple(cond.tokens.shape[1:])}, the empty prompt's {tuple(uncond.tokens.shape[1:])}"
+        raise ConfigError(f"prompt_embeds are of {told}: give negative_prompt_embeds with them")
+    return Texts(cond, uncond)
 
 
 def _sizes(asked: Request, size: tuple[int, int], count: int) -> torch.Tensor:

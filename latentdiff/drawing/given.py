@@ -1,0 +1,90 @@
+"""What callers give beside a request, checked before anything is computed: prompts, noise, contexts, margins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.drawing.job import Own
+from latentdiff.errors import ConfigError
+from latentdiff.request import SIDES
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentdiff.drawing.canvas import Margins
+    from latentdiff.models.context import Context
+
+Shape = tuple[int, ...]
+
+
+def prompts_of(prompt: str | Sequence[str] | None) -> list[str]:
+    """One prompt or several as a list. Raises ConfigError for none, or for what is not text."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
+    if not prompts or not all(isinstance(one, str) for one in prompts):
+        raise ConfigError(f"prompt must be text or a list of texts (got {str(prompt)[:40]!r})")
+    return prompts
+
+
+def margins_of(outpaint: Any) -> Margins:
+    """Pixels on the left, top, right and bottom. Raises ConfigError for anything else."""
+    from latentdiff.drawing.canvas import NONE, Margins
+
+    if outpaint is None:
+        return NONE
+    whole = isinstance(outpaint, Sequence) and len(outpaint) == 4
+    if not whole or not all(type(side) is int and 0 <= side <= SIDES[1] for side in outpaint):
+        raise ConfigError(f"outpaint is pixels on the left, top, right and bottom, 0 to {SIDES[1]} (got {outpaint})")
+    return Margins(*outpaint)
+
+
+def contexts_of(
+    tokens: Any, negative: Any, pooled: Any, negative_pooled: Any, *, with_pooled: bool
+) -> list[tuple[Context, Context | None]]:
+    """The caller's own contexts, one pair for each prompt that they stand for; none without `tokens`.
+
+    tokens, negative: (B, L, D); pooled ones (B, P), for a network that reads them. Raises ConfigError.
+    """
+    import torch
+
+    from latentdiff.models.context import Context
+
+    given = [tokens, negative, pooled, negative_pooled]
+    if tokens is None:
+        if any(tensor is not None for tensor in given):
+            raise ConfigError("negative_prompt_embeds and pooled embeds go with prompt_embeds")
+        return []
+    for tensor, dimensions in zip(given, (3, 3, 2, 2), strict=True):
+        known = isinstance(tensor, torch.Tensor) and tensor.ndim == dimensions and len(tensor) == len(tokens)
+        if tensor is not None and not known:
+            raise ConfigError("prompt_embeds must be tensors (B, L, D), pooled ones (B, P), all of the same B")
+    if negative is not None and negative.shape != tokens.shape:
+        raise ConfigError(f"prompt_embeds are {tuple(tokens.shape)}, negative_prompt_embeds {tuple(negative.shape)}")
+    if (pooled is not None) != with_pooled or (negative_pooled is not None) != (with_pooled and negative is not None):
+        raise ConfigError("pooled embeds are for SDXL, which needs them: one with each of the others")
+    rows: list[Any] = [[None] * len(tokens) if tensor is None else list(tensor) for tensor in given]
+    return [
+        (Context(cond, vector), None if uncond is None else Context(uncond, uncond_vector))
+        for cond, uncond, vector, uncond_vector in zip(*rows, strict=True)
+    ]
+
+
+def own_of(latents: Any, generator: Any, shape: Shape, device: torch.device) -> Own:
+    """The caller's own noise: `latents` of this shape, (N, C, h, w), and generators, one or N. Raises ConfigError."""
+    import torch
+
+    listed = generator if isinstance(generator, list | tuple) else [generator]
+    generators = None if generator is None else list(listed)
+    if generators is not None and not all(isinstance(one, torch.Generator) for one in generators):
+        raise ConfigError(f"generator must be a torch.Generator, or a list of them (got {type(generator).__name__})")
+    if generators is not None and len(generators) not in (1, shape[0]):
+        raise ConfigError(f"{len(generators)} generators for {shape[0]} pictures")
+    if latents is None:
+        return Own(None, generators)
+    try:
+        own = torch.as_tensor(latents, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"latents must be a tensor of shape {shape} (got {type(latents).__name__})") from None
+    if tuple(own.shape) != shape:
+        raise ConfigError(f"latents must be of shape {shape} (got {tuple(own.shape)})")
+    return Own(own, generators)
