@@ -14,8 +14,9 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## install everything and draw a picture
 	$(BIN)/latentdiff generate "a red circle above a blue square" --seed 1
 
+# in several processes of one thread each: most of a test is starting up, which no thread shortens
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest
