@@ -191,9 +191,14 @@ class LatentDiffusionPipeline:
         """See `extras.load_weaker`."""
         extras.load_weaker(self, path)
 
-    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None, weight: float = 1.0) -> extras.Fit:
-        """An adapter beside the networks, of PEFT's, diffusers' or kohya's format; returns how it fits. ModelError."""
-        return extras.load_adapter(self, Path(path), name=adapter_name, weight=weight)
+    def load_lora_weights(
+        self, path: str | Path, adapter_name: str | None = None, *, weight: float = 1.0, fuse: bool = False
+    ) -> extras.Fit:
+        """An adapter beside the networks, or with `fuse` in their weights; returns how it fits.
+
+        Of PEFT's, diffusers' or kohya's names; LoHa and LoKr can only be fused. Raises ModelError, ConfigError.
+        """
+        return extras.load_adapter(self, Path(path), name=adapter_name, weight=weight, merged=fuse)
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
         """Make these adapters the active ones, with one weight or one each."""

@@ -375,6 +375,39 @@ def test_learnt_words(folders, family, count, tmp_path):
     )
 
 
+def test_words_in_capitals(folders, tmp_path):
+    """CLIP's tokenizer knows none: the word is learnt, not its end token overwritten."""
+    save_file({"<InkStyle>": torch.full((2, 64), 3.0)}, tmp_path / "learned_embeds.safetensors")
+    pipe = load(folders["1"])
+    plain = pipe.text_encoder.context(PROMPT).tokens
+    pipe.load_textual_inversion(tmp_path)
+    assert torch.equal(pipe.text_encoder.context(PROMPT).tokens, plain)
+    for prompt in ("a <InkStyle> castle", "a <inkstyle> castle"):
+        assert pipe.text_encoder.read(prompt).tokens == 6
+        (chunk,) = pipe.text_encoder._chunks(prompt, Style())
+        assert (pipe.text_encoder.model.get_input_embeddings().weight[chunk.ids[1:3]] == 3).all()
+
+
+def test_what_fails_to_load_changes_nothing(folders, tmp_path):
+    """Neither the words before the one that does not fit, nor the layers before it."""
+    pipe = load(folders["1"])
+    before, size = drawn(pipe), len(pipe.text_encoder.tokenizer)
+    save_file({"<a>": torch.ones(64), "<b>": torch.ones(63)}, tmp_path / "words.safetensors")
+    with pytest.raises(ModelError, match="has vectors of 63"):
+        pipe.load_textual_inversion(tmp_path / "words.safetensors")
+    assert len(pipe.text_encoder.tokenizer) == size
+    flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
+    factors = {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32)}
+    state = {f"{flat}q.{name}": torch.ones(shape) for name, shape in factors.items()}
+    state |= {f"{flat}k.{name}": torch.ones(7, 7) for name in factors}
+    save_file(state, tmp_path / "loha.safetensors")
+    for settings in ({"fuse": True}, {}):
+        with pytest.raises(ModelError):
+            pipe.load_lora_weights(tmp_path / "loha.safetensors", **settings)
+    assert torch.equal(drawn(pipe), before)
+    assert not pipe.extras.sources
+
+
 def test_a1111_s_embeddings(folders, tmp_path):
     save_file({"emb_params": torch.ones(2, 64)}, tmp_path / "ink.safetensors")
     pipe = load(folders["1"])

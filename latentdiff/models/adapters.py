@@ -18,7 +18,7 @@ from peft.tuners.lokr import layer as lokr
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from latentdiff.errors import ModelError
+from latentdiff.errors import ModelError, raised_as
 from latentdiff.models.adapter_file import Adapter, Layer, Networks
 
 _PREFIX = "adapter_"  # PEFT keeps them as attributes, which cannot be called "half" or "to"
@@ -27,11 +27,10 @@ _PREFIX = "adapter_"  # PEFT keeps them as attributes, which cannot be called "h
 def attach(adapter: Adapter, networks: Networks, name: str, weight: float = 1.0) -> None:
     """Put an adapter beside the layers it changes, under a name of letters, digits and underscores."""
     name = _PREFIX + name
+    if any(layer.kind != "lora" for layers in adapter.layers.values() for layer in layers.values()):
+        raise ModelError("LoHa and LoKr cannot be kept beside the weights; add them to the weights (fuse=True)")
     for part, layers in adapter.layers.items():
-        plain = {module: layer for module, layer in layers.items() if layer.kind == "lora"}
-        if len(plain) < len(layers):
-            raise ModelError("LoHa and LoKr cannot be kept beside the weights; merge them (fuse_lora)")
-        _inject(plain, networks[part], name)
+        _inject(layers, networks[part], name)
     weigh(networks, {**weights_of(networks), name.removeprefix(_PREFIX): weight})
 
 
@@ -111,26 +110,31 @@ def merge(adapter: Adapter, networks: Networks, weight: float = 1.0) -> None:
     if weights_of(networks):
         raise ModelError("adapters are attached: merge or unload them before another is merged")
     plain: dict[str, dict[str, Layer]] = {}
+    added: list[tuple[Any, Tensor]] = []  # all of it computed before any weight is changed
     for part, layers in adapter.layers.items():
         for module, layer in layers.items():
             if layer.kind == "lora":
                 plain.setdefault(part, {})[module] = layer
             else:
-                _add(networks[part].get_submodule(module), weight * _delta(layer))
+                target: Any = networks[part].get_submodule(module)
+                added.append((target, weight * _delta(layer, f"{part}.{module}", target.weight.shape)))
+    for target, delta in added:
+        target.weight.data = (target.weight.float() + delta.to(target.weight.device)).to(target.weight.dtype)
     if plain:
         attach(Adapter(plain), networks, "merging", weight)
         merge_attached(networks)
 
 
-def _add(target: Any, delta: Tensor) -> None:
-    """To the weight of a layer, in float32, rounded once."""
-    weight = target.weight
-    sum_ = weight.float() + delta.reshape(weight.shape).to(weight.device)
-    target.weight.data = sum_.to(weight.dtype)
+def _delta(layer: Layer, name: str, shape: torch.Size) -> Tensor:
+    """What LoHa (Hyeon-Woo et al. 2022) and LoKr (Yeh et al. 2024) add to a weight, by PEFT's own arithmetic.
+
+    Raises ModelError for factors that make no weight of that shape.
+    """
+    with raised_as(ModelError, f"the adapter is of another model: {name}"):
+        return _product(layer).reshape(shape)
 
 
-def _delta(layer: Layer) -> Tensor:
-    """What LoHa (Hyeon-Woo et al. 2022) and LoKr (Yeh et al. 2024) add to a weight, by PEFT's own arithmetic."""
+def _product(layer: Layer) -> Tensor:
     factors = {name: tensor.float() for name, tensor in layer.factors.items()}
     make: Any = loha if layer.kind == "loha" else lokr
     if layer.kind == "lokr":

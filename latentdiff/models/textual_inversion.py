@@ -38,9 +38,11 @@ def load_words(path: Path, text_encoder: TextEncoder | DualTextEncoder, word: st
     words = _by_word(state, file.stem, encoders, file)
     if word is not None and len(words) > 1:
         raise ModelError(f"it holds {len(words)} words ({file}): one other name is not enough")
-    for name, vectors in words.items():
-        for encoder, own in zip(encoders, vectors, strict=True):
-            _teach(encoder, word or name, own, file)
+    each = [(e, word or name, own) for name, vectors in words.items() for e, own in zip(encoders, vectors, strict=True)]
+    for encoder, name, vectors in each:
+        _check(encoder, name, vectors, file)
+    for encoder, name, vectors in each:
+        _teach(encoder, name, vectors)
     return [word] if word is not None else list(words)
 
 
@@ -62,19 +64,33 @@ def _by_word(
     return {word: [vectors.reshape(-1, vectors.shape[-1]) for vectors in each] for word, each in found.items()}
 
 
-@torch.no_grad()
-def _teach(encoder: TextEncoder, word: str, vectors: Tensor, file: Path) -> None:
-    embeddings = encoder.model.get_input_embeddings()
-    if vectors.shape[1] != embeddings.weight.shape[1]:
-        width = embeddings.weight.shape[1]
+def _tokens(word: str, vectors: Tensor) -> list[str]:
+    """In lower case, as CLIP's tokenizer makes all text."""
+    word = word.lower()
+    return [word, *(f"{word}_{number}" for number in range(1, len(vectors)))]
+
+
+def _check(encoder: TextEncoder, word: str, vectors: Tensor, file: Path) -> None:
+    """Before anything is changed. Raises ModelError."""
+    width = encoder.model.get_input_embeddings().weight.shape[1]
+    if vectors.shape[1] != width:
         raise ModelError(f"{word} has vectors of {vectors.shape[1]}, this model's have {width} ({file})")
-    tokens = [word, *(f"{word}_{number}" for number in range(1, len(vectors)))]
+    if not (vectors.is_floating_point() and bool(torch.isfinite(vectors).all())) or len(vectors) >= encoder.max_length:
+        raise ModelError(f"{word} is not of finite vectors, or of too many ({file})")
+    if not word.strip() or word != word.strip():
+        raise ModelError(f"{word!r} is no word ({file}). Give another name")
     known = encoder.tokenizer.get_vocab()
-    if taken := [token for token in tokens if token in known]:
+    if taken := [token for token in _tokens(word, vectors) if token in known]:
         raise ModelError(f"the word {taken[0]!r} is known already ({file}). Give another name")
+
+
+@torch.no_grad()
+def _teach(encoder: TextEncoder, word: str, vectors: Tensor) -> None:
+    tokens = _tokens(word, vectors)
     encoder.tokenizer.add_tokens(tokens)
-    first = len(embeddings.weight)
-    encoder.model.resize_token_embeddings(first + len(tokens), mean_resizing=False)
+    first = len(encoder.model.get_input_embeddings().weight)
+    with torch.random.fork_rng(devices=[]):  # the new rows are drawn before they are filled
+        encoder.model.resize_token_embeddings(first + len(tokens), mean_resizing=False)
     grown = encoder.model.get_input_embeddings().weight
     ids = encoder.tokenizer.convert_tokens_to_ids(tokens)
     grown[ids] = vectors.to(grown)
