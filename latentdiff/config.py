@@ -305,6 +305,8 @@ def parsed_override(override: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value  # a bare word is a string
+    except ValueError:
+        raise ConfigError(f"override {override[:60]!r}... is a number of too many digits") from None
     except RecursionError:
         raise ConfigError(f"override {override[:60]!r}... is nested too deeply") from None
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import ConfigError, ModelError
 from latentdiff.metadata import Source, recorded
@@ -66,8 +66,8 @@ def load_adapter(
 
     _check_weight(weight)
     file = adapter_file.adapter_path(path)
-    called = re.sub(r"\W", "_", name or (path.name if path.is_dir() else path.stem))
-    if called in pipe.extras.sources:
+    called = re.sub(r"\W", "_", str(name or (path.name if path.is_dir() else path.stem)))
+    if f"adapter {called}" in pipe.extras.sources:
         raise ConfigError(f"an adapter {called!r} is loaded already. Give this one another name ({path})")
     networks = networks_of(pipe)
     adapter = adapter_file.read_adapter(path, networks)
@@ -76,7 +76,7 @@ def load_adapter(
     else:
         adapters.attach(adapter, networks, called, weight)
     kind = "merged" if merged else "lora"
-    pipe.extras.sources[called] = Source(kind, recorded(path), file_hash(file), weight)
+    pipe.extras.sources[f"adapter {called}"] = Source(kind, recorded(path), file_hash(file), weight)
     return Fit(called, adapter.matched, adapter.unused, adapter.missing)
 
 
@@ -89,7 +89,7 @@ def weigh_adapters(pipe: LatentDiffusionPipeline, weights: Mapping[str, float]) 
     adapters.weigh(networks_of(pipe), weights)
     for name, source in pipe.extras.sources.items():
         if source.kind == "lora":
-            pipe.extras.sources[name] = replace(source, weight=weights.get(name, 0.0))
+            pipe.extras.sources[name] = replace(source, weight=weights.get(name.removeprefix("adapter "), 0.0))
 
 
 def merge_adapters(pipe: LatentDiffusionPipeline, scale: float = 1.0) -> None:
@@ -158,16 +158,27 @@ def load_weaker(pipe: LatentDiffusionPipeline, path: str | Path) -> None:
     pipe.extras.sources["weaker"] = Source("weaker", weaker.card.source or "", weaker.card.hash)
 
 
-def _check_weight(weight: float) -> None:
-    if not abs(weight) <= LARGEST_WEIGHT:
+def path_of(value: object) -> Path:
+    """A path, as text or as one. Raises ConfigError for anything else."""
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise ConfigError(f"a path is needed (got {str(value)[:40]!r})")
+    return Path(value)
+
+
+def _check_weight(weight: object) -> None:
+    if not isinstance(weight, int | float) or not abs(weight) <= LARGEST_WEIGHT:
         raise ConfigError(f"an adapter's weight must be from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} (got {weight})")
 
 
 def names_and_weights(names: str | Sequence[str], weights: float | Sequence[float] | None) -> dict[str, float]:
     """One name or several, with a weight for all or one each, as diffusers takes them. Raises ConfigError."""
-    listed = [names] if isinstance(names, str) else list(names)
+    listed = [names] if isinstance(names, str) else list(names) if isinstance(names, Sequence) else [names]
+    if not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"adapters are called by names (got {str(names)[:40]!r})")
     one = 1.0 if weights is None else weights
-    each = [one] * len(listed) if isinstance(one, int | float) else list(one)
+    each: list[Any] = list(one) if isinstance(one, list | tuple) else [one] * len(listed)
+    for weight in each:
+        _check_weight(weight)
     if len(each) != len(listed):
         raise ConfigError(f"{len(each)} weights for {len(listed)} adapters")
     return {name: float(weight) for name, weight in zip(listed, each, strict=True)}

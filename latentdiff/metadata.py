@@ -17,6 +17,7 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
+from latentdiff.data.decoding import FORMATS, silent_decoders
 from latentdiff.errors import DataError
 
 _SAMPLER_NAMES = {
@@ -69,6 +70,7 @@ class ImageMetadata:
     versions: dict[str, str]
     steps: tuple[int, ...] = ()
     model_source: str | None = None
+    variant: str | None = None
     sources: tuple[Source, ...] = ()
     canvas: dict[str, Any] | None = None
     batch: tuple[int, int] = (0, 1)
@@ -176,7 +178,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises DataError for what is not a picture. The tree is data from outside: validate before use.
     """
     try:
-        with Image.open(path) as image:
+        with silent_decoders(), Image.open(path, formats=FORMATS) as image:
             image.load()
             found: dict[str, Any] = _texts(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

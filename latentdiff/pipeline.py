@@ -57,6 +57,7 @@ class ModelCard:
     size: tuple[int, int] = (64, 64)
     defaults: dict[str, Any] = field(default_factory=dict)
     source: str | None = None  # a path or hub id as it was named; None is the default model
+    variant: str | None = None  # of its weights
     folder: Path | None = field(default=None, compare=False)  # where the model lies, unless it is a single file
 
 
@@ -109,7 +110,7 @@ class LatentDiffusionPipeline:
         """Write a folder that this class and diffusers' pipelines load."""
         from latentdiff.pretrained import save_pipeline
 
-        save_pipeline(self, Path(directory))
+        save_pipeline(self, extras.path_of(directory))
 
     @property
     def components(self) -> dict[str, Any]:
@@ -185,11 +186,11 @@ class LatentDiffusionPipeline:
 
     def load_clip(self, directory: str | Path | None = None) -> None:
         """See `extras.load_clip`."""
-        extras.load_clip(self, None if directory is None else Path(directory))
+        extras.load_clip(self, None if directory is None else extras.path_of(directory))
 
     def load_weaker(self, path: str | Path) -> None:
         """See `extras.load_weaker`."""
-        extras.load_weaker(self, path)
+        extras.load_weaker(self, extras.path_of(path))
 
     def load_lora_weights(
         self, path: str | Path, adapter_name: str | None = None, *, weight: float = 1.0, fuse: bool = False
@@ -198,7 +199,7 @@ class LatentDiffusionPipeline:
 
         Of PEFT's, diffusers' or kohya's names; LoHa and LoKr can only be fused. Raises ModelError, ConfigError.
         """
-        return extras.load_adapter(self, Path(path), name=adapter_name, weight=weight, merged=fuse)
+        return extras.load_adapter(self, extras.path_of(path), name=adapter_name, weight=weight, merged=fuse)
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
         """Make these adapters the active ones, with one weight or one each."""
@@ -214,7 +215,7 @@ class LatentDiffusionPipeline:
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
         """Learnt words, which a prompt may then use; returns them."""
-        return extras.load_words(self, Path(path), token)
+        return extras.load_words(self, extras.path_of(path), token)
 
     def canvas(self, asked: Request, image: Any, mask: Any = None, **more: Any) -> Canvas | None:
         """The picture that a request starts from, if one is given; see `drawing.canvas`. Raises ConfigError."""
@@ -228,6 +229,10 @@ class LatentDiffusionPipeline:
             return None
         if asked.hires_scale:
             raise ConfigError("hires_scale is of pictures from noise. With an image, width and height enlarge it")
+        lowest = min(*SIDES, *self.card.size)
+        for name, side in (("height", asked.height), ("width", asked.width)):
+            if side is not None:
+                check_size(name, side, self.multiple, lowest)
         made = canvas(image, mask, size=(asked.height, asked.width), multiple=self.multiple, **more)
         self.size(asked, made)
         step_counts(asked, made)
@@ -344,7 +349,7 @@ class LatentDiffusionPipeline:
             images = to_uint8(images)
         if output_type == "pil":
             images = [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in images]
-        records = [self._record(job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
+        records = [self.record(job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
         notes, self._notes = self._notes, []
         return Output(images, seeds, records, notes)
 
@@ -404,7 +409,8 @@ class LatentDiffusionPipeline:
                 check_size(f"{name} after hires_scale", side, self.multiple, lowest)
         return size
 
-    def _record(self, job: Job, own: bool, place: tuple[int, int]) -> ImageMetadata:
+    def record(self, job: Job, own: bool = False, place: tuple[int, int] = (0, 1)) -> ImageMetadata:
+        """What a picture says of itself; `place` is its place in its batch, and the batch's size."""
         canvas = job.canvas
         drawn = enlarged(self.size(job.request, canvas), job.request, self.multiple)
         height, width = drawn if canvas is None else canvas.size
@@ -418,6 +424,7 @@ class LatentDiffusionPipeline:
             model=self.card.name,
             model_hash=self.card.hash,
             model_source=self.card.source,
+            variant=self.card.variant,
             sources=tuple(self.extras.sources.values()),
             canvas=None if canvas is None else canvas.record(),
             runtime="torch",

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentdiff.config import Recommended
 from latentdiff.diffusion.schedule import SPACINGS, NoiseSchedule
-from latentdiff.errors import ConfigError, ModelError
+from latentdiff.errors import ConfigError, ModelError, raised_as
 from latentdiff.metadata import recorded
-from latentdiff.models.folder import folder_hash, picture_geometry
+from latentdiff.models.folder import folder_hash, picture_geometry, saving
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def load_pipeline(
     import torch
 
     where = usable_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"torch_dtype must be a floating-point torch.dtype (got {dtype!r})")
+    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"torch_dtype must be a floating-point torch.dtype of 16 bits or more (got {dtype!r})")
     return stored_pipeline(path, variant, revision).to(where, dtype or torch.float32)
 
 
@@ -92,6 +92,8 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
 
     if path is None:
         return Located(default_model(), DEFAULT_MODEL, None)
+    if not isinstance(path, str | Path) or not _can_be(Path(path)):
+        raise ModelError(f"no such model ({str(path)[:80]!r}). Give a folder, a file or a hub id")
     if is_hub_id(str(path)):
         folder = fetched(str(path), revision, variant)
         return Located(folder, str(path), f"{path}@{folder.name}")  # the folder of a commit is called by it
@@ -100,6 +102,15 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
     place = Path(path)
     name = place.stem if place.is_file() else place.resolve().name
     return Located(place, name, recorded(place))
+
+
+def _can_be(path: Path) -> bool:
+    """Whether a path may name something: not longer than names can be, and without NUL."""
+    try:
+        path.exists()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _of_folder(source: Located, variant: str | None) -> LatentDiffusionPipeline:
@@ -114,7 +125,7 @@ def _of_folder(source: Located, variant: str | None) -> LatentDiffusionPipeline:
     text_encoder = weights.load_text_encoders(directory, variant)
     unet = weights.load_unet(directory, variant)
     return LatentDiffusionPipeline(
-        autoencoder, text_encoder, unet, schedule, prediction, replace(named, source=source.source)
+        autoencoder, text_encoder, unet, schedule, prediction, replace(named, source=source.source, variant=variant)
     )
 
 
@@ -212,7 +223,8 @@ def read_scheduler(directory: Path) -> tuple[NoiseSchedule, str]:
     """The noise schedule and the prediction of diffusers' scheduler config. Raises ModelError."""
     path = directory / "scheduler" / "scheduler_config.json"
     config = _read(_Scheduler, path)
-    return _schedule(config, path), config.prediction_type
+    with raised_as(ModelError, f"no noise schedule ({path})"):
+        return _schedule(config, path), config.prediction_type
 
 
 def _schedule(config: _Scheduler, path: Path) -> NoiseSchedule:
@@ -254,7 +266,10 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
     Raises ConfigError where adapters are beside the weights: no folder holds both.
     """
     _check_saveable(pipe)
-    directory.mkdir(parents=True, exist_ok=True)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file; a model is a folder")
+    with saving("the model", directory.parent):
+        directory.mkdir(parents=True, exist_ok=True)
     clip = None if pipe.card.folder is None else pipe.card.folder / "clip"
     if clip is not None and clip.is_dir() and not (directory / "clip").exists():
         shutil.copytree(clip, directory / "clip")
@@ -268,7 +283,8 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
 
 
 def _check_saveable(pipe: LatentDiffusionPipeline) -> None:
-    beside = [name for name, source in pipe.extras.sources.items() if source.kind == "lora"]
+    sources = pipe.extras.sources.items()
+    beside = [name.removeprefix("adapter ") for name, source in sources if source.kind == "lora"]
     if beside:
         raise ConfigError(f"adapters are beside the weights ({', '.join(beside)}): fuse_lora or unload_lora_weights")
 

@@ -16,14 +16,17 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from latentdiff.data.decoding import FORMATS, WHITE, Color, decode, silent_decoders
+from latentdiff.drawing.canvas import BLACK
 from latentdiff.drawing.job import Job
 from latentdiff.errors import ConfigError, DataError, ModelError
 from latentdiff.metadata import installed_versions, read_metadata
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.request import Pixels, Request
+from latentdiff.request import SIDES, Pixels, Request
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(max_length=4096)]
+Name = Annotated[str, Field(max_length=1000)]
+Margin = Annotated[int, Field(ge=0, le=SIDES[1])]
 
 
 class _Data(BaseModel):
@@ -45,7 +48,7 @@ class CanvasRecord(_Data):
 
     image: Name | None
     mask: Name | None
-    outpaint: tuple[Pixels, Pixels, Pixels, Pixels]
+    outpaint: tuple[Margin, Margin, Margin, Margin]
     sha256: Hash
 
 
@@ -65,6 +68,7 @@ class Record(_Data):
     versions: dict[str, str]
     steps: tuple[int, ...] = ()
     model_source: Name | None = None
+    variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
     sources: tuple[SourceRecord, ...] = Field((), max_length=100)
     canvas: CanvasRecord | None = None
     batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)
@@ -110,7 +114,8 @@ def read_record(path: Path) -> Record:
         raise DataError(f"its record is not valid: {key}: {first['msg'][:100]} ({path})") from None
     if record.own_noise:
         raise ConfigError(f"drawn from noise or embeddings of its maker's own, which no record holds ({path})")
-    if record.seed != record.request.seed + record.index or record.batch[0] >= record.batch[1]:
+    place, size = record.batch
+    if record.seed != record.request.seed + record.index or not place < size <= record.request.batch_size:
         raise DataError(f"its record contradicts itself ({path})")
     return record
 
@@ -127,7 +132,7 @@ def reproduce(
     record = read_record(path)
     places = [*sources, path.parent, Path()]
     pipe = LatentDiffusionPipeline.from_pretrained(
-        _model(record, model), device=device, torch_dtype=getattr(torch, record.dtype)
+        _model(record, model), device=device, torch_dtype=getattr(torch, record.dtype), variant=record.variant
     )
     if pipe.card.hash != record.model_hash:
         told = f"{pipe.card.name} ({pipe.card.hash[:10]}), drawn by {record.model} ({record.model_hash[:10]})"
@@ -143,9 +148,9 @@ def _model(record: Record, named: str | Path | None) -> str | Path | None:
     if named is not None or record.model_source is None:
         return named
     source = record.model_source
-    if "@" in source and not Path(source).exists():
+    if "@" in source and not _is_there(Path(source)):
         raise ConfigError(f"drawn by {source} of the hub. Name it by --model {source.partition('@')[0]}, or a path")
-    if Path(source).is_absolute() or ".." in Path(source).parts or not Path(source).exists():
+    if Path(source).is_absolute() or ".." in Path(source).parts or not _is_there(Path(source)):
         raise ConfigError(f"its model {record.model} is not at {source!r} here. Name it by --model")
     return source
 
@@ -181,9 +186,17 @@ def found_in(name: str, places: Sequence[Path]) -> Path:
         if place.name == relative.name:
             candidates.insert(0, place)
         for candidate in candidates:
-            if candidate.exists():
+            if _is_there(candidate):
                 return candidate
     raise ConfigError(f"{name} is not here. Give its place by --source")
+
+
+def _is_there(path: Path) -> bool:
+    """A file or a folder, and no pipe, which would be waited for."""
+    try:
+        return path.is_file() or path.is_dir()
+    except (OSError, ValueError):  # a name that cannot be
+        return False
 
 
 def _drawn(pipe: LatentDiffusionPipeline, record: Record, places: Sequence[Path]) -> Any:
@@ -205,28 +218,35 @@ def _canvas(pipe: LatentDiffusionPipeline, asked: Request, record: CanvasRecord,
     if record.image is None:
         raise ConfigError("the picture it started from has no name in its record")
     image = open_picture(found_in(record.image, places))
-    mask = None if record.mask is None else open_picture(found_in(record.mask, places))
+    mask = None if record.mask is None else open_picture(found_in(record.mask, places), BLACK)
     canvas = pipe.canvas(asked, image, mask, margins=Margins(*record.outpaint))
     if canvas is None or canvas.hash != record.sha256:
         raise DataError(f"{record.image} or its mask is another picture now")
     return canvas
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture that a user names, decoded whole. Raises DataError."""
-    from latentdiff.data.decoding import decode
-
+def open_picture(path: Path, background: Color = WHITE) -> Image.Image:
+    """A picture that a user names, decoded whole, where it is transparent on a colour. Raises DataError."""
     try:
-        return Image.fromarray(decode(path.read_bytes()).pixels)
+        if path.exists() and not path.is_file():
+            raise DataError("is no file")
+        with silent_decoders():
+            return Image.fromarray(decode(path.read_bytes(), background).pixels)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except OSError as error:
-        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise DataError(f"{printable(path)}: {error}") from None
+    except (OSError, ValueError) as error:  # of names that cannot be, too
+        told = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{printable(path)}: {told.lower()}") from None
+
+
+def printable(path: Path) -> str:
+    """A name as an error can tell it."""
+    return str(path).encode("utf-8", "backslashreplace").decode()[:200]
 
 
 def likeness(path: Path, again: Image.Image, record: Record) -> Likeness:
     """How like the picture in the file is to one drawn again. Raises DataError where their sizes differ."""
-    with Image.open(path) as image:
+    with silent_decoders(), Image.open(path, formats=FORMATS) as image:
         then, now = np.asarray(image.convert(again.mode)).astype(int), np.asarray(again).astype(int)
     if then.shape != now.shape:
         raise DataError(f"the picture was resized since: {then.shape[1]}x{then.shape[0]}, drawn {again.size} ({path})")

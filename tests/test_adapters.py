@@ -306,6 +306,81 @@ def test_unused_and_missing_are_told(folders, files, tmp_path):
     assert str(fit) == f"half: {counts} (unet.nowhere.lora_A.weight, {first})"
 
 
+QUERY, VALUE = (f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{x}" for x in "qv")
+PLAIN = {f"{QUERY}.lora_A.weight": torch.ones(2, 32), f"{QUERY}.lora_B.weight": torch.ones(32, 2)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {f"{QUERY}.lora_A.weight": torch.ones(2, 32, dtype=torch.int8)},
+        {f"{QUERY}.lora_A.weight": torch.full((2, 32), float("nan"))},
+        {f"{QUERY}.lora_A.weight": torch.ones(32, 2), f"{QUERY}.lora_B.weight": torch.ones(2, 32)},
+        {f"{QUERY}.lora_A.weight": torch.ones(0, 32), f"{QUERY}.lora_B.weight": torch.ones(32, 0)},
+        {f"{QUERY}.lora_A.weight": torch.ones(2, 32, 3, 3)},
+        {f"{QUERY}.lora_B.weight": torch.ones(())},
+        {f"{QUERY}.lora_B.bias": torch.ones(32)},
+        {f"{QUERY}.alpha": torch.tensor(float("nan"))},
+        {f"{QUERY}.alpha": torch.ones(3)},
+        {f"{QUERY}.lora_magnitude_vector": torch.ones(7)},
+        {f"{QUERY}.hada_w1_a": torch.ones(3, 3)},
+        {
+            f"{QUERY}.lora_magnitude_vector": torch.ones(32),
+            f"{VALUE}.lora_A.weight": torch.ones(2, 32),
+            f"{VALUE}.lora_B.weight": torch.ones(32, 2),
+        },
+    ],
+    ids=range(12),
+)
+@pytest.mark.parametrize("fuse", [False, True])
+def test_adapters_that_are_broken_change_nothing(folders, tmp_path, changes, fuse):
+    pipe = load(folders["1"])
+    before = drawn(pipe)
+    save_file(PLAIN | changes, tmp_path / "broken.safetensors")
+    with pytest.raises(ModelError) as caught:
+        pipe.load_lora_weights(tmp_path / "broken.safetensors", fuse=fuse)
+    assert len(str(caught.value)) < 400
+    assert torch.equal(drawn(pipe), before)
+    assert not pipe.extras.sources
+
+
+@pytest.mark.parametrize(
+    "config", [{"lora_alpha": "x"}, {"alpha_pattern": {"(([a-z0-9_.]+)+)+!": 1}}, {"alpha_pattern": 3}]
+)
+def test_configs_of_adapters_from_outside(folders, tmp_path, config):
+    """Patterns are no programs: they are compared, in no time, and what is no number is refused."""
+    save_file(PLAIN, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    if isinstance(config.get("alpha_pattern"), dict):
+        assert load(folders["1"]).load_lora_weights(tmp_path / "x.safetensors").matched == 1
+    else:
+        with pytest.raises(ModelError, match="no alpha"):
+            load(folders["1"]).load_lora_weights(tmp_path / "x.safetensors")
+
+
+def test_products_of_absurd_size_are_not_made(folders, tmp_path):
+    flat = "lora_unet_" + QUERY.removeprefix("unet.").replace(".", "_")
+    huge = {"hada_w1_a": (60_000, 1), "hada_w1_b": (1, 60_000), "hada_w2_a": (60_000, 1), "hada_w2_b": (1, 60_000)}
+    save_file({f"{flat}.{name}": torch.ones(shape) for name, shape in huge.items()}, tmp_path / "loha.safetensors")
+    save_file({f"{flat}.lokr_w{n}": torch.ones(600, 600) for n in (1, 2)}, tmp_path / "lokr.safetensors")
+    for name in ("loha", "lokr"):
+        with pytest.raises(ModelError, match="is of another model"):
+            load(folders["1"]).load_lora_weights(tmp_path / f"{name}.safetensors", fuse=True)
+
+
+def test_an_adapter_of_any_name_is_recorded(folders, tmp_path):
+    """Called like what else is loaded, and merged while another is taken out of use but attached."""
+    pipe = load(folders["1"])
+    for name in ("weaker", "clip"):
+        save_file(PLAIN, tmp_path / f"{name}.safetensors")
+        pipe.load_lora_weights(tmp_path / f"{name}.safetensors", weight=0.1)
+    pipe.load_weaker(folders["1"])
+    assert [source.kind for source in pipe.extras.sources.values()] == ["lora", "lora", "weaker"]
+    pipe.set_adapters([])
+    with pytest.raises(ModelError, match="adapters are attached"):
+        pipe.load_lora_weights(tmp_path / "clip.safetensors", "other", fuse=True)
+    pipe.set_adapters("weaker", 1.0)
+
+
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora.bin"])
 def test_a_pickle_is_refused(folders, tmp_path, name):
     torch.save({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / name)
@@ -422,12 +497,29 @@ def test_a1111_s_embeddings(folders, tmp_path):
         ({"<a>": torch.ones(63)}, "has vectors of 63, this model's have 64"),
         ({"castle</w>": torch.ones(64)}, "is known already"),
         ({}, "there is nothing in it|cannot load"),
+        ({"<a>": torch.ones(0, 64)}, "embeddings are of shape"),
+        ({"<a>": torch.tensor(1.0)}, "embeddings are of shape"),
+        ({"<a>": torch.full((64,), float("nan"))}, "is not of finite vectors"),
+        ({"<a>": torch.ones(64, dtype=torch.int8)}, "is not of finite vectors"),
+        ({"": torch.ones(64)}, "is no word"),
+        ({"<a>": torch.ones(3, 64), "<a>_1": torch.ones(64)}, "have the same tokens"),
     ],
 )
 def test_words_that_do_not_fit(folders, tmp_path, state, message):
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=message):
         load(folders["1"]).load_textual_inversion(tmp_path / "x.safetensors")
+
+
+def test_learnt_words_are_not_lost(folders, tmp_path):
+    """A folder keeps them; a single file has no place, and says so."""
+    from latentdiff.pretrained import save_single_file
+
+    save_file({"<a>": torch.ones(64)}, tmp_path / "x.safetensors")
+    pipe = load(folders["1"])
+    pipe.load_textual_inversion(tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="has learnt words, which a single file"):
+        save_single_file(pipe, tmp_path / "model.safetensors")
 
 
 def test_two_encoders_need_two_embeddings(folders, tmp_path):

@@ -168,6 +168,26 @@ def test_a_pickle_is_read_by_its_tensors_alone(convert, tmp_path):
     assert load_file("ink.safetensors").keys() == {"emb_params"}
 
 
+def test_a_module_of_the_current_folder_is_not_imported(convert, tmp_path):
+    torch.save({"a": torch.ones(1)}, "model.ckpt")
+    (tmp_path / "safetensors.py").write_text("open('canary', 'w')")
+    assert convert("model.ckpt", "model.safetensors", "--trust-pickle")[0] == 0
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "have the same name"), ({"epoch": 3}, "holds no tensors")],
+)
+def test_no_tensor_is_lost(convert, tree, message):
+    torch.save(tree, "model.ckpt")
+    code, _, err = convert("model.ckpt", "model.safetensors", "--trust-pickle")
+    assert (code, message in err) == (4, True)
+    torch.save([torch.ones(1), {"x": torch.zeros(2)}], "list.ckpt")
+    assert convert("list.ckpt", "list.safetensors", "--trust-pickle")[0] == 0
+    assert load_file("list.safetensors").keys() == {"0", "1.x"}
+
+
 @pytest.mark.parametrize("archive", [False, True])
 def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
     if archive:

@@ -168,11 +168,16 @@ def test_outpainting(pipe, photo):
         ({"image": np.zeros((64, 96, 3))}, r"image must be a PIL image or uint8 \(H, W, 3\) \(got ndarray, float64"),
         ({"image": "photo.png"}, "image must be a PIL image"),
         ({"image": Image.new("F", (96, 64))}, "image: colour mode F"),
-        ({"image": Image.new("RGB", (5000, 64))}, "width must be a multiple of 8 from 64 to 2048"),
+        ({"image": Image.new("RGB", (5000, 64))}, "width must be from 64 to 2048"),
         ({"image": Image.new("RGB", (96, 20))}, "height must be a multiple of 8 from 64 to 2048"),
         ({"outpaint": (1, 2, 3)}, "outpaint is pixels on the left, top, right and bottom"),
         ({"outpaint": (0, 0, 0, 4096)}, "outpaint is pixels on the left, top, right and bottom"),
         ({"hires_scale": 2.0}, "hires_scale is of pictures from noise"),
+        ({"width": 0}, "width must be a multiple of 8"),
+        ({"width": 2**31}, "width must be a multiple of 8"),
+        ({"image": [[1], [2, 3]]}, "image must be a PIL image or an array"),
+        ({"mask_image": {}}, "mask_image must be"),
+        ({"mask_image": Image.new("RGBA", (96, 64), (255, 255, 255, 0))}, "the mask has no white"),
     ],
 )
 def test_refused_pictures(pipe, photo, settings, message):

@@ -86,6 +86,51 @@ def test_remote_code_is_refused(folder):
     )
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "quantization_config"])
+def test_code_of_other_packages_is_refused(folder, key):
+    """A kernel of the hub, a quantizer's loader."""
+    edit(folder / "text_encoder" / "config.json", **{key: "evil/kernel"})
+    assert f"asks to run code ({key}" in refusal(folder, UnsafeError)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("unet", {"layers_per_block": 999, "transformer_layers_per_block": 999}),
+        ("unet", {"layers_per_block": -1}),
+        ("unet", {"layers_per_block": [1.5, 1]}),
+        ("unet", {"reverse_transformer_layers_per_block": [[900, 900], [900, 1]]}),
+        ("unet", {"block_out_channels": [32] * 50_000, "down_block_types": ["DownBlock2D"] * 50_000}),
+        ("vae", {"layers_per_block": 900}),
+        ("text_encoder", {"num_hidden_layers": 900}),
+    ],
+    ids=str,
+)
+def test_more_layers_than_there_are_weights(folder, part, changes):
+    """Refused before any layer is made: each would take time, if no memory."""
+    edit(folder / part / "config.json", **changes)
+    assert f"{part}/config.json" in refusal(folder, ModelError)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_weights_that_are_no_floating_point(folder, dtype):
+    rewrite(
+        folder / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda s: s.update({k: v.to(dtype) for k, v in s.items()}),
+    )
+    assert "is no floating point" in refusal(folder, ModelError)
+
+
+def test_a_schedule_that_does_not_fall(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", trained_betas=[1.0] * 1000)
+    assert "no noise schedule" in refusal(folder, ModelError)
+
+
+def test_a_tokenizer_of_other_words(folder):
+    edit(folder / "tokenizer" / "tokenizer_config.json", pad_token="<nowhere>")
+    refusal(folder, ModelError)
+
+
 def test_program_in_the_folder_is_refused(folder):
     (folder / "pipeline.py").write_text("raise SystemExit")
     assert "asks to run code (pipeline.py)" in refusal(folder, UnsafeError)

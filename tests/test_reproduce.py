@@ -191,6 +191,7 @@ def forged(path, place, **changes):
         ({"index": -1}, DataError, "index"),
         ({"batch": [0, 10**9]}, DataError, "batch"),
         ({"batch": [3, 2]}, DataError, "contradicts itself"),
+        ({"batch": [0, 1024]}, DataError, "contradicts itself"),
         ({"dtype": "__class__"}, DataError, "dtype"),
         ({"runtime": "shell"}, DataError, "runtime"),
         ({"model_source": "/etc"}, ConfigError, "is not at '/etc' here"),
@@ -227,6 +228,22 @@ def test_records_from_outside(pictures, place, tmp_path, monkeypatch, changes, k
     with pytest.raises(kind, match=message) as caught:
         reproduce(forged(tmp_path / "forged.png", place, **changes))
     assert len(str(caught.value)) < 400
+
+
+def test_a_pipe_is_not_waited_for(pictures, place, tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.chdir(place)
+    os.mkfifo(tmp_path / "ours.png")
+    with pytest.raises(ConfigError, match=r"ours.png is not here"):
+        reproduce(forged(tmp_path / "forged.png", place, canvas=from_picture("ours.png")))
+
+
+def test_other_decoders_are_not_asked(tmp_path):
+    """EPS is drawn by a program of the system: no picture of ours is one."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(DataError, match="not a readable picture"):
+        reproduce(tmp_path / "a.png")
 
 
 def test_pictures_that_say_nothing(tmp_path):

@@ -338,6 +338,22 @@ def test_a_file_with_a_part_missing(single_file, tmp_path, prefix, message):
         stored_pipeline(tmp_path / "part.safetensors")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cond_stage_model.transformer.text_model.encoder.layers.1000000.x",
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.10000000.x",
+        "model.diffusion_model.input_blocks.99999999.0.x",
+        "first_stage_model.encoder.down.0.block.10000000.x",
+        "first_stage_model.encoder.down.2000000000.x",
+    ],
+)
+def test_a_name_alone_makes_no_layers(single_file, tmp_path, name):
+    save_file(load_file(single_file) | {name: torch.zeros(1)}, tmp_path / "many.safetensors")
+    with pytest.raises(ModelError, match="its names are numbered up to"):
+        stored_pipeline(tmp_path / "many.safetensors")
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8 + b"{}" * 50])
 def test_a_file_that_is_none(tmp_path, content):
     (tmp_path / "bad.safetensors").write_bytes(content)

@@ -50,6 +50,8 @@ def convert(
         raise ConfigError(f"{output} exists; nothing is overwritten")
     if (trust_pickle or to is not None) and output.suffix.lower() != ".safetensors":
         raise ConfigError(f"the output is a file: name it {output}.safetensors")
+    if (trust_pickle or to is not None) and dtype is not None:
+        raise ConfigError("--dtype is of models; an adapter and a pickle keep their own")
     if trust_pickle:
         _pickle(source, output)
     elif to is not None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.pictures import check_target, write_pictures
+from latentdiff.cli.pictures import check_target, suffix_of, write_pictures
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
+from latentdiff.drawing.given import margins_of
 from latentdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def _sides(width: int | None, height: int | None, size: str | None) -> dict[str,
     if size is None:
         return {"width": width, "height": height}
     across, x, down = size.lower().partition("x")
-    if width is not None or height is not None or not (x and across.isdecimal() and down.isdecimal()):
+    digits = x and _number(across) and _number(down)
+    if width is not None or height is not None or not digits:
         raise ConfigError(f"--size is WIDTHxHEIGHT, instead of --width and --height (got {size!r})")
     return {"width": int(across), "height": int(down)}
 
@@ -141,6 +143,8 @@ def _further(settings: Sequence[str]) -> dict[str, Any]:
     from latentdiff.config import parsed_override
 
     found = dict(parsed_override(setting) for setting in settings)
+    if "prompt" in found:
+        raise ConfigError("the prompt is an argument, not a setting")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
@@ -162,9 +166,14 @@ def _wishes(
 
 def _margins(outpaint: str) -> tuple[int, ...]:
     parts = [part.strip() for part in outpaint.split(",")]
-    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--outpaint is LEFT,TOP,RIGHT,BOTTOM in pixels (got {outpaint!r})")
-    return tuple(int(part) for part in parts)
+    if len(parts) != 4 or not all(map(_number, parts)):
+        raise ConfigError(f"--outpaint is LEFT,TOP,RIGHT,BOTTOM in pixels (got {outpaint[:40]!r})")
+    return margins_of([int(part) for part in parts])
+
+
+def _number(text: str) -> bool:
+    """Whether it is a whole number of pixels: of digits, and not of thousands of them."""
+    return text.isdecimal() and len(text) < 10
 
 
 def _requests(wishes: Sequence[Wish], common: dict[str, Any], seed: int | None) -> list[Request]:
@@ -230,8 +239,9 @@ def _with_extras(
     """Load what is drawn with beside the model, and say how adapters fit."""
     from latentdiff import extras
 
-    for path, weight in loras:
-        print(extras.load_adapter(pipe, path, weight=weight, merged=True), file=sys.stderr)
+    for number, (path, weight) in enumerate(loras, 1):  # two files may be called the same
+        name = f"{path.stem}_{number}" if [p.stem for p, _ in loras].count(path.stem) > 1 else None
+        print(extras.load_adapter(pipe, path, name=name, weight=weight, merged=True), file=sys.stderr)
     for path in embeddings:
         print(f"words: {', '.join(extras.load_words(pipe, path))}", file=sys.stderr)
     if weaker is not None:
@@ -259,15 +269,16 @@ def _jobs(
 
 
 def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
-    from latentdiff.drawing.canvas import NONE, Margins
+    from latentdiff.drawing.canvas import BLACK, NONE, Margins
     from latentdiff.drawing.plan import step_counts
     from latentdiff.metadata import recorded
     from latentdiff.reproduce import open_picture
 
-    opened = [None if path is None else open_picture(path) for path in (wish.image, wish.mask)]
+    image = None if wish.image is None else open_picture(wish.image)
+    mask = None if wish.mask is None else open_picture(wish.mask, BLACK)
     names = [None if path is None else recorded(path) for path in (wish.image, wish.mask)]
     margins = NONE if wish.outpaint is None else Margins(*wish.outpaint)
-    canvas = pipe.canvas(request, *opened, margins=margins, names=(names[0], names[1]))
+    canvas = pipe.canvas(request, image, mask, margins=margins, names=(names[0], names[1]))
     if canvas is not None:
         steps = step_counts(request, canvas)[0]
         print(f"{wish.image}: {steps} of {request.num_inference_steps} steps are run", file=sys.stderr)
@@ -295,10 +306,14 @@ def _drawn(
     from tqdm import tqdm
 
     from latentdiff.drawing.plan import step_counts
+    from latentdiff.metadata import save_options
 
     batches = list(pipe.grouped(jobs))
     total = sum(sum(step_counts(batch[0].request, batch[0].canvas)) for batch in batches)
     told: set[str] = set()
+    if metadata:
+        for job in jobs:  # a record that does not fit is known before anything is drawn
+            save_options(pipe.record(job), suffix_of(target) or suffix)
     with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
         for batch in batches:
             for step in pipe.steps(batch):

@@ -33,7 +33,7 @@ def check_target(output: Path, count: int) -> None:
     suffix = output.suffix.lower()
     if suffix in _OTHERS:
         raise ConfigError(f"pictures are written as {', '.join(_FORMATS)} ({output})")
-    single = suffix in _FORMATS
+    single = suffix_of(output) is not None
     if single and count > 1:
         raise ConfigError(f"{count} pictures do not go into one file ({output}). Name a folder")
     check_writable(output, output.parent if single else output)
@@ -41,10 +41,23 @@ def check_target(output: Path, count: int) -> None:
         raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
 
 
+def suffix_of(output: Path) -> str | None:
+    """A picture file's suffix; None for a folder."""
+    suffix = output.suffix.lower()
+    return suffix if suffix in _FORMATS else None
+
+
+def check_file(output: Path) -> None:
+    """As `check_target`, for a file and no folder."""
+    if suffix_of(output) is None:
+        raise ConfigError(f"a picture is written as {', '.join(_FORMATS)} ({output})")
+    check_target(output, 1)
+
+
 def write_pictures(output: Output, target: Path, suffix: str, metadata: bool) -> Iterator[tuple[Path, ImageMetadata]]:
     """Each picture's file, as soon as it is there, and its record."""
     for image, record in zip(output.images, output.metadata, strict=True):
-        path = target if target.suffix.lower() in _FORMATS else _next_path(target, record.seed, suffix)
+        path = target if suffix_of(target) else _next_path(target, record.seed, suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_new(path, encoded(image, path.suffix.lower(), record if metadata else None))
         yield path, record

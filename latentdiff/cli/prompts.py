@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latentdiff.drawing.given import margins_of
 from latentdiff.errors import ConfigError
 
 _PATHS = ("image", "mask")
@@ -80,8 +81,10 @@ def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
     outpaint = tree.pop("outpaint", None)
     if not all(value is None or isinstance(value, str) for value in paths.values()):
         raise ConfigError(f"{where}: image and mask are paths")
-    if outpaint is not None and not isinstance(outpaint, list):
-        raise ConfigError(f"{where}: outpaint is four numbers of pixels")
+    try:
+        margins_of(outpaint)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
     given = {name: None if value is None else folder / value for name, value in paths.items()}
     return Wish(prompt, settings, given["image"], given["mask"], None if outpaint is None else tuple(outpaint), where)

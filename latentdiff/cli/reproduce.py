@@ -20,10 +20,10 @@ def reproduce(
     """Draw a picture again and say how equal it is. Files that it names must have the content that it names."""
     from latentdiff import reproduce as again
     from latentdiff.cli.output import write_new
-    from latentdiff.cli.pictures import check_target, encoded
+    from latentdiff.cli.pictures import check_file, encoded
 
     if output is not None:
-        check_target(output, 1)
+        check_file(output)
     picture, likeness = again.reproduce(image, model, source or [], device)
     if output is not None:
         write_new(output, encoded(picture, output.suffix.lower(), None))

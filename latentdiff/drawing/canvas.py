@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from latentdiff.data.decoding import rgb
+from latentdiff.data.decoding import WHITE, Color, rgb
 from latentdiff.errors import ConfigError, DataError
 from latentdiff.images import luminance, to_images
+from latentdiff.request import SIDES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ class Margins(NamedTuple):
 
 
 NONE = Margins()
+BLACK = (0, 0, 0)  # under a transparent mask: nothing is drawn there
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,8 @@ def canvas(
     """
     pixels = _pixels(image)
     marked = None if mask is None else _marked(mask, pixels.shape[:2])
-    height, width = (asked or own for asked, own in zip(size, pixels.shape[:2], strict=True))
+    height, width = (own if asked is None else asked for asked, own in zip(size, pixels.shape[:2], strict=True))
+    _check_sides(height + margins.top + margins.bottom, width + margins.left + margins.right)
     pixels = resized(pixels, height, width)
     if marked is not None and marked.shape != (height, width):
         marked = np.asarray(Image.fromarray(marked).resize((width, height), Image.Resampling.NEAREST))
@@ -94,6 +97,13 @@ def canvas(
     if marked is not None and not marked.any():
         raise ConfigError("the mask has no white: nothing would be drawn")
     return _padded(Canvas(pixels, marked, pixels.shape[:2], margins, names), multiple)
+
+
+def _check_sides(height: int, width: int) -> None:
+    """Before anything of that size is made. Raises ConfigError."""
+    for name, side in (("height", height), ("width", width)):
+        if not 1 <= side <= SIDES[1]:
+            raise ConfigError(f"{name} must be from {SIDES[0]} to {SIDES[1]}, with what is added around (got {side})")
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -120,11 +130,8 @@ def _padded(whole: Canvas, multiple: int) -> Canvas:
 def _pixels(image: Any) -> np.ndarray:
     """Raises ConfigError for what is no picture."""
     if isinstance(image, Image.Image):
-        try:
-            return rgb(ImageOps.exif_transpose(image))
-        except DataError as error:
-            raise ConfigError(f"image: {error}") from None
-    found = np.asarray(image)
+        return _decoded(image, "image", WHITE)
+    found = _array(image, "image")
     if found.dtype != np.uint8 or found.ndim != 3 or found.shape[-1] != 3 or not found.size:
         raise ConfigError(
             f"image must be a PIL image or uint8 (H, W, 3) (got {type(image).__name__}, {found.dtype} {found.shape})"
@@ -132,14 +139,28 @@ def _pixels(image: Any) -> np.ndarray:
     return found
 
 
+def _decoded(image: Image.Image, name: str, background: Color) -> np.ndarray:
+    """Upright, and where it is transparent on a colour. Raises ConfigError."""
+    try:
+        return rgb(ImageOps.exif_transpose(image), background)
+    except (DataError, OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors elsewhere
+        raise ConfigError(f"{name} must be a PIL image or an array (got {type(values).__name__})") from None
+
+
 def _marked(mask: Any, size: tuple[int, int]) -> np.ndarray:
     """True from half grey up. Raises ConfigError for another size than the picture's."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(ImageOps.exif_transpose(mask).convert("L"))
-    found = np.asarray(mask)
-    marked = found if found.dtype == bool else found >= 128
-    if marked.shape != size or found.dtype not in (np.uint8, bool):
+        mask = luminance(_decoded(mask, "mask_image", BLACK)[None])[0, ..., 0]
+    found = _array(mask, "mask_image")
+    if found.shape != size or found.dtype not in (np.uint8, bool):
         raise ConfigError(
             f"mask_image must be a picture of the image's size, {size[1]}x{size[0]} (got {found.dtype} {found.shape})"
         )
-    return marked
+    return found if found.dtype == bool else found >= 128

@@ -10,9 +10,10 @@ in the original layout. W' = W + weight * alpha / rank * B A (Hu et al. 2021, se
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentdiff.errors import ModelError, UnsafeError
+from latentdiff.errors import ModelError, UnsafeError, raised_as
 from latentdiff.models.folder import is_pickle, loading, read_json, saving
 from latentdiff.models.original import unet_name
 
@@ -149,7 +150,7 @@ def _adaptable(network: nn.Module) -> list[str]:
 def _of_peft(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[str]]:
     named: Named = {}
     unused = []
-    modules = {part: dict(network.named_modules()) for part, network in networks.items()}
+    modules = {part: set(_adaptable(network)) for part, network in networks.items()}
     for name, tensor in _modern(state).items():
         found = re.fullmatch(r"(.*?)\.((?:lora_|hada_|lokr_)\w+(?:\.weight|\.bias)?|alpha)", name)
         place = found and _placed(found[1], modules)
@@ -161,13 +162,13 @@ def _of_peft(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[
     return named, unused
 
 
-def _placed(name: str, modules: dict[str, dict[str, nn.Module]]) -> tuple[str, str] | None:
+def _placed(name: str, modules: dict[str, set[str]]) -> tuple[str, str] | None:
     """Part and module of a dotted name; PEFT's own files name no part, and older ones a text_model."""
     part, _, module = name.removeprefix("base_model.model.").partition(".")
     if part not in modules:
         part, module = "unet", name.removeprefix("base_model.model.")
     for candidate in (module, module.removeprefix("text_model."), f"text_model.{module}"):
-        if candidate in modules.get(part, {}):
+        if candidate in modules.get(part, ()):
             return part, candidate
     return None
 
@@ -187,9 +188,11 @@ def _layers(
     layers: dict[str, dict[str, Layer]] = {}
     missing = []
     for (part, module), factors in named.items():
-        alpha = factors.pop("alpha", None)
-        layer = Layer(factors, _alpha(alpha, part, module, config), bool(_told(config, part, "use_rslora")))
-        name = f"{part}.{module}"
+        name, alpha = f"{part}.{module}", factors.pop("alpha", None)
+        with raised_as(ModelError, f"{name}: no alpha ({path})"):
+            scale = _alpha(alpha, part, module, config)
+        layer = Layer(factors, scale, bool(_told(config, part, "use_rslora")))
+        _check_numbers(layer, name, path)
         if layer.kind == "lora":
             if absent := _HALVES - factors.keys():
                 missing += [f"{name}.{factor}" for factor in absent]
@@ -198,28 +201,79 @@ def _layers(
                 raise ModelError(f"{name} has {min(odd)}, which is not known here ({path})")
             layer = _fitted(layer, networks[part].get_submodule(module), name, path)
         layers.setdefault(part, {})[module] = layer
-    return layers, missing
+    return {part: _completed(own, part, path) for part, own in layers.items()}, missing
 
 
 def _fitted(layer: Layer, target: Any, name: str, path: Path) -> Layer:
-    """Its factors as the target has them: kohya writes those of 1 x 1 convolutions and of linear layers alike."""
-    down, up, weight = layer.factors["lora_A.weight"], layer.factors["lora_B.weight"], target.weight
+    """Its factors as PEFT's layer of the target has them, every shape checked. Raises ModelError.
+
+    kohya writes those of 1 x 1 convolutions and of linear layers alike, and vectors with ones around.
+    """
+    weight, factors = target.weight, layer.factors
+    down, up = factors["lora_A.weight"], factors["lora_B.weight"]
     if weight.ndim == 2 and down.ndim == 4 and down.shape[2:] == (1, 1):
-        down, up = down[..., 0, 0], up[..., 0, 0]
-    if weight.ndim == 4 and down.ndim == 2:
-        down, up = down[..., None, None], up[..., None, None]
-    if down.shape[1:] != weight.shape[1:] or up.shape[0] != weight.shape[0] or up.shape[1] != down.shape[0]:
+        down, up = down[..., 0, 0], up[..., 0, 0] if up.ndim == 4 else up
+    if weight.ndim == 4:
+        down, up = (t[..., None, None] if t.ndim == 2 else t for t in (down, up))
+    rank = down.shape[0] if down.ndim else 0
+    wanted = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.ndim - 2))
+    if not rank or (tuple(down.shape), tuple(up.shape)) != wanted:
         told = f"{tuple(up.shape)} x {tuple(down.shape)} for a weight of {tuple(weight.shape)}"
         raise ModelError(f"the adapter is of another model: {name} has {told} ({path})")
-    return Layer(layer.factors | {"lora_A.weight": down, "lora_B.weight": up}, layer.alpha, layer.rslora)
+    fitted = {"lora_A.weight": down, "lora_B.weight": up}
+    shapes = {"lora_B.bias": (weight.shape[0],), "lora_magnitude_vector": _magnitudes(weight)}
+    for factor, shape in shapes.items():
+        if factor in factors:
+            if factors[factor].numel() != weight.shape[0] or (factor == "lora_B.bias" and target.bias is None):
+                raise ModelError(f"{name} has a {factor} of {tuple(factors[factor].shape)}, not {shape} ({path})")
+            fitted[factor] = factors[factor].reshape(shape)
+    return Layer(fitted, layer.alpha, layer.rslora)
+
+
+def _magnitudes(weight: Tensor) -> tuple[int, ...]:
+    """The shape of DoRA's vector, one length for each output."""
+    return (weight.shape[0],) if weight.ndim == 2 else (1, weight.shape[0], 1, 1)
+
+
+def _check_numbers(layer: Layer, name: str, path: Path) -> None:
+    """Refuse factors that are no finite floating point, and scales that are no number. Raises ModelError."""
+    for factor, tensor in layer.factors.items():
+        if not (tensor.is_floating_point() and tensor.ndim and tensor.numel() and bool(torch.isfinite(tensor).all())):
+            raise ModelError(f"{name}.{factor} is not of finite floating-point numbers ({path})")
+    if layer.alpha is not None and not math.isfinite(layer.alpha):
+        raise ModelError(f"{name} has alpha {layer.alpha} ({path})")
+
+
+def _completed(layers: dict[str, Layer], part: str, path: Path) -> dict[str, Layer]:
+    """PEFT has biases on all layers of an adapter or on none: zeros where a file has none. DoRA cannot be filled up.
+
+    Raises ModelError.
+    """
+    own = {factor for layer in layers.values() for factor in layer.factors}
+    if "lora_magnitude_vector" in own:
+        lacking = [m for m, x in layers.items() if x.kind == "lora" and "lora_magnitude_vector" not in x.factors]
+        if lacking:
+            raise ModelError(f"{part}.{lacking[0]} has no magnitudes, which other layers have ({path})")
+    if "lora_B.bias" not in own:
+        return layers
+    return {module: _with_bias(layer) if layer.kind == "lora" else layer for module, layer in layers.items()}
+
+
+def _with_bias(layer: Layer) -> Layer:
+    up = layer.factors["lora_B.weight"]
+    return replace(layer, factors={"lora_B.bias": up.new_zeros(up.shape[0]), **layer.factors})
 
 
 def _alpha(given: Tensor | None, part: str, module: str, config: dict[str, Any]) -> float | None:
     if given is not None:
-        return float(given)
+        return float(given.item())
     pattern = _told(config, part, "alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise ValueError("alpha_pattern is no object")
     for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
+        # PEFT's keys are patterns; all that they are used for is a layer's whole name, or its end
+        plain = key.replace("\\", "").strip("^$")
+        if module == plain or module.endswith(f".{plain}"):
             return float(value)
     told = _told(config, part, "lora_alpha")
     return None if told is None else float(told)

@@ -107,7 +107,7 @@ def detach(networks: Networks) -> None:
 @torch.no_grad()
 def merge(adapter: Adapter, networks: Networks, weight: float = 1.0) -> None:
     """Add an adapter of any kind to the weights. Raises ModelError where others are attached."""
-    if weights_of(networks):
+    if _carriers(networks):
         raise ModelError("adapters are attached: merge or unload them before another is merged")
     plain: dict[str, dict[str, Layer]] = {}
     added: list[tuple[Any, Tensor]] = []  # all of it computed before any weight is changed
@@ -131,7 +131,25 @@ def _delta(layer: Layer, name: str, shape: torch.Size) -> Tensor:
     Raises ModelError for factors that make no weight of that shape.
     """
     with raised_as(ModelError, f"the adapter is of another model: {name}"):
+        if _numbers(layer) != shape.numel():  # before a product of any size is made
+            raise ModelError(f"the adapter is of another model: {name} makes {_numbers(layer):,} numbers")
         return _product(layer).reshape(shape)
+
+
+def _numbers(layer: Layer) -> int:
+    """Of the weight that LoHa's or LoKr's factors make."""
+    shapes = {name: tensor.shape for name, tensor in layer.factors.items()}
+    if layer.kind == "loha":
+        core = shapes["hada_t1"][2:].numel() if "hada_t1" in shapes else 1
+        outer = shapes["hada_w1_a"][-1 if "hada_t1" in shapes else 0]
+        return outer * shapes["hada_w1_b"][1] * core
+    found = 1
+    for name in ("lokr_w1", "lokr_w2"):
+        core = shapes["lokr_t2"][2:].numel() if name == "lokr_w2" and "lokr_t2" in shapes else 1
+        first = shapes.get(f"{name}_a", torch.Size())
+        outer = first[-1 if core > 1 else 0] if first else 0
+        found *= shapes[name].numel() if name in shapes else outer * shapes[f"{name}_b"][1] * core
+    return found
 
 
 def _product(layer: Layer) -> Tensor:

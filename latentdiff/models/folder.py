@@ -33,9 +33,18 @@ _UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"} 
 _MODULES = {"diffusers", "transformers", "stable_diffusion", None}
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
+LONGEST_LIST = 64  # of what a network has one of at each of its levels
 LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
 _TOTALS = ("total_size", "total_parameters")  # of an index of shards; nothing is built by them
-_ASKS_TO_RUN_CODE = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "trust_remote_code")
+_ASKS_TO_RUN_CODE = {
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "attn_implementation",  # may name a kernel of the hub
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "quantization_config",  # calls the loader of another package
+}
 _SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors")
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(\w+))?\.json")
 _ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -142,6 +151,8 @@ def check_json(file: Path, directory: Path) -> None:
             shards = value.values() if isinstance(value, dict) else [value]
             if any(not isinstance(v, str) or "/" in v or "\\" in v for v in shards):
                 raise UnsafeError(f"{name} names shards outside its folder ({directory})")
+        if file.name == "config.json" and isinstance(value, list) and len(value) > LONGEST_LIST:
+            raise ModelError(f"{name}: {key} has {len(value):,} entries, which is absurd ({directory})")
         largest = LARGEST_DEPTH if "layers" in key else LARGEST_NUMBER
         if isinstance(value, int | float) and not abs(value) <= largest and key not in _TOTALS:
             raise ModelError(f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {largest}")
@@ -153,11 +164,30 @@ def _entries(tree: Any) -> Iterable[tuple[str, Any]]:
         for key, value in tree.items():
             yield key, value
             yield from _entries(value)
-            if isinstance(value, list):
-                yield from ((key, item) for item in value)
+            yield from ((key, item) for item in _items(value))
     elif isinstance(tree, list):
         for item in tree:
             yield from _entries(item)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What is in a list, and in lists in it."""
+    for item in value if isinstance(value, list) else []:
+        yield item
+        yield from _items(item)
+
+
+def check_depth(config: dict[str, Any], tensors: int, part: str, directory: Path) -> None:
+    """Refuse a config of more layers than there are tensors for, before any is built. Raises ModelError."""
+    depth = 1
+    for key, value in config.items():
+        numbers = [number for number in [value, *_items(value)] if isinstance(number, int | float)]
+        if "layers" in key and numbers:
+            if any(type(number) is not int or number < 0 for number in numbers):
+                raise ModelError(f"{part}/config.json: {key} is no number of layers ({directory})")
+            depth *= int(max(numbers))
+    if depth > tensors:
+        raise ModelError(f"{part}/config.json describes {depth:,} layers, its weights are {tensors:,} ({directory})")
 
 
 def _named_safetensors(file: Path) -> bool:

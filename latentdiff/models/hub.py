@@ -36,7 +36,7 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     }
     try:
         return _whole(Path(snapshot_download(**settings, local_files_only=True)), named)
-    except (LocalEntryNotFoundError, FileNotFoundError):
+    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):  # the last for names that no model can have
         pass
     try:
         return Path(str(snapshot_download(**settings)))

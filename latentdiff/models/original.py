@@ -17,7 +17,7 @@ from latentdiff.errors import ConfigError
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.dual_text_encoder import DualTextEncoder
 from latentdiff.models.folder import saving
-from latentdiff.models.single_file import CLIP, OPEN_CLIP, SCALING, UNET, VAE, Family
+from latentdiff.models.single_file import CLIP, OPEN_CLIP, SCALING, UNET, VAE, VOCABULARY, Family
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
 
@@ -80,6 +80,8 @@ def save_single_file(
 ) -> None:
     """Write the three networks as one file. Raises ConfigError where the layout has no place for them."""
     family = _family(autoencoder, text_encoder, unet)
+    if any(len(encoder.tokenizer) > VOCABULARY for encoder in text_encoder.encoders):
+        raise ConfigError("the text encoder has learnt words, which a single file has no place for. Use a folder")
     assert isinstance(autoencoder, Autoencoder)
     if prediction == "sample":
         raise ConfigError("a single file cannot say that its U-Net predicts the sample. Use a folder")

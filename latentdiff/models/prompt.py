@@ -18,7 +18,7 @@ from latentdiff.errors import ConfigError
 STRONGER = 1.1
 LARGEST_WEIGHT = 10.0
 _WORDS = re.compile(r"\\[\\()\[\]]|:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|[\\:]")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _ELSEWHERE = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
 
 

@@ -38,6 +38,7 @@ CLIP = {"1": "cond_stage_model.transformer.", "XL": "conditioner.embedders.0.tra
 OPEN_CLIP = {"2": "cond_stage_model.model.", "XL": "conditioner.embedders.1.model."}
 SCALING = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}
 SIDES = {"1": 64, "2": 64, "XL": 128}  # of latents; Stable Diffusion 2 of velocity: 96
+VOCABULARY, POSITIONS = 49408, 77
 OPEN_CLIP_H = (1024, 23)  # width, and the layers of its 24 that are read; some files leave the last out
 
 
@@ -226,13 +227,16 @@ def _layer(name: str) -> int:
 def text_config(weights: State, activation: str, **more: Any) -> CLIPTextConfig:
     """A CLIP text transformer's config by its weights under transformers' names."""
     vocabulary, width = weights["embeddings.token_embedding.weight"].shape
+    positions = weights["embeddings.position_embedding.weight"].shape[0]
+    if (vocabulary, positions) != (VOCABULARY, POSITIONS):
+        raise ModelError(f"its text encoder knows {vocabulary} words at {positions} places, not CLIP's")
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=_count(weights, r"encoder\.layers\.(\d+)\."),
         num_attention_heads=max(width // 64, 1),
-        max_position_embeddings=weights["embeddings.position_embedding.weight"].shape[0],
+        max_position_embeddings=positions,
         hidden_act=activation,
         bos_token_id=49406,
         eos_token_id=49407,
@@ -259,8 +263,11 @@ def _filled_text(network: Any, config: CLIPTextConfig, state: State) -> Any:
 
 
 def _count(weights: State, pattern: str) -> int:
-    """One more than the largest number that the names hold at that place; 0 where none does."""
-    return max((int(found[1]) + 1 for name in weights if (found := re.match(pattern, name))), default=0)
+    """How many numbers the names hold at that place. Raises ModelError where one is left out."""
+    numbers = {int(found[1]) for name in weights if (found := re.match(pattern, name))}
+    if numbers and max(numbers) != len(numbers) - 1:
+        raise ModelError(f"its names are numbered up to {max(numbers)}, of which there are {len(numbers)} ({pattern})")
+    return len(numbers)
 
 
 def _prediction(

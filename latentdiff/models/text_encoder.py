@@ -102,7 +102,7 @@ class TextEncoder(nn.Module):
 
     def _hidden(self, found: Sequence[Chunk], style: Style) -> tuple[Tensor, Tensor | None]:
         """Hidden states (n, L, D) of chunks, and the pooled text (n, P) of an encoder with a projection."""
-        output = self.model(self._ids(found), output_hidden_states=True)
+        output = self.model(self._ids(found), output_hidden_states=True, return_dict=True)
         pooled, skipped = getattr(output, "text_embeds", None), style.clip_skip or 0
         if self.penultimate:
             return output.hidden_states[-2 - skipped], pooled

@@ -41,6 +41,9 @@ def load_words(path: Path, text_encoder: TextEncoder | DualTextEncoder, word: st
     each = [(e, word or name, own) for name, vectors in words.items() for e, own in zip(encoders, vectors, strict=True)]
     for encoder, name, vectors in each:
         _check(encoder, name, vectors, file)
+    tokens = [token for encoder, name, vectors in each if encoder is encoders[0] for token in _tokens(name, vectors)]
+    if len(set(tokens)) < len(tokens) or any(len({len(v) for v in vectors}) > 1 for vectors in words.values()):
+        raise ModelError(f"its words have the same tokens, or not as many vectors for each text encoder ({file})")
     for encoder, name, vectors in each:
         _teach(encoder, name, vectors)
     return [word] if word is not None else list(words)
@@ -61,6 +64,8 @@ def _by_word(
         )
     if not found:
         raise ModelError(f"there is nothing in it ({file})")
+    if any(vectors.ndim not in (1, 2) or not vectors.numel() for each in found.values() for vectors in each):
+        raise ModelError(f"embeddings are of shape (D,) or (n, D) ({file})")
     return {word: [vectors.reshape(-1, vectors.shape[-1]) for vectors in each] for word, each in found.items()}
 
 

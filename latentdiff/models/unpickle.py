@@ -6,6 +6,7 @@ nothing to lose: it writes one new file and ends.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ _REFUSED = 7
 
 def unpickled(source: Path, target: Path) -> None:
     """Write the tensors of a pickle to a new safetensors file. Raises UnsafeError for one that would run code."""
-    words = [sys.executable, "-m", "latentdiff.models.unpickle", str(source), str(target)]
+    # -P: else a module of the folder in which one stands would be imported for one of ours
+    words = [sys.executable, "-P", "-m", "latentdiff.models.unpickle", str(source.absolute()), str(target.absolute())]
     done = subprocess.run(words, capture_output=True, text=True, timeout=3600, check=False)
     told = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
     if done.returncode == _REFUSED:
@@ -36,19 +38,35 @@ def unpickled(source: Path, target: Path) -> None:
 def tensors_of(tree: Any) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their names."""
     while isinstance(tree, dict) and (nest := next((n for n in _NESTS if isinstance(tree.get(n), dict)), None)):
-        tree = {"emb_params": next(iter(tree[nest].values()))} if nest == "string_to_param" else tree[nest]
-    found = dict(_named(tree, ""))
-    if not found:
+        one = nest == "string_to_param" and len(tree[nest]) == 1
+        tree = {"emb_params": next(iter(tree[nest].values()))} if one else tree[nest]
+    named = list(_named(tree, ""))
+    if not named:
         raise ValueError("it holds no tensors")
-    return found
+    if len(dict(named)) < len(named):
+        raise ValueError("two of its tensors have the same name")
+    return dict(named)
 
 
 def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Tensor):
         yield prefix.removesuffix("."), tree.detach().clone().contiguous()  # tensors that share memory are apart here
-    elif isinstance(tree, dict):
-        for name, value in tree.items():
+    elif isinstance(tree, dict | list | tuple):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _named(value, f"{prefix}{name}.")
+
+
+def _calls(source: Path) -> tuple[str, str] | None:
+    """The first thing that a bare pickle of another protocol would look up, found without running it."""
+    import pickletools
+
+    try:
+        named = [opcode.name for opcode, _, _ in pickletools.genops(source.read_bytes())]
+    except ValueError:  # no pickle at all
+        return None
+    return next(
+        (("", f"opcode {name}") for name in named if name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE")), None
+    )
 
 
 def main(source: str, target: str) -> int:
@@ -58,9 +76,14 @@ def main(source: str, target: str) -> int:
     try:
         tree = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        print(" ".join(str(error).split())[:200], file=sys.stderr)
-        return _REFUSED
-    save_file(tensors_of(tree), target, {"format": "pt"})
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) or _calls(Path(source))
+        print(foreign[1] if foreign else "it is no whole pickle", file=sys.stderr)
+        return _REFUSED if foreign else 1
+    try:
+        save_file(tensors_of(tree), target, {"format": "pt"})
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

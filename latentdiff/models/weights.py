@@ -14,8 +14,8 @@ from torch import nn
 from latentdiff.errors import ModelError
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.dual_text_encoder import DualTextEncoder
-from latentdiff.models.folder import loading, parameter_counts, read_json, variant_of, weight_files
-from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.models.folder import check_depth, loading, parameter_counts, read_json, variant_of, weight_files
+from latentdiff.models.text_encoder import END, START, TextEncoder
 from latentdiff.models.unet import UNet
 
 if TYPE_CHECKING:
@@ -76,7 +76,14 @@ def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: st
     read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
     if not (isinstance(read, int) and 2 <= read <= positions):
         raise ModelError(f"tokenizer reads {read} tokens, the text encoder has {positions} positions ({directory})")
+    ids, rows = [tokenizer.convert_tokens_to_ids(t) for t in (START, END, tokenizer.pad_token)], len(_rows(model))
+    if not all(isinstance(index, int) and index < rows for index in ids) or len(tokenizer) > rows:
+        raise ModelError(f"{tokenizer_folder.name} does not fit the text encoder's {rows} words ({directory})")
     return TextEncoder(tokenizer, model, penultimate=penultimate).eval()
+
+
+def _rows(model: Any) -> Any:
+    return model.get_input_embeddings().weight
 
 
 def load_unet(directory: Path, variant: str | None = None) -> UNet:
@@ -101,6 +108,8 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
     with loading(part, directory):
         if not (directory / part / "config.json").is_file():  # else it is sought on the hub
             raise ModelError(f"{part} is missing ({directory})")
+        config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
+        check_depth(config, sum(len(_kinds(file)) for file in files), part, directory)
         _check_size(network, directory, part, variant)
         model, told = network.from_pretrained(
             directory / part,
@@ -117,11 +126,21 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
 
 
 def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
-    """The precision of a network's weights on the disk, in which they are loaded: to convert is the caller's."""
-    with safe_open(weight_files(folder, variant)[0], "pt") as weights:
-        kinds = (weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
-        found = next((kind for kind in kinds if kind in _DTYPES), "F32")
-    return _DTYPES[found]
+    """The precision of a network's weights on the disk, in which they are loaded: to convert is the caller's.
+
+    Raises ModelError for weights that are no floating point.
+    """
+    kinds = [kind for file in weight_files(folder, variant) for kind in _kinds(file).items()]
+    odd = [name for name, kind in kinds if kind not in _DTYPES and not name.endswith("position_ids")]
+    if odd:
+        raise ModelError(f"{folder.name}: {odd[0]} is no floating point of 16 bits or more ({folder.parent})")
+    return next((_DTYPES[kind] for _, kind in kinds if kind in _DTYPES), torch.float32)
+
+
+def _kinds(file: Path) -> dict[str, str]:
+    """The type of each tensor of a safetensors file, from its header."""
+    with safe_open(file, "pt") as weights:
+        return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
 
 
 def _check_size(network: Any, directory: Path, part: str, variant: str | None) -> None:
