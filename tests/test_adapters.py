@@ -344,9 +344,10 @@ def test_adapters_that_are_broken_change_nothing(folders, tmp_path, changes, fus
     assert not pipe.extras.sources
 
 
-@pytest.mark.parametrize(
-    "config", [{"lora_alpha": "x"}, {"alpha_pattern": {"(([a-z0-9_.]+)+)+!": 1}}, {"alpha_pattern": 3}]
-)
+PATTERN = {"alpha_pattern": {"(([a-z0-9_.]+)+)+!": 1}}
+
+
+@pytest.mark.parametrize("config", [{"lora_alpha": "x"}, PATTERN, {"alpha_pattern": 3}])
 def test_configs_of_adapters_from_outside(folders, tmp_path, config):
     """Patterns are no programs: they are compared, in no time, and what is no number is refused."""
     save_file(PLAIN, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(config)})

@@ -97,7 +97,7 @@ def test_a_file_of_objects(generate, photo, tmp_path):
         ("x.jsonl", b'{"prompt": "a", "mask": "m.png"}', "m.png: no such file"),
         (
             "x.jsonl",
-            b'{"prompt": "a", "image": "a.png", "outpaint": [true, 0, 0, 0]}',
+            b'{"prompt": "a", "outpaint": [true, 0, 0, 0]}',
             "x.jsonl line 1: outpaint is pixels",
         ),
         ("x.jsonl", b'{"prompt": "a", "image": "a\\u0000b"}', "embedded null byte"),
@@ -153,7 +153,6 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
         (("--outpaint", "1000000000,0,0,0", "-i", "photo.png"), 2, "--outpaint is LEFT"),
         (("--outpaint", "4096,0,0,0", "-i", "photo.png"), 2, "outpaint is pixels on the left"),
         (("-i", "photo.png", "-W", 1_000_000), 2, "width must be a multiple of 8 from 64 to 2048"),
-        (("-o", "long.jpg", "-n", "\u00e9" * 10_000), 3, "its record is too long for this format"),
         (("--revision", "main"), 2, "revision is of hub ids"),
         (("--variant", "fp16"), 4, "no weights of variant fp16"),
     ],
@@ -166,6 +165,12 @@ def test_refused(generate, photo, tmp_path, words, code, message):
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert message in err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_record_too_long_is_known_before_anything_is_drawn(generate, tmp_path):
+    code, _, err = generate(PROMPT, "-o", "long.jpg", "-n", "\u00e9" * 10_000)
+    assert (code, err.splitlines()[-1].startswith("error: its record is too long for this format")) == (3, True)
+    assert not (tmp_path / "long.jpg").exists()
 
 
 @pytest.mark.parametrize(

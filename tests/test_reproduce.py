@@ -163,6 +163,10 @@ def test_a_picture_that_was_changed(pictures, place, tmp_path, monkeypatch):
     assert like.psnr == pytest.approx(10 * np.log10(255**2 * pixels.size / 64))
 
 
+def from_picture(name, below=0):
+    return {"image": name, "mask": None, "outpaint": [0, 0, 0, below], "sha256": "0" * 64}
+
+
 def forged(path, place, **changes):
     """A picture with a record that was tampered with."""
     tree = read_metadata(next((place / "out" / "text").glob("*.png")))["latentdiff"]
