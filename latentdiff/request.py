@@ -117,6 +117,7 @@ def request(**fields: Any) -> Request:
     for name in ("seed", "variation_seed"):
         if isinstance(fields.get(name), Integral) and not isinstance(fields[name], bool):
             fields[name] = int(fields[name])  # NumPy's integers too
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
         made = Request(**{name: value for name, value in fields.items() if (name, value) != ("seed", None)})
     except ValidationError as error:

@@ -14,7 +14,6 @@ import typer
 
 from latentdiff.cli.pictures import check_target, suffix_of, write_pictures
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
-from latentdiff.drawing.given import margins_of
 from latentdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def _further(settings: Sequence[str]) -> dict[str, Any]:
     found = dict(parsed_override(setting) for setting in settings)
     if "prompt" in found:
         raise ConfigError("the prompt is an argument, not a setting")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return found
 
 
 def _wishes(
@@ -165,6 +164,8 @@ def _wishes(
 
 
 def _margins(outpaint: str) -> tuple[int, ...]:
+    from latentdiff.drawing.given import margins_of
+
     parts = [part.strip() for part in outpaint.split(",")]
     if len(parts) != 4 or not all(map(_number, parts)):
         raise ConfigError(f"--outpaint is LEFT,TOP,RIGHT,BOTTOM in pixels (got {outpaint[:40]!r})")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentdiff.drawing.given import margins_of
 from latentdiff.errors import ConfigError
 
 _PATHS = ("image", "mask")
@@ -76,6 +75,8 @@ def _of_json(text: str, path: Path) -> Iterator[Wish]:
 
 
 def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
+    from latentdiff.drawing.given import margins_of
+
     prompt = tree.pop("prompt")
     paths = {name: tree.pop(name, None) for name in _PATHS}
     outpaint = tree.pop("outpaint", None)
@@ -85,6 +86,5 @@ def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
         margins_of(outpaint)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
     given = {name: None if value is None else folder / value for name, value in paths.items()}
-    return Wish(prompt, settings, given["image"], given["mask"], None if outpaint is None else tuple(outpaint), where)
+    return Wish(prompt, tree, given["image"], given["mask"], None if outpaint is None else tuple(outpaint), where)
