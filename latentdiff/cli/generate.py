@@ -312,9 +312,10 @@ def _drawn(
     batches = list(pipe.grouped(jobs))
     total = sum(sum(step_counts(batch[0].request, batch[0].canvas)) for batch in batches)
     told: set[str] = set()
-    if metadata:
+    kind = suffix_of(target) or suffix
+    if metadata and kind != ".png":
         for job in jobs:  # a record that does not fit is known before anything is drawn
-            save_options(pipe.record(job), suffix_of(target) or suffix)
+            save_options(pipe.record(job), kind)
     with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
         for batch in batches:
             for step in pipe.steps(batch):

@@ -63,8 +63,12 @@ class Layer:
     @property
     def scale(self) -> float:
         """Alpha / rank, or alpha / sqrt(rank) where it was trained so; 1 where alpha is the rank."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
+        return self.full_alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def full_alpha(self) -> float:
+        """Alpha, which is the rank where the file says nothing."""
+        return self.rank if self.alpha is None else self.alpha
 
     def _has(self, mark: str) -> bool:
         return any(name.startswith(mark) for name in self.factors)
@@ -304,7 +308,7 @@ def save_peft(adapter: Adapter, path: Path) -> None:
         for module, layer in layers.items():
             state |= {f"{part}.{module}.{name}": tensor for name, tensor in layer.factors.items()}
         ranks = {module: layer.rank for module, layer in layers.items()}
-        alphas = {module: layer.rank if layer.alpha is None else layer.alpha for module, layer in layers.items()}
+        alphas = {module: layer.full_alpha for module, layer in layers.items()}
         config |= {f"{part}.{key}": value for key, value in _peft_config(ranks, alphas).items()}
         if any(layer.rslora for layer in layers.values()):
             config[f"{part}.use_rslora"] = True
@@ -336,9 +340,8 @@ def save_kohya(adapter: Adapter, path: Path, networks: Networks) -> None:
             if layer.rslora:
                 raise ModelError(f"{part}.{module} is scaled by alpha / sqrt(rank), which kohya's format cannot say")
             state |= {f"{names[module]}.{back.get(name, name)}": tensor for name, tensor in layer.factors.items()}
-            alpha = layer.rank if layer.alpha is None else layer.alpha
             first = next(iter(layer.factors.values()))
-            state[f"{names[module]}.alpha"] = torch.tensor(alpha, dtype=first.dtype)
+            state[f"{names[module]}.alpha"] = torch.tensor(layer.full_alpha, dtype=first.dtype)
     _save(state, path, {"ss_network_module": "networks.lora"})
 
 

@@ -296,11 +296,11 @@ def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, i
     for part in (*NETWORKS, "clip"):
         if (directory / part).is_dir():
             files = sorted((directory / part).glob("*.safetensors")) if part == "clip" else None
-            counts[part] = sum(map(_numbers, files or weight_files(directory / part, variant)))
+            counts[part] = sum(map(numbers_in, files or weight_files(directory / part, variant)))
     return counts
 
 
-def _numbers(file: Path) -> int:
+def numbers_in(file: Path) -> int:
     """How many numbers a safetensors file holds, by its header."""
     from safetensors import safe_open
 

@@ -14,7 +14,7 @@ from torch import nn
 from latentdiff.errors import ModelError
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
 from latentdiff.models.dual_text_encoder import DualTextEncoder
-from latentdiff.models.folder import check_depth, loading, parameter_counts, read_json, variant_of, weight_files
+from latentdiff.models.folder import check_depth, loading, numbers_in, read_json, variant_of, weight_files
 from latentdiff.models.text_encoder import END, START, TextEncoder
 from latentdiff.models.unet import UNet
 
@@ -109,15 +109,16 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
         if not (directory / part / "config.json").is_file():  # else it is sought on the hub
             raise ModelError(f"{part} is missing ({directory})")
         config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
-        check_depth(config, sum(len(_kinds(file)) for file in files), part, directory)
-        _check_size(network, directory, part, variant)
+        kinds = {name: kind for file in files for name, kind in _kinds(file).items()}
+        check_depth(config, len(kinds), part, directory)
+        _check_size(network, directory, part, sum(map(numbers_in, files)))
         model, told = network.from_pretrained(
             directory / part,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
             variant=variant_of(directory / part, variant),
-            torch_dtype=_stored_dtype(directory / part, variant),
+            torch_dtype=_stored_dtype(kinds, directory / part),
         )
         absent = sorted(told["missing_keys"])
         if absent:
@@ -125,16 +126,15 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
         return model
 
 
-def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
+def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:
     """The precision of a network's weights on the disk, in which they are loaded: to convert is the caller's.
 
     Raises ModelError for weights that are no floating point.
     """
-    kinds = [kind for file in weight_files(folder, variant) for kind in _kinds(file).items()]
-    odd = [name for name, kind in kinds if kind not in _DTYPES and not name.endswith("position_ids")]
+    odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith("position_ids")]
     if odd:
         raise ModelError(f"{folder.name}: {odd[0]} is no floating point of 16 bits or more ({folder.parent})")
-    return next((_DTYPES[kind] for _, kind in kinds if kind in _DTYPES), torch.float32)
+    return next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), torch.float32)
 
 
 def _kinds(file: Path) -> dict[str, str]:
@@ -143,7 +143,7 @@ def _kinds(file: Path) -> dict[str, str]:
         return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
 
 
-def _check_size(network: Any, directory: Path, part: str, variant: str | None) -> None:
+def _check_size(network: Any, directory: Path, part: str, held: int) -> None:
     """Refuse a config that describes a larger network than the weights fill, before memory is taken for it.
 
     Twice as large, not merely larger: the loaders name what does not fit, and old checkpoints may lack a buffer.
@@ -154,7 +154,7 @@ def _check_size(network: Any, directory: Path, part: str, variant: str | None) -
             skeleton = network.from_config(network.load_config(folder, local_files_only=True))
         else:
             skeleton = network(network.config_class.from_pretrained(folder, local_files_only=True))
-    described, held = sum(p.numel() for p in skeleton.parameters()), parameter_counts(directory, variant).get(part, 0)
+    described = sum(p.numel() for p in skeleton.parameters())
     if described > 2 * held:
         raise ModelError(
             f"{part}/config.json describes {described:,} parameters, its weights hold {held:,} ({directory})"
