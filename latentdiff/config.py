@@ -6,7 +6,6 @@ one, values out of range are refused, and the effective config is saved with the
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentdiff.errors import ConfigError
+from latentdiff.validation import did_you_mean, first_fault
 
 STAGES = ("autoencoder", "clip", "denoiser")  # of a run, in their order
 
@@ -258,16 +258,13 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     try:
         config = Config.model_validate(_with_tuples(tree))
     except ValidationError as error:
-        first = error.errors()[0]
-        parts = [str(part) for part in first["loc"]]
-        key = ".".join(parts)
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f'{source}: unknown key "{key}"{_suggestion(parts)}') from None
-        message = first["msg"].removeprefix("Value error, ")
-        if not key:  # of several keys together
-            raise ConfigError(f"{source}: {message}") from None
-        shown = repr(first["input"])
-        raise ConfigError(f'{source}: key "{key}": {message[0].lower() + message[1:]} (got {shown[:60]})') from None
+        found = first_fault(error)
+        if found.unknown:
+            raise ConfigError(f'{source}: unknown key "{found.key}"{_suggestion(found.path)}') from None
+        if not found.path:
+            raise ConfigError(f"{source}: {found.message}") from None
+        told = f'{source}: key "{found.key}": {found.message}'
+        raise ConfigError(told if found.missing else f"{told} (got {repr(found.got)[:60]})") from None
     _check_text(config, source)
     return config
 
@@ -327,12 +324,11 @@ def _with_tuples(value: Any) -> Any:
     return tuple(_with_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _suggestion(parts: list[str]) -> str:
+def _suggestion(parts: Sequence[str]) -> str:
     *sections, name = parts
     section: type[BaseModel] = Config
     for part in sections:  # parents are known, or the parent would have been the fault
         annotation = section.model_fields[part].annotation
         assert isinstance(annotation, type)
         section = annotation
-    near = difflib.get_close_matches(name, section.model_fields, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return did_you_mean(name, section.model_fields)

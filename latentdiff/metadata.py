@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def recorded(path: Path) -> str:
     return path.name if path.is_absolute() else path.as_posix()
 
 
+@cache
 def installed_versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
@@ -123,11 +125,13 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
     asked, fields = record.request, dict[str, Any]()
     if asked.get("variation_seed") is not None:
         fields |= {"Variation seed": asked["variation_seed"], "Variation seed strength": asked["variation_strength"]}
-    if record.canvas is not None:
-        first = record.steps[0] / asked["num_inference_steps"]
-        fields["Denoising strength"] = f"{first if asked.get('strength') is None else asked['strength']:g}"
+    if record.canvas is not None or asked.get("hires_scale") is not None:
+        given = asked.get("strength" if record.canvas is not None else "hires_strength")
+        fields["Denoising strength"] = (
+            f"{record.steps[-1] / asked['num_inference_steps'] if given is None else given:g}"
+        )
     if asked.get("hires_scale") is not None:
-        fields |= {"Denoising strength": f"{asked['hires_strength']:g}", "Hires upscale": f"{asked['hires_scale']:g}"}
+        fields["Hires upscale"] = f"{asked['hires_scale']:g}"
     if asked.get("clip_skip") is not None:
         fields["Clip skip"] = asked["clip_skip"] + 1
     loras = [source for source in record.sources if source.kind in ("lora", "merged")]
@@ -181,6 +185,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with silent_decoders(), Image.open(path, formats=FORMATS) as image:
             image.load()
             found: dict[str, Any] = _texts(image)
+    except FileNotFoundError:
+        raise DataError(f"no such file ({path})") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"not a readable picture ({path}): {error}") from None
     if "latentdiff" in found:

@@ -47,6 +47,19 @@ class Output:
     metadata: list[ImageMetadata]
     notes: list[str] = field(default_factory=list)
 
+    def save(self, target: str | Path) -> list[Path]:
+        """Write PIL images as the command line does, each with its record: into a folder, or a single one to a file.
+
+        Returns the paths. Raises ConfigError for a file that is there, and for other output types.
+        """
+        from latentdiff.picture_files import check_target, write_pictures
+
+        if not isinstance(self.images, list):
+            raise ConfigError("only PIL images are saved (output_type)")
+        path = extras.path_of(target)
+        check_target(path, len(self.images))
+        return [written for written, _ in write_pictures(self, path, ".png", metadata=True)]
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -123,7 +136,11 @@ class LatentDiffusionPipeline:
         }
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentDiffusionPipeline:
-        """Move the networks and what was loaded beside them; returns itself."""
+        """Move the networks and what was loaded beside them; returns itself. Raises ConfigError."""
+        from latentdiff.runtime.device import check_dtype, usable_device
+
+        device = None if device is None else usable_device(device)
+        check_dtype(dtype)
         for network in (self.autoencoder, self.text_encoder, self.unet):
             network.to(device=device, dtype=dtype)
         if self.extras.weaker is not None:
@@ -271,10 +288,14 @@ class LatentDiffusionPipeline:
             raise ConfigError("num_images is num_images_per_prompt here")
         if "callback_on_step_end" in settings:
             raise ConfigError("instead of a callback, `stream` yields every step, for the body of a loop")
-        if prompt is not None and prompt_embeds is not None:
-            raise ConfigError("prompt_embeds stand for the prompt: give one of both")
+        for name, text, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            if text is not None and embeds is not None:
+                raise ConfigError(f"{name}_embeds stand for the {name}: give one of both")
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
-        contexts = given.contexts_of(*embeds, with_pooled=self.unet.reads_sizes)
+        contexts = given.contexts_of(*embeds, width=self.unet.context_width, with_pooled=self.unet.reads_sizes)
         prompts = ["(embeddings)"] * len(contexts) if contexts else given.prompts_of(prompt)
         fields = {**settings, "num_images": num_images_per_prompt, "negative_prompt": negative_prompt or ""}
         margins = given.margins_of(outpaint)
@@ -397,12 +418,15 @@ class LatentDiffusionPipeline:
 
     def size(self, asked: Request, canvas: Canvas | None = None) -> tuple[int, int]:
         """Height and width in pixels of the first pass; raises ConfigError for what the networks cannot draw."""
+        lowest = min(*SIDES, *self.card.size)
         if canvas is not None:
             height, width = canvas.pixels.shape[:2]
+            if min(height, width) < lowest:
+                told = f"{canvas.size[1]}x{canvas.size[0]} pixels, less than {lowest}. Enlarge it (width, height)"
+                raise ConfigError(f"{canvas.names[0] or 'the image'} is of {told}")
         else:
             height = self.card.size[0] if asked.height is None else asked.height
             width = self.card.size[1] if asked.width is None else asked.width
-        lowest = min(*SIDES, *self.card.size)
         size = check_size("height", height, self.multiple, lowest), check_size("width", width, self.multiple, lowest)
         if asked.hires_scale:
             for name, side in zip(("height", "width"), enlarged(size, asked, self.multiple), strict=True):

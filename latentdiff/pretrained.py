@@ -22,7 +22,9 @@ from latentdiff.diffusion.schedule import SPACINGS, NoiseSchedule
 from latentdiff.errors import ConfigError, ModelError, raised_as
 from latentdiff.metadata import recorded
 from latentdiff.models.folder import folder_hash, picture_geometry, saving
+from latentdiff.output import whole
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
+from latentdiff.validation import first_fault
 
 if TYPE_CHECKING:
     import torch
@@ -62,9 +64,10 @@ def load_pipeline(
     """See LatentDiffusionPipeline.from_pretrained."""
     import torch
 
+    from latentdiff.runtime.device import check_dtype, usable_device
+
     where = usable_device(device)
-    if dtype not in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(f"torch_dtype must be a floating-point torch.dtype of 16 bits or more (got {dtype!r})")
+    check_dtype(dtype)
     return stored_pipeline(path, variant, revision).to(where, dtype or torch.float32)
 
 
@@ -90,6 +93,10 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
     """The default model, a path, or a hub id, fetched where it is not in the cache yet. Raises ModelError."""
     from latentdiff.models.hub import fetched, is_hub_id
 
+    if revision is not None and (path is None or not is_hub_id(str(path))):
+        raise ConfigError(
+            f"revision is of hub ids, not of {'the default model' if path is None else f'a path ({path})'}"
+        )
     if path is None:
         return Located(default_model(), DEFAULT_MODEL, None)
     if not isinstance(path, str | Path) or not _can_be(Path(path)):
@@ -97,8 +104,6 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
     if is_hub_id(str(path)):
         folder = fetched(str(path), revision, variant)
         return Located(folder, str(path), f"{path}@{folder.name}")  # the folder of a commit is called by it
-    if revision is not None:
-        raise ConfigError(f"revision is of hub ids, not of a path ({path})")
     place = Path(path)
     name = place.stem if place.is_file() else place.resolve().name
     return Located(place, name, recorded(place))
@@ -158,18 +163,6 @@ def _check_channels(pipe: LatentDiffusionPipeline, path: Path) -> None:
         raise ModelError(f"a U-Net of SDXL goes with two text encoders, others with one ({path})")
 
 
-def usable_device(name: str | None) -> torch.device:
-    """The device of that name, or CUDA where there is one. Raises ConfigError for one that cannot be computed on."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        raise ConfigError(f"device {name!r} cannot be used here. Try cpu") from None
-    return device
-
-
 class _Scheduler(BaseModel):
     """What is read of a diffusers scheduler config; its other keys are of samplers, which are chosen by the call."""
 
@@ -214,9 +207,11 @@ def _read(model: type[Model], path: Path) -> Model:
     except OSError:
         raise ModelError(f"{path.parent.name}/{path.name} is missing ({path})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"{path.name}: {key}: {first['msg']} (got {str(first['input'])[:40]!r}) ({path})") from None
+        found = first_fault(error)
+        told = f"{path.name}: {found.key}: {found.message}"
+        raise ModelError(
+            f"{told} ({path})" if found.missing else f"{told}, not {str(found.got)[:40]!r} ({path})"
+        ) from None
 
 
 def read_scheduler(directory: Path) -> tuple[NoiseSchedule, str]:
@@ -268,18 +263,17 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
     _check_saveable(pipe)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file; a model is a folder")
-    with saving("the model", directory.parent):
-        directory.mkdir(parents=True, exist_ok=True)
-    clip = None if pipe.card.folder is None else pipe.card.folder / "clip"
-    if clip is not None and clip.is_dir() and not (directory / "clip").exists():
-        shutil.copytree(clip, directory / "clip")
-    pipe.unet.save(directory / "unet")
-    pipe.text_encoder.save(directory)
-    pipe.autoencoder.save(directory / "vae")
-    _write_json(directory / "scheduler" / "scheduler_config.json", scheduler_config(pipe))
-    _write_json(directory / "model_index.json", _index(pipe, with_vae=(directory / "vae").is_dir()))
-    card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults or None}
-    _write_json(directory / "latentdiff.json", card)
+    with saving("the model", directory.parent), whole(directory) as made:
+        clip = None if pipe.card.folder is None else pipe.card.folder / "clip"
+        if clip is not None and clip.is_dir() and not (directory / "clip").exists():
+            shutil.copytree(clip, made / "clip")
+        pipe.unet.save(made / "unet")
+        pipe.text_encoder.save(made)
+        pipe.autoencoder.save(made / "vae")
+        _write_json(made / "scheduler" / "scheduler_config.json", scheduler_config(pipe))
+        _write_json(made / "model_index.json", _index(pipe, with_vae=(made / "vae").is_dir()))
+        card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults or None}
+        _write_json(made / "latentdiff.json", card)
 
 
 def _check_saveable(pipe: LatentDiffusionPipeline) -> None:

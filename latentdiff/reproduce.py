@@ -6,6 +6,7 @@ and in the current folder, never elsewhere, and are used only if their content i
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ from latentdiff.drawing.canvas import BLACK
 from latentdiff.drawing.job import Job
 from latentdiff.errors import ConfigError, DataError, ModelError
 from latentdiff.metadata import installed_versions, read_metadata
+from latentdiff.output import printable
+from latentdiff.picture_files import encoded
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.request import SIDES, Pixels, Request
+from latentdiff.validation import first_fault
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(max_length=1000)]
@@ -77,13 +81,17 @@ class Record(_Data):
 
 @dataclass(frozen=True)
 class Likeness:
-    """How equal two pictures are: values that differ, of how many, by at most how much; versions then and now."""
+    """How equal two pictures are: values that differ, of how many, by at most how much; versions then and now.
+
+    jpeg: both were compared as JPEGs, which one of them is.
+    """
 
     differing: int
     values: int
     largest: int
     psnr: float
     versions: dict[str, tuple[str, str]]
+    jpeg: bool = False
 
     @property
     def equal(self) -> bool:
@@ -91,9 +99,10 @@ class Likeness:
         return self.differing == 0
 
     def __str__(self) -> str:
+        both = ", both as JPEGs" if self.jpeg else ""
         if self.equal:
-            return f"equal: all {self.values:,} values"
-        told = f"not equal: {self.differing:,} of {self.values:,} values differ, by at most {self.largest} of 255"
+            return f"equal: all {self.values:,} values{both}"
+        told = f"not equal: {self.differing:,} of {self.values:,} values differ{both}, by at most {self.largest} of 255"
         told += f" (PSNR {self.psnr:.1f} dB)"
         changed = [f"{name} {then} -> {now}" for name, (then, now) in self.versions.items() if then != now]
         return f"{told}; drawn with other versions: {', '.join(changed)}" if changed else told
@@ -109,9 +118,8 @@ def read_record(path: Path) -> Record:
     try:
         record = Record.model_validate_json(json.dumps(found["latentdiff"]))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"its record is not valid: {key}: {first['msg'][:100]} ({path})") from None
+        fault = first_fault(error)
+        raise DataError(f"its record is not valid: {fault.key}: {fault.message[:100]} ({path})") from None
     if record.own_noise:
         raise ConfigError(f"drawn from noise or embeddings of its maker's own, which no record holds ({path})")
     place, size = record.batch
@@ -233,21 +241,22 @@ def open_picture(path: Path, background: Color = WHITE) -> Image.Image:
         with silent_decoders():
             return Image.fromarray(decode(path.read_bytes(), background).pixels)
     except DataError as error:
-        raise DataError(f"{printable(path)}: {error}") from None
+        raise DataError(f"{printable(path)[:200]}: {error}") from None
     except (OSError, ValueError) as error:  # of names that cannot be, too
         told = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{printable(path)}: {told.lower()}") from None
-
-
-def printable(path: Path) -> str:
-    """A name as an error can tell it."""
-    return str(path).encode("utf-8", "backslashreplace").decode()[:200]
+        raise DataError(f"{printable(path)[:200]}: {told.lower()}") from None
 
 
 def likeness(path: Path, again: Image.Image, record: Record) -> Likeness:
-    """How like the picture in the file is to one drawn again. Raises DataError where their sizes differ."""
+    """How like the picture in the file is to one drawn again. Raises DataError where their sizes differ.
+
+    A JPEG is compared with what JPEG makes of the other.
+    """
     with silent_decoders(), Image.open(path, formats=FORMATS) as image:
-        then, now = np.asarray(image.convert(again.mode)).astype(int), np.asarray(again).astype(int)
+        then, jpeg = np.asarray(image.convert(again.mode)).astype(int), image.format == "JPEG"
+    if jpeg:
+        again = Image.open(io.BytesIO(encoded(again, ".jpg", None)))
+    now = np.asarray(again).astype(int)
     if then.shape != now.shape:
         raise DataError(f"the picture was resized since: {then.shape[1]}x{then.shape[0]}, drawn {again.size} ({path})")
     apart = np.abs(then - now)
@@ -260,4 +269,5 @@ def likeness(path: Path, again: Image.Image, record: Record) -> Likeness:
         int(apart.max()),
         math.inf if error == 0 else 10 * math.log10(255**2 / error),
         {name: (record.versions[name], versions[name]) for name in names},
+        jpeg,
     )

@@ -12,10 +12,20 @@ from latentdiff.diffusion.noise import MAX_SEED
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.diffusion.schedule import SPACINGS
 from latentdiff.errors import ConfigError
+from latentdiff.validation import Fault, did_you_mean, first_fault
 
 LONGEST_PROMPT = 10_000  # characters
 SIDES = (64, 2048)  # pixels
 WITH_ETA = ("ddim", "euler_ancestral")
+_OTHER_NAMES = {  # of other tools, and of our command line
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "scheduler": "sampler",
+    "num_images_per_prompt": "num_images",
+    "denoising_strength": "strength",
+    "mask": "mask_image",
+}
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
@@ -67,7 +77,7 @@ class Request(BaseModel):
     # where sampling starts and ends
     strength: Share | None = None  # with a picture: 0.8, or 1 with a mask
     hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # of a second pass, times the first's size
-    hires_strength: Share = 0.5
+    hires_strength: Share | None = None  # 0.5
     variation_seed: Seed | None = None
     variation_strength: Share = 0.0
     vae_tiling: bool = False
@@ -99,8 +109,11 @@ class Request(BaseModel):
             raise ValueError("apg changes guidance; it needs a guidance_scale over 1")
         if not self.apg and (self.apg_eta or self.apg_norm is not None or self.apg_momentum):
             raise ValueError("apg_eta, apg_norm and apg_momentum are of apg, which is off")
-        if self.variation_strength and self.variation_seed is None:
-            raise ValueError("variation_strength needs a variation_seed")
+        told = self.variation_strength or "variation_strength" in self.model_fields_set
+        if (self.variation_strength and self.variation_seed is None) or (self.variation_seed is not None and not told):
+            raise ValueError("a variation needs both variation_seed and variation_strength")
+        if self.hires_strength is not None and self.hires_scale is None:
+            raise ValueError("hires_strength is of a second pass; it needs a hires_scale")
         if self.variation_seed is not None and self.variation_seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"variation_seed: the last picture's is over {MAX_SEED}")
         return self
@@ -121,14 +134,7 @@ def request(**fields: Any) -> Request:
     try:
         made = Request(**{name: value for name, value in fields.items() if (name, value) != ("seed", None)})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if not name:  # of several fields together
-            raise ConfigError(message) from None
-        got = repr(first["input"])
-        shown = got if len(got) <= 40 else f"{got[:30]}... of {len(str(first['input']))} characters"
-        raise ConfigError(f"{name}: {message} (got {shown})") from None
+        raise _refusal(first_fault(error)) from None
     if not made.prompt.strip():
         raise ConfigError("prompt is empty. Say what to draw")
     if made.seed + made.num_images - 1 > MAX_SEED:
@@ -136,6 +142,17 @@ def request(**fields: Any) -> Request:
             f"seed: the last picture's seed is over {MAX_SEED} (seed {made.seed}, {made.num_images} pictures)"
         )
     return made
+
+
+def _refusal(fault: Fault) -> ConfigError:
+    if fault.unknown:
+        near = did_you_mean(fault.key, Request.model_fields, _OTHER_NAMES)
+        return ConfigError(f"unknown setting {fault.key[:40]!r}{near}")
+    if not fault.path:
+        return ConfigError(fault.message)
+    got = repr(fault.got)
+    shown = got if len(got) <= 40 else f"{got[:30]}... of {len(str(fault.got))} characters"
+    return ConfigError(f"{fault.key}: {fault.message} (got {shown})")
 
 
 def check_size(name: str, value: int, multiple: int, lowest: int = SIDES[0]) -> int:

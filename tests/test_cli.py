@@ -88,9 +88,9 @@ def call(monkeypatch, capsys, tmp_path):
     ("words", "message"),
     [
         (("--sampler", "magic"), "sampler: unknown sampler 'magic'; one of ddpm, ddim"),
-        (("--steps", 0), "num_inference_steps: input should be greater than or equal to 1 (got 0)"),
+        (("--steps", 0), "num_inference_steps: must be at least 1 (got 0)"),
         (("--steps", 10**6), "num_inference_steps"),
-        (("--cfg", "nan"), "guidance_scale: input should be a finite number (got nan)"),
+        (("--cfg", "nan"), "guidance_scale: must be a finite number (got nan)"),
         (("-s", -1), "seed"),
         (("-s", 2**64), "seed"),
         (("-N", 10**9), "num_images"),
@@ -102,8 +102,19 @@ def call(monkeypatch, capsys, tmp_path):
         (("--size", "64"), "--size is WIDTHxHEIGHT"),
         (("--outpaint", "1,2"), "--outpaint is LEFT,TOP,RIGHT,BOTTOM"),
         (("--prompts-file", "x.txt"), "give a prompt, or a --prompts-file, and not both"),
-        (("--set", "pag_scael=3"), "pag_scael: extra inputs are not permitted"),
-        (("--set", "pag_scale=true"), "pag_scale: input should be a valid number"),
+        (("--set", "pag_scael=3"), "unknown setting 'pag_scael' (did you mean pag_scale?)"),
+        (("--set", "pag_scale=true"), "pag_scale: must be a number (got True)"),
+        (("--set", "steps=3"), "unknown setting 'steps' (did you mean num_inference_steps?)"),
+        (("--set", "mask_image=a.png"), "mask_image is no setting: give it as --mask"),
+        (("--set", "=3"), "--set is NAME=VALUE (got '=3')"),
+        (("--set", "seed=3", "-s", 4), "seed is given twice"),
+        (("--weaker", "nowhere"), "--weaker changes nothing without --set autoguidance_scale"),
+        (("--clip", "nowhere"), "--clip changes nothing without --clip-guidance-scale"),
+        (("--format", "jpg", "-o", "a.png"), "--format is of the pictures in a folder, and a.png is a file"),
+        (("--hires-strength", 0.5), "hires_strength is of a second pass; it needs a hires_scale"),
+        (("--set", "variation_seed=3"), "a variation needs both variation_seed and variation_strength"),
+        (("--outpaint", "0,0,0,0"), "outpaint adds no pixels"),
+        (("--dtype", "int8"), "'int8' is not one of 'float16', 'bfloat16', 'float32'"),
         (("--hires-scale", "inf"), "hires_scale"),
         (("-o", "/proc/one.png"), "cannot write to /proc/one.png"),
         (("-o", "x" * 300 + ".png"), "cannot write to xxx"),
@@ -126,7 +137,6 @@ def test_bad_arguments_are_one_line_before_anything_loads(call, words, message):
         (("-W", 0), "width must be a multiple of 8 from 64 to 2048 (got 0)"),
         (("-H", 10**9), "height must be a multiple of 8 from 64 to 2048 (got 1000000000)"),
         (("--device", "meta"), "device 'meta' cannot be used here"),
-        (("--dtype", "int8"), "unknown dtype 'int8'"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_before_its_weights_are_read(call, tiny_model, tmp_path, words, message):
@@ -149,8 +159,13 @@ def test_bad_prompts(call, prompt):
 def test_missing_things(call, tmp_path):
     assert call("generate", PROMPT, "-m", "nowhere") == (
         4,
-        "error: no such model folder (nowhere). Give a folder with a model_index.json\n",
+        "error: no such model folder (nowhere). Give a folder with a model_index.json, or a .safetensors\n",
     )
+    for command in ("info", "reproduce"):
+        code, err = call(command, "none.png")
+        assert (code, err.count("\n")) == (2 if command == "info" else 3, 1)
+        assert err.startswith("error: no such file")
+    assert call("generate", PROMPT, "-m", "none.safetensors")[1].startswith("error: no such file (none.safetensors)")
     code, err = call("train", "none.toml")
     assert (code, err) == (2, "error: cannot read config (none.toml): No such file or directory\n")
     (tmp_path / "page.png").write_text("<html>")
@@ -160,7 +175,9 @@ def test_missing_things(call, tmp_path):
 
 
 def test_no_arguments_show_the_help(call):
-    assert call() == (2, "")
+    for words in ((), ("data",)):
+        code, err = call(*words)
+        assert (code, err.startswith(f"Usage: {' '.join(('latentdiff', *words))} [OPTIONS]")) == (2, True)
 
 
 def test_standard_input_that_is_not_text(call, monkeypatch):
@@ -253,6 +270,30 @@ def test_info_of_a_bomb(call):
     assert err.startswith("error: not a readable picture (bomb.png)")
 
 
+def heeding():
+    """A shell has what it runs in the background ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
+def test_stopped_in_the_midst_of_an_import(tmp_path, number, code, said):
+    """Libraries abort, or go on, where an import of theirs is broken off."""
+    (tmp_path / "slow.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "torch.py").write_text("try:\n    import slow\nexcept BaseException:\n    pass\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "latentdiff", "generate", PROMPT],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeding,
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (code, f"error: {said}\n")
+
+
 @pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
 def test_stopped_by_a_signal(tiny_model, tmp_path, number, code, said):
     """One line, the shell's exit code, and the pictures written so far stay whole."""
@@ -264,6 +305,7 @@ def test_stopped_by_a_signal(tiny_model, tmp_path, number, code, said):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heeding,
     )
     first = process.stdout.readline().strip()
     process.send_signal(number)

@@ -29,7 +29,7 @@ def test_the_objective_defaults_to_ddpm_s():
             "[denoiser.training]\nlerning_rate = 1e-3",
             'unknown key "denoiser.training.lerning_rate" (did you mean learning_rate?)',
         ),
-        ("[denoiser]\nprediction = 'noise'", 'key "denoiser.prediction": input should be'),
+        ("[denoiser]\nprediction = 'noise'", 'key "denoiser.prediction": must be'),
         ("[clip.training]\ntrain_batch_size = 0", 'key "clip.training.train_batch_size"'),
         ("[clip.training]\ntrain_batch_size = '8'", 'key "clip.training.train_batch_size"'),
         ("[clip.training]\ntrain_batch_size = true", 'key "clip.training.train_batch_size"'),
@@ -39,8 +39,8 @@ def test_the_objective_defaults_to_ddpm_s():
         ("name = '../up'", 'key "name"'),
         ("<html>", "not valid TOML"),
         ("[data]\nmix = [0, 0, 0, 0, 0, 0]", 'key "data": data.mix has no share above 0'),
-        ("[data]\nmix = [1, 1]", 'key "data.mix.2": field required'),
-        ("[data]\nmix = [1, 1, 1, 1, 1, -1]", 'key "data.mix.5": input should be greater'),
+        ("[data]\nmix = [1, 1]", 'key "data.mix.2": is missing'),
+        ("[data]\nmix = [1, 1, 1, 1, 1, -1]", 'key "data.mix.5": must be at least 0'),
     ],
 )
 def test_faults_are_named(tmp_path, text, message):

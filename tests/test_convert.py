@@ -207,6 +207,11 @@ def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
         (("{sd1}", "copy", "--dtype", "int8"), 2, "Invalid value for '--dtype'"),
         (("none", "copy"), 4, "no such model folder"),
         (("none.safetensors", "copy"), 4, "no such"),
+        (
+            ("there.safetensors", "copy"),
+            4,
+            "there.safetensors is an adapter, drawn with by --lora and converted by --to",
+        ),
         (("{sd1}/model_index.json", "copy"), 4, "cannot load"),
         (("{tiny}", "one.safetensors"), 2, "which a single file"),
         (("{sd1}", "there.safetensors"), 2, "exists; nothing is overwritten"),

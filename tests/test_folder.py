@@ -190,6 +190,12 @@ def test_a_weight_that_is_not_there_is_not_made_up(folder, part, file, name):
     assert f"{part}: 1 weights are missing, the first is {name}" in refusal(folder, ModelError)
 
 
+def test_weights_that_nothing_uses_are_told(folder):
+    rewrite(folder / "unet" / "diffusion_pytorch_model.safetensors", lambda state: state.update(odd=torch.zeros(1)))
+    with pytest.warns(UserWarning, match="unet: 1 weights are used by nothing, the first is odd"):
+        LatentDiffusionPipeline.from_pretrained(folder)
+
+
 def test_a_config_that_asks_for_more_than_the_weights(folder):
     edit(folder / "unet" / "config.json", num_class_embeds=4)
     assert "weights are missing, the first is class_embedding.weight" in refusal(folder, ModelError)
@@ -310,4 +316,4 @@ def test_config_that_is_not_json(folder):
 
 def test_unknown_prediction(folder):
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type="magic")
-    assert "prediction_type: Input should be 'epsilon', 'sample' or 'v_prediction'" in refusal(folder, ModelError)
+    assert "prediction_type: must be 'epsilon', 'sample' or 'v_prediction'" in refusal(folder, ModelError)

@@ -64,7 +64,7 @@ def test_a_file_of_objects(generate, photo, tmp_path):
     lines = [
         {"prompt": "a red circle", "seed": 3, "guidance_scale": 2.5},
         {"prompt": "two blue rings", "width": 96, "negative_prompt": "red", "guidance_interval": [-1, 1]},
-        {"prompt": "a star", "image": "photo.png", "mask": "mask.png", "strength": 1.0},
+        {"prompt": "a star", "image": "photo.png", "mask_image": "mask.png", "strength": 1.0},
         {"prompt": "a star", "image": "photo.png", "outpaint": [8, 0, 0, 0]},
     ]
     (tmp_path / "in" / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -89,7 +89,11 @@ def test_a_file_of_objects(generate, photo, tmp_path):
         ("x.txt", b"caf\xe9", "prompts are not text in UTF-8, byte 3 (x.txt)"),
         ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "x.jsonl line 2 is not JSON"),
         ("x.jsonl", b'["a"]', 'x.jsonl line 1 is no object with a "prompt"'),
-        ("x.jsonl", b'{"prompt": "a", "stepps": 3}', "x.jsonl line 1: stepps: Extra inputs are not permitted"),
+        (
+            "x.jsonl",
+            b'{"prompt": "a", "stepps": 3}',
+            "x.jsonl line 1: unknown setting 'stepps' (did you mean num_inference_steps?)",
+        ),
         ("x.jsonl", b'{"prompt": "a", "seed": true}', "x.jsonl line 1: seed"),
         ("x.jsonl", b'{"prompt": "a"}\n{"prompt": " "}', "x.jsonl line 2: prompt is empty"),
         ("x.jsonl", b'{"prompt": "a", "image": 3}', "x.jsonl line 1: image and mask are paths"),
@@ -127,6 +131,8 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
     code, _, _ = generate(PROMPT, "-N", 2, "--format", "jpg", "-s", 1)
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["00001-1.jpg", "00002-2.jpg"]
     assert read_record(tmp_path / "outputs" / "00002-2.jpg").seed == 2
+    code, _, err = generate(PROMPT, "-i", "photo.png", "--mask", "mask.png", "-o", "b.jpg", "-s", 1)
+    assert (code, err.splitlines()[0]) == (0, "warning: JPEG changes the pixels that a mask keeps; PNG and WebP do not")
 
 
 @pytest.mark.parametrize(
@@ -136,16 +142,22 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
         (("-i", "text.png"), 3, 'text.png: not an image: starts with "<html>"'),
         (("--strength", 0.5), 2, "strength is of a given image, and there is none"),
         (("--mask", "mask.png"), 2, "a mask or an outpainting needs an image"),
-        (("-i", "photo.png", "--mask", "photo2.png"), 2, "mask_image must be a picture of the image's size, 72x64"),
+        (
+            ("-i", "photo.png", "--mask", "photo2.png"),
+            2,
+            "mask_image must be of the image's size: 64x64, the image is 72x64",
+        ),
         (("-i", "photo.png", "--strength", 0.1), 2, "strength 0.1 of 2 steps is not one step"),
         (("-i", "photo.png", "--hires-scale", 2), 2, "hires_scale is of pictures from noise"),
         (("--lora", "none.safetensors:0.5"), 4, "no adapter there (none.safetensors)"),
         (("--lora", "text.png"), 4, "cannot load text.png"),
         (("--lora", "text.png:99"), 2, "an adapter's weight must be from -10 to 10"),
         (("--embedding", "none.safetensors"), 4, "no embeddings there"),
-        (("--weaker", "none"), 4, "no such model folder (none)"),
+        (("--lora", "text.png:strong"), 2, "--lora is PATH:WEIGHT, and 'strong' is no number"),
+        (("--weaker", "none", "--set", "autoguidance_scale=2"), 4, "no such model folder (none)"),
+        (("-i", "small.png"), 2, "small.png is of 32x32 pixels, less than 64. Enlarge it (width, height)"),
         (("--set", "autoguidance_scale=2"), 2, "autoguidance_scale needs a weaker model"),
-        (("--clip", "none"), 4, "clip"),
+        (("--clip", "none", "--clip-guidance-scale", 3), 4, "no CLIP in open_clip's format there (none)"),
         (("--set", "original_size=[64, 64]"), 2, "told to SDXL alone"),
         (("-i", "/dev/zero"), 3, "/dev/zero: is no file"),
         (("--set", "prompt=x"), 2, "the prompt is an argument"),
@@ -161,6 +173,7 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
 def test_refused(generate, photo, tmp_path, words, code, message):
     (tmp_path / "text.png").write_text("<html>")
     Image.new("L", (64, 64), 255).save(tmp_path / "photo2.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "small.png")
     found, out, err = generate(PROMPT, *words)
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert message in err

@@ -7,7 +7,7 @@ import pytest
 from .conftest import ROOT
 
 PACKAGE = ROOT / "latentdiff"
-LEAVES = ("diffusion", "models", "data", "config.py", "errors.py")
+LEAVES = ("diffusion", "models", "data", "config.py", "errors.py", "validation.py")
 HOMES = {
     "diffusers": ("models", "pretrained.py"),
     "transformers": ("models",),
@@ -48,7 +48,7 @@ def test_layers(path):
             assert room(path) in HOMES[top], f"{path} imports {module}"
         if top == "latentdiff" and room(path) in LEAVES and module.count("."):
             other = module.split(".")[1]
-            assert other in (room(path).removesuffix(".py"), "errors"), f"{path} imports {module}"
+            assert other in (room(path).removesuffix(".py"), "errors", "validation"), f"{path} imports {module}"
 
 
 def test_the_mathematics_needs_numpy_only():

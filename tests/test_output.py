@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from latentdiff.cli.output import write_new
+from latentdiff.output import whole, write_new
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -28,3 +28,20 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_or_not_there(tmp_path):
+    """What fails leaves nothing; in a folder that is there files are replaced, and others stay."""
+    folder = tmp_path / "model"
+    with pytest.raises(ValueError, match="halfway"), whole(folder) as made:
+        (made / "unet").mkdir(parents=True)
+        raise ValueError("halfway")
+    assert list(tmp_path.iterdir()) == []
+    for text in ("first", "second"):
+        with whole(folder) as made:
+            (made / "unet").mkdir(parents=True)
+            (made / "unet" / "config.json").write_text(text)
+        (folder / "note.txt").write_text("mine")
+    files = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"model/unet/config.json": "second", "model/note.txt": "mine"}
+    assert list(tmp_path.iterdir()) == [folder]

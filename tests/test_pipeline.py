@@ -8,6 +8,7 @@ from PIL import Image
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.errors import ConfigError, ModelError
+from latentdiff.metadata import read_metadata
 
 PROMPT = "a red circle above a blue square"
 
@@ -157,6 +158,9 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
         ({"callback_on_step_end": print}, "`stream` yields every step"),
         ({"sampler": "unipc", "eta": 0.5}, "eta is of ddim and euler_ancestral, not of unipc"),
         ({"guidance_interval": (5.0, -5.0)}, "the lower end comes first"),
+        ({"steps": 5}, "unknown setting 'steps' (did you mean num_inference_steps?)"),
+        ({"mask": 5}, "unknown setting 'mask' (did you mean mask_image?)"),
+        ({"prompt_embeds": torch.zeros(1, 32, 9)}, "prompt_embeds stand for the prompt"),
     ],
 )
 def test_refused_settings(pipe, settings, message):
@@ -199,6 +203,45 @@ def test_eta_of_euler_ancestral(pipe):
     still = pipe(PROMPT, sampler="euler_ancestral", eta=0.0, **settings).images
     torch.testing.assert_close(still, pipe(PROMPT, sampler="euler", **settings).images)
     assert (pipe(PROMPT, sampler="euler_ancestral", **settings).images != still).any()
+
+
+@pytest.mark.parametrize(
+    ("embeds", "message"),
+    [
+        ({"prompt_embeds": torch.zeros(1, 32, 9)}, "prompt_embeds are of 9 numbers a token, the model's of 32"),
+        ({"prompt_embeds": torch.zeros(1, 32, 32, device="meta")}, "hold no floating-point numbers"),
+        ({"prompt_embeds": torch.zeros(1, 32, 32, dtype=torch.int64)}, "hold no floating-point numbers"),
+        (
+            {"prompt_embeds": torch.zeros(1, 32, 32)} | dict(negative_prompt_embeds=torch.zeros(1, 32, 32)),
+            "negative_prompt_embeds stand for the negative_prompt",
+        ),
+    ],
+)
+def test_refused_embeds(pipe, embeds, message):
+    with pytest.raises(ConfigError, match=message):
+        pipe(negative_prompt="red", **embeds)
+
+
+def test_saved_pictures_say_how_they_were_made(pipe, tmp_path):
+    drawn = pipe(PROMPT, seed=3, num_inference_steps=1, num_images_per_prompt=2)
+    paths = drawn.save(tmp_path / "drawn")
+    assert [path.name for path in paths] == ["00001-3.png", "00002-4.png"]
+    for path, image in zip(paths, drawn.images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
+    assert read_metadata(paths[1])["latentdiff"]["seed"] == 4
+    with pytest.raises(ConfigError, match="2 pictures do not go into one file"):
+        drawn.save(tmp_path / "one.png")
+    with pytest.raises(ConfigError, match="only PIL images"):
+        pipe(PROMPT, num_inference_steps=1, output_type="np").save(tmp_path / "drawn")
+
+
+@pytest.mark.parametrize(("move", "message"), [("to", "device 'bogus'"), ("offload", "device 'bogus'")])
+def test_nothing_is_moved_to_no_place(pipe, move, message):
+    with pytest.raises(ConfigError, match=message):
+        getattr(pipe, move)("bogus")
+    with pytest.raises(ConfigError, match="torch_dtype must be"):
+        pipe.to(dtype=torch.int64)
+    assert (pipe.device.type, pipe.unet.dtype) == ("cpu", torch.float32)
 
 
 @pytest.mark.parametrize("options", [{"device": "bogus"}, {"device": "meta"}, {"torch_dtype": "float16"}])

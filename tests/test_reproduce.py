@@ -11,10 +11,11 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.cli.pictures import encoded
+from latentdiff.cli import main
 from latentdiff.errors import ConfigError, DataError, ModelError
 from latentdiff.extras import load_adapter, networks_of
 from latentdiff.metadata import read_metadata
+from latentdiff.picture_files import encoded
 from latentdiff.reproduce import Likeness, reproduce
 
 PROMPT = "a red circle above a blue square"
@@ -75,8 +76,6 @@ def pictures(place, tiny_model):
     import sys
     from pathlib import Path
     from unittest import mock
-
-    from latentdiff.cli import main
 
     here = Path.cwd()
     os.chdir(place)
@@ -160,6 +159,11 @@ def test_a_picture_that_was_changed(pictures, place, tmp_path, monkeypatch):
     Image.fromarray(pixels).save(tmp_path / "changed.png", pnginfo=info)
     like = reproduce(tmp_path / "changed.png", "models/tiny")[1]
     assert (like.differing, like.largest) == (1, 8)
+    for path, code in ((tmp_path / "changed.png", 1), (picture, 0)):
+        monkeypatch.setattr("sys.argv", ["latentdiff", "reproduce", str(path), "-m", "models/tiny"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
     assert like.psnr == pytest.approx(10 * np.log10(255**2 * pixels.size / 64))
 
 
@@ -257,7 +261,7 @@ def test_pictures_that_say_nothing(tmp_path):
 
 
 def test_other_formats(place, monkeypatch, tmp_path):
-    """WebP without loss is equal; a JPEG is as near as its quality."""
+    """WebP without loss is equal; a JPEG is compared with what JPEG makes of the picture drawn again."""
     monkeypatch.chdir(place)
     pipe = LatentDiffusionPipeline.from_pretrained("models/tiny", device="cpu")
     load_adapter(pipe, place / "ink.safetensors", merged=True)
@@ -266,4 +270,8 @@ def test_other_formats(place, monkeypatch, tmp_path):
         (tmp_path / f"a{suffix}").write_bytes(encoded(out.images[0], suffix, out.metadata[0]))
         assert read_metadata(tmp_path / f"a{suffix}")["latentdiff"]["seed"] == 1
         like = reproduce(tmp_path / f"a{suffix}")[1]
-        assert like.equal if suffix == ".webp" else like.psnr > 30
+        assert str(like) == "equal: all 12,288 values" + (", both as JPEGs" if suffix == ".jpg" else "")
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.save(tmp_path / "b.jpg", quality=50, exif=image.getexif())
+    like = reproduce(tmp_path / "b.jpg")[1]
+    assert (like.equal, like.jpeg, like.psnr > 25) == (False, True, True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
+from types import FrameType
 from typing import Any
 
 import typer
@@ -19,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.generate)
@@ -48,7 +51,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = lambda message, *_, **__: _warn(message)
+    _catch_signals()
     try:
         status = app(standalone_mode=False)
     except LatentDiffError as error:
@@ -79,17 +83,45 @@ def main() -> None:
 def _fail_as_told(error: Exception) -> None:
     """What the command line's own parser says, and torch where memory ends; anything else is a bug, left alone."""
     if usage := getattr(error, "format_message", None):
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command alone: what it says is the help
+            print(usage(), file=sys.stderr)
+            sys.exit(2)
         _fail(usage(), 2)
     # a class of its own on a GPU, on a CPU only the words of a RuntimeError
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         _fail("out of memory. Fewer or smaller pictures at once need less", ResourceError.exit_code)
 
 
+def _warn(message: Warning | str) -> None:
+    """One line, as all that is told on standard error."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _catch_signals() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets it for what runs in the background
+        signal.signal(signal.SIGINT, _interrupt)
+
+
 def _terminate(number: int, frame: Any) -> None:
+    _leave_an_import(frame, "terminated", 143)
     raise _Terminated
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    _leave_an_import(frame, "interrupted", 130)
+    raise KeyboardInterrupt
+
+
+def _leave_an_import(frame: FrameType | None, message: str, code: int) -> None:
+    """Leave at once in the midst of an import: libraries abort, or swallow it, where one is broken off."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, f"error: {message}\n".encode())
+            os._exit(code)
+        frame = frame.f_back
+
+
 def _fail(message: str, code: int) -> None:
-    if message.strip():  # help that was shown instead has none
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from latentdiff.cli.options import Precision
 from latentdiff.errors import ConfigError
-
-
-class Precision(StrEnum):
-    """Of the weights on disk."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
+from latentdiff.output import check_writable, whole
 
 
 class Form(StrEnum):
@@ -42,9 +34,10 @@ def convert(
         bool, typer.Option("--trust-pickle", help="Read the tensors of a pickle (.ckpt, .bin) in a process of its own.")
     ] = False,
 ) -> None:
-    """Write a model folder as a single file and back, in another precision, or an adapter under other names."""
-    from latentdiff.cli.output import check_writable
+    """Write a model or an adapter in another form.
 
+    A model folder as a single file and back, in another precision; an adapter under other names.
+    """
     check_writable(output, output.parent)
     if output.exists() or output.is_symlink():
         raise ConfigError(f"{output} exists; nothing is overwritten")
@@ -61,25 +54,13 @@ def convert(
     typer.echo(output)
 
 
-@contextmanager
-def _made(output: Path, suffix: str) -> Iterator[Path]:
-    """A place to write to, which becomes `output` once all of it is written; nothing is left of what fails."""
-    from latentdiff.models.folder import let_others_read
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=output.parent) as scratch:
-        yield Path(scratch) / f"made{suffix}"
-        let_others_read(Path(scratch))
-        (Path(scratch) / f"made{suffix}").rename(output)
-
-
 def _pickle(source: Path, output: Path) -> None:
     from latentdiff.models.folder import is_pickle
     from latentdiff.models.unpickle import unpickled
 
     if not source.is_file() or not is_pickle(source):
         raise ConfigError(f"--trust-pickle is for pickles, which this is not ({source})")
-    with _made(output, ".safetensors") as made:
+    with whole(output) as made:
         unpickled(source, made)
 
 
@@ -94,7 +75,7 @@ def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
     if adapter.unused or adapter.missing:
         first = (adapter.unused + adapter.missing)[0]
         raise ConfigError(f"{first} of {source} has no place in the model and would be lost. Name its --model")
-    with _made(output, ".safetensors") as made:
+    with whole(output) as made:
         if to is Form.peft:
             adapter_file.save_peft(adapter, made)
         else:
@@ -117,5 +98,8 @@ def _model(source: Path, output: Path, dtype: Precision | None, variant: str | N
     pipe = stored_pipeline(source, variant)
     if precision is not None:
         pipe.to(dtype=precision)
-    with _made(output, ".safetensors" if single else "") as made:
+    with whole(output) as made:
         (save_single_file if single else save_pipeline)(pipe, made)
+    if single and (source / "latentdiff.json").is_file():
+        height, width = pipe.card.size
+        print(f"note: a single file holds no size ({width}x{height}) and no recommended settings", file=sys.stderr)

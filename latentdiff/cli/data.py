@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.output import check_page, check_writable, printable
+from latentdiff.output import check_page, check_writable, printable
 
 if TYPE_CHECKING:
     from latentdiff.config import Config
@@ -101,7 +101,10 @@ def preview(
     resolution: Resolution = None,
     set_: Set = None,
 ) -> None:
-    """Show what the network sees: samples of an epoch as they are cropped, with the words the text encoder reads."""
+    """Show what the network sees.
+
+    Samples of an epoch as they are cropped, with the words the text encoder reads.
+    """
     from latentdiff.data.report import PAGE, Section, as_html
     from latentdiff.stages.pictures import open_data
 
@@ -123,8 +126,9 @@ def cache(
     data: Annotated[str | None, typer.Option("--data", help="These pictures instead of the config's.")] = None,
     set_: Set = None,
 ) -> None:
-    """Encode a run's pictures, and captions of a frozen text encoder, into RUN/cache, as training would when it starts.
+    """Encode pictures and captions ahead of training.
 
+    A run's pictures, and captions where the text encoder is frozen, into RUN/cache, as training would when it starts.
     Jobs may be killed and run again, also with another n: what is there is kept, what is missing is encoded.
     """
     from latentdiff.config import load_config, own_pictures

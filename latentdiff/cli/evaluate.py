@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latentdiff.cli.output import check_writable, write_new
+from latentdiff.output import check_writable, write_new
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 

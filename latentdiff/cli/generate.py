@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,16 +14,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.pictures import check_target, suffix_of, write_pictures
+from latentdiff.cli.options import Precision
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.errors import ConfigError
+from latentdiff.picture_files import check_target, loses_pixels, suffix_of, write_pictures
 
 if TYPE_CHECKING:
     from latentdiff.drawing.job import Job
     from latentdiff.pipeline import LatentDiffusionPipeline
     from latentdiff.request import Request
 
-DTYPES = ("float32", "bfloat16", "float16")
+# as in diffusion/samplers.py, which takes NumPy to import
+_SAMPLERS = "ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc"
+_OPTIONS = {  # what looks like a setting and is an option, by either of their names
+    "image": "image",
+    "mask": "mask",
+    "mask_image": "mask",
+    "outpaint": "outpaint",
+    "model": "model",
+    "lora": "lora",
+    "device": "device",
+    "dtype": "dtype",
+    "output": "output",
+}
 
 
 class Format(StrEnum):
@@ -46,36 +61,57 @@ def generate(
         str | None,
         typer.Option("--model", "-m", help="A folder, a .safetensors file or a hub id (default: scenes-64)."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="The hub id's commit, tag or branch.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the folder's weights: fp16, ...")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: commit, tag or branch.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of a folder's weights: fp16, ...")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none.")
+        float | None,
+        typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none (default: the model's)."),
     ] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="Pull back to the unguided contrast, 0 to 1.")] = None,
-    clip_guidance_scale: Annotated[float | None, typer.Option(help="Steer by the gradient of CLIP's score.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp_2m, unipc, ... (default: the model's).")] = None,
-    spacing: Annotated[str | None, typer.Option(help="trailing, leading, linspace, karras or uniform.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Noise added by ddim, 0 to 1.")] = None,
-    width: Annotated[int | None, typer.Option("--width", "-W", help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option("--height", "-H", help="Pixels.")] = None,
+    clip_guidance_scale: Annotated[
+        float | None, typer.Option(help="Steer by the gradient of CLIP's score, about 3.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{_SAMPLERS} (default: the model's).")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="trailing, leading, linspace, karras or uniform (default: the model's).")
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Noise added by ddim (default: 0) or euler_ancestral (default: 1), 0 to 1.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", "-W", help="Pixels (default: the model's, or the picture's).")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", "-H", help="Pixels (default: the model's, or the picture's).")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Width and height, 512x768.")] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture to start from.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Of its size: white is drawn anew, the rest kept.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of the picture is drawn over, 0 to 1.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of the picture is drawn over, 0 to 1 (default: 0.8; with a mask 1).")
+    ] = None,
     outpaint: Annotated[str | None, typer.Option(help="Pixels to add: LEFT,TOP,RIGHT,BOTTOM.")] = None,
     hires_scale: Annotated[float | None, typer.Option(help="Draw, enlarge so many times, draw over.")] = None,
-    hires_strength: Annotated[float | None, typer.Option(help="How much of the enlarged one is drawn over.")] = None,
+    hires_strength: Annotated[
+        float | None, typer.Option(help="How much of the enlarged one is drawn over (default: 0.5).")
+    ] = None,
     lora: Annotated[list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; again for more.")] = None,
-    embedding: Annotated[list[Path] | None, typer.Option(help="Learnt words (textual inversion).")] = None,
-    weaker: Annotated[str | None, typer.Option(help="A weaker model for --set autoguidance_scale=2.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="CLIP in open_clip's format (default: the model's own).")] = None,
+    embedding: Annotated[
+        list[Path] | None, typer.Option(help="Learnt words (textual inversion); again for more.")
+    ] = None,
+    weaker: Annotated[str | None, typer.Option(help="A weaker model, for --set autoguidance_scale=2.")] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="CLIP in open_clip's format, for --clip-guidance-scale (default: the model's own)."),
+    ] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Leave out so many of the text encoder's layers.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Picture i has SEED + i (default: random).")] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-N", help="How many pictures of each prompt.")] = 1,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once (default: 8).")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="A line a prompt; .jsonl: an object with prompt and any setting.")
+        Path | None,
+        typer.Option(help="A line a prompt; .jsonl: an object with prompt, image, mask, outpaint and any setting."),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; the README lists them.")
@@ -83,9 +119,11 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a file for one picture.")] = Path(
         "outputs"
     ),
-    picture_format: Annotated[Format, typer.Option("--format", help="Of the pictures in a folder.")] = Format.png,
+    picture_format: Annotated[
+        Format | None, typer.Option("--format", help="Of the pictures in a folder (default: png).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[Precision, typer.Option(help="Of the arithmetic.")] = Precision.float32,
     offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="A JSON object a picture, instead of its path.")] = False,
     metadata: Annotated[bool, typer.Option(help="Write how it was made into each picture.")] = True,
@@ -105,16 +143,16 @@ def generate(
         "hires_scale": hires_scale,
         "hires_strength": hires_strength,
         "clip_skip": clip_skip,
+        "seed": seed,
         "num_images": num_images,
         "batch_size": batch_size,
-        **_further(settings or []),
     }
-    common = {name: value for name, value in given.items() if value is not None}
+    common = _common(given, settings or [])
     wishes = _wishes(prompt, prompts_file, image, mask, outpaint)
-    asked = _requests(wishes, common, seed)  # refused here before any library or weight is loaded
+    asked = _requests(wishes, common)  # refused here before any library or weight is loaded
     check_target(output, sum(request.num_images for request in asked))
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
+    _check_used(asked, weaker, clip)
+    suffix = _suffix(output, picture_format, wishes)
     loras = [_adapter(text) for text in lora or []]
     _check_sizes(model, asked)
     pipe = _loaded(model, device, dtype, variant, revision)
@@ -122,7 +160,7 @@ def generate(
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
     jobs = _jobs(pipe, wishes, asked, common)
-    for path, record in _drawn(pipe, jobs, output, f".{picture_format.value}", metadata):
+    for path, record in _drawn(pipe, jobs, output, suffix, metadata):
         told = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
         typer.echo(json.dumps(told | {"prompt": record.request["prompt"]}) if json_lines else path)
 
@@ -137,14 +175,26 @@ def _sides(width: int | None, height: int | None, size: str | None) -> dict[str,
     return {"width": int(across), "height": int(down)}
 
 
-def _further(settings: Sequence[str]) -> dict[str, Any]:
-    """Values as in a config: TOML, or a bare word."""
+def _common(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """What all pictures have in common: the options that are given, and settings as in a config: TOML, or a bare word.
+
+    Raises ConfigError for what is an option alone, and for what is given twice.
+    """
     from latentdiff.config import parsed_override
 
-    found = dict(parsed_override(setting) for setting in settings)
-    if "prompt" in found:
-        raise ConfigError("the prompt is an argument, not a setting")
-    return found
+    common = {name: value for name, value in given.items() if value is not None}
+    for setting in settings:
+        name, value = parsed_override(setting)
+        if not name:
+            raise ConfigError(f"--set is NAME=VALUE (got {setting[:40]!r})")
+        if name == "prompt":
+            raise ConfigError("the prompt is an argument, not a setting")
+        if name in _OPTIONS:
+            raise ConfigError(f"{name} is no setting: give it as --{_OPTIONS[name]}")
+        if name in common:
+            raise ConfigError(f"{name} is given twice")
+        common[name] = value
+    return {"num_images": 1} | common
 
 
 def _wishes(
@@ -177,26 +227,54 @@ def _number(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
 
-def _requests(wishes: Sequence[Wish], common: dict[str, Any], seed: int | None) -> list[Request]:
+def _requests(wishes: Sequence[Wish], common: dict[str, Any]) -> list[Request]:
     """Every wish validated, with what it does not say from the command; seeds go on counting."""
     from latentdiff.request import request
 
     found: list[Request] = []
     for wish in wishes:
-        own = {"seed": seed if not found else found[-1].seed + found[-1].num_images} | common | wish.settings
-        try:
-            found.append(request(prompt=wish.prompt, **own))
-        except ConfigError as error:
-            raise ConfigError(f"{wish.where}: {error}" if wish.where else str(error)) from None
+        counted = {"seed": found[-1].seed + found[-1].num_images} if found else {}
+        with _said_of(wish):
+            found.append(request(prompt=wish.prompt, **(common | counted | wish.settings)))
     return found
 
 
+@contextmanager
+def _said_of(wish: Wish) -> Iterator[None]:
+    """What is wrong with one of many prompts names its line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{wish.where}: {error}" if wish.where else str(error)) from None
+
+
+def _check_used(asked: Sequence[Request], weaker: str | None, clip: Path | None) -> None:
+    """What would be loaded and used by none of the pictures is a mistake. Raises ConfigError."""
+    if weaker is not None and all(one.autoguidance_scale == 1 for one in asked):
+        raise ConfigError("--weaker changes nothing without --set autoguidance_scale=2")
+    if clip is not None and not any(one.clip_guidance_scale for one in asked):
+        raise ConfigError("--clip changes nothing without --clip-guidance-scale")
+
+
+def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:
+    """Of the pictures' files: by the output's name, or as chosen for a folder. Raises ConfigError for both."""
+    own = suffix_of(output)
+    if own and chosen is not None:
+        raise ConfigError(f"--format is of the pictures in a folder, and {output} is a file")
+    suffix = own or f".{(chosen or Format.png).value}"
+    if loses_pixels(suffix) and any(wish.mask or wish.outpaint for wish in wishes):
+        print("warning: JPEG changes the pixels that a mask keeps; PNG and WebP do not", file=sys.stderr)
+    return suffix
+
+
 def _adapter(text: str) -> tuple[Path, float]:
-    """PATH or PATH:WEIGHT; a path may hold colons of its own."""
+    """PATH or PATH:WEIGHT; a path may hold colons of its own. Raises ConfigError."""
     path, colon, weight = text.rpartition(":")
     try:
         return (Path(path), float(weight)) if colon else (Path(text), 1.0)
     except ValueError:
+        if os.path.lexists(path) and not os.path.lexists(text):
+            raise ConfigError(f"--lora is PATH:WEIGHT, and {weight[:40]!r} is no number") from None
         return Path(text), 1.0
 
 
@@ -219,14 +297,14 @@ def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
 
 
 def _loaded(
-    model: str | None, device: str | None, dtype: str, variant: str | None, revision: str | None
+    model: str | None, device: str | None, dtype: Precision, variant: str | None, revision: str | None
 ) -> LatentDiffusionPipeline:
     import torch
 
     from latentdiff.pipeline import LatentDiffusionPipeline
 
     return LatentDiffusionPipeline.from_pretrained(
-        model, device=device, torch_dtype=getattr(torch, dtype), variant=variant, revision=revision
+        model, device=device, torch_dtype=getattr(torch, dtype.value), variant=variant, revision=revision
     )
 
 
@@ -260,11 +338,9 @@ def _jobs(
     jobs: list[Job] = []
     for wish, first in zip(wishes, asked, strict=True):
         own = common | wish.settings | {"seed": first.seed}
-        try:
+        with _said_of(wish):
             request = pipe.request(wish.prompt, **own)
             jobs += jobs_of(request, _canvas(pipe, wish, request))
-        except ConfigError as error:
-            raise ConfigError(f"{wish.where}: {error}" if wish.where else str(error)) from None
         _warn(pipe, request)
     return jobs
 
@@ -312,17 +388,18 @@ def _drawn(
     batches = list(pipe.grouped(jobs))
     total = sum(sum(step_counts(batch[0].request, batch[0].canvas)) for batch in batches)
     told: set[str] = set()
-    kind = suffix_of(target) or suffix
-    if metadata and kind != ".png":
+    if metadata and suffix != ".png":
         for job in jobs:  # a record that does not fit is known before anything is drawn
-            save_options(pipe.record(job), kind)
+            save_options(pipe.record(job), suffix)
     with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
         for batch in batches:
             for step in pipe.steps(batch):
                 bar.update()
                 latents = step.x
             output = pipe.finish(batch, latents)
+            bar.clear()  # else what is written next stands behind it
             for note in set(output.notes) - told:
                 print(f"warning: {note}", file=sys.stderr)
             told |= set(output.notes)
             yield from write_pictures(output, target, suffix, metadata)
+            bar.refresh()

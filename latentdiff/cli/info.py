@@ -7,14 +7,20 @@ from typing import Annotated
 
 import typer
 
-from latentdiff.cli.output import printable
+from latentdiff.errors import ConfigError
+from latentdiff.output import printable
 
 
 def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors file or a picture.")]) -> None:
-    """Print a model's parts and sizes, or how a picture was made, as JSON."""
+    """Print what a model or a picture says of itself.
+
+    JSON: the parts and sizes of a model, of an adapter its kind, of a picture how it was made.
+    """
     import json
 
     weights = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
+    if not path.exists():
+        raise ConfigError(f"no such file or folder ({path})")
     told = _of_model(path) if path.is_dir() else _of_weights(path) if weights else _of_picture(path)
     typer.echo(printable(json.dumps(told, indent=1, ensure_ascii=False)))  # a prompt may hold half a surrogate pair
 

@@ -78,6 +78,8 @@ def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
     from latentdiff.drawing.given import margins_of
 
     prompt = tree.pop("prompt")
+    if "mask_image" in tree:  # as in Python
+        tree["mask"] = tree.pop("mask_image")
     paths = {name: tree.pop(name, None) for name in _PATHS}
     outpaint = tree.pop("outpaint", None)
     if not all(value is None or isinstance(value, str) for value in paths.values()):

@@ -17,10 +17,13 @@ def reproduce(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the new picture goes.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
 ) -> None:
-    """Draw a picture again and say how equal it is. Files that it names must have the content that it names."""
+    """Draw a picture again and say how equal it is.
+
+    Exits with 1 where it is not. Files that it names must have the content that it names.
+    """
     from latentdiff import reproduce as again
-    from latentdiff.cli.output import write_new
-    from latentdiff.cli.pictures import check_file, encoded
+    from latentdiff.output import write_new
+    from latentdiff.picture_files import check_file, encoded
 
     if output is not None:
         check_file(output)
@@ -28,3 +31,5 @@ def reproduce(
     if output is not None:
         write_new(output, encoded(picture, output.suffix.lower(), None))
     typer.echo(likeness)
+    if not likeness.equal:
+        raise typer.Exit(1)

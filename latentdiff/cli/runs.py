@@ -12,7 +12,10 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Where the run folders are.")] = Path("runs"),
     json_: Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")] = False,
 ) -> None:
-    """List runs: running, finished, stopped, or stopped by numbers that were not finite."""
+    """List training runs with their state.
+
+    Running, finished, stopped, or stopped by numbers that were not finite.
+    """
     import json
 
     from latentdiff.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentdiff.cli.output import check_writable
+from latentdiff.output import check_writable
 
 if TYPE_CHECKING:
     from latentdiff.config import Config

@@ -159,8 +159,9 @@ def _marked(mask: Any, size: tuple[int, int]) -> np.ndarray:
     if isinstance(mask, Image.Image):
         mask = luminance(_decoded(mask, "mask_image", BLACK)[None])[0, ..., 0]
     found = _array(mask, "mask_image")
-    if found.shape != size or found.dtype not in (np.uint8, bool):
-        raise ConfigError(
-            f"mask_image must be a picture of the image's size, {size[1]}x{size[0]} (got {found.dtype} {found.shape})"
-        )
+    if found.ndim != 2 or found.dtype not in (np.uint8, bool):
+        raise ConfigError(f"mask_image must be a picture, or (H, W) of uint8 or bool (got {found.dtype} {found.shape})")
+    if found.shape != size:
+        sizes = [f"{width}x{height}" for height, width in (found.shape, size)]
+        raise ConfigError(f"mask_image must be of the image's size: {sizes[0]}, the image is {sizes[1]}")
     return found if found.dtype == bool else found >= 128

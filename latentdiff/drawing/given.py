@@ -35,15 +35,17 @@ def margins_of(outpaint: Any) -> Margins:
     whole = isinstance(outpaint, Sequence) and len(outpaint) == 4
     if not whole or not all(type(side) is int and 0 <= side <= SIDES[1] for side in outpaint):
         raise ConfigError(f"outpaint is pixels on the left, top, right and bottom, 0 to {SIDES[1]} (got {outpaint})")
+    if not any(outpaint):
+        raise ConfigError("outpaint adds no pixels: nothing would be drawn")
     return Margins(*outpaint)
 
 
 def contexts_of(
-    tokens: Any, negative: Any, pooled: Any, negative_pooled: Any, *, with_pooled: bool
+    tokens: Any, negative: Any, pooled: Any, negative_pooled: Any, *, width: int, with_pooled: bool
 ) -> list[tuple[Context, Context | None]]:
     """The caller's own contexts, one pair for each prompt that they stand for; none without `tokens`.
 
-    tokens, negative: (B, L, D); pooled ones (B, P), for a network that reads them. Raises ConfigError.
+    tokens, negative: (B, L, D), D = `width`; pooled ones (B, P), for a network that reads them. Raises ConfigError.
     """
     import torch
 
@@ -58,6 +60,10 @@ def contexts_of(
         known = isinstance(tensor, torch.Tensor) and tensor.ndim == dimensions and len(tensor) == len(tokens)
         if tensor is not None and not known:
             raise ConfigError("prompt_embeds must be tensors (B, L, D), pooled ones (B, P), all of the same B")
+        if tensor is not None and (tensor.is_meta or not tensor.is_floating_point()):
+            raise ConfigError("prompt_embeds hold no floating-point numbers")
+    if tokens.shape[-1] != width:
+        raise ConfigError(f"prompt_embeds are of {tokens.shape[-1]} numbers a token, the model's of {width}")
     if negative is not None and negative.shape != tokens.shape:
         raise ConfigError(f"prompt_embeds are {tuple(tokens.shape)}, negative_prompt_embeds {tuple(negative.shape)}")
     if (pooled is not None) != with_pooled or (negative_pooled is not None) != (with_pooled and negative is not None):

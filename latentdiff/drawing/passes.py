@@ -16,7 +16,7 @@ from latentdiff.diffusion.schedule import NoiseLevel
 from latentdiff.drawing.canvas import Canvas, resized
 from latentdiff.drawing.guided import Helpers, guided, network_of
 from latentdiff.drawing.job import NOTHING, Job, Own
-from latentdiff.drawing.plan import Size, enlarged, shortened, step_counts, strength_of
+from latentdiff.drawing.plan import Size, enlarged, hires_strength_of, shortened, step_counts, strength_of
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.drawing.texts import texts_of
 from latentdiff.images import to_uint8
@@ -38,7 +38,7 @@ def passes(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], own: Own = NOTHIN
     size = enlarged(size, asked, pipe.multiple)
     pictures = [resized(picture, *size) for picture in _colour(to_uint8(pipe.decode(last.x)))]
     draw = _draw(pipe, jobs, size, own)
-    levels = shortened(_levels(pipe, asked), asked.hires_strength)
+    levels = shortened(_levels(pipe, asked), hires_strength_of(asked))
     start = _with_extra(pipe, from_latents(levels, draw("hires latents"), pipe.encode(np.stack(pictures))))
     yield from _sampled(pipe, jobs, size, start, draw, "hires noise")
 

@@ -19,6 +19,11 @@ def strength_of(asked: Request, masked: bool) -> float:
     return asked.strength if asked.strength is not None else 1.0 if masked else 0.8
 
 
+def hires_strength_of(asked: Request) -> float:
+    """How much of the first pass's enlarged picture is noised."""
+    return 0.5 if asked.hires_strength is None else asked.hires_strength
+
+
 def shortened(levels: tuple[Item, ...], strength: float) -> tuple[Item, ...]:
     """The last int(steps * strength) steps, as in SDEdit (Meng et al. 2022). Raises ConfigError where none is left."""
     steps = len(levels) - 1
@@ -32,7 +37,7 @@ def step_counts(asked: Request, canvas: Canvas | None = None) -> tuple[int, ...]
     """How many steps each pass takes. Raises ConfigError where a pass has none."""
     levels = (None,) * (asked.num_inference_steps + 1)
     first = levels if canvas is None else shortened(levels, strength_of(asked, canvas.mask is not None))
-    passes = [first] if asked.hires_scale is None else [first, shortened(levels, asked.hires_strength)]
+    passes = [first] if asked.hires_scale is None else [first, shortened(levels, hires_strength_of(asked))]
     return tuple(len(some) - 1 for some in passes)
 
 

@@ -101,7 +101,7 @@ def adapter_path(path: Path) -> Path:
 def read_adapter(path: Path, networks: Networks) -> Adapter:
     """An adapter for these networks. Raises ModelError where nothing in it fits them, UnsafeError for a pickle."""
     file = adapter_path(path)
-    with loading(file.name, file.parent), safe_open(file, "pt") as content:
+    with loading(file), safe_open(file, "pt") as content:
         state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         config = _config(file, content.metadata() or {})
     kohya = any(name.startswith("lora_") for name in state)

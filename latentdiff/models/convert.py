@@ -43,7 +43,7 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:
-    with loading(source.name, source.parent), safe_open(source, "pt") as weights:
+    with loading(source), safe_open(source, "pt") as weights:
         metadata, state = weights.metadata(), {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     for name, tensor in state.items():
         if tensor.is_floating_point():

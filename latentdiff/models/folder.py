@@ -56,7 +56,8 @@ def check_folder(directory: Path) -> dict[str, Any]:
     A pickle is refused where it stands for weights; beside safetensors, as many models have both, it is never opened.
     """
     if not directory.is_dir():
-        raise ModelError(f"no such model folder ({directory}). Give a folder with a model_index.json")
+        kind = "file" if _named_safetensors(directory) else "model folder"
+        raise ModelError(f"no such {kind} ({directory}). Give a folder with a model_index.json, or a .safetensors")
     if not (directory / "model_index.json").is_file():
         raise ModelError(f"no model_index.json ({directory}). Give a folder in diffusers' layout")
     for file in _files(directory):
@@ -208,9 +209,9 @@ def is_pickle(file: Path) -> bool:
     return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
 
 
-def loading(part: str, directory: Path) -> AbstractContextManager[None]:
-    """Whatever a library raises while it reads a part becomes a ModelError of one line."""
-    return raised_as(ModelError, f"cannot load {part} ({directory})")
+def loading(part: str | Path, directory: Path | None = None) -> AbstractContextManager[None]:
+    """Whatever a library raises while it reads a file, or a part of a folder, becomes a ModelError of one line."""
+    return raised_as(ModelError, f"cannot load {part}" + (f" ({directory})" if directory else ""))
 
 
 def saving(part: str, directory: Path) -> AbstractContextManager[None]:
@@ -279,7 +280,7 @@ def folder_hash(directory: Path, variant: str | None = None) -> str:
 def file_hash(file: Path) -> str:
     """sha256 of a file's bytes. Raises ModelError."""
     digest = hashlib.sha256()
-    with loading(file.name, file.parent):
+    with loading(file):
         _digest_file(digest, file)
     return digest.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     try:
         return Path(str(snapshot_download(**settings)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        told = " ".join(str(error).split())[:150]
+        told = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ModelError(f"cannot fetch {name}{f' at {revision}' if revision else ''} from the hub: {told}") from None
 
 

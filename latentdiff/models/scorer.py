@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latentdiff.errors import ModelError
 from latentdiff.models.clip import Clip
 from latentdiff.models.folder import check_json, loading
 from latentdiff.models.text_encoder import Tokenizer, clip_tokenizer, tokenize
@@ -74,6 +75,8 @@ def load_scorer(directory: Path) -> Scorer:
     Raises ModelError, UnsafeError.
     """
     path = directory / "open_clip_config.json"
+    if not path.is_file():
+        raise ModelError(f"no CLIP in open_clip's format there ({directory}). It is a folder with {path.name}")
     with loading("clip", directory):
         check_json(path, directory)
         told = json.loads(path.read_text(encoding="utf-8"))

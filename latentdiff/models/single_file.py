@@ -57,7 +57,7 @@ class SingleFile:
 def load_single_file(path: Path) -> SingleFile:
     """Networks in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
     check_file(path)
-    with loading("the file", path):
+    with loading(path):
         state = load_file(path)
         family = _family(state, path)
         config = unet_config(state, family)
@@ -79,14 +79,14 @@ def check_file(path: Path) -> None:
     if is_pickle(path):
         told = "latentdiff loads safetensors only. `latentdiff convert --trust-pickle` makes one of it"
         raise UnsafeError(f"{path} is a pickle file; {told}")
-    with loading("the file", path), safe_open(path, "pt"):
+    with loading(path), safe_open(path, "pt"):
         pass
 
 
 def described(path: Path) -> dict[str, Any]:
     """What a safetensors file is, from its header: names, sizes, its own metadata. Raises ModelError, UnsafeError."""
     check_file(path)
-    with loading("the file", path), safe_open(path, "pt") as file:
+    with loading(path), safe_open(path, "pt") as file:
         names, metadata = list(file.keys()), dict(file.metadata() or {})
         counts = [math.prod(file.get_slice(name).get_shape()) for name in names]
         kinds = sorted({file.get_slice(name).get_dtype() for name in names})
@@ -105,15 +105,21 @@ def _kind(names: Sequence[str], path: Path) -> str:
     """A family of models, or a format of adapters."""
     if any(name.startswith(UNET) for name in names):
         return f"Stable Diffusion {_family(names, path)}, original layout"
-    if any(name.startswith("lora_") for name in names):
-        return "adapter, kohya's names"
-    if any("lora" in name for name in names):
-        return "adapter, PEFT's or diffusers' names"
-    return "weights"
+    if not _of_adapter(names):
+        return "weights"
+    return "adapter, " + (
+        "kohya's names" if any(n.startswith("lora_") for n in names) else "PEFT's or diffusers' names"
+    )
+
+
+def _of_adapter(names: Sequence[str]) -> bool:
+    return any("lora" in name for name in names) and not any(name.startswith(UNET) for name in names)
 
 
 def _family(state: Iterable[str], path: Path) -> Family:
     state = list(state)
+    if _of_adapter(state):
+        raise ModelError(f"{path} is an adapter, drawn with by --lora and converted by --to, not a model")
     if not any(name.startswith(UNET) for name in state):
         raise ModelError(f"no U-Net under {UNET}* ({path}). A whole Stable Diffusion checkpoint is needed")
     if not any(name.startswith(VAE) for name in state):
@@ -192,7 +198,7 @@ def _text_encoder(state: State, family: Family) -> TextEncoder | DualTextEncoder
 def _clip(state: State, family: Family) -> TextEncoder:
     """OpenAI's ViT-L, which the file holds under transformers' names."""
     names = conversion.convert_ldm_clip_checkpoint(state, CLIP[family])
-    weights = {name.removeprefix("text_model."): tensor for name, tensor in names.items()}
+    weights = _bare(names)
     weights.pop("embeddings.position_ids", None)
     weights.pop("text_projection.weight", None)
     model = _filled_text(CLIPTextModel, text_config(weights, "quick_gelu"), weights)
@@ -207,16 +213,20 @@ def _open_clip(state: State, family: Family) -> TextEncoder:
         SimpleNamespace(config=SimpleNamespace(hidden_size=width)), state, prefix=prefix
     )
     if family == "XL":
-        bare = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
-        config = text_config(bare, "gelu", projection_dim=weights["text_projection.weight"].shape[0])
+        config = text_config(_bare(weights), "gelu", projection_dim=weights["text_projection.weight"].shape[0])
         model = _filled_text(CLIPTextModelWithProjection, config, weights)
         return TextEncoder(clip_tokenizer(77, pad="!"), model, penultimate=True)
     layers = _count(state, rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
     read = OPEN_CLIP_H[1] if width == OPEN_CLIP_H[0] else layers - 1
-    weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    weights = _bare(weights)
     weights.pop("text_projection.weight", None)
     weights = {name: tensor for name, tensor in weights.items() if _layer(name) < read}
     return TextEncoder(clip_tokenizer(77, pad="!"), _filled_text(CLIPTextModel, text_config(weights, "gelu"), weights))
+
+
+def _bare(weights: State) -> State:
+    """As a text transformer without a projection calls them."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
 
 
 def _layer(name: str) -> int:

@@ -32,7 +32,7 @@ def load_words(path: Path, text_encoder: TextEncoder | DualTextEncoder, word: st
         raise ModelError(f"no embeddings there ({path}). Give a .safetensors file, or a folder with {FILE}")
     if is_pickle(file):
         raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
-    with loading(file.name, file.parent):
+    with loading(file):
         state = load_file(file)
     encoders = text_encoder.encoders
     words = _by_word(state, file.stem, encoders, file)

@@ -72,6 +72,12 @@ class UNet(nn.Module):
         return next(self.parameters()).dtype
 
     @property
+    def context_width(self) -> int:
+        """D of the contexts that it attends to."""
+        width = self.model.config.cross_attention_dim
+        return int(width if isinstance(width, int) else width[0])  # of every level
+
+    @property
     def reads_sizes(self) -> bool:
         """Whether the context must hold pooled text and sizes, as for SDXL."""
         return bool(self.model.config.addition_embed_type == "text_time")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from latentdiff.errors import ModelError
 from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
@@ -105,7 +110,7 @@ def load_clip(directory: Path) -> Clip:
 
 def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -> Any:
     """A network of a checked folder; every weight of it comes from the file."""
-    with loading(part, directory):
+    with loading(part, directory), _without_bars():
         if not (directory / part / "config.json").is_file():  # else it is sought on the hub
             raise ModelError(f"{part} is missing ({directory})")
         config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
@@ -123,7 +128,27 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
         absent = sorted(told["missing_keys"])
         if absent:
             raise ModelError(f"{part}: {len(absent)} weights are missing, the first is {absent[0]} ({directory})")
+        if told["unexpected_keys"]:
+            first = sorted(told["unexpected_keys"])[0]
+            count = len(told["unexpected_keys"])
+            warnings.warn(
+                f"{part}: {count} weights are used by nothing, the first is {first} ({directory})", stacklevel=2
+            )
         return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Both libraries show a bar for every network, some for every file of it."""
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    hook = transformers_logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(hook)
+        if shown:
+            diffusers_logging.enable_progress_bar()
 
 
 def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from latentdiff.runtime.device import usable_device
+
 
 def offload(
     text_encoder: nn.Module, unet: nn.Module, autoencoder: nn.Module, device: str | torch.device, *, layers: bool
@@ -16,7 +18,7 @@ def offload(
     """
     from accelerate import cpu_offload, cpu_offload_with_hook
 
-    place = torch.device(device)
+    place = usable_device(device)
     modules = [child for network in (text_encoder, unet, autoencoder) for child in networks_in(network)]
     hook = None
     for module in modules:

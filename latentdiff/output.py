@@ -1,8 +1,10 @@
-"""What a command writes where the user pointed: a new file, whole or not there."""
+"""What is written where the user pointed: a new file, whole or not there."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from latentdiff.errors import ConfigError
@@ -42,9 +44,31 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def printable(text: str) -> str:
+def printable(text: str | Path) -> str:
     """The text as a terminal can show it: what is no character is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def whole(output: Path) -> Iterator[Path]:
+    """A place to write a file or a folder to, which becomes `output` once all of it is there; of what fails is nothing.
+
+    Of a folder that is there already the files are replaced one by one, and others stay. Weights get the umask's mode.
+    """
+    from latentdiff.models.folder import let_others_read
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=output.parent) as scratch:
+        made = Path(scratch) / output.name
+        yield made
+        let_others_read(Path(scratch))
+        if not output.is_dir():
+            made.rename(output)
+            return
+        for file in [path for path in made.rglob("*") if path.is_file()]:
+            target = output / file.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
 
 
 def write_new(path: Path, content: bytes) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.cli.output import check_writable, write_new
 from latentdiff.errors import ConfigError
+from latentdiff.output import check_writable, write_new
 
 if TYPE_CHECKING:
     from latentdiff.metadata import ImageMetadata
@@ -39,6 +39,8 @@ def check_target(output: Path, count: int) -> None:
     check_writable(output, output.parent if single else output)
     if single and os.path.lexists(output):
         raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
+    if not single and output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file, and no {', '.join(_FORMATS)}. Name a folder")
 
 
 def suffix_of(output: Path) -> str | None:
@@ -71,6 +73,11 @@ def encoded(image: Any, suffix: str, record: ImageMetadata | None) -> bytes:
     content = io.BytesIO()
     image.save(content, kind, **options, **(save_options(record, suffix) if record else {}))
     return content.getvalue()
+
+
+def loses_pixels(suffix: str) -> bool:
+    """Whether what is read from such a file is not, to the bit, what was written."""
+    return _FORMATS[suffix][0] == "JPEG"
 
 
 def _next_path(folder: Path, seed: int, suffix: str) -> Path:

@@ -1,0 +1,56 @@
+"""What pydantic finds wrong with data, in our words: which key, what it must be, what was got."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+_WORDS = {
+    "Value error, ": "",
+    "Input should be ": "must be ",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    "a valid tuple": "a list",
+    "Tuple should have": "must have",
+    "Field required": "is missing",
+}
+
+
+class Fault(NamedTuple):
+    """The first fault: the path to its key, empty where several keys contradict each other."""
+
+    path: tuple[str, ...]
+    message: str
+    got: Any
+    unknown: bool = False
+    missing: bool = False
+
+    @property
+    def key(self) -> str:
+        """The dotted path."""
+        return ".".join(self.path)
+
+
+def first_fault(error: ValidationError) -> Fault:
+    """Of the faults that pydantic lists, the first."""
+    first = error.errors()[0]
+    message = first["msg"]
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    path, kind = tuple(map(str, first["loc"])), first["type"]
+    return Fault(path, message, first["input"], kind == "extra_forbidden", kind == "missing")
+
+
+def did_you_mean(name: str, known: Iterable[str], others: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The nearest known name in brackets, or nothing; `others` are names that stand for known ones."""
+    near = difflib.get_close_matches(name, [*known, *others], n=1)
+    return f" (did you mean {others.get(near[0], near[0])}?)" if near else ""
