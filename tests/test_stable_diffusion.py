@@ -148,6 +148,21 @@ def test_clip_skip(both):
         ours(PROMPT, clip_skip=9, num_inference_steps=1)
 
 
+@torch.no_grad()
+def test_training_reads_as_drawing_does(folders):
+    """A batch of token ids under no gradient: the contexts of the prompts one by one, of XL zeros for the empty one."""
+    for family, folder in folders.items():
+        encoder = LatentDiffusionPipeline.from_pretrained(folder, device="cpu").text_encoder
+        read = encoder(encoder.tokenize([PROMPT, ""]))
+        for row, prompt in enumerate([PROMPT, ""]):
+            alone = encoder.context(prompt)
+            torch.testing.assert_close(read.tokens[row], alone.tokens, rtol=0, atol=1e-5)
+            assert (read.pooled is None) == (alone.pooled is None) == (family != "XL")
+            if family == "XL":
+                torch.testing.assert_close(read.pooled[row], alone.pooled, rtol=0, atol=1e-5)
+                assert bool(read.tokens[row].any()) == bool(read.pooled[row].any()) == bool(prompt)
+
+
 def test_sdxl_is_told_sizes(folders):
     ours = LatentDiffusionPipeline.from_pretrained(folders["XL"], device="cpu")
     theirs = StableDiffusionXLPipeline.from_pretrained(folders["XL"], add_watermarker=False)
@@ -328,7 +343,7 @@ def single_file(folders, tmp_path_factory):
         ("model.diffusion_model.", "no U-Net under model.diffusion_model"),
         ("first_stage_model.", "no autoencoder under first_stage_model"),
         ("cond_stage_model.", "no Stable Diffusion 1, 2 or XL by its text encoders"),
-        ("model.diffusion_model.middle_block.1", "cannot load the file"),
+        ("model.diffusion_model.middle_block.1", "cannot load"),
     ],
 )
 def test_a_file_with_a_part_missing(single_file, tmp_path, prefix, message):
