@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,13 +18,17 @@ from latentdiff.errors import ConfigError
 from latentdiff.validation import did_you_mean, first_fault
 
 STAGES = ("autoencoder", "clip", "denoiser")  # of a run, in their order
+Override = str | tuple[str, Any]
+AnySettings = TypeVar("AnySettings", bound="Settings")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of a config file."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Training(_Section):
+class Training(Section):
     """How one stage is optimised; names are those of diffusers' training scripts."""
 
     max_train_steps: int = Field(10_000, ge=1, le=10**9)
@@ -51,7 +55,7 @@ class Training(_Section):
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Captions(_Section):
+class Captions(Section):
     """How a picture's captions become the words it is trained with (latentdiff/data/captions.py)."""
 
     choice: Literal["random", "first"] = Field("random", description="which of several captions, each epoch anew")
@@ -61,7 +65,7 @@ class Captions(_Section):
     prefix: str = ""
 
 
-class Pictures(_Section):
+class Pictures(Section):
     """A data set of the user's own: where it is, what is read of it, and how a picture becomes a sample."""
 
     source: str = Field("", description="a folder, shards-{000..099}.tar, .parquet files, or a hub id")
@@ -91,7 +95,7 @@ class Pictures(_Section):
         return red, green, blue
 
 
-class Data(_Section):
+class Data(Section):
     """Scenes are procedural: training draws indices 0, 1, 2, ... of one seed; validation those of another."""
 
     kind: Literal["scenes", "pictures"] = "scenes"
@@ -116,7 +120,7 @@ class Data(_Section):
         return self
 
 
-class Autoencoder(_Section):
+class Autoencoder(Section):
     """diffusers.AutoencoderKL, or none: `identity` leaves the pixels as they are (a pixel-space model)."""
 
     kind: Literal["kl", "identity"] = "kl"
@@ -127,13 +131,10 @@ class Autoencoder(_Section):
     crop: int = Field(32, ge=8, description="side in pixels of the random crops it is trained on")
     gradient_weight: float = Field(0.5, ge=0)
     kl_weight: float = Field(1e-4, ge=0)
-    encode_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the arithmetic that encodes pictures for the denoiser"
-    )
     training: Training = Training()
 
 
-class Clip(_Section):
+class Clip(Section):
     """open_clip towers; the text tower becomes the text encoder of the denoiser."""
 
     embed_dim: int = Field(128, ge=1)
@@ -148,7 +149,7 @@ class Clip(_Section):
     training: Training = Training()
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """The noise schedule; `scaled_linear` is Stable Diffusion's."""
 
     kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "scaled_linear"
@@ -156,16 +157,9 @@ class Schedule(_Section):
     zero_terminal_snr: bool = False
 
 
-class Denoiser(_Section):
-    """diffusers.UNet2DConditionModel and the objective it is trained on."""
+class Learning(Section):
+    """How a denoiser learns, from nothing or finely: the weights of the objective, what is drawn, what is kept."""
 
-    block_out_channels: tuple[int, ...] = (64, 128, 192)
-    attention: tuple[bool, ...] = (False, True, True)
-    layers_per_block: int = Field(1, ge=1)
-    num_heads: int = Field(4, ge=1)
-    norm_num_groups: int = Field(16, ge=1)
-    pooled_text: bool = Field(False, description="the whole text also scales and shifts every residual block")
-    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
     snr_gamma: float | None = Field(None, gt=0, description="of the weighting (default: 5, p2: 1)")
     noise_offset: float = Field(0.0, ge=0, description="deviation of a constant added to each channel's noise")
@@ -175,13 +169,28 @@ class Denoiser(_Section):
     cache: bool = Field(
         True, description="encode pictures, and captions of a frozen text encoder, once before training"
     )
+    encode_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the arithmetic of the autoencoder that encodes pictures"
+    )
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
-    schedule: Schedule = Schedule()
-    preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
     training: Training = Training()
 
 
-class Recommended(_Section):
+class Denoiser(Learning):
+    """diffusers.UNet2DConditionModel and the objective it is trained on."""
+
+    block_out_channels: tuple[int, ...] = (64, 128, 192)
+    attention: tuple[bool, ...] = (False, True, True)
+    layers_per_block: int = Field(1, ge=1)
+    num_heads: int = Field(4, ge=1)
+    norm_num_groups: int = Field(16, ge=1)
+    pooled_text: bool = Field(False, description="the whole text also scales and shifts every residual block")
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    schedule: Schedule = Schedule()
+    preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
+
+
+class Recommended(Section):
     """Sampling settings that the model is saved with, and drawn with unless others are asked for."""
 
     num_inference_steps: int = Field(20, ge=1, le=1000)
@@ -190,14 +199,19 @@ class Recommended(_Section):
     spacing: Literal["trailing", "leading", "linspace", "karras", "uniform"] = "trailing"
 
 
-class Config(_Section):
-    """A whole model: data, autoencoder, CLIP and denoiser."""
+class Settings(Section):
+    """What every run has, whatever it trains."""
 
     name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0, lt=2**63)
     mixed_precision: Literal["no", "bf16"] = Field("no", description="of the arithmetic; weights stay float32")
     image_size: int = Field(64, ge=8, le=2048)
     data: Data = Data()
+
+
+class Config(Settings):
+    """A whole model: data, autoencoder, CLIP and denoiser."""
+
     autoencoder: Autoencoder = Autoencoder()
     clip: Clip = Clip()
     denoiser: Denoiser = Denoiser()
@@ -227,11 +241,16 @@ class Config(_Section):
         return self
 
 
-def load_config(path: Path | None, overrides: Sequence[str | tuple[str, Any]] = ()) -> Config:
+def load_config(path: Path | None, overrides: Sequence[Override] = ()) -> Config:
     """Read a TOML file, or take the defaults. Raises ConfigError.
 
     Overrides are `section.key=value` with TOML values, or (key, value).
     """
+    return parse_config(read_tree(path, overrides), path.name if path else "config")
+
+
+def read_tree(path: Path | None, overrides: Sequence[Override] = ()) -> dict[str, Any]:
+    """A TOML file's tables, or none, with overrides. Raises ConfigError."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
     except OSError as error:
@@ -240,7 +259,7 @@ def load_config(path: Path | None, overrides: Sequence[str | tuple[str, Any]] = 
         raise ConfigError(f"{path and path.name}: not valid TOML: {error}") from None
     for override in overrides:
         _set(tree, *(parsed_override(override) if isinstance(override, str) else override))
-    return parse_config(tree, path.name if path else "config")
+    return tree
 
 
 def own_pictures(source: str) -> list[tuple[str, Any]]:
@@ -248,19 +267,24 @@ def own_pictures(source: str) -> list[tuple[str, Any]]:
     return [("data.kind", "pictures"), ("data.pictures.source", source)]
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Settings, path: Path) -> None:
     """Write the effective config, defaults included, as TOML that `load_config` reads."""
     path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """See `parsed`, of a whole model."""
+    return parsed(Config, tree, source)
+
+
+def parsed(kind: type[AnySettings], tree: dict[str, Any], source: str = "config") -> AnySettings:
     """Validate a nested dictionary; the first fault is raised as a ConfigError that names key and value."""
     try:
-        config = Config.model_validate(_with_tuples(tree))
+        config = kind.model_validate(_with_tuples(tree))
     except ValidationError as error:
         found = first_fault(error)
         if found.unknown:
-            raise ConfigError(f'{source}: unknown key "{found.key}"{_suggestion(found.path)}') from None
+            raise ConfigError(f'{source}: unknown key "{found.key}"{_suggestion(kind, found.path)}') from None
         if not found.path:
             raise ConfigError(f"{source}: {found.message}") from None
         told = f'{source}: key "{found.key}": {found.message}'
@@ -269,7 +293,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     return config
 
 
-def _check_text(config: Config, source: str) -> None:
+def _check_text(config: Settings, source: str) -> None:
     """A name on a disk, or an argument, may hold bytes that no file of text can. Raises ConfigError."""
     for key, value in flat(config).items():
         try:
@@ -278,7 +302,7 @@ def _check_text(config: Config, source: str) -> None:
             raise ConfigError(f'{source}: key "{key}" is not valid UTF-8 (got {value!r})') from None
 
 
-def flat(config: Config) -> dict[str, Any]:
+def flat(config: Settings) -> dict[str, Any]:
     """Every value by its dotted key."""
     found: dict[str, Any] = {}
 
@@ -324,9 +348,9 @@ def _with_tuples(value: Any) -> Any:
     return tuple(_with_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _suggestion(parts: Sequence[str]) -> str:
+def _suggestion(kind: type[Settings], parts: Sequence[str]) -> str:
     *sections, name = parts
-    section: type[BaseModel] = Config
+    section: type[BaseModel] = kind
     for part in sections:  # parents are known, or the parent would have been the fault
         annotation = section.model_fields[part].annotation
         assert isinstance(annotation, type)

@@ -54,15 +54,14 @@ def folder(tmp_path):
 
 def config_of(folder, dtype="float32", cached=True, **pictures):
     data = {"kind": "pictures", "pictures": {"source": str(folder), "bucket_step": 8, **pictures}}
-    settings = {"image_size": 32, "data": data, "autoencoder": {"encode_dtype": dtype}}
-    return parse_config({**settings, "denoiser": {"cache": cached}})
+    return parse_config({"image_size": 32, "data": data, "denoiser": {"cache": cached, "encode_dtype": dtype}})
 
 
 def fill(config, root, autoencoder, share=(0, 1)):
     """The store, and how many pictures were encoded for it."""
-    store = cache.latents_store(config, autoencoder, root)
+    store = cache.latents_store(config.denoiser, autoencoder, root)
     examples = open_data(config).training
-    return store, cache.fill_latents(config, store, examples, autoencoder, CPU, share)
+    return store, cache.fill_latents(config.denoiser, store, examples, autoencoder, CPU, share)
 
 
 def keys_by_name(config):
@@ -79,9 +78,9 @@ def test_cached_moments_are_the_encoded_ones(folder, tmp_path, autoencoder, dtyp
     """To the bit, whatever batch a row is in; new variants each epoch where pictures are mirrored."""
     config = config_of(folder, dtype, flip=flip, crop="content")
     examples, accelerator = open_data(config).training, Accelerator(cpu=True)
-    (cached,) = cache.latents_of(config, [examples], autoencoder, tmp_path, accelerator)
+    (cached,) = cache.latents_of(config.denoiser, [examples], autoencoder, tmp_path, accelerator)
     other = config_of(folder, dtype, cached=False, flip=flip, crop="content")
-    (anew,) = cache.latents_of(other, [examples], autoencoder, tmp_path, accelerator)
+    (anew,) = cache.latents_of(other.denoiser, [examples], autoencoder, tmp_path, accelerator)
     assert len(examples.pictures.buckets()) > 2
     for rows in examples.pictures.buckets().values():
         for epoch, size in ((0, 3), (1, 5), (2, 16)):
@@ -107,10 +106,10 @@ def test_contexts_are_the_text_encoders(folder, tmp_path, text_encoder):
     """Cached and encoded anew the same bits; of a dropped caption the empty one's."""
     config, accelerator = config_of(folder), Accelerator(cpu=True)
     examples = open_data(config).training
-    (cached,) = cache.texts_of(config, [examples], text_encoder, tmp_path, accelerator)
-    (anew,) = cache.texts_of(config_of(folder, cached=False), [examples], text_encoder, tmp_path, accelerator)
+    (cached,) = cache.texts_of(config.denoiser, [examples], text_encoder, tmp_path, accelerator)
+    (anew,) = cache.texts_of(config_of(folder, cached=False).denoiser, [examples], text_encoder, tmp_path, accelerator)
     keys, kept = [(row, 0) for row in range(11)], [row != 3 for row in range(11)]
-    one, other = cached.texts(cached.batch(keys, kept)), anew.texts(anew.batch(keys, kept))
+    one, other = cached.texts(cached.batch(keys, kept)).tokens, anew.texts(anew.batch(keys, kept)).tokens
     assert torch.equal(one, other)
     words = [examples.caption(row, 0) if row != 3 else "" for row in range(11)]
     torch.testing.assert_close(one, text_encoder.encode(words), rtol=1e-3, atol=2e-3)
@@ -150,7 +149,7 @@ def test_keys_hold_all_that_changes_the_pixels(folder):
 def test_another_network_is_another_folder(folder, tmp_path, autoencoder):
     torch.manual_seed(1)
     other = Autoencoder.create((8, 16), 1, 4, 4, 3).eval()
-    stores = [cache.latents_store(config_of(folder), network, tmp_path) for network in (autoencoder, other)]
+    stores = [cache.latents_store(config_of(folder).denoiser, network, tmp_path) for network in (autoencoder, other)]
     assert stores[0]._directory != stores[1]._directory
     rescaled = Autoencoder.create((8, 16), 1, 4, 4, 3).eval()
     rescaled.load_state_dict(autoencoder.state_dict())

@@ -224,4 +224,4 @@ def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path, cut):
     file.write_bytes(content[:-10] if cut else content)
     examples, autoencoder = open_data(config).training, load_autoencoder(tiny_run / "model")
     with pytest.raises(DataError, match=f"cached rows are damaged .*{file.name}"):
-        latents_of(config, [examples], autoencoder, tmp_path / "cache", Accelerator(cpu=True))
+        latents_of(config.denoiser, [examples], autoencoder, tmp_path / "cache", Accelerator(cpu=True))

@@ -5,7 +5,7 @@ import pytest
 
 from latentdiff.data.buckets import bucket_table, cropped_share, nearest
 from latentdiff.data.captions import CaptionRule
-from latentdiff.data.transform import place_by_content, view
+from latentdiff.data.transform import corner, place_by_content, view
 from latentdiff.errors import ConfigError
 
 
@@ -77,6 +77,18 @@ def test_views_keep_a_ramp_a_ramp():
     rows, columns = np.mgrid[0:80, 0:80]
     expected = (rows - 0.5) / 2 + 3 * (columns - 0.5) / 2
     assert np.abs(bigger[8:-8, 8:-8, 0] - expected[8:-8, 8:-8]).max() <= 1
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("at", [(0.5, 0.0), (0.5, 1.0), (0.5, 0.3)])
+def test_the_corner_is_where_the_view_begins(at, flipped):
+    """Pixels of a picture at twice the scale say their column; mirrored, they are told backwards."""
+    columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (64, 200, 3))
+    shown = view(columns, (32, 32), at, flipped)[0, :, 0].astype(float)
+    top, left = corner((64, 200), (32, 32), at, flipped)
+    first = 199 - shown[0] if flipped else shown[0]
+    assert top == 0
+    assert left == pytest.approx(first / 2, abs=1)
 
 
 def test_the_place_by_content_is_spread_and_fixed():

@@ -15,7 +15,7 @@ from latentdiff.data.buckets import Size, cropped_share, nearest
 from latentdiff.data.decoding import MAX_PIXELS, WHITE, Color, decode, silent_decoders
 from latentdiff.data.source import Record, shown
 from latentdiff.data.survey import Picture
-from latentdiff.data.transform import CENTER, place_by_content, view
+from latentdiff.data.transform import CENTER, corner, place_by_content, view
 from latentdiff.errors import DataError
 
 _RULES = "1"  # of decoding and resizing; another number is another cache
@@ -83,6 +83,12 @@ class PictureSet:
         at = "content" if seen.at is None else seen.at
         said = f"{_RULES} {self.picture(row).id} {self.size(row)} {at} {seen.flipped} {self._background}"
         return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+    def geometry(self, row: int, seen: View) -> tuple[int, ...]:
+        """(height, width) as stored, (top, left) of the view in its own pixels, (height, width) of the view."""
+        picture, size = self.picture(row), self.size(row)
+        at = place_by_content(picture.id) if seen.at is None else seen.at
+        return (*picture.facts.size, *corner(picture.facts.size, size, at, seen.flipped), *size)
 
     def pixels(self, row: int, seen: View, size: Size | None = None) -> np.ndarray:
         """uint8 (*size, 3), of the bucket unless another size is asked for. Raises DataError."""

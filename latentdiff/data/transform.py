@@ -26,6 +26,13 @@ def view(pixels: np.ndarray, size: Size, at: tuple[float, float] = CENTER, flipp
     return pixels[:, ::-1] if flipped else pixels
 
 
+def corner(whole: Size, size: Size, at: tuple[float, float] = CENTER, flipped: bool = False) -> tuple[int, int]:
+    """(top, left) of the part that `view` shows, in pixels of the view; mirrored, from the mirrored picture's left."""
+    scale = min(whole[0] / size[0], whole[1] / size[1])
+    top, left = ((side / scale - shown) * place for side, shown, place in zip(whole, size, at, strict=True))
+    return round(top), round(whole[1] / scale - size[1] - left if flipped else left)
+
+
 def place_by_content(identifier: str) -> tuple[float, float]:
     """Where in [0, 1]^2 a picture is cropped, by its sha256: the same at every epoch and wherever the file lies."""
     return int(identifier[:8], 16) / 0xFFFFFFFF, int(identifier[8:16], 16) / 0xFFFFFFFF

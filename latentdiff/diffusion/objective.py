@@ -12,7 +12,7 @@ and "uniform" is 1 on the output itself (Ho et al. 2020, L_simple, for epsilon).
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -67,10 +67,10 @@ class DiffusionLoss:
         x0: Tensor,
         noise: Tensor,
         t: Tensor,
-        context: Tensor,
+        context: Any,
         perturbation: Tensor | None = None,
     ) -> Tensor:
-        """x0 and noise (B, C, h, w), t (B,) whole times, context (B, L, D) -> losses (B,).
+        """x0 and noise (B, C, h, w), t (B,) whole times, context as the network takes it -> losses (B,).
 
         A perturbation (B, C, h, w) is added to the noise that the network is shown, not to its target: input errors
         as sampling makes them (Ning et al. 2023, alg. 2).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,13 @@ class Context:
     def _mapped(self, of_text: Callable[[Tensor], Tensor], of_sizes: Callable[[Tensor], Tensor]) -> Context:
         pooled = None if self.pooled is None else of_text(self.pooled)
         return Context(of_text(self.tokens), pooled, None if self.sizes is None else of_sizes(self.sizes))
+
+
+class Words(NamedTuple):
+    """What becomes a Context once a text encoder has read it: token ids (B, L), of two (B, 2, L), and sizes (B, 6)."""
+
+    ids: Tensor
+    sizes: Tensor | None = None
 
 
 def stacked(contexts: Sequence[Context]) -> Context:

@@ -5,14 +5,15 @@ Their penultimate hidden states stand side by side in the context; the second's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentdiff.models.context import Context
 from latentdiff.models.prompt import Style
-from latentdiff.models.text_encoder import Reading, TextEncoder
+from latentdiff.models.text_encoder import END, Reading, TextEncoder
 
 
 class DualTextEncoder(nn.Module):
@@ -52,6 +53,20 @@ class DualTextEncoder(nn.Module):
         if self.zero_empty and not prompt:
             return context.zeros()
         return context
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (B, 2, max_length): the two pad with tokens of their own."""
+        return torch.stack([encoder.tokenize(prompts) for encoder in self.encoders], 1)
+
+    def forward(self, ids: Tensor) -> Context:
+        """Token ids (B, 2, L) -> Context, as training reads them: no weights, cut."""
+        first, second = (encoder(own) for encoder, own in zip(self.encoders, ids.unbind(1), strict=True))
+        context = Context(torch.cat([first.tokens, second.tokens], -1), second.pooled)
+        if not self.zero_empty:
+            return context
+        says = (ids[:, 0, 1] != self.first.tokenizer.convert_tokens_to_ids(END)).to(context.tokens)
+        assert context.pooled is not None
+        return Context(context.tokens * says[:, None, None], context.pooled * says[:, None])
 
     def save(self, directory: Path) -> None:
         """Write tokenizer/, text_encoder/, tokenizer_2/ and text_encoder_2/."""

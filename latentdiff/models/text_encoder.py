@@ -33,7 +33,7 @@ class Reading(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """token ids (B, L) -> context (B, L, D): the last hidden states after the final layer norm.
+    """token ids (B, L) -> Context (B, L, D): the last hidden states after the final layer norm.
 
     penultimate: those of the layer before, without the norm, as SDXL reads its two.
     """
@@ -51,7 +51,9 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, max_length), cut and padded with the end token as Stable Diffusion does."""
-        return tokenize(self.tokenizer, prompts)
+        if not self._learnt():
+            return tokenize(self.tokenizer, prompts)
+        return self._ids([Chunk(self._ids_of(prompt)[: self.max_length - 2], []) for prompt in prompts]).cpu()
 
     @property
     def encoders(self) -> list[TextEncoder]:
@@ -63,16 +65,17 @@ class TextEncoder(nn.Module):
         """The number of tokens read at once, with start and end."""
         return int(self.tokenizer.model_max_length)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """See the class."""
-        context: Tensor = self.model(ids).last_hidden_state
-        return context
+    def forward(self, ids: Tensor) -> Context:
+        """See the class; pooled (B, P) of an encoder with a projection."""
+        output = self.model(ids, output_hidden_states=self.penultimate)
+        tokens = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        return Context(tokens, getattr(output, "text_embeds", None))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The context (B, L, D) of prompts as training reads them: no weights, cut, on the model's device."""
-        context: Tensor = self(self.tokenize(prompts).to(self.model.device))
-        return context
+        context: Context = self(self.tokenize(prompts).to(self.model.device))
+        return context.tokens
 
     def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
         """What `context` would make of a prompt, without computing it. Raises ConfigError for bad brackets."""
@@ -129,8 +132,8 @@ class TextEncoder(nn.Module):
     def _ids_of(self, text: str) -> list[int]:
         """The ids of a text, with all vectors of each learnt word: `word` stands for word, word_1, word_2, ..."""
         ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        learnt = self.tokenizer.added_tokens_encoder
-        words = {index: word for word, index in learnt.items() if word not in (START, END)}
+        learnt = self._learnt()
+        words = {index: word for word, index in learnt.items()}
         found: list[int] = []
         for index in ids:
             found.append(index)
@@ -139,6 +142,14 @@ class TextEncoder(nn.Module):
                 found.append(further)
                 number += 1
         return found
+
+    def _learnt(self) -> dict[str, int]:
+        """Words that are not of the vocabulary, with their ids."""
+        return {word: index for word, index in self.tokenizer.added_tokens_encoder.items() if index > self._end}
+
+    @property
+    def _end(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(END))
 
     def tokenizer_json(self) -> str:
         """The tokenizer as its file holds it, without the padding and cutting of whoever used it last."""

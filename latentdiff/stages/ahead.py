@@ -30,11 +30,11 @@ def cache_ahead(config: Config, folder: Path, data: DataSet, share: Share) -> tu
     device = new_accelerator(config).device
     autoencoder, text_encoder = networks_before(config, folder)
     cache, latents, contexts = folder / "cache", 0, 0
-    of_pictures, of_captions = latents_store(config, autoencoder, cache), contexts_store(text_encoder, cache)
+    of_pictures, of_captions = latents_store(config.denoiser, autoencoder, cache), contexts_store(text_encoder, cache)
     autoencoder.to(device)
     text_encoder.to(device)
     for examples in (data.training, data.validation):
-        latents += fill_latents(config, of_pictures, examples, autoencoder, device, share)
+        latents += fill_latents(config.denoiser, of_pictures, examples, autoencoder, device, share)
         captions = None if config.denoiser.tune_text_encoder else examples.every_caption()
         if captions is not None:
             contexts += fill_contexts(of_captions, captions, text_encoder, device, share)

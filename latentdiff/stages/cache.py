@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.build import AnyAutoencoder
-from latentdiff.config import Config
+from latentdiff.config import Learning
 from latentdiff.data.store import Store
 from latentdiff.errors import DataError
 from latentdiff.images import to_images
-from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.stages.encoding import AT_ONCE, contexts_of, finite, identity_of, moments_of
+from latentdiff.models.context import Context, Words
+from latentdiff.stages.encoding import AT_ONCE, AnyTextEncoder, contexts_of, finite, identity_of, moments_of
 from latentdiff.stages.examples import Examples
 from latentdiff.training.denoiser import Key, Latents, Texts
 
@@ -75,95 +76,109 @@ class EncodedLatents:
 
 
 class TokenIds:
-    """Captions for a text encoder that is trained too."""
+    """Captions for a text encoder that is trained too; `sized` for a network that reads sizes, SDXL's."""
 
-    def __init__(self, examples: Examples, text_encoder: TextEncoder):
-        self._examples, self._tokenize = examples, text_encoder.tokenize
+    def __init__(self, examples: Examples, text_encoder: AnyTextEncoder, *, sized: bool = False):
+        self._examples, self._tokenize, self._sized = examples, text_encoder.tokenize, sized
         examples.caption(0, 0)  # scenes draw all their captions at the first: once, before workers are forked
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """Token ids (B, L)."""
-        return {"texts": self._tokenize(_words(self._examples, keys, kept))}
+        """Token ids (B, L), of two encoders (B, 2, L), and sizes (B, 6)."""
+        return {
+            "texts": self._tokenize(_words(self._examples, keys, kept)),
+            **_sizes(self._examples, keys, self._sized),
+        }
 
-    def texts(self, batch: dict[str, Tensor]) -> Tensor:
+    def texts(self, batch: dict[str, Tensor]) -> Words | Context:
         """As they are."""
-        return batch["texts"]
+        return Words(batch["texts"], batch.get("sizes"))
 
 
 class EncodedTexts(TokenIds):
     """Contexts computed anew in every step."""
 
-    def __init__(self, examples: Examples, text_encoder: TextEncoder):
-        super().__init__(examples, text_encoder)
+    def __init__(self, examples: Examples, text_encoder: AnyTextEncoder, *, sized: bool = False):
+        super().__init__(examples, text_encoder, sized=sized)
         self._text_encoder = text_encoder
 
-    def texts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Contexts (B, L, D)."""
-        return contexts_of(self._text_encoder, batch["texts"]).float()
+    def texts(self, batch: dict[str, Tensor]) -> Words | Context:
+        """Of the token ids."""
+        context = contexts_of(self._text_encoder, batch["texts"]).cast(torch.float32)
+        return replace(context, sizes=batch.get("sizes"))
 
 
 class CachedTexts:
     """Contexts that were computed once."""
 
-    def __init__(self, store: Store, examples: Examples):
-        self._store, self._examples = store, examples
+    def __init__(self, store: Store, examples: Examples, *, sized: bool = False):
+        self._store, self._examples, self._sized = store, examples, sized
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """Contexts (B, L, D) as they are stored, in half precision."""
+        """`context` (B, L, D) and for SDXL `pooled` (B, P) as they are stored, in half precision, and sizes (B, 6)."""
         words = _words(self._examples, keys, kept)
-        return {"texts": self._store.rows([_key_of(caption) for caption in words])["context"]}
+        stored = self._store.rows([_key_of(caption) for caption in words])
+        return stored | _sizes(self._examples, keys, self._sized)
 
-    def texts(self, batch: dict[str, Tensor]) -> Tensor:
+    def texts(self, batch: dict[str, Tensor]) -> Context:
         """What was stored."""
-        return batch["texts"].float()
+        pooled = batch["pooled"].float() if "pooled" in batch else None
+        return Context(batch["context"].float(), pooled, batch.get("sizes"))
 
 
 def latents_of(
-    config: Config, sets: Sequence[Examples], autoencoder: AnyAutoencoder, cache: Path, accelerator: Accelerator
+    learning: Learning, sets: Sequence[Examples], autoencoder: AnyAutoencoder, cache: Path, accelerator: Accelerator
 ) -> list[Latents]:
     """Of each set: cached, where the config says so; what is missing is encoded now, by all processes together."""
     autoencoder.to(accelerator.device)
-    if not config.denoiser.cache:
-        return [EncodedLatents(examples, autoencoder, config.autoencoder.encode_dtype) for examples in sets]
-    store = latents_store(config, autoencoder, cache)
+    if not learning.cache:
+        return [EncodedLatents(examples, autoencoder, learning.encode_dtype) for examples in sets]
+    store = latents_store(learning, autoencoder, cache)
     for examples in sets:
-        fill_latents(config, store, examples, autoencoder, accelerator.device, _own_share(accelerator))
+        fill_latents(learning, store, examples, autoencoder, accelerator.device, _own_share(accelerator))
     _take_in_all(accelerator, store)
     return [CachedLatents(store, examples, autoencoder) for examples in sets]
 
 
 def texts_of(
-    config: Config, sets: Sequence[Examples], text_encoder: TextEncoder, cache: Path, accelerator: Accelerator
+    learning: Learning,
+    sets: Sequence[Examples],
+    text_encoder: AnyTextEncoder,
+    cache: Path,
+    accelerator: Accelerator,
+    *,
+    sized: bool = False,
 ) -> list[Texts]:
     """Of each set: token ids where the text encoder is trained, else contexts, cached unless tags are shuffled."""
-    if config.denoiser.tune_text_encoder:
-        return [TokenIds(examples, text_encoder) for examples in sets]
+    if learning.tune_text_encoder:
+        return [TokenIds(examples, text_encoder, sized=sized) for examples in sets]
     text_encoder.to(accelerator.device).requires_grad_(False)
-    if not config.denoiser.cache:
-        return [EncodedTexts(examples, text_encoder) for examples in sets]
+    if not learning.cache:
+        return [EncodedTexts(examples, text_encoder, sized=sized) for examples in sets]
     captions = [examples.every_caption() for examples in sets]
     store = contexts_store(text_encoder, cache)
     for words in captions:
         fill_contexts(store, words or [], text_encoder, accelerator.device, _own_share(accelerator))
     _take_in_all(accelerator, store)
     return [
-        EncodedTexts(examples, text_encoder) if words is None else CachedTexts(store, examples)
+        EncodedTexts(examples, text_encoder, sized=sized)
+        if words is None
+        else CachedTexts(store, examples, sized=sized)
         for examples, words in zip(sets, captions, strict=True)
     ]
 
 
-def latents_store(config: Config, autoencoder: AnyAutoencoder, cache: Path) -> Store:
+def latents_store(learning: Learning, autoencoder: AnyAutoencoder, cache: Path) -> Store:
     """Rows `mean` and `log_variance` of one autoencoder, in one arithmetic."""
-    return Store(cache / f"latents-{identity_of(autoencoder)[:16]}-{config.autoencoder.encode_dtype}")
+    return Store(cache / f"latents-{identity_of(autoencoder)[:16]}-{learning.encode_dtype}")
 
 
-def contexts_store(text_encoder: TextEncoder, cache: Path) -> Store:
-    """Rows `context` of one text encoder with its tokenizer."""
+def contexts_store(text_encoder: AnyTextEncoder, cache: Path) -> Store:
+    """Rows `context`, and for SDXL `pooled`, of one text encoder with its tokenizer."""
     return Store(cache / f"contexts-{identity_of(text_encoder)[:16]}")
 
 
 def fill_latents(
-    config: Config,
+    learning: Learning,
     store: Store,
     examples: Examples,
     autoencoder: AnyAutoencoder,
@@ -175,7 +190,7 @@ def fill_latents(
     wanted = {examples.key(*item): item for item in views}
     missing = _shared(store.missing(wanted), share)
     missing.sort(key=lambda key: examples.pictures.size(wanted[key][0]))
-    writer = _Writer(store, lambda images: _named_moments(config, examples, autoencoder, device, images))
+    writer = _Writer(store, lambda images: _named_moments(learning, examples, autoencoder, device, images))
     items = [wanted[key] for key in missing]
     for number, pixels in tqdm(examples.pictures.each(items), "encoding", len(items), unit="image", disable=not items):
         writer.take(missing[number], items[number][0], examples.toned(pixels))
@@ -184,7 +199,7 @@ def fill_latents(
 
 
 def fill_contexts(
-    store: Store, captions: Sequence[str], text_encoder: TextEncoder, device: torch.device, share: Share = ALL
+    store: Store, captions: Sequence[str], text_encoder: AnyTextEncoder, device: torch.device, share: Share = ALL
 ) -> int:
     """Encode what is missing of one share, the empty caption too; how many."""
     words = {_key_of(caption): caption for caption in ("", *captions)}
@@ -193,7 +208,9 @@ def fill_contexts(
     for first in tqdm(firsts, "encoding captions", unit="file", disable=not missing):
         some = missing[first : first + ROWS_A_FILE]
         ids = text_encoder.tokenize([words[key] for key in some]).to(device)
-        store.add(some, {"context": contexts_of(text_encoder, ids).cpu()})
+        found = contexts_of(text_encoder, ids)
+        pooled = {} if found.pooled is None else {"pooled": found.pooled.cpu()}
+        store.add(some, {"context": found.tokens.cpu(), **pooled})
     return len(missing)
 
 
@@ -228,14 +245,14 @@ class _Writer:
 
 
 def _named_moments(
-    config: Config,
+    learning: Learning,
     examples: Examples,
     autoencoder: AnyAutoencoder,
     device: torch.device,
     taken: list[_Taken],
 ) -> list[_Moments]:
     """Moments of some pictures on the CPU. Raises DataError."""
-    dtype = config.autoencoder.encode_dtype
+    dtype = learning.encode_dtype
     images = to_images(np.stack([pixels for _, _, pixels in taken])).to(device)
     mean, log_variance = moments_of(autoencoder, images, dtype)
     for good, (_, row, _) in zip(finite(mean, log_variance).tolist(), taken, strict=True):
@@ -262,6 +279,14 @@ def _shared(keys: list[str], share: Share) -> list[str]:
 
 def _words(examples: Examples, keys: Sequence[Key], kept: Sequence[bool]) -> list[str]:
     return [examples.caption(*key) if keep else "" for key, keep in zip(keys, kept, strict=True)]
+
+
+def _sizes(examples: Examples, keys: Sequence[Key], sized: bool) -> dict[str, Tensor]:
+    """What SDXL is told of each sample, (B, 6): the original (height, width), the crop's (top, left), the target."""
+    if not sized:
+        return {}
+    told = [examples.sizes(row, epoch) for row, epoch in keys]
+    return {"sizes": torch.tensor(told, dtype=torch.float32)}
 
 
 def _key_of(caption: str) -> str:

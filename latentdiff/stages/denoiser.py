@@ -67,8 +67,8 @@ def train_denoiser(run: Run) -> None:
 def _samples(run: Run, autoencoder: AnyAutoencoder, text_encoder: TextEncoder) -> list[Samples]:
     """Of the training and the validation set."""
     sets = (run.data.training, run.data.validation)
-    latents = latents_of(run.config, sets, autoencoder, run.cache, run.accelerator)
-    texts = texts_of(run.config, sets, text_encoder, run.cache, run.accelerator)
+    latents = latents_of(run.config.denoiser, sets, autoencoder, run.cache, run.accelerator)
+    texts = texts_of(run.config.denoiser, sets, text_encoder, run.cache, run.accelerator)
     names = [examples.pictures.name for examples in sets]
     return [Samples(*of_set) for of_set in zip(latents, texts, names, strict=True)]
 

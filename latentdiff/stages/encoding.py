@@ -18,10 +18,13 @@ from torch import Tensor
 
 from latentdiff.build import AnyAutoencoder
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.context import Context
+from latentdiff.models.dual_text_encoder import DualTextEncoder
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.weights import weights_hash
 
 AT_ONCE = 8
+AnyTextEncoder = TextEncoder | DualTextEncoder
 _NOT_ITS_OWN = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 
@@ -61,11 +64,12 @@ def finite(mean: Tensor, log_variance: Tensor) -> Tensor:
     return good.flatten(1).all(1)
 
 
-def identity_of(network: AnyAutoencoder | TextEncoder) -> str:
+def identity_of(network: AnyAutoencoder | AnyTextEncoder) -> str:
     """sha256 of all that its results depend on: weights, configuration, and the tokenizer of a text encoder."""
     said = [weights_hash(network)]
-    if isinstance(network, TextEncoder):
-        said += [_settings(network.model.config.to_dict()), network.tokenizer_json(), str(network.max_length)]
+    if isinstance(network, TextEncoder | DualTextEncoder):
+        for encoder in network.encoders:
+            said += [_settings(encoder.model.config.to_dict()), encoder.tokenizer_json(), str(encoder.max_length)]
     elif isinstance(network, Autoencoder):
         said.append(_settings(dict(network.vae.config)))
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
@@ -79,8 +83,12 @@ def _settings(config: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def contexts_of(text_encoder: TextEncoder, ids: Tensor) -> Tensor:
-    """Contexts (B, L, D) of token ids (B, L), in half precision."""
+def contexts_of(text_encoder: AnyTextEncoder, ids: Tensor) -> Context:
+    """The context of token ids (B, L), of two encoders (B, 2, L), in half precision."""
+
+    def tensors(part: Tensor) -> tuple[Tensor, ...]:
+        found: Context = text_encoder(part)
+        return (found.tokens,) if found.pooled is None else (found.tokens, found.pooled)
+
     with torch.autocast(ids.device.type, enabled=False):
-        (contexts,) = in_batches(lambda part: (text_encoder(part),), ids)
-    return contexts.half()
+        return Context(*in_batches(tensors, ids)).cast(torch.float16)

@@ -49,6 +49,10 @@ class Pictures(Protocol):
         """uint8 (H, W, 3), of the row's size unless another is asked for."""
         ...
 
+    def geometry(self, row: int, shown: View) -> tuple[int, ...]:
+        """(height, width) as stored, (top, left) of what is shown in pixels of the view, (height, width) of it."""
+        ...
+
     def each(self, wanted: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
         """(number in `wanted`, pixels) of every row and view, in the order they are best read in."""
         ...
@@ -92,6 +96,10 @@ class Examples:
         top, left, side = rng.random(3)
         at = {"center": CENTER, "content": None, "random": (top, left)}[self.crop]
         return View(at, bool(self.flip and side < 0.5))
+
+    def sizes(self, row: int, epoch: int) -> tuple[int, ...]:
+        """What SDXL is told of a sample: (height, width) as stored, (top, left) of the crop, (height, width) shown."""
+        return self.pictures.geometry(row, self.view(row, epoch))
 
     def every_view(self, row: int) -> list[View]:
         """All that `view` can return, where that is not without end."""

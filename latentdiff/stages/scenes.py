@@ -56,6 +56,10 @@ class Scenes:
         """Rendered; a scene has no other views."""
         return scenes.render(self.scene(row), self._config.image_size)
 
+    def geometry(self, row: int, shown: View) -> tuple[int, ...]:
+        """Drawn as it is shown."""
+        return (*self.size(row), 0, 0, *self.size(row))
+
     def each(self, wanted: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
         """In their order."""
         yield from ((number, self.pixels(*item)) for number, item in enumerate(wanted))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,8 +40,8 @@ class Texts(Protocol):
         """What `texts` needs of these samples, on the CPU; of those not kept the empty caption."""
         ...
 
-    def texts(self, batch: dict[str, Tensor]) -> Tensor:
-        """Contexts (B, L, D), or the token ids (B, L) of a text encoder that is trained."""
+    def texts(self, batch: dict[str, Tensor]) -> Any:
+        """The context, or the words that a text encoder has to read in the module that is trained."""
         ...
 
 
@@ -67,9 +67,10 @@ class ConditionedNetwork(nn.Module):
         for name, parameter in text_encoder.named_parameters():
             parameter.requires_grad_("token_embedding" not in name)
 
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """x_t (B, C, h, w), times (B,), token ids (B, L) -> output like x_t."""
-        output: Tensor = self.unet(x, t, self.text_encoder(ids))
+    def forward(self, x: Tensor, t: Tensor, words: Any) -> Tensor:
+        """x_t (B, C, h, w), times (B,), token ids (B, L) with sizes -> output like x_t."""
+        context = self.text_encoder(words.ids)
+        output: Tensor = self.unet(x, t, replace(context, sizes=words.sizes))
         return output
 
 

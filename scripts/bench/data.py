@@ -112,7 +112,7 @@ def filling(folder: Path, side: int, scratch: Path) -> None:
     autoencoder, accelerator = load_autoencoder(default_model()).float(), Accelerator(cpu=True)
     for what in ("encoded", "found again"):
         examples, began = open_data(config, scratch).training, time.perf_counter()
-        latents_of(config, [examples], autoencoder, scratch, accelerator)
+        latents_of(config.denoiser, [examples], autoencoder, scratch, accelerator)
         seconds = time.perf_counter() - began
         print(f"cache: {len(examples):,} pictures {what} in {seconds:.1f} s, {len(examples) / seconds:,.0f} a second")
 

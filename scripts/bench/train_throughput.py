@@ -183,8 +183,8 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
     data = {"kind": "pictures", "pictures": {"source": str(folder)}}
     config = parse_config({"image_size": side, "data": data, "denoiser": {"cache": cached}})
     examples, cache = open_data(config).training, folder.parent / "cache"
-    (latents,) = latents_of(config, [examples], autoencoder, cache, accelerator)
-    (texts,) = texts_of(config, [examples], text_encoder, cache, accelerator)
+    (latents,) = latents_of(config.denoiser, [examples], autoencoder, cache, accelerator)
+    (texts,) = texts_of(config.denoiser, [examples], text_encoder, cache, accelerator)
     if cached:
         del autoencoder, text_encoder, vae, text  # what is cached needs them no more
     schedule = NoiseSchedule.scaled_linear()
