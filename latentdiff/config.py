@@ -45,6 +45,7 @@ class Training(Section):
     ema: Literal["constant", "power"] = "constant"
     ema_decay: float = Field(0.999, ge=0, lt=1, description="limit of the constant decay; 0 is no averaging")
     ema_power: float = Field(6.94, gt=0, description="power decay: step t weighs as t^this (6.94: a width of 10%)")
+    ema_offload: bool = Field(False, description="keep the average in the CPU's memory, a little slower")
     num_workers: int = Field(0, ge=0, le=64, description="processes that make batches ahead; they change no number")
     compile: bool = Field(False, description="torch.compile: a minute or two first, then faster steps")
     checkpointing_steps: int = Field(500, ge=1)

@@ -132,7 +132,7 @@ def load_clip(pipe: LatentDiffusionPipeline, directory: Path | None = None) -> N
     """
     from latentdiff.models.folder import file_hash
     from latentdiff.models.scorer import WEIGHTS, Scorer, load_scorer
-    from latentdiff.models.text_encoder import TextEncoder
+    from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
     from latentdiff.models.weights import load_clip
 
     if directory is not None:
@@ -141,7 +141,8 @@ def load_clip(pipe: LatentDiffusionPipeline, directory: Path | None = None) -> N
         folder = pipe.card.folder
         if folder is None or not (folder / "clip").is_dir() or not isinstance(pipe.text_encoder, TextEncoder):
             raise ConfigError("this model has no CLIP of its own. Name one in open_clip's format (load_clip, --clip)")
-        scorer = Scorer(load_clip(folder), pipe.text_encoder.tokenizer)
+        clip = load_clip(folder)  # words that the text encoder has learnt since are none of CLIP's
+        scorer = Scorer(clip, clip_tokenizer(int(clip.config["text_cfg"]["context_length"])))
         source = Source("clip", "", file_hash(folder / "clip" / WEIGHTS))
     pipe.extras.scorer, pipe.extras.sources["clip"] = scorer.to(pipe.device), source
 

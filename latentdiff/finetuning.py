@@ -58,6 +58,7 @@ class Shown(Section):
     prompts: tuple[Prompt, ...] = Field((), max_length=64, description="none: the captions of validation pictures")
     count: int = Field(8, ge=1, le=64, description="of those captions")
     seed: int = Field(0, ge=0, lt=2**63)
+    num_inference_steps: int = Field(20, ge=1, le=1000)
 
 
 class FineTuning(Settings):

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from latentdiff import __version__
-from latentdiff.cli import convert, data, evaluate, generate, info, reproduce, runs, train
+from latentdiff.cli import convert, data, evaluate, finetune, generate, info, reproduce, runs, train
 from latentdiff.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("train")(train.train)
+app.command("finetune")(finetune.finetune)
 app.command("runs")(runs.runs)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data")

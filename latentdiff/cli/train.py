@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentdiff.errors import ConfigError
 from latentdiff.output import check_writable
 
 if TYPE_CHECKING:
     from latentdiff.config import Config
-    from latentdiff.stages.pictures import DataSet
 
 
 class StageName(StrEnum):
@@ -72,6 +72,8 @@ def train(
     effective = load_config(config, [*(set_ or ()), *more])
     folder = output or Path("runs") / effective.name
     check_writable(folder, folder)
+    if (folder / "finetune.toml").exists():
+        raise ConfigError(f"{folder} holds another run, of `latentdiff finetune`. Choose another folder")
     _train(effective, folder, [str(name) for name in stage or StageName], resume, allow_changed, dry_run, deterministic)
 
 
@@ -89,7 +91,7 @@ def _train(
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.stages.chain import TRAIN
     from latentdiff.stages.pictures import open_data
-    from latentdiff.stages.plan import plan_text
+    from latentdiff.stages.plan import plan_of
     from latentdiff.stages.run import Run, check_trainable, check_unchanged, checkpoints_to_resume, new_accelerator
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
@@ -107,25 +109,18 @@ def _train(
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
-            for line in [*told, *(f"warning: going on although {change}" for change in changed), plan_text(run)]:
+            for line in [*told, *(f"warning: going on although {change}" for change in changed), plan_of(run)]:
                 typer.echo(line, err=True)
         if dry_run:
             return
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 save_config(config, folder / "config.toml")
-                _write_quarantine(data, folder / "quarantine.jsonl")
+                data.write_quarantine(folder)
             for name in run.stages:
                 TRAIN[name](run)
     if accelerator.is_main_process:
         typer.echo(folder / "model")
-
-
-def _write_quarantine(data: DataSet, path: Path) -> None:
-    """What this start leaves out; nothing is left of one that left out something else."""
-    path.unlink(missing_ok=True)
-    if data.found and data.found.left_out:
-        data.found.write_quarantine(path)
 
 
 def _choose_deterministic_kernels() -> None:

@@ -157,13 +157,15 @@ def as_text(found: Sequence[Section]) -> str:
     return "\n".join(lines)
 
 
-def as_html(title: str, found: Sequence[Section], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]]) -> str:
-    """A page of its own: the sections, then pictures uint8 (H, W, C) with what is said of each."""
+def as_html(
+    title: str, found: Sequence[Section], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = ""
+) -> str:
+    """A page of its own: the sections, figures in HTML, then pictures uint8 (H, W, C) with what is said of each."""
     rows = []
     for section in found:
         listed = "".join(f"<li>{_escaped(line)}</li>" for line in section.lines)
         rows.append(f"<tr><th>{_escaped(section.title)}</th><td>{_escaped(section.said)}<ul>{listed}</ul></td></tr>")
-    figures = "".join(_figure(pixels, said) for pixels, said in sheet)
+    figures += "".join(_figure(pixels, said) for pixels, said in sheet)
     style = (
         "body{font:15px system-ui;margin:2em}th{text-align:left;vertical-align:top;padding-right:1.5em}"
         "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px}"

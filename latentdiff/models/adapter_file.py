@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -300,8 +301,8 @@ def _config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def save_peft(adapter: Adapter, path: Path) -> None:
-    """Write an adapter under PEFT's names, with its alphas where diffusers reads them."""
+def save_peft(adapter: Adapter, path: Path, said: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write an adapter under PEFT's names, with its alphas where diffusers reads them, and what else is said of it."""
     state: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part, layers in adapter.layers.items():
@@ -314,7 +315,7 @@ def save_peft(adapter: Adapter, path: Path) -> None:
             config[f"{part}.use_rslora"] = True
         if any("lora_magnitude_vector" in layer.factors for layer in layers.values()):
             config[f"{part}.use_dora"] = True
-    _save(state, path, {_METADATA: json.dumps(config, sort_keys=True)})  # one: several have no order
+    _save(state, path, {_METADATA: json.dumps(config | ({"said": dict(said)} if said else {}), sort_keys=True)})
 
 
 def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
@@ -328,7 +329,9 @@ def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, A
     }
 
 
-def save_kohya(adapter: Adapter, path: Path, networks: Networks) -> None:
+def save_kohya(
+    adapter: Adapter, path: Path, networks: Networks, said: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write an adapter under kohya's names, with alpha in the precision of its factors. Raises ModelError."""
     back = {factor: name for name, factor in _FACTORS.items()}
     state: dict[str, Tensor] = {}
@@ -342,7 +345,7 @@ def save_kohya(adapter: Adapter, path: Path, networks: Networks) -> None:
             state |= {f"{names[module]}.{back.get(name, name)}": tensor for name, tensor in layer.factors.items()}
             first = next(iter(layer.factors.values()))
             state[f"{names[module]}.alpha"] = torch.tensor(layer.full_alpha, dtype=first.dtype)
-    _save(state, path, {"ss_network_module": "networks.lora"})
+    _save(state, path, {"ss_network_module": "networks.lora", **said})
 
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from latentdiff.errors import ModelError, UnsafeError
+from latentdiff.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.models.dual_text_encoder import DualTextEncoder
-from latentdiff.models.folder import is_pickle, loading
+from latentdiff.models.folder import is_pickle, loading, saving
 from latentdiff.models.text_encoder import TextEncoder
 
 _OF_SDXL = ("clip_l", "clip_g")
@@ -92,11 +92,73 @@ def _check(encoder: TextEncoder, word: str, vectors: Tensor, file: Path) -> None
 @torch.no_grad()
 def _teach(encoder: TextEncoder, word: str, vectors: Tensor) -> None:
     tokens = _tokens(word, vectors)
-    encoder.tokenizer.add_tokens(tokens)
+    _remember(encoder, tokens)
     first = len(encoder.model.get_input_embeddings().weight)
     with torch.random.fork_rng(devices=[]):  # the new rows are drawn before they are filled
         encoder.model.resize_token_embeddings(first + len(tokens), mean_resizing=False)
     grown = encoder.model.get_input_embeddings().weight
     ids = encoder.tokenizer.convert_tokens_to_ids(tokens)
     grown[ids] = vectors.to(grown)
+
+
+def _remember(encoder: TextEncoder, tokens: Sequence[str]) -> None:
+    encoder.tokenizer.add_tokens(list(tokens))
     getattr(encoder.model, "text_model", encoder.model).eos_token_id = 49407  # else the largest id is taken for the end
+
+
+class LearntEmbedding(nn.Module):
+    """A text encoder's token embedding with rows of its own from id `first` on, which alone are trained."""
+
+    def __init__(self, known: nn.Embedding, vectors: Tensor, first: int):
+        super().__init__()
+        self.known, self.vectors, self._first = known.requires_grad_(False), nn.Parameter(vectors), first
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, as an embedding has them."""
+        return torch.cat([self.known.weight[: self._first], self.vectors.to(self.known.weight)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, L, D)."""
+        known = self.known(ids.clamp(max=self._first - 1))
+        learnt = nn.functional.embedding((ids - self._first).clamp(min=0), self.vectors).to(known.dtype)
+        return torch.where((ids >= self._first)[..., None], learnt, known)
+
+
+@torch.no_grad()
+def begin_word(
+    text_encoder: TextEncoder | DualTextEncoder, word: str, initial: str, count: int
+) -> dict[str, nn.Parameter]:
+    """Add a word of `count` vectors that begin as those of the initial words in turn; returns what is trained.
+
+    By the name that a file of embeddings gives each encoder's. Raises ConfigError for a word that is known already, or
+    initial words that are not.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for name, encoder in zip(_keys(word, text_encoder), text_encoder.encoders, strict=True):
+        encoder.requires_grad_(False)
+        embedding = encoder.model.get_input_embeddings()
+        ids = encoder.tokenizer(initial, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        if not ids:
+            raise ConfigError("the initial words are no words. Name what the new one is like, --initial dog")
+        begun = embedding.weight[[ids[number % len(ids)] for number in range(count)]]
+        try:
+            _check(encoder, word, begun, Path("--token"))
+        except ModelError as error:
+            raise ConfigError(str(error)) from None
+        tokens = _tokens(word, begun)
+        _remember(encoder, tokens)
+        learnt = LearntEmbedding(embedding, begun.float().clone(), encoder.tokenizer.convert_tokens_to_ids(tokens[0]))
+        encoder.model.set_input_embeddings(learnt)
+        found[name] = learnt.vectors
+    return found
+
+
+def save_words(vectors: Mapping[str, Tensor], path: Path) -> None:
+    """Write learned_embeds.safetensors: {word: (n, D)}, of SDXL clip_l and clip_g."""
+    with saving(path.name, path.parent):
+        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}, path)
+
+
+def _keys(word: str, text_encoder: TextEncoder | DualTextEncoder) -> Sequence[str]:
+    return (word,) if len(text_encoder.encoders) == 1 else _OF_SDXL

@@ -58,7 +58,7 @@ def _picture(config: Config, examples: Examples) -> Callable[[int], tuple[np.nda
     return picture
 
 
-def train_autoencoder(run: Run) -> None:
+def train_autoencoder(run: Run[Config]) -> None:
     """Train the VAE, whiten its latents and save it as `run/model/vae`."""
     config, accelerator = run.config, run.accelerator
     if config.autoencoder.kind == "identity":

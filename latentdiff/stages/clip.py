@@ -27,7 +27,7 @@ from latentdiff.training.run import run_stage
 Tokenize = Callable[[Sequence[str]], Tensor]
 
 
-def train_clip(run: Run) -> None:
+def train_clip(run: Run[Config]) -> None:
     """Train both towers; save the text tower in transformers' format in `run/clip`, both as `run/model/clip`."""
     config, accelerator = run.config, run.accelerator
     with seeded(config.seed):
@@ -61,7 +61,7 @@ def captioned_twins(config: Config, positions: range, purpose: str = "clip scene
     return pairs
 
 
-def _captioned(run: Run) -> Callable[[range], list[CaptionedPicture]]:
+def _captioned(run: Run[Config]) -> Callable[[range], list[CaptionedPicture]]:
     """The user's pictures as squares."""
     examples, config = run.data.training, run.config
     order = Order(config.seed, "clip", [np.arange(len(examples))])

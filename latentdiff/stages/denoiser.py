@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from latentdiff.build import AnyAutoencoder, laid_out_for, new_autoencoder, new_pipeline, new_schedule, new_unet, seeded
-from latentdiff.config import Config
+from latentdiff.config import Config, Learning
 from latentdiff.data import scenes
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.errors import ConfigError
@@ -26,28 +26,29 @@ from latentdiff.stages.examples import Examples
 from latentdiff.stages.pictures import readable
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import (
+    TIME_BINS,
     ConditionedNetwork,
     DenoiserStage,
     Draws,
     Samples,
+    thaw,
     validation_losses,
 )
 from latentdiff.training.order import Order
 from latentdiff.training.run import run_stage
 
-TIME_BINS = 4  # of the validation loss
 
-
-def train_denoiser(run: Run) -> None:
+def train_denoiser(run: Run[Config]) -> None:
     """Train the U-Net (and the text encoder, by choice) on latents; completes `run/model`."""
     config, accelerator = run.config, run.accelerator
     autoencoder, text_encoder = networks_before(config, run.folder)
     made_from = f"{weights_hash(autoencoder)} {weights_hash(text_encoder)}"
     unet = _unet(config, autoencoder, accelerator.device)
-    network = ConditionedNetwork(unet, text_encoder) if config.denoiser.tune_text_encoder else unet
+    network: nn.Module = unet
     parts: dict[str, nn.Module] = {"unet": unet}
     if config.denoiser.tune_text_encoder:
-        parts["text_encoder"] = text_encoder
+        thaw(text_encoder)
+        network, parts["text_encoder"] = ConditionedNetwork(unet, text_encoder), text_encoder
     trained, validated = _samples(run, autoencoder, text_encoder)
     loss, draws, order = _training(config, run.data.training, accelerator.num_processes)
     stage = DenoiserStage(network, parts, loss, trained, draws, order)
@@ -64,7 +65,7 @@ def train_denoiser(run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
-def _samples(run: Run, autoencoder: AnyAutoencoder, text_encoder: TextEncoder) -> list[Samples]:
+def _samples(run: Run[Config], autoencoder: AnyAutoencoder, text_encoder: TextEncoder) -> list[Samples]:
     """Of the training and the validation set."""
     sets = (run.data.training, run.data.validation)
     latents = latents_of(run.config.denoiser, sets, autoencoder, run.cache, run.accelerator)
@@ -86,12 +87,17 @@ def networks_before(config: Config, folder: Path) -> tuple[AnyAutoencoder, TextE
 def _unet(config: Config, autoencoder: AnyAutoencoder, device: torch.device) -> UNet:
     with seeded(config.seed):
         unet = new_unet(config, autoencoder.latent_channels, config.image_size // autoencoder.factor)
+    prepare_unet(unet, config.denoiser, device)
+    return unet
+
+
+def prepare_unet(unet: UNet, learning: Learning, device: torch.device) -> None:
+    """What makes its training fast on a device, and small by choice; no number changes."""
     laid_out_for(unet, device)
     if device.type == "cpu":
         unet.use_plain_attention()
-    if config.denoiser.gradient_checkpointing:
+    if learning.gradient_checkpointing:
         unet.save_memory()
-    return unet
 
 
 def _training(config: Config, examples: Examples, processes: int) -> tuple[DiffusionLoss, Draws, Order]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latentdiff.config import Config
+from latentdiff.config import Config, Settings
 from latentdiff.data import scenes
 from latentdiff.data.buckets import bucket_table
 from latentdiff.data.captions import CaptionRule
@@ -39,8 +39,15 @@ class DataSet:
         """How many pictures there are and a sha256 of what they are."""
         return {"images": len(self.training), "sha256": self.training.pictures.identity()}
 
+    def write_quarantine(self, folder: Path) -> None:
+        """`quarantine.jsonl`: what this start leaves out; nothing is left of one that left out something else."""
+        path = folder / "quarantine.jsonl"
+        path.unlink(missing_ok=True)
+        if self.found and self.found.left_out:
+            self.found.write_quarantine(path)
 
-def open_data(config: Config, cache: Path | None = None) -> DataSet:
+
+def open_data(config: Settings, cache: Path | None = None) -> DataSet:
     """The data set of a config; `cache` keeps what is slow to find out. Raises DataError where it is not sound."""
     if config.data.kind == "scenes":
         training = Scenes(config, "training scene", config.data.count, cache)
@@ -56,7 +63,7 @@ def readable(config: Config) -> bool:
     return config.data.kind == "scenes" and config.image_size == scenes.SIZE and not config.data.grey
 
 
-def look(config: Config, cache: Path | None = None) -> Survey:
+def look(config: Settings, cache: Path | None = None) -> Survey:
     """The survey of a config's own pictures. Raises DataError where nothing can be listed.
 
     A stream is gone through once for a run: what it said is kept in `cache`, until the settings are others, or the
@@ -83,7 +90,7 @@ def look(config: Config, cache: Path | None = None) -> Survey:
     return found
 
 
-def picture_data(config: Config, found: Survey) -> DataSet:
+def picture_data(config: Settings, found: Survey) -> DataSet:
     """Training and validation sets of surveyed pictures; held-out ones are chosen by their identity."""
     settings = config.data.pictures
     held = sorted(found.pictures, key=lambda picture: hashlib.sha256(picture.id.encode()).hexdigest())

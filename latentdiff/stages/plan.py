@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,8 +18,20 @@ from latentdiff.training.checkpoint import label, load_state
 from latentdiff.training.loop import Batching
 
 
-def plan_text(run: Run) -> str:
-    """The plan of a start, a line or two a stage."""
+class Weights(NamedTuple):
+    """Bytes of what a stage trains, and of what it needs beside."""
+
+    trained: int
+    frozen: int = 0
+
+
+def plan_of(run: Run[Config]) -> str:
+    """The plan of the stages of a config."""
+    return plan_text(run, {stage: _weights(run.config, stage) for stage in run.stages})
+
+
+def plan_text(run: Run[Any], weights: Mapping[str, Weights | None]) -> str:
+    """The plan of a start, a line or two a stage; None is a stage with nothing to train."""
     lines = [
         f"run {run.folder} on {run.accelerator.device} x {run.accelerator.num_processes}, "
         f"mixed precision {run.config.mixed_precision}, seed {run.config.seed}",
@@ -25,15 +39,14 @@ def plan_text(run: Run) -> str:
     ]
     needed = 0
     for stage in run.stages:
-        module = _module(run.config, stage)
-        if module is None:
+        size = weights[stage]
+        if size is None:
             lines.append(f"{stage}: none, pixels stay as they are")
             continue
         settings: Training = getattr(run.config, stage).training
-        weights = sum(parameter.nbytes for parameter in module.parameters())
-        checkpoint = 4 * weights  # weights, average and two moments
+        checkpoint = 4 * size.trained  # weights, average and two moments
         needed += checkpoint * (settings.checkpoints_total_limit + 1)
-        lines += [_steps_line(run, stage, settings), _size_line(weights, checkpoint, settings)]
+        lines += [_steps_line(run, stage, settings), _size_line(size, checkpoint, settings)]
     free = shutil.disk_usage(next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())).free
     lines.append(f"disk: checkpoints up to {_size(needed)}, {_size(free)} free")
     if needed > free:
@@ -41,7 +54,7 @@ def plan_text(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _data_lines(run: Run) -> list[str]:
+def _data_lines(run: Run[Any]) -> list[str]:
     """The user's pictures: how many, how repeated, in which buckets, what is left out."""
     found, training = run.data.found, run.data.training
     if not found:
@@ -57,7 +70,7 @@ def _data_lines(run: Run) -> list[str]:
     return [line, buckets, *(f"    {note}" for note in found.listing.notes)]
 
 
-def _steps_line(run: Run, stage: str, settings: Training) -> str:
+def _steps_line(run: Run[Any], stage: str, settings: Training) -> str:
     batching = Batching(settings.train_batch_size, settings.gradient_accumulation_steps, run.accelerator.num_processes)
     checkpoint = run.checkpoints[stage]
     done = load_state(checkpoint)["step"] if checkpoint else 0
@@ -68,18 +81,24 @@ def _steps_line(run: Run, stage: str, settings: Training) -> str:
         f"{batching.global_batch} pictures a step"
     )
     line = f"{stage}: {steps:,} of {settings.max_train_steps:,} steps {where}, {batch}"
-    if stage == "denoiser":  # of scenes the other stages draw new ones for ever
+    if stage in ("denoiser", "finetune"):  # of scenes the other stages draw new ones for ever
         count = len(run.data.training)
         epochs = settings.max_train_steps * batching.global_batch / count
         line += f"; {count:,} pictures, {epochs:.1f} epochs"
     return line
 
 
-def _size_line(weights: int, checkpoint: int, settings: Training) -> str:
+def _size_line(size: Weights, checkpoint: int, settings: Training) -> str:
+    frozen = f", {_size(size.frozen)} for frozen weights" if size.frozen else ""
     return (
-        f"    {weights / 4e6:.1f} M parameters, {_size(5 * weights)} for weights, gradients, moments and average; "
-        f"a checkpoint of {_size(checkpoint)} every {settings.checkpointing_steps:,} steps"
+        f"    {size.trained / 4e6:.3g} M parameters, {_size(5 * size.trained)} for weights, gradients, moments and "
+        f"average{frozen}; a checkpoint of {_size(checkpoint)} every {settings.checkpointing_steps:,} steps"
     )
+
+
+def _weights(config: Config, stage: str) -> Weights | None:
+    module = _module(config, stage)
+    return None if module is None else Weights(sum(parameter.nbytes for parameter in module.parameters()))
 
 
 def _module(config: Config, stage: str) -> nn.Module | None:

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from latentdiff.config import STAGES, Config, flat
+from latentdiff.config import STAGES, AnySettings, Config, Settings, flat
 from latentdiff.errors import ConfigError, ModelError
 from latentdiff.stages.pictures import DataSet
 from latentdiff.training.checkpoint import check_whole, load_state, newest_whole
@@ -29,6 +29,8 @@ FREE = (
     "num_workers",
     "compile",
     "gradient_checkpointing",
+    "ema_offload",
+    "kohya",  # writes the same again
     "train_batch_size",  # their product with the number of processes is what must stay
     "gradient_accumulation_steps",
     "cache",  # the same numbers, sooner
@@ -48,11 +50,21 @@ FOUND = (  # what these change is seen in the pictures themselves
 )
 
 
+NEITHER = {  # what a run is called, what it draws; a model that is taught is known by its weights
+    "name",
+    "recommended",
+    "shown",
+    "model",
+    "variant",
+    "revision",
+}
+
+
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[AnySettings]):
     """One start of a run: its config and folder, where each stage goes on from, device and signals."""
 
-    config: Config
+    config: AnySettings
     folder: Path
     accelerator: Accelerator
     data: DataSet
@@ -74,7 +86,7 @@ class Run:
         return Start(self.checkpoints[stage], {**identity(self.config, stage, self.data), **more})
 
 
-def new_accelerator(config: Config) -> Accelerator:
+def new_accelerator(config: Settings) -> Accelerator:
     """The devices and processes of this start; on a machine without a GPU processes talk over gloo.
 
     Processes wait for the one that validates or encodes: longer than the minutes that are torch's default.
@@ -87,7 +99,7 @@ def new_accelerator(config: Config) -> Accelerator:
     )
 
 
-def identity(config: Config, stage: str, data: DataSet) -> dict[str, Any]:
+def identity(config: Settings, stage: str, data: DataSet) -> dict[str, Any]:
     """What must be the same for a stage to go on: the dataset, and every setting that changes what is learnt."""
     settings = {key: value for key, value in flat(config).items() if _matters(key, stage)}
     return {"stage": stage, "dataset": data.fingerprint, "config": settings}
@@ -95,7 +107,7 @@ def identity(config: Config, stage: str, data: DataSet) -> dict[str, Any]:
 
 def _matters(key: str, stage: str) -> bool:
     section, name = key.split(".")[0], key.split(".")[-1]
-    others = (set(STAGES) | {"name", "recommended"}) - {stage}
+    others = (set(STAGES) | NEITHER) - {stage}
     if stage == "clip" and name == "gradient_accumulation_steps":  # a contrastive loss is of the batch it is taken over
         return section == stage
     if key.startswith("data.pictures."):
@@ -147,7 +159,7 @@ def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> t
 
 
 def check_unchanged(
-    config: Config, data: DataSet, checkpoints: Mapping[str, Path | None], processes: int = 1, allow: bool = False
+    config: Settings, data: DataSet, checkpoints: Mapping[str, Path | None], processes: int = 1, allow: bool = False
 ) -> list[str]:
     """Refuse to go on under other settings than a checkpoint was made with: each is listed, old -> new.
 
@@ -163,7 +175,7 @@ def check_unchanged(
     return changes
 
 
-def _changes(state: Mapping[str, Any], config: Config, data: DataSet, stage: str, processes: int) -> list[str]:
+def _changes(state: Mapping[str, Any], config: Settings, data: DataSet, stage: str, processes: int) -> list[str]:
     now = identity(config, stage, data)
     if state.get("stage") != stage:
         raise ModelError(f"a checkpoint of stage {state.get('stage')} lies where {stage} has its own. Move it away")

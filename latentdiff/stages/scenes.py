@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentdiff.config import Config
+from latentdiff.config import Settings
 from latentdiff.data import scenes
 from latentdiff.data.buckets import Size
 from latentdiff.data.memo import read_memo, write_memo
@@ -21,7 +21,7 @@ from latentdiff.diffusion import noise
 class Scenes:
     """Procedural scenes of one purpose; rows beyond the last are scenes too, for whoever draws without end."""
 
-    def __init__(self, config: Config, purpose: str, count: int, memo: Path | None = None):
+    def __init__(self, config: Settings, purpose: str, count: int, memo: Path | None = None):
         self._config, self._purpose, self._count, self._memo = config, purpose, count, memo
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.training.order import Order
 
 Key = tuple[int, int]  # (row, epoch): a sample
+TIME_BINS = 4  # of the validation loss
 
 
 class Latents(Protocol):
@@ -55,23 +56,26 @@ class Samples:
 
 
 class ConditionedNetwork(nn.Module):
-    """U-Net and text encoder as one module, trained together.
-
-    The token embeddings stay as the contrastive stage left them: they are most of the weights, and only the few
-    words of the captions would move.
-    """
+    """U-Net and text encoder as one module."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
-        for name, parameter in text_encoder.named_parameters():
-            parameter.requires_grad_("token_embedding" not in name)
 
     def forward(self, x: Tensor, t: Tensor, words: Any) -> Tensor:
         """x_t (B, C, h, w), times (B,), token ids (B, L) with sizes -> output like x_t."""
         context = self.text_encoder(words.ids)
         output: Tensor = self.unet(x, t, replace(context, sizes=words.sizes))
         return output
+
+
+def thaw(text_encoder: nn.Module) -> None:
+    """Have a text encoder trained, but for its token embeddings.
+
+    They are most of the weights, and only the few words of the captions would move.
+    """
+    for name, parameter in text_encoder.named_parameters():
+        parameter.requires_grad_("token_embedding" not in name)
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,24 @@ def power_decay(gamma: float) -> Decay:
 
 
 class Ema:
-    """average <- average + (1 - decay(n)) (weight - average) over the parameters that are trained."""
+    """average <- average + (1 - decay(n)) (weight - average) over the parameters that are trained.
 
-    def __init__(self, module: nn.Module, decay: Decay):
+    offloaded: it lies in the CPU's memory, where the device's is short.
+    """
+
+    def __init__(self, module: nn.Module, decay: Decay, *, offloaded: bool = False):
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._decay = decay
-        self.averaged: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained.items()}
+        self._decay, self._offloaded = decay, offloaded
+        self.averaged: dict[str, Tensor] = {name: self._placed(p).clone() for name, p in self._trained.items()}
+
+    def _placed(self, weight: Tensor) -> Tensor:
+        return weight.detach().cpu() if self._offloaded else weight.detach()
 
     @torch.no_grad()
     def update(self, n: int) -> None:
         """After optimizer step n, counted from 1."""
-        torch._foreach_lerp_(list(self.averaged.values()), list(self._trained.values()), 1 - self._decay(n))
+        weights = [self._placed(p) for p in self._trained.values()]
+        torch._foreach_lerp_(list(self.averaged.values()), weights, 1 - self._decay(n))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -57,15 +57,17 @@ def run_stage(
     report: Report | None = None,
     start: Start | None = None,
     interruption: Interruption | None = None,
+    *,
+    from_the_start: bool = False,
 ) -> None:
     """Train `stage.module` to its last step and leave the averaged weights in it.
 
     `directory` gets `log.jsonl`, `tensorboard/` and `checkpoints/`. `report(step)` is called every `validation_steps`
-    and at the end, with the averaged weights in the module; what it returns is a line of the log. On a signal the
-    step in hand is finished and saved, then Interrupted is raised.
+    and at the end, with the averaged weights in the module, `from_the_start` before the first step too; what it returns
+    is a line of the log. On a signal the step in hand is finished and saved, then Interrupted is raised.
     """
     start, interruption = start or Start(), interruption or Interruption()
-    run = _Run(accelerator, stage, settings, directory, report, start.identity or {}, interruption)
+    run = _Run(accelerator, stage, settings, directory, report, start, interruption, from_the_start)
     progress = run.resume(start.checkpoint)
     accelerator.wait_for_everyone()
     try:
@@ -92,11 +94,13 @@ class _Run:
         settings: Training,
         directory: Path,
         report: Report | None,
-        identity: dict[str, Any],
+        start: Start,
         interruption: Interruption,
+        from_the_start: bool,
     ):
         self._accelerator, self._stage, self._settings = accelerator, stage, settings
-        self._directory, self._report, self._identity = directory, report, identity
+        self._directory, self._report, self._reported = directory, report, from_the_start
+        self._identity = start.identity or {}
         if report and accelerator.distributed_type == DistributedType.FSDP:  # one process alone has no whole network
             self._report = None
             if accelerator.is_main_process:
@@ -109,7 +113,7 @@ class _Run:
         if settings.compile:  # what validates and previews shares the weights, not the compiled shapes
             self._module = torch.compile(self._module)
         decay = constant_decay(settings.ema_decay) if settings.ema == "constant" else power_decay(settings.ema_power)
-        self.trained = Trained(stage.parts, Ema(stage.module, decay), self._optimizer)
+        self.trained = Trained(stage.parts, Ema(stage.module, decay, offloaded=settings.ema_offload), self._optimizer)
 
     def resume(self, checkpoint: Path | None) -> Progress:
         """Put back what a checkpoint holds. Whole ones that are newer are put aside: the run will write its own."""
@@ -154,7 +158,7 @@ class _Run:
         name, last = self._directory.name, settings.max_train_steps
         bar = tqdm(steps, name, last, initial=progress.step, unit="step", mininterval=1, disable=not main)
         with closing(steps), bar, Log(self._directory, progress.step) if main else nullcontext() as log:
-            lacking = [bool(log and progress.step and progress.step not in log.reported)]
+            lacking = [bool(log and (progress.step or self._reported) and progress.step not in log.reported)]
             if broadcast_object_list(lacking)[0]:  # a kill came between the checkpoint and its report
                 self._report_if_due(progress.step, log)
             began, micro_batch = time.monotonic(), progress.micro_batch or settings.train_batch_size
@@ -216,13 +220,13 @@ class _Run:
         """Loss, rate, samples a second and the most memory used so far, beside the bar's own time left."""
         speed = (bar.format_dict["rate"] or 0) * self._batching.global_batch
         bar.set_postfix_str(
-            f"loss {step.loss:.4f}, lr {step.learning_rate:.1e}, {speed:.0f} images/s, {_peak_memory() / 1e9:.1f} GB",
+            f"loss {step.loss:.4f}, lr {step.learning_rate:.1e}, {speed:.0f} images/s, {peak_memory() / 1e9:.1f} GB",
             refresh=False,
         )
 
 
-def _peak_memory() -> float:
-    """Bytes, on the GPU where there is one."""
+def peak_memory() -> float:
+    """The most bytes in use so far, on the GPU where there is one."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

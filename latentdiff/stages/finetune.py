@@ -1,0 +1,218 @@
+"""The stage of fine-tuning: a model is taught somebody's pictures by a method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from latentdiff.config import Override
+from latentdiff.diffusion.objective import DiffusionLoss
+from latentdiff.errors import ConfigError
+from latentdiff.finetuning import STAGE, FineTuning, load_finetuning
+from latentdiff.models.folder import saving
+from latentdiff.models.weights import weights_hash
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pretrained import load_pipeline
+from latentdiff.stages.cache import latents_of, texts_of
+from latentdiff.stages.class_pictures import class_data, draw_class
+from latentdiff.stages.denoiser import prepare_unet
+from latentdiff.stages.examples import Examples
+from latentdiff.stages.pictures import DataSet, open_data
+from latentdiff.stages.plan import Weights, plan_text
+from latentdiff.stages.run import Run
+from latentdiff.stages.shown import report, write_page
+from latentdiff.stages.taught import Taught, begin
+from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, Draws, Samples
+from latentdiff.training.loop import Stage
+from latentdiff.training.order import Order
+from latentdiff.training.prior import PriorStage
+from latentdiff.training.run import peak_memory, run_stage
+
+
+def finetune(run: Run[FineTuning], pipe: LatentDiffusionPipeline, say: Callable[[str], None]) -> list[Path]:
+    """Teach the model of a pipeline; returns what was written. Goes on where an earlier start stopped."""
+    config, accelerator = run.config, run.accelerator
+    made_from = identity_of_model(pipe)
+    prior = _prior(run, pipe, made_from)
+    taught = begin(pipe, config)
+    say(plan(run, pipe, taught))
+    prepare_unet(pipe.unet, config.finetune, accelerator.device)
+    pipe.to(accelerator.device)
+    if config.mixed_precision == "bf16":
+        narrow_frozen(pipe.unet)
+    stage, validation = _stages(run, pipe, taught, prior)
+    start = run.start(STAGE, made_from=made_from + (f" {prior.fingerprint['sha256']}" if prior else ""))
+    folder = run.folder / STAGE
+    told = partial(report, pipe, config, run.data.validation, validation, folder / "samples")
+    settings = config.finetune.training
+    run_stage(accelerator, stage, settings, folder, told, start, run.interruption, from_the_start=True)
+    paths: list[Path] = []
+    if accelerator.is_main_process:
+        with saving("what was learnt", run.folder):
+            paths = taught.write(run.folder, said_of(run))
+        paths += write_page(run, paths)
+    accelerator.wait_for_everyone()
+    return paths
+
+
+def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuning, LatentDiffusionPipeline]:
+    """The settings, with the defaults of the model's size, and the model in float32. Raises ConfigError, ModelError."""
+    config = load_finetuning(path, overrides)
+    pipe = load_pipeline(config.model or None, device="cpu", variant=config.variant, revision=config.revision)
+    size = sum(parameter.numel() for parameter in pipe.unet.parameters())
+    config = load_finetuning(path, overrides, size)
+    return config.model_copy(update={"image_size": config.image_size or pipe.card.size[0]}), pipe
+
+
+def plan(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught) -> str:
+    """What this start will do."""
+    config = run.config
+    what = f"{config.model or 'the default model'} by {config.method}"
+    what += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.low_rank else ""
+    lines = [f"teach {what}, learning rate {config.finetune.training.learning_rate:g}"]
+    if config.prior.prompt:
+        lines.append(f"beside {config.prior.pictures} pictures of {config.prior.prompt!r}, drawn by the model as it is")
+    return "\n".join([*lines, plan_text(run, {STAGE: weights_of(pipe, taught)})])
+
+
+def rehearse(run: Run[FineTuning], pipe: LatentDiffusionPipeline) -> str:
+    """The plan, with the time and the memory that a step takes; nothing is written. The model is spent."""
+    taught = begin(pipe, run.config)
+    lines = plan(run, pipe, taught)
+    prepare_unet(pipe.unet, run.config.finetune, run.accelerator.device)
+    pipe.to(run.accelerator.device)
+    seconds = timed_step(run, pipe, taught) * (2 if run.config.prior.prompt else 1)
+    hours = seconds * run.config.finetune.training.max_train_steps / 3600
+    told = f"a step takes {seconds:.2g} s here, all of them {hours:.2g} h"
+    return f"{lines}\n{told}; {peak_memory() / 1e9:.1f} GB in use at most so far"
+
+
+def identity_of_model(pipe: LatentDiffusionPipeline) -> str:
+    """By the weights that are there, whatever file they came from."""
+    return " ".join(weights_hash(network) for network in (pipe.autoencoder, pipe.text_encoder, pipe.unet))
+
+
+def _prior(run: Run[FineTuning], pipe: LatentDiffusionPipeline, made_from: str) -> DataSet | None:
+    """The class pictures, drawn now where they are not there."""
+    if run.config.prior.prompt is None:
+        return None
+    folder = run.folder / "classes"
+    with run.accelerator.main_process_first():
+        if run.accelerator.is_main_process:
+            pipe.to(run.accelerator.device)
+            draw_class(pipe, run.config, folder, made_from)
+    return open_data(run.config.model_copy(update={"data": class_data(run.config, folder)}))
+
+
+def narrow_frozen(unet: nn.Module) -> None:
+    """Keep weights that are not trained in the precision of the arithmetic: half the memory of nearly all there is.
+
+    The text encoder and the autoencoder stay as they are: what they give is the same, cached or not.
+    """
+    for parameter in unet.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _stages(
+    run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught, prior: DataSet | None
+) -> tuple[Stage, DenoiserStage]:
+    """What is trained, and what the validation looks at: fixed times and noise, every caption, no weights."""
+    config = run.config
+    learning, T = config.finetune, pipe.schedule.T
+    sets = [run.data.training, run.data.validation, *([prior.training] if prior else [])]
+    trained, validated, *others = _samples(run, pipe, taught, sets)
+    loss = DiffusionLoss(pipe.schedule, pipe.prediction, learning.weighting, learning.snr_gamma)
+    rates = learning.caption_dropout, learning.noise_offset, learning.input_perturbation
+    made = partial(DenoiserStage, taught.module, taught.parts)
+    own = made(loss, trained, Draws(config.seed, T, *rates), _order(run, run.data.training, "training"))
+    plain = DiffusionLoss(pipe.schedule, pipe.prediction)
+    draws = Draws(config.seed, T, purpose="validation", time_bins=TIME_BINS)
+    validation = made(plain, validated, draws, _order(run, run.data.validation, "validation"))
+    if prior is None:
+        return own, validation
+    draws = Draws(config.seed, T, *rates, purpose="prior")
+    beside = made(loss, others[0], draws, _order(run, prior.training, "prior"))
+    return PriorStage(own, beside, config.prior.weight), validation
+
+
+def _order(run: Run[FineTuning], examples: Examples, purpose: str) -> Order:
+    training = run.config.finetune.training
+    step = training.train_batch_size * training.gradient_accumulation_steps * run.accelerator.num_processes
+    buckets = list(examples.pictures.buckets().values())
+    return Order(run.config.seed, purpose, buckets, 1 if purpose == "validation" else step)
+
+
+def _samples(
+    run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught, sets: list[Examples]
+) -> list[Samples]:
+    learning = run.config.finetune.model_copy(update={"tune_text_encoder": taught.reads})
+    latents = latents_of(learning, sets, pipe.autoencoder, run.cache, run.accelerator)
+    sized = pipe.unet.reads_sizes
+    texts = texts_of(learning, sets, pipe.text_encoder, run.cache, run.accelerator, sized=sized)
+    names = [examples.pictures.name for examples in sets]
+    return [Samples(*of_set) for of_set in zip(latents, texts, names, strict=True)]
+
+
+def check_fits(pipe: LatentDiffusionPipeline, config: FineTuning, data: DataSet) -> None:
+    """Refuse before anything is trained what the model cannot take. Raises ConfigError."""
+    for size in data.training.pictures.buckets():
+        if any(side % pipe.multiple for side in size):
+            told = f"{size[1]}x{size[0]}, not of multiples of {pipe.multiple}"
+            raise ConfigError(f"pictures would be {told}: change --resolution or data.pictures.bucket_step")
+    if data.found and data.found.listing.streamed:
+        raise ConfigError(
+            "a streamed data set is read once, in its own order: fine-tuning needs pictures it can go back to"
+        )
+
+
+def weights_of(pipe: LatentDiffusionPipeline, taught: Taught) -> Weights:
+    """Bytes that are trained and bytes that are not."""
+    trained = sum(p.nbytes for p in taught.module.parameters() if p.requires_grad)
+    networks = (pipe.unet, pipe.text_encoder, pipe.autoencoder)
+    return Weights(trained, sum(p.nbytes for network in networks for p in network.parameters()) - trained)
+
+
+def timed_step(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught) -> float:
+    """Seconds of a step's forward and backward pass, the second of two on the first samples."""
+    learning = run.config.finetune.model_copy(update={"cache": False})
+    uncached = run.config.model_copy(update={"finetune": learning})
+    stage, _ = _stages(Run(uncached, run.folder, run.accelerator, run.data, run.checkpoints), pipe, taught, None)
+    module = taught.module.to(run.accelerator.device)
+    batch: Any = send_to_device(stage.batch(range(learning.training.train_batch_size)), run.accelerator.device)
+    for _ in range(2):
+        began = time.monotonic()
+        with run.accelerator.autocast():
+            loss = stage.loss(module, batch).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        float(loss.detach())
+    return (time.monotonic() - began) * learning.training.gradient_accumulation_steps
+
+
+def said_of(run: Run[FineTuning]) -> Mapping[str, str]:
+    """Of the training, as kohya's and modelspec's tools read it."""
+    config, training = run.config, run.config.finetune.training
+    said = {
+        "modelspec.title": config.name,
+        "modelspec.resolution": f"{config.image_size}x{config.image_size}",
+        "ss_output_name": config.name,
+        "ss_base_model": config.model or "scenes-64",
+        "ss_num_train_images": str(len(run.data.training)),
+        "ss_steps": str(training.max_train_steps),
+        "ss_learning_rate": str(training.learning_rate),
+        "ss_optimizer": training.optimizer,
+        "ss_seed": str(config.seed),
+        "ss_mixed_precision": config.mixed_precision,
+        "ss_resolution": str(config.image_size),
+        "ss_min_snr_gamma": str(config.finetune.snr_gamma or 5) if config.finetune.weighting == "min_snr" else "None",
+    }
+    if config.low_rank:
+        said |= {"ss_network_dim": str(config.lora.rank), "ss_network_alpha": str(config.lora.alpha)}
+    return said

@@ -1,0 +1,169 @@
+"""What people see of a fine-tuning: the same prompts from the same noise on the way, a page and a card at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentdiff.config import flat
+from latentdiff.data.report import Section, as_html
+from latentdiff.data.source import shown
+from latentdiff.extras import load_clip
+from latentdiff.finetuning import STAGE, FineTuning
+from latentdiff.images import to_images
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.stages.curves import curve
+from latentdiff.stages.examples import Examples
+from latentdiff.stages.run import Run
+from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, validation_losses
+
+PAGE, CARD, STRIP = "report.html", "README.md", "strip.png"
+
+
+def report(
+    pipe: LatentDiffusionPipeline,
+    config: FineTuning,
+    examples: Examples,
+    validation: DenoiserStage,
+    directory: Path,
+    step: int,
+) -> dict[str, float]:
+    """The validation loss, and what every prompt looks like now, as a row of `step-....png`.
+
+    Where the model has a CLIP of its own and the prompts are of words that it knows, their score too.
+    """
+    numbers = validation_losses(validation, TIME_BINS, pipe.schedule.T, config.finetune.training.train_batch_size)
+    prompts = prompts_of(config, examples)
+    pictures = _drawn(pipe, config, prompts)
+    directory.mkdir(parents=True, exist_ok=True)
+    _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png")
+    if config.method in ("full", "lora") and _has_clip(pipe):
+        scorer = pipe.extras.scorer
+        assert scorer is not None
+        images = to_images(pictures.repeat(3, -1) if pictures.shape[-1] == 1 else pictures)
+        numbers["clip_score"] = float(scorer.score(prompts, images.to(pipe.device)).mean())
+    return numbers
+
+
+def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
+    """Those that are asked for, or captions of validation pictures, and for a prior as many of the class."""
+    if config.shown.prompts:
+        return list(config.shown.prompts)
+    captions = [examples.caption(row % len(examples), 0) for row in range(config.shown.count)]
+    return captions + [config.prior.prompt] * len(captions) if config.prior.prompt else captions
+
+
+def _drawn(pipe: LatentDiffusionPipeline, config: FineTuning, prompts: list[str]) -> np.ndarray:
+    """uint8 (N, H, W, C), always from the same noise."""
+    side = config.image_size
+    settings: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": config.shown.num_inference_steps}
+    pictures: np.ndarray = pipe(prompts, seed=config.shown.seed, output_type="np", **settings).images
+    return pictures
+
+
+def _has_clip(pipe: LatentDiffusionPipeline) -> bool:
+    if pipe.extras.scorer is None and pipe.card.folder and (pipe.card.folder / "clip").is_dir():
+        load_clip(pipe)
+    return pipe.extras.scorer is not None
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+
+
+def write_page(run: Run[FineTuning], paths: Sequence[Path]) -> list[Path]:
+    """The page and the card beside what was learnt; returns their paths."""
+    folder, lines = run.folder, _lines(run.folder / STAGE / "log.jsonl")
+    rows = sorted((folder / STAGE / "samples").glob("step-*.png"))
+    strip = np.concatenate([np.asarray(Image.open(row).convert("RGB")) for row in rows])
+    _save(strip, folder / STRIP)
+    (folder / PAGE).write_text(_page(run, lines, rows), encoding="utf-8")
+    (folder / CARD).write_text(_card(run, lines, paths), encoding="utf-8")
+    return [folder / PAGE, folder / CARD]
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: Sequence[Path]) -> str:
+    """Before and after beside each other, prompt by prompt, the losses as curves, the settings."""
+    config = run.config
+    prompts = prompts_of(config, run.data.validation)
+    before, after = (
+        np.split(np.asarray(Image.open(row).convert("RGB")), len(prompts), 1) for row in (rows[0], rows[-1])
+    )
+    sheet = []
+    for prompt, first, last in zip(prompts, before, after, strict=True):
+        sheet += [(first, {"before": prompt}), (last, {"after": prompt})]
+    settings = tuple(f"{key} = {value}" for key, value in _differing(config).items())
+    sections = [
+        Section("model", config.model or "the default model"),
+        Section("pictures", f"{len(run.data.training):,} of {shown(config.data.pictures.source)}"),
+        Section("validation", "before and after", tuple(_compared(lines))),
+        Section("settings", "that are not the defaults of every run", settings),
+    ]
+    curves = curve("loss", [(line["step"], line["loss"]) for line in lines if "loss" in line])
+    curves += curve(
+        "validation loss", [(line["step"], line["validation_loss"]) for line in lines if "loss" not in line]
+    )
+    return as_html(f"{config.name}: {config.method}", sections, sheet, curves)
+
+
+def _differing(config: FineTuning) -> dict[str, Any]:
+    plain = flat(FineTuning.model_construct())
+    return {key: value for key, value in flat(config).items() if plain.get(key) != value}
+
+
+def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The numbers of the first and the last validation."""
+    reports = [line for line in lines if "loss" not in line]
+    first, last = reports[0], reports[-1]
+    return [f"{name}: {first[name]:.4f} -> {last[name]:.4f}" for name in first if name != "step" and name in last]
+
+
+def _card(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> str:
+    """A model card: what was taught to what, how it is used, what changed."""
+    config = run.config
+    settings = "\n".join(f"| `{key}` | {value} |" for key, value in _differing(config).items())
+    numbers = "\n".join(f"- {line}" for line in _compared(lines))
+    return f"""# {config.name}
+
+{config.model or "The default model of latentdiff"}, taught {len(run.data.training):,} pictures by {config.method}
+with latentdiff {version("latentdiff")}.
+
+![from the first step to the last, always the same prompts and noise]({STRIP})
+
+## Use
+
+```console
+{_use(config, paths[0])}
+```
+
+## Validation, before -> after
+
+{numbers}
+
+## Settings
+
+| key | value |
+|---|---|
+{settings}
+"""
+
+
+def _use(config: FineTuning, path: Path) -> str:
+    model = f" -m {config.model}" if config.model else ""
+    if config.method == "textual-inversion":
+        return f'$ latentdiff generate "{config.word.token}"{model} --embedding {path.name}'
+    return (
+        f'$ latentdiff generate "..."{model} --lora {path.name}'
+        if config.low_rank
+        else f'$ latentdiff generate "..." -m {path.name}'
+    )

@@ -1,0 +1,50 @@
+"""Two sets at once: what is taught, and beside it what must not be forgotten (Ruiz et al. 2023, eq. 2).
+
+E |target - network(taught)|^2 + weight E |target - network(prior)|^2
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from latentdiff.training.denoiser import DenoiserStage
+from latentdiff.training.loader import Batch
+
+_PRIOR = "prior."  # before the names of its tensors in a batch
+
+
+class PriorStage:
+    """A position stands for a sample of each set; the two may differ in size."""
+
+    divisible = True
+
+    def __init__(self, taught: DenoiserStage, prior: DenoiserStage, weight: float):
+        self._taught, self._prior, self._weight = taught, prior, weight
+
+    @property
+    def module(self) -> nn.Module:
+        """The one network of both."""
+        return self._taught.module
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """As of what is taught."""
+        return self._taught.parts
+
+    def batch(self, positions: range) -> Batch:
+        """The samples of both at these positions of their orders."""
+        prior = {_PRIOR + name: tensor for name, tensor in self._prior.batch(positions).items()}
+        return self._taught.batch(positions) | prior
+
+    def loss(self, module: nn.Module, batch: Any) -> Tensor:
+        """Losses (B,)."""
+        own = {name: tensor for name, tensor in batch.items() if not name.startswith(_PRIOR)}
+        prior = {name.removeprefix(_PRIOR): tensor for name, tensor in batch.items() if name.startswith(_PRIOR)}
+        return self._taught.loss(module, own) + self._weight * self._prior.loss(module, prior)
+
+    def sample_ids(self, positions: range) -> list[str]:
+        """What the user calls both pictures of each position."""
+        pairs = zip(self._taught.sample_ids(positions), self._prior.sample_ids(positions), strict=True)
+        return [f"{taught} with {prior}" for taught, prior in pairs]
