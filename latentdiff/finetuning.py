@@ -20,6 +20,7 @@ STAGE = "finetune"  # the one stage of such a run
 FILE = "finetune.toml"  # the effective settings, in the run's folder
 RANK = 16
 SMALL = 100e6  # parameters of a U-Net; Stable Diffusion 1 has 860 million, the default model 10
+TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # what is said of pictures of a new word
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
@@ -40,6 +41,7 @@ class Prior(Section):
     """Pictures of the class, drawn by the model before it is taught, which keep it as it was."""
 
     prompt: Prompt | None = Field(None, description='"a dog", where the thing itself is "a sks dog"')
+    source: str = Field("", description="a folder of such pictures, instead of drawn ones")
     pictures: int = Field(100, ge=1, le=100_000)
     weight: float = Field(1.0, ge=0, le=1000, description="of their loss beside that of the thing")
 
@@ -101,6 +103,10 @@ class FineTuning(Settings):
             raise ValueError("word is of textual-inversion")
         if not self.low_rank and self.lora != Lora():
             raise ValueError(f"lora is of the methods that train factors, not of {self.method} without a rank")
+        if self.prior.prompt is None and self.prior != Prior():
+            raise ValueError("prior is of a class: it needs prior.prompt (--class-prompt)")
+        if self.finetune.snr_gamma is not None and self.finetune.weighting == "uniform":
+            raise ValueError("finetune.snr_gamma is of a weighting, and finetune.weighting is uniform")
         if self.lora.rslora and self.lora.kohya:
             raise ValueError("kohya's format cannot say rslora: its scale is alpha / rank")
         return self
@@ -140,6 +146,9 @@ def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
     }
     dropout = 0.1 if asked.method in ("full", "lora") else 0.0  # a word is taught by every picture of it
     found: dict[str, Any] = {"finetune": {"caption_dropout": dropout, "training": training}}
+    if asked.method == "textual-inversion":
+        found["data"] = {"pictures": {"layout": "uncaptioned", "instance_prompt": asked.word.token}}
+        found["data"]["pictures"]["captions"] = {"templates": list(TEMPLATES)}
     if factors:
         rank = asked.lora.rank or RANK
         found["lora"] = {"rank": rank, "alpha": float(rank)}

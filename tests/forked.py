@@ -217,7 +217,7 @@ def recording(path, then=None):
             hashes = []
             for row in range(len(batch["rows"])):
                 digest = hashlib.sha256()
-                for name in ("noise", "posterior", "t", "texts"):
+                for name in ("noise", "posterior", "t", "context"):
                     digest.update(batch[name][row].numpy().tobytes())
                 hashes.append(digest.hexdigest()[:16])
             with Path(path).open("a") as file:

@@ -22,7 +22,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # both --train-batch-size and --train_batch_size, as diffusers' scripts have it
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+    },
 )
 app.command("generate")(generate.generate)
 app.command("train")(train.train)

@@ -25,7 +25,8 @@ _AT_ONCE = 8  # as always in the same company, a picture has the same bits howev
 def class_data(config: FineTuning, folder: Path) -> Data:
     """The settings under which the pictures are read: no caption but the class prompt."""
     assert config.prior.prompt is not None
-    pictures = Pictures(source=str(folder), layout="uncaptioned", instance_prompt=config.prior.prompt)
+    source = config.prior.source or str(folder)
+    pictures = Pictures(source=source, layout="uncaptioned", instance_prompt=config.prior.prompt)
     return Data(kind="pictures", grey=config.data.grey, pictures=pictures)
 
 

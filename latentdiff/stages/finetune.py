@@ -78,7 +78,8 @@ def plan(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught) ->
     what += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.low_rank else ""
     lines = [f"teach {what}, learning rate {config.finetune.training.learning_rate:g}"]
     if config.prior.prompt:
-        lines.append(f"beside {config.prior.pictures} pictures of {config.prior.prompt!r}, drawn by the model as it is")
+        whose = f"of {config.prior.source}" if config.prior.source else "drawn by the model as it is"
+        lines.append(f"beside {config.prior.pictures} pictures of {config.prior.prompt!r}, {whose}")
     return "\n".join([*lines, plan_text(run, {STAGE: weights_of(pipe, taught)})])
 
 
@@ -105,7 +106,7 @@ def _prior(run: Run[FineTuning], pipe: LatentDiffusionPipeline, made_from: str) 
         return None
     folder = run.folder / "classes"
     with run.accelerator.main_process_first():
-        if run.accelerator.is_main_process:
+        if run.accelerator.is_main_process and not run.config.prior.source:
             pipe.to(run.accelerator.device)
             draw_class(pipe, run.config, folder, made_from)
     return open_data(run.config.model_copy(update={"data": class_data(run.config, folder)}))

@@ -105,7 +105,7 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: Sequen
     settings = tuple(f"{key} = {value}" for key, value in _differing(config).items())
     sections = [
         Section("model", config.model or "the default model"),
-        Section("pictures", f"{len(run.data.training):,} of {shown(config.data.pictures.source)}"),
+        Section("pictures", f"{len(run.data.training):,} of {shown(Path(config.data.pictures.source).name)}"),
         Section("validation", "before and after", tuple(_compared(lines))),
         Section("settings", "that are not the defaults of every run", settings),
     ]
@@ -118,7 +118,8 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: Sequen
 
 def _differing(config: FineTuning) -> dict[str, Any]:
     plain = flat(FineTuning.model_construct())
-    return {key: value for key, value in flat(config).items() if plain.get(key) != value}
+    found = {key: value for key, value in flat(config).items() if plain.get(key) != value}
+    return {key: value if key != "data.pictures.source" else shown(Path(value).name) for key, value in found.items()}
 
 
 def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,54 @@
+"""What a fine-tuning is: defaults by method and size, and what is refused."""
+
+import pytest
+
+from latentdiff.errors import ConfigError
+from latentdiff.finetuning import SMALL, load_finetuning
+
+SOURCE = ("data.kind=pictures", "data.pictures.source=pictures")
+
+
+def loaded(*overrides, size=1e6):
+    return load_finetuning(None, (*SOURCE, *overrides), size)
+
+
+def test_defaults_are_of_the_method_and_the_size():
+    """The published rates are those of large models; what is said counts, before the size is known and after."""
+    for method, large, small in (("full", 1e-5, 2e-4), ("lora", 1e-4, 1e-3)):
+        rates = [loaded(f"method={method}", size=size).finetune.training.learning_rate for size in (SMALL, SMALL - 1)]
+        assert rates == [large, small]
+    said = loaded("method=full", "finetune.training.learning_rate=0.5", "finetune.training.max_train_steps=7")
+    assert (said.finetune.training.learning_rate, said.finetune.training.max_train_steps) == (0.5, 7)
+    assert said.finetune.training.validation_steps == 500, "beside what is said the method's own"
+    assert loaded("method=lora").lora.rank == loaded("method=lora").lora.alpha == 16
+    assert loaded("method=lora", "lora.rank=3").lora.alpha == 3
+    dreambooth = ("method=dreambooth", 'prior.prompt="a dog"')
+    assert loaded(*dreambooth).low_rank is False
+    assert loaded(*dreambooth, "lora.rank=4").low_rank is True
+    word = loaded("method=textual-inversion", "word.token=<ink>", "word.initial=ink")
+    assert (word.finetune.training.weight_decay, word.finetune.caption_dropout) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("lora.rank=0",), 'key "lora.rank": must be at least 1 (got 0)'),
+        (("lora.rank=2000",), "lora.rank"),
+        (("lora.alpha=nan",), "lora.alpha"),
+        (("lora.rnak=3",), 'unknown key "lora.rnak" (did you mean rank?)'),
+        (("method=magic",), 'key "method": must be'),
+        (("method=dreambooth",), "dreambooth needs prior.prompt"),
+        (("method=textual-inversion",), "textual-inversion needs word.token"),
+        (("method=textual-inversion", "word.token=a", "prior.prompt=b"), "trains a word's vectors alone"),
+        (("word.token=a",), "word is of textual-inversion"),
+        (("method=full", "lora.rank=4"), "lora is of the methods that train factors"),
+        (("lora.rslora=true", "lora.kohya=true"), "kohya's format cannot say rslora"),
+        (("prior.weight=2.0",), "prior is of a class"),
+        (("finetune.snr_gamma=5.0",), "snr_gamma"),
+        (("data.kind=scenes",), "data.pictures.source is missing"),
+    ],
+)
+def test_refused(overrides, message):
+    with pytest.raises(ConfigError) as refused:
+        loaded(*overrides)
+    assert message in str(refused.value)
