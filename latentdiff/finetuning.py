@@ -129,7 +129,7 @@ def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
     rates = {
         "full": (1e-5, 2e-4),
         "lora": (1e-4, 1e-3),
-        "dreambooth": (1e-4, 5e-4) if factors else (2e-6, 5e-5),
+        "dreambooth": (1e-4, 2e-4) if factors else (2e-6, 2e-5),
         "textual-inversion": (5e-4, 5e-3),
     }
     steps = {"full": 2000, "lora": 2000, "dreambooth": 400, "textual-inversion": 1000}[asked.method]

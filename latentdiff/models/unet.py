@@ -84,7 +84,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor | Context) -> Tensor:
         """See the class."""
-        told = context if isinstance(context, Context) else Context(context)
+        told = (context if isinstance(context, Context) else Context(context)).cast(self.dtype)
+        x = x.to(self.dtype)
         if told.tokens.ndim == 3:
             return self._predict(x, t, told)
         conditions = len(told.tokens)
