@@ -49,7 +49,7 @@ class Prior(Section):
 class Word(Section):
     """The word of a textual inversion."""
 
-    token: Annotated[str, Field(max_length=60)] = ""
+    token: Annotated[str, Field(max_length=60, pattern=r"^[^/\s]*$")] = ""
     initial: Annotated[str, Field(max_length=200)] = Field("", description="words its vectors begin as")
     vectors: int = Field(1, ge=1, le=64)
 

@@ -41,6 +41,7 @@ def test_defaults_are_of_the_method_and_the_size():
         (("method=textual-inversion",), "textual-inversion needs word.token"),
         (("method=textual-inversion", "word.token=a", "prior.prompt=b"), "trains a word's vectors alone"),
         (("word.token=a",), "word is of textual-inversion"),
+        (("method=textual-inversion", "word.token=a/b"), "word.token"),
         (("method=full", "lora.rank=4"), "lora is of the methods that train factors"),
         (("lora.rslora=true", "lora.kohya=true"), "kohya's format cannot say rslora"),
         (("prior.weight=2.0",), "prior is of a class"),

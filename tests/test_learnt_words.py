@@ -8,7 +8,7 @@ from torch import nn
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import ConfigError
-from latentdiff.models.textual_inversion import LearntEmbedding, begin_word, save_words
+from latentdiff.models.textual_inversion import LearntEmbedding, begin_word, save_word
 
 from . import stable_diffusion
 
@@ -63,8 +63,8 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, family):
     for parameter in vectors.values():
         parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     expected = pipe.text_encoder.context("a <ink> hill").tokens
-    path = tmp_path / ("learned_embeds.safetensors" if family == "1" else "<ink>.safetensors")
-    save_words(vectors, path)
+    path = save_word(vectors, tmp_path, "<ink>")
+    assert path.name == ("learned_embeds.safetensors" if family == "1" else "<ink>.safetensors")
     again = load(folders[family])
     assert again.load_textual_inversion(path) == ["<ink>"]
     torch.testing.assert_close(again.text_encoder.context("a <ink> hill").tokens, expected)

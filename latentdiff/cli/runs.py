@@ -22,7 +22,7 @@ def runs(
 
     if not folder.is_dir():
         raise ConfigError(f"no such folder ({folder}). Give the one that holds the run folders")
-    found = [_run(path.parent) for path in sorted(folder.glob("*/config.toml"))]
+    found = [_run(path) for path in sorted([*folder.glob("*/config.toml"), *folder.glob("*/finetune.toml")])]
     for run in found:
         if json_:
             typer.echo(json.dumps(run))
@@ -34,21 +34,33 @@ def runs(
         typer.echo(f"no runs in {folder}", err=True)
 
 
-def _run(folder: Path) -> dict[str, Any]:
+def _lengths(path: Path) -> dict[str, int]:
+    """The stages of a run's config with their last steps. Raises ConfigError."""
+    from latentdiff.config import STAGES, load_config
+    from latentdiff.finetuning import FILE, STAGE, load_finetuning
+
+    if path.name == FILE:
+        return {STAGE: load_finetuning(path).finetune.training.max_train_steps}
+    config = load_config(path)
+    names = [name for name in STAGES if name != "autoencoder" or config.autoencoder.kind == "kl"]
+    return {name: getattr(config, name).training.max_train_steps for name in names}
+
+
+def _run(path: Path) -> dict[str, Any]:
     """What a run folder says of itself; of a config that cannot be read, that."""
     from datetime import datetime
 
-    from latentdiff.config import STAGES, load_config
     from latentdiff.errors import ConfigError
     from latentdiff.training.lock import is_locked
 
+    folder = path.parent
     try:
-        config = load_config(folder / "config.toml")
+        lengths = _lengths(path)
     except ConfigError as error:
         return {"name": folder.name, "state": "unreadable", "stages": {}, "loss": None, "last": None, "why": str(error)}
-    names = [name for name in STAGES if name != "autoencoder" or config.autoencoder.kind == "kl"]
+    names = list(lengths)
     lines = {name: _last_step(folder / name / "log.jsonl") for name in names}
-    stages = {name: (lines[name].get("step", 0), getattr(config, name).training.max_train_steps) for name in names}
+    stages = {name: (lines[name].get("step", 0), lengths[name]) for name in names}
     logs = [folder / name / "log.jsonl" for name in names if (folder / name / "log.jsonl").is_file()]
     times = [log.stat().st_mtime for log in logs]
     losses = [line["loss"] for line in lines.values() if line]

@@ -154,10 +154,12 @@ def begin_word(
     return found
 
 
-def save_words(vectors: Mapping[str, Tensor], path: Path) -> None:
-    """Write learned_embeds.safetensors: {word: (n, D)}, of SDXL clip_l and clip_g."""
-    with saving(path.name, path.parent):
+def save_word(vectors: Mapping[str, Tensor], folder: Path, word: str) -> Path:
+    """Write learned_embeds.safetensors, {word: (n, D)}; of SDXL clip_l and clip_g, in a file called by the word."""
+    path = folder / (FILE if word in vectors else f"{word}.safetensors")
+    with saving(path.name, folder):
         save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}, path)
+    return path
 
 
 def _keys(word: str, text_encoder: TextEncoder | DualTextEncoder) -> Sequence[str]:

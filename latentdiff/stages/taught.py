@@ -92,8 +92,6 @@ def _word(pipe: LatentDiffusionPipeline, config: FineTuning) -> Taught:
     parts: dict[str, nn.Module] = {"word": taught_adapter.alone(vectors)}
 
     def write(folder: Path, said: Mapping[str, str]) -> list[Path]:
-        path = folder / textual_inversion.FILE
-        textual_inversion.save_words(vectors, path)
-        return [path]
+        return [textual_inversion.save_word(vectors, folder, word.token)]
 
     return Taught(ConditionedNetwork(pipe.unet, pipe.text_encoder), parts, True, write)

@@ -1,0 +1,90 @@
+"""What fine-tuning Stable Diffusion takes of memory: weights and optimizer computed, a step's activations measured.
+
+A step of batch 1 with random weights in the exact size, forward and backward on a CPU, by fused attention as on a GPU;
+each row in a process of its own. "step" is the most it held over what was there before, with gradients and narrow copies
+of the weights. A GPU needs about a gigabyte more for its kernels.
+
+    python scripts/bench/finetune_memory.py
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+ROWS = [  # family, method, side in pixels, gradient checkpointing, bytes of both moments of a weight
+    ("1", "lora", 512, False, 8),
+    ("1", "lora", 512, True, 8),
+    ("1", "full", 512, True, 8),
+    ("1", "full", 512, True, 2),
+    ("XL", "lora", 1024, True, 8),
+]
+BESIDE = {"1": 123_060_480 + 83_653_863, "XL": 123_060_480 + 694_659_840 + 83_653_863}  # text encoders, autoencoder
+
+
+def measured(family: str, method: str, side: int, checkpointing: bool) -> tuple[int, int, float]:
+    """Parameters trained and not, and gigabytes of a step."""
+    import torch
+
+    from latentdiff.build import seeded
+    from latentdiff.models import taught_adapter
+    from latentdiff.models.context import Context
+    from latentdiff.models.unet import UNet
+    from tests import stable_diffusion
+
+    torch.set_default_dtype(torch.bfloat16 if method == "lora" else torch.float32)
+    unet = UNet(stable_diffusion.unet(family, tiny=False))
+    if method == "lora":
+        with seeded(0):
+            taught_adapter.begin({"unet": unet.model}, taught_adapter.Factors(16, 16))
+    if checkpointing:
+        unet.save_memory()
+    unet.train()
+    sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])
+    more = (torch.randn(1, 1280), sizes) if family == "XL" else ()
+    context = Context(torch.randn(1, 77, unet.context_width), *more)
+    x = torch.randn(1, 4, side // 8, side // 8)
+    before = _resident()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = unet(x, 500, context).float().square().mean()
+    loss.backward()
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in unet.parameters()) - trained, _peak() - before
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e9
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    """A line a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", type=int)
+    asked = parser.parse_args()
+    if asked.row is None:
+        print("family method side checkpointing  trained   weights  optimizer  step    together")
+        for row in range(len(ROWS)):
+            subprocess.run([sys.executable, __file__, "--row", str(row)], check=True)
+        return
+    family, method, side, checkpointing, moments = ROWS[asked.row]
+    trained, frozen, step = measured(family, method, side, checkpointing)
+    weights = (4 * trained + 2 * frozen + 4 * BESIDE[family]) / 1e9
+    optimizer = (moments + 4) * trained / 1e9  # and the average
+    kind = f"{method}, 8-bit" if moments == 2 else method
+    print(
+        f"{family:6} {kind:11} {side:4} {'yes' if checkpointing else 'no':4} {trained / 1e6:12.1f} M {weights:6.1f} GB "
+        f"{optimizer:6.1f} GB {step:6.1f} GB {weights + optimizer + step:6.1f} GB",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
