@@ -56,3 +56,21 @@ def test_what_is_not_trained_is_not_averaged():
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
     assert set(Ema(module, constant_decay(0.9)).averaged) == {"weight"}
+
+
+def test_offloaded_is_the_same_average():
+    """It lies apart from the weights and goes through the same numbers."""
+    module = torch.nn.Linear(3, 2)
+    near, far = Ema(module, constant_decay(0.9)), Ema(module, constant_decay(0.9), offloaded=True)
+    for n in range(1, 4):
+        with torch.no_grad():
+            module.weight += n
+        near.update(n)
+        far.update(n)
+    for name, tensor in near.averaged.items():
+        assert far.averaged[name].device.type == "cpu"
+        assert torch.equal(far.averaged[name], tensor)
+    own = module.weight.clone()
+    with far.applied():
+        assert torch.equal(module.weight, near.averaged["weight"])
+    assert torch.equal(module.weight, own)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffusionPipeline
@@ -100,6 +101,11 @@ def test_a_method_from_command_to_picture(finetune, pictures, tmp_path, tiny_mod
         method, "pytorch_lora_weights.safetensors"
     )
     kohya = ["out-kohya.safetensors"] if method == "lora" else []
+    for name in kohya:
+        with safe_open(folder / name, "pt") as file:
+            said = file.metadata()
+        assert (said["ss_network_dim"], said["ss_steps"], said["ss_min_snr_gamma"]) == ("2", "4", "5.0")
+        assert said["modelspec.prediction_type"] == "v"
     assert paths == [result, *kohya, "report.html", "README.md"]
     plain = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")
     prompt = "a <ink>" if method == "textual-inversion" else PROMPT
@@ -213,6 +219,7 @@ def test_a_class_picture_that_is_missing(finetune, pictures, tmp_path):
         (("{captioned}", "--config", "none.toml"), 2, "cannot read config (none.toml)"),
         (("{captioned}", "--resume", "latest"), 4, "no checkpoint in out/finetune/checkpoints"),
         (("{captioned}", "--use-8bit-adam"), 2, "needs bitsandbytes"),
+        (("{captioned}", "-o", "{captioned}"), 2, "is no run of `latentdiff finetune` (000.png is in it)"),
         (("{captioned}", "-o", "trained"), 2, "trained holds another run, of `latentdiff train`"),
         (("{captioned}", "-o", "/proc/x"), 2, "cannot write to /proc/x"),
     ],

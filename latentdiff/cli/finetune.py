@@ -170,11 +170,17 @@ def _name(output: Path) -> str | None:
 
 
 def _check_run(folder: Path) -> None:
-    """Refuse a folder in which a model was trained from nothing. Raises ConfigError."""
+    """Refuse a folder of something else: the page and the card would be written over its own. Raises ConfigError."""
     from latentdiff.errors import ConfigError
+    from latentdiff.finetuning import FILE, STAGE
 
     if (folder / "config.toml").exists():
         raise ConfigError(f"{folder} holds another run, of `latentdiff train`. Choose another folder")
+    if not folder.exists() or (folder / FILE).is_file():
+        return
+    begun = {"cache", "classes", "quarantine.jsonl", ".lock", STAGE}  # by a start that was stopped early
+    if others := sorted({path.name for path in folder.iterdir()} - begun):
+        raise ConfigError(f"{folder} is no run of `latentdiff finetune` ({others[0]} is in it). Choose another folder")
 
 
 def _finetune(

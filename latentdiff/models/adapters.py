@@ -55,7 +55,7 @@ def _inject(layers: Mapping[str, Layer], network: nn.Module, name: str) -> None:
     if told.unexpected_keys:
         raise ModelError(f"adapter {name}: no place for {told.unexpected_keys[0]}")
     first = next(network.parameters())
-    network.to(device=first.device, dtype=first.dtype)
+    nn.Module.to(network, device=first.device, dtype=first.dtype)  # diffusers' own warns of every cast
 
 
 def _carriers(networks: Networks) -> list[Any]:

@@ -56,7 +56,7 @@ def finetune(run: Run[FineTuning], pipe: LatentDiffusionPipeline, say: Callable[
     paths: list[Path] = []
     if accelerator.is_main_process:
         with saving("what was learnt", run.folder):
-            paths = taught.write(run.folder, said_of(run))
+            paths = taught.write(run.folder, said_of(run, pipe))
         paths += write_page(run, paths)
     accelerator.wait_for_everyone()
     return paths
@@ -197,10 +197,15 @@ def timed_step(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taug
     return (time.monotonic() - began) * learning.training.gradient_accumulation_steps
 
 
-def said_of(run: Run[FineTuning]) -> Mapping[str, str]:
+def said_of(run: Run[FineTuning], pipe: LatentDiffusionPipeline) -> Mapping[str, str]:
     """Of the training, as kohya's and modelspec's tools read it."""
     config, training = run.config, run.config.finetune.training
+    family = {768: "v1", 1024: "v2-768-v" if pipe.prediction == "v_prediction" else "v2-512", 2048: "xl-v1-base"}
     said = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"stable-diffusion-{family.get(pipe.unet.context_width, 'of-its-own')}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "v" if pipe.prediction == "v_prediction" else pipe.prediction,
         "modelspec.title": config.name,
         "modelspec.resolution": f"{config.image_size}x{config.image_size}",
         "ss_output_name": config.name,

@@ -1,8 +1,8 @@
 """What fine-tuning Stable Diffusion takes of memory: weights and optimizer computed, a step's activations measured.
 
 A step of batch 1 with random weights in the exact size, forward and backward on a CPU, by fused attention as on a GPU;
-each row in a process of its own. "step" is the most it held over what was there before, with gradients and narrow copies
-of the weights. A GPU needs about a gigabyte more for its kernels.
+each row in a process of its own. "step" is the most it held over what was there before, with gradients and narrow
+copies of the weights. A GPU needs about a gigabyte more for its kernels.
 
     python scripts/bench/finetune_memory.py
 """
