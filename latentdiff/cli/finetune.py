@@ -35,15 +35,28 @@ def finetune(
     method: Annotated[Method | None, typer.Option(help="What is trained (default: lora).")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file such as configs/finetune-lora.toml.")] = None,
     resolution: Annotated[int | None, typer.Option("--resolution", help="Side (default: the model's).")] = None,
-    train_batch_size: Annotated[int | None, typer.Option("--train-batch-size", "--batch-size")] = None,
-    gradient_accumulation_steps: Annotated[int | None, typer.Option("--gradient-accumulation-steps")] = None,
-    max_train_steps: Annotated[int | None, typer.Option("--max-train-steps", "--steps")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
+    train_batch_size: Annotated[
+        int | None,
+        typer.Option("--train-batch-size", "--batch-size", help="Pictures at a time (default: the method's)."),
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option("--gradient-accumulation-steps", help="How many times a step (default: 1).")
+    ] = None,
+    max_train_steps: Annotated[
+        int | None, typer.Option("--max-train-steps", "--steps", help="(default: the method's)")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="(default: the method's, by the model's size)")
+    ] = None,
     lr_schedule: Annotated[
         str | None, typer.Option("--lr-scheduler", help="trapezoid, cosine, linear or constant.")
     ] = None,
-    lr_warmup_steps: Annotated[int | None, typer.Option("--lr-warmup-steps")] = None,
-    mixed_precision: Annotated[MixedPrecision | None, typer.Option("--mixed-precision")] = None,
+    lr_warmup_steps: Annotated[
+        int | None, typer.Option("--lr-warmup-steps", help="(default: a tenth, at most 100)")
+    ] = None,
+    mixed_precision: Annotated[
+        MixedPrecision | None, typer.Option("--mixed-precision", help="Of the arithmetic (default: no).")
+    ] = None,
     use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="pip install 'latentdiff[8bit]'.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
@@ -51,7 +64,9 @@ def finetune(
     snr_gamma: Annotated[
         float | None, typer.Option("--snr-gamma", "--min-snr-gamma", help="Weigh the loss by min-SNR with this gamma.")
     ] = None,
-    noise_offset: Annotated[float | None, typer.Option("--noise-offset")] = None,
+    noise_offset: Annotated[
+        float | None, typer.Option("--noise-offset", help="Deviation of a constant added to the noise.")
+    ] = None,
     train_text_encoder: Annotated[
         bool, typer.Option("--train-text-encoder", help="The text encoder is taught too.")
     ] = False,
@@ -71,7 +86,9 @@ def finetune(
     class_images: Annotated[
         int | None, typer.Option("--num-class-images", help="How many are drawn (default: 100).")
     ] = None,
-    prior_weight: Annotated[float | None, typer.Option("--prior-loss-weight")] = None,
+    prior_weight: Annotated[
+        float | None, typer.Option("--prior-loss-weight", help="Of the class beside the thing (default: 1).")
+    ] = None,
     token: Annotated[
         str | None, typer.Option("--token", "--placeholder-token", help="The new word of textual-inversion.")
     ] = None,
@@ -85,10 +102,16 @@ def finetune(
     held_out: Annotated[
         int | None, typer.Option("--validation-pictures", help="Held out of training, for the validation loss.")
     ] = None,
-    validation_steps: Annotated[int | None, typer.Option("--validation-steps")] = None,
-    checkpointing_steps: Annotated[int | None, typer.Option("--checkpointing-steps")] = None,
-    checkpoints_total_limit: Annotated[int | None, typer.Option("--checkpoints-total-limit")] = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    validation_steps: Annotated[
+        int | None, typer.Option("--validation-steps", help="How often (default: four times).")
+    ] = None,
+    checkpointing_steps: Annotated[
+        int | None, typer.Option("--checkpointing-steps", help="How often (default: every 250).")
+    ] = None,
+    checkpoints_total_limit: Annotated[
+        int | None, typer.Option("--checkpoints-total-limit", help="How many are kept (default: 2).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of all that is drawn (default: 0).")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other key of the config: data.pictures.flip=true.")
     ] = None,

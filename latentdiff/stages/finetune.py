@@ -44,9 +44,9 @@ def finetune(run: Run[FineTuning], pipe: LatentDiffusionPipeline, say: Callable[
     taught = begin(pipe, config)
     say(plan(run, pipe, taught))
     prepare_unet(pipe.unet, config.finetune, accelerator.device)
-    pipe.to(accelerator.device)
     if config.mixed_precision == "bf16":
         narrow_frozen(pipe.unet)
+    pipe.to(accelerator.device)
     stage, validation = _stages(run, pipe, taught, prior)
     start = run.start(STAGE, made_from=made_from + (f" {prior.fingerprint['sha256']}" if prior else ""))
     folder = run.folder / STAGE
