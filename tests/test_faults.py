@@ -71,7 +71,7 @@ def test_every_sample_once_an_epoch(whole, begun, tmp_path):
     assert len(samples) == len(set(samples)) == 208, "no noise twice"
 
 
-@pytest.mark.parametrize("boundary", [5, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4, 6))])
+@pytest.mark.parametrize("boundary", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4, 6, 7))])
 def test_killed_while_saving(whole, begun, boundary):
     """At boundaries of the second checkpoint's files (three tensors' and the state, manifest, folder, its parent)."""
     hook = partial(forked.in_save, 7 + boundary)
@@ -166,10 +166,10 @@ def test_without_network_or_global_generators(whole, tmp_path):
 @pytest.mark.parametrize(
     ("hook", "act", "code", "step"),
     [
-        (partial(forked.in_loss, "denoiser", 2 * 4 + 1), SIGTERM, 143, 5),
+        pytest.param(partial(forked.in_loss, "denoiser", 2 * 4 + 1), SIGTERM, 143, 5, marks=pytest.mark.slow),
         (partial(forked.in_loss, "denoiser", 2 * 4 + 2), SIGINT, 130, 5),
         (forked.in_validation, SIGTERM, 143, 4),
-        (forked.in_caching, SIGTERM, 143, None),
+        pytest.param(forked.in_caching, SIGTERM, 143, None, marks=pytest.mark.slow),
     ],
     ids=["SIGTERM in a step", "SIGINT in a step", "SIGTERM in validation", "SIGTERM in caching"],
 )

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_a_method_from_command_to_picture(finetune, pictures, tmp_path, tiny_mod
     assert str(pictures) not in page + card
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "lora")])
 def test_killed_and_gone_on_with(pictures, tmp_path, tiny_model, method):
     """SIGKILL in the middle of an accumulated step: the same bits in the end."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -262,8 +263,14 @@ def test_the_plan_alone(finetune, pictures, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", stable_diffusion.FAMILIES)
-@pytest.mark.parametrize("reads", [False, True], ids=["cached", "trained"])
+QUICKEST = (("1", True), ("XL", False))
+EACH = [
+    pytest.param(*one, marks=() if one in QUICKEST else pytest.mark.slow)
+    for one in product(stable_diffusion.FAMILIES, (False, True))
+]
+
+
+@pytest.mark.parametrize(("family", "reads"), EACH)
 def test_the_loss_is_diffusers(pictures, tmp_path, family, reads):
     """The loss of a batch against diffusers' own networks and noise, SDXL's pooled text and sizes with it."""
     theirs = stable_diffusion.pipeline(family)

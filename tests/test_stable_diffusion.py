@@ -231,7 +231,7 @@ def same_networks(first, second):
 
 
 @pytest.mark.parametrize("family", stable_diffusion.FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 def test_single_file_round_trip(folders, family, dtype, tmp_path):
     """Folder -> file -> folder -> file: the same bits each time, by diffusers' conversion, and the same picture."""
     pipe = stored_pipeline(folders[family]).to(dtype=dtype)

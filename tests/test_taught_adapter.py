@@ -1,5 +1,7 @@
 """A LoRA in training: nothing at its beginning, alone trained, and afterwards the adapter that every tool reads."""
 
+from itertools import product
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -57,7 +59,7 @@ def learnt(networks):
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "dora", "convolutions"])
 def test_it_begins_as_nothing_and_is_all_that_is_trained(folders, kind):
     pipe, networks = begun(folders["1"], KINDS[kind])
     before = drawn(load(folders["1"]))
@@ -85,8 +87,11 @@ def test_it_begins_as_nothing_and_is_all_that_is_trained(folders, kind):
     assert all(torch.equal(parameters[name], others[name]) for name in parameters), "a function of the seed"
 
 
-@pytest.mark.parametrize("family", ["1", "XL"])
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = (("plain", "1"), ("dora", "1"), ("convolutions", "XL"))
+EACH = [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in product(KINDS, ("1", "XL"))]
+
+
+@pytest.mark.parametrize(("kind", "family"), EACH)
 def test_what_is_learnt_is_read_everywhere(folders, tmp_path, kind, family):
     """The same picture by our loader and by diffusers', in PEFT's names and in kohya's.
 
