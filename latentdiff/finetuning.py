@@ -103,12 +103,22 @@ class FineTuning(Settings):
             raise ValueError("word is of textual-inversion")
         if not self.low_rank and self.lora != Lora():
             raise ValueError(f"lora is of the methods that train factors, not of {self.method} without a rank")
+        if self.lora.rslora and self.lora.kohya:
+            raise ValueError("kohya's format cannot say rslora: its scale is alpha / rank")
+        return self
+
+    @model_validator(mode="after")
+    def _all_of_it_is_used(self) -> FineTuning:
+        """As above, of what goes with every method."""
         if self.prior.prompt is None and self.prior != Prior():
             raise ValueError("prior is of a class: it needs prior.prompt (--class-prompt)")
         if self.finetune.snr_gamma is not None and self.finetune.weighting == "uniform":
             raise ValueError("finetune.snr_gamma is of a weighting, and finetune.weighting is uniform")
-        if self.lora.rslora and self.lora.kohya:
-            raise ValueError("kohya's format cannot say rslora: its scale is alpha / rank")
+        if self.prior.source and "pictures" in self.prior.model_fields_set:
+            raise ValueError("prior.pictures is how many are drawn, and prior.source has its own")
+        instance = self.data.pictures.instance_prompt
+        if self.method == "textual-inversion" and instance is not None and self.word.token not in instance:
+            raise ValueError(f"the instance prompt does not hold the word: {self.word.token} would learn nothing")
         return self
 
 
@@ -132,7 +142,9 @@ def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
         "dreambooth": (1e-4, 2e-4) if factors else (2e-6, 2e-5),
         "textual-inversion": (5e-4, 5e-3),
     }
+    said = asked.finetune.training
     steps = {"full": 2000, "lora": 2000, "dreambooth": 400, "textual-inversion": 1000}[asked.method]
+    steps = said.max_train_steps if "max_train_steps" in said.model_fields_set else steps
     training: dict[str, Any] = {
         "learning_rate": rates[asked.method][small],
         "max_train_steps": steps,

@@ -22,6 +22,9 @@ _WORDS = {
     "a valid tuple": "a list",
     "Tuple should have": "must have",
     "Field required": "is missing",
+    "String should have at least 1 character": "must not be empty",
+    "String should": "must",
+    "match pattern '^[^/\\s]*$'": "hold no space and no slash",
 }
 
 

@@ -48,7 +48,7 @@ def translated(words: Sequence[str]) -> list[str]:
         if name in (*MODEL, *DATA):
             places["model" if name in MODEL else "data"] = value if sign else next(rest, "")
         elif name in SWITCHES:
-            found += SWITCHES[name]
+            found += SWITCHES[name] if _is_on(flag, value) else []
         elif name in VALUES:
             found += ["--set", f"{VALUES[name]}={value if sign else next(rest, '')}"]
         else:
@@ -58,6 +58,12 @@ def translated(words: Sequence[str]) -> list[str]:
     if not (places.get("model") and places.get("data")):
         raise ConfigError("give --pretrained_model_name_or_path and --train_data_dir")
     return ["finetune", places["model"], places["data"], *found]
+
+
+def _is_on(flag: str, value: str) -> bool:
+    if value.lower() not in ("", "true", "1", "false", "0"):
+        raise ConfigError(f"{flag} is true or false (got {value!r})")
+    return value.lower() not in ("false", "0")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Fine-tuning whole: by every method a command, its results in our pipeline and in diffusers', kills, bad input."""
 
 import json
+import os
+import shutil
 import signal
 import sys
 from itertools import product
@@ -108,6 +110,9 @@ def test_a_method_from_command_to_picture(finetune, pictures, tmp_path, tiny_mod
         assert (said["ss_network_dim"], said["ss_steps"], said["ss_min_snr_gamma"]) == ("2", "4", "5.0")
         assert said["modelspec.prediction_type"] == "v"
     assert paths == [result, *kohya, "report.html", "README.md"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.safetensors")} == {0o666 & ~mask}
     plain = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")
     prompt = "a <ink>" if method == "textual-inversion" else PROMPT
     if method == "full":
@@ -186,6 +191,7 @@ def test_it_is_found_again_and_refused(finetune, pictures, tmp_path, tiny_model)
     assert all(torch.equal(before[name], tensor) for name, tensor in result_of(tmp_path / "out", "lora").items())
     code, _, err = finetune(pictures / "captioned", "out", *words, "--set", "lora.rank=4")
     assert (code, "cannot resume: lora.alpha 2.0 -> 4.0; lora.rank 2 -> 4" in err) == (2, True)
+    settings = (tmp_path / "out" / "finetune.toml").read_text()
     code, _, err = finetune(pictures / "bare", "out", *words, "--instance-prompt", "a star")
     assert (code, "cannot resume: dataset changed (9 -> 5 images)" in err) == (2, True)
     stable_diffusion.pipeline("1").save_pretrained(tmp_path / "sd")
@@ -193,6 +199,28 @@ def test_it_is_found_again_and_refused(finetune, pictures, tmp_path, tiny_model)
     assert code == 4
     assert "was trained on other networks than are there now" in err.splitlines()[-1]
     assert not list((tmp_path / "out" / "finetune" / "checkpoints").glob("aside-*"))
+    assert (tmp_path / "out" / "finetune.toml").read_text() == settings, "a start that is refused leaves them"
+
+
+def test_other_prompts_on_the_way(finetune, pictures, tmp_path):
+    """A page compares pictures of the same prompts: rows of others are kept beside."""
+    words = (*METHODS["lora"], *QUICK)
+    assert finetune(pictures / "captioned", "out", *words)[0] == 0
+    more = ("--validation-prompt", "a ring", "--validation-prompt", "a star", "--validation-prompt", "x")
+    code, _, err = finetune(
+        pictures / "captioned", "out", *words, *more, "--set", "finetune.training.max_train_steps=6"
+    )
+    assert code == 0, err
+    stage = tmp_path / "out" / "finetune"
+    assert sorted(path.name for path in (stage / "samples-1").glob("*.png")) == [
+        "step-00000000.png",
+        "step-00000004.png",
+    ]
+    assert [path.name for path in (stage / "samples").glob("*.png")] == ["step-00000006.png"]
+    assert np.asarray(Image.open(tmp_path / "out" / "strip.png")).shape == (64, 3 * 64, 3)
+    shutil.rmtree(stage / "samples")
+    assert finetune(pictures / "captioned", "out", *words, *more, "--steps", 6)[0] == 0
+    assert "<img" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_class_picture_that_is_missing(finetune, pictures, tmp_path):
@@ -213,6 +241,10 @@ def test_a_class_picture_that_is_missing(finetune, pictures, tmp_path):
         (("{captioned}", "--method", "textual-inversion"), 2, "needs word.token"),
         (("{bare}", "--method", "textual-inversion", "--token", "star"), 2, "the initial words are no words"),
         (("none",), 3, "none"),
+        (("",), 2, "the data is empty"),
+        (("{captioned}", "--instance-prompt", "a star"), 2, "the instance prompt is of pictures without captions"),
+        (("{captioned}", "--resolution", 32), 2, "height must be a multiple of 8 from 64"),
+        (("{bare}", "--method", "textual-inversion", "--token", "a b"), 2, "hold no space and no slash (got 'a b')"),
         (("{captioned}", "--resolution", 60), 2, "pictures would be 60x60, not of multiples of 8"),
         (("{captioned}", "--validation-pictures", 9), 3, "9 of 9 images are held out"),
         (("{captioned}", "--learning-rat", 1), 2, "No such option: --learning-rat"),

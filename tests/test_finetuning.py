@@ -19,7 +19,9 @@ def test_defaults_are_of_the_method_and_the_size():
         assert rates == [large, small]
     said = loaded("method=full", "finetune.training.learning_rate=0.5", "finetune.training.max_train_steps=7")
     assert (said.finetune.training.learning_rate, said.finetune.training.max_train_steps) == (0.5, 7)
-    assert said.finetune.training.validation_steps == 500, "beside what is said the method's own"
+    assert said.finetune.training.validation_steps == 1, "a quarter of the steps"
+    assert said.finetune.training.lr_warmup_steps == 0
+    assert said.finetune.training.checkpointing_steps == 250, "beside what is said the method's own"
     assert loaded("method=lora").lora.rank == loaded("method=lora").lora.alpha == 16
     assert loaded("method=lora", "lora.rank=3").lora.alpha == 3
     dreambooth = ("method=dreambooth", 'prior.prompt="a dog"')
@@ -45,6 +47,11 @@ def test_defaults_are_of_the_method_and_the_size():
         (("method=full", "lora.rank=4"), "lora is of the methods that train factors"),
         (("lora.rslora=true", "lora.kohya=true"), "kohya's format cannot say rslora"),
         (("prior.weight=2.0",), "prior is of a class"),
+        (('prior.prompt="a"', "prior.source=x", "prior.pictures=3"), "prior.source has its own"),
+        (
+            ("method=textual-inversion", "word.token=<x>", 'data.pictures.instance_prompt="a cat"'),
+            "<x> would learn nothing",
+        ),
         (("finetune.snr_gamma=5.0",), "snr_gamma"),
         (("data.kind=scenes",), "data.pictures.source is missing"),
     ],

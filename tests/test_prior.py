@@ -1,6 +1,7 @@
 """Prior preservation: two losses and one gradient, and the class pictures that are drawn for it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -49,9 +50,15 @@ def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
     expected = pipe("a star", seed=13, num_images_per_prompt=2, height=64, width=64).images
     for name, image in zip(names[8:], expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "whole" / name)), np.asarray(image))
-    (tmp_path / "cut").mkdir()
-    for name in names[:3]:
-        (tmp_path / "cut" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in names[3:]:
+        (tmp_path / "cut" / name).unlink()
+    said = json.loads((tmp_path / "cut" / "classes.json").read_text())
+    said.pop("pictures")  # which is said at the end
+    (tmp_path / "cut" / "classes.json").write_text(json.dumps(said))
+    other = config.model_copy(update={"prior": config.prior.model_copy(update={"prompt": "a ring"})})
+    with pytest.raises(DataError, match="of other settings"):
+        draw_class(pipe, other, tmp_path / "cut", "m")
     draw_class(pipe, config, tmp_path / "cut", "m")
     for name in (*names, "classes.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -60,7 +67,7 @@ def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
     assert {data.training.caption(row, 0) for row in range(10)} == {"a star"}
 
 
-@pytest.mark.parametrize("fault", ["missing", "another", "settings", "model"])
+@pytest.mark.parametrize("fault", ["missing", "another", "settings", "model", "damaged", "mine"])
 def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, fault):
     """Told, and nothing is drawn over."""
     folder = tmp_path / "classes"
@@ -73,7 +80,12 @@ def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, faul
         (folder / "00001.png").unlink()
     if fault == "another":
         (folder / "00001.png").write_bytes((folder / "00000.png").read_bytes())
-    expected = {"missing": "00001.png is missing", "another": "00001.png is another"}.get(fault, "of other settings")
+    if fault == "damaged":
+        (folder / "classes.json").write_text("{")
+    if fault == "mine":
+        (folder / "classes.json").unlink()
+    messages = {"missing": "00001.png is missing", "another": "00001.png is another", "damaged": "is damaged"}
+    expected = {**messages, "mine": "something else"}.get(fault, "of other settings")
     asked = config if fault == "settings" else short
     with pytest.raises(DataError, match=expected):
         draw_class(pipe, asked, folder, "other" if fault == "model" else "m")

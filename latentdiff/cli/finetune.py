@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from latentdiff.errors import ConfigError
 from latentdiff.output import check_writable
 
 
@@ -93,7 +94,10 @@ def finetune(
         str | None, typer.Option("--token", "--placeholder-token", help="The new word of textual-inversion.")
     ] = None,
     initial: Annotated[
-        str | None, typer.Option("--initial", "--initializer-token", help="What the word is like, in known ones.")
+        str | None,
+        typer.Option(
+            "--initial", "--initializer-token", help="What the word is like, in known ones; it begins as they are."
+        ),
     ] = None,
     vectors: Annotated[int | None, typer.Option("--num-vectors", help="How many it stands for (default: 1).")] = None,
     prompts: Annotated[
@@ -109,7 +113,7 @@ def finetune(
         int | None, typer.Option("--checkpointing-steps", help="How often (default: every 250).")
     ] = None,
     checkpoints_total_limit: Annotated[
-        int | None, typer.Option("--checkpoints-total-limit", help="How many are kept (default: 2).")
+        int | None, typer.Option("--checkpoints-total-limit", help="How many are kept, at least and by default 2.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of all that is drawn (default: 0).")] = None,
     set_: Annotated[
@@ -125,6 +129,9 @@ def finetune(
         bool, typer.Option("--allow-changed", help="Go on under other settings than the checkpoint's.")
     ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out pictures that cannot be used.")] = False,
+    allow_missing_captions: Annotated[
+        bool, typer.Option("--allow-missing-captions", help="Teach pictures without a caption on the empty one.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with a step's time, and stop.")] = False,
 ) -> None:
     """Teach a model your pictures. Goes on where an earlier start stopped.
@@ -134,6 +141,9 @@ def finetune(
     """
     from latentdiff.finetuning import load_finetuning
 
+    for name, value in (("model", model), ("data", data)):
+        if not value.strip():
+            raise ConfigError(f"the {name} is empty")
     training = "finetune.training."
     given: dict[str, Any] = {
         "name": _name(output) if config is None else None,
@@ -165,6 +175,7 @@ def finetune(
         "lora.kohya": kohya or None,
         "data.pictures.instance_prompt": instance_prompt,
         "data.pictures.skip_bad": skip_bad or None,
+        "data.pictures.allow_missing_captions": allow_missing_captions or None,
         "data.pictures.validation_pictures": held_out,
         "prior.prompt": class_prompt,
         "prior.pictures": class_images,
@@ -194,7 +205,6 @@ def _name(output: Path) -> str | None:
 
 def _check_run(folder: Path) -> None:
     """Refuse a folder of something else: the page and the card would be written over its own. Raises ConfigError."""
-    from latentdiff.errors import ConfigError
     from latentdiff.finetuning import FILE, STAGE
 
     if (folder / "config.toml").exists():
@@ -209,10 +219,10 @@ def _check_run(folder: Path) -> None:
 def _finetune(
     path: Path | None, overrides: tuple[Any, ...], folder: Path, resume: str, allow_changed: bool, dry_run: bool
 ) -> list[Path]:
+    import shutil
     from functools import partial
 
-    from latentdiff.config import save_config
-    from latentdiff.finetuning import FILE, STAGE
+    from latentdiff.finetuning import STAGE
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.stages.finetune import check_fits, finetune, opened, rehearse
     from latentdiff.stages.pictures import open_data
@@ -240,8 +250,9 @@ def _finetune(
             return []
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
-                save_config(config, folder / FILE)
                 data.write_quarantine(folder)
+                for left in folder.glob(".latentdiff-*"):  # by a kill while a model was written
+                    shutil.rmtree(left, ignore_errors=True)
             return finetune(run, pipe, partial(typer.echo, err=True) if accelerator.is_main_process else _nothing)
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.errors import ModelError, UnsafeError, raised_as
-from latentdiff.models.folder import is_pickle, loading, read_json, saving
+from latentdiff.models.folder import is_pickle, let_others_read, loading, read_json, saving
 from latentdiff.models.original import unet_name
 
 Networks = Mapping[str, nn.Module]  # unet, text_encoder, text_encoder_2: the libraries' own modules
@@ -307,7 +307,9 @@ def save_peft(adapter: Adapter, path: Path, said: Mapping[str, str] = MappingPro
     config: dict[str, Any] = {}
     for part, layers in adapter.layers.items():
         for module, layer in layers.items():
-            state |= {f"{part}.{module}.{name}": tensor for name, tensor in layer.factors.items()}
+            # diffusers looks for the magnitudes of a text encoder under a name of their own
+            names = {} if part == "unet" else {"lora_magnitude_vector": "lora_magnitude_vector.weight"}
+            state |= {f"{part}.{module}.{names.get(name, name)}": tensor for name, tensor in layer.factors.items()}
         ranks = {module: layer.rank for module, layer in layers.items()}
         alphas = {module: layer.full_alpha for module, layer in layers.items()}
         config |= {f"{part}.{key}": value for key, value in _peft_config(ranks, alphas).items()}
@@ -351,3 +353,4 @@ def save_kohya(
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     with saving(path.name, path.parent):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
+        let_others_read(path)

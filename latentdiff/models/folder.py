@@ -219,11 +219,11 @@ def saving(part: str, directory: Path) -> AbstractContextManager[None]:
     return raised_as(ResourceError, f"cannot write {part} ({directory})")
 
 
-def let_others_read(directory: Path) -> None:
-    """Give the weights of a folder the mode that the umask asks for: safetensors makes them their owner's alone."""
+def let_others_read(place: Path) -> None:
+    """Give a file of weights, or those of a folder, the umask's mode: safetensors makes them their owner's alone."""
     mask = os.umask(0)
     os.umask(mask)
-    for file in directory.rglob("*.safetensors"):
+    for file in place.rglob("*.safetensors") if place.is_dir() else [place]:
         file.chmod(0o666 & ~mask)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.models.dual_text_encoder import DualTextEncoder
-from latentdiff.models.folder import is_pickle, loading, saving
+from latentdiff.models.folder import is_pickle, let_others_read, loading, saving
 from latentdiff.models.text_encoder import TextEncoder
 
 _OF_SDXL = ("clip_l", "clip_g")
@@ -159,6 +159,7 @@ def save_word(vectors: Mapping[str, Tensor], folder: Path, word: str) -> Path:
     path = folder / (FILE if word in vectors else f"{word}.safetensors")
     with saving(path.name, folder):
         save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}, path)
+        let_others_read(path)
     return path
 
 

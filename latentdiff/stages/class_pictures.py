@@ -1,7 +1,7 @@
 """Pictures of the class for prior preservation: drawn by the model before it is taught, once for a run.
 
-`classes.json` in their folder says what they are, once all of them are there: what is missing or another then is told,
-and never drawn anew in silence.
+`classes.json` in their folder says of what they are before the first is drawn, and what each is once all are there:
+pictures of other settings, missing or altered ones are told, and never drawn anew in silence.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from latentdiff.config import Data, Pictures
+from latentdiff.config import Captions, Data
 from latentdiff.errors import DataError
 from latentdiff.finetuning import FineTuning
 from latentdiff.output import write_new
@@ -23,26 +23,63 @@ _AT_ONCE = 8  # as always in the same company, a picture has the same bits howev
 
 
 def class_data(config: FineTuning, folder: Path) -> Data:
-    """The settings under which the pictures are read: no caption but the class prompt."""
-    assert config.prior.prompt is not None
-    source = config.prior.source or str(folder)
-    pictures = Pictures(source=source, layout="uncaptioned", instance_prompt=config.prior.prompt)
-    return Data(kind="pictures", grey=config.data.grey, pictures=pictures)
+    """The settings under which the pictures are read: as the thing's own, but with no caption but the class prompt."""
+    own = {
+        "source": config.prior.source or str(folder),
+        "layout": "uncaptioned",
+        "instance_prompt": config.prior.prompt,
+        "validation_pictures": 0,
+        "captions": Captions(),
+    }
+    return config.data.model_copy(update={"pictures": config.data.pictures.model_copy(update=own)})
 
 
 def draw_class(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, model: str) -> None:
     """Draw what is not there yet; `model` is the identity of what draws. Raises DataError."""
-    asked = {"prompt": config.prior.prompt, "seed": config.seed, "size": config.image_size, "model": model}
-    if (folder / _SAID).is_file():
-        _check(folder, asked, config.prior.pictures)
+    prior = config.prior
+    asked = {
+        "prompt": prior.prompt,
+        "seed": config.seed,
+        "size": config.image_size,
+        "count": prior.pictures,
+        "model": model,
+    }
+    said = _said(folder, asked)
+    if said is not None:
+        _check(folder, said)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, config.prior.pictures, _AT_ONCE):
-        numbers = range(first, min(first + _AT_ONCE, config.prior.pictures))
+    for first in range(0, prior.pictures, _AT_ONCE):
+        numbers = range(first, min(first + _AT_ONCE, prior.pictures))
         if not all(_path(folder, number).is_file() for number in numbers):
             _draw(pipe, config, folder, numbers)
-    sums = {path.name: _sha256(path) for path in sorted(folder.glob("*.png"))}
-    write_new(folder / _SAID, (json.dumps({**asked, "pictures": sums}, indent=1) + "\n").encode())
+    sums = {path.name: _sha256(path) for path in (_path(folder, number) for number in range(prior.pictures))}
+    _say(folder, {**asked, "pictures": sums})
+
+
+def _said(folder: Path, asked: dict[str, Any]) -> dict[str, str] | None:
+    """The sums of finished pictures of these settings; None where there are none yet. Raises DataError."""
+    path = folder / _SAID
+    if not path.is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise DataError(f"there is something else where class pictures are to be ({folder}). Move it away")
+        folder.mkdir(parents=True, exist_ok=True)
+        _say(folder, asked)
+        return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        sums = said.pop("pictures", None)
+    except (ValueError, AttributeError, RecursionError):
+        raise DataError(f"{_SAID} is damaged ({folder}). Move the folder away to have new pictures drawn") from None
+    if said != asked or not isinstance(sums, dict | None):
+        raise DataError(f"the class pictures are of other settings ({folder}). Move them away to have new ones drawn")
+    return sums
+
+
+def _say(folder: Path, tree: dict[str, Any]) -> None:
+    """Whole or not there."""
+    partial = folder / f".{_SAID}"
+    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    partial.rename(folder / _SAID)
 
 
 def _draw(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, numbers: range) -> None:
@@ -54,11 +91,7 @@ def _draw(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, numbe
         write_new(_path(folder, number), encoded(image, ".png", record))
 
 
-def _check(folder: Path, asked: dict[str, Any], count: int) -> None:
-    said = json.loads((folder / _SAID).read_text())
-    sums = said.pop("pictures")
-    if said != asked or len(sums) != count:
-        raise DataError(f"the class pictures are of other settings ({folder}). Move them away to have new ones drawn")
+def _check(folder: Path, sums: dict[str, str]) -> None:
     for name, expected in sums.items():
         fault = "missing" if not (folder / name).is_file() else "" if _sha256(folder / name) == expected else "another"
         if fault:

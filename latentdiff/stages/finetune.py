@@ -12,10 +12,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from latentdiff.config import Override
+from latentdiff.config import Override, save_config
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.errors import ConfigError
-from latentdiff.finetuning import STAGE, FineTuning, load_finetuning
+from latentdiff.finetuning import FILE, STAGE, FineTuning, load_finetuning
 from latentdiff.models.folder import saving
 from latentdiff.models.weights import weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -27,7 +27,7 @@ from latentdiff.stages.examples import Examples
 from latentdiff.stages.pictures import DataSet, open_data
 from latentdiff.stages.plan import Weights, plan_text
 from latentdiff.stages.run import Run
-from latentdiff.stages.shown import report, write_page
+from latentdiff.stages.shown import keep_rows_apart, report, write_page
 from latentdiff.stages.taught import Taught, begin
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, Draws, Samples
 from latentdiff.training.loop import Stage
@@ -48,6 +48,12 @@ def finetune(run: Run[FineTuning], pipe: LatentDiffusionPipeline, say: Callable[
         narrow_frozen(pipe.unet)
     pipe.to(accelerator.device)
     stage, validation = _stages(run, pipe, taught, prior)
+    if config.finetune.cache and not (taught.reads or config.data.pictures.captions.shuffle_tags):
+        pipe.text_encoder.to("cpu")  # every caption is encoded: of SDXL three gigabytes
+    if accelerator.is_main_process:
+        keep_rows_apart(run.folder / STAGE / "samples", config, run.data.validation)
+        if not (run.folder / FILE).is_file():  # of a run that goes on, once it has been accepted
+            save_config(config, run.folder / FILE)
     start = run.start(STAGE, made_from=made_from + (f" {prior.fingerprint['sha256']}" if prior else ""))
     folder = run.folder / STAGE
     told = partial(report, pipe, config, run.data.validation, validation, folder / "samples")
@@ -55,6 +61,7 @@ def finetune(run: Run[FineTuning], pipe: LatentDiffusionPipeline, say: Callable[
     run_stage(accelerator, stage, settings, folder, told, start, run.interruption, from_the_start=True)
     paths: list[Path] = []
     if accelerator.is_main_process:
+        save_config(config, run.folder / FILE)
         with saving("what was learnt", run.folder):
             paths = taught.write(run.folder, said_of(run, pipe))
         paths += write_page(run, paths)
@@ -78,20 +85,25 @@ def plan(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught) ->
     what += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.low_rank else ""
     lines = [f"teach {what}, learning rate {config.finetune.training.learning_rate:g}"]
     if config.prior.prompt:
-        whose = f"of {config.prior.source}" if config.prior.source else "drawn by the model as it is"
-        lines.append(f"beside {config.prior.pictures} pictures of {config.prior.prompt!r}, {whose}")
+        drawn = f"{config.prior.pictures} pictures, drawn by the model as it is,"
+        lines.append(
+            f"beside {f'those of {config.prior.source}' if config.prior.source else drawn} of {config.prior.prompt!r}"
+        )
     return "\n".join([*lines, plan_text(run, {STAGE: weights_of(pipe, taught)})])
 
 
 def rehearse(run: Run[FineTuning], pipe: LatentDiffusionPipeline) -> str:
     """The plan, with the time and the memory that a step takes; nothing is written. The model is spent."""
+    if run.config.prior.source:
+        _prior(run, pipe, "")  # sound, or refused
     taught = begin(pipe, run.config)
     lines = plan(run, pipe, taught)
     prepare_unet(pipe.unet, run.config.finetune, run.accelerator.device)
     pipe.to(run.accelerator.device)
     seconds = timed_step(run, pipe, taught) * (2 if run.config.prior.prompt else 1)
     hours = seconds * run.config.finetune.training.max_train_steps / 3600
-    told = f"a step takes {seconds:.2g} s here, all of them {hours:.2g} h"
+    total = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    told = f"a step takes {seconds:.2g} s here, all of them {total}"
     return f"{lines}\n{told}; {peak_memory() / 1e9:.1f} GB in use at most so far"
 
 
@@ -168,10 +180,23 @@ def check_fits(pipe: LatentDiffusionPipeline, config: FineTuning, data: DataSet)
         if any(side % pipe.multiple for side in size):
             told = f"{size[1]}x{size[0]}, not of multiples of {pipe.multiple}"
             raise ConfigError(f"pictures would be {told}: change --resolution or data.pictures.bucket_step")
+    pipe.size(pipe.request("-", height=config.image_size, width=config.image_size))  # what a validation draws
+    _check_captions(config, data)
     if data.found and data.found.listing.streamed:
         raise ConfigError(
             "a streamed data set is read once, in its own order: fine-tuning needs pictures it can go back to"
         )
+
+
+def _check_captions(config: FineTuning, data: DataSet) -> None:
+    """What is asked to be said of pictures is said of some. Raises ConfigError."""
+    instance, captions = config.data.pictures.instance_prompt, data.training.every_caption()
+    own = data.found and instance is not None and all(p.captions != (instance,) for p in data.found.pictures)
+    if own:
+        told = "the instance prompt is of pictures without captions, and all have their own"
+        raise ConfigError(f"{told}. Leave it out, or --set data.pictures.layout=uncaptioned")
+    if config.method == "textual-inversion" and captions and not any(config.word.token in c for c in captions):
+        raise ConfigError(f"no caption holds the word {config.word.token}: it would learn nothing")
 
 
 def weights_of(pipe: LatentDiffusionPipeline, taught: Taught) -> Weights:

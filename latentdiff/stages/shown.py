@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,11 @@ from PIL import Image
 from latentdiff.config import flat
 from latentdiff.data.report import Section, as_html
 from latentdiff.data.source import shown
+from latentdiff.errors import DataError
 from latentdiff.extras import load_clip
 from latentdiff.finetuning import STAGE, FineTuning
 from latentdiff.images import to_images
+from latentdiff.metadata import recorded
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.stages.curves import curve
 from latentdiff.stages.examples import Examples
@@ -51,6 +54,18 @@ def report(
     return numbers
 
 
+def keep_rows_apart(directory: Path, config: FineTuning, examples: Examples) -> None:
+    """Rows of other prompts, seeds or sizes than are drawn now go into a folder beside: a page compares equals."""
+    shown_now = config.shown.model_dump(mode="json") | {"size": config.image_size}
+    said = json.dumps(shown_now | {"prompts": prompts_of(config, examples)}, sort_keys=True) + "\n"
+    path = directory / "prompts.json"
+    if directory.is_dir() and not (path.is_file() and path.read_text(encoding="utf-8") == said):
+        number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}-{n}").exists())
+        directory.rename(directory.with_name(f"{directory.name}-{number}"))
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(said, encoding="utf-8")
+
+
 def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
     """Those that are asked for, or captions of validation pictures, and for a prior as many of the class."""
     if config.shown.prompts:
@@ -80,31 +95,36 @@ def _save(pixels: np.ndarray, path: Path) -> None:
 def write_page(run: Run[FineTuning], paths: Sequence[Path]) -> list[Path]:
     """The page and the card beside what was learnt; returns their paths."""
     folder, lines = run.folder, _lines(run.folder / STAGE / "log.jsonl")
-    rows = sorted((folder / STAGE / "samples").glob("step-*.png"))
-    strip = np.concatenate([np.asarray(Image.open(row).convert("RGB")) for row in rows])
-    _save(strip, folder / STRIP)
+    rows = [_row(path) for path in sorted((folder / STAGE / "samples").glob("step-*.png"))]
+    if rows:
+        _save(np.concatenate(rows), folder / STRIP)
     (folder / PAGE).write_text(_page(run, lines, rows), encoding="utf-8")
     (folder / CARD).write_text(_card(run, lines, paths), encoding="utf-8")
     return [folder / PAGE, folder / CARD]
+
+
+def _row(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except OSError:
+        raise DataError(f"a row of pictures cannot be read ({path}). Remove it; what was learnt is written") from None
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: Sequence[Path]) -> str:
+def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[np.ndarray]) -> str:
     """Before and after beside each other, prompt by prompt, the losses as curves, the settings."""
     config = run.config
     prompts = prompts_of(config, run.data.validation)
-    before, after = (
-        np.split(np.asarray(Image.open(row).convert("RGB")), len(prompts), 1) for row in (rows[0], rows[-1])
-    )
+    ends = [np.split(row, len(prompts), 1) for row in (rows[:1] + rows[-1:])] or [[], []]
     sheet = []
-    for prompt, first, last in zip(prompts, before, after, strict=True):
+    for prompt, first, last in zip(prompts, *ends, strict=False):
         sheet += [(first, {"before": prompt}), (last, {"after": prompt})]
     settings = tuple(f"{key} = {value}" for key, value in _differing(config).items())
     sections = [
-        Section("model", config.model or "the default model"),
+        Section("model", _model(config)),
         Section("pictures", f"{len(run.data.training):,} of {shown(Path(config.data.pictures.source).name)}"),
         Section("validation", "before and after", tuple(_compared(lines))),
         Section("settings", "that are not the defaults of every run", settings),
@@ -116,10 +136,15 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: Sequen
     return as_html(f"{config.name}: {config.method}", sections, sheet, curves)
 
 
+def _model(config: FineTuning) -> str:
+    return recorded(Path(config.model)) if config.model else "the default model"
+
+
 def _differing(config: FineTuning) -> dict[str, Any]:
     plain = flat(FineTuning.model_construct())
     found = {key: value for key, value in flat(config).items() if plain.get(key) != value}
-    return {key: value if key != "data.pictures.source" else shown(Path(value).name) for key, value in found.items()}
+    places = ("data.pictures.source", "model", "prior.source")  # of which pages do not tell the folders
+    return {key: shown(Path(value).name) if key in places else value for key, value in found.items()}
 
 
 def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -136,8 +161,8 @@ def _card(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], paths: Seque
     numbers = "\n".join(f"- {line}" for line in _compared(lines))
     return f"""# {config.name}
 
-{config.model or "The default model of latentdiff"}, taught {len(run.data.training):,} pictures by {config.method}
-with latentdiff {version("latentdiff")}.
+Taught to {_model(config)}: {len(run.data.training):,} pictures, by {config.method}.
+Made with latentdiff {version("latentdiff")}.
 
 ![from the first step to the last, always the same prompts and noise]({STRIP})
 
@@ -160,11 +185,18 @@ with latentdiff {version("latentdiff")}.
 
 
 def _use(config: FineTuning, path: Path) -> str:
-    model = f" -m {config.model}" if config.model else ""
+    """A command for where the training was started; of an absolute path the name alone is told."""
+    options = {
+        "-m": config.model and recorded(Path(config.model)),
+        "--variant": config.variant,
+        "--revision": config.revision,
+    }
+    words = [word for option, value in options.items() if value for word in (option, value)]
+    prompt = config.data.pictures.instance_prompt or "..."
     if config.method == "textual-inversion":
-        return f'$ latentdiff generate "{config.word.token}"{model} --embedding {path.name}'
-    return (
-        f'$ latentdiff generate "..."{model} --lora {path.name}'
-        if config.low_rank
-        else f'$ latentdiff generate "..." -m {path.name}'
-    )
+        prompt, words = f"a {config.word.token}", [*words, "--embedding", recorded(path)]
+    elif config.low_rank:
+        words += ["--lora", recorded(path)]
+    else:
+        words = ["-m", recorded(path)]
+    return "$ " + shlex.join(["latentdiff", "generate", prompt, *words])

@@ -22,7 +22,7 @@ ROWS = [  # family, method, side in pixels, gradient checkpointing, bytes of bot
     ("1", "full", 512, True, 2),
     ("XL", "lora", 1024, True, 8),
 ]
-BESIDE = {"1": 123_060_480 + 83_653_863, "XL": 123_060_480 + 694_659_840 + 83_653_863}  # text encoders, autoencoder
+AUTOENCODER = 83_653_863  # text encoders leave the device once the captions are encoded
 
 
 def measured(family: str, method: str, side: int, checkpointing: bool) -> tuple[int, int, float]:
@@ -76,7 +76,7 @@ def main() -> None:
         return
     family, method, side, checkpointing, moments = ROWS[asked.row]
     trained, frozen, step = measured(family, method, side, checkpointing)
-    weights = (4 * trained + 2 * frozen + 4 * BESIDE[family]) / 1e9
+    weights = (4 * trained + 2 * frozen + 4 * AUTOENCODER) / 1e9
     optimizer = (moments + 4) * trained / 1e9  # and the average
     kind = f"{method}, 8-bit" if moments == 2 else method
     print(
