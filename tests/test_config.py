@@ -4,6 +4,7 @@ import pytest
 
 from latentdiff.config import Config, load_config, save_config
 from latentdiff.errors import ConfigError
+from latentdiff.finetuning import load_finetuning
 
 from .conftest import ROOT
 
@@ -12,10 +13,11 @@ CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load_and_save(path, tmp_path):
-    config = load_config(path)
+    load = load_finetuning if path.stem.startswith("finetune-") else load_config
+    config = load(path)
     assert config.name == path.stem
     save_config(config, tmp_path / "config.toml")
-    assert load_config(tmp_path / "config.toml") == config
+    assert load(tmp_path / "config.toml") == config
 
 
 def test_the_objective_defaults_to_ddpm_s():
