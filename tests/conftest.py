@@ -56,6 +56,18 @@ def pipe(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tiny Stable Diffusion of each family, written by diffusers."""
+    from . import stable_diffusion
+
+    made = {}
+    for family in stable_diffusion.FAMILIES:
+        made[family] = tmp_path_factory.mktemp("sd") / family
+        stable_diffusion.pipeline(family).save_pretrained(made[family])
+    return made
+
+
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A short run of the tiny config that nothing happens to: how others must end that are killed and go on."""
     from .forked import train

@@ -14,6 +14,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from latentdiff import LatentDiffusionPipeline
 from latentdiff.models.text_encoder import clip_tokenizer
 
 FAMILIES = ("1", "2", "XL")
@@ -92,6 +93,11 @@ def text_encoder(encoder, tiny):
         pad_token_id=49407 if encoder == "L" else 0,
     )
     return (CLIPTextModelWithProjection if encoder == "bigG" else CLIPTextModel)(config)
+
+
+def load(folder):
+    """Our pipeline of a folder, on the CPU."""
+    return LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
 
 
 def pipeline(family, tiny=True, inpainting=False, seed=0, prediction=None):

@@ -9,29 +9,16 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.extras import load_adapter, networks_of
 from latentdiff.models.adapter_file import read_adapter, save_kohya, save_peft
 from latentdiff.models.prompt import Style
 
 from . import stable_diffusion
+from .stable_diffusion import load
 
 PROMPT = "a castle on a hill"
 ASKED = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-    for family in ("1", "XL"):
-        made[family] = tmp_path_factory.mktemp("sd") / family
-        stable_diffusion.pipeline(family).save_pretrained(made[family])
-    return made
-
-
-def load(folder):
-    return LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
 
 
 def drawn(pipe):
@@ -64,7 +51,8 @@ def adapter_state(folder, family, rank=4):
 def files(folders, tmp_path_factory):
     """The same adapter of each family in PEFT's names and in kohya's, with an alpha that is not the rank."""
     made = {}
-    for family, folder in folders.items():
+    for family in ("1", "XL"):
+        folder = folders[family]
         place = tmp_path_factory.mktemp("lora") / family
         place.mkdir()
         state = adapter_state(folder, family)

@@ -6,24 +6,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from latentdiff import LatentDiffusionPipeline
 from latentdiff.errors import ConfigError
 from latentdiff.models.textual_inversion import LearntEmbedding, begin_word, save_word
 
-from . import stable_diffusion
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-    for family in ("1", "XL"):
-        made[family] = tmp_path_factory.mktemp("sd") / family
-        stable_diffusion.pipeline(family).save_pretrained(made[family])
-    return made
-
-
-def load(folder):
-    return LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+from .stable_diffusion import load
 
 
 def test_an_embedding_with_rows_of_its_own():

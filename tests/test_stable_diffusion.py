@@ -35,16 +35,6 @@ SOLVERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """One folder for each family, written by diffusers."""
-    made = {}
-    for family in stable_diffusion.FAMILIES:
-        made[family] = tmp_path_factory.mktemp("sd") / family
-        stable_diffusion.pipeline(family).save_pretrained(made[family])
-    return made
-
-
 @pytest.fixture(scope="module", params=stable_diffusion.FAMILIES)
 def both(request, folders):
     """Our pipeline and diffusers' of one folder."""

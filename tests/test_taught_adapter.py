@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from latentdiff import LatentDiffusionPipeline
 from latentdiff.build import seeded
 from latentdiff.errors import ConfigError
 from latentdiff.extras import networks_of
@@ -14,7 +13,7 @@ from latentdiff.models import taught_adapter
 from latentdiff.models.adapter_file import save_kohya, save_peft
 from latentdiff.models.taught_adapter import Factors
 
-from . import stable_diffusion
+from .stable_diffusion import load
 
 PROMPT = "a castle on a hill"
 ASKED = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
@@ -24,19 +23,6 @@ KINDS = {
     "dora": Factors(3, 3.0, dora=True),
     "convolutions": Factors(2, 4.0, convolutions=True),
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-    for family in ("1", "XL"):
-        made[family] = tmp_path_factory.mktemp("sd") / family
-        stable_diffusion.pipeline(family).save_pretrained(made[family])
-    return made
-
-
-def load(folder):
-    return LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
 
 
 def drawn(pipe):
