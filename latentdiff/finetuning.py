@@ -114,7 +114,7 @@ class FineTuning(Settings):
             raise ValueError("prior is of a class: it needs prior.prompt (--class-prompt)")
         if self.finetune.snr_gamma is not None and self.finetune.weighting == "uniform":
             raise ValueError("finetune.snr_gamma is of a weighting, and finetune.weighting is uniform")
-        if self.prior.source and "pictures" in self.prior.model_fields_set:
+        if self.prior.source and self.prior.pictures != Prior().pictures:  # by value: a saved config says all of them
             raise ValueError("prior.pictures is how many are drawn, and prior.source has its own")
         instance = self.data.pictures.instance_prompt
         if self.method == "textual-inversion" and instance is not None and self.word.token not in instance:

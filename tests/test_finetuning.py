@@ -2,6 +2,7 @@
 
 import pytest
 
+from latentdiff.config import save_config
 from latentdiff.errors import ConfigError
 from latentdiff.finetuning import SMALL, load_finetuning
 
@@ -29,6 +30,21 @@ def test_defaults_are_of_the_method_and_the_size():
     assert loaded(*dreambooth, "lora.rank=4").low_rank is True
     word = loaded("method=textual-inversion", "word.token=<ink>", "word.initial=ink")
     assert (word.finetune.training.weight_decay, word.finetune.caption_dropout) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=lora",),
+        ("method=full",),
+        ("method=dreambooth", 'prior.prompt="a dog"', "prior.source=dogs"),
+        ("method=textual-inversion", "word.token=<ink>"),
+    ],
+)
+def test_what_is_saved_is_read_again(overrides, tmp_path):
+    """With every default written down, as a run's folder has it."""
+    save_config(loaded(*overrides), tmp_path / "finetune.toml")
+    assert load_finetuning(tmp_path / "finetune.toml") == loaded(*overrides)
 
 
 @pytest.mark.parametrize(
