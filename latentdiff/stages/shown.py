@@ -44,7 +44,6 @@ def report(
     numbers = validation_losses(validation, TIME_BINS, pipe.schedule.T, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
     pictures = _drawn(pipe, config, prompts)
-    directory.mkdir(parents=True, exist_ok=True)
     _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png")
     if config.method in ("full", "lora") and _has_clip(pipe):
         scorer = pipe.extras.scorer
