@@ -64,6 +64,7 @@ def load_adapter(
     from latentdiff.models import adapter_file, adapters
     from latentdiff.models.folder import file_hash
 
+    pipe.in_torch("an adapter")
     _check_weight(weight)
     file = adapter_file.adapter_path(path)
     called = re.sub(r"\W", "_", str(name or (path.name if path.is_dir() else path.stem)))
@@ -118,6 +119,7 @@ def load_words(pipe: LatentDiffusionPipeline, path: Path, word: str | None = Non
     from latentdiff.models import textual_inversion
     from latentdiff.models.folder import file_hash
 
+    pipe.in_torch("a learnt word")
     words = textual_inversion.load_words(path, pipe.text_encoder, word)
     file = path / textual_inversion.FILE if path.is_dir() else path
     source = Source("embedding", recorded(path), file_hash(file), word=word)
@@ -135,6 +137,7 @@ def load_clip(pipe: LatentDiffusionPipeline, directory: Path | None = None) -> N
     from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
     from latentdiff.models.weights import load_clip
 
+    pipe.in_torch("guidance by CLIP")
     if directory is not None:
         scorer, source = load_scorer(directory), Source("clip", recorded(directory), file_hash(directory / WEIGHTS))
     else:
@@ -151,6 +154,7 @@ def load_weaker(pipe: LatentDiffusionPipeline, path: str | Path) -> None:
     """A weaker model for autoguidance: smaller, or trained for less time. Raises ModelError where latents differ."""
     from latentdiff.pretrained import load_pipeline
 
+    pipe.in_torch("a weaker model")
     weaker = load_pipeline(path, device=str(pipe.device), dtype=pipe.unet.dtype)
     same = weaker.schedule.alphas_cumprod.tolist() == pipe.schedule.alphas_cumprod.tolist()
     if not same or weaker.autoencoder.latent_channels != pipe.autoencoder.latent_channels:

@@ -8,24 +8,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
+
+from latentdiff.arrays import Array, to_numpy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def to_images(pictures: np.ndarray) -> Tensor:
+def to_values(pictures: np.ndarray) -> NDArray[np.float32]:
     """uint8 (B, H, W, C) -> float32 (B, C, H, W) in [-1, 1]: 0 is -1, 255 is 1."""
+    scaled = pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def to_images(pictures: np.ndarray) -> Tensor:
+    """See `to_values`; as a tensor."""
     import torch
 
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1)
+    return torch.from_numpy(to_values(pictures))
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
+def to_uint8(images: Array) -> NDArray[np.uint8]:
     """(B, C, H, W) about in [-1, 1] -> uint8 (B, H, W, C), clamped and rounded."""
-    import torch
-
-    scaled = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return np.ascontiguousarray(scaled.permute(0, 2, 3, 1).cpu().numpy())
+    scaled = np.rint((to_numpy(images).clip(-1, 1) + np.float32(1)) * np.float32(127.5))
+    return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1).astype(np.uint8))
 
 
 def luminance(pictures: np.ndarray) -> np.ndarray:

@@ -83,11 +83,14 @@ def recorded(path: Path) -> str:
     return path.name if path.is_absolute() else path.as_posix()
 
 
+_COMPUTE = {"torch": ("torch", "diffusers", "transformers"), "openvino": ("openvino", "tokenizers")}
+
+
 @cache
-def installed_versions() -> dict[str, str]:
+def installed_versions(runtime: str = "torch") -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for name in ("latentdiff", "torch", "diffusers", "transformers", "numpy"):
+    for name in ("latentdiff", *_COMPUTE[runtime], "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from latentdiff.errors import ConfigError
 
@@ -69,6 +71,12 @@ def whole(output: Path) -> Iterator[Path]:
             target = output / file.relative_to(made)
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """A file of JSON, in folders made for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def write_new(path: Path, content: bytes) -> None:

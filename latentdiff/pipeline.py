@@ -6,23 +6,25 @@ pipe("a red circle above a blue square", seed=7).images[0].save("scene.png")
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from latentdiff import extras
+from latentdiff.arrays import Array, as_tensor, library, to_numpy
 from latentdiff.diffusion.samplers import Step
 from latentdiff.diffusion.schedule import NoiseSchedule
 from latentdiff.drawing import given
 from latentdiff.drawing.job import NOTHING, Job, Own, jobs_of
 from latentdiff.drawing.plan import enlarged, step_counts
 from latentdiff.errors import ConfigError, NonFiniteError
-from latentdiff.images import luminance, to_images, to_uint8
+from latentdiff.images import luminance, to_uint8, to_values
 from latentdiff.metadata import ImageMetadata, installed_versions
 from latentdiff.request import SIDES, Request, check_size, request
 
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from latentdiff.models.text_encoder import TextEncoder
     from latentdiff.models.unet import UNet
 
+    Networks = tuple[Autoencoder | IdentityAutoencoder, TextEncoder | DualTextEncoder, UNet]
+
+Runtime = Literal["torch", "openvino"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -77,7 +82,8 @@ class ModelCard:
 class LatentDiffusionPipeline:
     """Networks, a noise schedule and what the network predicts; everything else is an argument of the call.
 
-    extras: what was loaded beside the model.
+    extras: what was loaded beside the model. runtime: what the networks compute with, torch or OpenVINO (on NumPy
+    arrays); torch_networks: makes those that take over when something is asked for that only torch has.
     """
 
     def __init__(
@@ -88,9 +94,13 @@ class LatentDiffusionPipeline:
         schedule: NoiseSchedule,
         prediction: str,
         card: ModelCard,
+        *,
+        runtime: Runtime = "torch",
+        torch_networks: Callable[[], Networks] | None = None,
     ):
         self.autoencoder, self.text_encoder, self.unet = autoencoder, text_encoder, unet
         self.schedule, self.prediction, self.card = schedule, prediction, card
+        self.runtime, self._torch_networks = runtime, torch_networks
         self.extras = extras.Extras()
         self._place: torch.device | None = None
         self._notes: list[str] = []
@@ -100,19 +110,23 @@ class LatentDiffusionPipeline:
         cls,
         path: str | Path | None = None,
         *,
-        device: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        runtime: str = "auto",
     ) -> LatentDiffusionPipeline:
         """The model of a folder in diffusers' layout, of a single .safetensors file or of a hub id.
 
-        Without a path, the default model inside the package. A hub id is fetched once, at `revision`. On CUDA where
-        there is one, float32 unless told otherwise. Raises ModelError, UnsafeError.
+        Without a path, the default model inside the package. A hub id is fetched once, at `revision`. runtime: see
+        `latentdiff.runtimes`. By torch on CUDA where there is one, float32 unless told otherwise. Raises ModelError,
+        UnsafeError, ConfigError.
         """
-        from latentdiff.pretrained import load_pipeline
+        from latentdiff import runtimes
 
-        return load_pipeline(path, device=device, dtype=torch_dtype, variant=variant, revision=revision)
+        return runtimes.load(
+            path, runtime=runtime, device=device, dtype=torch_dtype, variant=variant, revision=revision
+        )
 
     @classmethod
     def from_single_file(cls, path: str | Path, **settings: Any) -> LatentDiffusionPipeline:
@@ -123,11 +137,13 @@ class LatentDiffusionPipeline:
         """Write a folder that this class and diffusers' pipelines load."""
         from latentdiff.pretrained import save_pipeline
 
+        self.in_torch("saving")
         save_pipeline(self, extras.path_of(directory))
 
     @property
     def components(self) -> dict[str, Any]:
         """The parts, by diffusers' names."""
+        self.in_torch("components")
         return {
             "vae": self.autoencoder,
             "text_encoder": self.text_encoder,
@@ -139,6 +155,10 @@ class LatentDiffusionPipeline:
         """Move the networks and what was loaded beside them; returns itself. Raises ConfigError."""
         from latentdiff.runtime.device import check_dtype, usable_device
 
+        if self.runtime != "torch" and (dtype is not None or str(device) not in ("cpu", "None")):
+            self.in_torch("moving")
+        elif self.runtime != "torch":
+            return self
         device = None if device is None else usable_device(device)
         check_dtype(dtype)
         for network in (self.autoencoder, self.text_encoder, self.unet):
@@ -156,6 +176,7 @@ class LatentDiffusionPipeline:
         """
         from latentdiff.runtime.offload import offload
 
+        self.in_torch("offloading")
         self._place = offload(self.text_encoder, self.unet, self.autoencoder, device=device, layers=layers)
         return self
 
@@ -167,10 +188,35 @@ class LatentDiffusionPipeline:
         """See `offload`, under diffusers' name."""
         self.offload(device, layers=True)
 
+    def in_torch(self, wanted: str) -> None:
+        """Let torch's networks take over from another runtime's, for what only they have, and say so.
+
+        Raises ConfigError where the other runtime was asked for by name.
+        """
+        if self.runtime == "torch":
+            return
+        if self._torch_networks is None:
+            raise ConfigError(f"{wanted} needs the torch runtime; this pipeline was asked to run on {self.runtime}")
+        warnings.warn(f"{wanted} is not in what was exported: drawing with torch instead", stacklevel=3)
+        self.autoencoder, self.text_encoder, self.unet = self._torch_networks()
+        self.runtime = "torch"
+
     @property
     def device(self) -> torch.device:
         """Where the networks compute."""
+        import torch
+
+        if self.runtime != "torch":
+            return torch.device("cpu")
         return self._place or next(self.unet.parameters()).device
+
+    def array(self, values: Array) -> Array:
+        """NumPy values, or a tensor, where the networks compute and as they take them."""
+        if self.runtime != "torch":
+            return to_numpy(values)
+        import torch
+
+        return torch.as_tensor(values).to(self.device)
 
     @property
     def image_channels(self) -> int:
@@ -194,12 +240,16 @@ class LatentDiffusionPipeline:
         """Refuse what this model has nothing to do with."""
         if (asked.original_size or asked.crop != (0, 0)) and not self.unet.reads_sizes:
             raise ConfigError("original_size and crop are told to SDXL alone; this model reads no sizes")
+        if asked.pag_scale:
+            self.in_torch("perturbed attention")
         if asked.pag_scale and not self.unet.can_be_perturbed:
             raise ConfigError("pag_scale: this model has no self-attention in its middle block")
         if asked.autoguidance_scale != 1 and self.extras.weaker is None:
             raise ConfigError("autoguidance_scale needs a weaker model (load_weaker, --weaker)")
         if asked.clip_guidance_scale and self.extras.scorer is None:
             self.load_clip()
+        if asked.vae_tiling:
+            self.in_torch("vae_tiling")
 
     def load_clip(self, directory: str | Path | None = None) -> None:
         """See `extras.load_clip`."""
@@ -307,7 +357,7 @@ class LatentDiffusionPipeline:
             jobs += [replace(job, own=contexts[index]) for job in made] if contexts else made
             fields["seed"] = asked.seed + num_images_per_prompt  # the next prompt goes on counting
         shape = (len(jobs), *self.latent_shape(self.size(jobs[0].request, jobs[0].canvas)))
-        own = given.own_of(latents, generator, shape, self.device)
+        own = given.own_of(latents, generator, shape, self.array)
         return _joined(list(self.batches(jobs, output_type, own)))
 
     def batches(self, jobs: Sequence[Job], output_type: str = "pil", own: Own = NOTHING) -> Iterator[Output]:
@@ -353,21 +403,19 @@ class LatentDiffusionPipeline:
         factor = self.autoencoder.factor
         return self.autoencoder.latent_channels, size[0] // factor, size[1] // factor
 
-    def finish(
-        self, jobs: Sequence[Job], latents: torch.Tensor, output_type: str = "pil", *, own: bool = False
-    ) -> Output:
+    def finish(self, jobs: Sequence[Job], latents: Array, output_type: str = "pil", *, own: bool = False) -> Output:
         """Decode final latents and record how each picture was made. Raises NonFiniteError."""
-        import torch
-
         seeds = [job.seed for job in jobs]
         images: Any = latents if output_type == "latent" else self.decode(latents)
-        if not (torch.isfinite(latents).all() and torch.isfinite(images).all()):
-            what = "sampling" if not torch.isfinite(latents).all() else "decoding"
+        if not (_all_finite(latents) and _all_finite(images)):
+            what = "sampling" if not _all_finite(latents) else "decoding"
             raise NonFiniteError(f"{what} gave non-finite numbers (seeds {seeds}). Try float32 or less guidance")
         if output_type != "latent":
-            images = _kept(images, [job.canvas for job in jobs])
+            images = self._kept(images, [job.canvas for job in jobs])
         if output_type in ("pil", "np"):
             images = to_uint8(images)
+        elif self.runtime != "torch":
+            images = as_tensor(images)
         if output_type == "pil":
             images = [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in images]
         records = [self.record(job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
@@ -378,39 +426,41 @@ class LatentDiffusionPipeline:
         """uint8 (B, H, W, 3) encoded to the posterior's mean and decoded again."""
         return to_uint8(self.decode(self.encode_images(self.as_images(pictures))))
 
-    def as_images(self, pictures: np.ndarray) -> torch.Tensor:
+    def as_images(self, pictures: np.ndarray) -> Array:
         """uint8 (B, H, W, 3) -> (B, C, H, W) in [-1, 1] as the autoencoder takes them, on its device."""
-        return to_images(luminance(pictures) if self.image_channels == 1 else pictures).to(self.device)
+        return self.array(to_values(luminance(pictures) if self.image_channels == 1 else pictures))
 
-    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+    def encode(self, pictures: np.ndarray) -> Array:
         """uint8 (B, H, W, 3) -> latents (B, C, h, w), the posterior's means, each picture by itself."""
-        import torch
+        rows = [self.encode_images(self.as_images(picture[None])) for picture in pictures]
+        return library(rows[0]).concatenate(rows)
 
-        return torch.cat([self.encode_images(self.as_images(picture[None])) for picture in pictures])
-
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, images: Array) -> Array:
         """Images (B, C, H, W) in [-1, 1] -> latents, float32."""
-        return self._computed(lambda dtype: self.autoencoder.encode(images.to(dtype))[0], "encoded")
+        return self._computed(lambda: self.autoencoder.latents_of(images), "encoded")
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Array) -> Array:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32."""
-        return self._computed(lambda dtype: self.autoencoder.decode(latents.to(dtype)), "decoded").clamp(-1, 1)
+        return self._computed(lambda: self.autoencoder.images_of(latents), "decoded").clip(-1, 1)
 
-    def _computed(self, compute: Callable[[torch.dtype], torch.Tensor], what: str) -> torch.Tensor:
+    def _computed(self, compute: Callable[[], Array], what: str) -> Array:
         """By the autoencoder in its own precision; where that is too small for it, again in float32."""
-        import torch
-
-        dtype = self.autoencoder.dtype
-        with torch.no_grad():
-            found = compute(dtype).float()
-            if dtype == torch.float32 or bool(torch.isfinite(found).all()):
-                return found
-            with self.autoencoder.in_float32():
-                found = compute(torch.float32)
-        if bool(torch.isfinite(found).all()):
-            narrow = str(dtype).removeprefix("torch.")
+        narrow = str(self.autoencoder.dtype).removeprefix("torch.")
+        found = compute()
+        if narrow == "float32" or _all_finite(found):
+            return found
+        with self.autoencoder.in_float32():
+            found = compute()
+        if _all_finite(found):
             self._notes.append(f"the autoencoder gave non-finite numbers in {narrow}; {what} in float32 instead")
         return found
+
+    def _kept(self, images: Array, canvases: Sequence[Canvas | None]) -> Array:
+        """Images (B, C, H, W) with the given pixels where nothing was to be drawn, without what was padded."""
+        if all(canvas is None for canvas in canvases):
+            return images
+        rows = [i if c is None else c.kept(i, self.array) for i, c in zip(images, canvases, strict=True)]
+        return library(images).stack(rows)
 
     def differentiable_decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents -> images about in [-1, 1], float32, in the autoencoder's precision, for gradients."""
@@ -451,20 +501,17 @@ class LatentDiffusionPipeline:
             variant=self.card.variant,
             sources=tuple(self.extras.sources.values()),
             canvas=None if canvas is None else canvas.record(),
-            runtime="torch",
-            device=self.device.type,
+            runtime=self.runtime,
+            device=self.device.type if self.runtime == "torch" else "cpu",
             dtype=str(self.unet.dtype).removeprefix("torch."),
-            versions=installed_versions(),
+            versions=installed_versions(self.runtime),
             batch=place,
             own_noise=own or job.own is not None,
         )
 
 
-def _kept(images: torch.Tensor, canvases: Sequence[Canvas | None]) -> torch.Tensor:
-    """Images (B, C, H, W) with the given pixels where nothing was to be drawn, without what was padded."""
-    import torch
-
-    return torch.stack([i if c is None else c.kept(i) for i, c in zip(images, canvases, strict=True)])
+def _all_finite(array: Array) -> bool:
+    return bool(library(array).isfinite(array).all())
 
 
 def _joined(outputs: list[Output]) -> Output:
@@ -480,8 +527,4 @@ def _together(batches: list[Any]) -> Any:
         return [image for batch in batches for image in batch]
     if len({batch.shape[1:] for batch in batches}) > 1:
         raise ConfigError("pictures of several sizes are no single array; ask for pil")
-    if isinstance(batches[0], np.ndarray):
-        return np.concatenate(batches)
-    import torch
-
-    return torch.cat(batches)
+    return library(batches[0]).concatenate(batches)

@@ -6,7 +6,6 @@ format has no place for: the model's name, its size and its recommended sampling
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from latentdiff.diffusion.schedule import SPACINGS, NoiseSchedule
 from latentdiff.errors import ConfigError, ModelError, raised_as
 from latentdiff.metadata import recorded
 from latentdiff.models.folder import folder_hash, picture_geometry, saving
-from latentdiff.output import whole
+from latentdiff.output import whole, write_json
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 from latentdiff.validation import first_fault
 
@@ -56,7 +55,7 @@ def default_model() -> Path:
 def load_pipeline(
     path: str | Path | None = None,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -119,19 +118,20 @@ def _can_be(path: Path) -> bool:
 
 
 def _of_folder(source: Located, variant: str | None) -> LatentDiffusionPipeline:
-    from latentdiff.models import folder, weights
+    from latentdiff.models import folder
+    from latentdiff.models.weights import load_networks
 
-    directory = source.path
-    folder.check_folder(directory)
-    schedule, prediction = read_scheduler(directory)
-    card = read_card(directory, schedule, variant)
-    named = replace(card, name=source.name if card.name == directory.resolve().name else card.name)
-    autoencoder = weights.load_autoencoder(directory, variant)
-    text_encoder = weights.load_text_encoders(directory, variant)
-    unet = weights.load_unet(directory, variant)
-    return LatentDiffusionPipeline(
-        autoencoder, text_encoder, unet, schedule, prediction, replace(named, source=source.source, variant=variant)
-    )
+    folder.check_folder(source.path)
+    schedule, prediction = read_scheduler(source.path)
+    card = card_of(source, schedule, variant)
+    return LatentDiffusionPipeline(*load_networks(source.path, variant), schedule, prediction, card)
+
+
+def card_of(source: Located, schedule: NoiseSchedule, variant: str | None) -> ModelCard:
+    """What a checked folder says of itself, under the name and from the place by which it was asked for."""
+    card = read_card(source.path, schedule, variant)
+    named = source.name if card.name == source.path.resolve().name else card.name
+    return replace(card, name=named, source=source.source, variant=variant)
 
 
 def _of_file(source: Located) -> LatentDiffusionPipeline:
@@ -270,10 +270,10 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
         pipe.unet.save(made / "unet")
         pipe.text_encoder.save(made)
         pipe.autoencoder.save(made / "vae")
-        _write_json(made / "scheduler" / "scheduler_config.json", scheduler_config(pipe))
-        _write_json(made / "model_index.json", _index(pipe, with_vae=(made / "vae").is_dir()))
+        write_json(made / "scheduler" / "scheduler_config.json", scheduler_config(pipe))
+        write_json(made / "model_index.json", _index(pipe, with_vae=(made / "vae").is_dir()))
         card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults or None}
-        _write_json(made / "latentdiff.json", card)
+        write_json(made / "latentdiff.json", card)
 
 
 def _check_saveable(pipe: LatentDiffusionPipeline) -> None:
@@ -376,8 +376,3 @@ def _described(schedule: NoiseSchedule) -> dict[str, Any]:
                     "rescale_betas_zero_snr": rescaled,
                 }
     return {"trained_betas": schedule.betas.tolist(), "rescale_betas_zero_snr": False}
-
-
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

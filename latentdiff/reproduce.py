@@ -66,7 +66,7 @@ class Record(_Data):
     height: Pixels
     model: Name
     model_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
-    runtime: Literal["torch"]
+    runtime: Literal["torch", "openvino"]
     device: Name
     dtype: Literal["float32", "float16", "bfloat16"]
     versions: dict[str, str]
@@ -129,18 +129,25 @@ def read_record(path: Path) -> Record:
 
 
 def reproduce(
-    path: Path, model: str | Path | None = None, sources: Sequence[Path] = (), device: str | None = None
+    path: Path,
+    model: str | Path | None = None,
+    sources: Sequence[Path] = (),
+    device: str | None = None,
+    runtime: str | None = None,
 ) -> tuple[Any, Likeness]:
     """The picture drawn again, a PIL image, and how like it is. model: where its model is, if not where it was.
 
-    Raises DataError for a record that is not valid, ModelError where the model or a file is another now.
+    runtime: with another than it was drawn with. Raises DataError for a record that is not valid, ModelError where the
+    model or a file is another now.
     """
-    import torch
-
     record = read_record(path)
     places = [*sources, path.parent, Path()]
     pipe = LatentDiffusionPipeline.from_pretrained(
-        _model(record, model), device=device, torch_dtype=getattr(torch, record.dtype), variant=record.variant
+        _model(record, model),
+        runtime=runtime or record.runtime,
+        device=device,
+        torch_dtype=record.dtype,
+        variant=record.variant,
     )
     if pipe.card.hash != record.model_hash:
         told = f"{pipe.card.name} ({pipe.card.hash[:10]}), drawn by {record.model} ({record.model_hash[:10]})"
@@ -261,7 +268,7 @@ def likeness(path: Path, again: Image.Image, record: Record) -> Likeness:
         raise DataError(f"the picture was resized since: {then.shape[1]}x{then.shape[0]}, drawn {again.size} ({path})")
     apart = np.abs(then - now)
     error = float((apart**2).mean())
-    versions = installed_versions()
+    versions = installed_versions(record.runtime)
     names = [name for name in record.versions if name in versions]
     return Likeness(
         int((apart > 0).sum()),

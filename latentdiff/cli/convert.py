@@ -15,17 +15,21 @@ from latentdiff.output import check_writable, whole
 
 
 class Form(StrEnum):
-    """Of an adapter's file."""
+    """What an adapter's file or a model becomes."""
 
     peft = "peft"
     kohya = "kohya"
+    openvino = "openvino"
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="A model folder, a single .safetensors file, or an adapter.")],
-    output: Annotated[Path, typer.Argument(help="A new folder, or a new .safetensors file.")],
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="A new folder, or a new .safetensors file; --to openvino needs none: MODEL/openvino."),
+    ] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights (default: as they are).")] = None,
-    to: Annotated[Form | None, typer.Option(help="Of an adapter: peft or kohya.")] = None,
+    to: Annotated[Form | None, typer.Option(help="An adapter: peft or kohya. A model: openvino, for CPUs.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Of an adapter: the model it is for (default: scenes-64).")
     ] = None,
@@ -36,21 +40,32 @@ def convert(
 ) -> None:
     """Write a model or an adapter in another form.
 
-    A model folder as a single file and back, in another precision; an adapter under other names.
+    A model folder as a single file and back, in another precision, with graphs for OpenVINO; an adapter under other
+    names.
     """
+    if to is Form.openvino and output is None:
+        if dtype is not None:
+            raise ConfigError("the graphs in MODEL/openvino read the weights as they are. With --dtype name an output")
+        typer.echo(_exported(source, variant))
+        return
+    if output is None:
+        raise ConfigError("name an output: a new folder, or a new .safetensors file")
     check_writable(output, output.parent)
     if output.exists() or output.is_symlink():
         raise ConfigError(f"{output} exists; nothing is overwritten")
-    if (trust_pickle or to is not None) and output.suffix.lower() != ".safetensors":
+    adapter = None if to is Form.openvino else to
+    if (trust_pickle or adapter) and output.suffix.lower() != ".safetensors":
         raise ConfigError(f"the output is a file: name it {output}.safetensors")
-    if (trust_pickle or to is not None) and dtype is not None:
+    if to is Form.openvino and (trust_pickle or output.suffix.lower() == ".safetensors"):
+        raise ConfigError(f"--to openvino writes a model folder, with graphs in it (got {output})")
+    if (trust_pickle or adapter) and dtype is not None:
         raise ConfigError("--dtype is of models; an adapter and a pickle keep their own")
     if trust_pickle:
         _pickle(source, output)
-    elif to is not None:
-        _adapter(source, output, to, model)
+    elif adapter:
+        _adapter(source, output, adapter, model)
     else:
-        _model(source, output, dtype, variant)
+        _model(source, output, dtype, variant, exporting=to is Form.openvino)
     typer.echo(output)
 
 
@@ -82,15 +97,34 @@ def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
             adapter_file.save_kohya(adapter, made, networks)
 
 
-def _model(source: Path, output: Path, dtype: Precision | None, variant: str | None) -> None:
+def _exported(source: Path, variant: str | None) -> Path:
+    """Graphs beside a folder's weights; the weights stay as they are."""
+    from latentdiff.pretrained import stored_pipeline
+    from latentdiff.runtime.export import export
+    from latentdiff.runtime.graphs import FOLDER
+
+    if not source.is_dir():
+        raise ConfigError(f"{source} is no folder of this disk: name an output for the model and its graphs")
+    check_writable(source, source)
+    _tell(export(stored_pipeline(source, variant), source, variant))
+    return source / FOLDER
+
+
+def _tell(differences: dict[str, float]) -> None:
+    for part, difference in differences.items():
+        print(f"{part}: differs from torch by {difference:.1e} of its largest value", file=sys.stderr)
+
+
+def _model(source: Path, output: Path, dtype: Precision | None, variant: str | None, *, exporting: bool) -> None:
     import torch
 
     from latentdiff.models.convert import convert_folder
     from latentdiff.pretrained import save_pipeline, save_single_file, stored_pipeline
+    from latentdiff.runtime.export import export
 
     single = output.suffix.lower() == ".safetensors"
     precision = None if dtype is None else getattr(torch, dtype.value)
-    if source.is_dir() and not single and variant is None:
+    if source.is_dir() and not single and variant is None and not exporting:
         if precision is None:
             raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
         convert_folder(source, output, precision)
@@ -100,6 +134,8 @@ def _model(source: Path, output: Path, dtype: Precision | None, variant: str | N
         pipe.to(dtype=precision)
     with whole(output) as made:
         (save_single_file if single else save_pipeline)(pipe, made)
+        if exporting:
+            _tell(export(pipe, made))
     if single and (source / "latentdiff.json").is_file():
         height, width = pipe.card.size
         print(f"note: a single file holds no size ({width}x{height}) and no recommended settings", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from latentdiff.cli.options import Precision, Runtime
 from latentdiff.output import check_writable, write_new
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
@@ -32,6 +33,10 @@ def composition(
         Path | None, typer.Option("--output", "-o", help="Also write the figures to this new JSON file.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Of the arithmetic (default: the runtime's).")] = None,
+    runtime: Annotated[
+        Runtime, typer.Option(help="auto: OpenVINO on a CPU where the model is exported.")
+    ] = Runtime.auto,
 ) -> None:
     """Score a scenes model in GenEval's six categories, with held-out pairs and the autoencoder's ceiling beside.
 
@@ -51,7 +56,9 @@ def composition(
         raise ConfigError(f"cannot write to {output}: it exists, or its folder does not")
     if output:
         check_writable(output, output.parent)
-    pipe = LatentDiffusionPipeline.from_pretrained(model, device=device)
+    pipe = LatentDiffusionPipeline.from_pretrained(
+        model, device=device, runtime=runtime.value, torch_dtype=dtype and dtype.value
+    )
     scores = {
         "model": evaluate_composition(pipe, pictures=pictures, seed=seed, **settings),
         "held out": evaluate_composition(pipe, pictures=pictures, seed=seed, held_out=True, **settings),

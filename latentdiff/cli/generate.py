@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.options import Precision
+from latentdiff.cli.options import Precision, Runtime
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.errors import ConfigError
 from latentdiff.picture_files import check_target, loses_pixels, suffix_of, write_pictures
@@ -123,7 +123,13 @@ def generate(
         Format | None, typer.Option("--format", help="Of the pictures in a folder (default: png).")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
-    dtype: Annotated[Precision, typer.Option(help="Of the arithmetic.")] = Precision.float32,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Of the arithmetic (default: float32; with openvino bfloat16, where the CPU has it)."),
+    ] = None,
+    runtime: Annotated[
+        Runtime, typer.Option(help="auto: openvino on a CPU where the model is exported, else torch.")
+    ] = Runtime.auto,
     offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="A JSON object a picture, instead of its path.")] = False,
     metadata: Annotated[bool, typer.Option(help="Write how it was made into each picture.")] = True,
@@ -155,7 +161,7 @@ def generate(
     suffix = _suffix(output, picture_format, wishes)
     loras = [_adapter(text) for text in lora or []]
     _check_sizes(model, asked)
-    pipe = _loaded(model, device, dtype, variant, revision)
+    pipe = _loaded(model, device, dtype, variant, revision, runtime)
     _with_extras(pipe, loras, embedding or [], weaker, clip)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
@@ -297,14 +303,22 @@ def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
 
 
 def _loaded(
-    model: str | None, device: str | None, dtype: Precision, variant: str | None, revision: str | None
+    model: str | None,
+    device: str | None,
+    dtype: Precision | None,
+    variant: str | None,
+    revision: str | None,
+    runtime: Runtime,
 ) -> LatentDiffusionPipeline:
-    import torch
-
     from latentdiff.pipeline import LatentDiffusionPipeline
 
     return LatentDiffusionPipeline.from_pretrained(
-        model, device=device, torch_dtype=getattr(torch, dtype.value), variant=variant, revision=revision
+        model,
+        device=device,
+        torch_dtype=dtype and dtype.value,
+        variant=variant,
+        revision=revision,
+        runtime=runtime.value,
     )
 
 

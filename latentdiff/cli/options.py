@@ -3,6 +3,14 @@
 from enum import StrEnum
 
 
+class Runtime(StrEnum):
+    """What networks compute with; see latentdiff/runtimes.py."""
+
+    auto = "auto"
+    torch = "torch"
+    openvino = "openvino"
+
+
 class Precision(StrEnum):
     """Of arithmetic, or of weights on disk; torch's names."""
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.cli.options import Runtime
+
 
 def reproduce(
     image: Annotated[Path, typer.Argument(help="A picture that latentdiff made.")],
@@ -16,6 +18,7 @@ def reproduce(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the new picture goes.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
+    runtime: Annotated[Runtime | None, typer.Option(help="Instead of the one it was drawn with.")] = None,
 ) -> None:
     """Draw a picture again and say how equal it is.
 
@@ -27,7 +30,7 @@ def reproduce(
 
     if output is not None:
         check_file(output)
-    picture, likeness = again.reproduce(image, model, source or [], device)
+    picture, likeness = again.reproduce(image, model, source or [], device, runtime and runtime.value)
     if output is not None:
         write_new(output, encoded(picture, output.suffix.lower(), None))
     typer.echo(likeness)

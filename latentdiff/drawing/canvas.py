@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from latentdiff.arrays import Array, Put, library
 from latentdiff.data.decoding import WHITE, Color, rgb
 from latentdiff.errors import ConfigError, DataError
-from latentdiff.images import luminance, to_images
+from latentdiff.images import luminance, to_values
 from latentdiff.request import SIDES
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Margins(NamedTuple):
@@ -48,14 +46,11 @@ class Canvas:
     margins: Margins
     names: tuple[str | None, str | None] = (None, None)  # of the files of picture and mask, where they are known
 
-    def kept(self, image: Tensor) -> Tensor:
+    def kept(self, image: Array, put: Put) -> Array:
         """A drawn image (C, H, W) with the given pixels where nothing was to be drawn, without what was padded."""
-        import torch
-
         if self.mask is not None:
             given = self.pixels if len(image) == 3 else luminance(self.pixels)
-            own = to_images(given[None])[0].to(image.device)
-            image = torch.where(torch.from_numpy(self.mask).to(image.device), image, own)
+            image = library(image).where(put(self.mask), image, put(to_values(given[None])[0]))
         return image[:, : self.size[0], : self.size[1]]
 
     @property

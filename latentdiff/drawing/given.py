@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.drawing.job import Own
+from latentdiff.arrays import Put
+from latentdiff.drawing.job import NOTHING, Own
 from latentdiff.errors import ConfigError
 from latentdiff.request import SIDES
 
 if TYPE_CHECKING:
-    import torch
-
     from latentdiff.drawing.canvas import Margins
     from latentdiff.models.context import Context
 
@@ -47,15 +46,15 @@ def contexts_of(
 
     tokens, negative: (B, L, D), D = `width`; pooled ones (B, P), for a network that reads them. Raises ConfigError.
     """
-    import torch
-
-    from latentdiff.models.context import Context
-
     given = [tokens, negative, pooled, negative_pooled]
     if tokens is None:
         if any(tensor is not None for tensor in given):
             raise ConfigError("negative_prompt_embeds and pooled embeds go with prompt_embeds")
         return []
+    import torch
+
+    from latentdiff.models.context import Context
+
     for tensor, dimensions in zip(given, (3, 3, 2, 2), strict=True):
         known = isinstance(tensor, torch.Tensor) and tensor.ndim == dimensions and len(tensor) == len(tokens)
         if tensor is not None and not known:
@@ -75,8 +74,10 @@ def contexts_of(
     ]
 
 
-def own_of(latents: Any, generator: Any, shape: Shape, device: torch.device) -> Own:
+def own_of(latents: Any, generator: Any, shape: Shape, put: Put) -> Own:
     """The caller's own noise: `latents` of this shape, (N, C, h, w), and generators, one or N. Raises ConfigError."""
+    if latents is None and generator is None:
+        return NOTHING
     import torch
 
     listed = generator if isinstance(generator, list | tuple) else [generator]
@@ -88,9 +89,9 @@ def own_of(latents: Any, generator: Any, shape: Shape, device: torch.device) -> 
     if latents is None:
         return Own(None, generators)
     try:
-        own = torch.as_tensor(latents, device=device)
+        own = torch.as_tensor(latents).float()
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"latents must be a tensor of shape {shape} (got {type(latents).__name__})") from None
     if tuple(own.shape) != shape:
         raise ConfigError(f"latents must be of shape {shape} (got {tuple(own.shape)})")
-    return Own(own, generators)
+    return Own(put(own), generators)

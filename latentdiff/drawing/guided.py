@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from latentdiff.arrays import Array, library
 from latentdiff.diffusion import guidance
 from latentdiff.diffusion.denoiser import Denoiser, Network, denoiser
 from latentdiff.drawing.start import Start
@@ -29,20 +27,15 @@ class Helpers:
     """What guidance may need beside the network: a weaker denoiser, and the gradient of a score of x0."""
 
     weaker: Denoiser | None = None
-    gradient: Callable[[Tensor], Tensor] | None = None
+    gradient: Callable[[Array], Array] | None = None
 
 
-def network_of(unet: UNet, extra: Tensor | None = None, *, perturbed: bool = False) -> Network:
-    """The U-Net as sampling sees it: float32 whatever its own precision.
+def network_of(unet: UNet, extra: Array | None = None, *, perturbed: bool = False) -> Network:
+    """The U-Net as sampling sees it, which for inpainting reads `extra` channels beside x."""
+    run = unet.predict_perturbed if perturbed else unet.predict
 
-    Gradients are off around the network alone: a mode entered in a generator would leak to whoever iterates.
-    """
-
-    def network(x: Tensor, t: float, context: Context) -> Tensor:
-        with torch.no_grad():
-            whole = x if extra is None else torch.cat([x, extra], 1)
-            run = unet.perturbed if perturbed else unet
-            return run(whole.to(unet.dtype), t, context).float()
+    def network(x: Array, t: float, context: Context) -> Array:
+        return run(x if extra is None else library(x).concatenate([x, extra], 1), t, context)
 
     return network
 
@@ -50,14 +43,14 @@ def network_of(unet: UNet, extra: Tensor | None = None, *, perturbed: bool = Fal
 def guided(unet: UNet, prediction: str, texts: Texts, asked: Request, start: Start, helpers: Helpers) -> Denoiser:
     """Guidance by what the conditions differ in, then by what lies elsewhere, then what is kept of a given picture."""
     network = network_of(unet, start.extra)
-    plain = denoiser(network, prediction, texts.cond.cast(unet.dtype))
+    plain = denoiser(network, prediction, unet.prepared(texts.cond))
     cond = drawn = guidance.once(plain)
     if texts.uncond is not None:
-        both = stacked([texts.uncond, texts.cond]).cast(unet.dtype)
+        both = unet.prepared(stacked([texts.uncond, texts.cond]))
         pair = guidance.once(denoiser(network, prediction, both))
         cond, drawn = guidance.chosen(pair, 1), _classifier_free(pair, asked)
     if asked.pag_scale:
-        other = denoiser(network_of(unet, start.extra, perturbed=True), prediction, texts.cond.cast(unet.dtype))
+        other = denoiser(network_of(unet, start.extra, perturbed=True), prediction, unet.prepared(texts.cond))
         drawn = guidance.away_from(drawn, cond, other, asked.pag_scale)
     if helpers.weaker is not None:
         drawn = guidance.away_from(drawn, cond, helpers.weaker, asked.autoguidance_scale - 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from latentdiff.arrays import Array, library
 from latentdiff.diffusion.denoiser import Denoiser, denoiser
 from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.diffusion.schedule import NoiseLevel
@@ -50,14 +50,14 @@ def _levels(pipe: LatentDiffusionPipeline, asked: Request) -> tuple[NoiseLevel, 
 def _draw(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, own: Own) -> Draw:
     shape = pipe.latent_shape(size)
     if own.generators is not None:
-        return generated(own.generators, shape, pipe.device)
-    return keyed(jobs, shape, pipe.device)
+        return generated(own.generators, shape, pipe.array)
+    return keyed(jobs, shape, pipe.array)
 
 
 def _first(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], draw: Draw, own: Own) -> Start:
     """The start of the first pass: noise, or a given picture of which all or a part is drawn over."""
     asked, levels = jobs[0].request, _levels(pipe, jobs[0].request)
-    drawn = draw("initial latents") if own.latents is None else own.latents.float()
+    drawn = draw("initial latents") if own.latents is None else own.latents
     canvases = [job.canvas for job in jobs if job.canvas is not None]
     if not canvases:
         return _with_extra(pipe, Start(drawn, levels))
@@ -69,14 +69,15 @@ def _first(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], draw: Draw, own: 
     return _with_extra(pipe, start, masks)
 
 
-def _latent_mask(pipe: LatentDiffusionPipeline, canvas: Canvas) -> Tensor:
-    return latent_mask(np.asarray(canvas.mask), pipe.autoencoder.factor, pipe.device)
+def _latent_mask(pipe: LatentDiffusionPipeline, canvas: Canvas) -> Array:
+    return pipe.array(latent_mask(np.asarray(canvas.mask), pipe.autoencoder.factor))
 
 
-def _each(canvases: Sequence[Canvas], compute: Callable[[Canvas], Tensor]) -> Tensor:
+def _each(canvases: Sequence[Canvas], compute: Callable[[Canvas], Array]) -> Array:
     """Computed by itself once for each canvas, whatever else is in the batch."""
     known = {id(canvas): compute(canvas) for canvas in canvases}
-    return torch.cat([known[id(canvas)] for canvas in canvases])
+    rows = [known[id(canvas)] for canvas in canvases]
+    return library(rows[0]).concatenate(rows)
 
 
 def _with_extra(pipe: LatentDiffusionPipeline, start: Start, canvases: Sequence[Canvas] = ()) -> Start:
@@ -88,17 +89,17 @@ def _with_extra(pipe: LatentDiffusionPipeline, start: Start, canvases: Sequence[
         mask = start.mask
     else:
         height, width = (side * pipe.autoencoder.factor for side in start.x.shape[-2:])
-        grey = torch.zeros(1, pipe.image_channels, height, width, device=pipe.device)
-        hidden = pipe.encode_images(grey).expand(len(start.x), -1, -1, -1)
-        mask = torch.ones_like(start.x[:, :1])
+        grey = pipe.encode_images(pipe.array(np.zeros((1, pipe.image_channels, height, width), np.float32)))
+        hidden = library(grey).concatenate([grey] * len(start.x))
+        mask = library(start.x).ones_like(start.x[:, :1])
     assert mask is not None
-    return Start(start.x, start.levels, start.known, start.mask, torch.cat([mask, hidden], 1))
+    return replace(start, extra=library(hidden).concatenate([mask, hidden], 1))
 
 
-def _hidden(pipe: LatentDiffusionPipeline, canvas: Canvas) -> Tensor:
+def _hidden(pipe: LatentDiffusionPipeline, canvas: Canvas) -> Array:
     """The latents of a picture that is grey where it is to be drawn."""
-    mask = torch.from_numpy(canvas.mask).to(pipe.device)
-    return pipe.encode_images(pipe.as_images(canvas.pixels[None]) * ~mask)
+    assert canvas.mask is not None
+    return pipe.encode_images(pipe.as_images(canvas.pixels[None]) * pipe.array(~canvas.mask))
 
 
 def _sampled(
@@ -106,7 +107,7 @@ def _sampled(
 ) -> Generator[Step, None, Step]:
     """One pass; returns its last step."""
     asked = jobs[0].request
-    texts = texts_of(jobs, pipe.text_encoder, size if pipe.unet.reads_sizes else None, pipe.device)
+    texts = texts_of(jobs, pipe.text_encoder, size if pipe.unet.reads_sizes else None, pipe.array)
     denoise = guided(pipe.unet, pipe.prediction, texts, asked, start, _helpers(pipe, jobs, size, start))
     for step in _sampler(asked)(denoise, start.x, start.levels, partial(draw, purpose)):
         yield step
@@ -127,9 +128,9 @@ def _weaker(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, star
     """The weaker model under the same prompts, read by its own text encoder."""
     weaker = pipe.extras.weaker
     assert weaker is not None
-    texts = texts_of(jobs, weaker.text_encoder, size if weaker.unet.reads_sizes else None, pipe.device)
+    texts = texts_of(jobs, weaker.text_encoder, size if weaker.unet.reads_sizes else None, pipe.array)
     extra = start.extra if weaker.unet.in_channels == pipe.unet.in_channels else None
-    return denoiser(network_of(weaker.unet, extra), weaker.prediction, texts.cond.cast(weaker.unet.dtype))
+    return denoiser(network_of(weaker.unet, extra), weaker.prediction, weaker.unet.prepared(texts.cond))
 
 
 def _sampler(asked: Request) -> Any:

@@ -9,23 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
+from latentdiff.arrays import Array, Put, library
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.process import diffuse
 from latentdiff.diffusion.samplers import Levels
 from latentdiff.drawing.job import Job
 
+if TYPE_CHECKING:
+    import torch
+
 
 class Draw(Protocol):
     """(purpose, step) -> standard normal noise (B, C, h, w)."""
 
-    def __call__(self, purpose: str, step: int = 0) -> Tensor:
+    def __call__(self, purpose: str, step: int = 0) -> Array:
         """See the class."""
         ...
 
@@ -37,28 +38,29 @@ class Start:
     known: (B, C, h, w); mask: (B, 1, h, w), 1 where it is drawn. extra: what an inpainting network reads beside x.
     """
 
-    x: Tensor
+    x: Array
     levels: Levels
-    known: Tensor | None = None
-    mask: Tensor | None = None
-    extra: Tensor | None = None
+    known: Array | None = None
+    mask: Array | None = None
+    extra: Array | None = None
 
 
-def keyed(jobs: Sequence[Job], shape: tuple[int, int, int], device: torch.device) -> Draw:
+def keyed(jobs: Sequence[Job], shape: tuple[int, int, int], put: Put) -> Draw:
     """Noise by the seeds of the jobs; that of the start may be turned towards a variation's."""
 
-    def drawn(purpose: str, step: int = 0) -> Tensor:
-        return torch.from_numpy(np.stack([_noise(job, shape, purpose, step) for job in jobs])).to(device)
+    def drawn(purpose: str, step: int = 0) -> Array:
+        return put(np.stack([_noise(job, shape, purpose, step) for job in jobs]))
 
     return drawn
 
 
-def generated(generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device) -> Draw:
+def generated(generators: Sequence[torch.Generator], shape: tuple[int, int, int], put: Put) -> Draw:
     """Noise by the caller's own generators, one for each picture or one for all, in the order in which it is needed."""
+    import torch
 
-    def drawn(purpose: str, step: int = 0) -> Tensor:
+    def drawn(purpose: str, step: int = 0) -> Array:
         rows = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
-        return torch.stack(rows).to(device)
+        return put(torch.stack(rows))
 
     return drawn
 
@@ -85,7 +87,7 @@ def turned(base: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
 
 
 def from_latents(
-    levels: Levels, drawn: Tensor, known: Tensor, mask: Tensor | None = None, *, fresh: bool = False
+    levels: Levels, drawn: Array, known: Array, mask: Array | None = None, *, fresh: bool = False
 ) -> Start:
     """A given picture, noised to the first level by `drawn`.
 
@@ -94,10 +96,11 @@ def from_latents(
     x = diffuse(known, drawn, levels[0])
     if mask is None:
         return Start(x, levels)
-    return Start(torch.where(mask == 1, drawn, x) if fresh else x, levels, known, mask)
+    return Start(library(x).where(mask == 1, drawn, x) if fresh else x, levels, known, mask)
 
 
-def latent_mask(mask: np.ndarray, factor: int, device: torch.device) -> Tensor:
-    """(H, W) bool -> (1, 1, h, w): 1 where any of the pixels under a latent is drawn."""
-    pixels = torch.from_numpy(mask)[None, None].to(device, torch.float32)
-    return functional.max_pool2d(pixels, factor)
+def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
+    """(H, W) bool -> float32 (1, 1, h, w): 1 where any of the pixels under a latent is drawn."""
+    height, width = mask.shape
+    blocks = mask.reshape(height // factor, factor, width // factor, factor)
+    return np.asarray(blocks.any((1, 3)), np.float32)[None, None]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+import numpy as np
 
+from latentdiff.arrays import Put
 from latentdiff.drawing.job import Job
 from latentdiff.errors import ConfigError
 from latentdiff.models.context import Context, stacked
@@ -41,7 +42,7 @@ def chunks_of(job: Job, encoder: TextEncoder | DualTextEncoder) -> int:
 
 
 def texts_of(
-    jobs: Sequence[Job], encoder: TextEncoder | DualTextEncoder, size: tuple[int, int] | None, device: torch.device
+    jobs: Sequence[Job], encoder: TextEncoder | DualTextEncoder, size: tuple[int, int] | None, put: Put
 ) -> Texts:
     """The contexts of jobs that are of one size and one length.
 
@@ -59,20 +60,20 @@ def texts_of(
 
     own = [job.own or (encoded(job.request.prompt, style), None) for job in jobs]
     sizes = None if size is None else _sizes(asked, size, len(jobs))
-    cond = replace(stacked([cond for cond, _ in own]), sizes=sizes).to(device)
+    cond = replace(stacked([cond for cond, _ in own]), sizes=sizes).mapped(put)
     if asked.guidance_scale <= 1:
         return Texts(cond, None)
     plain = replace(style, clip_skip=None)
     negative = [
         uncond or encoded(job.request.negative_prompt, plain) for job, (_, uncond) in zip(jobs, own, strict=True)
     ]
-    uncond = replace(stacked(negative), sizes=sizes).to(device)
+    uncond = replace(stacked(negative), sizes=sizes).mapped(put)
     if uncond.tokens.shape != cond.tokens.shape:
         told = f"{tuple(cond.tokens.shape[1:])}, the empty prompt's {tuple(uncond.tokens.shape[1:])}"
         raise ConfigError(f"prompt_embeds are of {told}: give negative_prompt_embeds with them")
     return Texts(cond, uncond)
 
 
-def _sizes(asked: Request, size: tuple[int, int], count: int) -> torch.Tensor:
+def _sizes(asked: Request, size: tuple[int, int], count: int) -> np.ndarray:
     """SDXL's (original size, crop, target size), the same for every picture of a batch, (B, 6)."""
-    return torch.tensor([[*(asked.original_size or size), *asked.crop, *size]] * count, dtype=torch.float32)
+    return np.array([[*(asked.original_size or size), *asked.crop, *size]] * count, np.float32)

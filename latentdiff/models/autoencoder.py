@@ -88,6 +88,16 @@ class Autoencoder(nn.Module):
         images: Tensor = self.vae.decode(latents / self.scale + self.shift).sample
         return images
 
+    @torch.no_grad()
+    def latents_of(self, images: Tensor) -> Tensor:
+        """The posterior's mean, float32, computed in the weights' precision without gradients."""
+        return self.encode(images.to(self.dtype))[0].float()
+
+    @torch.no_grad()
+    def images_of(self, latents: Tensor) -> Tensor:
+        """`decode` in the weights' precision without gradients; float32."""
+        return self.decode(latents.to(self.dtype)).float()
+
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction through a posterior sample mean + std * eps, and the posterior's mean and log-variance."""
         mean, log_variance = self.encode(images)
@@ -138,6 +148,8 @@ class IdentityAutoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """The latents themselves."""
         return latents
+
+    latents_of = images_of = decode
 
     def save(self, directory: Path) -> None:
         """Nothing to write: a model folder without a VAE is a pixel-space model."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from latentdiff.errors import ConfigError
 from latentdiff.models.folder import check_folder, let_others_read, loading, saving
 
-_TEXTS = (".json", ".txt", ".md")
+_TEXTS = (".json", ".txt", ".md", ".xml")
 
 
 def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:

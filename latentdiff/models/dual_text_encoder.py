@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from latentdiff.models.context import Context
-from latentdiff.models.prompt import Style
-from latentdiff.models.text_encoder import END, Reading, TextEncoder
+from latentdiff.models.context import Context, side_by_side
+from latentdiff.models.prompt import Reading, Style
+from latentdiff.models.text_encoder import END, TextEncoder
 
 
 class DualTextEncoder(nn.Module):
@@ -49,10 +49,8 @@ class DualTextEncoder(nn.Module):
     def context(self, prompt: str, style: Style = Style(), *, least: int = 1) -> Context:  # noqa: B008 - frozen
         """See TextEncoder.context; the pooled text is the second's, of the first chunk."""
         first, second = (encoder.context(prompt, style, least=least) for encoder in (self.first, self.second))
-        context = Context(torch.cat([first.tokens, second.tokens], -1), second.pooled)
-        if self.zero_empty and not prompt:
-            return context.zeros()
-        return context
+        context = side_by_side(first, second)
+        return context.zeros() if self.zero_empty and not prompt else context
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, 2, max_length): the two pad with tokens of their own."""
@@ -61,7 +59,7 @@ class DualTextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Context:
         """Token ids (B, 2, L) -> Context, as training reads them: no weights, cut."""
         first, second = (encoder(own) for encoder, own in zip(self.encoders, ids.unbind(1), strict=True))
-        context = Context(torch.cat([first.tokens, second.tokens], -1), second.pooled)
+        context = side_by_side(first, second)
         if not self.zero_empty:
             return context
         says = (ids[:, 0, 1] != self.first.tokenizer.convert_tokens_to_ids(END)).to(context.tokens)

@@ -13,6 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from latentdiff.arrays import Array, library
 from latentdiff.errors import ConfigError
 
 STRONGER = 1.1
@@ -47,6 +51,66 @@ class Chunk(NamedTuple):
 
     ids: list[int]
     weights: list[float]
+
+
+EMPTY = Chunk([], [])
+
+
+class Reading(NamedTuple):
+    """What becomes of a prompt: its tokens with start and end, the chunks it is read in, the tokens that are cut."""
+
+    tokens: int
+    chunks: int
+    cut: int
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder's words: the ids of a text, of start, end and padding, and how many are read at once."""
+
+    ids_of: Callable[[str], list[int]]
+    start: int
+    end: int
+    pad: int
+    length: int
+
+    def chunks(self, prompt: str, style: Style) -> list[Chunk]:
+        """The chunks of a prompt. Raises ConfigError for bad brackets."""
+        return chunks(prompt, style, self.ids_of, self.length - 2)
+
+    def read(self, prompt: str, style: Style) -> Reading:
+        """What would be made of a prompt. Raises ConfigError for bad brackets."""
+        found = self.chunks(prompt, style)
+        tokens = 2 + sum(len(chunk.ids) for chunk in found)
+        if style.chunked:
+            return Reading(tokens, len(found), 0)
+        return Reading(tokens, 1, tokens - 2 - len(found[0].ids))
+
+    def ids(self, found: Sequence[Chunk]) -> NDArray[np.int64]:
+        """Token ids (n, L) of chunks, with start, end and padding."""
+        rows = [[self.start, *chunk.ids, self.end] + [self.pad] * (self.length - 2 - len(chunk.ids)) for chunk in found]
+        return np.array(rows, np.int64)
+
+    def weights(self, found: Sequence[Chunk]) -> NDArray[np.float32]:
+        """Of each place, (n, L, 1); start, end and padding have 1."""
+        weights = np.ones((len(found), self.length, 1), np.float32)
+        for row, chunk in zip(weights, found, strict=True):
+            row[1 : 1 + len(chunk.weights), 0] = chunk.weights
+        return weights
+
+
+def check_clip_skip(style: Style, layers: int) -> None:
+    """Refuse to leave out more layers than there are. Raises ConfigError."""
+    if style.clip_skip is not None and not 0 <= style.clip_skip < layers:
+        raise ConfigError(f"clip_skip must be from 0 to {layers - 1} for this model (got {style.clip_skip})")
+
+
+def weighted(hidden: Array, empty: Array, weights: Array) -> Array:
+    """Hidden states (n, L, D), each w times as far from the empty prompt's, (1, L, D): c = c_empty + w (c - c_empty).
+
+    So 1 changes nothing, to the bit, and 0 leaves nothing of a word.
+    """
+    return library(hidden).where(weights == 1, hidden, empty + weights * (hidden - empty))
 
 
 def parse(prompt: str) -> list[list[Piece]]:

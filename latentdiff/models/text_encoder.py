@@ -8,28 +8,18 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentdiff.errors import ConfigError
 from latentdiff.models.context import Context
 from latentdiff.models.folder import let_others_read
-from latentdiff.models.prompt import Chunk, Style, chunks
+from latentdiff.models.prompt import EMPTY, Chunk, Reader, Reading, Style, check_clip_skip, weighted
 
 Tokenizer = CLIPTokenizer
 START, END = "<|startoftext|>", "<|endoftext|>"
-EMPTY = Chunk([], [])
-
-
-class Reading(NamedTuple):
-    """What becomes of a prompt: its tokens with start and end, the chunks it is read in, the tokens that are cut."""
-
-    tokens: int
-    chunks: int
-    cut: int
 
 
 class TextEncoder(nn.Module):
@@ -51,9 +41,10 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, max_length), cut and padded with the end token as Stable Diffusion does."""
-        if not self._learnt():
+        if not self.learnt_words:
             return tokenize(self.tokenizer, prompts)
-        return self._ids([Chunk(self._ids_of(prompt)[: self.max_length - 2], []) for prompt in prompts]).cpu()
+        chunks = [Chunk(self._ids_of(prompt)[: self.max_length - 2], []) for prompt in prompts]
+        return torch.from_numpy(self.reader.ids(chunks))
 
     @property
     def encoders(self) -> list[TextEncoder]:
@@ -79,60 +70,56 @@ class TextEncoder(nn.Module):
 
     def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
         """What `context` would make of a prompt, without computing it. Raises ConfigError for bad brackets."""
-        found = self._chunks(prompt, style)
-        tokens = 2 + sum(len(chunk.ids) for chunk in found)
-        if style.chunked:
-            return Reading(tokens, len(found), 0)
-        return Reading(tokens, 1, tokens - 2 - len(found[0].ids))
+        return self.reader.read(prompt, style)
 
     @torch.no_grad()
     def context(self, prompt: str, style: Style = Style(), *, least: int = 1) -> Context:  # noqa: B008 - frozen
         """The context (n L, D) of one prompt in n chunks; empty ones are added up to `least`.
 
-        A word of weight w moves the context w times as far from the empty prompt's as it would by itself:
-        c = c_empty + w (c - c_empty), so that 1 changes nothing and 0 leaves nothing of it.
+        A word of weight w moves the context w times as far from the empty prompt's as it would by itself
+        (`prompt.weighted`).
         """
-        if style.clip_skip is not None and not 0 <= style.clip_skip < self.layers:
-            raise ConfigError(f"clip_skip must be from 0 to {self.layers - 1} for this model (got {style.clip_skip})")
-        found = self._chunks(prompt, style)
+        check_clip_skip(style, self.layers)
+        reader = self.reader
+        found = reader.chunks(prompt, style)
         found = found if style.chunked else found[:1]
-        hidden, pooled = self._hidden(found + [EMPTY] * (least - len(found)), style)
-        weights = self._weights(found, hidden)
-        if not bool((weights == 1).all()):
+        found += [EMPTY] * (least - len(found))
+        hidden, pooled = self._hidden(found, style)
+        weights = reader.weights(found)
+        if (weights != 1).any():
             empty, _ = self._hidden([EMPTY], style)
-            hidden = torch.where(weights == 1, hidden, empty + weights * (hidden - empty))
+            hidden = weighted(hidden, empty, torch.from_numpy(weights).to(hidden))
         return Context(hidden.flatten(0, 1), None if pooled is None else pooled[0])
+
+    def outputs(self, ids: Tensor) -> Any:
+        """All that the model says of token ids (n, L)."""
+        return self.model(ids, output_hidden_states=True, return_dict=True)
+
+    def hidden(self, outputs: Any, skipped: int = 0) -> Tensor:
+        """Of the outputs the hidden states (n, L, D) that are read, with that many layers left out."""
+        states = outputs.hidden_states
+        if self.penultimate:
+            return states[-2 - skipped]
+        return self.model.final_layer_norm(states[-1 - skipped]) if skipped else outputs.last_hidden_state
 
     def _hidden(self, found: Sequence[Chunk], style: Style) -> tuple[Tensor, Tensor | None]:
         """Hidden states (n, L, D) of chunks, and the pooled text (n, P) of an encoder with a projection."""
-        output = self.model(self._ids(found), output_hidden_states=True, return_dict=True)
-        pooled, skipped = getattr(output, "text_embeds", None), style.clip_skip or 0
-        if self.penultimate:
-            return output.hidden_states[-2 - skipped], pooled
-        if not skipped:
-            return output.last_hidden_state, pooled
-        return self.model.final_layer_norm(output.hidden_states[-1 - skipped]), pooled
+        ids, place = torch.from_numpy(self.reader.ids(found)), self.model.device
+        if place.type != "meta":  # offloaded layers fetch their input
+            ids = ids.to(place)
+        outputs = self.outputs(ids)
+        return self.hidden(outputs, style.clip_skip or 0), getattr(outputs, "text_embeds", None)
 
-    def _weights(self, found: Sequence[Chunk], hidden: Tensor) -> Tensor:
-        """Of each place, (n, L, 1); start, end and padding have 1."""
-        weights = torch.ones_like(hidden[..., :1])
-        for row, chunk in zip(weights, found, strict=False):
-            row[1 : 1 + len(chunk.weights), 0] = row.new_tensor(chunk.weights)
-        return weights
-
-    def _ids(self, found: Sequence[Chunk]) -> Tensor:
+    @property
+    def reader(self) -> Reader:
+        """Its words, those learnt included."""
         start, end, pad = (self.tokenizer.convert_tokens_to_ids(t) for t in (START, END, self.tokenizer.pad_token))
-        rows = [[start, *chunk.ids, end] + [pad] * (self.max_length - 2 - len(chunk.ids)) for chunk in found]
-        place = self.model.device
-        return torch.tensor(rows, device="cpu" if place.type == "meta" else place)  # offloaded layers fetch their input
-
-    def _chunks(self, prompt: str, style: Style) -> list[Chunk]:
-        return chunks(prompt, style, self._ids_of, self.max_length - 2)
+        return Reader(self._ids_of, start, end, pad, self.max_length)
 
     def _ids_of(self, text: str) -> list[int]:
         """The ids of a text, with all vectors of each learnt word: `word` stands for word, word_1, word_2, ..."""
         ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        learnt = self._learnt()
+        learnt = self.learnt_words
         words = {index: word for word, index in learnt.items()}
         found: list[int] = []
         for index in ids:
@@ -143,7 +130,8 @@ class TextEncoder(nn.Module):
                 number += 1
         return found
 
-    def _learnt(self) -> dict[str, int]:
+    @property
+    def learnt_words(self) -> dict[str, int]:
         """Words that are not of the vocabulary, with their ids."""
         return {word: index for word, index in self.tokenizer.added_tokens_encoder.items() if index > self._end}
 

@@ -92,13 +92,26 @@ class UNet(nn.Module):
         output = self._predict(x.repeat(conditions, 1, 1, 1), t, told.flattened())
         return output.reshape(conditions, len(x), *output.shape[1:])
 
-    def perturbed(self, x: Tensor, t: Tensor | float, context: Tensor | Context) -> Tensor:
-        """The same with the identity for the self-attention maps of the middle block (Ahn et al. 2024, eq. 13)."""
+    def prepared(self, context: Context) -> Context:
+        """A context as `predict` takes it at every step."""
+        return context.cast(self.dtype)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, t: float, context: Context) -> Tensor:
+        """The output as drawing asks for it: float32 whatever the network's precision, without gradients.
+
+        They are off around the network alone: a mode entered in a generator would leak to whoever iterates.
+        """
+        output: Tensor = self(x, t, context)
+        return output.float()
+
+    def predict_perturbed(self, x: Tensor, t: float, context: Context) -> Tensor:
+        """`predict` with the identity for the self-attention maps of the middle block (Ahn et al. 2024, eq. 13)."""
         processors = self.model.attn_processors
         own = {name: _Identity() for name in processors if name.startswith("mid_block") and ".attn1." in name}
         self.model.set_attn_processor({**processors, **own})
         try:
-            return self(x, t, context)
+            return self.predict(x, t, context)
         finally:
             self.model.set_attn_processor(processors)
 

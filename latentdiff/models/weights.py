@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
 
 
+def load_networks(
+    directory: Path, variant: str | None = None
+) -> tuple[Autoencoder | IdentityAutoencoder, TextEncoder | DualTextEncoder, UNet]:
+    """The networks of a checked model folder, in the precision in which they are stored."""
+    autoencoder = load_autoencoder(directory, variant)
+    return autoencoder, load_text_encoders(directory, variant), load_unet(directory, variant)
+
+
 def load_autoencoder(directory: Path, variant: str | None = None) -> Autoencoder | IdentityAutoencoder:
     """The VAE of a model folder, or the identity where it has none."""
     from diffusers import AutoencoderKL

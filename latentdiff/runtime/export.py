@@ -1,0 +1,230 @@
+"""The networks of a model written as OpenVINO graphs, by tracing torch's; see runtime/graphs.py for the files.
+
+Nothing of a graph depends on the weights: every one that the tracer finds is replaced by an input of its name.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from latentdiff.diffusion.noise import normal
+from latentdiff.errors import ConfigError, ModelError, raised_as
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.context import Context
+from latentdiff.models.dual_text_encoder import DualTextEncoder
+from latentdiff.models.folder import saving
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.output import whole, write_json
+from latentdiff.runtime.compiling import Compiler, openvino
+from latentdiff.runtime.graphs import (
+    CONSTANTS,
+    FOLDER,
+    FORMAT,
+    RECORD,
+    TOKENIZER,
+    WEIGHT,
+    Exported,
+    config_hash,
+    exported,
+)
+
+if TYPE_CHECKING:
+    from latentdiff.models.unet import UNet
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+LARGEST_DIFFERENCE = 1e-3  # of a graph's largest value; rounding makes about 1e-6
+
+
+class _Texts(nn.Module):
+    """Token ids (n, L) -> the hidden states that each clip_skip reads, then the pooled text where there is one."""
+
+    def __init__(self, encoder: TextEncoder):
+        super().__init__()
+        self.network, self._encoder = encoder.model, [encoder]  # in a list: its weights are the network's
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        (encoder,) = self._encoder
+        output = encoder.outputs(ids)
+        hidden = tuple(encoder.hidden(output, skipped) for skipped in range(encoder.layers))
+        return hidden if output.get("text_embeds") is None else (*hidden, output["text_embeds"])
+
+
+class _Denoised(nn.Module):
+    """(x, t, tokens, and of SDXL pooled, sizes) -> output."""
+
+    def __init__(self, unet: UNet):
+        super().__init__()
+        self.network, self._unet = unet.model, [unet]
+
+    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+        output: Tensor = self._unet[0](x, t, Context(*told))
+        return output
+
+
+class _Coded(nn.Module):
+    """Latents -> images, or images -> the posterior's mean."""
+
+    def __init__(self, autoencoder: Autoencoder, code: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.network, self._code = autoencoder.vae, [code]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._code[0](x)
+
+
+def export(pipe: LatentDiffusionPipeline, directory: Path, variant: str | None = None) -> dict[str, float]:
+    """Write `directory`/openvino for the model of the pipeline, which lies there.
+
+    Returns, for each graph, how far it is from torch's network on other shapes: the largest difference over the largest
+    value. Raises ConfigError for a model with learnt words, ModelError where the tracer gives another network.
+    """
+    pipe.to("cpu", torch.float32)
+    parts = _parts(pipe)
+    with raised_as(ModelError, "cannot export"):
+        graphs = {part: _traced(module, inputs) for part, (module, inputs) in parts.items()}
+    with saving("the graphs", directory), whole(directory / FOLDER) as made:
+        made.mkdir()
+        constants = {part: _write(graph, made / f"{part}.xml") for part, graph in graphs.items()}
+        save_file(constants, made / CONSTANTS)
+        write_json(made / RECORD, _record(pipe, directory, made))
+    return _differences(exported(directory, variant), parts)
+
+
+def _parts(pipe: LatentDiffusionPipeline) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+    """The module of each graph, and inputs of shapes that no size is equal to by chance."""
+    unet, autoencoder = pipe.unet, pipe.autoencoder
+    parts: dict[str, tuple[nn.Module, list[Tensor]]] = {}
+    pooled = 0
+    for name, encoder in zip(("text_encoder", "text_encoder_2"), pipe.text_encoder.encoders, strict=False):
+        ids = torch.arange(encoder.max_length).expand(2, -1) % encoder.reader.end
+        parts[name] = _Texts(encoder), [ids]
+        pooled = int(getattr(encoder.model.config, "projection_dim", 0))
+    latents = _drawn(3, unet.in_channels, 2 * unet.factor, 3 * unet.factor)
+    told = [_drawn(3, pipe.text_encoder.max_length, unet.context_width)]
+    if unet.reads_sizes:
+        told += [_drawn(3, pooled), torch.arange(18.0).reshape(3, 6) * 64]
+    parts["unet"] = _Denoised(unet), [latents, torch.tensor([501.0]), *told]
+    if isinstance(autoencoder, Autoencoder):
+        pixels = _drawn(3, autoencoder.image_channels, *(side * autoencoder.factor for side in latents.shape[2:]))
+        parts["vae_decoder"] = _Coded(autoencoder, autoencoder.decode), [latents[:, : autoencoder.latent_channels]]
+        parts["vae_encoder"] = _Coded(autoencoder, lambda images: autoencoder.encode(images)[0]), [pixels]
+    return parts
+
+
+def _drawn(*shape: int) -> Tensor:
+    return torch.from_numpy(normal(shape, 0, "export"))
+
+
+def _traced(module: nn.Module, inputs: list[Tensor]) -> Any:
+    """OpenVINO's graph of a module, its weights replaced by inputs. Raises ModelError where one is left in it."""
+    ov = openvino()
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about every comparison of sizes
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchScriptPythonDecoder(module.eval(), example_input=tuple(inputs), shared_memory=True)
+        graph = frontend.convert(frontend.load(decoder))
+    weights = []
+    for constant, name in _weights_in(graph, module):
+        weight = ov.op.Parameter(ov.Type.f32, ov.Shape(list(constant.shape)))
+        weight.set_friendly_name(f"{WEIGHT}{name}")
+        constant.output(0).replace(weight.output(0))
+        weights.append(weight)
+    graph.add_parameters(weights)
+    return graph
+
+
+def _weights_in(graph: Any, module: nn.Module) -> list[tuple[Any, str]]:
+    """The graph's constants that are weights, with their names. Raises ModelError for one that has lost its name."""
+    known = dict(module.named_parameters(remove_duplicate=False))
+    numbers = {parameter.detach().numpy().tobytes() for parameter in known.values()}
+    found = []
+    for constant in [node for node in graph.get_ops() if node.get_type_name() == "Constant"]:
+        name = constant.get_friendly_name().removeprefix("self.")
+        if name in known:
+            found.append((constant, name.removeprefix("network.")))
+        elif constant.get_element_type().is_real() and constant.data.size > 1 and constant.data.tobytes() in numbers:
+            raise ModelError(f"cannot export: a weight has lost its name ({name})")
+    return found
+
+
+def _write(graph: Any, file: Path) -> np.ndarray:
+    """Write a graph; returns its constants as bytes, (N,) uint8."""
+    constants = file.with_suffix(".constants")
+    openvino().serialize(graph, str(file), str(constants))
+    content = np.frombuffer(constants.read_bytes(), np.uint8)
+    constants.unlink()
+    return content
+
+
+def _record(pipe: LatentDiffusionPipeline, directory: Path, made: Path) -> dict[str, Any]:
+    """See runtime/graphs.py; what the networks in runtime/openvino.py must know."""
+    autoencoder, unet, texts = pipe.autoencoder, pipe.unet, pipe.text_encoder
+    encoders = dict(zip(("text_encoder", "text_encoder_2"), texts.encoders, strict=False))
+    parts = ["unet", *encoders, *(["vae"] if isinstance(autoencoder, Autoencoder) else [])]
+    return {
+        "format": FORMAT,
+        "openvino": openvino().__version__,
+        "configs": {part: config_hash(directory / part) for part in parts},
+        "unet": {
+            "factor": unet.factor,
+            "in_channels": unet.in_channels,
+            "context_width": unet.context_width,
+            "reads_sizes": unet.reads_sizes,
+        },
+        "vae": {
+            "factor": autoencoder.factor,
+            "latent_channels": autoencoder.latent_channels,
+            "image_channels": autoencoder.image_channels,
+        },
+        **{part: _words(encoder, part, directory, made) for part, encoder in encoders.items()},
+        "zero_empty": isinstance(texts, DualTextEncoder) and texts.zero_empty,
+    }
+
+
+def _words(encoder: TextEncoder, part: str, directory: Path, made: Path) -> dict[str, Any]:
+    """What is told of a text encoder; its tokenizer's file is written where the model has none of the same content."""
+    if encoder.learnt_words:
+        raise ConfigError(f"a model with learnt words cannot be exported ({', '.join(encoder.learnt_words)})")
+    reader, words, name = encoder.reader, encoder.tokenizer_json(), TOKENIZER[part]
+    own = directory / name / "tokenizer.json"
+    same = own.is_file() and _vocabulary(own.read_text(encoding="utf-8")) == _vocabulary(words)
+    if not same:
+        (made / name).mkdir()
+        (made / name / "tokenizer.json").write_text(words, encoding="utf-8")
+    told = {"layers": encoder.layers, "length": reader.length, "tokenizer": "model" if same else "export"}
+    return told | {"start": reader.start, "end": reader.end, "pad": reader.pad}
+
+
+def _vocabulary(words: str) -> dict[str, Any]:
+    """A tokenizer's file without what is said there of cutting and padding, which are the caller's."""
+    return json.loads(words) | {"truncation": None, "padding": None}
+
+
+def _differences(model: Exported | None, parts: dict[str, tuple[nn.Module, list[Tensor]]]) -> dict[str, float]:
+    """Of each graph, read again as drawing does, from its module, on one row instead of several."""
+    assert model is not None
+    compiler, found = Compiler(model, "float32"), {}
+    for part, (module, inputs) in parts.items():
+        rows = [tensor if tensor.ndim == 1 else tensor[:1] for tensor in inputs]  # the time is one number for all
+        with torch.no_grad():
+            theirs = module(*rows)
+        theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+        pairs = zip(compiler.run(part, *(row.numpy() for row in rows)), theirs, strict=True)
+        found[part] = max(float(np.abs(a - b.numpy()).max() / b.abs().max()) for a, b in pairs)
+        if not found[part] <= LARGEST_DIFFERENCE:
+            raise ModelError(
+                f"cannot export: {part} differs by {found[part]:.1e} of its largest value ({model.directory})"
+            )
+    return found

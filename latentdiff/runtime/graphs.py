@@ -1,0 +1,128 @@
+"""A model's networks as OpenVINO graphs on disk: `MODEL/openvino/`, beside the weights that they are bound to.
+
+    unet.xml, text_encoder.xml, ...   the graphs; their weights are inputs, called as in the model's own files
+    constants.safetensors             what else is constant in each, which follows from its configuration alone
+    export.json                       what must be known of the networks, and the configurations they were exported for
+
+So an export takes a megabyte whatever the model weighs, holds no second copy of the weights, and stays right when they
+are trained further; a changed configuration is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentdiff.errors import ModelError
+from latentdiff.models.folder import loading, read_json, weight_files
+
+FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
+FORMAT = 1
+TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+WEIGHT = "weight:"  # begins the name of an input that is a weight
+_UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of a configuration, by the graphs
+_OLD_NAMES = (  # of weights in older files, by what they are called now
+    ("", "text_model."),
+    ("to_q.", "query."),
+    ("to_k.", "key."),
+    ("to_v.", "value."),
+    ("to_out.0.", "proj_attn."),
+)
+_STORED = {"F64": "f64", "F32": "f32", "F16": "f16", "BF16": "u16"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its kind by safetensors' name, its shape, its first byte and the byte after its last."""
+
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def read(self) -> np.ndarray:
+        """Its numbers, mapped from the file; of bfloat16 the bits as uint16."""
+        values = np.memmap(self.file, np.uint8, "r", self.begin, (self.end - self.begin,))
+        kind = np.uint16 if self.kind == "BF16" else np.dtype(_STORED[self.kind].replace("f", "float"))
+        return np.asarray(values.view(kind).reshape(self.shape))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export that fits its model."""
+
+    directory: Path
+    variant: str | None
+    record: dict[str, Any]
+
+    def graph(self, part: str) -> tuple[bytes, np.ndarray]:
+        """The graph of a part and its constants, as OpenVINO reads them. Raises ModelError."""
+        from safetensors.numpy import load_file
+
+        folder = self.directory / FOLDER
+        with loading(f"{FOLDER}/{part}.xml", self.directory):
+            return (folder / f"{part}.xml").read_bytes(), load_file(folder / CONSTANTS)[part]
+
+    def weights(self, part: str) -> dict[str, Stored]:
+        """The tensors of a network's files by their names. Raises ModelError."""
+        files = weight_files(self.directory / part, self.variant)
+        return {name: stored for file in files for name, stored in _tensors(file)}
+
+    def tokenizer(self, part: str) -> Path:
+        """The tokenizer's file of a text encoder: the model's own, or one beside the graphs."""
+        own = self.record[part]["tokenizer"] == "model"
+        return (self.directory if own else self.directory / FOLDER) / TOKENIZER[part] / "tokenizer.json"
+
+    def identity(self, part: str) -> str:
+        """A hash of the graph."""
+        return hashlib.sha256((self.directory / FOLDER / f"{part}.xml").read_bytes()).hexdigest()
+
+
+def exported(directory: Path, variant: str | None = None) -> Exported | None:
+    """The export of a checked model folder, None where there is none. Raises ModelError for one of another model."""
+    path = directory / FOLDER / RECORD
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if record.get("format") != FORMAT:
+        raise ModelError(f"an export of format {record.get('format')!r}, not {FORMAT} ({path}). Export it again")
+    changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
+    if changed:
+        raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). Export it again")
+    return Exported(directory, variant, record)
+
+
+def config_hash(part: Path) -> str:
+    """What of a network's configuration makes its graph."""
+    tree = read_json(part / "config.json")
+    read = {key: value for key, value in tree.items() if not key.startswith("_") and key not in _UNREAD}
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def named(weights: dict[str, Stored], name: str) -> Stored:
+    """The tensor of that name, or of what it was called in older files. Raises ModelError."""
+    for new, old in _OLD_NAMES:
+        for candidate in (name, name.replace(new, old, 1) if new else old + name):
+            if candidate in weights:
+                return weights[candidate]
+    raise ModelError(f"{name} is not among the weights")
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:
+    """What a safetensors file holds; the library checks its header, and that no tensor lies outside the file."""
+    from safetensors import safe_open
+
+    with loading(file.parent.name, file.parent.parent), safe_open(file, "np"), file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] in _STORED:
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            yield name, Stored(file, entry["dtype"], tuple(entry["shape"]), begin, end)
