@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentdiff.errors import ConfigError
+from latentdiff.recommended import Recommended
 from latentdiff.validation import did_you_mean, first_fault
 
 STAGES = ("autoencoder", "clip", "denoiser")  # of a run, in their order
@@ -189,15 +190,6 @@ class Denoiser(Learning):
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     schedule: Schedule = Schedule()
     preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
-
-
-class Recommended(Section):
-    """Sampling settings that the model is saved with, and drawn with unless others are asked for."""
-
-    num_inference_steps: int = Field(20, ge=1, le=1000)
-    guidance_scale: float = Field(3.0, ge=0, le=100)
-    sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = "ddim"
-    spacing: Literal["trailing", "leading", "linspace", "karras", "uniform"] = "trailing"
 
 
 class Settings(Section):

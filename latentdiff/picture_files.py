@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import ConfigError
-from latentdiff.output import check_writable, write_new
+from latentdiff.errors import ConfigError, DataError
+from latentdiff.output import check_writable, printable, write_new
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from latentdiff.data.decoding import Color
     from latentdiff.metadata import ImageMetadata
     from latentdiff.pipeline import Output
 
@@ -85,3 +88,21 @@ def _next_path(folder: Path, seed: int, suffix: str) -> Path:
     names = (re.match(r"(\d{5,9})-.*\.(png|jpe?g|webp)$", path.name) for path in folder.glob("*-*.*"))
     numbers = [int(name[1]) for name in names if name]
     return folder / f"{max(numbers, default=0) + 1:05d}-{seed}{suffix}"
+
+
+def open_picture(path: Path, background: Color = (255, 255, 255)) -> Image.Image:
+    """A picture that a user names, decoded whole, where it is transparent on a colour. Raises DataError."""
+    from PIL import Image
+
+    from latentdiff.data.decoding import decode, silent_decoders
+
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError("is no file")
+        with silent_decoders():
+            return Image.fromarray(decode(path.read_bytes(), background).pixels)
+    except DataError as error:
+        raise DataError(f"{printable(path)[:200]}: {error}") from None
+    except (OSError, ValueError) as error:  # of names that cannot be, too
+        told = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{printable(path)[:200]}: {told.lower()}") from None

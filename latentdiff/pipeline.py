@@ -79,11 +79,22 @@ class ModelCard:
     folder: Path | None = field(default=None, compare=False)  # where the model lies, unless it is a single file
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What is to be known of networks that OpenVINO has compiled.
+
+    begin: lets them get ready for latents (B, C, h, w) under so many conditions. torch_networks: those that take over
+    when something is asked for that only torch has, unless OpenVINO was asked for by name.
+    """
+
+    begin: Callable[[tuple[int, ...], int], None]
+    torch_networks: Callable[[], Networks] | None
+
+
 class LatentDiffusionPipeline:
     """Networks, a noise schedule and what the network predicts; everything else is an argument of the call.
 
-    extras: what was loaded beside the model. runtime: what the networks compute with, torch or OpenVINO (on NumPy
-    arrays); torch_networks: makes those that take over when something is asked for that only torch has.
+    extras: what was loaded beside the model. compiled: of networks that are not torch's, and compute on NumPy arrays.
     """
 
     def __init__(
@@ -95,12 +106,11 @@ class LatentDiffusionPipeline:
         prediction: str,
         card: ModelCard,
         *,
-        runtime: Runtime = "torch",
-        torch_networks: Callable[[], Networks] | None = None,
+        compiled: Compiled | None = None,
     ):
         self.autoencoder, self.text_encoder, self.unet = autoencoder, text_encoder, unet
         self.schedule, self.prediction, self.card = schedule, prediction, card
-        self.runtime, self._torch_networks = runtime, torch_networks
+        self._compiled = compiled
         self.extras = extras.Extras()
         self._place: torch.device | None = None
         self._notes: list[str] = []
@@ -193,13 +203,18 @@ class LatentDiffusionPipeline:
 
         Raises ConfigError where the other runtime was asked for by name.
         """
-        if self.runtime == "torch":
+        if self._compiled is None:
             return
-        if self._torch_networks is None:
-            raise ConfigError(f"{wanted} needs the torch runtime; this pipeline was asked to run on {self.runtime}")
+        if self._compiled.torch_networks is None:
+            raise ConfigError(f"{wanted} needs the torch runtime; {self.runtime} was asked for by name")
         warnings.warn(f"{wanted} is not in what was exported: drawing with torch instead", stacklevel=3)
-        self.autoencoder, self.text_encoder, self.unet = self._torch_networks()
-        self.runtime = "torch"
+        self.autoencoder, self.text_encoder, self.unet = self._compiled.torch_networks()
+        self._compiled = None
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the networks compute with."""
+        return "torch" if self._compiled is None else "openvino"
 
     @property
     def device(self) -> torch.device:
@@ -304,6 +319,12 @@ class LatentDiffusionPipeline:
         self.size(asked, made)
         step_counts(asked, made)
         return made
+
+    def begin(self, asked: Request, pictures: int = 1) -> None:
+        """Let the networks get ready for a request's first batch while its prompts are read; torch's are."""
+        if self._compiled is not None:
+            latents = (min(pictures, asked.batch_size), *self.latent_shape(self.size(asked)))
+            self._compiled.begin(latents, 2 if asked.guidance_scale > 1 else 1)
 
     def __call__(
         self,

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentdiff.config import Recommended
 from latentdiff.diffusion.schedule import SPACINGS, NoiseSchedule
 from latentdiff.errors import ConfigError, ModelError, raised_as
 from latentdiff.metadata import recorded
 from latentdiff.models.folder import folder_hash, picture_geometry, saving
 from latentdiff.output import whole, write_json
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
+from latentdiff.recommended import Recommended
 from latentdiff.validation import first_fault
 
 if TYPE_CHECKING:

@@ -17,13 +17,12 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentdiff.data.decoding import FORMATS, WHITE, Color, decode, silent_decoders
+from latentdiff.data.decoding import FORMATS, silent_decoders
 from latentdiff.drawing.canvas import BLACK
 from latentdiff.drawing.job import Job
 from latentdiff.errors import ConfigError, DataError, ModelError
 from latentdiff.metadata import installed_versions, read_metadata
-from latentdiff.output import printable
-from latentdiff.picture_files import encoded
+from latentdiff.picture_files import encoded, open_picture
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.request import SIDES, Pixels, Request
 from latentdiff.validation import first_fault
@@ -238,20 +237,6 @@ def _canvas(pipe: LatentDiffusionPipeline, asked: Request, record: CanvasRecord,
     if canvas is None or canvas.hash != record.sha256:
         raise DataError(f"{record.image} or its mask is another picture now")
     return canvas
-
-
-def open_picture(path: Path, background: Color = WHITE) -> Image.Image:
-    """A picture that a user names, decoded whole, where it is transparent on a colour. Raises DataError."""
-    try:
-        if path.exists() and not path.is_file():
-            raise DataError("is no file")
-        with silent_decoders():
-            return Image.fromarray(decode(path.read_bytes(), background).pixels)
-    except DataError as error:
-        raise DataError(f"{printable(path)[:200]}: {error}") from None
-    except (OSError, ValueError) as error:  # of names that cannot be, too
-        told = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{printable(path)[:200]}: {told.lower()}") from None
 
 
 def likeness(path: Path, again: Image.Image, record: Record) -> Likeness:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from latentdiff.errors import ConfigError, ModelError
 from latentdiff.models.folder import check_folder
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.pipeline import Compiled, LatentDiffusionPipeline
 from latentdiff.pretrained import Located, card_of, load_pipeline, located, read_scheduler
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _compiled(
 ) -> LatentDiffusionPipeline:
     """A pipeline on an export's networks; unless it is `wanted`, it may take torch's when asked for more."""
     from latentdiff.runtime.compiling import Compiler, has_bfloat16
-    from latentdiff.runtime.openvino import networks_of
+    from latentdiff.runtime.openvino import begin, networks_of
 
     schedule, prediction = read_scheduler(source.path)
     card = card_of(source, schedule, variant)
@@ -118,10 +119,9 @@ def _compiled(
         return pipe.autoencoder, pipe.text_encoder, pipe.unet
 
     # typed as torch's, they answer to what drawing asks of those
-    networks = cast("Networks", networks_of(export, compiler))
-    return LatentDiffusionPipeline(
-        *networks, schedule, prediction, card, runtime="openvino", torch_networks=None if wanted else torch_networks
-    )
+    networks = networks_of(export, compiler)
+    compiled = Compiled(partial(begin, *networks), None if wanted else torch_networks)
+    return LatentDiffusionPipeline(*cast("Networks", networks), schedule, prediction, card, compiled=compiled)
 
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> Any:

@@ -254,9 +254,9 @@ def test_recommended_samplers_are_the_samplers():
     """The config names them itself, because it imports nothing."""
     from typing import get_args
 
-    from latentdiff.config import Recommended
     from latentdiff.diffusion.samplers import SAMPLERS
     from latentdiff.diffusion.schedule import SPACINGS
+    from latentdiff.recommended import Recommended
 
     fields = Recommended.model_fields
     assert get_args(fields["sampler"].annotation) == tuple(SAMPLERS)

@@ -60,6 +60,7 @@ def main() -> None:
     _catch_signals()
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()
     except LatentDiffError as error:
         _fail(str(error), error.exit_code)
     except Interrupted as stopped:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +17,7 @@ import typer
 from latentdiff.cli.options import Precision, Runtime
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.errors import ConfigError
-from latentdiff.picture_files import check_target, loses_pixels, suffix_of, write_pictures
+from latentdiff.picture_files import check_target, loses_pixels, open_picture, suffix_of, write_pictures
 
 if TYPE_CHECKING:
     from latentdiff.drawing.job import Job
@@ -186,10 +186,10 @@ def _common(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
 
     Raises ConfigError for what is an option alone, and for what is given twice.
     """
-    from latentdiff.config import parsed_override
-
     common = {name: value for name, value in given.items() if value is not None}
     for setting in settings:
+        from latentdiff.config import parsed_override
+
         name, value = parsed_override(setting)
         if not name:
             raise ConfigError(f"--set is NAME=VALUE (got {setting[:40]!r})")
@@ -286,14 +286,16 @@ def _adapter(text: str) -> tuple[Path, float]:
 
 def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
     """Sizes that a folder's model cannot draw are refused from its configs, before its weights are read."""
+    sizes = {(one.width, one.height) for one in asked} - {(None, None)}
+    if not sizes:
+        return
     from latentdiff.models.folder import check_folder, picture_geometry
     from latentdiff.pretrained import default_model
     from latentdiff.request import SIDES, check_size
 
     folder = default_model() if model is None else Path(model)
-    sizes = {(one.width, one.height) for one in asked} - {(None, None)}
-    if not sizes or not folder.is_dir():
-        return  # its own size, or not known yet; it is checked when it is loaded
+    if not folder.is_dir():
+        return  # not known yet; they are checked when it is loaded
     check_folder(folder)
     multiple, own = picture_geometry(folder)
     for width, height in sizes:
@@ -354,6 +356,8 @@ def _jobs(
         own = common | wish.settings | {"seed": first.seed}
         with _said_of(wish):
             request = pipe.request(wish.prompt, **own)
+            if not jobs and wish.image is None:
+                pipe.begin(request, sum(one.num_images for one in asked))
             jobs += jobs_of(request, _canvas(pipe, wish, request))
         _warn(pipe, request)
     return jobs
@@ -363,7 +367,6 @@ def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
     from latentdiff.drawing.canvas import BLACK, NONE, Margins
     from latentdiff.drawing.plan import step_counts
     from latentdiff.metadata import recorded
-    from latentdiff.reproduce import open_picture
 
     image = None if wish.image is None else open_picture(wish.image)
     mask = None if wish.mask is None else open_picture(wish.mask, BLACK)
@@ -390,12 +393,31 @@ def _warn(pipe: LatentDiffusionPipeline, asked: Request) -> None:
             print(f"{name} of {read.tokens} tokens is read in {read.chunks} chunks", file=sys.stderr)
 
 
+def _bar(steps: int) -> Any:
+    """Of progress, where someone looks; what is for no one is not imported."""
+    if not sys.stderr.isatty():
+        return _NoBar()
+    from tqdm import tqdm
+
+    return tqdm(total=steps, unit="step")
+
+
+class _NoBar(AbstractContextManager[Any]):
+    """Takes what a bar takes."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def update(self) -> None:
+        """Nothing to show."""
+
+    clear = refresh = update
+
+
 def _drawn(
     pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Path, suffix: str, metadata: bool
 ) -> Iterator[tuple[Path, Any]]:
     """Draw batch by batch under a progress bar and yield every picture written."""
-    from tqdm import tqdm
-
     from latentdiff.drawing.plan import step_counts
     from latentdiff.metadata import save_options
 
@@ -405,7 +427,7 @@ def _drawn(
     if metadata and suffix != ".png":
         for job in jobs:  # a record that does not fit is known before anything is drawn
             save_options(pipe.record(job), suffix)
-    with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
+    with _bar(total) as bar:
         for batch in batches:
             for step in pipe.steps(batch):
                 bar.update()

@@ -1,7 +1,7 @@
 """Graphs compiled for fixed shapes on this CPU, and kept in the user's cache directory for the next start.
 
 A kept one is called by a hash of all that it was made from: graph, weights, shapes, precision, OpenVINO and processor.
-It begins with the sha256 of what follows; what is damaged is made anew. The least used are removed over LIMIT.
+It begins with the CRC-32 of what follows; what is damaged is made anew. The least used are removed over LIMIT.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import json
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +42,27 @@ def openvino() -> Any:
     return openvino
 
 
+@cache
+def _core() -> Any:
+    return openvino().Core()
+
+
 def has_bfloat16() -> bool:
     """Whether the CPU computes in bfloat16 by itself."""
-    return "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A compiled graph in the cache, and the CRC-32 that it should have."""
+
+    file: Path
+    checksum: bytes
+    blob: np.ndarray
+
+    def is_whole(self) -> bool:
+        """Whether it is what was written; a tenth of a second for 200 MB."""
+        return _checksum(self.blob.data) == self.checksum
 
 
 class Compiler:
@@ -49,42 +71,57 @@ class Compiler:
     def __init__(self, model: Exported, precision: str, model_hash: str | None = None):
         """model_hash: of the weights; without it nothing is kept."""
         self._model, self._model_hash, self.precision = model, model_hash, precision
-        self._core = openvino().Core()
-        self._made: dict[tuple[str, Shapes], Future[Any]] = {}
+        self._begun: dict[tuple[str, Shapes], tuple[Future[Any], Kept | None]] = {}
+        self._requests: dict[tuple[str, Shapes], Any] = {}
         self._held: list[np.ndarray] = []  # what OpenVINO computes with and does not own
         self._worker = ThreadPoolExecutor(1, "compile")
 
-    def begin(self, part: str, shapes: Shapes) -> Future[Any]:
-        """Begin to compile what will be needed, unless that is begun already."""
-        if (part, shapes) not in self._made:
-            self._made[part, shapes] = self._worker.submit(self._compiled, part, shapes)
-        return self._made[part, shapes]
+    def begin(self, part: str, shapes: Shapes) -> None:
+        """Begin to make ready what will be needed, unless that is begun already."""
+        if (part, shapes) not in self._begun:
+            file = _folder() / f"{self._key(part, shapes)}.blob" if self._model_hash else None
+            kept = None if file is None else _kept(file)
+            self._begun[part, shapes] = self._worker.submit(self._made, part, shapes, file, kept), kept
 
     def run(self, part: str, *inputs: np.ndarray) -> list[np.ndarray]:
         """All outputs of a graph, compiled for the shapes of these inputs."""
-        request = self.begin(part, tuple(array.shape for array in inputs)).result()
+        shapes = tuple(array.shape for array in inputs)
+        if (part, shapes) not in self._requests:
+            self._requests[part, shapes] = self._request(part, shapes)
+        request = self._requests[part, shapes]
         for index, array in enumerate(inputs):
             request.set_input_tensor(index, openvino().Tensor(np.ascontiguousarray(array), shared_memory=True))
         request.infer()
         return [tensor.data.copy() for tensor in request.output_tensors]
 
-    def _compiled(self, part: str, shapes: Shapes) -> Any:
-        """A request that computes; kept or compiled."""
-        settings = _SETTINGS | {"INFERENCE_PRECISION_HINT": _PRECISIONS[self.precision]}
-        file = _folder() / f"{self._key(part, shapes)}.blob"
-        if self._model_hash and (blob := _kept(file)) is not None:
-            self._held.append(blob)
-            return self._core.import_model(openvino().Tensor(blob), "CPU", settings).create_infer_request()
-        compiled = self._core.compile_model(self._bound(part, shapes), "CPU", settings)
-        if self._model_hash:
+    def _request(self, part: str, shapes: Shapes) -> Any:
+        """What computes a graph. What was kept is checked here, while the other thread is at work on it."""
+        self.begin(part, shapes)
+        future, kept = self._begun[part, shapes]
+        if kept is not None and not kept.is_whole():
+            future = self._worker.submit(self._made, part, shapes, kept.file, None)
+        return future.result()
+
+    def _made(self, part: str, shapes: Shapes, file: Path | None, kept: Kept | None) -> Any:
+        """From what was kept, or compiled and kept in the file."""
+        if kept is not None:
+            self._held.append(kept.blob)
+            with suppress(RuntimeError):  # of a damaged one; then it is made anew
+                return _core().import_model(openvino().Tensor(kept.blob), "CPU", self._settings).create_infer_request()
+        compiled = _core().compile_model(self._bound(part, shapes), "CPU", self._settings)
+        if file is not None:
             _keep(file, compiled.export_model().getvalue())
         return compiled.create_infer_request()
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        return _SETTINGS | {"INFERENCE_PRECISION_HINT": _PRECISIONS[self.precision]}
 
     def _bound(self, part: str, shapes: Shapes) -> Any:
         """A part's graph with its weights and shapes in place."""
         graph, constants = self._model.graph(part)
         self._held.append(constants)
-        model = self._core.read_model(graph, openvino().Tensor(constants))
+        model = _core().read_model(graph, openvino().Tensor(constants))
         inputs = [p for p in model.get_parameters() if not p.get_friendly_name().startswith(WEIGHT)]
         weights = self._model.weights(network_of(part))
         for parameter in model.get_parameters():
@@ -97,7 +134,7 @@ class Compiler:
 
     def _key(self, part: str, shapes: Shapes) -> str:
         ov = openvino()
-        cpu = [self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+        cpu = [_core().get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
         made_from = [self._model.identity(part), self._model_hash, shapes, self.precision, ov.__version__, cpu]
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
@@ -114,17 +151,19 @@ def network_of(part: str) -> str:
 
 
 def bind(parameter: Any, stored: Stored) -> np.ndarray:
-    """Put a stored tensor in the place of a graph's input of that many numbers, which computes in float32.
+    """Put a stored tensor in the place of a graph's input of that many numbers, float16 and widened to float32.
 
     Returns the numbers, which are not copied: they must live as long as the graph.
     """
     ov = openvino()
-    from openvino import opset15
-
     values, shape = stored.read(), list(parameter.get_output_partial_shape(0).to_shape())
     kind = {"F64": ov.Type.f64, "F32": ov.Type.f32, "F16": ov.Type.f16, "BF16": ov.Type.bf16}[stored.kind]
     constant = ov.op.Constant(ov.Tensor(values, ov.Shape(shape), kind), shared_memory=True)
-    parameter.output(0).replace((constant if stored.kind == "F32" else opset15.convert(constant, "f32")).output(0))
+    (widened,) = parameter.output(0).get_target_inputs()
+    if stored.kind == "F32":
+        widened.get_node().output(0).replace(constant.output(0))
+    else:
+        widened.replace_source_output(constant.output(0))
     return values
 
 
@@ -140,17 +179,18 @@ def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latentdiff"
 
 
-def _kept(file: Path) -> np.ndarray | None:
-    """A kept blob that is whole, or None."""
+def _kept(file: Path) -> Kept | None:
+    """A graph that was kept, or None."""
     try:
         content = np.memmap(file, np.uint8, "r")
+        os.utime(file)
     except (OSError, ValueError):
         return None
-    blob = content[32:]
-    if hashlib.sha256(blob.data).digest() != content[:32].tobytes():
-        return None
-    os.utime(file)
-    return blob
+    return Kept(file, content[:4].tobytes(), content[4:])
+
+
+def _checksum(content: bytes | memoryview) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def _keep(file: Path, blob: bytes) -> None:
@@ -159,7 +199,7 @@ def _keep(file: Path, blob: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as scratch:
             try:
-                scratch.write(hashlib.sha256(blob).digest())
+                scratch.write(_checksum(blob))
                 scratch.write(blob)
                 scratch.close()
                 Path(scratch.name).replace(file)

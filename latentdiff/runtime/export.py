@@ -137,12 +137,25 @@ def _traced(module: nn.Module, inputs: list[Tensor]) -> Any:
         graph = frontend.convert(frontend.load(decoder))
     weights = []
     for constant, name in _weights_in(graph, module):
-        weight = ov.op.Parameter(ov.Type.f32, ov.Shape(list(constant.shape)))
+        weight = ov.op.Parameter(ov.Type.f16, ov.Shape(list(constant.shape)))
         weight.set_friendly_name(f"{WEIGHT}{name}")
-        constant.output(0).replace(weight.output(0))
+        widened = _widening(constant.shape)
+        widened.input(0).replace_source_output(weight.output(0))
+        constant.output(0).replace(widened.output(0))
         weights.append(weight)
     graph.add_parameters(weights)
     return graph
+
+
+def _widening(shape: Any) -> Any:
+    """A conversion to float32 that leaves its input in 16 bits until it is needed; only compressing makes one."""
+    ov = openvino()
+    from openvino import opset15
+    from openvino._offline_transformations import compress_model_transformation
+
+    model = ov.Model([opset15.result(ov.op.Constant(np.zeros(list(shape), np.float32)))], [])
+    compress_model_transformation(model)
+    return model.get_results()[0].input_value(0).get_node()
 
 
 def _weights_in(graph: Any, module: nn.Module) -> list[tuple[Any, str]]:

@@ -30,7 +30,7 @@ class CompiledUNet:
         self.factor, self.in_channels = int(told["factor"]), int(told["in_channels"])
         self.context_width, self.reads_sizes = int(told["context_width"]), bool(told["reads_sizes"])
 
-    def begin(self, rows: int, size: tuple[int, int], tokens: int) -> None:
+    def begin(self, rows: int, size: tuple[int, ...], tokens: int) -> None:
         """Begin to compile for latents of (h, w); of SDXL the shapes are known when a prompt has been read."""
         if not self.reads_sizes:
             x, context = (rows, self.in_channels, *size), (rows, tokens, self.context_width)
@@ -190,3 +190,12 @@ def networks_of(model: Exported, compiler: Compiler) -> tuple[Autoencoders, Text
         if len(texts) == 1:
             return autoencoder, texts[0], unet
         return autoencoder, CompiledTextEncoders(*texts, zero_empty=told["zero_empty"]), unet
+
+
+def begin(
+    autoencoder: Autoencoders, texts: TextEncoders, unet: CompiledUNet, latents: tuple[int, ...], conditions: int
+) -> None:
+    """Begin to compile for latents (B, C, h, w) under prompts of one chunk, first what takes longest."""
+    unet.begin(conditions * latents[0], latents[2:], texts.max_length)
+    texts.begin()
+    autoencoder.begin(latents)
