@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,8 +83,22 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
 def write_new(path: Path, content: bytes) -> None:
     """Write a file that was not there; none is left where the disk is full or the command is stopped meanwhile.
 
-    Raises FileExistsError, also for what appeared since the caller looked, and OSError.
+    On Linux not even by SIGKILL: it has no name before it is whole. Raises FileExistsError, also for what appeared
+    since the caller looked, and OSError.
     """
+    try:
+        unnamed = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except (AttributeError, OSError):  # another system, or a disk that cannot
+        _write_named(path, content)
+        return
+    with open(unnamed, "wb") as file:  # noqa: PTH123 - a descriptor, no path
+        file.write(content)
+        file.flush()
+        # a folder for the source, which its absolute name has no use for, makes Python follow the link
+        os.link(f"/proc/self/fd/{unnamed}", path, src_dir_fd=unnamed, follow_symlinks=True)
+
+
+def _write_named(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         try:
             file.write(content)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,14 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpeg": ("JPEG", {"quality": 95}),
     ".webp": ("WEBP", {"lossless": True}),
 }
+_NEXT = Path()  # stands for the next number that is free in a folder
 _OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
-def check_target(output: Path, count: int) -> None:
+def check_target(output: Path, count: int, *, resume: bool = False) -> None:
     """The output checked before any work: a folder that can be written to, or a new file for a single picture.
 
-    Nothing is created yet. Raises ConfigError.
+    resume: the file may be there. Nothing is created yet. Raises ConfigError.
     """
     suffix = output.suffix.lower()
     if suffix in _OTHERS:
@@ -40,7 +41,7 @@ def check_target(output: Path, count: int) -> None:
     if single and count > 1:
         raise ConfigError(f"{count} pictures do not go into one file ({output}). Name a folder")
     check_writable(output, output.parent if single else output)
-    if single and os.path.lexists(output):
+    if single and os.path.lexists(output) and not resume:
         raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
     if not single and output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file, and no {', '.join(_FORMATS)}. Name a folder")
@@ -59,10 +60,18 @@ def check_file(output: Path) -> None:
     check_target(output, 1)
 
 
-def write_pictures(output: Output, target: Path, suffix: str, metadata: bool) -> Iterator[tuple[Path, ImageMetadata]]:
-    """Each picture's file, as soon as it is there, and its record."""
-    for image, record in zip(output.images, output.metadata, strict=True):
-        path = target if suffix_of(target) else _next_path(target, record.seed, suffix)
+def write_pictures(
+    output: Output, target: Path, suffix: str, metadata: bool, paths: Sequence[Path | None] | None = None
+) -> Iterator[tuple[Path, ImageMetadata]]:
+    """Each picture's file, as soon as it is there, and its record.
+
+    paths: a file for each, None for one that is not to be written; without them a folder's next numbers.
+    """
+    given = paths or [target if suffix_of(target) else _NEXT] * len(output.images)
+    for image, record, chosen in zip(output.images, output.metadata, given, strict=True):
+        if chosen is None:
+            continue
+        path = _next_path(target, record.seed, suffix) if chosen is _NEXT else chosen
         path.parent.mkdir(parents=True, exist_ok=True)
         write_new(path, encoded(image, path.suffix.lower(), record if metadata else None))
         yield path, record
@@ -87,7 +96,12 @@ def _next_path(folder: Path, seed: int, suffix: str) -> Path:
     """folder/NNNNN-SEED.png with the first number after all that are there."""
     names = (re.match(r"(\d{5,9})-.*\.(png|jpe?g|webp)$", path.name) for path in folder.glob("*-*.*"))
     numbers = [int(name[1]) for name in names if name]
-    return folder / f"{max(numbers, default=0) + 1:05d}-{seed}{suffix}"
+    return numbered(folder, max(numbers, default=0) + 1, seed, suffix)
+
+
+def numbered(folder: Path, number: int, seed: int, suffix: str) -> Path:
+    """folder/NNNNN-SEED.png."""
+    return folder / f"{number:05d}-{seed}{suffix}"
 
 
 def open_picture(path: Path, background: Color = (255, 255, 255)) -> Image.Image:

@@ -60,7 +60,7 @@ def _lacks(device: object, precision: str | None) -> str | None:
     """Why what is asked for cannot be drawn by OpenVINO here; None where it can."""
     if find_spec("openvino") is None:
         return "is not installed"
-    if device is None and _gpu_is_there():
+    if device is None and gpu_is_there():
         return "is for the CPU, and there is a GPU"
     if device is not None and str(device) != "cpu":
         return f"is for the CPU, not for {device}"
@@ -73,7 +73,7 @@ def _lacks(device: object, precision: str | None) -> str | None:
     return None
 
 
-def _gpu_is_there() -> bool:
+def gpu_is_there() -> bool:
     """As torch would find it, without the seconds that its import takes: by asking the drivers."""
     for library, ready, count in _DRIVERS:
         try:

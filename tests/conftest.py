@@ -14,6 +14,12 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line sets it,
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_but_the_tests(tmp_path_factory):
+    """Compiled graphs are kept for the tests alone."""
+    os.environ["LATENTDIFF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def command():
     """Run the command line in a process of its own; its exit code, stdout and stderr."""

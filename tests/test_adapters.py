@@ -429,7 +429,7 @@ def test_learnt_words(folders, family, count, tmp_path):
         assert torch.equal(before.pooled, after.pooled)
     assert pipe.text_encoder.read("a <castle> here").tokens == 4 + count
     for encoder, own in zip(pipe.text_encoder.encoders, vectors, strict=True):
-        (chunk,) = encoder._chunks("a <castle> here", Style())
+        (chunk,) = encoder.reader.chunks("a <castle> here", Style())
         read = encoder.model.get_input_embeddings().weight[chunk.ids]
         torch.testing.assert_close(read[1 : 1 + count], own)
     pipe.save_pretrained(tmp_path / "model")
@@ -448,7 +448,7 @@ def test_words_in_capitals(folders, tmp_path):
     assert torch.equal(pipe.text_encoder.context(PROMPT).tokens, plain)
     for prompt in ("a <InkStyle> castle", "a <inkstyle> castle"):
         assert pipe.text_encoder.read(prompt).tokens == 6
-        (chunk,) = pipe.text_encoder._chunks(prompt, Style())
+        (chunk,) = pipe.text_encoder.reader.chunks(prompt, Style())
         assert (pipe.text_encoder.model.get_input_embeddings().weight[chunk.ids[1:3]] == 3).all()
 
 

@@ -281,7 +281,7 @@ def test_stopped_in_the_midst_of_an_import(tmp_path, number, code, said):
     (tmp_path / "slow.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
     (tmp_path / "torch.py").write_text("try:\n    import slow\nexcept BaseException:\n    pass\n")
     process = subprocess.Popen(
-        [sys.executable, "-m", "latentdiff", "generate", PROMPT],
+        [sys.executable, "-m", "latentdiff", "generate", PROMPT, "--runtime", "torch"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -15,6 +15,7 @@ from latentdiff.drawing.start import turned
 from latentdiff.errors import ConfigError, NonFiniteError
 from latentdiff.images import to_uint8
 from latentdiff.models.clip import Clip
+from latentdiff.models.context import Context
 from latentdiff.models.weights import load_unet
 
 from . import stable_diffusion
@@ -315,7 +316,7 @@ def test_perturbed_attention_is_the_identity(pipe):
     """With the middle block's self-attention maps set to the identity by hand: values, projected."""
     x, context = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)), torch.randn(2, 5, 32)
     context = torch.randn(2, 32, pipe.unet.model.config.cross_attention_dim)
-    found = pipe.unet.perturbed(x, 10.0, context)
+    found = pipe.unet.predict_perturbed(x, 10.0, Context(context))
     attentions = [
         module
         for name, module in pipe.unet.model.named_modules()

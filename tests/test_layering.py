@@ -21,7 +21,7 @@ HOMES = {
     "openvino": ("runtime",),
     "tokenizers": ("runtime",),
     "typer": ("cli",),
-    "PIL": ("pipeline.py", "metadata.py", "reproduce.py", "drawing", "data", "stages"),
+    "PIL": ("pipeline.py", "metadata.py", "picture_files.py", "reproduce.py", "drawing", "data", "stages"),
 }
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff.cli.batches import Share, Target, drawn
 from latentdiff.cli.options import Precision, Runtime
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.errors import ConfigError
-from latentdiff.picture_files import check_target, loses_pixels, open_picture, suffix_of, write_pictures
+from latentdiff.picture_files import check_target, loses_pixels, open_picture, suffix_of
 
 if TYPE_CHECKING:
     from latentdiff.drawing.job import Job
@@ -133,6 +134,9 @@ def generate(
     offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="A JSON object a picture, instead of its path.")] = False,
     metadata: Annotated[bool, typer.Option(help="Write how it was made into each picture.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a stopped command: what is there is skipped. Needs --seed.")
+    ] = False,
 ) -> None:
     """Draw pictures of prompts. Paths go to standard output, progress to standard error."""
     given = {
@@ -156,17 +160,19 @@ def generate(
     common = _common(given, settings or [])
     wishes = _wishes(prompt, prompts_file, image, mask, outpaint)
     asked = _requests(wishes, common)  # refused here before any library or weight is loaded
-    check_target(output, sum(request.num_images for request in asked))
+    share = Share.of_process()
+    _check_seed(wishes, common, resume, share)
+    check_target(output, sum(request.num_images for request in asked), resume=resume)
     _check_used(asked, weaker, clip)
     suffix = _suffix(output, picture_format, wishes)
     loras = [_adapter(text) for text in lora or []]
     _check_sizes(model, asked)
-    pipe = _loaded(model, device, dtype, variant, revision, runtime)
+    pipe = _loaded(model, share.device(device), dtype, variant, revision, runtime)
     _with_extras(pipe, loras, embedding or [], weaker, clip)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
     jobs = _jobs(pipe, wishes, asked, common)
-    for path, record in _drawn(pipe, jobs, output, suffix, metadata):
+    for path, record in drawn(pipe, jobs, Target(output, suffix, metadata, resume), share):
         told = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
         typer.echo(json.dumps(told | {"prompt": record.request["prompt"]}) if json_lines else path)
 
@@ -252,6 +258,13 @@ def _said_of(wish: Wish) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{wish.where}: {error}" if wish.where else str(error)) from None
+
+
+def _check_seed(wishes: Sequence[Wish], common: dict[str, Any], resume: bool, share: Share) -> None:
+    """Several commands make one set of pictures only where they agree on its seeds. Raises ConfigError."""
+    if (resume or share.processes > 1) and "seed" not in common | wishes[0].settings:
+        why = "--resume" if resume else "a command of several processes"
+        raise ConfigError(f"{why} needs --seed: at random each start would draw other pictures")
 
 
 def _check_used(asked: Sequence[Request], weaker: str | None, clip: Path | None) -> None:
@@ -391,51 +404,3 @@ def _warn(pipe: LatentDiffusionPipeline, asked: Request) -> None:
             print(f"warning: {name} has {read.tokens} tokens and is cut to the model's {limit}", file=sys.stderr)
         elif read.chunks > 1:
             print(f"{name} of {read.tokens} tokens is read in {read.chunks} chunks", file=sys.stderr)
-
-
-def _bar(steps: int) -> Any:
-    """Of progress, where someone looks; what is for no one is not imported."""
-    if not sys.stderr.isatty():
-        return _NoBar()
-    from tqdm import tqdm
-
-    return tqdm(total=steps, unit="step")
-
-
-class _NoBar(AbstractContextManager[Any]):
-    """Takes what a bar takes."""
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
-
-    def update(self) -> None:
-        """Nothing to show."""
-
-    clear = refresh = update
-
-
-def _drawn(
-    pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Path, suffix: str, metadata: bool
-) -> Iterator[tuple[Path, Any]]:
-    """Draw batch by batch under a progress bar and yield every picture written."""
-    from latentdiff.drawing.plan import step_counts
-    from latentdiff.metadata import save_options
-
-    batches = list(pipe.grouped(jobs))
-    total = sum(sum(step_counts(batch[0].request, batch[0].canvas)) for batch in batches)
-    told: set[str] = set()
-    if metadata and suffix != ".png":
-        for job in jobs:  # a record that does not fit is known before anything is drawn
-            save_options(pipe.record(job), suffix)
-    with _bar(total) as bar:
-        for batch in batches:
-            for step in pipe.steps(batch):
-                bar.update()
-                latents = step.x
-            output = pipe.finish(batch, latents)
-            bar.clear()  # else what is written next stands behind it
-            for note in set(output.notes) - told:
-                print(f"warning: {note}", file=sys.stderr)
-            told |= set(output.notes)
-            yield from write_pictures(output, target, suffix, metadata)
-            bar.refresh()

@@ -98,16 +98,18 @@ class Compiler:
         """What computes a graph. What was kept is checked here, while the other thread is at work on it."""
         self.begin(part, shapes)
         future, kept = self._begun[part, shapes]
-        if kept is not None and not kept.is_whole():
-            future = self._worker.submit(self._made, part, shapes, kept.file, None)
-        return future.result()
+        if kept is None:
+            return future.result()
+        if kept.is_whole():
+            with suppress(RuntimeError):  # what another version has kept
+                return future.result()
+        return self._made(part, shapes, kept.file, None)
 
     def _made(self, part: str, shapes: Shapes, file: Path | None, kept: Kept | None) -> Any:
-        """From what was kept, or compiled and kept in the file."""
+        """What computes a graph: from what was kept, or compiled and kept in the file."""
         if kept is not None:
             self._held.append(kept.blob)
-            with suppress(RuntimeError):  # of a damaged one; then it is made anew
-                return _core().import_model(openvino().Tensor(kept.blob), "CPU", self._settings).create_infer_request()
+            return _core().import_model(openvino().Tensor(kept.blob), "CPU", self._settings).create_infer_request()
         compiled = _core().compile_model(self._bound(part, shapes), "CPU", self._settings)
         if file is not None:
             _keep(file, compiled.export_model().getvalue())

@@ -1,0 +1,153 @@
+"""Pictures drawn batch by batch and written: numbered, shared between processes, gone on with.
+
+A picture's batch and number follow from the command alone. So the pictures are the same, to the bit on one kind of
+machine, however many processes draw them and however often they are killed: a batch of which one is missing is drawn
+again whole, and only what is missing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.errors import ConfigError
+from latentdiff.picture_files import numbered, suffix_of, write_pictures
+
+if TYPE_CHECKING:
+    from latentdiff.drawing.job import Job
+    from latentdiff.metadata import ImageMetadata
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+Numbered = tuple[int, "Job"]  # a picture and its number in the command, from 1
+_OF_A_RUN = ("runtime", "device", "dtype", "versions", "batch", "model", "model_source", "variant")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where pictures go. resume: those that are there are kept and skipped."""
+
+    path: Path
+    suffix: str
+    metadata: bool
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of how many processes this is, as `accelerate launch` and torchrun tell them; they need not speak."""
+
+    process: int = 0
+    processes: int = 1
+    on_machine: int = 0
+
+    @classmethod
+    def of_process(cls) -> Share:
+        """As the environment tells it. Raises ConfigError for what no launcher says."""
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        told = [os.environ.get(name, default) for name, default in defaults.items()]
+        if not all(number.isdecimal() for number in told) or int(told[0]) >= int(told[1]):
+            raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are {', '.join(told)}, which no launcher sets")
+        return cls(*map(int, told))
+
+    def device(self, named: str | None) -> str | None:
+        """Of several processes each takes a GPU of its own, where there are any."""
+        from latentdiff.runtimes import gpu_is_there
+
+        alone = self.processes == 1 or named not in (None, "cuda")
+        return named if alone or not gpu_is_there() else f"cuda:{self.on_machine}"
+
+
+def drawn(
+    pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Target, share: Share
+) -> Iterator[tuple[Path, ImageMetadata]]:
+    """Draw this process's batches under a progress bar and yield every picture written. Raises ConfigError."""
+    from latentdiff.drawing.plan import step_counts
+    from latentdiff.metadata import save_options
+
+    batches = _batches(pipe, jobs, target, share)
+    total = sum(sum(step_counts(batch[0][1].request, batch[0][1].canvas)) for batch in batches)
+    told: set[str] = set()
+    if target.metadata and target.suffix != ".png":
+        for job in jobs:  # a record that does not fit is known before anything is drawn
+            save_options(pipe.record(job), target.suffix)
+    with _bar(total) as bar:
+        for batch in batches:
+            same = [job for _, job in batch]
+            for step in pipe.steps(same):
+                bar.update()
+                latents = step.x
+            output = pipe.finish(same, latents)
+            bar.clear()  # else what is written next stands behind it
+            for note in set(output.notes) - told:
+                print(f"warning: {note}", file=sys.stderr)
+            told |= set(output.notes)
+            yield from write_pictures(output, target.path, target.suffix, target.metadata, _paths(batch, target, share))
+            bar.refresh()
+
+
+def _batches(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Target, share: Share) -> list[list[Numbered]]:
+    """Those of one process, every so many of the command's, without those that are there."""
+    counted = iter(range(1, len(jobs) + 1))
+    batches = [[(next(counted), job) for job in batch] for batch in pipe.grouped(jobs)]
+    own = batches[share.process :: share.processes]
+    if not target.resume:
+        return own
+    there = {number for batch in own for number, job in batch if _is_there(pipe, number, job, target)}
+    if there:
+        print(f"{len(there):,} of {sum(map(len, own)):,} pictures are there already", file=sys.stderr)
+    return [batch for batch in own if not all(number in there for number, _ in batch)]
+
+
+def _paths(batch: Sequence[Numbered], target: Target, share: Share) -> list[Path | None] | None:
+    """A file for each picture of a batch, None for one that is there; or none, where the next free number is taken."""
+    if not target.resume and share.processes == 1:
+        return None
+    paths = [_path(number, job, target) for number, job in batch]
+    return [None if target.resume and os.path.lexists(path) else path for path in paths]
+
+
+def _path(number: int, job: Job, target: Target) -> Path:
+    return target.path if suffix_of(target.path) else numbered(target.path, number, job.seed, target.suffix)
+
+
+def _is_there(pipe: LatentDiffusionPipeline, number: int, job: Job, target: Target) -> bool:
+    """Whether a picture is there. Raises ConfigError for a file of its name that is another picture."""
+    path = _path(number, job, target)
+    if not os.path.lexists(path):
+        return False
+    if target.metadata:
+        from dataclasses import asdict
+
+        from latentdiff.reproduce import read_record
+
+        found, wanted = read_record(path).model_dump(), asdict(pipe.record(job))
+        differing = [name for name in wanted if name not in _OF_A_RUN and found[name] != wanted[name]]
+        if differing:
+            raise ConfigError(f"{path} is another picture ({differing[0]} differs). Name another folder")
+    return True
+
+
+def _bar(steps: int) -> Any:
+    """Of progress, where someone looks; what is for no one is not imported."""
+    if not sys.stderr.isatty():
+        return _NoBar()
+    from tqdm import tqdm
+
+    return tqdm(total=steps, unit="step")
+
+
+class _NoBar(AbstractContextManager[Any]):
+    """Takes what a bar takes."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def update(self) -> None:
+        """Nothing to show."""
+
+    clear = refresh = update

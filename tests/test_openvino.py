@@ -1,0 +1,364 @@
+"""Drawing by OpenVINO: equal to torch to rounding, without torch, and never in silence where it cannot."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.cli import main
+from latentdiff.errors import ConfigError, ModelError
+from latentdiff.pretrained import default_model, load_pipeline
+from latentdiff.runtime import compiling
+from latentdiff.runtime.export import export
+from latentdiff.runtime.graphs import exported, named
+
+from . import stable_diffusion
+from .conftest import ROOT
+
+PROMPT = "a red circle above a blue square"
+
+
+def both(folder, **settings):
+    """A model by OpenVINO in float32, and by torch."""
+    compiled = LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino", torch_dtype="float32", **settings)
+    return compiled, LatentDiffusionPipeline.from_pretrained(folder, runtime="torch", device="cpu", **settings)
+
+
+@pytest.fixture(scope="module")
+def default():
+    return both(None)
+
+
+@pytest.fixture(scope="module")
+def families(folders, tmp_path_factory):
+    """Each family exported, when it is asked for."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("exported") / family
+            if family == "inpainting":
+                stable_diffusion.pipeline("1", inpainting=True).save_pretrained(made[family])
+            else:
+                shutil.copytree(folders[family], made[family])
+            export(load_pipeline(made[family], device="cpu"), made[family])
+        return made[family]
+
+    return of
+
+
+def alike(ours, theirs, tolerance=1):
+    """Pictures, uint8, of which no value differs by more than rounding makes of it."""
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs).max() <= tolerance
+
+
+@pytest.fixture(scope="module")
+def photo():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 72, 3), np.uint8)
+    mask = np.zeros((64, 72), np.uint8)
+    mask[10:30, 10:30] = 255
+    return pixels, mask
+
+
+ASKED = {
+    "plain": {},
+    "unguided": {"guidance_scale": 1.0},
+    "several": {"num_images_per_prompt": 3, "batch_size": 2},
+    "another size": {"width": 96, "height": 80},
+    "stochastic": {"sampler": "euler_ancestral", "num_inference_steps": 6},
+    "two evaluations": {"sampler": "heun", "num_inference_steps": 4},
+    "weights": {"prompt": "a (red:1.4) circle [above] a blue square"},
+    "chunks": {"prompt": "a red circle " * 20},
+    "a negative prompt": {"negative_prompt": "a blue circle"},
+    "clip skip": {"clip_skip": 1},
+    "rescaled, thresholded": {"guidance_rescale": 0.7, "threshold": 0.99, "guidance_interval": (-3.0, 3.0)},
+    "apg": {"apg": True, "apg_momentum": -0.3, "apg_norm": 5.0},
+    "larger": {"hires_scale": 1.5, "num_inference_steps": 6},
+    "sliced": {"vae_slicing": True, "num_images_per_prompt": 2},
+    "a variation": {"variation_seed": 3, "variation_strength": 0.3},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
+def test_as_torch_draws(default, asked):
+    settings = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 5, "output_type": "np"} | asked
+    ours, theirs = (pipe(**settings).images for pipe in default)
+    alike(ours, theirs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_from_a_picture(default, photo, masked):
+    """Kept pixels keep their bits."""
+    pixels, mask = photo
+    settings = {"image": pixels, "mask_image": mask if masked else None, "num_inference_steps": 5, "output_type": "np"}
+    ours, theirs = (pipe(PROMPT, seed=7, **settings).images[0] for pipe in default)
+    alike(ours, theirs)
+    assert not masked or (ours[mask == 0] == pixels[mask == 0]).all()
+
+
+def test_other_kinds_of_output(default):
+    settings = {"seed": 7, "num_inference_steps": 3}
+    for kind in ("pt", "latent"):
+        ours, theirs = (pipe(PROMPT, output_type=kind, **settings).images for pipe in default)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (pipe(PROMPT, latents=noise, output_type="np", **settings).images for pipe in default)
+    alike(ours, theirs)
+    context = default[1].text_encoder.encode([PROMPT, ""])
+    embeds = {"prompt_embeds": context[:1], "negative_prompt_embeds": context[1:]}
+    alike(
+        default[0](**embeds, output_type="np", **settings).images,
+        default[1](PROMPT, output_type="np", **settings).images,
+    )
+
+
+def test_steps_can_be_watched(default):
+    steps = [list(pipe.stream(PROMPT, seed=1, num_inference_steps=3)) for pipe in default]
+    for ours, theirs in zip(*steps, strict=True):
+        assert isinstance(ours.x, np.ndarray)
+        assert ours.level == theirs.level
+        np.testing.assert_allclose(ours.x0, theirs.x0.numpy(), rtol=1e-3, atol=1e-4)
+    assert default[0].decode(steps[0][-1].x0).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.skipif(not compiling.has_bfloat16(), reason="the CPU has no bfloat16")
+def test_bfloat16_is_near(default):
+    narrow = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
+    assert narrow.unet.dtype == "bfloat16"
+    ours, theirs = (p(PROMPT, seed=7, num_images_per_prompt=4, output_type="np").images for p in (narrow, default[1]))
+    assert 0 < np.abs(ours.astype(int) - theirs).mean() < 2, "of 255"
+
+
+@pytest.mark.parametrize("family", ["XL", *(pytest.param(f, marks=pytest.mark.slow) for f in ("1", "2", "inpainting"))])
+def test_families(families, photo, family):
+    """Two text encoders and sizes, nine channels, a scale of latents: all within the graphs."""
+    ours, theirs = both(families(family))
+    settings = {"seed": 7, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    sizes = {"original_size": (96, 64), "crop": (8, 0)} if family == "XL" else {}
+    for asked in ({"negative_prompt": "blue", "clip_skip": 1, **sizes}, {"prompt": "a (red:1.3) circle BREAK two"}):
+        asked = {"prompt": PROMPT, **settings, **asked}
+        alike(ours(**asked).images, theirs(**asked).images, tolerance=2)
+    pixels, mask = photo
+    asked = {"image": pixels, "mask_image": mask, **settings}
+    alike(ours(PROMPT, **asked).images, theirs(PROMPT, **asked).images, tolerance=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_any_precision(default, tmp_path, dtype):
+    """The graphs of a model are right for it in another precision, and when it has been trained further."""
+    folder = tmp_path / "model"
+    shutil.copytree(default_model(), folder)
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        changed = {name: (tensor.float() * 1.01).to(dtype) for name, tensor in load_file(file).items()}
+        save_file(changed, file, {"format": "pt"})
+    ours, theirs = both(folder)
+    images = [p(PROMPT, seed=7, num_inference_steps=5, output_type="np").images for p in (ours, theirs, default[1])]
+    alike(*images[:2])
+    assert np.abs(images[0].astype(int) - images[2]).max() > 1, "other weights draw another picture"
+
+
+def test_older_names_of_weights(default):
+    """Text encoders of older folders have a prefix, their autoencoders other names of attention."""
+    weights = {name: name for name in ("text_model.final_layer_norm.weight", "mid_block.attentions.0.query.weight")}
+    assert named(weights, "final_layer_norm.weight") == "text_model.final_layer_norm.weight"
+    assert named(weights, "mid_block.attentions.0.to_q.weight") == "mid_block.attentions.0.query.weight"
+    with pytest.raises(ModelError, match=r"conv_in\.bias is not among the weights"):
+        named(weights, "conv_in.bias")
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path / "cache"))
+
+    def draw():
+        pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino", torch_dtype="float32")
+        return pipe(PROMPT, seed=7, num_inference_steps=2, output_type="np").images
+
+    return draw, tmp_path / "cache"
+
+
+def test_compiled_graphs_are_kept_and_checked(cached, monkeypatch):
+    """The second start compiles nothing; what was damaged meanwhile is made again, and the picture is the same."""
+    draw, folder = cached
+    first = draw()
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(kept) == 3
+    bound = []
+    of_part = compiling.Compiler._bound
+    monkeypatch.setattr(compiling.Compiler, "_bound", lambda *a: bound.append(a[1]) or of_part(*a))
+    assert (draw() == first).all()
+    assert not bound
+    for damage in (
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
+        lambda b: b"",
+        lambda b: b[:3],
+    ):
+        for path, content in kept.items():
+            path.write_bytes(damage(content))
+        assert (draw() == first).all()
+        assert sorted(bound) == ["text_encoder", "unet", "vae_decoder"]
+        assert set(folder.iterdir()) == set(kept)
+        assert all(compiling._kept(path).is_whole() for path in kept), "made anew"
+        bound.clear()
+
+
+def test_nowhere_to_keep_them(cached):
+    draw, folder = cached
+    folder.write_text("a file is in the way")
+    assert draw().shape == (1, 64, 64, 3)
+    assert folder.read_text() == "a file is in the way"
+
+
+def test_the_least_used_are_removed(cached, monkeypatch):
+    draw, folder = cached
+    monkeypatch.setattr(compiling, "LIMIT", 20 * 2**20)
+    draw()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 20 * 2**20
+    assert draw().shape == (1, 64, 64, 3)
+
+
+FALLBACKS = {
+    "perturbed attention": lambda pipe: pipe.request(PROMPT, pag_scale=2.0),
+    "vae_tiling": lambda pipe: pipe.request(PROMPT, vae_tiling=True),
+    "guidance by CLIP": lambda pipe: pipe.request(PROMPT, clip_guidance_scale=2.0),
+    "an adapter": lambda pipe: pipe.load_lora_weights("nowhere"),
+    "a learnt word": lambda pipe: pipe.load_textual_inversion("nowhere"),
+    "a weaker model": lambda pipe: pipe.load_weaker(default_model()),
+    "components": lambda pipe: pipe.components,
+    "moving": lambda pipe: pipe.to(dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("what", FALLBACKS)
+def test_what_only_torch_has(what, tmp_path):
+    """Torch takes over and says so; where OpenVINO was asked for by name it is an error."""
+    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
+    assert pipe.runtime == "openvino"
+    with pytest.warns(UserWarning, match=f"^{what} is not in what was exported: drawing with torch instead$"):
+        try:
+            FALLBACKS[what](pipe)
+        except ModelError:  # of what is nowhere
+            assert "nowhere" in FALLBACKS[what].__code__.co_consts
+    assert pipe.runtime == "torch"
+    with pytest.raises(ConfigError, match=f"{what} needs the torch runtime; openvino was asked for by name"):
+        FALLBACKS[what](LatentDiffusionPipeline.from_pretrained(runtime="openvino"))
+
+
+def test_saved_by_torch(tmp_path):
+    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
+    with pytest.warns(UserWarning, match="saving"):
+        pipe.save_pretrained(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = LatentDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
+    assert again.runtime == "torch", "it has no export"
+    alike(*(p(PROMPT, seed=1, num_inference_steps=2, output_type="np").images for p in (pipe, again)), tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda"}, "is for the CPU, not for cuda"),
+        ({"torch_dtype": "float16"}, "computes in float32 or bfloat16, not in float16"),
+        ({"path": "tests"}, "no export in tests. Make one: latentdiff convert tests --to openvino"),
+    ],
+)
+def test_cannot_be(settings, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((ConfigError, ModelError), match=message):
+        LatentDiffusionPipeline.from_pretrained(runtime="openvino", **settings)
+
+
+def test_an_export_of_another_configuration(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(default_model(), folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-4}))
+    told = r"exported before unet/config.json was changed \(.*\). Export it again"
+    with pytest.raises(ModelError, match=told):
+        LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino")
+    with pytest.warns(UserWarning, match=told + ". Drawing with torch"):
+        assert LatentDiffusionPipeline.from_pretrained(folder, device="cpu").runtime == "torch"
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.99"}))
+    assert exported(folder) is not None, "who wrote it is no matter"
+
+
+def test_neither_torch_nor_telemetry(tmp_path):
+    """`generate` imports no torch, diffusers or transformers, nor OpenVINO's tools, which report to its makers."""
+    code = (
+        "import sys\nfrom latentdiff.cli import main\n"
+        f"sys.argv = ['latentdiff', 'generate', {PROMPT!r}, '-N', '2', '--device', 'cpu', '--set', 'apg=true']\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'open_clip', 'accelerate', 'scipy', 'openvino.tools.ovc',"
+        " 'openvino_telemetry', 'huggingface_hub', 'datasets', 'requests', 'http.client'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.endswith("loaded: []\n"), done.stderr
+    assert len(list((tmp_path / "outputs").iterdir())) == 2
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """The command line in this process: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_converted_on_the_command_line(call, tmp_path):
+    """A model of one's own, in bfloat16, drawn with by both and made again by both."""
+    folder = tmp_path / "model"
+    assert call("convert", default_model(), "half", "--dtype", "bfloat16")[0] == 0
+    shutil.rmtree(tmp_path / "half" / "openvino")
+    code, out, err = call("convert", "half", "model", "--to", "openvino")
+    assert (code, out) == (0, "model\n")
+    assert [line.split(":")[0] for line in err.splitlines()] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert call("convert", "model", "--to", "openvino")[:2] == (0, f"{folder.name}/openvino\n"), "again, in its place"
+    for name in ("openvino", "torch"):
+        words = ("generate", PROMPT, "-m", "model", "-s", 7, "--steps", 3, "-o", f"{name}.png", "--runtime", name)
+        assert call(*words) == (0, f"{name}.png\n", "")
+        told = json.loads(call("info", f"{name}.png")[1])["latentdiff"]
+        assert told["runtime"] == name
+        assert (name in told["versions"], "torch" in told["versions"]) == (True, name == "torch")
+        assert call("reproduce", f"{name}.png") == (0, "equal: all 12,288 values\n", "")
+    code, out, _ = call("reproduce", "torch.png", "--runtime", "openvino")
+    assert (code, out) == (0, "equal: all 12,288 values\n") or (code == 1 and "PSNR" in out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("x.safetensors", "--to", "openvino"), "x.safetensors is no folder of this disk: name an output"),
+        ((default_model(), "y.safetensors", "--to", "openvino"), "--to openvino writes a model folder"),
+        ((default_model(), "--to", "openvino", "--dtype", "float16"), "read the weights as they are"),
+        ((default_model(),), "name an output: a new folder, or a new .safetensors file"),
+    ],
+)
+def test_what_cannot_be_converted(call, words, message, tmp_path):
+    code, _, err = call("convert", *words)
+    assert (code, message in err) == (2, True), err
+    assert not list(tmp_path.iterdir())
