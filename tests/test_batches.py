@@ -1,0 +1,149 @@
+"""Many pictures: the same ones however they are shared between processes, and however often those are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from latentdiff.cli import main
+from latentdiff.cli.batches import Share
+from latentdiff.errors import ConfigError
+
+from .conftest import ROOT
+
+COLORS, SHAPES = ("red", "green", "blue", "yellow", "pink"), ("circle", "square", "star", "ring")
+WORDS = ("generate", "--prompts-file", "prompts.txt", "-s", "5", "--steps", "2", "--device", "cpu")
+
+
+def prompts(folder, count):
+    lines = [f"a {COLORS[i % 5]} {SHAPES[i % 4]} number {i}" for i in range(count)]
+    (folder / "prompts.txt").write_text("\n".join(lines))
+
+
+def start(folder, *words, launcher=(), **environment):
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "latentdiff", *WORDS, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out.split(), err
+
+
+def kill_after(process, folder, count):
+    """SIGKILL to a command and all that it has started, once there are so many pictures more."""
+    before = len(list(folder.glob("*")))
+    while len(list(folder.glob("*"))) < before + count:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    for one in [process, *psutil.Process(process.pid).children(recursive=True)]:  # launchers' have groups of their own
+        os.kill(one.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def pixels(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in folder.iterdir()}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_killed_and_gone_on_with_by_others(tmp_path):
+    """One process is killed; two go on, of which one is killed; a single one ends it."""
+    prompts(tmp_path, 22)
+    paths, err = ended(start(tmp_path, "-o", "whole", "--batch-size", "4"))
+    assert (len(paths), err) == (22, "")
+    words, killed = ("-o", "killed", "--batch-size", "4", "--resume"), tmp_path / "killed"
+    kill_after(start(tmp_path, *words), killed, 1)
+    first = start(tmp_path, *words, RANK="0", WORLD_SIZE="2")
+    kill_after(first, killed, 1)
+    ended(start(tmp_path, *words, RANK="1", WORLD_SIZE="2"))
+    before = {path.name: path.stat().st_mtime_ns for path in killed.iterdir()}
+    paths, err = ended(start(tmp_path, *words))
+    assert len(paths) == 22 - len(before), "none twice"
+    assert err == f"{len(before)} of 22 pictures are there already\n"
+    assert all((killed / name).stat().st_mtime_ns == at for name, at in before.items()), "none again"
+    same(pixels(killed), pixels(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_thousand_prompts_by_torchrun(tmp_path):
+    prompts(tmp_path, 1000)
+    ended(start(tmp_path, "-o", "whole"))
+    words, killed = ("-o", "killed", "--resume"), tmp_path / "killed"
+    kill_after(start(tmp_path, *words), killed, 150)
+    for processes, pictures in ((3, 200), (2, None)):
+        launched = start(tmp_path, *words, launcher=("-m", "torch.distributed.run", "--nproc_per_node", str(processes)))
+        if pictures:
+            kill_after(launched, killed, pictures)
+        else:
+            paths, _ = ended(launched)
+    same(pixels(killed), pixels(tmp_path / "whole"))
+    print(f"1,000 pictures, the last {len(paths)} by two processes: the same files, to the bit")
+
+
+@pytest.fixture
+def generate(monkeypatch, capsys, tmp_path):
+    """The command line in this process: exit code and stderr."""
+    monkeypatch.chdir(tmp_path)
+    prompts(tmp_path, 3)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["latentdiff", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, capsys.readouterr().err
+
+    return run
+
+
+def test_what_is_there_is_another_picture(generate):
+    assert generate(*WORDS, "-o", "out")[0] == 0
+    assert generate(*WORDS, "-o", "out", "--resume") == (0, "3 of 3 pictures are there already\n")
+    code, err = generate(*WORDS, "-o", "out", "--resume", "--cfg", "4")
+    assert (code, err) == (2, "error: out/00001-5.png is another picture (request differs). Name another folder\n")
+    assert generate(*WORDS, "-o", "out", "--resume", "--cfg", "4", "--no-metadata")[0] == 0, "by name alone"
+
+
+def test_one_file(generate):
+    words = ("generate", "a red circle", "-s", "1", "--steps", "1", "-o", "one.png")
+    assert generate(*words, "--resume") == (0, "")
+    assert generate(*words, "--resume") == (0, "1 of 1 pictures are there already\n")
+    assert generate(*words) == (2, "error: file exists (one.png). Pictures are never overwritten\n")
+
+
+def test_a_seed_is_needed(generate, monkeypatch):
+    told = "needs --seed: at random each start would draw other pictures\n"
+    assert generate("generate", "a red circle", "--resume") == (2, f"error: --resume {told}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert generate("generate", "a red circle") == (2, f"error: a command of several processes {told}")
+
+
+def test_shares(monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    share = Share.of_process()
+    assert share == Share(3, 4, 1)
+    monkeypatch.setattr("latentdiff.runtimes.gpu_is_there", lambda: True)
+    assert [share.device(name) for name in (None, "cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:1", "cuda:3", "cpu"]
+    assert Share().device(None) is None, "alone it is torch's to choose"
+    monkeypatch.setattr("latentdiff.runtimes.gpu_is_there", lambda: False)
+    assert share.device(None) is None
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(ConfigError, match="RANK, WORLD_SIZE and LOCAL_RANK are 4, 4, 1, which no launcher sets"):
+        Share.of_process()
