@@ -64,7 +64,7 @@ def load_adapter(
     from latentdiff.models import adapter_file, adapters
     from latentdiff.models.folder import file_hash
 
-    pipe.in_torch("an adapter")
+    pipe.change("an adapter")
     _check_weight(weight)
     file = adapter_file.adapter_path(path)
     called = re.sub(r"\W", "_", str(name or (path.name if path.is_dir() else path.stem)))
@@ -85,6 +85,7 @@ def weigh_adapters(pipe: LatentDiffusionPipeline, weights: Mapping[str, float]) 
     """Make these adapters the active ones, with these weights. Raises ModelError."""
     from latentdiff.models import adapters
 
+    pipe.change("an adapter")
     for weight in weights.values():
         _check_weight(weight)
     adapters.weigh(networks_of(pipe), weights)
@@ -110,6 +111,7 @@ def unload_adapters(pipe: LatentDiffusionPipeline) -> None:
     """Take off every adapter that is not merged."""
     from latentdiff.models import adapters
 
+    pipe.change("an adapter")
     adapters.detach(networks_of(pipe))
     pipe.extras.sources = {name: source for name, source in pipe.extras.sources.items() if source.kind != "lora"}
 
@@ -119,7 +121,7 @@ def load_words(pipe: LatentDiffusionPipeline, path: Path, word: str | None = Non
     from latentdiff.models import textual_inversion
     from latentdiff.models.folder import file_hash
 
-    pipe.in_torch("a learnt word")
+    pipe.change("a learnt word")
     words = textual_inversion.load_words(path, pipe.text_encoder, word)
     file = path / textual_inversion.FILE if path.is_dir() else path
     source = Source("embedding", recorded(path), file_hash(file), word=word)

@@ -76,6 +76,7 @@ class ImageMetadata:
     canvas: dict[str, Any] | None = None
     batch: tuple[int, int] = (0, 1)
     own_noise: bool = False
+    speed: str = "exact"
 
 
 def recorded(path: Path) -> str:

@@ -32,14 +32,17 @@ if TYPE_CHECKING:
     import torch
 
     from latentdiff.drawing.canvas import Canvas
+    from latentdiff.drawing.texts import Known
     from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
     from latentdiff.models.dual_text_encoder import DualTextEncoder
     from latentdiff.models.text_encoder import TextEncoder
     from latentdiff.models.unet import UNet
+    from latentdiff.runtime.speed import Speed
 
     Networks = tuple[Autoencoder | IdentityAutoencoder, TextEncoder | DualTextEncoder, UNet]
 
 Runtime = Literal["torch", "openvino"]
+LARGEST_KNOWN = 256  # texts; a context of Stable Diffusion takes a quarter of a megabyte
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -95,6 +98,7 @@ class LatentDiffusionPipeline:
     """Networks, a noise schedule and what the network predicts; everything else is an argument of the call.
 
     extras: what was loaded beside the model. compiled: of networks that are not torch's, and compute on NumPy arrays.
+    speed: see `runtime.speed`; what it asks for is done when the first picture is drawn.
     """
 
     def __init__(
@@ -107,10 +111,12 @@ class LatentDiffusionPipeline:
         card: ModelCard,
         *,
         compiled: Compiled | None = None,
+        speed: Speed = "exact",
     ):
         self.autoencoder, self.text_encoder, self.unet = autoencoder, text_encoder, unet
         self.schedule, self.prediction, self.card = schedule, prediction, card
-        self._compiled = compiled
+        self._compiled, self.speed, self._sped_up = compiled, speed, False
+        self._texts: Known = {}
         self.extras = extras.Extras()
         self._place: torch.device | None = None
         self._notes: list[str] = []
@@ -125,17 +131,18 @@ class LatentDiffusionPipeline:
         variant: str | None = None,
         revision: str | None = None,
         runtime: str = "auto",
+        speed: str | None = None,
     ) -> LatentDiffusionPipeline:
         """The model of a folder in diffusers' layout, of a single .safetensors file or of a hub id.
 
         Without a path, the default model inside the package. A hub id is fetched once, at `revision`. runtime: see
-        `latentdiff.runtimes`. By torch on CUDA where there is one, float32 unless told otherwise. Raises ModelError,
-        UnsafeError, ConfigError.
+        `latentdiff.runtimes`; speed: exact, fast or max, see `latentdiff.runtime.speed`. By torch on CUDA where there
+        is one, float32 unless told otherwise. Raises ModelError, UnsafeError, ConfigError.
         """
         from latentdiff import runtimes
 
         return runtimes.load(
-            path, runtime=runtime, device=device, dtype=torch_dtype, variant=variant, revision=revision
+            path, runtime=runtime, device=device, dtype=torch_dtype, variant=variant, revision=revision, speed=speed
         )
 
     @classmethod
@@ -165,10 +172,9 @@ class LatentDiffusionPipeline:
         """Move the networks and what was loaded beside them; returns itself. Raises ConfigError."""
         from latentdiff.runtime.device import check_dtype, usable_device
 
-        if self.runtime != "torch" and (dtype is not None or str(device) not in ("cpu", "None")):
-            self.in_torch("moving")
-        elif self.runtime != "torch":
+        if self.runtime != "torch" and dtype is None and str(device) in ("cpu", "None"):
             return self
+        self.change("moving")
         device = None if device is None else usable_device(device)
         check_dtype(dtype)
         for network in (self.autoencoder, self.text_encoder, self.unet):
@@ -186,7 +192,7 @@ class LatentDiffusionPipeline:
         """
         from latentdiff.runtime.offload import offload
 
-        self.in_torch("offloading")
+        self.change("offloading")
         self._place = offload(self.text_encoder, self.unet, self.autoencoder, device=device, layers=layers)
         return self
 
@@ -197,6 +203,22 @@ class LatentDiffusionPipeline:
     def enable_sequential_cpu_offload(self, device: str = "cuda") -> None:
         """See `offload`, under diffusers' name."""
         self.offload(device, layers=True)
+
+    def texts(self) -> Known:
+        """Contexts of the prompts drawn last, to which more are added."""
+        if len(self._texts) >= LARGEST_KNOWN:
+            self._texts.clear()
+        return self._texts
+
+    def change(self, wanted: str) -> None:
+        """Make ready to be changed: the networks are torch's (see `in_torch`), as written, and know no text."""
+        self.in_torch(wanted)
+        self._texts.clear()
+        if self._sped_up:
+            from latentdiff.runtime.speed import slow_down
+
+            slow_down(self)
+            self._sped_up = False
 
     def in_torch(self, wanted: str) -> None:
         """Let torch's networks take over from another runtime's, for what only they have, and say so.
@@ -209,6 +231,7 @@ class LatentDiffusionPipeline:
             raise ConfigError(f"{wanted} needs the torch runtime; {self.runtime} was asked for by name")
         warnings.warn(f"{wanted} is not in what was exported: drawing with torch instead", stacklevel=3)
         self.autoencoder, self.text_encoder, self.unet = self._compiled.torch_networks()
+        self._texts.clear()
         self._compiled = None
 
     @property
@@ -416,6 +439,11 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing.passes import passes
 
         asked = jobs[0].request
+        if self.speed != "exact" and not self._sped_up:
+            from latentdiff.runtime.speed import speed_up
+
+            speed_up(self, self.speed)
+            self._sped_up = True
         self.autoencoder.piecewise(tiles=asked.vae_tiling, slices=asked.vae_slicing)
         yield from passes(self, jobs, own)
 
@@ -525,6 +553,7 @@ class LatentDiffusionPipeline:
             runtime=self.runtime,
             device=self.device.type if self.runtime == "torch" else "cpu",
             dtype=str(self.unet.dtype).removeprefix("torch."),
+            speed=self.speed,
             versions=installed_versions(self.runtime),
             batch=place,
             own_noise=own or job.own is not None,

@@ -76,6 +76,7 @@ class Record(_Data):
     canvas: CanvasRecord | None = None
     batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)
     own_noise: bool = False
+    speed: Literal["exact", "fast", "max"] = "exact"
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def reproduce(
         runtime=runtime or record.runtime,
         device=device,
         torch_dtype=record.dtype,
+        speed=record.speed,
         variant=record.variant,
     )
     if pipe.card.hash != record.model_hash:

@@ -2,7 +2,7 @@
 
 auto        OpenVINO where there is an export that fits, no GPU, and nothing asked for that it lacks; else torch
 torch       every device and precision, and all that can be loaded beside a model
-openvino    float32, or bfloat16 where the CPU computes in it, which is the default there
+openvino    float32, or bfloat16 where the CPU computes in it: the default there, unless speed is "exact"
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from latentdiff.pipeline import Networks
     from latentdiff.runtime.graphs import Exported
+    from latentdiff.runtime.speed import Speed
 
+SPEEDS = ("exact", "fast", "max")
 RUNTIMES = ("auto", "torch", "openvino")
 _DRIVERS = (  # of GPUs that torch would take: the library, what readies it, what counts devices
     ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1", "cuInit", "cuDeviceGetCount"),
@@ -41,11 +43,16 @@ def load(
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    speed: str | None = None,
 ) -> LatentDiffusionPipeline:
     """See LatentDiffusionPipeline.from_pretrained."""
     if runtime not in RUNTIMES:
         raise ConfigError(f"unknown runtime {str(runtime)[:40]!r}; one of {', '.join(RUNTIMES)}")
+    if speed not in (None, *SPEEDS):
+        raise ConfigError(f"unknown speed {str(speed)[:40]!r}; one of {', '.join(SPEEDS)}")
     precision = None if dtype is None else str(dtype).removeprefix("torch.")
+    if precision is None and speed == "exact":
+        precision = "float32"
     wanted = runtime == "openvino"
     if wanted and (lacks := _lacks(device or "cpu", precision)):
         raise ConfigError(f"the openvino runtime {lacks}")
@@ -53,7 +60,18 @@ def load(
         source = located(path, variant, revision)
         if (export := _export(source, variant, wanted=wanted)) is not None:
             return _compiled(source, export, precision, variant, wanted=wanted)
-    return load_pipeline(path, device=device, dtype=_torch_dtype(dtype), variant=variant, revision=revision)
+    return _by_torch(path, device, dtype, speed, variant, revision)
+
+
+def _by_torch(
+    path: str | Path | None, device: Any, dtype: Any, speed: str | None, variant: str | None, revision: str | None
+) -> LatentDiffusionPipeline:
+    from latentdiff.runtime.speed import narrow_dtype
+
+    dtype = _torch_dtype(dtype)
+    pipe = load_pipeline(path, device=device, dtype=dtype, variant=variant, revision=revision)
+    pipe.speed = cast("Speed", speed or "exact")
+    return pipe.to(dtype=narrow_dtype(pipe.device)) if speed == "max" and dtype is None else pipe
 
 
 def _lacks(device: object, precision: str | None) -> str | None:

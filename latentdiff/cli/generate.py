@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff.cli.batches import Share, Target, drawn
-from latentdiff.cli.options import Precision, Runtime
+from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.errors import ConfigError
 from latentdiff.picture_files import check_target, loses_pixels, open_picture, suffix_of
@@ -131,6 +131,12 @@ def generate(
     runtime: Annotated[
         Runtime, typer.Option(help="auto: openvino on a CPU where the model is exported, else torch.")
     ] = Runtime.auto,
+    speed: Annotated[
+        Speed | None,
+        typer.Option(
+            help="exact: float32 as written; fast: compiled; max: in 16 bits too (default: exact; openvino: max)."
+        ),
+    ] = None,
     offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="A JSON object a picture, instead of its path.")] = False,
     metadata: Annotated[bool, typer.Option(help="Write how it was made into each picture.")] = True,
@@ -167,7 +173,7 @@ def generate(
     suffix = _suffix(output, picture_format, wishes)
     loras = [_adapter(text) for text in lora or []]
     _check_sizes(model, asked)
-    pipe = _loaded(model, share.device(device), dtype, variant, revision, runtime)
+    pipe = _loaded(model, share.device(device), dtype, variant, revision, runtime, speed)
     _with_extras(pipe, loras, embedding or [], weaker, clip)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
@@ -324,6 +330,7 @@ def _loaded(
     variant: str | None,
     revision: str | None,
     runtime: Runtime,
+    speed: Speed | None,
 ) -> LatentDiffusionPipeline:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -334,6 +341,7 @@ def _loaded(
         variant=variant,
         revision=revision,
         runtime=runtime.value,
+        speed=speed and speed.value,
     )
 
 

@@ -11,6 +11,14 @@ class Runtime(StrEnum):
     openvino = "openvino"
 
 
+class Speed(StrEnum):
+    """How far networks are changed to be faster; see latentdiff/runtime/speed.py."""
+
+    exact = "exact"
+    fast = "fast"
+    max = "max"
+
+
 class Precision(StrEnum):
     """Of arithmetic, or of weights on disk; torch's names."""
 

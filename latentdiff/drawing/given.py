@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from latentdiff.arrays import Put
 from latentdiff.drawing.job import NOTHING, Own
 from latentdiff.errors import ConfigError
@@ -78,6 +80,8 @@ def own_of(latents: Any, generator: Any, shape: Shape, put: Put) -> Own:
     """The caller's own noise: `latents` of this shape, (N, C, h, w), and generators, one or N. Raises ConfigError."""
     if latents is None and generator is None:
         return NOTHING
+    if generator is None and isinstance(latents, np.ndarray) and latents.shape == shape and latents.dtype == np.float32:
+        return Own(put(latents))
     import torch
 
     listed = generator if isinstance(generator, list | tuple) else [generator]

@@ -107,7 +107,7 @@ def _sampled(
 ) -> Generator[Step, None, Step]:
     """One pass; returns its last step."""
     asked = jobs[0].request
-    texts = texts_of(jobs, pipe.text_encoder, size if pipe.unet.reads_sizes else None, pipe.array)
+    texts = texts_of(jobs, pipe.text_encoder, size if pipe.unet.reads_sizes else None, pipe.array, pipe.texts())
     denoise = guided(pipe.unet, pipe.prediction, texts, asked, start, _helpers(pipe, jobs, size, start))
     for step in _sampler(asked)(denoise, start.x, start.levels, partial(draw, purpose)):
         yield step

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from latentdiff.models.text_encoder import TextEncoder
 
 
+Known = dict[tuple[str, Style, int], Context]  # by prompt, how it is read, and the least number of chunks
+
+
 class Texts(NamedTuple):
     """Contexts of the prompts and of the negative prompts, (B, L, D) each; the latter only where guidance needs it."""
 
@@ -42,21 +45,27 @@ def chunks_of(job: Job, encoder: TextEncoder | DualTextEncoder) -> int:
 
 
 def texts_of(
-    jobs: Sequence[Job], encoder: TextEncoder | DualTextEncoder, size: tuple[int, int] | None, put: Put
+    jobs: Sequence[Job],
+    encoder: TextEncoder | DualTextEncoder,
+    size: tuple[int, int] | None,
+    put: Put,
+    known: Known | None = None,
 ) -> Texts:
     """The contexts of jobs that are of one size and one length.
 
     Equal prompts are encoded once and by themselves, so that none sees the batch's size. As in diffusers, clip_skip is
     of the prompt; the negative prompt is read to the usual layer. size: (height, width) for a network that reads it.
+    known: what was encoded before, which grows.
     """
     asked = jobs[0].request
     style, least = style_of(asked), max(chunks_of(job, encoder) for job in jobs)
-    known: dict[tuple[str, Style], Context] = {}
+    known = {} if known is None else known
 
     def encoded(prompt: str, style: Style) -> Context:
-        if (prompt, style) not in known:
-            known[prompt, style] = encoder.context(prompt, style, least=least)
-        return known[prompt, style]
+        key = prompt, style, least
+        if key not in known:
+            known[key] = encoder.context(prompt, style, least=least)
+        return known[key]
 
     own = [job.own or (encoded(job.request.prompt, style), None) for job in jobs]
     sizes = None if size is None else _sizes(asked, size, len(jobs))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latentdiff.arrays import Array, library
 
@@ -18,12 +18,14 @@ class Context:
     """The text of B pictures, in NumPy arrays or torch tensors; under K conditions at once all have K in front.
 
     tokens: (B, L, D), for cross-attention. Of SDXL alone: pooled (B, P), one vector a text, and sizes (B, 6) in pixels,
-    the original (height, width), the crop's (top, left) and the target (height, width).
+    the original (height, width), the crop's (top, left) and the target (height, width). text: what a U-Net has made of
+    the tokens for each of its attentions, where it does so ahead.
     """
 
     tokens: Array
     pooled: Array | None = None
     sizes: Array | None = None
+    text: Any = None
 
     def mapped(self, change: Callable[[Array], Array]) -> Context:
         """The same with every array changed."""
@@ -47,7 +49,12 @@ class Context:
 
     def _mapped(self, of_text: Callable[[Array], Array], of_sizes: Callable[[Array], Array]) -> Context:
         pooled = None if self.pooled is None else of_text(self.pooled)
-        return Context(of_text(self.tokens), pooled, None if self.sizes is None else of_sizes(self.sizes))
+        return replace(
+            self,
+            tokens=of_text(self.tokens),
+            pooled=pooled,
+            sizes=None if self.sizes is None else of_sizes(self.sizes),
+        )
 
 
 class Words(NamedTuple):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
+from torch.nn import functional
 
 from latentdiff.models.context import Context
 from latentdiff.models.folder import let_others_read
@@ -22,7 +24,7 @@ class UNet(nn.Module):
 
     def __init__(self, model: UNet2DConditionModel):
         super().__init__()
-        self.model = model
+        self.model, self._fused = model, False
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)  # sides of latents must be multiples of it
 
     @classmethod
@@ -92,9 +94,34 @@ class UNet(nn.Module):
         output = self._predict(x.repeat(conditions, 1, 1, 1), t, told.flattened())
         return output.reshape(conditions, len(x), *output.shape[1:])
 
+    @torch.no_grad()
     def prepared(self, context: Context) -> Context:
-        """A context as `predict` takes it at every step."""
-        return context.cast(self.dtype)
+        """A context as `predict` takes it at every step; once `fuse`d with the keys and values of its text."""
+        told = context.cast(self.dtype)
+        if not self._fused:
+            return told
+        rows = told.tokens.flatten(0, -3)
+        heads = {name: (each.to_k(rows), each.to_v(rows)) for name, each in self._attentions("attn2")}
+        return replace(told, text=heads)
+
+    def fuse(self) -> None:
+        """Attention with one product for queries, keys and values, and with those of the text given by `prepared`."""
+        self.model.fuse_qkv_projections()
+        for _, attention in self._attentions("attn1"):
+            attention.set_processor(_Fused())
+        for name, attention in self._attentions("attn2"):
+            attention.set_processor(_FromText(name))
+        self._fused = True
+
+    def unfuse(self) -> None:
+        """Undo `fuse`."""
+        if self._fused:
+            self.model.unfuse_qkv_projections()
+            self.model.set_attn_processor(AttnProcessor2_0())
+        self._fused = False
+
+    def _attentions(self, kind: str) -> list[tuple[str, Any]]:
+        return [(name, module) for name, module in self.model.named_modules() if name.endswith(f".{kind}")]
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: float, context: Context) -> Tensor:
@@ -122,8 +149,9 @@ class UNet(nn.Module):
 
     def _predict(self, x: Tensor, t: Tensor | float, told: Context) -> Tensor:
         added = {"text_embeds": told.pooled, "time_ids": told.sizes} if self.reads_sizes else None
+        time, text = torch.as_tensor(t, device=x.device), None if told.text is None else {"text": told.text}
         output: Tensor = self.model(
-            x, torch.as_tensor(t, device=x.device), told.tokens, added_cond_kwargs=added, return_dict=False
+            x, time, told.tokens, added_cond_kwargs=added, cross_attention_kwargs=text, return_dict=False
         )[0]
         return output
 
@@ -145,9 +173,33 @@ class UNet(nn.Module):
         let_others_read(directory)
 
 
+class _Fused(FusedAttnProcessor2_0):
+    """Self-attention with one product; the text's keys and values, which go to all attention, are not for it."""
+
+    def __call__(self, *args: Any, text: object = None, **settings: Any) -> Any:
+        return super().__call__(*args, **settings)
+
+
+class _FromText:
+    """Cross-attention with keys and values (B, L, H d) that are given, by its name."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __call__(
+        self, attention: Attention, hidden_states: Tensor, *_: Any, text: dict[str, tuple[Tensor, Tensor]], **__: Any
+    ) -> Tensor:
+        heads = [
+            tensor.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for tensor in (attention.to_q(hidden_states), *text[self._name])
+        ]
+        drawn = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return attention.to_out[0](drawn) / attention.rescale_output_factor
+
+
 class _Identity:
     """Self-attention in which every place attends to itself alone."""
 
-    def __call__(self, attention: Attention, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    def __call__(self, attention: Attention, hidden_states: Tensor, *_: Any, text: object = None, **__: Any) -> Tensor:
         values = attention.to_out[0](attention.to_v(hidden_states))
         return values / attention.rescale_output_factor
