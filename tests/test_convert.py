@@ -227,3 +227,11 @@ def test_refused_conversions(convert, sd1, tiny_model, tmp_path, words, code, me
     assert (found, err.count("\n")) == (code, 1)
     assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
+
+
+def test_a_saved_model_is_silent_of_where_it_lay(tiny_model, tmp_path):
+    pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")
+    pipe.save_pretrained(tmp_path / "saved")
+    texts = [path.read_text() for path in (tmp_path / "saved").rglob("*.json") if path.parent.name != "tokenizer"]
+    assert len(texts) >= 5
+    assert not any(str(tiny_model) in text or "_name_or_path" in text for text in texts)

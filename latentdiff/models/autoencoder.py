@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from latentdiff.models.folder import let_others_read
+from latentdiff.models.folder import publish
 
 SMALLEST_TILE = 512  # pixels; diffusers takes the size a model was trained for, which may be tiny
 
@@ -121,7 +121,7 @@ class Autoencoder(nn.Module):
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
         self.vae.save_pretrained(directory, safe_serialization=True)
-        let_others_read(directory)
+        publish(directory)
 
 
 class IdentityAutoencoder(nn.Module):

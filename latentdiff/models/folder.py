@@ -227,6 +227,14 @@ def let_others_read(place: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
+def publish(network: Path) -> None:
+    """What a library wrote of a network made fit for others: readable, and silent of where its weights once lay."""
+    let_others_read(network)
+    config = network / "config.json"
+    kept = {key: value for key, value in read_json(config).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The safetensors files of a network of a checked folder: one, or the shards that an index names.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentdiff.models.context import Context
-from latentdiff.models.folder import let_others_read
+from latentdiff.models.folder import publish
 from latentdiff.models.prompt import EMPTY, Chunk, Reader, Reading, Style, check_clip_skip, weighted
 
 Tokenizer = CLIPTokenizer
@@ -153,7 +153,7 @@ class TextEncoder(nn.Module):
         # the same file again without white space, which is half of it
         (tokenizer / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
         self.model.save_pretrained(text_encoder, safe_serialization=True)
-        let_others_read(text_encoder)
+        publish(text_encoder)
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentdiff.models.context import Context
-from latentdiff.models.folder import let_others_read
+from latentdiff.models.folder import publish
 
 
 class UNet(nn.Module):
@@ -170,7 +170,7 @@ class UNet(nn.Module):
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
         self.model.save_pretrained(directory, safe_serialization=True)
-        let_others_read(directory)
+        publish(directory)
 
 
 class _Fused(FusedAttnProcessor2_0):

@@ -4,7 +4,8 @@
 
 Reads a JSON object a line (prompt, steps, guidance, height, width, latents: an .npy file, out: another), draws with
 DDIM on the model's own schedule from those latents, writes the pictures, float (N, H, W, 3) in [0, 1], and answers with
-a line of JSON: seconds, memory (the process's largest, MB). KINDS says what each runs. `Peer` is the other end.
+a line of JSON: seconds, memory (the process's largest, MB), in_use (now). KINDS says what each runs. `Peer` is the
+other end.
 """
 
 import json
@@ -124,6 +125,7 @@ def renamed(model, scratch):
 
 def serve(kind, model):
     import numpy as np
+    import psutil
 
     make = {"diffusers": diffusers, "optimum": optimum}.get(kind.split("-")[0], ours)
     draw = make(kind, model)
@@ -136,7 +138,8 @@ def serve(kind, model):
         seconds = time.perf_counter() - began
         np.save(asked["out"], pictures)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "memory": memory}), flush=True)
+        in_use = psutil.Process().memory_info().rss / 2**20
+        print(json.dumps({"seconds": seconds, "memory": memory, "in_use": in_use}), flush=True)
 
 
 class Peer:

@@ -1,0 +1,133 @@
+"""Faster torch: what is promised of each speed, and that nothing stale is computed with when networks change."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.errors import ConfigError
+from latentdiff.models.context import Context
+from latentdiff.pretrained import load_pipeline
+from latentdiff.reproduce import read_record
+from latentdiff.runtime import speed as speeds
+
+PROMPT = "a red circle above a blue square"
+QUICK = {"num_inference_steps": 3, "seed": 1, "output_type": "np"}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What would be compiled, in the order in which it was asked for; compiling itself takes a minute."""
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode=None: asked.append(type(module).__name__))
+    return asked
+
+
+@pytest.mark.parametrize("family", ["1", "2", "XL"])
+@torch.no_grad()
+def test_attention_in_one_product(folders, family):
+    """The text's keys and values ahead and one product for the rest: the same output, and undone to the bit."""
+    pipe = load_pipeline(folders[family], device="cpu")
+    unet, generator = pipe.unet, torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    pooled, sizes = (
+        (torch.randn(2, 3, 128, generator=generator), torch.full((2, 3, 6), 64.0)) if family == "XL" else (None, None)
+    )
+    told = Context(torch.randn(2, 3, 77, unet.context_width, generator=generator), pooled, sizes)
+    x = torch.randn(3, 4, 8, 8, generator=generator)
+    plain = unet.predict(x, 500.0, unet.prepared(told))
+    narrow = unet.predict_perturbed(x, 500.0, unet.prepared(told))
+    unet.fuse()
+    prepared = unet.prepared(told)
+    assert len(prepared.text) == sum(name.endswith("attn2") for name, _ in unet.named_modules())
+    torch.testing.assert_close(unet.predict(x, 500.0, prepared), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(unet.predict_perturbed(x, 500.0, prepared), narrow, rtol=1e-4, atol=1e-5)
+    unet.unfuse()
+    assert torch.equal(unet.predict(x, 500.0, unet.prepared(told)), plain)
+
+
+@pytest.mark.parametrize(
+    ("speed", "compiled", "dtype"),
+    [
+        ("exact", [], torch.float32),
+        ("fast", ["UNet2DConditionModel"], torch.float32),
+        ("max", ["UNet2DConditionModel", "Decoder"], torch.bfloat16),
+    ],
+)
+def test_what_a_speed_does(uncompiled, speed, compiled, dtype):
+    plain = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", torch_dtype=dtype)
+    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", speed=speed)
+    assert (pipe.unet.dtype, uncompiled) == (dtype, []), "when the first picture is drawn"
+    drawn = [p(PROMPT, **QUICK).images.astype(int) for p in (pipe, plain)]
+    assert uncompiled == compiled
+    assert np.abs(drawn[0] - drawn[1]).max() <= (0 if speed == "exact" else 1 if speed == "fast" else 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speed", ["fast", "max"])
+def test_compiled(speed, tmp_path):
+    """As torch draws one by one; the record says how, and the picture is made again from it."""
+    exact = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", speed=speed)
+    ours, theirs = (
+        p(PROMPT, seed=1, num_images_per_prompt=2, output_type="np").images.astype(int) for p in (pipe, exact)
+    )
+    assert np.abs(ours - theirs).mean() < (0.01 if speed == "fast" else 2)
+    (path,) = pipe(PROMPT, num_inference_steps=3, seed=1).save(tmp_path)
+    assert read_record(path).speed == speed
+
+
+def test_adapters_after_the_first_picture(uncompiled, folders, tmp_path):
+    """What is put into networks that were fused counts, and leaves no old text behind."""
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+
+    trained = load_pipeline(folders["1"], device="cpu")
+    parts = {"unet": trained.unet.model, "text_encoder": trained.text_encoder.model}
+    for part in parts.values():
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_k", "to_q", "q_proj"]), part, "made")
+        for module in part.modules():
+            if hasattr(module, "lora_B"):
+                torch.nn.init.normal_(module.lora_B["made"].weight, generator=torch.Generator().manual_seed(1))
+    weights = {
+        f"{name}.{key}": value.contiguous()
+        for name, part in parts.items()
+        for key, value in get_peft_model_state_dict(part, adapter_name="made").items()
+    }
+    save_file(weights, tmp_path / "made.safetensors")
+    drawn = []
+    for speed, first in (("exact", False), ("fast", False), ("fast", True)):
+        pipe = LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu", speed=speed)
+        if first:
+            before = pipe(PROMPT, **QUICK).images.astype(int)
+        pipe.load_lora_weights(tmp_path / "made.safetensors")
+        drawn.append(pipe(PROMPT, **QUICK).images.astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert (drawn[1] == drawn[2]).all()
+    assert np.abs(before - drawn[2]).max() > 5, "the adapter changes the picture"
+
+
+def test_text_is_encoded_once(monkeypatch):
+    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+    read = []
+    context = type(pipe.text_encoder).context
+    monkeypatch.setattr(
+        type(pipe.text_encoder),
+        "context",
+        lambda self, prompt, *a, **k: read.append(prompt) or context(self, prompt, *a, **k),
+    )
+    for _ in range(2):
+        pipe(PROMPT, **QUICK)
+    assert read == [PROMPT, ""]
+    pipe(PROMPT, **QUICK, clip_skip=1)
+    assert read == [PROMPT, "", PROMPT], "read in another way"
+    pipe.to(dtype=torch.bfloat16)
+    pipe(PROMPT, **QUICK)
+    assert read[3:] == [PROMPT, ""], "by another network"
+
+
+def test_unknown(tmp_path):
+    with pytest.raises(ConfigError, match="unknown speed 'light'; one of exact, fast, max"):
+        LatentDiffusionPipeline.from_pretrained(speed="light")
+    assert speeds.narrow_dtype(torch.device("cpu")) == torch.bfloat16
+    assert LatentDiffusionPipeline.from_pretrained(runtime="openvino", speed="exact").unet.dtype == "float32"
