@@ -30,6 +30,7 @@ _SAMPLER_NAMES = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "unipc": "UniPC",
+    "lcm": "LCM",
 }
 _SPACING_NAMES = {"karras": "Karras", "uniform": "Exponential"}
 _UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: what a user comment is written in

@@ -86,11 +86,12 @@ class ModelCard:
 class Compiled:
     """What is to be known of networks that OpenVINO has compiled.
 
-    begin: lets them get ready for latents (B, C, h, w) under so many conditions. torch_networks: those that take over
-    when something is asked for that only torch has, unless OpenVINO was asked for by name.
+    begin: lets them get ready for latents (B, C, h, w) under so many conditions, with or without deep features to be
+    used again. torch_networks: those that take over when something is asked for that only torch has, unless OpenVINO
+    was asked for by name.
     """
 
-    begin: Callable[[tuple[int, ...], int], None]
+    begin: Callable[[tuple[int, ...], int, bool], None]
     torch_networks: Callable[[], Networks] | None
 
 
@@ -288,6 +289,8 @@ class LatentDiffusionPipeline:
             self.load_clip()
         if asked.vae_tiling:
             self.in_torch("vae_tiling")
+        if asked.cache_interval > 1 and not self.unet.has_deep:
+            raise ConfigError("cache_interval: this model has one level, and nothing below it to be used again")
 
     def load_clip(self, directory: str | Path | None = None) -> None:
         """See `extras.load_clip`."""
@@ -347,7 +350,7 @@ class LatentDiffusionPipeline:
         """Let the networks get ready for a request's first batch while its prompts are read; torch's are."""
         if self._compiled is not None:
             latents = (min(pictures, asked.batch_size), *self.latent_shape(self.size(asked)))
-            self._compiled.begin(latents, 2 if asked.guidance_scale > 1 else 1)
+            self._compiled.begin(latents, 2 if asked.guidance_scale > 1 else 1, asked.cache_interval > 1)
 
     def __call__(
         self,

@@ -38,6 +38,7 @@ _SAMPLERS = {
     "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
 }
 _PLAIN = {"sampler": "dpmpp_2m", "spacing": "trailing"}  # of a file that says nothing of it
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")

@@ -12,5 +12,7 @@ class Recommended(BaseModel):
 
     num_inference_steps: int = Field(20, ge=1, le=1000)
     guidance_scale: float = Field(3.0, ge=0, le=100)
-    sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = "ddim"
+    sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"] = (
+        "ddim"
+    )
     spacing: Literal["trailing", "leading", "linspace", "karras", "uniform"] = "trailing"

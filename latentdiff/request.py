@@ -74,6 +74,8 @@ class Request(BaseModel):
     autoguidance_scale: Finite = Field(1.0, ge=0, le=100)  # 1 is none; needs a weaker model
     clip_guidance_scale: Finite = Field(0.0, ge=0, le=10_000)
 
+    cache_interval: int = Field(1, ge=1, le=100)  # deep features are computed every so many evaluations; 1 is always
+
     # where sampling starts and ends
     strength: Share | None = None  # with a picture: 0.8, or 1 with a mask
     hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # of a second pass, times the first's size

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from latentdiff.request import Request
 
 # as in diffusion/samplers.py, which takes NumPy to import
-_SAMPLERS = "ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc"
+_SAMPLERS = "ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm"
 _OPTIONS = {  # what looks like a setting and is an option, by either of their names
     "image": "image",
     "mask": "mask",

@@ -40,9 +40,28 @@ def network_of(unet: UNet, extra: Array | None = None, *, perturbed: bool = Fals
     return network
 
 
+def reusing(unet: UNet, extra: Array | None, every: int) -> Network:
+    """The U-Net with its deep features computed in one of so many evaluations, and used again in the others.
+
+    For one walk through the levels. Evaluations under other numbers of conditions are counted apart.
+    """
+    last: dict[int, tuple[int, Array]] = {}
+
+    def network(x: Array, t: float, context: Context) -> Array:
+        conditions = len(context.tokens) if context.tokens.ndim == 4 else 0
+        count, deep = last.get(conditions, (0, None))
+        whole = x if extra is None else library(x).concatenate([x, extra], 1)
+        output, deep = unet.predict_from(whole, t, context, deep if count % every else None)
+        last[conditions] = count + 1, deep
+        return output
+
+    return network
+
+
 def guided(unet: UNet, prediction: str, texts: Texts, asked: Request, start: Start, helpers: Helpers) -> Denoiser:
     """Guidance by what the conditions differ in, then by what lies elsewhere, then what is kept of a given picture."""
-    network = network_of(unet, start.extra)
+    every = asked.cache_interval
+    network = network_of(unet, start.extra) if every == 1 else reusing(unet, start.extra, every)
     plain = denoiser(network, prediction, unet.prepared(texts.cond))
     cond = drawn = guidance.once(plain)
     if texts.uncond is not None:

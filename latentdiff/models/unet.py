@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,48 @@ class UNet(nn.Module):
         output: Tensor = self(x, t, context)
         return output.float()
 
+    @torch.no_grad()
+    def predict_from(self, x: Tensor, t: float, context: Context, deep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`predict`, and the features that reach its last level: everything but the finest.
+
+        Given those of an earlier step, only the finest level is computed (DeepCache, Ma et al. 2024, section 3.2).
+        """
+        with self.deep(deep) as found:
+            output = self.predict(x, t, context)
+        return output, found[0]
+
+    @contextmanager
+    def deep(self, given: Tensor | None) -> Iterator[list[Tensor]]:
+        """Notes what the blocks below the finest level give, or lets them give that without being computed."""
+        downs, ups = list(self.model.down_blocks)[1:], list(self.model.up_blocks)[:-1]
+        found: list[Tensor] = [] if given is None else [given]
+        changed: dict[nn.Module, Any] = {}
+        if given is None:
+            changed[ups[-1]] = _noting(ups[-1].forward, found)
+        else:
+            for block in downs:  # as many skip connections as they would make, for those above to take off
+                changed[block] = _passing(len(block.resnets) + (block.downsamplers is not None))
+            changed |= dict.fromkeys([self.model.mid_block, *ups[:-1]], _passing(0))
+            changed[ups[-1]] = lambda *_, **__: given
+        own = {block: block.__dict__.get("forward") for block in changed}
+        compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, None  # it knows of no change
+        try:
+            for block, forward in changed.items():
+                block.forward = forward
+            yield found
+        finally:
+            self.model._compiled_call_impl = compiled
+            for block, forward in own.items():
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    @property
+    def has_deep(self) -> bool:
+        """Whether there are levels below the finest."""
+        return len(self.model.down_blocks) > 1
+
     def predict_perturbed(self, x: Tensor, t: float, context: Context) -> Tensor:
         """`predict` with the identity for the self-attention maps of the middle block (Ahn et al. 2024, eq. 13)."""
         processors = self.model.attn_processors
@@ -171,6 +215,26 @@ class UNet(nn.Module):
         """Write config.json and safetensors weights."""
         self.model.save_pretrained(directory, safe_serialization=True)
         publish(directory)
+
+
+def _noting(forward: Callable[..., Tensor], found: list[Tensor]) -> Callable[..., Tensor]:
+    """A block's forward that notes what it gives."""
+
+    def noting(*args: Any, **settings: Any) -> Tensor:
+        output = forward(*args, **settings)
+        found.append(output)
+        return output
+
+    return noting
+
+
+def _passing(skips: int) -> Callable[..., Any]:
+    """A block's forward that computes nothing; what it passes on is taken by none that computes."""
+
+    def passing(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, (hidden_states,) * skips) if skips else hidden_states
+
+    return passing
 
 
 class _Fused(FusedAttnProcessor2_0):

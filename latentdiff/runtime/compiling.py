@@ -125,7 +125,7 @@ class Compiler:
         self._held.append(constants)
         model = _core().read_model(graph, openvino().Tensor(constants))
         inputs = [p for p in model.get_parameters() if not p.get_friendly_name().startswith(WEIGHT)]
-        weights = self._model.weights(network_of(part))
+        weights = self._model.weights(part)
         for parameter in model.get_parameters():
             name = parameter.get_friendly_name()
             if name.startswith(WEIGHT):
@@ -145,11 +145,6 @@ class Compiler:
 # in float32 their search for patterns ends the process in some U-Nets (OpenVINO 2026.4).
 _SETTINGS = {"PERFORMANCE_HINT": "LATENCY", "SNIPPETS_MODE": "DISABLE"}
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
-
-
-def network_of(part: str) -> str:
-    """The network whose weights a graph computes with."""
-    return "vae" if part.startswith("vae") else part
 
 
 def bind(parameter: Any, stored: Stored) -> np.ndarray:

@@ -70,6 +70,24 @@ class _Denoised(nn.Module):
         return output
 
 
+class _Deep(_Denoised):
+    """(x, t, tokens, ...) -> output and deep features; see UNet.predict_from."""
+
+    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        with self._unet[0].deep(None) as found:
+            output: Tensor = self._unet[0](x, t, Context(*told))
+        return output, found[0]
+
+
+class _Shallow(_Denoised):
+    """(x, t, deep features, tokens, ...) -> output."""
+
+    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+        with self._unet[0].deep(told[0]):
+            output: Tensor = self._unet[0](x, t, Context(*told[1:]))
+        return output
+
+
 class _Coded(nn.Module):
     """Latents -> images, or images -> the posterior's mean."""
 
@@ -112,7 +130,13 @@ def _parts(pipe: LatentDiffusionPipeline) -> dict[str, tuple[nn.Module, list[Ten
     told = [_drawn(3, pipe.text_encoder.max_length, unet.context_width)]
     if unet.reads_sizes:
         told += [_drawn(3, pooled), torch.arange(18.0).reshape(3, 6) * 64]
-    parts["unet"] = _Denoised(unet), [latents, torch.tensor([501.0]), *told]
+    asked = [latents, torch.tensor([501.0]), *told]
+    parts["unet"] = _Denoised(unet), asked
+    if unet.has_deep:
+        parts["unet_deep"] = _Deep(unet), asked
+        with torch.no_grad():
+            _, deep = _Deep(unet)(*asked)
+        parts["unet_shallow"] = _Shallow(unet), [*asked[:2], deep, *told]
     if isinstance(autoencoder, Autoencoder):
         pixels = _drawn(3, autoencoder.image_channels, *(side * autoencoder.factor for side in latents.shape[2:]))
         parts["vae_decoder"] = _Coded(autoencoder, autoencoder.decode), [latents[:, : autoencoder.latent_channels]]
@@ -195,6 +219,7 @@ def _record(pipe: LatentDiffusionPipeline, directory: Path, made: Path) -> dict[
             "in_channels": unet.in_channels,
             "context_width": unet.context_width,
             "reads_sizes": unet.reads_sizes,
+            "has_deep": unet.has_deep,
         },
         "vae": {
             "factor": autoencoder.factor,

@@ -25,6 +25,7 @@ from latentdiff.models.folder import loading, read_json, weight_files
 FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
 FORMAT = 1
 TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+NETWORKS = {"unet_deep": "unet", "unet_shallow": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}  # of graphs
 WEIGHT = "weight:"  # begins the name of an input that is a weight
 _UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of a configuration, by the graphs
 _OLD_NAMES = (  # of weights in older files, by what they are called now
@@ -71,8 +72,8 @@ class Exported:
             return (folder / f"{part}.xml").read_bytes(), load_file(folder / CONSTANTS)[part]
 
     def weights(self, part: str) -> dict[str, Stored]:
-        """The tensors of a network's files by their names. Raises ModelError."""
-        files = weight_files(self.directory / part, self.variant)
+        """The tensors of the files of a graph's network by their names. Raises ModelError."""
+        files = weight_files(self.directory / NETWORKS.get(part, part), self.variant)
         return {name: stored for file in files for name, stored in _tensors(file)}
 
     def tokenizer(self, part: str) -> Path:

@@ -29,12 +29,13 @@ class CompiledUNet:
         self._compiler, self.dtype = compiler, compiler.precision
         self.factor, self.in_channels = int(told["factor"]), int(told["in_channels"])
         self.context_width, self.reads_sizes = int(told["context_width"]), bool(told["reads_sizes"])
+        self.has_deep = bool(told["has_deep"])
 
-    def begin(self, rows: int, size: tuple[int, ...], tokens: int) -> None:
+    def begin(self, rows: int, size: tuple[int, ...], tokens: int, part: str = "unet") -> None:
         """Begin to compile for latents of (h, w); of SDXL the shapes are known when a prompt has been read."""
         if not self.reads_sizes:
             x, context = (rows, self.in_channels, *size), (rows, tokens, self.context_width)
-            self._compiler.begin("unet", (x, (1,), context))
+            self._compiler.begin(part, (x, (1,), context))
 
     def prepared(self, context: Context) -> Context:
         """As it is."""
@@ -42,12 +43,25 @@ class CompiledUNet:
 
     def predict(self, x: np.ndarray, t: float, context: Context) -> np.ndarray:
         """See UNet.predict: x (B, C, h, w), context (B, L, D), or (K, B, L, D) for an output (K, B, C, h, w)."""
+        return self._run("unet", x, t, context)[0]
+
+    def predict_from(
+        self, x: np.ndarray, t: float, context: Context, deep: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See UNet.predict_from."""
+        if deep is not None:
+            return self._run("unet_shallow", x, t, context, deep)[0], deep
+        output, deep = self._run("unet_deep", x, t, context)
+        return output, deep
+
+    def _run(self, part: str, x: np.ndarray, t: float, context: Context, *more: np.ndarray) -> list[np.ndarray]:
+        """The outputs of a graph, the first like x, or (K, B, C, h, w) under K conditions."""
         many = context.tokens.ndim == 4
         told, copies = (context.flattened(), len(context.tokens)) if many else (context, 1)
         added = [told.pooled, told.sizes] if self.reads_sizes else []
-        inputs = [np.concatenate([x] * copies), np.array([t], np.float32), told.tokens, *added]
-        (output,) = self._compiler.run("unet", *(np.asarray(array, np.float32) for array in inputs))
-        return output.reshape(copies, len(x), *output.shape[1:]) if many else output
+        inputs = [np.concatenate([x] * copies), np.array([t], np.float32), *more, told.tokens, *added]
+        output, *rest = self._compiler.run(part, *(np.asarray(array, np.float32) for array in inputs))
+        return [output.reshape(copies, len(x), *output.shape[1:]) if many else output, *rest]
 
 
 class CompiledAutoencoder:
@@ -193,9 +207,14 @@ def networks_of(model: Exported, compiler: Compiler) -> tuple[Autoencoders, Text
 
 
 def begin(
-    autoencoder: Autoencoders, texts: TextEncoders, unet: CompiledUNet, latents: tuple[int, ...], conditions: int
+    autoencoder: Autoencoders,
+    texts: TextEncoders,
+    unet: CompiledUNet,
+    latents: tuple[int, ...],
+    conditions: int,
+    deep: bool,
 ) -> None:
     """Begin to compile for latents (B, C, h, w) under prompts of one chunk, first what takes longest."""
-    unet.begin(conditions * latents[0], latents[2:], texts.max_length)
+    unet.begin(conditions * latents[0], latents[2:], texts.max_length, "unet_deep" if deep else "unet")
     texts.begin()
     autoencoder.begin(latents)
