@@ -480,3 +480,54 @@ def test_jobs_count_seeds_on():
     asked = request(prompt=PROMPT, seed=5, num_images=3)
     assert [job.seed for job in jobs_of(asked)] == [5, 6, 7]
     assert Job(asked, 1).settings == Job(request(prompt="other", seed=9), 0).settings
+
+
+@torch.no_grad()
+def test_deep_features_are_the_network_s_own(folders):
+    """Given its own deep features the finest level gives the same output, to the bit; given others, another."""
+    unet = load_unet(folders["XL"])
+    generator = torch.Generator().manual_seed(0)
+    x, told = (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        Context(
+            torch.randn(2, 77, unet.context_width, generator=generator),
+            torch.randn(2, 128, generator=generator),
+            torch.full((2, 6), 64.0),
+        ),
+    )
+    plain = unet.predict(x, 500.0, told)
+    full, deep = unet.predict_from(x, 500.0, told, None)
+    assert torch.equal(full, plain)
+    ran = []
+    below = [*unet.model.down_blocks[1:], unet.model.mid_block, *unet.model.up_blocks[:-1]]
+    handles = [m.register_forward_hook(lambda module, *_: ran.append(module)) for b in below for m in b.resnets]
+    again, same = unet.predict_from(x, 500.0, told, deep)
+    assert torch.equal(again, plain)
+    assert same is deep
+    assert not ran, "nothing below is computed"
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(unet.predict_from(x, 500.0, told, deep * 1.5)[0], plain)
+    assert torch.equal(unet.predict(x, 500.0, told), plain), "the blocks are as they were"
+
+
+def test_every_so_many_evaluations(pipe, monkeypatch):
+    """With an interval of 3, steps 1, 4 and 7 compute all; pairs and single evaluations are counted apart."""
+    full = []
+    inner = type(pipe.unet).predict_from
+    monkeypatch.setattr(
+        type(pipe.unet),
+        "predict_from",
+        lambda self, x, t, c, deep: full.append(deep is None) or inner(self, x, t, c, deep),
+    )
+    settings = {"seed": 1, "num_inference_steps": 7, "guidance_scale": 3.0, "output_type": "latent"}
+    plain = pipe(PROMPT, **settings).images
+    assert not full
+    near = pipe(PROMPT, cache_interval=3, **settings).images
+    assert full == [True, False, False, True, False, False, True]
+    assert 0 < (near - plain).abs().mean() < plain.abs().mean()
+    full.clear()
+    pipe(PROMPT, cache_interval=2, guidance_interval=(-1.0, 1.0), **settings)
+    assert sum(full) >= 3
+    with pytest.raises(ConfigError, match="cache_interval: must be at least 1"):
+        pipe.request(PROMPT, cache_interval=0)

@@ -84,6 +84,8 @@ ASKED = {
     "apg": {"apg": True, "apg_momentum": -0.3, "apg_norm": 5.0},
     "larger": {"hires_scale": 1.5, "num_inference_steps": 6},
     "sliced": {"vae_slicing": True, "num_images_per_prompt": 2},
+    "deep features again": {"cache_interval": 2, "num_images_per_prompt": 2},
+    "deep features again, unguided": {"cache_interval": 3, "guidance_scale": 1.0},
     "a variation": {"variation_seed": 3, "variation_strength": 0.3},
 }
 
@@ -144,12 +146,28 @@ def test_families(families, photo, family):
     ours, theirs = both(families(family))
     settings = {"seed": 7, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
     sizes = {"original_size": (96, 64), "crop": (8, 0)} if family == "XL" else {}
-    for asked in ({"negative_prompt": "blue", "clip_skip": 1, **sizes}, {"prompt": "a (red:1.3) circle BREAK two"}):
+    for asked in (
+        {"negative_prompt": "blue", "clip_skip": 1, **sizes},
+        {"cache_interval": 2},
+        {"prompt": "a (red:1.3) circle BREAK two"},
+    ):
         asked = {"prompt": PROMPT, **settings, **asked}
         alike(ours(**asked).images, theirs(**asked).images, tolerance=2)
     pixels, mask = photo
     asked = {"image": pixels, "mask_image": mask, **settings}
     alike(ours(PROMPT, **asked).images, theirs(PROMPT, **asked).images, tolerance=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not compiling.has_bfloat16(), reason="the CPU has no bfloat16")
+@pytest.mark.parametrize("family", ["1", "2", "XL", "inpainting"])
+def test_large_in_bfloat16(families, family):
+    """Where kernels are generated, which small pictures and float32 do without."""
+    ours = LatentDiffusionPipeline.from_pretrained(families(family), runtime="openvino")
+    theirs = LatentDiffusionPipeline.from_pretrained(families(family), runtime="torch", device="cpu")
+    settings = {"seed": 7, "num_inference_steps": 4, "output_type": "np", "width": 256, "height": 256}
+    drawn = [pipe(PROMPT, **settings).images.astype(int) for pipe in (ours, theirs)]
+    assert np.abs(drawn[0] - drawn[1]).mean() < 3, "of 255"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -336,7 +354,14 @@ def test_converted_on_the_command_line(call, tmp_path):
     shutil.rmtree(tmp_path / "half" / "openvino")
     code, out, err = call("convert", "half", "model", "--to", "openvino")
     assert (code, out) == (0, "model\n")
-    assert [line.split(":")[0] for line in err.splitlines()] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert [line.split(":")[0] for line in err.splitlines()] == [
+        "text_encoder",
+        "unet",
+        "unet_deep",
+        "unet_shallow",
+        "vae_decoder",
+        "vae_encoder",
+    ]
     assert call("convert", "model", "--to", "openvino")[:2] == (0, f"{folder.name}/openvino\n"), "again, in its place"
     for name in ("openvino", "torch"):
         words = ("generate", PROMPT, "-m", "model", "-s", 7, "--steps", 3, "-o", f"{name}.png", "--runtime", name)

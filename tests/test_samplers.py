@@ -7,14 +7,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 from scipy.stats import norm
 
 from latentdiff.diffusion import samplers
 from latentdiff.diffusion.denoiser import denoiser
 from latentdiff.diffusion.process import posterior_mean, transition
 from latentdiff.diffusion.samplers import SAMPLERS, silent
-from latentdiff.diffusion.schedule import SPACINGS, NoiseLevel, NoiseSchedule, schedule_named
+from latentdiff.diffusion.schedule import CLEAN, SPACINGS, NoiseLevel, NoiseSchedule, schedule_named
 
 SD = NoiseSchedule.scaled_linear()
 MEAN, STD = 0.7, 0.5
@@ -234,3 +234,26 @@ def test_numpy_and_torch_agree(name):
     tensors = torch.from_numpy(draws)
     of_torch = last(SAMPLERS[name](gaussian(MEAN, STD), tensors[0], levels, lambda number: tensors[number]))
     np.testing.assert_allclose(of_torch.numpy(), of_numpy, rtol=1e-5, atol=1e-6)
+
+
+def test_lcm_against_diffusers():
+    """The x0 of every step and the picture of diffusers.LCMScheduler, with the noise that it draws."""
+    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(4)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def eps(x, t, context=None):
+        return torch.tanh(x + float(t) / 1000)
+
+    theirs, generator = [x], torch.Generator().manual_seed(1)
+    denoised = []
+    for t in scheduler.timesteps:
+        out = scheduler.step(eps(theirs[-1], t), t, theirs[-1], generator=generator)
+        theirs.append(out.prev_sample)
+        denoised.append(out.denoised)
+    generator = torch.Generator().manual_seed(1)
+    levels = [*(SD.level(int(t)) for t in scheduler.timesteps), CLEAN]
+    steps = samplers.lcm(denoiser(eps, "epsilon", None), x, levels, lambda _: torch.randn(x.shape, generator=generator))
+    for step, x0, after in zip(steps, denoised, theirs[1:], strict=True):
+        torch.testing.assert_close(step.x0, x0, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(step.x, after, rtol=1e-4, atol=1e-5)

@@ -109,15 +109,24 @@ class Compiler:
         """What computes a graph: from what was kept, or compiled and kept in the file."""
         if kept is not None:
             self._held.append(kept.blob)
-            return _core().import_model(openvino().Tensor(kept.blob), "CPU", self._settings).create_infer_request()
-        compiled = _core().compile_model(self._bound(part, shapes), "CPU", self._settings)
+            return (
+                _core().import_model(openvino().Tensor(kept.blob), "CPU", self._settings(shapes)).create_infer_request()
+            )
+        compiled = _core().compile_model(self._bound(part, shapes), "CPU", self._settings(shapes))
         if file is not None:
             _keep(file, compiled.export_model().getvalue())
         return compiled.create_infer_request()
 
-    @property
-    def _settings(self) -> dict[str, str]:
-        return _SETTINGS | {"INFERENCE_PRECISION_HINT": _PRECISIONS[self.precision]}
+    def _settings(self, shapes: Shapes) -> dict[str, str]:
+        """Of compiling for shapes.
+
+        Snippets, kernels generated for groups of operations, make a step of a large picture a fifth faster, and of a
+        small one no faster, whose start they double. In float32 their search for patterns ends the process in some
+        U-Nets (OpenVINO 2026.4).
+        """
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[self.precision]}
+        large = len(shapes[0]) == 4 and shapes[0][2] * shapes[0][3] >= LARGE
+        return settings if large and self.precision != "float32" else settings | {"SNIPPETS_MODE": "DISABLE"}
 
     def _bound(self, part: str, shapes: Shapes) -> Any:
         """A part's graph with its weights and shapes in place."""
@@ -141,9 +150,7 @@ class Compiler:
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-# Snippets, kernels generated for groups of operations, make a step no faster here and double the time to the first one;
-# in float32 their search for patterns ends the process in some U-Nets (OpenVINO 2026.4).
-_SETTINGS = {"PERFORMANCE_HINT": "LATENCY", "SNIPPETS_MODE": "DISABLE"}
+LARGE = 32 * 32  # latents of a picture, from which generated kernels pay for the time that they take to make
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
