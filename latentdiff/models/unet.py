@@ -107,10 +107,17 @@ class UNet(nn.Module):
         return replace(told, text=heads)
 
     def fuse(self) -> None:
-        """Attention with one product for queries, keys and values, and with those of the text given by `prepared`."""
-        self.model.fuse_qkv_projections()
+        """Attention with one product for queries, keys and values, and with those of the text given by `prepared`.
+
+        With adapters beside the weights self-attention keeps its three: the one would be made without them.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+        if not adapted:
+            self.model.fuse_qkv_projections()
         for _, attention in self._attentions("attn1"):
-            attention.set_processor(_Fused())
+            attention.set_processor(_Plain() if adapted else _Fused())
         for name, attention in self._attentions("attn2"):
             attention.set_processor(_FromText(name))
         self._fused = True
@@ -237,8 +244,15 @@ def _passing(skips: int) -> Callable[..., Any]:
     return passing
 
 
+class _Plain(AttnProcessor2_0):
+    """Self-attention to which the text's keys and values are nothing."""
+
+    def __call__(self, *args: Any, text: object = None, **settings: Any) -> Any:
+        return super().__call__(*args, **settings)
+
+
 class _Fused(FusedAttnProcessor2_0):
-    """Self-attention with one product; the text's keys and values, which go to all attention, are not for it."""
+    """The same with one product."""
 
     def __call__(self, *args: Any, text: object = None, **settings: Any) -> Any:
         return super().__call__(*args, **settings)
