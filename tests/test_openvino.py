@@ -312,6 +312,38 @@ def test_an_export_of_another_configuration(tmp_path):
     assert exported(folder) is not None, "who wrote it is no matter"
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("export.json", "{}", "an export of format None, not 1"),
+        ("export.json", '{"format": 1}', r"cannot load openvino/export.json \(.*\): 'configs'"),
+        ("export.json", '{"format": 1, "configs": {}}', r"cannot load openvino \(.*\): 'unet'"),
+        ("unet.xml", "<net", "cannot load openvino/unet.xml"),
+        ("constants.safetensors", "x", "cannot load openvino/"),
+        ("text_encoder.xml", None, "cannot load openvino/text_encoder.xml"),
+    ],
+)
+def test_damaged_exports(tmp_path, file, content, message):
+    folder = tmp_path / "model"
+    shutil.copytree(default_model(), folder)
+    (folder / "openvino" / file).unlink()
+    if content is not None:
+        (folder / "openvino" / file).write_text(content)
+    with pytest.raises(ModelError, match=message):
+        LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino")(PROMPT, num_inference_steps=1)
+
+
+def test_shapes_in_memory(monkeypatch):
+    """The oldest goes, and is made again when it is asked for."""
+    monkeypatch.setattr(compiling, "SHAPES", 2)
+    pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino", torch_dtype="float32")
+    settings = {"seed": 1, "num_inference_steps": 1, "output_type": "np"}
+    drawn = [pipe(PROMPT, width=width, **settings).images for width in (64, 80, 96, 64)]
+    assert (drawn[0] == drawn[3]).all()
+    kept = [shapes for part, shapes in pipe.unet._compiler._ready if part == "unet"]
+    assert [shapes[0][3] for shapes in kept] == [24, 16]
+
+
 def test_neither_torch_nor_telemetry(tmp_path):
     """`generate` imports no torch, diffusers or transformers, nor OpenVINO's tools, which report to its makers."""
     code = (

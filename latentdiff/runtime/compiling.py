@@ -18,13 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentdiff.runtime.graphs import WEIGHT, Exported, Stored, named
+from latentdiff.models.folder import loading
+from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 
 LIMIT = 20 * 2**30  # bytes of all that is kept
+SHAPES = 4  # of each graph in memory, for each has weights of its own; the oldest goes
+LARGE = 32 * 32  # latents of a picture, from which generated kernels pay for the time that they take to make
 Shapes = tuple[tuple[int, ...], ...]  # of a graph's inputs but its weights, in their order
 
 
@@ -65,39 +68,47 @@ class Kept:
         return _checksum(self.blob.data) == self.checksum
 
 
+class Ready(NamedTuple):
+    """A request that computes, and the arrays that it computes with and does not own."""
+
+    request: Any
+    held: list[np.ndarray]
+
+
 class Compiler:
     """The graphs of one model in one precision, each compiled once for each set of shapes, in a thread of its own."""
 
     def __init__(self, model: Exported, precision: str, model_hash: str | None = None):
         """model_hash: of the weights; without it nothing is kept."""
         self._model, self._model_hash, self.precision = model, model_hash, precision
-        self._begun: dict[tuple[str, Shapes], tuple[Future[Any], Kept | None]] = {}
-        self._requests: dict[tuple[str, Shapes], Any] = {}
-        self._held: list[np.ndarray] = []  # what OpenVINO computes with and does not own
+        self._begun: dict[tuple[str, Shapes], tuple[Future[Ready], Kept | None]] = {}
+        self._ready: dict[tuple[str, Shapes], Ready] = {}
         self._worker = ThreadPoolExecutor(1, "compile")
 
     def begin(self, part: str, shapes: Shapes) -> None:
         """Begin to make ready what will be needed, unless that is begun already."""
-        if (part, shapes) not in self._begun:
+        if (part, shapes) not in self._begun and (part, shapes) not in self._ready:
             file = _folder() / f"{self._key(part, shapes)}.blob" if self._model_hash else None
             kept = None if file is None else _kept(file)
             self._begun[part, shapes] = self._worker.submit(self._made, part, shapes, file, kept), kept
 
     def run(self, part: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        """All outputs of a graph, compiled for the shapes of these inputs."""
+        """All outputs of a graph, compiled for the shapes of these inputs. Raises ModelError."""
         shapes = tuple(array.shape for array in inputs)
-        if (part, shapes) not in self._requests:
-            self._requests[part, shapes] = self._request(part, shapes)
-        request = self._requests[part, shapes]
+        if (part, shapes) not in self._ready:
+            for older in [key for key in self._ready if key[0] == part][: 1 - SHAPES]:
+                del self._ready[older]
+            self._ready[part, shapes] = self._made_ready(part, shapes)
+        request = self._ready[part, shapes].request
         for index, array in enumerate(inputs):
             request.set_input_tensor(index, openvino().Tensor(np.ascontiguousarray(array), shared_memory=True))
         request.infer()
         return [tensor.data.copy() for tensor in request.output_tensors]
 
-    def _request(self, part: str, shapes: Shapes) -> Any:
+    def _made_ready(self, part: str, shapes: Shapes) -> Ready:
         """What computes a graph. What was kept is checked here, while the other thread is at work on it."""
         self.begin(part, shapes)
-        future, kept = self._begun[part, shapes]
+        future, kept = self._begun.pop((part, shapes))
         if kept is None:
             return future.result()
         if kept.is_whole():
@@ -105,17 +116,18 @@ class Compiler:
                 return future.result()
         return self._made(part, shapes, kept.file, None)
 
-    def _made(self, part: str, shapes: Shapes, file: Path | None, kept: Kept | None) -> Any:
+    def _made(self, part: str, shapes: Shapes, file: Path | None, kept: Kept | None) -> Ready:
         """What computes a graph: from what was kept, or compiled and kept in the file."""
+        settings = self._settings(shapes)
         if kept is not None:
-            self._held.append(kept.blob)
-            return (
-                _core().import_model(openvino().Tensor(kept.blob), "CPU", self._settings(shapes)).create_infer_request()
-            )
-        compiled = _core().compile_model(self._bound(part, shapes), "CPU", self._settings(shapes))
+            compiled = _core().import_model(openvino().Tensor(kept.blob), "CPU", settings)
+            return Ready(compiled.create_infer_request(), [kept.blob])
+        with loading(f"{FOLDER}/{part}.xml", self._model.directory):
+            graph, held = self._bound(part, shapes)
+            compiled = _core().compile_model(graph, "CPU", settings)
         if file is not None:
             _keep(file, compiled.export_model().getvalue())
-        return compiled.create_infer_request()
+        return Ready(compiled.create_infer_request(), held)
 
     def _settings(self, shapes: Shapes) -> dict[str, str]:
         """Of compiling for shapes.
@@ -128,20 +140,20 @@ class Compiler:
         large = len(shapes[0]) == 4 and shapes[0][2] * shapes[0][3] >= LARGE
         return settings if large and self.precision != "float32" else settings | {"SNIPPETS_MODE": "DISABLE"}
 
-    def _bound(self, part: str, shapes: Shapes) -> Any:
-        """A part's graph with its weights and shapes in place."""
+    def _bound(self, part: str, shapes: Shapes) -> tuple[Any, list[np.ndarray]]:
+        """A part's graph with its weights and shapes in place, and the arrays that it holds."""
         graph, constants = self._model.graph(part)
-        self._held.append(constants)
+        held = [constants]
         model = _core().read_model(graph, openvino().Tensor(constants))
         inputs = [p for p in model.get_parameters() if not p.get_friendly_name().startswith(WEIGHT)]
         weights = self._model.weights(part)
         for parameter in model.get_parameters():
             name = parameter.get_friendly_name()
             if name.startswith(WEIGHT):
-                self._held.append(bind(parameter, named(weights, name.removeprefix(WEIGHT))))
+                held.append(bind(parameter, named(weights, name.removeprefix(WEIGHT))))
                 model.remove_parameter(parameter)
         model.reshape({parameter.output(0): list(shape) for parameter, shape in zip(inputs, shapes, strict=True)})
-        return model
+        return model, held
 
     def _key(self, part: str, shapes: Shapes) -> str:
         ov = openvino()
@@ -150,7 +162,6 @@ class Compiler:
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-LARGE = 32 * 32  # latents of a picture, from which generated kernels pay for the time that they take to make
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -187,9 +198,10 @@ def _kept(file: Path) -> Kept | None:
     """A graph that was kept, or None."""
     try:
         content = np.memmap(file, np.uint8, "r")
-        os.utime(file)
     except (OSError, ValueError):
         return None
+    with suppress(OSError):  # of a cache that can only be read
+        os.utime(file)
     return Kept(file, content[:4].tobytes(), content[4:])
 
 

@@ -82,8 +82,9 @@ class Exported:
         return (self.directory if own else self.directory / FOLDER) / TOKENIZER[part] / "tokenizer.json"
 
     def identity(self, part: str) -> str:
-        """A hash of the graph."""
-        return hashlib.sha256((self.directory / FOLDER / f"{part}.xml").read_bytes()).hexdigest()
+        """A hash of the graph. Raises ModelError."""
+        with loading(f"{FOLDER}/{part}.xml", self.directory):
+            return hashlib.sha256((self.directory / FOLDER / f"{part}.xml").read_bytes()).hexdigest()
 
 
 def exported(directory: Path, variant: str | None = None) -> Exported | None:
@@ -94,7 +95,8 @@ def exported(directory: Path, variant: str | None = None) -> Exported | None:
     record = read_json(path)
     if record.get("format") != FORMAT:
         raise ModelError(f"an export of format {record.get('format')!r}, not {FORMAT} ({path}). Export it again")
-    changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
+    with loading(f"{FOLDER}/{RECORD}", directory):
+        changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
     if changed:
         raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). Export it again")
     return Exported(directory, variant, record)
