@@ -39,6 +39,22 @@ def command():
     return run
 
 
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process and an empty folder: exit code, stdout and stderr."""
+    from latentdiff.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, command):
     """The run folder of configs/scenes-tiny.toml: all three stages."""

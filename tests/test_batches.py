@@ -11,7 +11,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from latentdiff.cli import main
 from latentdiff.cli.batches import Share
 from latentdiff.errors import ConfigError
 
@@ -98,16 +97,13 @@ def test_a_thousand_prompts_by_torchrun(tmp_path):
 
 
 @pytest.fixture
-def generate(monkeypatch, capsys, tmp_path):
-    """The command line in this process: exit code and stderr."""
-    monkeypatch.chdir(tmp_path)
+def generate(call, tmp_path):
+    """Exit code and stderr."""
     prompts(tmp_path, 3)
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["latentdiff", *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, capsys.readouterr().err
+        code, _, err = call(*words)
+        return code, err
 
     return run
 

@@ -69,17 +69,12 @@ def test_composition_scores(command, tiny_model, tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """The command line in this process: exit code and stderr."""
-    from latentdiff.cli import main
-
-    monkeypatch.chdir(tmp_path)
+def call(call):
+    """Exit code and stderr."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, capsys.readouterr().err
+        code, _, err = call(*words)
+        return code, err
 
     return run
 

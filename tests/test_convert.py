@@ -1,7 +1,6 @@
 """Models and adapters in other forms: precision, layout, names; and pickles, read in a process of their own."""
 
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.cli import main
 from latentdiff.errors import ConfigError, ModelError
 from latentdiff.models.convert import convert_folder
 
@@ -90,18 +88,9 @@ def test_a_weight_too_large_for_float16(tiny_model, tmp_path):
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys, tmp_path):
+def convert(call):
     """The command in this process: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["latentdiff", "convert", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        told = capsys.readouterr()
-        return stopped.value.code, told.out, told.err
-
-    return run
+    return lambda *words: call("convert", *words)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from itertools import product
 
 import numpy as np
@@ -17,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.cli import main
 from latentdiff.stages.finetune import _stages, opened
 from latentdiff.stages.pictures import open_data
 from latentdiff.stages.run import Run
@@ -57,19 +55,9 @@ def source(pictures, method):
 
 
 @pytest.fixture
-def finetune(monkeypatch, capsys, tmp_path, tiny_model):
+def finetune(call, tiny_model):
     """The command in this process: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(data, output, *words, model=tiny_model):
-        asked = ["latentdiff", "finetune", model, data, "-o", output, *words]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in asked])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        told = capsys.readouterr()
-        return stopped.value.code, told.out, told.err
-
-    return run
+    return lambda data, output, *words, model=tiny_model: call("finetune", model, data, "-o", output, *words)
 
 
 def begun(model, pictures, folder, method, hook=None):

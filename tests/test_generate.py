@@ -1,13 +1,11 @@
 """`latentdiff generate` in all its ways, in this process: files, streams, exit codes."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.cli import main
 from latentdiff.cli.generate import _adapter
 from latentdiff.reproduce import read_record
 
@@ -15,19 +13,9 @@ PROMPT = "a red circle above a blue square"
 
 
 @pytest.fixture
-def generate(monkeypatch, capsys, tmp_path, tiny_model):
+def generate(call, tiny_model):
     """Two steps of the tiny model: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        asked = ["latentdiff", "generate", *words, "-m", tiny_model, "--steps", 2]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in asked])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        told = capsys.readouterr()
-        return stopped.value.code, told.out, told.err
-
-    return run
+    return lambda *words: call("generate", *words, "-m", tiny_model, "--steps", 2)
 
 
 @pytest.fixture

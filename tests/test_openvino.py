@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.cli import main
 from latentdiff.errors import ConfigError, ModelError
 from latentdiff.pretrained import default_model, load_pipeline
 from latentdiff.runtime import compiling
@@ -363,20 +362,6 @@ def test_neither_torch_nor_telemetry(tmp_path):
     )
     assert done.stdout.endswith("loaded: []\n"), done.stderr
     assert len(list((tmp_path / "outputs").iterdir())) == 2
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """The command line in this process: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["latentdiff", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
 
 
 def test_converted_on_the_command_line(call, tmp_path):

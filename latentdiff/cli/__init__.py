@@ -59,7 +59,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: _warn(message)
     _catch_signals()
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="latentdiff", standalone_mode=False)
         sys.stdout.flush()
     except LatentDiffError as error:
         _fail(str(error), error.exit_code)
