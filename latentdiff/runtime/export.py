@@ -151,6 +151,7 @@ def _drawn(*shape: int) -> Tensor:
 def _traced(module: nn.Module, inputs: list[Tensor]) -> Any:
     """OpenVINO's graph of a module, its weights replaced by inputs. Raises ModelError where one is left in it."""
     ov = openvino()
+    from openvino._offline_transformations import apply_moc_transformations
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -168,6 +169,8 @@ def _traced(module: nn.Module, inputs: list[Tensor]) -> Any:
         constant.output(0).replace(widened.output(0))
         weights.append(weight)
     graph.add_parameters(weights)
+    # what the library's own converter does last: half as many operations, and a large U-Net is a tenth faster
+    apply_moc_transformations(graph, cf=True)
     return graph
 
 
