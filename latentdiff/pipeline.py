@@ -206,8 +206,12 @@ class LatentDiffusionPipeline:
         self.offload(device, layers=True)
 
     def texts(self) -> Known:
-        """Contexts of the prompts drawn last, to which more are added."""
-        if len(self._texts) >= LARGEST_KNOWN:
+        """Contexts of the prompts drawn last, to which more are added.
+
+        None are kept of torch's networks as written: they are open to whoever trains them.
+        """
+        alone = self.runtime == "torch" and self.speed == "exact"
+        if alone or len(self._texts) >= LARGEST_KNOWN:
             self._texts.clear()
         return self._texts
 

@@ -107,9 +107,10 @@ def test_adapters_after_the_first_picture(uncompiled, folders, tmp_path):
     assert np.abs(before - drawn[2]).max() > 5, "the adapter changes the picture"
 
 
-def test_text_is_encoded_once(monkeypatch):
-    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    read = []
+@pytest.mark.parametrize("settings", [{"runtime": "openvino"}, {"runtime": "torch", "device": "cpu", "speed": "fast"}])
+def test_text_is_encoded_once(monkeypatch, uncompiled, settings):
+    """By networks that are not open to others."""
+    pipe, read = LatentDiffusionPipeline.from_pretrained(**settings), []
     context = type(pipe.text_encoder).context
     monkeypatch.setattr(
         type(pipe.text_encoder),
@@ -121,9 +122,18 @@ def test_text_is_encoded_once(monkeypatch):
     assert read == [PROMPT, ""]
     pipe(PROMPT, **QUICK, clip_skip=1)
     assert read == [PROMPT, "", PROMPT], "read in another way"
-    pipe.to(dtype=torch.bfloat16)
-    pipe(PROMPT, **QUICK)
-    assert read[3:] == [PROMPT, ""], "by another network"
+    if pipe.runtime == "torch":
+        pipe.to(dtype=torch.bfloat16)
+        pipe(PROMPT, **QUICK)
+        assert read[3:] == [PROMPT, ""], "by another network"
+
+
+def test_networks_as_written_may_be_trained_between_two_pictures():
+    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+    before = pipe(PROMPT, **QUICK).images.astype(int)
+    for parameter in pipe.text_encoder.parameters():
+        parameter.data *= 1.2
+    assert np.abs(pipe(PROMPT, **QUICK).images - before).max() > 5
 
 
 def test_unknown(tmp_path):

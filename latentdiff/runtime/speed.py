@@ -6,6 +6,9 @@
     max     as fast, in 16 bits unless told otherwise: the whole U-Net and the decoder compiled, on a GPU with kernels
             that are tried out and launched as CUDA graphs
 
+Faster networks must be changed by the pipeline's own methods only: of what is done to their modules past it, fused
+projections and texts that were encoded before know nothing.
+
 Compiling takes a minute for a new size or number of pictures, once a process, and less with torch's own cache.
 """
 
