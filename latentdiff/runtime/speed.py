@@ -14,6 +14,7 @@ Compiling takes a minute for a new size or number of pictures, once a process, a
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -38,6 +39,7 @@ def speed_up(pipe: LatentDiffusionPipeline, speed: Speed) -> None:
     """Change the networks of a pipeline; `slow_down` undoes it."""
     if speed == "exact":
         return
+    warnings.filterwarnings("ignore", "Dynamo detected a call", UserWarning)  # of how the networks' library caches
     gpu = pipe.device.type == "cuda"
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.unet.fuse()
