@@ -78,6 +78,12 @@ class Reader:
         """The chunks of a prompt. Raises ConfigError for bad brackets."""
         return chunks(prompt, style, self.ids_of, self.length - 2)
 
+    def filled(self, prompt: str, style: Style, least: int) -> list[Chunk]:
+        """The chunks that are encoded: the first alone where the style cuts, and empty ones up to `least`."""
+        found = self.chunks(prompt, style)
+        found = found if style.chunked else found[:1]
+        return found + [EMPTY] * (least - len(found))
+
     def read(self, prompt: str, style: Style) -> Reading:
         """What would be made of a prompt. Raises ConfigError for bad brackets."""
         found = self.chunks(prompt, style)

@@ -81,9 +81,7 @@ class TextEncoder(nn.Module):
         """
         check_clip_skip(style, self.layers)
         reader = self.reader
-        found = reader.chunks(prompt, style)
-        found = found if style.chunked else found[:1]
-        found += [EMPTY] * (least - len(found))
+        found = reader.filled(prompt, style, least)
         hidden, pooled = self._hidden(found, style)
         weights = reader.weights(found)
         if (weights != 1).any():

@@ -148,9 +148,7 @@ class CompiledTextEncoder:
     def context(self, prompt: str, style: Style = Style(), *, least: int = 1) -> Context:  # noqa: B008 - frozen
         """See TextEncoder.context."""
         check_clip_skip(style, self.layers)
-        found = self.reader.chunks(prompt, style)
-        found = found if style.chunked else found[:1]
-        found += [EMPTY] * (least - len(found))
+        found = self.reader.filled(prompt, style, least)
         hidden, pooled = self._hidden(self.reader.ids(found), style)
         weights = self.reader.weights(found)
         if (weights != 1).any():
