@@ -11,7 +11,7 @@ from torch import nn
 from latentdiff.config import STAGES, Config
 from latentdiff.diffusion.schedule import NoiseSchedule, schedule_named
 from latentdiff.errors import ConfigError, raised_as
-from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
+from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, TinyAutoencoder
 from latentdiff.models.clip import Clip
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
@@ -45,7 +45,8 @@ def new_autoencoder(config: Config) -> AnyAutoencoder:
     settings = config.autoencoder
     if settings.kind == "identity":
         return IdentityAutoencoder(image_channels(config))
-    return Autoencoder.create(
+    kind = TinyAutoencoder if settings.kind == "tiny" else Autoencoder
+    return kind.create(
         settings.block_out_channels,
         settings.layers_per_block,
         settings.latent_channels,

@@ -123,9 +123,10 @@ class Data(Section):
 
 
 class Autoencoder(Section):
-    """diffusers.AutoencoderKL, or none: `identity` leaves the pixels as they are (a pixel-space model)."""
+    """diffusers.AutoencoderKL; AutoencoderTiny, which learns another's latents; or none: a pixel-space model."""
 
-    kind: Literal["kl", "identity"] = "kl"
+    kind: Literal["kl", "tiny", "identity"] = "kl"
+    teacher: str = Field("", description="of a tiny one: the VAE that it learns from, or its model (none: the default)")
     block_out_channels: tuple[int, ...] = (16, 32, 64)
     layers_per_block: int = Field(1, ge=1)
     latent_channels: int = Field(4, ge=1)
@@ -133,7 +134,16 @@ class Autoencoder(Section):
     crop: int = Field(32, ge=8, description="side in pixels of the random crops it is trained on")
     gradient_weight: float = Field(0.5, ge=0)
     kl_weight: float = Field(1e-4, ge=0)
+    latent_weight: float = Field(1.0, ge=0, description="of a tiny one: that its latents are the teacher's")
     training: Training = Training()
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Autoencoder:
+        if self.kind == "tiny" and len(set(self.block_out_channels)) > 1:
+            raise ValueError("a tiny autoencoder is as wide at every level (block_out_channels)")
+        if self.kind != "tiny" and self.teacher:
+            raise ValueError("only a tiny autoencoder has a teacher")
+        return self
 
 
 class Clip(Section):

@@ -1,4 +1,4 @@
-"""What a pipeline draws with beside its model: adapters, learnt words, a weaker model, CLIP.
+"""What a pipeline draws with beside its model: adapters, learnt words, a weaker model, CLIP, another VAE.
 
 Each leaves the source that pictures name, so that they can be drawn again.
 """
@@ -163,6 +163,24 @@ def load_weaker(pipe: LatentDiffusionPipeline, path: str | Path) -> None:
         raise ModelError(f"the weaker model must have the same latents and noise schedule ({path})")
     pipe.extras.weaker = weaker
     pipe.extras.sources["weaker"] = Source("weaker", weaker.card.source or "", weaker.card.hash)
+
+
+def load_vae(pipe: LatentDiffusionPipeline, path: Path, *, as_stored: bool = False) -> None:
+    """Another VAE for the same latents: its folder, or the model folder that has it. Raises ModelError, UnsafeError.
+
+    It takes the precision of the one before, unless it is to stay as it is stored.
+    """
+    from latentdiff.models.autoencoder import misfit
+    from latentdiff.models.folder import check_vae, network_hash
+    from latentdiff.models.weights import load_vae
+
+    pipe.change("another VAE")
+    folder, own = check_vae(path), pipe.autoencoder
+    vae = load_vae(folder)
+    if why := misfit(own, vae):
+        raise ModelError(f"this VAE does not fit the model: {why} ({path})")
+    pipe.autoencoder = vae.to(pipe.device, None if as_stored else own.dtype)
+    pipe.extras.sources["vae"] = Source("vae", recorded(path), network_hash(folder))
 
 
 def path_of(value: object) -> Path:

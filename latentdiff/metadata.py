@@ -44,7 +44,7 @@ class Source:
     path: as it was named, but of an absolute path the name alone: pictures do not tell of their maker's folders.
     """
 
-    kind: str  # lora, merged (a lora too), embedding, weaker, clip
+    kind: str  # lora, merged (a lora too), embedding, weaker, clip, vae
     path: str
     sha256: str
     weight: float = 1.0

@@ -304,6 +304,10 @@ class LatentDiffusionPipeline:
         """See `extras.load_weaker`."""
         extras.load_weaker(self, extras.path_of(path))
 
+    def load_vae(self, path: str | Path) -> None:
+        """See `extras.load_vae`."""
+        extras.load_vae(self, extras.path_of(path))
+
     def load_lora_weights(
         self, path: str | Path, adapter_name: str | None = None, *, weight: float = 1.0, fuse: bool = False
     ) -> extras.Fit:

@@ -318,7 +318,7 @@ def _index(pipe: LatentDiffusionPipeline, *, with_vae: bool) -> dict[str, Any]:
     inpainting = "Inpaint" if pipe.unet.in_channels != pipe.autoencoder.latent_channels else ""
     shared = {
         "_diffusers_version": version("diffusers"),
-        "vae": ["diffusers", "AutoencoderKL"] if with_vae else [None, None],
+        "vae": ["diffusers", type(pipe.autoencoder.vae).__name__] if with_vae else [None, None],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

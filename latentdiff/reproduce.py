@@ -39,7 +39,7 @@ class _Data(BaseModel):
 class SourceRecord(_Data):
     """See metadata.Source."""
 
-    kind: Literal["lora", "merged", "embedding", "weaker", "clip"]
+    kind: Literal["lora", "merged", "embedding", "weaker", "clip", "vae"]
     path: Name
     sha256: Hash
     weight: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
@@ -182,6 +182,8 @@ def _load(pipe: LatentDiffusionPipeline, source: SourceRecord, places: Sequence[
             extras.load_clip(pipe, path)
         elif source.kind == "weaker":
             extras.load_weaker(pipe, path)
+        elif source.kind == "vae":
+            extras.load_vae(pipe, path)
         elif source.kind == "embedding":
             extras.load_words(pipe, path, source.word)
         else:

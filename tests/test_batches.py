@@ -111,6 +111,8 @@ def generate(call, tmp_path):
 def test_what_is_there_is_another_picture(generate):
     assert generate(*WORDS, "-o", "out")[0] == 0
     assert generate(*WORDS, "-o", "out", "--resume") == (0, "3 of 3 pictures are there already\n")
+    there = (0, "3 of 3 pictures are there already\n")
+    assert generate(*WORDS, "-o", "out", "--resume", "--speed", "exact", "--runtime", "torch") == there, "the same ones"
     code, err = generate(*WORDS, "-o", "out", "--resume", "--cfg", "4")
     assert (code, err) == (2, "error: out/00001-5.png is another picture (request differs). Name another folder\n")
     assert generate(*WORDS, "-o", "out", "--resume", "--cfg", "4", "--no-metadata")[0] == 0, "by name alone"

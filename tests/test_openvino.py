@@ -391,9 +391,24 @@ def test_converted_on_the_command_line(call, tmp_path):
     assert (code, out) == (0, "equal: all 12,288 values\n") or (code == 1 and "PSNR" in out)
 
 
+def test_graphs_of_another_network(call, tmp_path, monkeypatch):
+    """They are checked before they get their place: of those that fail nothing is left, and older ones stay."""
+    monkeypatch.setattr("latentdiff.runtime.export.LARGEST_DIFFERENCE", 0.0)
+    code, _, err = call("convert", default_model(), "made", "--to", "openvino")
+    assert code == 4
+    assert "cannot export: text_encoder differs by" in err
+    assert not list(tmp_path.iterdir())
+    shutil.copytree(default_model(), tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model" / "openvino").iterdir()}
+    assert call("convert", "model", "--to", "openvino")[0] == 4
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model" / "openvino").iterdir()} == before
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in default_model().iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ((default_model(), "--to", "openvino", "--vae", "x"), "With --vae name an output"),
         (("x.safetensors", "--to", "openvino"), "x.safetensors is no folder of this disk: name an output"),
         ((default_model(), "y.safetensors", "--to", "openvino"), "--to openvino writes a model folder"),
         ((default_model(), "--to", "openvino", "--dtype", "float16"), "read the weights as they are"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 Numbered = tuple[int, "Job"]  # a picture and its number in the command, from 1
-_OF_A_RUN = ("runtime", "device", "dtype", "versions", "batch", "model", "model_source", "variant")
+_OF_A_RUN = ("runtime", "device", "dtype", "speed", "versions", "batch", "model", "model_source", "variant")
 
 
 @dataclass(frozen=True)

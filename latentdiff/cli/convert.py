@@ -34,6 +34,7 @@ def convert(
         str | None, typer.Option("--model", "-m", help="Of an adapter: the model it is for (default: scenes-64).")
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Of a folder's weights: fp16, ...")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Of a model: put this VAE, which may be a tiny one, in it.")] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Read the tensors of a pickle (.ckpt, .bin) in a process of its own.")
     ] = False,
@@ -44,8 +45,11 @@ def convert(
     names.
     """
     if to is Form.openvino and output is None:
-        if dtype is not None:
-            raise ConfigError("the graphs in MODEL/openvino read the weights as they are. With --dtype name an output")
+        if dtype is not None or vae is not None:
+            option = "--dtype" if vae is None else "--vae"
+            raise ConfigError(
+                f"the graphs in MODEL/openvino read the weights as they are. With {option} name an output"
+            )
         typer.echo(_exported(source, variant))
         return
     if output is None:
@@ -58,14 +62,15 @@ def convert(
         raise ConfigError(f"the output is a file: name it {output}.safetensors")
     if to is Form.openvino and (trust_pickle or output.suffix.lower() == ".safetensors"):
         raise ConfigError(f"--to openvino writes a model folder, with graphs in it (got {output})")
-    if (trust_pickle or adapter) and dtype is not None:
-        raise ConfigError("--dtype is of models; an adapter and a pickle keep their own")
+    if (trust_pickle or adapter) and (dtype is not None or vae is not None):
+        option = "--dtype" if vae is None else "--vae"
+        raise ConfigError(f"{option} is of models; an adapter and a pickle keep their own")
     if trust_pickle:
         _pickle(source, output)
     elif adapter:
         _adapter(source, output, adapter, model)
     else:
-        _model(source, output, dtype, variant, exporting=to is Form.openvino)
+        _model(source, output, dtype, variant, vae, exporting=to is Form.openvino)
     typer.echo(output)
 
 
@@ -115,21 +120,26 @@ def _tell(differences: dict[str, float]) -> None:
         print(f"{part}: differs from torch by {difference:.1e} of its largest value", file=sys.stderr)
 
 
-def _model(source: Path, output: Path, dtype: Precision | None, variant: str | None, *, exporting: bool) -> None:
+def _model(
+    source: Path, output: Path, dtype: Precision | None, variant: str | None, vae: Path | None, *, exporting: bool
+) -> None:
     import torch
 
+    from latentdiff.extras import load_vae
     from latentdiff.models.convert import convert_folder
     from latentdiff.pretrained import save_pipeline, save_single_file, stored_pipeline
     from latentdiff.runtime.export import export
 
     single = output.suffix.lower() == ".safetensors"
     precision = None if dtype is None else getattr(torch, dtype.value)
-    if source.is_dir() and not single and variant is None and not exporting:
+    if source.is_dir() and not single and variant is None and vae is None and not exporting:
         if precision is None:
             raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
         convert_folder(source, output, precision)
         return
     pipe = stored_pipeline(source, variant)
+    if vae is not None:
+        load_vae(pipe, vae, as_stored=True)
     if precision is not None:
         pipe.to(dtype=precision)
     with whole(output) as made:

@@ -106,6 +106,9 @@ def generate(
         Path | None,
         typer.Option(help="CLIP in open_clip's format, for --clip-guidance-scale (default: the model's own)."),
     ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="Another VAE of the same latents: a better one, or a tiny one, which is faster.")
+    ] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Leave out so many of the text encoder's layers.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Picture i has SEED + i (default: random).")] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-N", help="How many pictures of each prompt.")] = 1,
@@ -174,7 +177,7 @@ def generate(
     loras = [_adapter(text) for text in lora or []]
     _check_sizes(model, asked)
     pipe = _loaded(model, share.device(device), dtype, variant, revision, runtime, speed)
-    _with_extras(pipe, loras, embedding or [], weaker, clip)
+    _with_extras(pipe, loras, embedding or [], weaker, clip, vae)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
     jobs = _jobs(pipe, wishes, asked, common)
@@ -351,6 +354,7 @@ def _with_extras(
     embeddings: Sequence[Path],
     weaker: str | None,
     clip: Path | None,
+    vae: Path | None,
 ) -> None:
     """Load what is drawn with beside the model, and say how adapters fit."""
     from latentdiff import extras
@@ -364,6 +368,8 @@ def _with_extras(
         extras.load_weaker(pipe, weaker)
     if clip is not None:
         extras.load_clip(pipe, clip)
+    if vae is not None:
+        extras.load_vae(pipe, vae)
 
 
 def _jobs(

@@ -42,7 +42,7 @@ def _lengths(path: Path) -> dict[str, int]:
     if path.name == FILE:
         return {STAGE: load_finetuning(path).finetune.training.max_train_steps}
     config = load_config(path)
-    names = [name for name in STAGES if name != "autoencoder" or config.autoencoder.kind == "kl"]
+    names = [name for name in STAGES if name != "autoencoder" or config.autoencoder.kind != "identity"]
     return {name: getattr(config, name).training.max_train_steps for name in names}
 
 

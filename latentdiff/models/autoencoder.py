@@ -1,4 +1,4 @@
-"""Images to latents and back: diffusers.AutoencoderKL, with unit-variance latents on this side of the border.
+"""Images to latents and back: diffusers' autoencoders, with unit-variance latents on this side of the border.
 
 Scale and shift of the latents live in this file and nowhere else. Models trained here have them folded into
 the 1 x 1 convolutions around the latents (`fold_statistics`), so that their scaling_factor is 1.
@@ -10,11 +10,13 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from latentdiff.errors import ConfigError
 from latentdiff.models.folder import publish
 
 SMALLEST_TILE = 512  # pixels; diffusers takes the size a model was trained for, which may be tiny
@@ -23,14 +25,14 @@ SMALLEST_TILE = 512  # pixels; diffusers takes the size a model was trained for,
 class Autoencoder(nn.Module):
     """images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H/f, W/f) of about unit variance."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny):
         super().__init__()
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_channels, self.image_channels = int(vae.config.latent_channels), int(vae.config.out_channels)
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.shift_factor or 0.0)
-        vae.tile_sample_min_size = max(int(vae.config.sample_size), SMALLEST_TILE)
+        vae.tile_sample_min_size = max(int(vae.config.get("sample_size", 0)), SMALLEST_TILE)
         vae.tile_latent_min_size = vae.tile_sample_min_size // self.factor
 
     @classmethod
@@ -98,7 +100,7 @@ class Autoencoder(nn.Module):
         """`decode` in the weights' precision without gradients; float32."""
         return self.decode(latents.to(self.dtype)).float()
 
-    def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
         """Reconstruction through a posterior sample mean + std * eps, and the posterior's mean and log-variance."""
         mean, log_variance = self.encode(images)
         return self.decode(mean + (0.5 * log_variance).exp() * eps), mean, log_variance
@@ -122,6 +124,58 @@ class Autoencoder(nn.Module):
         """Write config.json and safetensors weights."""
         self.vae.save_pretrained(directory, safe_serialization=True)
         publish(directory)
+
+
+class TinyAutoencoder(Autoencoder):
+    """diffusers.AutoencoderTiny: another's latents in a fraction of the time, less exactly, and with no posterior."""
+
+    def __init__(self, vae: AutoencoderTiny):
+        super().__init__(vae)
+        vae.spatial_scale_factor = self.factor  # of tiles; diffusers takes 2 to the power of the image's channels
+
+    @classmethod
+    def create(
+        cls,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        latent_channels: int,
+        norm_num_groups: int = 1,
+        image_channels: int = 3,
+    ) -> TinyAutoencoder:
+        """A new one with random weights, and no normalisation; all its levels are of one width."""
+        vae = AutoencoderTiny(
+            in_channels=image_channels,
+            out_channels=image_channels,
+            encoder_block_out_channels=block_out_channels,
+            decoder_block_out_channels=block_out_channels,
+            num_encoder_blocks=(1, *(layers_per_block for _ in block_out_channels[1:])),
+            num_decoder_blocks=(*(layers_per_block for _ in block_out_channels[1:]), 1),
+            latent_channels=latent_channels,
+        )
+        return cls(vae)
+
+    def piecewise(self, *, tiles: bool, slices: bool) -> None:
+        """See Autoencoder. Raises ConfigError where diffusers' tiles, of 4 channels from 3, do not fit."""
+        if tiles and (self.latent_channels, self.image_channels) != (4, 3):
+            raise ConfigError("vae_tiling: a tiny VAE of other than 3 and 4 channels does not work in tiles")
+        super().piecewise(tiles=tiles, slices=slices)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and a log-variance of minus infinity."""
+        latents = (self.vae.encode(images).latents - self.shift) * self.scale
+        return latents, torch.full_like(latents, -torch.inf)
+
+    def forward(self, images: Tensor, latents: Tensor) -> tuple[Tensor, ...]:
+        """Another's latents decoded, and its own of the images."""
+        return self.decode(latents), self.encode(images)[0]
+
+
+def misfit(autoencoder: Any, another: Any) -> str | None:
+    """Why another autoencoder has no latents of the same shape, None where it has."""
+    for what in ("factor", "latent_channels", "image_channels"):
+        if (theirs := getattr(another, what)) != (ours := getattr(autoencoder, what)):
+            return f"its {what} is {theirs}, not {ours}"
+    return None
 
 
 class IdentityAutoencoder(nn.Module):

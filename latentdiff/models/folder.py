@@ -19,7 +19,7 @@ from typing import Any
 from latentdiff.errors import ModelError, ResourceError, UnsafeError, raised_as
 
 KNOWN_CLASSES = {
-    "vae": {"AutoencoderKL"},
+    "vae": {"AutoencoderKL", "AutoencoderTiny"},
     "unet": {"UNet2DConditionModel"},
     "text_encoder": {"CLIPTextModel"},
     "text_encoder_2": {"CLIPTextModelWithProjection"},
@@ -60,6 +60,26 @@ def check_folder(directory: Path) -> dict[str, Any]:
         raise ModelError(f"no such {kind} ({directory}). Give a folder with a model_index.json, or a .safetensors")
     if not (directory / "model_index.json").is_file():
         raise ModelError(f"no model_index.json ({directory}). Give a folder in diffusers' layout")
+    _check_contents(directory)
+    index = read_json(directory / "model_index.json")
+    _check_index(index, directory)
+    return index
+
+
+def check_vae(path: Path) -> Path:
+    """The folder of a VAE, or the VAE's of a model folder, with the same refusals. Raises ModelError, UnsafeError."""
+    folder = (path / "vae" if (path / "model_index.json").is_file() else path).resolve()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"no VAE ({path}). Give a folder with its config.json and safetensors weights")
+    _check_contents(folder, of_model=False)
+    name = read_json(folder / "config.json").get("_class_name")
+    if name not in KNOWN_CLASSES["vae"]:
+        raise UnsafeError(f"a VAE of unknown class {name} ({path}). Known: {', '.join(sorted(KNOWN_CLASSES['vae']))}")
+    return folder
+
+
+def _check_contents(directory: Path, *, of_model: bool = True) -> None:
+    """No code, no pickle in the place of weights, nothing absurd; a model's own folder has no weights, a VAE's has."""
     for file in _files(directory):
         if file.suffix == ".py":
             raise UnsafeError(
@@ -67,18 +87,15 @@ def check_folder(directory: Path) -> dict[str, Any]:
             )
         if file.suffix == ".json":
             check_json(file, directory)
-        elif is_pickle(file) and (_named_safetensors(file) or not _has_safetensors(file.parent, directory)):
+        elif is_pickle(file) and (_named_safetensors(file) or not _unread(file.parent, directory, of_model)):
             raise UnsafeError(
                 f"{file.relative_to(directory)} is a pickle file ({directory}). latentdiff loads safetensors only"
             )
-    index = read_json(directory / "model_index.json")
-    _check_index(index, directory)
-    return index
 
 
-def _has_safetensors(folder: Path, directory: Path) -> bool:
-    """Whether nothing but safetensors would be read of a folder; of the model's own folder no weights are."""
-    return folder == directory or any(folder.glob("*.safetensors"))
+def _unread(folder: Path, directory: Path, of_model: bool) -> bool:
+    """Whether nothing but safetensors would be read of a folder; of a model's own no weights are."""
+    return (of_model and folder == directory) or any(folder.glob("*.safetensors"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -285,6 +302,14 @@ def folder_hash(directory: Path, variant: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def network_hash(folder: Path) -> str:
+    """sha256 of the weights of one network. Raises ModelError."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        _digest_file(digest, file)
+    return digest.hexdigest()
+
+
 def file_hash(file: Path) -> str:
     """sha256 of a file's bytes. Raises ModelError."""
     digest = hashlib.sha256()
@@ -323,9 +348,15 @@ def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
     with loading("the configs", directory):
         unet = read_json(directory / "unet" / "config.json")
         vae = directory / "vae" / "config.json"
-        factor = 2 ** (len(read_json(vae)["block_out_channels"]) - 1) if vae.is_file() else 1
+        factor = 2 ** (len(_levels(read_json(vae))) - 1) if vae.is_file() else 1
         sample = unet["sample_size"]
         if type(sample) is not int or sample < 1:
             raise ModelError(f"unet/config.json: sample_size must be a whole number of latents (got {sample!r})")
         side = sample * factor
         return factor * 2 ** (len(unet["block_out_channels"]) - 1), (side, side)
+
+
+def _levels(vae: dict[str, Any]) -> list[Any]:
+    """What a VAE's config has for each level; a tiny one's may be of two kinds, and the older ones lack the first."""
+    found: list[Any] = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+    return found

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.errors import ConfigError
-from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.autoencoder import Autoencoder, TinyAutoencoder
 from latentdiff.models.dual_text_encoder import DualTextEncoder
 from latentdiff.models.folder import saving
 from latentdiff.models.single_file import CLIP, OPEN_CLIP, SCALING, UNET, VAE, VOCABULARY, Family
@@ -109,6 +109,7 @@ def _family(autoencoder: object, text_encoder: TextEncoder | DualTextEncoder, un
     else:
         family = "2" if text_encoder.model.config.hidden_act == "gelu" else "1"
     plain = config.addition_embed_type == ("text_time" if family == "XL" else None)
+    plain = plain and not isinstance(autoencoder, TinyAutoencoder)
     if not (isinstance(autoencoder, Autoencoder) and plain and config.resnet_time_scale_shift == "default"):
         raise ConfigError("this model is not of Stable Diffusion's shape, which a single file must have. Use a folder")
     if autoencoder.scale != SCALING[family] or autoencoder.shift:

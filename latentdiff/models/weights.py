@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from latentdiff.errors import ModelError
-from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
+from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder, TinyAutoencoder
 from latentdiff.models.dual_text_encoder import DualTextEncoder
 from latentdiff.models.folder import check_depth, loading, numbers_in, read_json, variant_of, weight_files
 from latentdiff.models.text_encoder import END, START, TextEncoder
@@ -39,15 +39,20 @@ def load_networks(
 
 def load_autoencoder(directory: Path, variant: str | None = None) -> Autoencoder | IdentityAutoencoder:
     """The VAE of a model folder, or the identity where it has none."""
-    from diffusers import AutoencoderKL
+    return load_vae(directory / "vae", variant) if (directory / "vae").is_dir() else _identity(directory)
 
-    if not (directory / "vae").is_dir():
-        return _identity(directory)
-    vae = _pretrained(AutoencoderKL, directory, "vae", variant)
-    with loading("vae", directory):
-        autoencoder = Autoencoder(vae)
+
+def load_vae(folder: Path, variant: str | None = None) -> Autoencoder:
+    """The VAE of a checked folder."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    directory, part = folder.parent, folder.name
+    tiny = read_json(folder / "config.json").get("_class_name") == "AutoencoderTiny"
+    vae = _pretrained(AutoencoderTiny if tiny else AutoencoderKL, directory, part, variant)
+    with loading(part, directory):
+        autoencoder = TinyAutoencoder(vae) if tiny else Autoencoder(vae)
         if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
-            raise ModelError(f"vae/config.json: scaling_factor or shift_factor is no positive number ({directory})")
+            raise ModelError(f"{part}/config.json: scaling_factor or shift_factor is no positive number ({directory})")
     return autoencoder.eval()
 
 
@@ -118,7 +123,7 @@ def load_clip(directory: Path) -> Clip:
 
 def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -> Any:
     """A network of a checked folder; every weight of it comes from the file."""
-    with loading(part, directory), _without_bars():
+    with loading(part, directory), _quietly():
         if not (directory / part / "config.json").is_file():  # else it is sought on the hub
             raise ModelError(f"{part} is missing ({directory})")
         config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
@@ -146,15 +151,21 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Both libraries show a bar for every network, some for every file of it."""
-    shown = diffusers_logging.is_progress_bar_enabled()
+def _quietly() -> Iterator[None]:
+    """Both libraries show a bar for every network, some for every file of it.
+
+    diffusers warns of settings that are not read, also of one that it writes itself for a tiny VAE; what is wrong with
+    weights we say ourselves.
+    """
+    shown, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     hook = transformers_logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
     try:
         yield
     finally:
         transformers_logging.set_tqdm_hook(hook)
+        diffusers_logging.set_verbosity(level)
         if shown:
             diffusers_logging.enable_progress_bar()
 

@@ -114,7 +114,7 @@ def export(pipe: LatentDiffusionPipeline, directory: Path, variant: str | None =
         constants = {part: _write(graph, made / f"{part}.xml") for part, graph in graphs.items()}
         save_file(constants, made / CONSTANTS)
         write_json(made / RECORD, _record(pipe, directory, made))
-    return _differences(exported(directory, variant), parts)
+        return _differences(exported(directory, variant, made), parts)
 
 
 def _parts(pipe: LatentDiffusionPipeline) -> dict[str, tuple[nn.Module, list[Tensor]]]:

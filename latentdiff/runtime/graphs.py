@@ -57,19 +57,19 @@ class Stored:
 
 @dataclass(frozen=True)
 class Exported:
-    """An export that fits its model."""
+    """An export that fits its model; `folder` is where the graphs lie."""
 
     directory: Path
     variant: str | None
+    folder: Path
     record: dict[str, Any]
 
     def graph(self, part: str) -> tuple[bytes, np.ndarray]:
         """The graph of a part and its constants, as OpenVINO reads them. Raises ModelError."""
         from safetensors.numpy import load_file
 
-        folder = self.directory / FOLDER
         with loading(f"{FOLDER}/{part}.xml", self.directory):
-            return (folder / f"{part}.xml").read_bytes(), load_file(folder / CONSTANTS)[part]
+            return (self.folder / f"{part}.xml").read_bytes(), load_file(self.folder / CONSTANTS)[part]
 
     def weights(self, part: str) -> dict[str, Stored]:
         """The tensors of the files of a graph's network by their names. Raises ModelError."""
@@ -79,17 +79,21 @@ class Exported:
     def tokenizer(self, part: str) -> Path:
         """The tokenizer's file of a text encoder: the model's own, or one beside the graphs."""
         own = self.record[part]["tokenizer"] == "model"
-        return (self.directory if own else self.directory / FOLDER) / TOKENIZER[part] / "tokenizer.json"
+        return (self.directory if own else self.folder) / TOKENIZER[part] / "tokenizer.json"
 
     def identity(self, part: str) -> str:
         """A hash of the graph. Raises ModelError."""
         with loading(f"{FOLDER}/{part}.xml", self.directory):
-            return hashlib.sha256((self.directory / FOLDER / f"{part}.xml").read_bytes()).hexdigest()
+            return hashlib.sha256((self.folder / f"{part}.xml").read_bytes()).hexdigest()
 
 
-def exported(directory: Path, variant: str | None = None) -> Exported | None:
-    """The export of a checked model folder, None where there is none. Raises ModelError for one of another model."""
-    path = directory / FOLDER / RECORD
+def exported(directory: Path, variant: str | None = None, folder: Path | None = None) -> Exported | None:
+    """The export of a checked model folder, None where there is none. Raises ModelError for one of another model.
+
+    folder: of the graphs, where they are not in their place yet.
+    """
+    folder = folder or directory / FOLDER
+    path = folder / RECORD
     if not path.is_file():
         return None
     record = read_json(path)
@@ -99,7 +103,7 @@ def exported(directory: Path, variant: str | None = None) -> Exported | None:
         changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
     if changed:
         raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). Export it again")
-    return Exported(directory, variant, record)
+    return Exported(directory, variant, folder, record)
 
 
 def config_hash(part: Path) -> str:

@@ -1,9 +1,13 @@
-"""Stage 1: the autoencoder, trained on crops of pictures, its latents whitened, saved as `model/vae`."""
+"""Stage 1: the autoencoder, trained on crops of pictures, its latents whitened, saved as `model/vae`.
+
+A tiny one learns another's latents, which stay as they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +16,18 @@ from torch import Tensor
 from latentdiff.build import laid_out_for, new_autoencoder, seeded
 from latentdiff.config import Config
 from latentdiff.data import oracle
+from latentdiff.errors import ConfigError
 from latentdiff.images import to_images, to_uint8
-from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.folder import saving
+from latentdiff.models.autoencoder import Autoencoder, TinyAutoencoder, misfit
+from latentdiff.models.folder import check_vae, saving
+from latentdiff.models.weights import load_vae, weights_hash
+from latentdiff.pretrained import located
 from latentdiff.stages.encoding import in_batches
 from latentdiff.stages.examples import Examples
 from latentdiff.stages.pictures import VALIDATION, readable
 from latentdiff.stages.run import Run
 from latentdiff.stages.scenes import Scenes
-from latentdiff.training.autoencoder import AutoencoderStage, psnr
+from latentdiff.training.autoencoder import AutoencoderStage, TinyAutoencoderStage, psnr
 from latentdiff.training.order import Order
 from latentdiff.training.run import run_stage
 
@@ -34,15 +41,26 @@ def autoencoder_stage(config: Config, examples: Examples, device: torch.device) 
     laid_out_for(module, device)
     crop = min(settings.crop, *(side for size in examples.pictures.buckets() for side in size))
     crop -= crop % module.factor
-    return AutoencoderStage(
-        module,
-        _picture(config, examples),
-        seed=config.seed,
-        crop=crop,
-        latent_shape=(module.latent_channels, crop // module.factor, crop // module.factor),
-        gradient_weight=settings.gradient_weight,
-        kl_weight=settings.kl_weight,
-    )
+    common: dict[str, Any] = {
+        "seed": config.seed,
+        "crop": crop,
+        "latent_shape": (module.latent_channels, crop // module.factor, crop // module.factor),
+        "gradient_weight": settings.gradient_weight,
+    }
+    picture = _picture(config, examples)
+    if settings.kind == "tiny":
+        teacher = _teacher(settings.teacher, module).to(device)
+        return TinyAutoencoderStage(module, picture, teacher, latent_weight=settings.latent_weight, **common)
+    return AutoencoderStage(module, picture, kl_weight=settings.kl_weight, **common)
+
+
+def _teacher(named: str, module: Autoencoder) -> Autoencoder:
+    """The VAE that a tiny one stands for, in float32. Raises ConfigError where their shapes differ."""
+    place = located(named or None).path
+    teacher = load_vae(check_vae(place)).float()
+    if why := misfit(teacher, module):
+        raise ConfigError(f"autoencoder: it cannot stand for its teacher: {why} ({place})")
+    return teacher
 
 
 def _picture(config: Config, examples: Examples) -> Callable[[int], tuple[np.ndarray, str]]:
@@ -66,12 +84,13 @@ def train_autoencoder(run: Run[Config]) -> None:
     stage = autoencoder_stage(config, run.data.training, accelerator.device)
     module = stage.module
     assert isinstance(module, Autoencoder)
-    report = partial(_report, config, run.data.validation, accelerator.device, module)
-    start = run.start("autoencoder")
+    report = partial(_report, config, run.data.validation, accelerator.device, stage)
+    start = run.start("autoencoder", **({} if stage.teacher is None else {"made_from": weights_hash(stage.teacher)}))
     settings = config.autoencoder.training
     run_stage(accelerator, stage, settings, run.folder / "autoencoder", report, start, run.interruption)
     if accelerator.is_main_process:
-        module.fold_statistics(*latent_statistics(module, config, run.data.training, accelerator.device))
+        if not isinstance(module, TinyAutoencoder):
+            module.fold_statistics(*latent_statistics(module, config, run.data.training, accelerator.device))
         with saving("the autoencoder", run.folder / "model" / "vae"):
             module.save(run.folder / "model" / "vae")
     accelerator.wait_for_everyone()
@@ -98,12 +117,12 @@ def _squares(config: Config, examples: Examples, count: int) -> Tensor:
 
 @torch.no_grad()
 def _report(
-    config: Config, validation: Examples, device: torch.device, module: Autoencoder, step: int
+    config: Config, validation: Examples, device: torch.device, stage: AutoencoderStage, step: int
 ) -> dict[str, float]:
     """PSNR and, where the oracle can read, the share of reconstructed validation scenes still read right."""
-    module.eval()
+    stage.module.eval()
     images = _squares(config, validation, min(VALIDATION, len(validation))).to(device)
-    decoded = torch.cat([module.decode(module.encode(batch)[0]) for batch in torch.split(images, 32)])
+    decoded = torch.cat([stage.reconstruct(batch) for batch in torch.split(images, 32)])
     quality = {"psnr": psnr(images, decoded)}
     if isinstance(validation.pictures, Scenes) and readable(config):
         described = [validation.pictures.scene(row).description for row in range(len(images))]

@@ -106,7 +106,7 @@ def _module(config: Config, stage: str) -> nn.Module | None:
     with torch.device("meta"):
         autoencoder = new_autoencoder(config)
         if stage == "autoencoder":
-            return autoencoder if config.autoencoder.kind == "kl" else None
+            return autoencoder if config.autoencoder.kind != "identity" else None
         if stage == "clip":
             return new_clip(config)
         return new_unet(config, autoencoder.latent_channels, config.image_size // autoencoder.factor)

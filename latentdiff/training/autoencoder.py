@@ -1,8 +1,9 @@
-"""The autoencoder's stage: reconstruction in value and in gradient, with a light pull to unit variance."""
+"""The autoencoder's stages: reconstruction in value and in gradient, from latents of its own or of another's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion import noise
 from latentdiff.images import to_images
+
+if TYPE_CHECKING:
+    from latentdiff.models.autoencoder import Autoencoder
 
 Picture = Callable[[int], tuple[np.ndarray, str]]  # uint8 (H, W, C) and its name
 
@@ -22,10 +26,11 @@ class AutoencoderStage:
     """
 
     divisible = True
+    teacher: Autoencoder | None = None
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Autoencoder,
         picture: Picture,
         *,
         seed: int,
@@ -34,7 +39,8 @@ class AutoencoderStage:
         gradient_weight: float,
         kl_weight: float,
     ):
-        self.module, self.parts = module, {"autoencoder": module}
+        self.module = module
+        self.parts: dict[str, nn.Module] = {"autoencoder": module}
         self._picture, self._seed, self._crop, self._latent_shape = picture, seed, crop, latent_shape
         self._gradient_weight, self._kl_weight = gradient_weight, kl_weight
 
@@ -52,18 +58,46 @@ class AutoencoderStage:
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """See the class; (B,)."""
-        images = batch["images"]
-        reconstruction, mean, log_variance = module(images, batch["noise"])
-        difference = reconstruction.float() - images
-        loss = _mean(difference.abs()) + self._gradient_weight * (
-            _mean(difference.diff(dim=-1).abs()) + _mean(difference.diff(dim=-2).abs())
-        )
+        reconstruction, mean, log_variance = module(batch["images"], batch["noise"])
+        loss = self._distance(reconstruction, batch["images"])
         kl = 0.5 * _mean(mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float())
         return loss + self._kl_weight * kl
+
+    def _distance(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        difference = reconstruction.float() - images
+        edges = _mean(difference.diff(dim=-1).abs()) + _mean(difference.diff(dim=-2).abs())
+        return _mean(difference.abs()) + self._gradient_weight * edges
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Through the posterior's mean: the teacher's, where there is one."""
+        return self.module.decode((self.teacher or self.module).encode(images)[0])
 
     def sample_ids(self, positions: range) -> list[str]:
         """What the pictures are called."""
         return [self._picture(position)[1] for position in positions]
+
+
+class TinyAutoencoderStage(AutoencoderStage):
+    """loss = |x - D(z)| + w_g |grad x - grad D(z)| + w_z |E(x) - mean|, with z ~ N(mean, std) the teacher's.
+
+    D learns the teacher's latents as the denoiser will draw them, samples of the posterior, and the pictures as they
+    are, not as the teacher decodes them.
+    """
+
+    def __init__(
+        self, module: Autoencoder, picture: Picture, teacher: Autoencoder, *, latent_weight: float, **more: Any
+    ):
+        super().__init__(module, picture, kl_weight=0.0, **more)
+        self.teacher: Autoencoder = teacher.requires_grad_(False).eval()
+        self._latent_weight = latent_weight
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """See the class; (B,)."""
+        images = batch["images"]
+        with torch.no_grad():
+            mean, log_variance = self.teacher.encode(images)
+        reconstruction, latents = module(images, mean + (0.5 * log_variance).exp() * batch["noise"])
+        return self._distance(reconstruction, images) + self._latent_weight * _mean((latents.float() - mean).abs())
 
 
 def _mean(values: Tensor) -> Tensor:
