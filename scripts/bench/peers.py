@@ -1,11 +1,11 @@
 """One way of drawing, in a process of its own that draws when it is told to.
 
-    python scripts/bench/peers.py KIND MODEL
+    python scripts/bench/peers.py KIND MODEL [DEVICE]
 
 Reads a JSON object a line (prompt, steps, guidance, height, width, latents: an .npy file, out: another), draws with
 DDIM on the model's own schedule from those latents, writes the pictures, float (N, H, W, 3) in [0, 1], and answers with
-a line of JSON: seconds, memory (the process's largest, MB), in_use (now). KINDS says what each runs. `Peer` is the
-other end.
+a line of JSON: seconds, memory (the process's largest, MB, or the GPU's), in_use (now). KINDS says what each runs.
+`Peer` is the other end.
 """
 
 import json
@@ -21,19 +21,21 @@ KINDS = {
     "openvino-float32": "latentdiff on OpenVINO in float32",
     "torch": "latentdiff on torch in float32, --speed exact",
     "torch-fast": "latentdiff on torch, --speed fast",
+    "torch-fast-bfloat16": "the same in bfloat16",
     "torch-max": "latentdiff on torch, --speed max",
-    "diffusers": "StableDiffusionPipeline in float32, eager",
-    "diffusers-best": "the same in bfloat16, channels_last, fused projections, U-Net and decoder compiled",
+    "diffusers": "diffusers' pipeline in float32, eager",
+    "diffusers-bfloat16": "the same in bfloat16",
+    "diffusers-best": "bfloat16, channels_last, fused projections, U-Net and decoder compiled (on a GPU max-autotune)",
     "optimum": "optimum-intel's OVStableDiffusionPipeline, reshaped to the size and compiled",
 }
 
 
-def ours(kind, model):
+def ours(kind, model, device):
     from latentdiff import LatentDiffusionPipeline
 
-    runtime, _, rest = kind.partition("-")
-    settings = {"torch_dtype": rest} if rest == "float32" else {"speed": rest} if rest else {}
-    pipe = LatentDiffusionPipeline.from_pretrained(model, runtime=runtime, device="cpu", **settings)
+    runtime, *rest = kind.split("-")
+    settings = {"torch_dtype" if word.startswith(("float", "bfloat")) else "speed": word for word in rest}
+    pipe = LatentDiffusionPipeline.from_pretrained(model, runtime=runtime, device=device, **settings)
 
     def draw(asked, latents):
         return (
@@ -70,30 +72,30 @@ def called(pipe, before=lambda asked, count: None):
             guidance_scale=asked["guidance"],
             height=asked["height"],
             width=asked["width"],
-            latents=torch.from_numpy(latents).to(getattr(pipe, "dtype", torch.float32)),
+            latents=torch.from_numpy(latents).to(pipe.device, getattr(pipe, "dtype", torch.float32)),
             output_type="np",
         ).images
 
     return draw
 
 
-def diffusers(kind, model):
+def diffusers(kind, model, device):
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    best = kind.endswith("best")
-    dtype = torch.bfloat16 if best else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
-    if best:
+    dtype = torch.float32 if kind == "diffusers" else torch.bfloat16
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True).to(device)
+    if kind.endswith("best"):
+        mode = "max-autotune" if device == "cuda" else None
         pipe.fuse_qkv_projections()
         for part in (pipe.unet, pipe.vae):
             part.to(memory_format=torch.channels_last)
-        pipe.unet.compile(fullgraph=True)
-        pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)
+        pipe.unet.compile(fullgraph=True, mode=mode)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, mode=mode)
     return called(pipe)
 
 
-def optimum(kind, model):
+def optimum(kind, model, device):
     from optimum.intel import OVStableDiffusionPipeline
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -123,12 +125,12 @@ def renamed(model, scratch):
     return copy
 
 
-def serve(kind, model):
+def serve(kind, model, device="cpu"):
     import numpy as np
     import psutil
 
     make = {"diffusers": diffusers, "optimum": optimum}.get(kind.split("-")[0], ours)
-    draw = make(kind, model)
+    draw = make(kind, model, device)
     print("{}", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -137,17 +139,25 @@ def serve(kind, model):
         pictures = draw(asked, latents)
         seconds = time.perf_counter() - began
         np.save(asked["out"], pictures)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        memory = largest(device)
         in_use = psutil.Process().memory_info().rss / 2**20
         print(json.dumps({"seconds": seconds, "memory": memory, "in_use": in_use}), flush=True)
+
+
+def largest(device):
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Peer:
     """A process that draws; `python` is one in whose environment its library is installed."""
 
-    def __init__(self, kind, model, python=sys.executable):
+    def __init__(self, kind, model, device="cpu", python=sys.executable):
         self.kind = kind
-        words = [python, __file__, kind, str(model)]
+        words = [python, __file__, kind, str(model), device]
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -170,4 +180,4 @@ class Peer:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2])
+    serve(*sys.argv[1:])
