@@ -84,8 +84,15 @@ def write_new(path: Path, content: bytes) -> None:
     """Write a file that was not there; none is left where the disk is full or the command is stopped meanwhile.
 
     On Linux not even by SIGKILL: it has no name before it is whole. Raises FileExistsError, also for what appeared
-    since the caller looked, and OSError.
+    since the caller looked, and OSError; they name the file.
     """
+    try:
+        _write_new(path, content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # which gives one of the same kind
+
+
+def _write_new(path: Path, content: bytes) -> None:
     try:
         unnamed = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
     except (AttributeError, OSError):  # another system, or a disk that cannot

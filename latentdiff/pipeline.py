@@ -88,11 +88,12 @@ class Compiled:
 
     begin: lets them get ready for latents (B, C, h, w) under so many conditions, with or without deep features to be
     used again. torch_networks: those that take over when something is asked for that only torch has, unless OpenVINO
-    was asked for by name.
+    was asked for by name; torch_speed: at which they are to draw.
     """
 
     begin: Callable[[tuple[int, ...], int, bool], None]
     torch_networks: Callable[[], Networks] | None
+    torch_speed: Speed = "exact"
 
 
 class LatentDiffusionPipeline:
@@ -121,6 +122,12 @@ class LatentDiffusionPipeline:
         self.extras = extras.Extras()
         self._place: torch.device | None = None
         self._notes: list[str] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A network that is put in place of another's: what was kept of that is let go, and the others are torch's."""
+        if name in ("autoencoder", "text_encoder", "unet") and "_notes" in self.__dict__:
+            self.change("another network")
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(
@@ -235,9 +242,9 @@ class LatentDiffusionPipeline:
         if self._compiled.torch_networks is None:
             raise ConfigError(f"{wanted} needs the torch runtime; {self.runtime} was asked for by name")
         warnings.warn(f"{wanted} is not in what was exported: drawing with torch instead", stacklevel=3)
-        self.autoencoder, self.text_encoder, self.unet = self._compiled.torch_networks()
-        self._texts.clear()
+        networks, self.speed = self._compiled.torch_networks(), self._compiled.torch_speed
         self._compiled = None
+        self.autoencoder, self.text_encoder, self.unet = networks
 
     @property
     def runtime(self) -> Runtime:
@@ -450,7 +457,7 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing.passes import passes
 
         asked = jobs[0].request
-        if self.speed != "exact" and not self._sped_up:
+        if self.runtime == "torch" and self.speed != "exact" and not self._sped_up:
             from latentdiff.runtime.speed import speed_up
 
             speed_up(self, self.speed)

@@ -59,7 +59,7 @@ def load(
     if wanted or (runtime == "auto" and not _lacks(device, precision)):
         source = located(path, variant, revision)
         if (export := _export(source, variant, wanted=wanted)) is not None:
-            return _compiled(source, export, precision, variant, wanted=wanted)
+            return _compiled(source, export, precision, variant, cast("Speed | None", speed), wanted=wanted)
     return _by_torch(path, device, dtype, speed, variant, revision)
 
 
@@ -114,7 +114,7 @@ def _export(source: Located, variant: str | None, *, wanted: bool) -> Exported |
         except ModelError as error:
             if wanted:
                 raise
-            warnings.warn(f"{error}. Drawing with torch", stacklevel=2)
+            warnings.warn(f"drawing with torch: {error}", stacklevel=2)
             return None
     if wanted:
         raise ModelError(f"no export in {source.path}. Make one: latentdiff convert {source.path} --to openvino")
@@ -122,9 +122,12 @@ def _export(source: Located, variant: str | None, *, wanted: bool) -> Exported |
 
 
 def _compiled(
-    source: Located, export: Exported, precision: str | None, variant: str | None, *, wanted: bool
+    source: Located, export: Exported, precision: str | None, variant: str | None, speed: Speed | None, *, wanted: bool
 ) -> LatentDiffusionPipeline:
-    """A pipeline on an export's networks; unless it is `wanted`, it may take torch's when asked for more."""
+    """A pipeline on an export's networks; unless it is `wanted`, it may take torch's when asked for more.
+
+    torch's are of the precision and the speed that were asked for, as if they had been taken at once.
+    """
     from latentdiff.runtime.compiling import Compiler, has_bfloat16
     from latentdiff.runtime.openvino import begin, networks_of
 
@@ -133,12 +136,12 @@ def _compiled(
     compiler = Compiler(export, precision or ("bfloat16" if has_bfloat16() else "float32"), card.hash)
 
     def torch_networks() -> Networks:
-        pipe = load_pipeline(source.path, device="cpu", dtype=_torch_dtype(precision), variant=variant)
+        pipe = _by_torch(source.path, "cpu", precision, speed, variant, None)
         return pipe.autoencoder, pipe.text_encoder, pipe.unet
 
     # typed as torch's, they answer to what drawing asks of those
     networks = networks_of(export, compiler)
-    compiled = Compiled(partial(begin, *networks), None if wanted else torch_networks)
+    compiled = Compiled(partial(begin, *networks), None if wanted else torch_networks, speed or "exact")
     return LatentDiffusionPipeline(*cast("Networks", networks), schedule, prediction, card, compiled=compiled)
 
 

@@ -76,6 +76,7 @@ def test_a_file_of_objects(generate, photo, tmp_path):
         ("x.txt", b"\n \n", "no prompts in it (x.txt)"),
         ("x.txt", b"caf\xe9", "prompts are not text in UTF-8, byte 3 (x.txt)"),
         ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "x.jsonl line 2 is not JSON"),
+        ("x.jsonl", b'{"prompt": "a", "seed": 1, "seed": 2}', "x.jsonl line 1: seed is given twice"),
         ("x.jsonl", b'["a"]', 'x.jsonl line 1 is no object with a "prompt"'),
         (
             "x.jsonl",

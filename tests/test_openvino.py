@@ -1,11 +1,13 @@
 """Drawing by OpenVINO: equal to torch to rounding, without torch, and never in silence where it cannot."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.errors import ConfigError, ModelError
+from latentdiff.errors import ConfigError, ModelError, ResourceError
 from latentdiff.pretrained import default_model, load_pipeline
 from latentdiff.runtime import compiling
 from latentdiff.runtime.export import export
@@ -116,6 +118,12 @@ def test_other_kinds_of_output(default):
     alike(ours, theirs)
     context = default[1].text_encoder.encode([PROMPT, ""])
     embeds = {"prompt_embeds": context[:1], "negative_prompt_embeds": context[1:]}
+    arrays = {name: tensor.numpy() for name, tensor in embeds.items()}
+    alike(
+        default[0](**arrays, output_type="np", **settings).images,
+        default[0](**embeds, output_type="np", **settings).images,
+        0,
+    )
     alike(
         default[0](**embeds, output_type="np", **settings).images,
         default[1](PROMPT, output_type="np", **settings).images,
@@ -187,10 +195,11 @@ def test_weights_of_any_precision(default, tmp_path, dtype):
 def test_older_names_of_weights(default):
     """Text encoders of older folders have a prefix, their autoencoders other names of attention."""
     weights = {name: name for name in ("text_model.final_layer_norm.weight", "mid_block.attentions.0.query.weight")}
-    assert named(weights, "final_layer_norm.weight") == "text_model.final_layer_norm.weight"
-    assert named(weights, "mid_block.attentions.0.to_q.weight") == "mid_block.attentions.0.query.weight"
-    with pytest.raises(ModelError, match=r"conv_in\.bias is not among the weights"):
-        named(weights, "conv_in.bias")
+    of = ("vae_decoder", default_model())
+    assert named(weights, "final_layer_norm.weight", *of) == "text_model.final_layer_norm.weight"
+    assert named(weights, "mid_block.attentions.0.to_q.weight", *of) == "mid_block.attentions.0.query.weight"
+    with pytest.raises(ModelError, match=r"conv_in\.bias is not among the weights of unet \(.*scenes-64\)"):
+        named(weights, "conv_in.bias", "unet_deep", default_model())
 
 
 @pytest.fixture
@@ -305,7 +314,7 @@ def test_an_export_of_another_configuration(tmp_path):
     told = r"exported before unet/config.json was changed \(.*\). Export it again"
     with pytest.raises(ModelError, match=told):
         LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino")
-    with pytest.warns(UserWarning, match=told + ". Drawing with torch"):
+    with pytest.warns(UserWarning, match="drawing with torch: " + told):
         assert LatentDiffusionPipeline.from_pretrained(folder, device="cpu").runtime == "torch"
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.99"}))
     assert exported(folder) is not None, "who wrote it is no matter"
@@ -314,12 +323,17 @@ def test_an_export_of_another_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("export.json", "{}", "an export of format None, not 1"),
-        ("export.json", '{"format": 1}', r"cannot load openvino/export.json \(.*\): 'configs'"),
-        ("export.json", '{"format": 1, "configs": {}}', r"cannot load openvino \(.*\): 'unet'"),
+        ("export.json", "{}", "an export of format None, not 1 .* Export it again: latentdiff convert"),
+        ("export.json", '{"format": 1}', "does not say what it is of"),
+        ("export.json", '{"format": 1, "configs": {}}', "does not say what it is of"),
+        ("export.json", '{"format": 1, "configs": {"unet": 1, "text_encoder": 1}}', "does not say what it is of"),
         ("unet.xml", "<net", "cannot load openvino/unet.xml"),
         ("constants.safetensors", "x", "cannot load openvino/"),
         ("text_encoder.xml", None, "cannot load openvino/text_encoder.xml"),
+        ("export.json", None, "an export without export.json"),
+        ("unet.xml", None, "an export without unet.xml"),
+        ("../tokenizer/tokenizer.json", '{"version": "1.0"', "cannot load .*tokenizer.json"),
+        ("../tokenizer/tokenizer.json", "{}", "cannot load .*tokenizer.json"),
     ],
 )
 def test_damaged_exports(tmp_path, file, content, message):
@@ -330,6 +344,101 @@ def test_damaged_exports(tmp_path, file, content, message):
         (folder / "openvino" / file).write_text(content)
     with pytest.raises(ModelError, match=message):
         LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino")(PROMPT, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+@pytest.mark.parametrize("reshape", [lambda w: w[:1], lambda w: w.flatten(), lambda w: torch.cat([w, w])])
+def test_weights_of_another_shape(tmp_path, runtime, reshape):
+    """Nothing is read beyond a tensor's end, nor of one that is too large."""
+    folder = tmp_path / "model"
+    shutil.copytree(default_model(), folder)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name, weight in weights.items() if name.endswith("attn1.to_q.weight"))
+    save_file(weights | {name: reshape(weights[name]).contiguous()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"to_q.weight .*shape .*128, 128|shape .*128, 128"):
+        LatentDiffusionPipeline.from_pretrained(folder, runtime=runtime)(PROMPT, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+def test_words_that_the_text_encoder_lacks(tmp_path, runtime):
+    folder = tmp_path / "model"
+    shutil.copytree(default_model(), folder)
+    file = folder / "tokenizer" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    words["model"]["vocab"]["red</w>"] = 10**6
+    file.write_text(json.dumps(words))
+    with pytest.raises(ModelError, match="does not fit the text encoder's"):
+        LatentDiffusionPipeline.from_pretrained(folder, runtime=runtime)(PROMPT, num_inference_steps=1)
+
+
+def test_speed_of_the_networks_that_take_over():
+    """torch draws as it would have if it had been taken at once."""
+    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", speed="max")
+    assert pipe.runtime == "openvino"
+    with pytest.warns(UserWarning, match="moving is not in what was exported"):
+        pipe.change("moving")
+    assert (pipe.runtime, pipe.speed, pipe.unet.dtype) == ("torch", "max", torch.bfloat16)
+    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", torch_dtype="bfloat16")
+    with pytest.warns(UserWarning, match="moving"):
+        pipe.change("moving")
+    assert (pipe.speed, pipe.unet.dtype) == ("exact", torch.bfloat16)
+
+
+def test_another_network_is_put_in(default):
+    """Texts of the one before are let go; a torch one takes the others with it."""
+    compiled, plain = both(None)
+    asked = {"seed": 3, "num_inference_steps": 2, "output_type": "np"}
+    before = compiled(PROMPT, **asked).images
+    silent = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu").text_encoder
+    torch.nn.init.zeros_(silent.model.get_input_embeddings().weight)
+    with pytest.raises(ConfigError, match="another network needs the torch runtime"):
+        compiled.text_encoder = silent
+    assert np.array_equal(compiled(PROMPT, **asked).images, before)
+    auto = LatentDiffusionPipeline.from_pretrained(device="cpu", torch_dtype="float32")
+    alike(auto(PROMPT, **asked).images, before)
+    with pytest.warns(UserWarning, match="another network is not in what was exported"):
+        auto.text_encoder = silent
+    plain.text_encoder = silent
+    assert np.array_equal(auto(PROMPT, **asked).images, plain(PROMPT, **asked).images)
+    assert np.abs(auto(PROMPT, **asked).images.astype(int) - before).mean() > 1
+
+
+def test_threads_and_copies(default):
+    """Callers of one pipeline take turns, and a copy draws the same."""
+    pipe = default[0]
+
+    def draw(seed):
+        return pipe(PROMPT, seed=seed, num_inference_steps=2, output_type="np").images
+
+    expected = [draw(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(draw, range(8)))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    again = copy.deepcopy(pipe)(PROMPT, seed=0, num_inference_steps=2, output_type="np").images
+    assert np.array_equal(again, expected[0])
+
+
+def test_no_home(monkeypatch):
+    """Who has none has no cache."""
+    for name in ("LATENTDIFF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nowhere(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", nowhere)
+    assert compiling._folder() is None
+    assert LatentDiffusionPipeline.from_pretrained()(PROMPT, seed=1, num_inference_steps=1).seeds == [1]
+
+
+def test_memory_ends(monkeypatch):
+    monkeypatch.setattr(
+        compiling.Compiler, "_bound", lambda *_: (_ for _ in ()).throw(RuntimeError("Failed to allocate 80 bytes"))
+    )
+    pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
+    with pytest.raises(ResourceError, match=r"out of memory\. Fewer or smaller pictures"):
+        pipe(PROMPT, seed=1, width=80, num_inference_steps=1)
 
 
 def test_shapes_in_memory(monkeypatch):

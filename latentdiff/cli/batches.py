@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class Share:
         """As the environment tells it. Raises ConfigError for what no launcher says."""
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         told = [os.environ.get(name, default) for name, default in defaults.items()]
-        if not all(number.isdecimal() for number in told) or int(told[0]) >= int(told[1]):
+        if not all(number.isdecimal() and len(number) < 10 for number in told) or int(told[0]) >= int(told[1]):
             raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are {', '.join(told)}, which no launcher sets")
         return cls(*map(int, told))
 
@@ -96,8 +97,17 @@ def _batches(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Target,
     batches = [[(next(counted), job) for job in batch] for batch in pipe.grouped(jobs)]
     own = batches[share.process :: share.processes]
     if not target.resume:
+        if share.processes > 1:
+            _check_free([_path(number, job, target) for batch in own for number, job in batch])
         return own
-    there = {number for batch in own for number, job in batch if _is_there(pipe, number, job, target)}
+    there: set[int] = set()
+    otherwise: set[str] = set()
+    for number, job in chain.from_iterable(own):
+        if os.path.lexists(_path(number, job, target)):
+            there.add(number)
+            otherwise |= {_otherwise(pipe, number, job, target)} if target.metadata else set()
+    for how in sorted(otherwise - {""}):
+        print(f"warning: some that are there were drawn {how}", file=sys.stderr)
     if there:
         print(f"{len(there):,} of {sum(map(len, own)):,} pictures are there already", file=sys.stderr)
     return [batch for batch in own if not all(number in there for number, _ in batch)]
@@ -115,21 +125,29 @@ def _path(number: int, job: Job, target: Target) -> Path:
     return target.path if suffix_of(target.path) else numbered(target.path, number, job.seed, target.suffix)
 
 
-def _is_there(pipe: LatentDiffusionPipeline, number: int, job: Job, target: Target) -> bool:
-    """Whether a picture is there. Raises ConfigError for a file of its name that is another picture."""
+def _check_free(paths: Sequence[Path]) -> None:
+    """Several processes number their pictures from 1: before any is drawn. Raises ConfigError."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise ConfigError(f"file exists ({path}). Go on by --resume, or name another folder")
+
+
+def _otherwise(pipe: LatentDiffusionPipeline, number: int, job: Job, target: Target) -> str:
+    """How a picture that is there was drawn, where that is not how it would be now; "" where it is.
+
+    Raises ConfigError for a file of its name that is another picture.
+    """
+    from dataclasses import asdict
+
+    from latentdiff.reproduce import read_record
+
     path = _path(number, job, target)
-    if not os.path.lexists(path):
-        return False
-    if target.metadata:
-        from dataclasses import asdict
-
-        from latentdiff.reproduce import read_record
-
-        found, wanted = read_record(path).model_dump(), asdict(pipe.record(job))
-        differing = [name for name in wanted if name not in _OF_A_RUN and found[name] != wanted[name]]
-        if differing:
-            raise ConfigError(f"{path} is another picture ({differing[0]} differs). Name another folder")
-    return True
+    found, wanted = read_record(path).model_dump(), asdict(pipe.record(job))
+    differing = [name for name in wanted if name not in _OF_A_RUN and found[name] != wanted[name]]
+    if differing:
+        raise ConfigError(f"{path} is another picture ({differing[0]} differs). Name another folder")
+    then, now = (f"by {of['runtime']} in {of['dtype']}, {of['speed']}" for of in (found, wanted))
+    return "" if then == now else f"{then}, the rest {now}"
 
 
 def _bar(steps: int) -> Any:

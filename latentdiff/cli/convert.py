@@ -110,6 +110,8 @@ def _exported(source: Path, variant: str | None) -> Path:
 
     if not source.is_dir():
         raise ConfigError(f"{source} is no folder of this disk: name an output for the model and its graphs")
+    if (source / FOLDER).exists() and not (source / FOLDER).is_dir():
+        raise ConfigError(f"{source / FOLDER} is a file, in the place of the graphs. Move it away")
     check_writable(source, source)
     _tell(export(stored_pipeline(source, variant), source, variant))
     return source / FOLDER

@@ -39,7 +39,7 @@ def one_prompt(prompt: str) -> str:
 def wishes_of(path: Path) -> list[Wish]:
     """A line a prompt, or a JSON object a line in a .jsonl file: prompt, any setting, image, mask, outpaint.
 
-    Paths are relative to the file. Raises ConfigError naming the line.
+    Paths are relative to the file; what is null is not said. Raises ConfigError naming the line.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -55,7 +55,7 @@ def wishes_of(path: Path) -> list[Wish]:
 
 
 def _of_text(text: str, path: Path) -> Iterator[Wish]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield Wish(line.strip(), where=f"{path} line {number}")
 
@@ -66,12 +66,23 @@ def _of_json(text: str, path: Path) -> Iterator[Wish]:
             continue
         where = f"{path} line {number}"
         try:
-            tree = json.loads(line)
+            tree = json.loads(line, object_pairs_hook=_said_once)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
         except (ValueError, RecursionError):
             raise ConfigError(f"{where} is not JSON") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), str):
             raise ConfigError(f'{where} is no object with a "prompt"')
         yield _wish(tree, path.parent, where)
+
+
+def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without what is null. Raises ConfigError for a name that comes twice."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name} is given twice")
+    return {name: value for name, value in pairs if value is not None}
 
 
 def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:

@@ -57,6 +57,8 @@ def contexts_of(
 
     from latentdiff.models.context import Context
 
+    given = [torch.from_numpy(tensor) if isinstance(tensor, np.ndarray) else tensor for tensor in given]
+    tokens, negative, pooled, negative_pooled = given
     for tensor, dimensions in zip(given, (3, 3, 2, 2), strict=True):
         known = isinstance(tensor, torch.Tensor) and tensor.ndim == dimensions and len(tensor) == len(tokens)
         if tensor is not None and not known:

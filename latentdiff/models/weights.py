@@ -95,7 +95,8 @@ def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: st
     if not (isinstance(read, int) and 2 <= read <= positions):
         raise ModelError(f"tokenizer reads {read} tokens, the text encoder has {positions} positions ({directory})")
     ids, rows = [tokenizer.convert_tokens_to_ids(t) for t in (START, END, tokenizer.pad_token)], len(_rows(model))
-    if not all(isinstance(index, int) and index < rows for index in ids) or len(tokenizer) > rows:
+    most = max(tokenizer.get_vocab().values(), default=0)
+    if not all(isinstance(index, int) and index < rows for index in ids) or most >= rows:
         raise ModelError(f"{tokenizer_folder.name} does not fit the text encoder's {rows} words ({directory})")
     return TextEncoder(tokenizer, model, penultimate=penultimate).eval()
 

@@ -12,16 +12,18 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import RLock
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from latentdiff.errors import ModelError, ResourceError
 from latentdiff.models.folder import loading
 from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 
@@ -83,17 +85,29 @@ class Compiler:
         self._model, self._model_hash, self.precision = model, model_hash, precision
         self._begun: dict[tuple[str, Shapes], tuple[Future[Ready], Kept | None]] = {}
         self._ready: dict[tuple[str, Shapes], Ready] = {}
-        self._worker = ThreadPoolExecutor(1, "compile")
+        self._worker, self._turn = ThreadPoolExecutor(1, "compile"), RLock()
+
+    def __deepcopy__(self, memo: object) -> Compiler:
+        """Itself: nothing of it can be changed, and callers take turns."""
+        return self
 
     def begin(self, part: str, shapes: Shapes) -> None:
         """Begin to make ready what will be needed, unless that is begun already."""
         if (part, shapes) not in self._begun and (part, shapes) not in self._ready:
-            file = _folder() / f"{self._key(part, shapes)}.blob" if self._model_hash else None
+            folder = _folder() if self._model_hash else None
+            file = folder and folder / f"{self._key(part, shapes)}.blob"
             kept = None if file is None else _kept(file)
             self._begun[part, shapes] = self._worker.submit(self._made, part, shapes, file, kept), kept
 
     def run(self, part: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        """All outputs of a graph, compiled for the shapes of these inputs. Raises ModelError."""
+        """All outputs of a graph, compiled for the shapes of these inputs; threads take turns.
+
+        Raises ModelError, ResourceError.
+        """
+        with self._turn, _told_of_memory():
+            return self._run(part, inputs)
+
+    def _run(self, part: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         shapes = tuple(array.shape for array in inputs)
         if (part, shapes) not in self._ready:
             for older in [key for key in self._ready if key[0] == part][: 1 - SHAPES]:
@@ -122,7 +136,7 @@ class Compiler:
         if kept is not None:
             compiled = _core().import_model(openvino().Tensor(kept.blob), "CPU", settings)
             return Ready(compiled.create_infer_request(), [kept.blob])
-        with loading(f"{FOLDER}/{part}.xml", self._model.directory):
+        with loading(f"{FOLDER}/{part}.xml", self._model.directory), _told_of_memory():
             graph, held = self._bound(part, shapes)
             compiled = _core().compile_model(graph, "CPU", settings)
         if file is not None:
@@ -150,7 +164,7 @@ class Compiler:
         for parameter in model.get_parameters():
             name = parameter.get_friendly_name()
             if name.startswith(WEIGHT):
-                held.append(bind(parameter, named(weights, name.removeprefix(WEIGHT))))
+                held.append(bind(parameter, named(weights, name.removeprefix(WEIGHT), part, self._model.directory)))
                 model.remove_parameter(parameter)
         model.reshape({parameter.output(0): list(shape) for parameter, shape in zip(inputs, shapes, strict=True)})
         return model, held
@@ -162,18 +176,34 @@ class Compiler:
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
+@contextmanager
+def _told_of_memory() -> Iterator[None]:
+    """What OpenVINO says where memory ends, as a ResourceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in ("Failed to allocate", "bad_alloc", "std::length_error")):
+            raise ResourceError("out of memory. Fewer or smaller pictures at once need less") from error
+        raise
+
+
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def bind(parameter: Any, stored: Stored) -> np.ndarray:
-    """Put a stored tensor in the place of a graph's input of that many numbers, float16 and widened to float32.
+    """Put a stored tensor in the place of a graph's input of its shape, float16 and widened to float32.
 
-    Returns the numbers, which are not copied: they must live as long as the graph.
+    Returns the numbers, which are not copied: they must live as long as the graph. Raises ModelError for another shape,
+    whose numbers would be read beyond their end.
     """
     ov = openvino()
-    values, shape = stored.read(), list(parameter.get_output_partial_shape(0).to_shape())
+    shape = tuple(parameter.get_output_partial_shape(0).to_shape())
+    if stored.shape != shape:
+        name = parameter.get_friendly_name().removeprefix(WEIGHT)
+        raise ModelError(f"{name} is of shape {stored.shape}, not {shape} as the config says ({stored.file})")
+    values = stored.read()
     kind = {"F64": ov.Type.f64, "F32": ov.Type.f32, "F16": ov.Type.f16, "BF16": ov.Type.bf16}[stored.kind]
-    constant = ov.op.Constant(ov.Tensor(values, ov.Shape(shape), kind), shared_memory=True)
+    constant = ov.op.Constant(ov.Tensor(values, ov.Shape(list(shape)), kind), shared_memory=True)
     (widened,) = parameter.output(0).get_target_inputs()
     if stored.kind == "F32":
         widened.get_node().output(0).replace(constant.output(0))
@@ -182,11 +212,18 @@ def bind(parameter: Any, stored: Stored) -> np.ndarray:
     return values
 
 
-def _folder() -> Path:
-    """Where compiled graphs are kept, by the system's custom."""
+def _folder() -> Path | None:
+    """Where compiled graphs are kept, by the system's custom; nowhere for who has no home."""
     own = os.environ.get("LATENTDIFF_CACHE")
     if own:
         return Path(own)
+    try:
+        return _usual_folder()
+    except RuntimeError:  # of expanduser
+        return None
+
+
+def _usual_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "latentdiff" / "cache"
     if sys.platform == "darwin":

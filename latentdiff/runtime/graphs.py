@@ -82,9 +82,12 @@ class Exported:
         return (self.directory if own else self.folder) / TOKENIZER[part] / "tokenizer.json"
 
     def identity(self, part: str) -> str:
-        """A hash of the graph. Raises ModelError."""
+        """A hash of the graph with its constants. Raises ModelError."""
+        digest = hashlib.sha256()
         with loading(f"{FOLDER}/{part}.xml", self.directory):
-            return hashlib.sha256((self.folder / f"{part}.xml").read_bytes()).hexdigest()
+            for name in (f"{part}.xml", CONSTANTS):
+                digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()
 
 
 def exported(directory: Path, variant: str | None = None, folder: Path | None = None) -> Exported | None:
@@ -93,16 +96,24 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
     folder: of the graphs, where they are not in their place yet.
     """
     folder = folder or directory / FOLDER
-    path = folder / RECORD
-    if not path.is_file():
+    path, again = folder / RECORD, f"Export it again: latentdiff convert {directory} --to openvino"
+    if not folder.is_dir():
         return None
+    lacking = [name for name in (RECORD, CONSTANTS, "unet.xml") if not (folder / name).is_file()]
+    if lacking:
+        raise ModelError(f"an export without {lacking[0]} ({folder}). {again}")
     record = read_json(path)
     if record.get("format") != FORMAT:
-        raise ModelError(f"an export of format {record.get('format')!r}, not {FORMAT} ({path}). Export it again")
-    with loading(f"{FOLDER}/{RECORD}", directory):
+        raise ModelError(f"an export of format {record.get('format')!r}, not {FORMAT} ({path}). {again}")
+    try:
         changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
+        whole = {"unet", "vae", "zero_empty"} <= record.keys() and {"unet", "text_encoder"} <= record["configs"].keys()
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ModelError(f"an export that does not say what it is of ({path}). {again}")
     if changed:
-        raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). Export it again")
+        raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). {again}")
     return Exported(directory, variant, folder, record)
 
 
@@ -113,13 +124,13 @@ def config_hash(part: Path) -> str:
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
-def named(weights: dict[str, Stored], name: str) -> Stored:
+def named(weights: dict[str, Stored], name: str, part: str, directory: Path) -> Stored:
     """The tensor of that name, or of what it was called in older files. Raises ModelError."""
     for new, old in _OLD_NAMES:
         for candidate in (name, name.replace(new, old, 1) if new else old + name):
             if candidate in weights:
                 return weights[candidate]
-    raise ModelError(f"{name} is not among the weights")
+    raise ModelError(f"{name} is not among the weights of {NETWORKS.get(part, part)} ({directory})")
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:

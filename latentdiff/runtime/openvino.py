@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from latentdiff.errors import ModelError
 from latentdiff.models.context import Context, side_by_side
-from latentdiff.models.folder import loading
+from latentdiff.models.folder import loading, read_json
 from latentdiff.models.prompt import EMPTY, Reader, Reading, Style, check_clip_skip, weighted
 from latentdiff.runtime.compiling import Compiler
 from latentdiff.runtime.graphs import FOLDER, TOKENIZER, Exported
@@ -122,8 +123,8 @@ class PixelAutoencoder:
 class CompiledTextEncoder:
     """Prompts -> context; see models.text_encoder.TextEncoder."""
 
-    def __init__(self, compiler: Compiler, part: str, told: dict[str, Any], tokenizer: Path):
-        self._compiler, self._part, self._tokenizer = compiler, part, tokenizer
+    def __init__(self, compiler: Compiler, part: str, told: dict[str, Any], tokenizer: Path, words: int):
+        self._compiler, self._part, self._tokenizer, self._words = compiler, part, tokenizer, words
         self._told, self.layers, self.max_length = told, int(told["layers"]), int(told["length"])
 
     @cached_property
@@ -131,7 +132,8 @@ class CompiledTextEncoder:
         """Its words, as the tokenizer's file has them."""
         from tokenizers import Tokenizer
 
-        words = Tokenizer.from_file(str(self._tokenizer))
+        with loading(self._tokenizer):
+            words = Tokenizer.from_file(str(self._tokenizer))
         words.no_truncation()
         words.no_padding()
         start, end, pad = (int(self._told[name]) for name in ("start", "end", "pad"))
@@ -158,6 +160,8 @@ class CompiledTextEncoder:
 
     def _hidden(self, ids: np.ndarray, style: Style) -> tuple[np.ndarray, np.ndarray | None]:
         """Hidden states (n, L, D) of chunks, each by itself, and the pooled text (n, P) where there is one."""
+        if ids.max() >= self._words:  # the graph would take another word's row
+            raise ModelError(f"{self._tokenizer.parent.name} does not fit the text encoder's {self._words} words")
         rows = [self._compiler.run(self._part, row[None]) for row in ids]
         outputs = [np.concatenate(column) for column in zip(*rows, strict=True)]
         pooled = outputs[self.layers] if len(outputs) > self.layers else None
@@ -195,13 +199,18 @@ def networks_of(model: Exported, compiler: Compiler) -> tuple[Autoencoders, Text
         if "vae" in told["configs"]:
             autoencoder = CompiledAutoencoder(compiler, told["vae"])
         texts = [
-            CompiledTextEncoder(compiler, part, told[part], model.tokenizer(part))
+            CompiledTextEncoder(compiler, part, told[part], model.tokenizer(part), words_of(model, part))
             for part in TOKENIZER
             if part in told["configs"]
         ]
         if len(texts) == 1:
             return autoencoder, texts[0], unet
         return autoencoder, CompiledTextEncoders(*texts, zero_empty=told["zero_empty"]), unet
+
+
+def words_of(model: Exported, part: str) -> int:
+    """How many words a text encoder knows."""
+    return int(read_json(model.directory / part / "config.json")["vocab_size"])
 
 
 def begin(

@@ -14,6 +14,7 @@ Compiling takes a minute for a new size or number of pictures, once a process, a
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +39,7 @@ def narrow_dtype(device: torch.device) -> torch.dtype:
 def speed_up(pipe: LatentDiffusionPipeline, speed: Literal["fast", "max"]) -> None:
     """Change the networks of a pipeline; `slow_down` undoes it."""
     warnings.filterwarnings("ignore", "Dynamo detected a call", UserWarning)  # of how the networks' library caches
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
     gpu = pipe.device.type == "cuda"
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.unet.fuse()
