@@ -1,9 +1,10 @@
 """What faster ways of drawing cost: composition, distance to the exact picture and time, same prompts and seeds.
 
-    python scripts/bench/lossy.py [--pictures 100]
+    python scripts/bench/lossy.py [--pictures 100] [--tiny MODEL] [--only unipc]
 
 Runtimes and precisions first, which change rounding alone, then fewer steps, deep features used again, guidance in an
-interval. Each is drawn beside the plain pictures in turn, category by category; the time is of whole batches of 32.
+interval, a tiny VAE (`--tiny`: a model that has one, exported). Each is drawn beside the plain pictures in turn,
+category by category; the time is of whole batches of 32.
 """
 
 import argparse
@@ -44,13 +45,20 @@ def scored(pipe, pictures, **settings):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=100, help="a category, four a prompt")
-    pictures = parser.parse_args().pictures
+    parser.add_argument("--tiny", metavar="MODEL", help="the default model with a tiny VAE, and graphs")
+    parser.add_argument("--only", default="", help="ways whose names hold this")
+    arguments = parser.parse_args()
+    pictures = arguments.pictures
     plain = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
     ways = {name: (LatentDiffusionPipeline.from_pretrained(**made), {}) for name, made in RUNTIMES.items()}
     ways |= {name: (plain, settings) for name, settings in SETTINGS.items()}
+    if arguments.tiny:
+        ways["tiny VAE"] = (LatentDiffusionPipeline.from_pretrained(arguments.tiny, runtime="openvino"), {})
+        few = {"sampler": "unipc", "num_inference_steps": 8}
+        ways["tiny VAE, unipc, 8 steps"] = (ways["tiny VAE"][0], few)
     base, seconds = scored(plain, pictures)
     print(f"openvino, {plain.unet.dtype}, 20 DDIM steps: {base.overall:.3f} +- {base.error:.3f}, {seconds:.1f} s")
-    for name, (pipe, settings) in ways.items():
+    for name, (pipe, settings) in ((name, way) for name, way in ways.items() if arguments.only in name):
         _, beside = scored(plain, pictures)
         score, took = scored(pipe, pictures, **settings)
         apart = [np.abs(score.pictures[c].astype(int) - base.pictures[c]).mean() for c in scenes.CATEGORIES]
