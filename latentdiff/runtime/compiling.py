@@ -29,7 +29,7 @@ from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 
 LIMIT = 20 * 2**30  # bytes of all that is kept
 SHAPES = 4  # of each graph in memory, for each has weights of its own; the oldest goes
-LARGE = 32 * 32  # latents of a picture, from which generated kernels pay for the time that they take to make
+LARGE = 32 * 32  # latents or pixels, from which generated kernels pay for their making also where they run once
 Shapes = tuple[tuple[int, ...], ...]  # of a graph's inputs but its weights, in their order
 
 
@@ -132,7 +132,7 @@ class Compiler:
 
     def _made(self, part: str, shapes: Shapes, file: Path | None, kept: Kept | None) -> Ready:
         """What computes a graph: from what was kept, or compiled and kept in the file."""
-        settings = self._settings(shapes)
+        settings = self._settings(part, shapes)
         if kept is not None:
             compiled = _core().import_model(openvino().Tensor(kept.blob), "CPU", settings)
             return Ready(compiled.create_infer_request(), [kept.blob])
@@ -143,16 +143,16 @@ class Compiler:
             _keep(file, compiled.export_model().getvalue())
         return Ready(compiled.create_infer_request(), held)
 
-    def _settings(self, shapes: Shapes) -> dict[str, str]:
-        """Of compiling for shapes.
+    def _settings(self, part: str, shapes: Shapes) -> dict[str, str]:
+        """Of compiling a part for shapes.
 
-        Snippets, kernels generated for groups of operations, make a step of a large picture a fifth faster, and of a
-        small one no faster, whose start they double. In float32 their search for patterns ends the process in some
-        U-Nets (OpenVINO 2026.4).
+        Snippets, kernels generated for groups of operations, make a step a fifth faster; of a small model the start
+        takes a tenth of a second more, which a handful of pictures pays back, but for what runs once a picture never.
+        In float32 their search for patterns ends the process in some U-Nets (OpenVINO 2026.4).
         """
         settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[self.precision]}
-        large = len(shapes[0]) == 4 and shapes[0][2] * shapes[0][3] >= LARGE
-        return settings if large and self.precision != "float32" else settings | {"SNIPPETS_MODE": "DISABLE"}
+        often = part.startswith("unet") or (len(shapes[0]) == 4 and shapes[0][2] * shapes[0][3] >= LARGE)
+        return settings if often and self.precision != "float32" else settings | {"SNIPPETS_MODE": "DISABLE"}
 
     def _bound(self, part: str, shapes: Shapes) -> tuple[Any, list[np.ndarray]]:
         """A part's graph with its weights and shapes in place, and the arrays that it holds."""
@@ -172,7 +172,8 @@ class Compiler:
     def _key(self, part: str, shapes: Shapes) -> str:
         ov = openvino()
         cpu = [_core().get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-        made_from = [self._model.identity(part), self._model_hash, shapes, self.precision, ov.__version__, cpu]
+        settings = self._settings(part, shapes)
+        made_from = [self._model.identity(part), self._model_hash, shapes, settings, ov.__version__, cpu]
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
