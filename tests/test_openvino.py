@@ -503,13 +503,11 @@ def test_converted_on_the_command_line(call, tmp_path):
 def test_graphs_of_another_network(call, tmp_path, monkeypatch):
     """They are checked before they get their place: of those that fail nothing is left, and older ones stay."""
     monkeypatch.setattr("latentdiff.runtime.export.LARGEST_DIFFERENCE", 0.0)
-    code, _, err = call("convert", default_model(), "made", "--to", "openvino")
-    assert code == 4
-    assert "cannot export: text_encoder differs by" in err
-    assert not list(tmp_path.iterdir())
     shutil.copytree(default_model(), tmp_path / "model")
     before = {file.name: file.read_bytes() for file in (tmp_path / "model" / "openvino").iterdir()}
-    assert call("convert", "model", "--to", "openvino")[0] == 4
+    code, _, err = call("convert", "model", "--to", "openvino")
+    assert code == 4
+    assert "cannot export: text_encoder differs by" in err
     assert {file.name: file.read_bytes() for file in (tmp_path / "model" / "openvino").iterdir()} == before
     assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in default_model().iterdir()}
 
