@@ -19,7 +19,7 @@ import torch
 from peers import KINDS, Peer
 
 WAYS = ("diffusers-bfloat16", "diffusers-best", "torch-fast-bfloat16", "torch-max")
-FEW, MANY = 4, 24
+FEW, MANY = 5, 25  # which divide the 1000 times: of others diffusers steps from other levels than it reached
 UNETS = {
     "1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "XL": {
@@ -62,7 +62,13 @@ def written(family, folder):
         ),
         "text_encoder": text(CLIPTextModel, 768),
         "tokenizer": clip_tokenizer(77),
-        "scheduler": DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        "scheduler": DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            timestep_spacing="trailing",
+        ),
     }
     if family == "XL":
         more = {"text_encoder_2": text(CLIPTextModelWithProjection, 1280), "tokenizer_2": clip_tokenizer(77, pad="!")}
