@@ -226,7 +226,7 @@ def test_times_are_drawn_as_proposed(schedule):
     assert p[0] == 0
     assert p.sum() == pytest.approx(1, abs=1e-12)
     assert p[1:].min() > 0.09 / schedule.T
-    drawn = np.concatenate([drawn_times(schedule, 50, 0, sample) for sample in range(400)])
+    drawn = np.concatenate([drawn_times(p, 50, 0, sample) for sample in range(400)])
     counts = np.histogram(drawn, [1, 10, 100, 300, 600, 999, 1000])[0] / len(drawn)
     edges = np.cumsum(np.concatenate([[0], p]))
     expected = [edges[b] - edges[a] for a, b in ((1, 10), (10, 100), (100, 300), (300, 600), (600, 999), (999, 1000))]

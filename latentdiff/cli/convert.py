@@ -44,11 +44,11 @@ def convert(
     A model folder as a single file and back, in another precision, with graphs for OpenVINO; an adapter under other
     names.
     """
+    of_models = "--vae" if vae is not None else "--dtype" if dtype is not None else None
     if to is Form.openvino and output is None:
-        if dtype is not None or vae is not None:
-            option = "--dtype" if vae is None else "--vae"
+        if of_models:
             raise ConfigError(
-                f"the graphs in MODEL/openvino read the weights as they are. With {option} name an output"
+                f"the graphs in MODEL/openvino read the weights as they are. With {of_models} name an output"
             )
         typer.echo(_exported(source, variant))
         return
@@ -62,9 +62,8 @@ def convert(
         raise ConfigError(f"the output is a file: name it {output}.safetensors")
     if to is Form.openvino and (trust_pickle or output.suffix.lower() == ".safetensors"):
         raise ConfigError(f"--to openvino writes a model folder, with graphs in it (got {output})")
-    if (trust_pickle or adapter) and (dtype is not None or vae is not None):
-        option = "--dtype" if vae is None else "--vae"
-        raise ConfigError(f"{option} is of models; an adapter and a pickle keep their own")
+    if (trust_pickle or adapter) and of_models:
+        raise ConfigError(f"{of_models} is of models; an adapter and a pickle keep their own")
     if trust_pickle:
         _pickle(source, output)
     elif adapter:

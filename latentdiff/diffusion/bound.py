@@ -79,12 +79,12 @@ def proposal(schedule: NoiseSchedule) -> Floats:
     return np.asarray((1 - _UNIFORM) * white / white.sum() + _UNIFORM * (np.arange(len(a)) > 0) / (len(a) - 1))
 
 
-def drawn_times(schedule: NoiseSchedule, count: int, seed: int, sample: int) -> NDArray[np.int64]:
-    """`count` times of one sample from the proposal, by systematic sampling: its quantiles at (i + u) / count."""
+def drawn_times(chances: Floats, count: int, seed: int, sample: int) -> NDArray[np.int64]:
+    """`count` times of one sample by their chances (T,), by systematic sampling: their quantiles at (i + u) / count."""
     u = noise.generator(seed, "bound times", sample).random()
-    quantiles = np.cumsum(proposal(schedule))
+    quantiles = np.cumsum(chances)
     wanted = (np.arange(count) + u) / count * quantiles[-1]
-    return np.minimum(np.searchsorted(quantiles, wanted, "right"), schedule.T - 1)
+    return np.minimum(np.searchsorted(quantiles, wanted, "right"), len(chances) - 1)
 
 
 def prior(x0: Array, schedule: NoiseSchedule) -> Floats:
@@ -150,7 +150,8 @@ def errors_of(
     samples: their numbers, by which draws are keyed (default: 0 .. N-1). pixels: x0 are 8-bit values in [-1, 1].
     """
     numbers = list(range(len(x0))) if samples is None else list(samples)
-    drawn = np.stack([drawn_times(schedule, count, seed, number) for number in numbers])
+    chances = proposal(schedule)
+    drawn = np.stack([drawn_times(chances, count, seed, number) for number in numbers])
     first = np.zeros(len(x0), np.int64)
     found = predict(noised(schedule, x0, first, seed, numbers), first)
     sigma = schedule.level(0).sigma
