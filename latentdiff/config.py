@@ -200,6 +200,9 @@ class Denoiser(Learning):
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     schedule: Schedule = Schedule()
     preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
+    distance_pictures: int = Field(
+        0, ge=0, le=50_000, description="pictures that a validation draws to measure distances from real ones; 0: none"
+    )
 
 
 class Settings(Section):

@@ -135,9 +135,8 @@ def load_clip(pipe: LatentDiffusionPipeline, directory: Path | None = None) -> N
     Raises ConfigError, ModelError.
     """
     from latentdiff.models.folder import file_hash
-    from latentdiff.models.scorer import WEIGHTS, Scorer, load_scorer
-    from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
-    from latentdiff.models.weights import load_clip
+    from latentdiff.models.scorer import WEIGHTS, load_own_scorer, load_scorer
+    from latentdiff.models.text_encoder import TextEncoder
 
     pipe.in_torch("guidance by CLIP")
     if directory is not None:
@@ -146,8 +145,7 @@ def load_clip(pipe: LatentDiffusionPipeline, directory: Path | None = None) -> N
         folder = pipe.card.folder
         if folder is None or not (folder / "clip").is_dir() or not isinstance(pipe.text_encoder, TextEncoder):
             raise ConfigError("this model has no CLIP of its own. Name one in open_clip's format (load_clip, --clip)")
-        clip = load_clip(folder)  # words that the text encoder has learnt since are none of CLIP's
-        scorer = Scorer(clip, clip_tokenizer(int(clip.config["text_cfg"]["context_length"])))
+        scorer = load_own_scorer(folder)  # words that the text encoder has learnt since are none of CLIP's
         source = Source("clip", "", file_hash(folder / "clip" / WEIGHTS))
     pipe.extras.scorer, pipe.extras.sources["clip"] = scorer.to(pipe.device), source
 

@@ -50,9 +50,10 @@ def check(
     import json
 
     from latentdiff.data.buckets import bucket_table
-    from latentdiff.data.report import PAGE, as_html, as_text, sections
+    from latentdiff.data.report import as_text, sections
     from latentdiff.data.survey import QUARANTINED
     from latentdiff.errors import ConfigError, DataError
+    from latentdiff.page import PAGE, as_html
     from latentdiff.stages.pictures import look, picture_data
 
     if skip_bad:
@@ -105,7 +106,7 @@ def preview(
 
     Samples of an epoch as they are cropped, with the words the text encoder reads.
     """
-    from latentdiff.data.report import PAGE, Section, as_html
+    from latentdiff.page import PAGE, Section, as_html
     from latentdiff.stages.pictures import open_data
 
     check_page(output, PAGE)

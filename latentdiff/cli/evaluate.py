@@ -1,72 +1,349 @@
-"""`latentdiff evaluate`: measurements of a model."""
+"""`latentdiff evaluate`: how good a model is, in one report."""
 
 from __future__ import annotations
 
-import os
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime
-from latentdiff.output import check_writable, write_new
+from latentdiff.errors import ConfigError, DataError
 
-app = typer.Typer(no_args_is_help=True, help="Measure a model.")
+if TYPE_CHECKING:
+    from latentdiff.config import Config
+    from latentdiff.evaluation.features import Extractor
+    from latentdiff.evaluation.sections import Against, Asked
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+SETTINGS = "settings.json"
+LEAST = 16  # pictures
 
 
-@app.callback()
-def _evaluate() -> None:
-    """Measure a model."""
-
-
-@app.command()
-def composition(
-    model: Annotated[Path | None, typer.Argument(help="A model folder (default: scenes-64).")] = None,
-    pictures: Annotated[int, typer.Option(min=4, help="Pictures a category, four a prompt.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts and pictures.")] = 0,
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder, a .safetensors file or a hub id (default: scenes-64).")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Captioned pictures: a folder, .parquet, .tar, or a run's config.toml (default: scenes)."
+        ),
+    ] = None,
+    report: Annotated[Path, typer.Option("--report", "-o", help="The folder for report.html and metrics.json.")] = Path(
+        "report"
+    ),
+    compare: Annotated[str | None, typer.Option(help="Another model, measured beside it on the same draws.")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of likelihood, distances, composition, autoencoder, diversity, memorisation, sweep, geneval;"
+            " commas between (default: all that can be)."
+        ),
+    ] = None,
+    pictures: Annotated[
+        int,
+        typer.Option(
+            min=16, max=50_000, help="To measure by; a quarter for the likelihood, a tenth for each category, ..."
+        ),
+    ] = 1000,
+    times: Annotated[int, typer.Option(min=1, max=1000, help="Drawn times a picture, for the likelihood.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of pictures, noise and times.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none.")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="(default: the model's).")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the figures to this new JSON file.")
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting of drawing, NAME=VALUE; again for more.")
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the sweep tries, NAME=VALUE,VALUE; again for more (default: guidance, steps, samplers)."
+        ),
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="What compares pictures: CLIP in open_clip's format, a model that has one, or FID's Inception as"
+            " .safetensors (default: the model's own CLIP, or scenes-64's)."
+        ),
+    ] = None,
+    lpips: Annotated[Path | None, typer.Option(help="Weights of LPIPS as .safetensors, for the autoencoder.")] = None,
+    training: Annotated[
+        str | None, typer.Option(help="Pictures that the model was trained on, to look for copies of them.")
+    ] = None,
+    geneval: Annotated[
+        Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl: draw its prompts for its evaluator.")
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; again for more.")] = None,
+    embedding: Annotated[list[Path] | None, typer.Option(help="Learnt words; again for more.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Another VAE of the same latents.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: commit, tag or branch.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of a folder's weights: fp16, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="Of the arithmetic (default: the runtime's).")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Of drawing (default: the runtime's).")] = None,
     runtime: Annotated[
-        Runtime, typer.Option(help="auto: OpenVINO on a CPU where the model is exported.")
+        Runtime, typer.Option(help="Of drawing. auto: OpenVINO on a CPU where the model is exported.")
     ] = Runtime.auto,
 ) -> None:
-    """Score a scenes model in GenEval's six categories, with held-out pairs and the autoencoder's ceiling beside.
+    """Measure a model: likelihood, distances, composition, autoencoder, diversity, copies, settings.
 
-    At 300 pictures a category 3,600 are drawn: some ten minutes on two CPU cores.
+    The same command goes on after an interruption. Figures go to standard output, progress to standard error.
     """
-    import json
+    from latentdiff.evaluation.report import PAGE, as_lines, lacking, measure, write_report
+    from latentdiff.evaluation.sections import Asked, Subject
+    from latentdiff.training.lock import locked
 
-    from latentdiff.errors import ConfigError
-    from latentdiff.evaluation.composition import as_dict, as_text, ceiling, evaluate_composition
-    from latentdiff.pipeline import LatentDiffusionPipeline
+    drawing = _drawing({"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}, settings)
+    grid, names = _grid(sweep or []), _names(only)
+    _check_folder(report)
+    how = _How(device, dtype, variant, revision, runtime, [adapter_and_weight(each) for each in lora or []], vae)
+    models = [_Model(path, how, embedding or [], own=number == 0) for number, path in enumerate(_both(model, compare))]
+    with locked(report, "measuring"):
+        against, config = _against(models[0], data, pictures, training, features, lpips, geneval)
+        asked = Asked(seed, times, drawing, grid)
+        subjects = [
+            Subject(name, each.pipe, each.exact, report / letter)
+            for each, name, letter in zip(models, _titles(models), "AB", strict=False)
+        ]
+        rules = _rules(models, config, against, asked)
+        _check_same(report / SETTINGS, rules)
+        why = {name: [lacking(name, subject, against) for subject in subjects] for name in names}
+        skipped = {name: next(reason for reason in reasons if reason) for name, reasons in why.items() if any(reasons)}
+        if only and skipped:
+            name, reason = next(iter(skipped.items()))
+            raise ConfigError(f"{name} cannot be measured: {reason}")
+        found = {}
+        for name in names:
+            if name not in skipped:
+                found[name] = [measure(name, subject, against, asked, rules) for subject in subjects]
+                typer.echo(as_lines([subject.name for subject in subjects], name, found[name]) + "\n")
+                write_report(report, subjects, found, skipped, rules)
+        for name, reason in skipped.items():
+            typer.echo(f"not measured: {name} ({reason})", err=True)
+        typer.echo(report / PAGE)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How models are loaded, and what is used beside the first."""
+
+    device: str | None
+    dtype: Precision | None
+    variant: str | None
+    revision: str | None
+    runtime: Runtime
+    loras: Sequence[tuple[Path, float]]
+    vae: Path | None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One that is measured; `own` is the one that the options of loading are of."""
+
+    path: str | None
+    how: _How
+    words: Sequence[Path]
+    own: bool
+
+    @cached_property
+    def pipe(self) -> LatentDiffusionPipeline:
+        """What draws."""
+        return self._loaded(self.how.runtime, self.how.dtype)
+
+    def exact(self) -> LatentDiffusionPipeline:
+        """Torch's in float32, for what is no drawing."""
+        return self._exact
+
+    @cached_property
+    def _exact(self) -> LatentDiffusionPipeline:
+        import torch
+
+        plain = self.pipe.runtime == "torch" and self.pipe.unet.dtype == torch.float32
+        return self.pipe if plain else self._loaded(Runtime.torch, Precision.float32)
+
+    def _loaded(self, runtime: Runtime, dtype: Precision | None) -> LatentDiffusionPipeline:
+        how = self.how
+        variant, revision = (how.variant, how.revision) if self.own else (None, None)
+        pipe = loaded(self.path, how.device, dtype, variant, revision, runtime)
+        if self.own:
+            load_extras(pipe, how.loras, self.words, how.vae)
+        return pipe
+
+
+def _both(model: str | None, compare: str | None) -> list[str | None]:
+    return [model] if compare is None else [model, compare]
+
+
+def _titles(models: Sequence[_Model]) -> list[str]:
+    """Their names, told apart."""
+    names = [model.pipe.card.name for model in models]
+    return (
+        names
+        if len(set(names)) == len(names)
+        else [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=False)]
+    )
+
+
+def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
+    """Settings of drawing, validated before anything is loaded. Raises ConfigError."""
     from latentdiff.request import request
 
-    given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
-    settings = {name: value for name, value in given.items() if value is not None}
-    request(prompt="checked before anything is loaded", seed=seed, **settings)
-    if output and (os.path.lexists(output) or not output.absolute().parent.is_dir()):
-        raise ConfigError(f"cannot write to {output}: it exists, or its folder does not")
-    if output:
-        check_writable(output, output.parent)
-    pipe = LatentDiffusionPipeline.from_pretrained(
-        model, device=device, runtime=runtime.value, torch_dtype=dtype and dtype.value
+    found = common_settings(given, settings or [])
+    del found["num_images"]
+    for name in ("seed", "num_images", "width", "height", "prompt_weights"):
+        if name in found:
+            raise ConfigError(f"{name} is the evaluation's own, and no setting of drawing")
+    request(prompt="checked before anything is loaded", seed=0, **found)
+    return found
+
+
+def _grid(wanted: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """NAME=VALUE,VALUE, each as `--set` takes one. Raises ConfigError."""
+    from latentdiff.evaluation.sweep import GRID, combinations
+
+    grid: dict[str, tuple[Any, ...]] = {}
+    for text in wanted:
+        name, equals, values = text.partition("=")
+        if not equals or not values or name in grid:
+            raise ConfigError(f"--sweep is NAME=VALUE,VALUE, once a name (got {text[:60]!r})")
+        parsed = [_drawing({}, [f"{name}={value}"]) for value in values.split(",")]
+        grid[next(iter(parsed[0]))] = tuple(next(iter(one.values())) for one in parsed)
+    for combination in combinations(grid or GRID):
+        _drawing(combination, [])
+    return grid or dict(GRID)
+
+
+def _names(only: str | None) -> list[str]:
+    from latentdiff.evaluation.report import SECTIONS
+    from latentdiff.validation import did_you_mean
+
+    names = [name.strip() for name in only.split(",")] if only else list(SECTIONS)
+    for name in names:
+        if name not in SECTIONS:
+            raise ConfigError(
+                f"unknown section {name[:40]!r}{did_you_mean(name, SECTIONS)}; one of {', '.join(SECTIONS)}"
+            )
+    return [name for name in SECTIONS if name in names]
+
+
+def _check_folder(report: Path) -> None:
+    """Refuse before any work what is no folder of ours. Raises ConfigError."""
+    from latentdiff.output import check_writable
+
+    check_writable(report, report)
+    if report.exists() and not report.is_dir():
+        raise ConfigError(f"{report} is a file. Name a folder for the report")
+    if report.is_dir() and any(report.iterdir()) and not (report / SETTINGS).is_file():
+        raise ConfigError(f"{report} is a folder of yours; nothing is written among it. Name another")
+
+
+def _against(
+    model: _Model,
+    data: str | None,
+    count: int,
+    training: str | None,
+    features: Path | None,
+    lpips: Path | None,
+    geneval: Path | None,
+) -> tuple[Against, dict[str, Any]]:
+    """What models are measured by, and what is to be known of it."""
+    from latentdiff.data.scenes import SIZE
+    from latentdiff.evaluation.geneval import read_prompts
+    from latentdiff.evaluation.sections import Against
+    from latentdiff.models.perception import load_lpips
+    from latentdiff.stages.measured import held_out, shown
+
+    prompts = read_prompts(geneval) if geneval else []
+    distance = load_lpips(lpips) if lpips else None
+    side = model.pipe.card.size[0]
+    config = _config(data, side)
+    held, trained = held_out(config, count)
+    if len(held) < LEAST:
+        raise DataError(f"{len(held)} pictures are too few to measure by. At least {LEAST} are needed")
+    if training is not None:
+        trained = held_out(_config(training, side), 50_000)[0]
+    extractor = _extractor(model, features)
+    if extractor.scorer is not None:
+        extractor.scorer.to(model.pipe.device)
+    readable = side == SIZE and config.data.kind == "scenes" and model.pipe.image_channels == 3
+    against = Against(
+        *shown(held),
+        extractor,
+        extractor.scorer,
+        shown(trained)[0] if trained else None,
+        distance,
+        prompts,
+        scenes=readable,
     )
-    scores = {
-        "model": evaluate_composition(pipe, pictures=pictures, seed=seed, **settings),
-        "held out": evaluate_composition(pipe, pictures=pictures, seed=seed, held_out=True, **settings),
-        "ceiling": ceiling(pipe, pictures=pictures, seed=seed),
+    said = {"data": data or "scenes", "pictures": len(held), "data sha256": held.pictures.identity()}
+    return against, said | ({"training pictures": len(trained)} if trained else {})
+
+
+def _config(data: str | None, side: int) -> Config:
+    """Of a run's config, of pictures, or of the scenes of the default config, at the model's size."""
+    from latentdiff.config import load_config, own_pictures
+
+    size = [("image_size", side)]
+    if data is not None and data.endswith(".toml") and not Path(data).is_dir():
+        return load_config(Path(data), size)
+    return load_config(None, [*(own_pictures(data) if data else ()), *size])
+
+
+def _extractor(model: _Model, features: Path | None) -> Extractor:
+    """As it is named, or the model's own CLIP, or the default model's."""
+    from latentdiff.evaluation.features import named, of_model
+    from latentdiff.pretrained import default_model
+
+    if features is not None:
+        return named(features)
+    folder = model.pipe.card.folder
+    return of_model(folder if folder and (folder / "clip").is_dir() else default_model())
+
+
+def _rules(models: Sequence[_Model], data: dict[str, Any], against: Against, asked: Asked) -> dict[str, Any]:
+    """All that figures depend on, as JSON gives it back."""
+    from latentdiff.metadata import installed_versions
+
+    pipes = [model.pipe for model in models]
+    found = {
+        "models": [pipe.card.source or pipe.card.name for pipe in pipes],
+        "model sha256": [pipe.card.hash for pipe in pipes],
+        "beside": [[asdict(source) for source in pipe.extras.sources.values()] for pipe in pipes],
+        **data,
+        "features": against.extractor.name,
+        "features sha256": against.extractor.hash,
+        "seed": asked.seed,
+        "times": asked.times,
+        "drawing": [{**pipe.card.defaults, **asked.settings} for pipe in pipes],
+        "sweep": asked.grid,
+        "runtime": [f"{pipe.runtime}, {pipe.unet.dtype}" for pipe in pipes],
+        "device": str(pipes[0].device),
+        "versions": installed_versions(pipes[0].runtime) | installed_versions(),
     }
-    for title, score in scores.items():
-        typer.echo(as_text(score, title) + "\n")
-    if output:
-        figures = {title: as_dict(score) for title, score in scores.items()}
-        tree = {"model_hash": pipe.card.hash, "settings": pipe.card.defaults | settings, **figures}
-        write_new(output, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
+    return dict(json.loads(json.dumps(found)))
+
+
+def _check_same(path: Path, rules: dict[str, Any]) -> None:
+    """Remember what a report is of; refuse another's folder. Raises ConfigError."""
+    from latentdiff.output import write_json
+
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in rules if before.get(key) != rules[key]]
+        if changed:
+            told = "; ".join(f"{key} {_short(before.get(key))} -> {_short(rules[key])}" for key in changed[:3])
+            raise ConfigError(f"{path.parent} is a report of something else ({told}). Name another folder")
+    write_json(path, rules)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) < 60 else f"{text[:57]}..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff.cli.batches import Share, Target, drawn
+from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.errors import ConfigError
@@ -27,17 +27,6 @@ if TYPE_CHECKING:
 
 # as in diffusion/samplers.py, which takes NumPy to import
 _SAMPLERS = "ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm"
-_OPTIONS = {  # what looks like a setting and is an option, by either of their names
-    "image": "image",
-    "mask": "mask",
-    "mask_image": "mask",
-    "outpaint": "outpaint",
-    "model": "model",
-    "lora": "lora",
-    "device": "device",
-    "dtype": "dtype",
-    "output": "output",
-}
 
 
 class Format(StrEnum):
@@ -166,7 +155,7 @@ def generate(
         "num_images": num_images,
         "batch_size": batch_size,
     }
-    common = _common(given, settings or [])
+    common = common_settings(given, settings or [])
     wishes = _wishes(prompt, prompts_file, image, mask, outpaint)
     asked = _requests(wishes, common)  # refused here before any library or weight is loaded
     share = Share.of_process()
@@ -174,10 +163,14 @@ def generate(
     check_target(output, sum(request.num_images for request in asked), resume=resume)
     _check_used(asked, weaker, clip)
     suffix = _suffix(output, picture_format, wishes)
-    loras = [_adapter(text) for text in lora or []]
+    loras = [adapter_and_weight(text) for text in lora or []]
     _check_sizes(model, asked)
-    pipe = _loaded(model, share.device(device), dtype, variant, revision, runtime, speed)
-    _with_extras(pipe, loras, embedding or [], weaker, clip, vae)
+    pipe = loaded(model, share.device(device), dtype, variant, revision, runtime, speed)
+    load_extras(pipe, loras, embedding or [], vae)
+    if weaker is not None:
+        pipe.load_weaker(weaker)
+    if clip is not None:
+        pipe.load_clip(clip)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
     jobs = _jobs(pipe, wishes, asked, common)
@@ -194,28 +187,6 @@ def _sides(width: int | None, height: int | None, size: str | None) -> dict[str,
     if width is not None or height is not None or not digits:
         raise ConfigError(f"--size is WIDTHxHEIGHT, instead of --width and --height (got {size!r})")
     return {"width": int(across), "height": int(down)}
-
-
-def _common(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """What all pictures have in common: the options that are given, and settings as in a config: TOML, or a bare word.
-
-    Raises ConfigError for what is an option alone, and for what is given twice.
-    """
-    common = {name: value for name, value in given.items() if value is not None}
-    for setting in settings:
-        from latentdiff.config import parsed_override
-
-        name, value = parsed_override(setting)
-        if not name:
-            raise ConfigError(f"--set is NAME=VALUE (got {setting[:40]!r})")
-        if name == "prompt":
-            raise ConfigError("the prompt is an argument, not a setting")
-        if name in _OPTIONS:
-            raise ConfigError(f"{name} is no setting: give it as --{_OPTIONS[name]}")
-        if name in common:
-            raise ConfigError(f"{name} is given twice")
-        common[name] = value
-    return {"num_images": 1} | common
 
 
 def _wishes(
@@ -295,17 +266,6 @@ def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:
     return suffix
 
 
-def _adapter(text: str) -> tuple[Path, float]:
-    """PATH or PATH:WEIGHT; a path may hold colons of its own. Raises ConfigError."""
-    path, colon, weight = text.rpartition(":")
-    try:
-        return (Path(path), float(weight)) if colon else (Path(text), 1.0)
-    except ValueError:
-        if os.path.lexists(path) and not os.path.lexists(text):
-            raise ConfigError(f"--lora is PATH:WEIGHT, and {weight[:40]!r} is no number") from None
-        return Path(text), 1.0
-
-
 def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
     """Sizes that a folder's model cannot draw are refused from its configs, before its weights are read."""
     sizes = {(one.width, one.height) for one in asked} - {(None, None)}
@@ -324,52 +284,6 @@ def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
         for name, side in (("width", width), ("height", height)):
             if side is not None:
                 check_size(name, side, multiple, min(*SIDES, *own))
-
-
-def _loaded(
-    model: str | None,
-    device: str | None,
-    dtype: Precision | None,
-    variant: str | None,
-    revision: str | None,
-    runtime: Runtime,
-    speed: Speed | None,
-) -> LatentDiffusionPipeline:
-    from latentdiff.pipeline import LatentDiffusionPipeline
-
-    return LatentDiffusionPipeline.from_pretrained(
-        model,
-        device=device,
-        torch_dtype=dtype and dtype.value,
-        variant=variant,
-        revision=revision,
-        runtime=runtime.value,
-        speed=speed and speed.value,
-    )
-
-
-def _with_extras(
-    pipe: LatentDiffusionPipeline,
-    loras: Sequence[tuple[Path, float]],
-    embeddings: Sequence[Path],
-    weaker: str | None,
-    clip: Path | None,
-    vae: Path | None,
-) -> None:
-    """Load what is drawn with beside the model, and say how adapters fit."""
-    from latentdiff import extras
-
-    for number, (path, weight) in enumerate(loras, 1):  # two files may be called the same
-        name = f"{path.stem}_{number}" if [p.stem for p, _ in loras].count(path.stem) > 1 else None
-        print(extras.load_adapter(pipe, path, name=name, weight=weight, merged=True), file=sys.stderr)
-    for path in embeddings:
-        print(f"words: {', '.join(extras.load_words(pipe, path))}", file=sys.stderr)
-    if weaker is not None:
-        extras.load_weaker(pipe, weaker)
-    if clip is not None:
-        extras.load_clip(pipe, clip)
-    if vae is not None:
-        extras.load_vae(pipe, vae)
 
 
 def _jobs(

@@ -1,33 +1,17 @@
-"""What is found in a data set, as lines for a terminal, as values for a machine, and as a page with a contact sheet."""
+"""What is found in a data set, as lines for a terminal, as values for a machine, as sections of a page."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from latentdiff.data.buckets import Size, cropped_share, nearest
 from latentdiff.data.source import shown
 from latentdiff.data.survey import Picture, Survey
+from latentdiff.page import Section
 
-PAGE = '<!doctype html><meta charset="utf-8"><meta name="generator" content="latentdiff">'  # how each begins
 _NAMED = 8  # of what is not wrong; what is wrong is listed whole
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, what is said under it in a line, and the lines that list it."""
-
-    title: str
-    said: str
-    lines: tuple[str, ...] = ()
 
 
 def sections(
@@ -155,33 +139,3 @@ def as_text(found: Sequence[Section]) -> str:
         lines.append(f"{section.title:<{width}}{section.said}")
         lines += [f"{'':<{width}}  {line}" for line in section.lines]
     return "\n".join(lines)
-
-
-def as_html(
-    title: str, found: Sequence[Section], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = ""
-) -> str:
-    """A page of its own: the sections, figures in HTML, then pictures uint8 (H, W, C) with what is said of each."""
-    rows = []
-    for section in found:
-        listed = "".join(f"<li>{_escaped(line)}</li>" for line in section.lines)
-        rows.append(f"<tr><th>{_escaped(section.title)}</th><td>{_escaped(section.said)}<ul>{listed}</ul></td></tr>")
-    figures += "".join(_figure(pixels, said) for pixels, said in sheet)
-    style = (
-        "body{font:15px system-ui;margin:2em}th{text-align:left;vertical-align:top;padding-right:1.5em}"
-        "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px}"
-        "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}figcaption{font-size:12px}b{color:#777}"
-    )
-    head = f"{PAGE}<title>{_escaped(title)}</title><style>{style}</style>"
-    return f"{head}<h1>{_escaped(title)}</h1><table>{''.join(rows)}</table><main>{figures}</main>\n"
-
-
-def _figure(pixels: np.ndarray, said: Mapping[str, str]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    lines = "".join(f"<div><b>{_escaped(key)}</b> {_escaped(value)}</div>" for key, value in said.items())
-    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{lines}</figcaption></figure>'
-
-
-def _escaped(text: str) -> str:
-    return html.escape(text.encode("utf-8", "backslashreplace").decode())

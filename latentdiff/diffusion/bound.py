@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -113,6 +113,13 @@ class Errors:
     squared: Floats
     schedule: NoiseSchedule
     dimensions: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[Errors]) -> Errors:
+        """Of all the samples of several, which are of one schedule."""
+        arrays = ("prior", "reconstruction", "times", "squared")
+        whole: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
+        return replace(parts[0], **whole)
 
     def denoising(self, variance: str = "small") -> Floats:
         """The sum of L_t over t = 1 .. T-1, (N,): an unbiased estimate for each sample."""

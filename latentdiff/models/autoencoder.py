@@ -62,6 +62,11 @@ class Autoencoder(nn.Module):
         return cls(vae)
 
     @property
+    def has_posterior(self) -> bool:
+        """Whether the latents of an image are a distribution, under which pixels have a likelihood."""
+        return isinstance(self.vae, AutoencoderKL)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of its weights."""
         return next(self.parameters()).dtype
@@ -183,6 +188,7 @@ class IdentityAutoencoder(nn.Module):
 
     factor = 1
     dtype = torch.float32
+    has_posterior = True  # a point, at which the latents are the pixels
 
     def __init__(self, channels: int = 3):
         super().__init__()

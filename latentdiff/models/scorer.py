@@ -14,6 +14,7 @@ from latentdiff.errors import ModelError
 from latentdiff.models.clip import Clip
 from latentdiff.models.folder import check_json, loading
 from latentdiff.models.text_encoder import Tokenizer, clip_tokenizer, tokenize
+from latentdiff.models.weights import load_clip
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -67,6 +68,12 @@ class Scorer(nn.Module):
             return found
 
         return gradient
+
+
+def load_own_scorer(folder: Path, text_encoder: Path | None = None) -> Scorer:
+    """The CLIP of a model folder, which has the token embeddings of the model's text encoder. Raises ModelError."""
+    clip = load_clip(folder, text_encoder)
+    return Scorer(clip, clip_tokenizer(int(clip.config["text_cfg"]["context_length"])))
 
 
 def load_scorer(directory: Path) -> Scorer:

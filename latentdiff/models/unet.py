@@ -133,7 +133,7 @@ class UNet(nn.Module):
         return [(name, module) for name, module in self.model.named_modules() if name.endswith(f".{kind}")]
 
     @torch.no_grad()
-    def predict(self, x: Tensor, t: float, context: Context) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | float, context: Context) -> Tensor:
         """The output as drawing asks for it: float32 whatever the network's precision, without gradients.
 
         They are off around the network alone: a mode entered in a generator would leak to whoever iterates.

@@ -112,11 +112,11 @@ def load_unet(directory: Path, variant: str | None = None) -> UNet:
     return UNet(_pretrained(UNet2DConditionModel, directory, "unet", variant)).eval()
 
 
-def load_clip(directory: Path) -> Clip:
-    """The contrastive towers that the text encoder of a model folder comes from."""
+def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
+    """The contrastive towers that the text encoder of a model folder comes from; it may lie in another folder."""
     from latentdiff.models.clip import Clip  # open_clip takes seconds to import
 
-    (file,) = weight_files(directory / "text_encoder")
+    (file,) = weight_files((text_encoder or directory) / "text_encoder")
     with loading("clip", directory), safe_open(file, "pt") as weights:
         (name,) = (key for key in weights.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
         return Clip.load(directory / "clip", weights.get_tensor(name))

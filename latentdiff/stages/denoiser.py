@@ -16,6 +16,9 @@ from latentdiff.data import scenes
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.errors import ConfigError
 from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
+from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.features import of_model
+from latentdiff.evaluation.sections import Against, measured
 from latentdiff.models.folder import saving
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet
@@ -23,6 +26,7 @@ from latentdiff.models.weights import load_autoencoder, load_text_encoder, weigh
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.stages.cache import latents_of, texts_of
 from latentdiff.stages.examples import Examples
+from latentdiff.stages.measured import held_out, shown
 from latentdiff.stages.pictures import readable
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import (
@@ -55,7 +59,8 @@ def train_denoiser(run: Run[Config]) -> None:
     loss, draws, order = _validation(config, run.data.validation)
     validation = DenoiserStage(network, parts, loss, validated, draws, order)
     pipe = new_pipeline(config, autoencoder, text_encoder, unet)
-    report = partial(_report, config, run.folder / "denoiser" / "samples", pipe, run.data.validation, validation)
+    against = _measures(run) if config.denoiser.distance_pictures and accelerator.is_main_process else None
+    report = partial(_report, run, pipe, validation, against)
     start = run.start("denoiser", made_from=made_from)
     settings = config.denoiser.training
     run_stage(accelerator, stage, settings, run.folder / "denoiser", report, start, run.interruption)
@@ -118,17 +123,22 @@ def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draw
     return DiffusionLoss(schedule, config.denoiser.prediction), draws, order
 
 
+def _measures(run: Run[Config]) -> Against:
+    """What the distances are measured by: as `latentdiff evaluate` measures the finished model, to the last digit."""
+    held, _ = held_out(run.config, run.config.denoiser.distance_pictures, run.data.found)
+    extractor = of_model(run.folder / "model", run.folder / "clip")
+    assert extractor.scorer is not None
+    extractor.scorer.to(run.accelerator.device)
+    return Against(*shown(held), extractor, extractor.scorer)
+
+
 def _report(
-    config: Config,
-    directory: Path,
-    pipe: LatentDiffusionPipeline,
-    examples: Examples,
-    validation: DenoiserStage,
-    step: int,
+    run: Run[Config], pipe: LatentDiffusionPipeline, validation: DenoiserStage, against: Against | None, step: int
 ) -> dict[str, float]:
-    """The validation loss; pictures at fixed prompts and seeds in `directory`, a row a category or of captions, and
-    their composition scores where the oracle can read them.
+    """The validation loss; pictures at fixed prompts and seeds in `samples`, a row a category or of captions, and
+    their composition scores where the oracle can read them; by choice their distances from pictures held out.
     """
+    config, examples, directory = run.config, run.data.validation, run.folder / "denoiser" / "samples"
     timesteps = config.denoiser.schedule.num_train_timesteps
     numbers = validation_losses(validation, TIME_BINS, timesteps, config.denoiser.training.train_batch_size)
     if readable(config):
@@ -137,6 +147,9 @@ def _report(
         numbers |= {"composition": score.overall} | {name: share.mean for name, share in score.categories.items()}
     else:
         rows = [_drawn(config, pipe, prompts) for prompts in _prompts(config, examples)]
+    if against is not None:
+        drawn = draw(pipe, against.captions, seed=config.seed)
+        numbers |= {name: figure.value for name, figure in measured(drawn, against).items()}
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")

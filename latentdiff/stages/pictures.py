@@ -17,7 +17,7 @@ from latentdiff.data.layouts import find
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.source import Options
-from latentdiff.data.survey import Survey, retold, survey, told
+from latentdiff.data.survey import Picture, Survey, retold, survey, told
 from latentdiff.data.table import state_of
 from latentdiff.errors import DataError
 from latentdiff.stages.examples import Examples
@@ -90,10 +90,15 @@ def look(config: Settings, cache: Path | None = None) -> Survey:
     return found
 
 
+def by_identity(pictures: Sequence[Picture]) -> list[Picture]:
+    """In the order that chooses which are held out: of nothing but the pictures themselves."""
+    return sorted(pictures, key=lambda picture: hashlib.sha256(picture.id.encode()).hexdigest())
+
+
 def picture_data(config: Settings, found: Survey) -> DataSet:
     """Training and validation sets of surveyed pictures; held-out ones are chosen by their identity."""
     settings = config.data.pictures
-    held = sorted(found.pictures, key=lambda picture: hashlib.sha256(picture.id.encode()).hexdigest())
+    held = by_identity(found.pictures)
     held_ids = {picture.id for picture in held[: settings.validation_pictures]}
     if found.pictures and len(held_ids) == len({picture.id for picture in found.pictures}):
         count = len(found.pictures)
@@ -101,7 +106,7 @@ def picture_data(config: Settings, found: Survey) -> DataSet:
     trained = [picture for picture in found.pictures if picture.id not in held_ids]
     looked_at = [picture for picture in found.pictures if picture.id in held_ids] or held[:VALIDATION]
 
-    def examples(pictures: Sequence[Any], rule: CaptionRule, crop: str, flip: bool, purpose: str) -> Examples:
+    def examples(pictures: Sequence[Picture], rule: CaptionRule, crop: str, flip: bool, purpose: str) -> Examples:
         table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
         stream = found.listing.records if found.listing.streamed else None
         chosen = PictureSet(pictures, table, settings.background_color, settings.max_pixels, stream)

@@ -26,6 +26,7 @@ FREE = (
     "checkpoints_total_limit",
     "validation_steps",
     "preview_pictures",
+    "distance_pictures",
     "num_workers",
     "compile",
     "gradient_checkpointing",

@@ -13,15 +13,15 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.config import flat
-from latentdiff.data.report import Section, as_html
 from latentdiff.data.source import shown
 from latentdiff.errors import DataError
 from latentdiff.extras import load_clip
 from latentdiff.finetuning import STAGE, FineTuning
 from latentdiff.images import to_images
 from latentdiff.metadata import recorded
+from latentdiff.page import Section, as_html
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.stages.curves import curve
+from latentdiff.plots import Plot, Series, as_figure
 from latentdiff.stages.examples import Examples
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, validation_losses
@@ -128,11 +128,13 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[n
         Section("validation", "before and after", tuple(_compared(lines))),
         Section("settings", "that are not the defaults of every run", settings),
     ]
-    curves = curve("loss", [(line["step"], line["loss"]) for line in lines if "loss" in line])
-    curves += curve(
-        "validation loss", [(line["step"], line["validation_loss"]) for line in lines if "loss" not in line]
-    )
+    curves = as_figure(Plot("losses", "step", "loss", (_curve(lines, "loss"), _curve(lines, "validation_loss"))))
     return as_html(f"{config.name}: {config.method}", sections, sheet, curves)
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
+    told = [line for line in lines if name in line]
+    return Series(name.replace("_", " "), [line["step"] for line in told], [line[name] for line in told])
 
 
 def _model(config: FineTuning) -> str:

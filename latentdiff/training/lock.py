@@ -13,7 +13,7 @@ _NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, doing: str = "training") -> Iterator[None]:
     """Keep other starts out of the folder, which is made where there is none. Raises ConfigError.
 
     The lock is this process's alone: a loader's workers, which may live a little longer than it, do not hold it.
@@ -23,7 +23,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"another process is training in {folder}. Wait for it, or use --output") from None
+            raise ConfigError(f"another process is {doing} in {folder}. Wait for it, or use --output") from None
         yield
 
 

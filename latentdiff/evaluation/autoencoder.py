@@ -1,0 +1,71 @@
+"""What an autoencoder loses: decoded pictures beside their originals, and what its latents are like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from latentdiff.arrays import to_numpy
+from latentdiff.images import to_images, to_uint8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+Floats = NDArray[np.float64]
+AT_ONCE = 16
+SMALLEST = 11  # pixels; SSIM's window
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pictures through the posterior's mean and back, uint8 (N, H, W, C); moments of the latents by channel, (C,)."""
+
+    pictures: NDArray[np.uint8]
+    mean: Floats
+    std: Floats
+
+
+def decoded(pipe: LatentDiffusionPipeline, pictures: np.ndarray) -> Decoded:
+    """Encode and decode pictures uint8 (N, H, W, 3)."""
+    made, first, second, count = [], 0.0, 0.0, 0
+    for start in tqdm(range(0, len(pictures), AT_ONCE), "autoencoder", disable=None):
+        latents = pipe.encode_images(pipe.as_images(pictures[start : start + AT_ONCE]))
+        made.append(to_uint8(pipe.decode(latents)))
+        values = to_numpy(latents).astype(np.float64)
+        first, second = first + values.sum((0, 2, 3)), second + (values**2).sum((0, 2, 3))
+        count += values[:, 0].size
+    average = np.asarray(first / count)
+    return Decoded(np.concatenate(made), average, np.sqrt(second / count - average**2))
+
+
+def psnr(pictures: np.ndarray, others: np.ndarray) -> Floats:
+    """Peak signal-to-noise ratios (N,) in dB, of uint8 (N, H, W, C): 20 log10(255 / RMS); 100 where all is equal."""
+    squared = (pictures.astype(np.float64) - others).reshape(len(pictures), -1) ** 2
+    return np.asarray(10 * np.log10(255**2 / np.maximum(squared.mean(1), 255**2 / 1e10)))
+
+
+def ssim(pictures: np.ndarray, others: np.ndarray) -> Floats:
+    """Structural similarities (N,), at most 1, by Gaussian windows of 11 pixels (Wang et al. 2004, eq. 13)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    found = []
+    for i in range(0, len(pictures), AT_ONCE):
+        made, real = (to_images(each[i : i + AT_ONCE]) for each in (others, pictures))
+        values: Any = structural_similarity_index_measure(made, real, data_range=2.0, reduction="none")
+        found.append(np.atleast_1d(values.numpy()))
+    return np.concatenate(found).astype(np.float64)
+
+
+def perceptual(distance: Callable[[Tensor, Tensor], Any], pictures: np.ndarray, others: np.ndarray) -> Floats:
+    """LPIPS (N,), of pictures in colour."""
+    found = []
+    for i in range(0, len(pictures), AT_ONCE):
+        found.append(distance(to_images(pictures[i : i + AT_ONCE]), to_images(others[i : i + AT_ONCE])).numpy())
+    return np.concatenate(found).astype(np.float64)

@@ -1,0 +1,72 @@
+"""Pictures drawn to be measured: in batches of one size, kept in a folder where there is one, so that others go on.
+
+Picture i of a list of prompts has seed `seed + i`. A batch of which one file is missing is drawn again whole, as the
+batch that a picture shares moves its last bits.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from latentdiff.errors import DataError
+from latentdiff.output import write_new
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+AT_ONCE = 32
+
+
+def draw(
+    pipe: LatentDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    folder: Path | None = None,
+    title: str = "drawing",
+    **settings: Any,
+) -> np.ndarray:
+    """A picture of each prompt, uint8 (N, H, W, C); prompts are words as they stand, without weights in them."""
+    at_once = min(AT_ONCE, settings.pop("batch_size", AT_ONCE))
+    asked = [prompt.strip() or " " for prompt in prompts]
+    batches = []
+    with tqdm(total=len(asked), desc=title, unit="picture", disable=None) as bar:
+        for first in range(0, len(asked), at_once):
+            some = asked[first : first + at_once]
+            files = [folder / f"{number:05d}.png" for number in range(first, first + len(some))] if folder else []
+            if files and all(file.is_file() for file in files):
+                batches.append(np.stack([read(file) for file in files]))
+            else:
+                settings_of = {"prompt_weights": False, **settings}
+                drawn = pipe(some, seed=seed + first, batch_size=at_once, output_type="np", **settings_of).images
+                batches.append(drawn)
+                for picture, file in zip(drawn, files, strict=False):
+                    write(picture, file)
+            bar.update(len(some))
+    return np.concatenate(batches)
+
+
+def write(picture: np.ndarray, file: Path) -> None:
+    """Uint8 (H, W, C) as a PNG, whole or not at all; one that is there stays."""
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(content, "PNG")
+    write_new(file, content.getvalue())
+
+
+def read(file: Path) -> np.ndarray:
+    """What `write` wrote, (H, W, C). Raises DataError."""
+    try:
+        pixels = np.asarray(Image.open(file))
+    except (OSError, ValueError):
+        raise DataError(f"a drawn picture cannot be read ({file}). Remove it; it is drawn again") from None
+    return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -1,0 +1,99 @@
+"""What pictures are compared by: the features of a network that looks at them, which says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentdiff.errors import ConfigError
+from latentdiff.images import to_images
+
+if TYPE_CHECKING:
+    from latentdiff.models.scorer import Scorer
+
+AT_ONCE = 32
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """pictures uint8 (B, H, W, 3) -> features (B, E), by a network of this name and sha256.
+
+    scorer: the same network's view of texts, where it has one.
+    """
+
+    name: str
+    hash: str
+    features: Callable[[np.ndarray], Floats]
+    scorer: Scorer | None = None
+
+    def of(self, pictures: np.ndarray) -> Floats:
+        """Features (N, E) of uint8 (N, H, W, C), in batches of one size: a row does not depend on the others."""
+        rows = []
+        for first in range(0, len(pictures), AT_ONCE):
+            some = coloured(pictures[first : first + AT_ONCE])
+            lacking = AT_ONCE - len(some)
+            filled = np.concatenate([some, np.zeros((lacking, *some.shape[1:]), np.uint8)]) if lacking else some
+            rows.append(self.features(filled)[: len(some)])
+        return np.concatenate(rows)
+
+
+def of_clip(scorer: Scorer, name: str, sha256: str) -> Extractor:
+    """CLIP's unit embeddings."""
+    import torch
+
+    @torch.no_grad()
+    def features(pictures: np.ndarray) -> Floats:
+        images = to_images(pictures).to(scorer.mean.device)
+        return np.asarray(scorer.images(images).cpu().float().numpy())
+
+    return Extractor(name, sha256, features, scorer)
+
+
+def of_model(folder: Path, text_encoder: Path | None = None) -> Extractor:
+    """The CLIP that a model of ours carries beside its networks. Raises ConfigError where it has none.
+
+    text_encoder: where the text encoder that it shares its words with lies, if that is not the model's folder yet.
+    """
+    from latentdiff.models.folder import file_hash
+    from latentdiff.models.scorer import WEIGHTS, load_own_scorer
+
+    if not (folder / "clip").is_dir():
+        raise ConfigError(f"this model has no CLIP of its own ({folder}). Name one by --features")
+    return of_clip(load_own_scorer(folder, text_encoder), "the model's own CLIP", file_hash(folder / "clip" / WEIGHTS))
+
+
+def named(path: Path) -> Extractor:
+    """A folder in open_clip's format, a model folder that has a CLIP, or a safetensors file of FID's Inception.
+
+    Raises ConfigError, ModelError, UnsafeError.
+    """
+    from latentdiff.models.folder import file_hash
+    from latentdiff.models.perception import load_inception
+    from latentdiff.models.scorer import WEIGHTS, load_scorer
+
+    if path.is_file():
+        return _of_inception(load_inception(path), file_hash(path))
+    if (path / "clip").is_dir():
+        return of_model(path)
+    return of_clip(load_scorer(path), f"open_clip {path.name}", file_hash(path / WEIGHTS))
+
+
+def _of_inception(network: Callable[..., object], sha256: str) -> Extractor:
+    import torch
+
+    def features(pictures: np.ndarray) -> Floats:
+        found = network(torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))))
+        return np.asarray(found)
+
+    return Extractor("Inception v3, pool 2048", sha256, features)
+
+
+def coloured(pictures: np.ndarray) -> np.ndarray:
+    """Grey pictures with three channels that are the same."""
+    return pictures if pictures.shape[-1] == 3 else pictures.repeat(3, -1)

@@ -1,0 +1,82 @@
+"""GenEval's prompts drawn as its evaluator reads them (Ghosh et al. 2023; its file `evaluation_metadata.jsonl`).
+
+OUT/00000/metadata.jsonl       the prompt's own line
+OUT/00000/samples/0000.png     and 0001, 0002, 0003
+OUT/00000/grid.png             the four beside each other
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from latentdiff.errors import DataError
+from latentdiff.evaluation.drawn import read, write
+from latentdiff.output import write_new
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+PICTURES = 4  # a prompt
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+def read_prompts(file: Path) -> list[dict[str, Any]]:
+    """The lines of the file: each has a `tag` and a `prompt`. Raises DataError."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not valid UTF-8'})") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(f"{file.name} line {number} is not valid JSON") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise DataError(f'{file.name} line {number} has no "prompt"')
+        if row.get("tag") not in TAGS:
+            raise DataError(f'{file.name} line {number}: "tag" is none of {", ".join(TAGS)} (got {row.get("tag")!r})')
+        found.append(row)
+    if not found:
+        raise DataError(f"{file} has no prompts")
+    return found
+
+
+def draw_prompts(
+    pipe: LatentDiffusionPipeline, prompts: Sequence[dict[str, Any]], folder: Path, *, seed: int, **settings: Any
+) -> list[np.ndarray]:
+    """Draw four pictures of each prompt, with seeds that go on counting; those that are there stay. Their grids.
+
+    Raises DataError where the folder has another file's prompts.
+    """
+    grids = []
+    for index, row in enumerate(tqdm(prompts, "GenEval", unit="prompt", disable=None)):
+        place = folder / f"{index:05d}"
+        _note(place / "metadata.jsonl", row)
+        files = [place / "samples" / f"{number:04d}.png" for number in range(PICTURES)]
+        if not all(file.is_file() for file in files):
+            asked = {"num_images_per_prompt": PICTURES, "batch_size": PICTURES, "prompt_weights": False, **settings}
+            drawn = pipe(row["prompt"], seed=seed + PICTURES * index, output_type="np", **asked).images
+            for picture, file in zip(drawn, files, strict=True):
+                write(picture, file)
+        grid = np.concatenate([read(file) for file in files], 1)
+        write(grid, place / "grid.png")
+        grids.append(grid)
+    return grids
+
+
+def _note(file: Path, row: dict[str, Any]) -> None:
+    said = (json.dumps(row) + "\n").encode()
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_new(file, said)
+    elif file.read_bytes() != said:
+        raise DataError(f"{file} is of another prompt. Name another folder")

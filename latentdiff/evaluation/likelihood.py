@@ -1,0 +1,169 @@
+"""The likelihood of captioned pictures under a model: a bound in bits per dimension, with captions and without.
+
+A latent model says of 8-bit pixels x, z being the latents (Kingma & Welling 2014, eq. 3; Vahdat et al. 2021, eq. 2)
+
+    -log p(x)  <=  E[-log p(x | z)]  -  H(q(z | x))  +  E[-log p(z)]        z ~ q(z | x)
+
+decoder: p(x | z) is a discretised Laplace density around the decoded picture. Decoders give no width; the one that fits
+the other half of the pictures best is taken, so that no picture chooses its own.
+latents: -log p(z) is bounded by the diffusion itself, in its three terms (see diffusion/bound.py).
+A model without an autoencoder is bounded on its pixels by those alone.
+
+Everything is computed by torch in float32. One sample of z, and the noise and times of the bound, are keyed by the
+picture: with captions and without, and under two models of the same latents, the draws are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from latentdiff.diffusion import noise
+from latentdiff.diffusion.bound import Errors, Predict, bits, discretised, errors_of
+from latentdiff.diffusion.denoiser import x0_from
+from latentdiff.errors import ModelError, NonFiniteError
+from latentdiff.models.context import Context, stacked
+from latentdiff.models.prompt import Style
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+Floats = NDArray[np.float64]
+AT_ONCE = 16  # pictures
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of N pictures. decoder: -log p(x | z), entropy: H(q(z | x)), both (N,) nats; zeros without an autoencoder.
+
+    cond and uncond: the bound on the latents with each picture's caption and with the empty one.
+    """
+
+    cond: Errors
+    uncond: Errors
+    decoder: Floats
+    entropy: Floats
+    dimensions: int
+    """Values of a picture, H W C."""
+
+    def bits(self, errors: Errors, variance: str = "small") -> Floats:
+        """The bound on the pixels, (N,) bits per dimension."""
+        nats = self.decoder - self.entropy + errors.total(variance)
+        return np.asarray(bits(nats, self.dimensions))
+
+    def gain(self, variance: str = "small") -> Floats:
+        """What the captions are worth, (N,) bits per dimension: on the same draws."""
+        return self.bits(self.uncond, variance) - self.bits(self.cond, variance)
+
+
+def likelihood(
+    pipe: LatentDiffusionPipeline, pictures: np.ndarray, captions: Sequence[str], *, times: int, seed: int = 0
+) -> Likelihood:
+    """Bound N pictures uint8 (N, H, W, 3), each at `times` drawn times beside the first.
+
+    pipe: torch's, in float32. Raises ModelError for an autoencoder that has no posterior, NonFiniteError.
+    """
+    from latentdiff.models.autoencoder import IdentityAutoencoder
+
+    if not pipe.autoencoder.has_posterior:
+        raise ModelError("a tiny VAE has no posterior, so pixels have no likelihood")
+    plain = isinstance(pipe.autoencoder, IdentityAutoencoder)
+    dimensions = math.prod(pictures.shape[1:3]) * pipe.image_channels
+    found: list[tuple[Errors, Errors]] = []
+    for x0, rows in tqdm(_latents(pipe, pictures, seed), "likelihood", -(-len(pictures) // AT_ONCE), disable=None):
+        shown = _contexts(pipe, [captions[row] for row in rows], pictures.shape[1:3])
+        empty = _contexts(pipe, [""] * len(rows), pictures.shape[1:3])
+        asked: dict[str, Any] = {"count": times, "seed": seed, "samples": rows, "pixels": plain}
+        cond, uncond = (errors_of(_predict(pipe, each), x0, pipe.schedule, **asked) for each in (shown, empty))
+        found.append((cond, uncond))
+    cond, uncond = (Errors.joined(parts) for parts in zip(*found, strict=True))
+    decoder, entropy = np.zeros((2, len(pictures))) if plain else _autoencoder(pipe, pictures, seed)
+    made = Likelihood(cond, uncond, decoder, entropy, dimensions)
+    for errors in (cond, uncond):
+        if not np.isfinite(made.bits(errors)).all():
+            raise NonFiniteError("the likelihood is not finite. The model's weights may be damaged")
+    return made
+
+
+def _latents(pipe: LatentDiffusionPipeline, pictures: np.ndarray, seed: int) -> Iterator[tuple[Tensor, list[int]]]:
+    """A sample of the posterior of each picture, (B, C, h, w), and the pictures' numbers."""
+    for first in range(0, len(pictures), AT_ONCE):
+        rows = list(range(first, min(first + AT_ONCE, len(pictures))))
+        mean, log_variance = _posterior(pipe, pictures[rows])
+        yield _sampled(mean, log_variance, seed, rows), rows
+
+
+def _posterior(pipe: LatentDiffusionPipeline, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+    import torch
+
+    with torch.no_grad():
+        return pipe.autoencoder.encode(pipe.as_images(pictures))
+
+
+def _sampled(mean: Tensor, log_variance: Tensor, seed: int, rows: Sequence[int]) -> Tensor:
+    draws = np.stack([noise.normal(tuple(mean.shape[1:]), seed, "bound posterior", row) for row in rows])
+    return mean + (0.5 * log_variance).exp() * mean.new_tensor(draws)
+
+
+def _autoencoder(pipe: LatentDiffusionPipeline, pictures: np.ndarray, seed: int) -> tuple[Floats, Floats]:
+    """-log p(x | z) and H(q(z | x)), (N,) nats each."""
+    halves = np.arange(len(pictures)) % 2
+    errors, entropy = [], []
+    for found, entropies in _decoded(pipe, pictures, seed):
+        errors += [np.abs(x - mean).mean() for x, mean in found]
+        entropy += entropies
+    off = np.array(errors)
+    widths = [off[halves != half].mean() for half in halves]  # the best of a Laplace density is the mean error
+    decoder: list[float] = []
+    for found, _ in _decoded(pipe, pictures, seed):
+        for x, mean in found:
+            decoder.append(-discretised(x, mean, widths[len(decoder)], "laplace").sum())
+    return np.array(decoder), np.array(entropy)
+
+
+def _decoded(
+    pipe: LatentDiffusionPipeline, pictures: np.ndarray, seed: int
+) -> Iterator[tuple[list[tuple[np.ndarray, np.ndarray]], list[float]]]:
+    """(picture, decoded sample), (C, H, W) each in [-1, 1], and the posterior's entropy, a batch at a time."""
+    import torch
+
+    for first in range(0, len(pictures), AT_ONCE):
+        rows = list(range(first, min(first + AT_ONCE, len(pictures))))
+        mean, log_variance = _posterior(pipe, pictures[rows])
+        entropy = 0.5 * (log_variance.double() + math.log(2 * math.pi * math.e)).flatten(1).sum(1)
+        with torch.no_grad():
+            decoded = pipe.autoencoder.decode(_sampled(mean, log_variance, seed, rows)).cpu().numpy()
+        yield list(zip(pipe.as_images(pictures[rows]).cpu().numpy(), decoded, strict=True)), entropy.tolist()
+
+
+def _contexts(pipe: LatentDiffusionPipeline, captions: Sequence[str], size: tuple[int, ...]) -> Context:
+    """Captions as training reads them: no weights in them, cut where the text encoder ends."""
+    clip_skip = pipe.card.defaults.get("clip_skip")
+    style = Style(False, False, clip_skip)
+    rows = {caption: pipe.text_encoder.context(caption, style, least=1) for caption in dict.fromkeys(captions)}
+    context = stacked([rows[caption] for caption in captions])
+    if pipe.unet.reads_sizes:
+        context = replace(context, sizes=np.array([[*size, 0, 0, *size]] * len(captions), np.float32))
+    return context.mapped(pipe.array)
+
+
+def _predict(pipe: LatentDiffusionPipeline, context: Context) -> Predict:
+    """The network as the bound asks it: rows at times of their own."""
+    import torch
+
+    prepared = pipe.unet.prepared(context)
+
+    def predict(x: Tensor, times: NDArray[np.int64]) -> Tensor:
+        output = pipe.unet.predict(x, torch.as_tensor(times, device=x.device), prepared)
+        rows = zip(output, x, times, strict=True)
+        return torch.stack([x0_from(pipe.prediction, row, at, pipe.schedule.level(int(t))) for row, at, t in rows])
+
+    return predict

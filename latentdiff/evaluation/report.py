@@ -1,0 +1,194 @@
+"""A report of one model or of two side by side: its sections, measured once each, and what is written of them.
+
+OUT/metrics.json        every figure, with settings and versions
+OUT/report.html         the same as a page of its own, with plots and pictures
+OUT/A, OUT/B            of each model: what is kept so that an interrupted evaluation goes on
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from latentdiff import page
+from latentdiff.data.memo import read_memo, write_memo
+from latentdiff.evaluation import sections
+from latentdiff.evaluation.drawn import read, write
+from latentdiff.evaluation.result import Figure, Result, as_tree, finite, from_tree
+from latentdiff.evaluation.sections import Against, Asked, Subject
+from latentdiff.evaluation.sweep import of_sweep
+from latentdiff.output import write_json
+from latentdiff.plots import as_figure
+
+PAGE, METRICS = "report.html", "metrics.json"
+
+
+@dataclass(frozen=True)
+class Section:
+    """How a section is measured, and what its figures mean."""
+
+    measure: Callable[[Subject, Against, Asked], Result]
+    said: str
+
+
+SECTIONS = {
+    "likelihood": Section(
+        sections.of_likelihood,
+        "How many bits a value of a held-out picture takes: an upper bound on -log2 p(x) by the diffusion's three terms"
+        " and the autoencoder's two. Captions that the model understands lower it. Without the suffix, under the"
+        " posterior's variance; all on the same draws of noise and time.",
+    ),
+    "distances": Section(
+        sections.of_distances,
+        "How far pictures drawn from the captions are from the real ones, by a network's features. The Frechet distance"
+        " is biased by the number of pictures: compare only equal ones. clip_score is 100 times the cosine of picture"
+        " and caption.",
+    ),
+    "composition": Section(
+        sections.of_composition,
+        "The share of pictures that show what their prompt says, in GenEval's six categories, as an oracle reads them."
+        " held_out: pairs of shape and colour that were never trained on. ceiling: rendered scenes through the"
+        " autoencoder.",
+    ),
+    "autoencoder": Section(
+        sections.of_autoencoder,
+        "What is lost by the autoencoder alone: held-out pictures encoded and decoded. Latents should have a standard"
+        " deviation near 1.",
+    ),
+    "diversity": Section(
+        sections.of_diversity,
+        "How different pictures of one prompt are, 1 minus the cosine of their features, beside those of different"
+        " prompts; and the number of different pictures, as it were (Vendi score), beside that of as many real ones."
+        " The rows shown are the least and the most diverse prompts.",
+    ),
+    "memorisation": Section(
+        sections.of_memorisation,
+        "Whether drawn pictures are copies: how near the nearest training picture is, beside how near it is to pictures"
+        " that were held out. Independent pictures have a share of 0.01.",
+    ),
+    "sweep": Section(
+        of_sweep,
+        "Guidance, steps and samplers against each other on the same captions and seeds; the time is of whole batches"
+        " on this machine, now.",
+    ),
+    "geneval": Section(
+        sections.of_geneval,
+        "Pictures of GenEval's own prompts, in the folders that its evaluator reads. Nothing of them is scored here.",
+    ),
+}
+
+
+def lacking(name: str, subject: Subject, against: Against) -> str | None:
+    """Why a section cannot be measured, None where it can."""
+    if name == "composition" and not against.scenes:
+        return "the oracle reads scenes of 64x64 pixels in colour alone"
+    if name == "memorisation" and against.training is None:
+        return "no pictures are known that the model was trained on (--training)"
+    if name == "geneval" and not against.prompts:
+        return "no prompts were given (--geneval)"
+    if name == "likelihood" and not subject.exact().autoencoder.has_posterior:
+        return "a tiny VAE has no posterior, so pixels have no likelihood"
+    return None
+
+
+def measure(name: str, subject: Subject, against: Against, asked: Asked, rules: Mapping[str, Any]) -> Result:
+    """One section of one model; what an earlier start measured under the same rules is not measured again."""
+    path, shown = subject.folder / f"{name}.json", subject.folder / name / "shown"
+    if kept := read_memo(path, rules):
+        tree = kept[0]
+        return from_tree(tree, [(read(shown / f"{n:02d}.png"), said) for n, said in enumerate(tree["shown"])])
+    began = time.monotonic()
+    found = SECTIONS[name].measure(subject, against, asked)
+    said = {**found.said, "seconds": round(time.monotonic() - began, 1)}
+    tree = {**as_tree(found), "said": said, "shown": [dict(told) for _, told in found.pictures]}
+    for number, (picture, _) in enumerate(found.pictures):
+        file = shown / f"{number:02d}.png"
+        file.unlink(missing_ok=True)
+        write(picture, file)
+    write_memo(path, rules, [tree])
+    return from_tree(tree, found.pictures)
+
+
+def write_report(
+    folder: Path,
+    subjects: Sequence[Subject],
+    found: Mapping[str, Sequence[Result]],
+    skipped: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> None:
+    """`found` has of each section a result for each model."""
+    names = [subject.name for subject in subjects]
+    tree: dict[str, Any] = {"settings": dict(settings), "skipped": dict(skipped), "models": []}
+    for number, subject in enumerate(subjects):
+        own = {name: _metrics(results[number]) for name, results in found.items()}
+        tree["models"].append({"name": subject.name, "hash": subject.pipe.card.hash, "sections": own})
+    write_json(folder / METRICS, finite(tree))
+    told = [page.Section(key, _words(value)) for key, value in settings.items()]
+    parts = [page.listed([page.Section("models", " | ".join(names)), *told])]
+    parts += [_chapter(name, names, results) for name, results in found.items()]
+    left = [page.Section(name, why) for name, why in skipped.items()]
+    parts += ["<h2>not measured</h2>", page.listed(left)] if left else []
+    title = " beside ".join(names)
+    (folder / PAGE).write_text(page.document(title, *parts), encoding="utf-8")
+
+
+def _metrics(result: Result) -> dict[str, Any]:
+    figures = {name: asdict(figure) for name, figure in result.figures.items()}
+    for figure in figures.values():
+        del figure["each"]
+    return {"figures": figures, "said": dict(result.said), "tables": [asdict(table) for table in result.tables]}
+
+
+def _chapter(name: str, names: Sequence[str], results: Sequence[Result]) -> str:
+    said = "; ".join(f"{key}: {_words(value)}" for key, value in results[0].said.items())
+    parts = [f"<h2>{page.escaped(name)}</h2><p>{page.escaped(SECTIONS[name].said)}</p>"]
+    parts.append(page.table(*_rows(names, [result.figures for result in results])))
+    parts.append(f"<p><small>{page.escaped(said)}</small></p>")
+    for model, result in zip(names, results, strict=True):
+        heading = [f"<h3>{page.escaped(model)}</h3>"] if len(names) > 1 else []
+        tables = [f"<h4>{page.escaped(each.title)}</h4>{page.table(each.head, each.rows)}" for each in result.tables]
+        figures = "".join(as_figure(plot) for plot in result.plots)
+        parts += [*heading, page.gallery(result.pictures, figures), *tables]
+    return "".join(parts)
+
+
+def _rows(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
+    """A line a figure, a column a model; of two models also how the second differs."""
+    both = len(names) == 2
+    head = ["", *names, "better"] + (["the second is"] if both else [])
+    rows = []
+    for name in figures[0]:
+        each = [found[name] for found in figures if name in found]
+        row = [name.replace("_", " "), *map(str, each), {"neither": ""}.get(each[0].better, each[0].better)]
+        rows.append([*row, compared(*each)] if both and len(each) == 2 else row)
+    return head, rows
+
+
+def compared(first: Figure, second: Figure) -> str:
+    """In a word, whether a second model's figure is worse, and by how much."""
+    if first.better == "neither":
+        return ""
+    by = second.worse(first)
+    if by.value == 0:
+        return "the same"
+    size = Figure(abs(by.value), by.error)
+    sure = by.error is None or abs(by.value) > 2 * by.error
+    return f"{'worse' if by.value > 0 else 'better'} by {size}" + ("" if sure else ", within the error")
+
+
+def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> str:
+    """A section for a terminal."""
+    head, rows = _rows(names, [result.figures for result in results])
+    lines = [f"{name} ({', '.join(f'{key} {_words(value)}' for key, value in results[0].said.items())})"]
+    widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
+    for row in rows:
+        lines.append("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
+    return "\n".join(lines)
+
+
+def _words(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,105 @@
+"""What a measurement says: figures with their errors and which way is better, how they were made, and what is seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from latentdiff.plots import Plot, Series
+
+Better = Literal["lower", "higher", "neither"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number, its standard error where one is known, and which way is better.
+
+    each: what it is the mean of, where another model's are of the same pictures and draws.
+    """
+
+    value: float
+    error: float | None = None
+    better: Better = "neither"
+    each: Sequence[float] = ()
+
+    def worse(self, than: Figure) -> Figure:
+        """By how much it is worse than another, below 0 where it is better; of the same draws with their own error."""
+        sign = 1 if self.better == "lower" else -1
+        if self.each and len(self.each) == len(than.each):
+            return mean(sign * (np.array(self.each) - np.array(than.each)))
+        errors = (self.error, than.error)
+        error = None if None in errors else float(np.hypot(*errors))  # type: ignore[arg-type]
+        return Figure(sign * (self.value - than.value), error)
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" + ("" if self.error is None else f" \N{PLUS-MINUS SIGN} {self.error:.2g}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words in rows, under a title."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one section. said: what the figures depend on; pictures: uint8 (H, W, C) with what is said of each."""
+
+    figures: Mapping[str, Figure]
+    said: Mapping[str, Any]
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[tuple[np.ndarray, Mapping[str, str]]] = field(default_factory=tuple)
+
+
+def mean(values: Any, better: Better = "neither", *, paired: bool = False) -> Figure:
+    """Of independent values, with its standard error; paired: another model's will be of the same draws."""
+    values = np.asarray(values, float)
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Figure(float(values.mean()), error, better, tuple(values.tolist()) if paired else ())
+
+
+def as_tree(result: Result) -> dict[str, Any]:
+    """All but the pictures, as JSON takes it: what is not finite is null."""
+    tree: dict[str, Any] = {
+        "figures": {name: asdict(figure) for name, figure in result.figures.items()},
+        "said": dict(result.said),
+    }
+    tree |= {"plots": [asdict(plot) for plot in result.plots], "tables": [asdict(table) for table in result.tables]}
+    return dict(finite(tree))
+
+
+def from_tree(tree: Mapping[str, Any], pictures: Sequence[tuple[np.ndarray, Mapping[str, str]]] = ()) -> Result:
+    """What `as_tree` made."""
+    figures = {name: Figure(**_nan(figure)) for name, figure in tree["figures"].items()}
+    plots = [Plot(**{**plot, "series": [Series(**_nan(each)) for each in plot["series"]]}) for plot in tree["plots"]]
+    return Result(figures, tree["said"], plots, [Table(**table) for table in tree["tables"]], pictures)
+
+
+def finite(value: Any) -> Any:
+    """As JSON takes it: null where a number is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [finite(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _nan(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Null where a number was not finite; an error may be unknown."""
+
+    def back(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [back("", item) for item in value]
+        return math.nan if value is None and key != "error" else value
+
+    return {key: back(key, value) for key, value in tree.items()}

@@ -1,0 +1,265 @@
+"""The sections of a report: each measures one thing of one model, against the same pictures for every model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentdiff.diffusion.bound import bits
+from latentdiff.evaluation import autoencoder as compressing
+from latentdiff.evaluation import geneval
+from latentdiff.evaluation.composition import ceiling, evaluate_composition
+from latentdiff.evaluation.distances import distances, frechet, nearest, vendi
+from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.features import Extractor
+from latentdiff.evaluation.likelihood import Likelihood, likelihood
+from latentdiff.evaluation.result import Figure, Result, Table, mean
+from latentdiff.plots import Plot, Series
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentdiff.models.scorer import Scorer
+    from latentdiff.pipeline import LatentDiffusionPipeline
+
+SHOWN = 12  # pictures a section
+PICTURES_A_PROMPT = 4
+CURVE_BINS = 25
+Say = tuple[np.ndarray, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured. exact: its networks by torch in float32; folder: where its pictures are kept."""
+
+    name: str
+    pipe: LatentDiffusionPipeline
+    exact: Callable[[], LatentDiffusionPipeline]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Against:
+    """What it is measured by: captioned pictures uint8 (N, H, W, 3) that it has not been trained on, and networks.
+
+    training: pictures that it has been trained on. scorer: CLIP, for how well pictures and captions agree.
+    """
+
+    pictures: np.ndarray
+    captions: Sequence[str]
+    extractor: Extractor
+    scorer: Scorer | None = None
+    training: np.ndarray | None = None
+    lpips: Callable[[Tensor, Tensor], Any] | None = None
+    prompts: Sequence[dict[str, Any]] = ()
+    scenes: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How much is measured, from which seed, and by which settings of drawing."""
+
+    seed: int = 0
+    times: int = 8
+    settings: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+def of_likelihood(subject: Subject, against: Against, asked: Asked) -> Result:
+    """Bits per dimension of a quarter of the pictures."""
+    count = min(len(against.pictures), max(16, len(against.pictures) // 4))
+    found = likelihood(
+        subject.exact(), against.pictures[:count], against.captions[:count], times=asked.times, seed=asked.seed
+    )
+    figures = {}
+    for variance in ("small", "large"):
+        suffix = "" if variance == "small" else "_large_variance"
+        for name, errors in (("with_captions", found.cond), ("without_captions", found.uncond)):
+            figures[f"bits_per_dimension_{name}{suffix}"] = mean(found.bits(errors, variance), "lower", paired=True)
+        figures[f"gain_by_captions{suffix}"] = mean(found.gain(variance), "higher", paired=True)
+    said = {"pictures": count, "times": asked.times, "arithmetic": "torch in float32"}
+    said |= {"dimensions": found.dimensions, "latent dimensions": found.cond.dimensions}
+    return Result(figures | _terms(found), said, [_curve(found, subject.exact().schedule.T)])
+
+
+def _terms(found: Likelihood) -> dict[str, Figure]:
+    """What the bound with captions is the sum of, in bits per dimension of a picture."""
+    terms = {
+        "term_prior": found.cond.prior,
+        "term_denoising": found.cond.denoising(),
+        "term_denoising_without_captions": found.uncond.denoising(),
+        "term_reconstruction": found.cond.reconstruction,
+        "term_decoder": found.decoder,
+        "term_posterior": -found.entropy,
+    }
+    figures = {name: mean(bits(nats, found.dimensions)) for name, nats in terms.items()}
+    per_latent = mean(bits(found.cond.total(), found.cond.dimensions))
+    return figures | {"latents_bits_per_latent_dimension": per_latent}
+
+
+def _curve(found: Likelihood, timesteps: int) -> Plot:
+    edges = np.unique(np.linspace(1, timesteps, CURVE_BINS + 1).astype(int)).tolist()
+    middles = [(low + high) / 2 for low, high in pairwise(edges)]
+    series = [
+        Series(name, middles, bits(errors.curve(edges), found.dimensions).tolist())
+        for name, errors in (("with captions", found.cond), ("without", found.uncond))
+    ]
+    return Plot("the denoising term at each time", "t", "bits per dimension", series, log="y")
+
+
+def of_distances(subject: Subject, against: Against, asked: Asked) -> Result:
+    """A picture of every caption, and how far they are from the pictures of the captions."""
+    folder = subject.folder / "drawn"
+    drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
+    figures = measured(drawn, against)
+    pictures: list[Say] = []
+    for row in range(min(SHOWN, len(drawn))):
+        pictures.append((drawn[row], {"drawn": against.captions[row]}))
+        pictures.append((against.pictures[row], {"real": against.captions[row]}))
+    return Result(figures, {"pictures": len(drawn), **_extractor(against)}, pictures=pictures)
+
+
+def measured(drawn: np.ndarray, against: Against) -> dict[str, Figure]:
+    """Every distance of drawn pictures from those that their captions are of: in training and after it the same."""
+    extractor = against.extractor
+    features, real = (extractor.of(pictures) for pictures in (drawn, against.pictures))
+    figures = distances(features, real, unit=extractor.scorer is not None)
+    if against.scorer is not None:
+        figures["clip_score"] = mean(clip_scores(against.scorer, against.captions, drawn), "higher", paired=True)
+        figures["clip_score_of_real"] = mean(clip_scores(against.scorer, against.captions, against.pictures))
+    return figures
+
+
+def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -> np.ndarray:
+    """100 max(cosine, 0) (Hessel et al. 2021, eq. 1, with w = 100), (N,)."""
+    from latentdiff.evaluation.features import AT_ONCE, coloured
+    from latentdiff.images import to_images
+
+    found = []
+    for first in range(0, len(pictures), AT_ONCE):
+        images = to_images(coloured(pictures[first : first + AT_ONCE])).to(scorer.mean.device)
+        found.append(scorer.score(captions[first : first + AT_ONCE], images).cpu().numpy())
+    return np.asarray(100 * np.concatenate(found).clip(0, None))
+
+
+def of_composition(subject: Subject, against: Against, asked: Asked) -> Result:
+    """GenEval's six categories as the oracle reads them, a tenth of the pictures a category."""
+    count = max(PICTURES_A_PROMPT, len(against.pictures) // 10)
+    score = partial(evaluate_composition, subject.pipe, pictures=count, seed=asked.seed, **asked.settings)
+    scores = {"": score(), "held_out": score(held_out=True), "ceiling": ceiling(subject.exact(), pictures=count)}
+    figures: dict[str, Figure] = {}
+    for title, found in scores.items():
+        suffix = f"_{title}" if title else ""
+        figures[f"composition{suffix}"] = Figure(found.overall, found.error, "higher")
+        for name, share in found.categories.items():
+            figures[f"{name}{suffix}"] = Figure(share.mean, share.error, "higher")
+    pictures = [(row, {"": name}) for name, rows in scores[""].pictures.items() for row in rows[:2]]
+    return Result(figures, {"pictures a category": count, "reader": "oracle"}, pictures=pictures)
+
+
+def of_autoencoder(subject: Subject, against: Against, asked: Asked) -> Result:
+    """The pictures encoded and decoded, by torch in float32."""
+    real = against.pictures
+    found = compressing.decoded(subject.exact(), real)
+    originals = real if found.pictures.shape[-1] == 3 else _grey(real)
+    figures = {
+        "psnr": mean(compressing.psnr(originals, found.pictures), "higher", paired=True),
+        "reconstruction_frechet": Figure(
+            frechet(against.extractor.of(found.pictures), against.extractor.of(originals)), better="lower"
+        ),
+        "latent_mean": Figure(float(np.abs(found.mean).max())),
+        "latent_std_least": Figure(float(found.std.min())),
+        "latent_std_most": Figure(float(found.std.max())),
+    }
+    if min(real.shape[1:3]) >= compressing.SMALLEST:
+        figures["ssim"] = mean(compressing.ssim(originals, found.pictures), "higher", paired=True)
+    if against.lpips is not None:
+        figures["lpips"] = mean(compressing.perceptual(against.lpips, originals, found.pictures), "lower", paired=True)
+    pictures: list[Say] = []
+    for row in np.argsort(compressing.psnr(originals, found.pictures))[: SHOWN // 2]:
+        pictures += [(originals[row], {"original": ""}), (found.pictures[row], {"decoded": "one of the worst"})]
+    channels = [f"{m:+.3f} / {s:.3f}" for m, s in zip(found.mean, found.std, strict=True)]
+    table = Table("latents", ["channel", "mean / std"], [[str(n), told] for n, told in enumerate(channels)])
+    return Result(figures, {"pictures": len(real), **_extractor(against)}, tables=[table], pictures=pictures)
+
+
+def of_diversity(subject: Subject, against: Against, asked: Asked) -> Result:
+    """Four pictures of a prompt beside each other, for a twentieth of the captions."""
+    count = max(4, len(against.captions) // 20)
+    prompts = [caption for caption in against.captions[:count] for _ in range(PICTURES_A_PROMPT)]
+    folder = subject.folder / "diversity"
+    drawn = draw(subject.pipe, prompts, seed=asked.seed, folder=folder, title="diversity", **asked.settings)
+    features = against.extractor.of(drawn)
+    units = features / np.linalg.norm(features, axis=1, keepdims=True)
+    groups = units.reshape(-1, PICTURES_A_PROMPT, units.shape[-1])
+    upper = np.triu_indices(PICTURES_A_PROMPT, 1)
+    apart = [float((1 - group @ group.T)[upper].mean()) for group in groups]
+    real = against.extractor.of(against.pictures[: len(drawn)])
+    figures = {
+        "distance_within_a_prompt": mean(apart),
+        "distance_between_prompts": Figure(_between(units[::PICTURES_A_PROMPT])),
+        "vendi": Figure(vendi(features[::PICTURES_A_PROMPT])),
+        "vendi_of_real": Figure(vendi(real[:count])),
+    }
+    order = np.argsort(apart)
+    chosen = [*order[:2], *order[-2:]]
+    pictures = [
+        (np.concatenate(list(drawn[4 * row : 4 * row + 4]), 1), {f"{apart[row]:.3f}": prompts[4 * row]})
+        for row in chosen
+    ]
+    return Result(figures, {"prompts": count, "pictures a prompt": 4, **_extractor(against)}, pictures=pictures)
+
+
+def _between(units: np.ndarray) -> float:
+    upper = np.triu_indices(len(units), 1)
+    return float((1 - units @ units.T)[upper].mean())
+
+
+def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
+    """The training picture that every drawn one is nearest to, beside how near pictures are that were held out.
+
+    A copy would be nearer than held-out pictures are; a share of 0.01 is what independent pictures have.
+    """
+    assert against.training is not None
+    folder = subject.folder / "drawn"
+    drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
+    training = against.extractor.of(against.training)
+    where, near = nearest(against.extractor.of(drawn), training)
+    _, real = nearest(against.extractor.of(against.pictures), training)
+    nearer = near > np.quantile(real, 0.99)
+    figures = {
+        "cosine_to_nearest_training_picture": mean(near),
+        "cosine_of_held_out_pictures": mean(real),
+        "share_nearer_than_99_of_100_held_out": mean(nearer, "lower"),
+    }
+    pictures: list[Say] = []
+    for row in np.argsort(-near)[: SHOWN // 2]:
+        pictures.append((drawn[row], {f"drawn, {near[row]:.4f}": against.captions[row]}))
+        pictures.append((against.training[where[row]], {"trained on": ""}))
+    said = {"pictures": len(drawn), "training pictures": len(training), **_extractor(against)}
+    return Result(figures, said, pictures=pictures)
+
+
+def of_geneval(subject: Subject, against: Against, asked: Asked) -> Result:
+    """GenEval's own prompts, for its evaluator; nothing is scored here."""
+    folder = subject.folder / "geneval"
+    grids = geneval.draw_prompts(subject.pipe, against.prompts, folder, seed=asked.seed, **asked.settings)
+    said = {"prompts": len(grids), "pictures a prompt": geneval.PICTURES, "layout": "NNNNN/samples/NNNN.png"}
+    pictures = [(grid, {"": row["prompt"]}) for grid, row in zip(grids[:SHOWN], against.prompts, strict=False)]
+    return Result({}, said, pictures=pictures)
+
+
+def _extractor(against: Against) -> dict[str, str]:
+    return {"features": against.extractor.name, "features sha256": against.extractor.hash}
+
+
+def _grey(pictures: np.ndarray) -> np.ndarray:
+    from latentdiff.images import luminance
+
+    return luminance(pictures)

@@ -1,0 +1,98 @@
+"""Settings of drawing against each other: what each is worth and what it takes, and which none beats in both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from latentdiff.data.memo import read_memo, write_memo
+from latentdiff.evaluation.distances import frechet
+from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.result import Figure, Result, Table
+from latentdiff.evaluation.sections import Against, Asked, Subject, clip_scores
+from latentdiff.plots import Plot, Series
+
+GRID: dict[str, tuple[Any, ...]] = {
+    "guidance_scale": (1.0, 2.0, 4.0),
+    "num_inference_steps": (5, 10, 20),
+    "sampler": ("ddim", "dpmpp_2m", "unipc"),
+}
+
+
+def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every choice of one value each."""
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+def of_sweep(subject: Subject, against: Against, asked: Asked) -> Result:
+    """Every combination of the grid on a fifth of the captions: Frechet distance, CLIP score, seconds a picture."""
+    count = max(16, len(against.captions) // 5)
+    captions, real = against.captions[:count], against.extractor.of(against.pictures)
+    draw(subject.pipe, captions[:32], seed=asked.seed, title="warming up", num_inference_steps=2)
+    cells = []
+    for chosen in combinations(asked.grid):
+        cells.append((chosen, _cell(subject, against, asked, captions, real, chosen)))
+    best = pareto([(cell["seconds"], cell["frechet"]) for _, cell in cells])
+    fastest = cells[best[0]][1]["seconds"]
+    return Result(
+        {"settings_on_the_front": Figure(len(best)), "seconds_of_the_fastest": Figure(fastest)},
+        {"pictures a setting": len(captions), "against": len(real), "features": against.extractor.name},
+        [_plot(cells, best)],
+        [_table(cells, best)],
+    )
+
+
+def _cell(
+    subject: Subject, against: Against, asked: Asked, captions: Sequence[str], real: np.ndarray, chosen: dict[str, Any]
+) -> dict[str, float]:
+    """The figures of one combination, measured once."""
+    name = " ".join(f"{key}={value}" for key, value in chosen.items())
+    path = subject.folder / "sweep" / f"{name.replace('/', '-')}.json"
+    rules = [chosen, asked.settings, len(captions), against.extractor.hash]
+    if kept := read_memo(path, rules):
+        return dict(kept[0])
+    began = time.perf_counter()
+    drawn = draw(subject.pipe, captions, seed=asked.seed, title=name, **{**asked.settings, **chosen})
+    seconds = (time.perf_counter() - began) / len(captions)
+    found = {"seconds": seconds, "frechet": frechet(against.extractor.of(drawn), real)}
+    if against.scorer is not None:
+        found["clip_score"] = float(clip_scores(against.scorer, captions, drawn).mean())
+    write_memo(path, rules, [found])
+    return found
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The numbers of the points that no other is as low as in both and lower in one, by their first coordinate."""
+    found: list[int] = []
+    for number in sorted(range(len(points)), key=lambda n: points[n]):
+        if not found or points[number][1] < points[found[-1]][1]:
+            found.append(number)
+    return found
+
+
+def _plot(cells: Sequence[tuple[dict[str, Any], dict[str, float]]], best: Sequence[int]) -> Plot:
+    front = [cells[number] for number in best]
+    seconds = [cell["seconds"] for _, cell in cells]
+    series = [
+        Series("settings", seconds, [cell["frechet"] for _, cell in cells], joined=False),
+        Series(
+            "none is better in both",
+            [cell["seconds"] for _, cell in front],
+            [cell["frechet"] for _, cell in front],
+            named=[" ".join(map(str, chosen.values())) for chosen, _ in front],
+        ),
+    ]
+    return Plot("quality against time", "seconds a picture", "Frechet distance", series, log="xy")
+
+
+def _table(cells: Sequence[tuple[dict[str, Any], dict[str, float]]], best: Sequence[int]) -> Table:
+    head = [*cells[0][0], *cells[0][1], "on the front"]
+    rows = [
+        [*map(str, chosen.values()), *(f"{value:.4g}" for value in cell.values()), "yes" if number in best else ""]
+        for number, (chosen, cell) in enumerate(cells)
+    ]
+    return Table("every setting", head, rows)

@@ -1,0 +1,81 @@
+"""A page of its own: sections of what is said, figures, and pictures with what is said of each. No file but itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+PAGE = '<!doctype html><meta charset="utf-8"><meta name="generator" content="latentdiff">'  # how each begins
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what is said under it in a line, and the lines that list it."""
+
+    title: str
+    said: str
+    lines: tuple[str, ...] = ()
+
+
+STYLE = (
+    "body{font:15px system-ui;margin:2em}th,td{text-align:left;vertical-align:top;padding:0 1.5em 0 0}"
+    "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px;margin:1em 0}"
+    "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}figcaption{font-size:12px}b{color:#777}"
+    ".plot,.plot img{width:540px;max-width:100%}.number{text-align:right}"
+)
+
+
+def as_html(
+    title: str, found: Sequence[Section], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = ""
+) -> str:
+    """A page of sections, figures in HTML, then pictures uint8 (H, W, C) with what is said of each."""
+    return document(title, listed(found), gallery(sheet, figures))
+
+
+def document(title: str, *parts: str) -> str:
+    """A page of parts in HTML."""
+    head = f"{PAGE}<title>{escaped(title)}</title><style>{STYLE}</style>"
+    return f"{head}<h1>{escaped(title)}</h1>{''.join(parts)}\n"
+
+
+def listed(found: Sequence[Section]) -> str:
+    """Sections as the rows of a table."""
+    rows = []
+    for section in found:
+        lines = "".join(f"<li>{escaped(line)}</li>" for line in section.lines)
+        rows.append(f"<tr><th>{escaped(section.title)}</th><td>{escaped(section.said)}<ul>{lines}</ul></td></tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of words; all but the first column are set as numbers."""
+
+    def cells(kind: str, row: Sequence[str]) -> str:
+        first, *others = map(escaped, row)
+        return f"<tr><{kind}>{first}" + "".join(f'<{kind} class="number">{other}' for other in others)
+
+    return f"<table>{cells('th', head)}{''.join(cells('td', row) for row in rows)}</table>"
+
+
+def gallery(sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = "") -> str:
+    """Figures in HTML, then pictures uint8 (H, W, C) with what is said of each, side by side."""
+    return f"<main>{figures}{''.join(_figure(pixels, said) for pixels, said in sheet)}</main>"
+
+
+def _figure(pixels: np.ndarray, said: Mapping[str, str]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    lines = "".join(f"<div><b>{escaped(key)}</b> {escaped(value)}</div>" for key, value in said.items())
+    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{lines}</figcaption></figure>'
+
+
+def escaped(text: str) -> str:
+    """As HTML shows it; what is no character is written out."""
+    return html.escape(text.encode("utf-8", "backslashreplace").decode())

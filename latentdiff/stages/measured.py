@@ -1,0 +1,60 @@
+"""The pictures that a model is measured by: held out, squares of one size, in an order of nothing but themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from latentdiff.config import Settings
+from latentdiff.data.buckets import bucket_table
+from latentdiff.data.captions import CaptionRule
+from latentdiff.data.pictures import PictureSet
+from latentdiff.data.survey import Picture, Survey
+from latentdiff.evaluation.features import coloured
+from latentdiff.stages.examples import Examples
+from latentdiff.stages.pictures import by_identity, look
+from latentdiff.stages.scenes import Scenes
+
+LARGEST = 2**30  # bytes of training pictures
+TRAINED = 4  # training pictures for one that is held out
+
+
+def held_out(config: Settings, count: int, found: Survey | None = None) -> tuple[Examples, Examples | None]:
+    """At most `count` captioned pictures to measure by, and where they are known some that were trained on.
+
+    Of scenes those of a purpose of their own; of the user's pictures those that validation holds out, or where it holds
+    out none the first by their identity, of which nobody knows whether they were trained on. found: their survey, where
+    it was made before. Raises DataError.
+    """
+    trained_count = min(TRAINED * count, max(1, LARGEST // (3 * config.image_size**2)))
+    if config.data.kind == "scenes":
+        sets = (Scenes(config, "evaluation scene", count), Scenes(config, "training scene", trained_count))
+        held, trained = (Examples(scenes, config.seed, grey=config.data.grey) for scenes in sets)
+        return held, trained
+    survey = found or look(config).sound(config.data.pictures.skip_bad)
+    chosen, held_count = by_identity(survey.pictures), config.data.pictures.validation_pictures
+    if not held_count:
+        return _squares(config, survey, chosen[:count]), None
+    ids = {picture.id for picture in chosen[:held_count]}
+    rest = [picture for picture in chosen if picture.id not in ids]
+    return _squares(config, survey, chosen[: min(count, held_count)]), _squares(config, survey, rest[:trained_count])
+
+
+def _squares(config: Settings, survey: Survey, pictures: Sequence[Picture]) -> Examples:
+    """From the middle of each, with its first caption, once."""
+    settings = config.data.pictures
+    stream = survey.listing.records if survey.listing.streamed else None
+    once = list({picture.id: picture for picture in pictures}.values())
+    table = bucket_table(config.image_size, None, settings.bucket_max_aspect)
+    chosen = PictureSet(once, table, settings.background_color, settings.max_pixels, stream)
+    rule = CaptionRule("first", templates=settings.captions.templates[:1], prefix=settings.captions.prefix)
+    return Examples(chosen, config.seed, rule, grey=config.data.grey)
+
+
+def shown(examples: Examples) -> tuple[np.ndarray, list[str]]:
+    """All of them: uint8 (N, H, W, 3), and the captions."""
+    rows = range(len(examples))
+    wanted = [(row, examples.view(row, 0)) for row in rows]
+    pixels = {number: examples.toned(each) for number, each in examples.pictures.each(wanted)}
+    return coloured(np.stack([pixels[row] for row in rows])), [examples.caption(row, 0) for row in rows]
