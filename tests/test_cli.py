@@ -57,17 +57,6 @@ def test_info_of_a_model(command, tiny_model):
     assert told["parameters"]["total"] == sum(v for k, v in told["parameters"].items() if k != "total")
 
 
-def test_composition_scores(command, tiny_model, tmp_path):
-    words = ("evaluate", "composition", tiny_model, "--pictures", 4, "-o", tmp_path / "scores.json")
-    text = command(*words).stdout
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    for title in ("model", "held out", "ceiling"):
-        shares = [scores[title][c]["mean"] for c in ("single", "two", "counting", "colors", "position", "binding")]
-        assert scores[title]["overall"] == pytest.approx(np.mean(shares))
-        assert f"overall       {np.mean(shares):.3f}" in text
-    assert scores["model"]["single"]["error"] is None, "one prompt has no spread"
-
-
 @pytest.fixture
 def call(call):
     """Exit code and stderr."""
@@ -197,20 +186,6 @@ def test_numbers_go_on_after_five_digits(call, tiny_model):
     assert names == ["100000-1.png", "100001-1.png", "99999-1.png"]
 
 
-def test_figures_are_not_overwritten_nor_lost(call, tiny_model, tmp_path):
-    Path("scores.json").write_text("precious")
-    for output in ("scores.json", "nowhere/scores.json"):
-        code, err = call("evaluate", "composition", tiny_model, "--pictures", 4, "-o", output)
-        assert (code, err) == (2, f"error: cannot write to {output}: it exists, or its folder does not\n")
-    assert Path("scores.json").read_text() == "precious"
-
-
-def test_figures_for_an_unwritable_place_are_refused_before_drawing(call):
-    code, err = call("evaluate", "composition", "nowhere", "--pictures", 4, "-o", "/proc/scores.json")
-    assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith("error: cannot write to /proc/scores.json (")
-
-
 def test_the_end_of_memory_is_told_in_one_line(call, monkeypatch):
     """On a CPU torch raises a bare RuntimeError."""
 
@@ -236,15 +211,6 @@ def test_a_full_disk_stops_convert_in_one_line(call, tiny_model):
     assert (code, err.count("\n")) == (6, 1)
     assert err.startswith("error: ")
     assert not Path("copy").exists()
-
-
-def test_composition_of_another_size_is_refused(call, tiny_model, tmp_path):
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    card = json.loads((model / "latentdiff.json").read_text())
-    (model / "latentdiff.json").write_text(json.dumps(card | {"size": [128, 96]}))
-    code, err = call("evaluate", "composition", model, "--pictures", 4)
-    assert code == 4
-    assert "composition is read from pictures of 64x64 in colour, not of 96x128, 3 channels" in err
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a": "\\ud800"}'])

@@ -108,7 +108,7 @@ def evaluate(
     models = [_Model(path, how, embedding or [], own=number == 0) for number, path in enumerate(_both(model, compare))]
     with locked(report, "measuring"):
         against, config = _against(models[0], data, pictures, training, features, lpips, geneval)
-        asked = Asked(seed, times, drawing, grid)
+        asked = Asked(seed, times, drawing | _sized(models, against.pictures.shape[1]), grid)
         subjects = [
             Subject(name, each.pipe, each.exact, report / letter)
             for each, name, letter in zip(models, _titles(models), "AB", strict=False)
@@ -180,6 +180,12 @@ class _Model:
 
 def _both(model: str | None, compare: str | None) -> list[str | None]:
     return [model] if compare is None else [model, compare]
+
+
+def _sized(models: Sequence[_Model], side: int) -> dict[str, int]:
+    """Pictures are drawn as large as those that they are compared with."""
+    own = {model.pipe.card.size for model in models}
+    return {} if own == {(side, side)} else {"height": side, "width": side}
 
 
 def _titles(models: Sequence[_Model]) -> list[str]:

@@ -31,13 +31,14 @@ class Extractor:
     hash: str
     features: Callable[[np.ndarray], Floats]
     scorer: Scorer | None = None
+    at_once: int = AT_ONCE
 
     def of(self, pictures: np.ndarray) -> Floats:
         """Features (N, E) of uint8 (N, H, W, C), in batches of one size: a row does not depend on the others."""
         rows = []
-        for first in range(0, len(pictures), AT_ONCE):
-            some = coloured(pictures[first : first + AT_ONCE])
-            lacking = AT_ONCE - len(some)
+        for first in range(0, len(pictures), self.at_once):
+            some = coloured(pictures[first : first + self.at_once])
+            lacking = self.at_once - len(some)
             filled = np.concatenate([some, np.zeros((lacking, *some.shape[1:]), np.uint8)]) if lacking else some
             rows.append(self.features(filled)[: len(some)])
         return np.concatenate(rows)
@@ -91,7 +92,7 @@ def _of_inception(network: Callable[..., object], sha256: str) -> Extractor:
         found = network(torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))))
         return np.asarray(found)
 
-    return Extractor("Inception v3, pool 2048", sha256, features)
+    return Extractor("Inception v3, pool 2048", sha256, features, at_once=8)  # it enlarges them to 299 pixels
 
 
 def coloured(pictures: np.ndarray) -> np.ndarray:

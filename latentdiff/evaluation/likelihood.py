@@ -67,7 +67,7 @@ class Likelihood:
 def likelihood(
     pipe: LatentDiffusionPipeline, pictures: np.ndarray, captions: Sequence[str], *, times: int, seed: int = 0
 ) -> Likelihood:
-    """Bound N pictures uint8 (N, H, W, 3), each at `times` drawn times beside the first.
+    """Bound N > 1 pictures uint8 (N, H, W, 3), each at `times` drawn times beside the first.
 
     pipe: torch's, in float32. Raises ModelError for an autoencoder that has no posterior, NonFiniteError.
     """
@@ -75,6 +75,8 @@ def likelihood(
 
     if not pipe.autoencoder.has_posterior:
         raise ModelError("a tiny VAE has no posterior, so pixels have no likelihood")
+    if len(pictures) < 2:
+        raise ValueError("a likelihood is of two pictures at least: each has the other's width")
     plain = isinstance(pipe.autoencoder, IdentityAutoencoder)
     dimensions = math.prod(pictures.shape[1:3]) * pipe.image_channels
     found: list[tuple[Errors, Errors]] = []

@@ -127,11 +127,11 @@ def write_report(
         own = {name: _metrics(results[number]) for name, results in found.items()}
         tree["models"].append({"name": subject.name, "hash": subject.pipe.card.hash, "sections": own})
     write_json(folder / METRICS, finite(tree))
-    told = [page.Section(key, _words(value)) for key, value in settings.items()]
-    parts = [page.listed([page.Section("models", " | ".join(names)), *told])]
-    parts += [_chapter(name, names, results) for name, results in found.items()]
+    told = [page.Section(key, "", tuple(_lines(value))) for key, value in settings.items()]
+    parts = [_chapter(name, names, results) for name, results in found.items()]
     left = [page.Section(name, why) for name, why in skipped.items()]
     parts += ["<h2>not measured</h2>", page.listed(left)] if left else []
+    parts += ["<h2>settings</h2>", page.listed(told)]
     title = " beside ".join(names)
     (folder / PAGE).write_text(page.document(title, *parts), encoding="utf-8")
 
@@ -192,3 +192,12 @@ def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> str:
 
 def _words(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _lines(value: Any) -> list[str]:
+    """A setting, a line for each of several."""
+    if isinstance(value, Mapping):
+        return [f"{key}: {_words(item)}" for key, item in value.items()]
+    if isinstance(value, list):
+        return [line for item in value for line in (_lines(item) or ["nothing"])]
+    return [_words(value)]

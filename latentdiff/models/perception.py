@@ -18,7 +18,7 @@ from torch import Tensor
 from latentdiff.errors import ModelError, UnsafeError
 from latentdiff.models.folder import is_pickle, loading
 
-_BACKBONES = {"alex": 384, "squeeze": 128, "vgg": 256}  # by how many channels the third part of LPIPS weighs
+_BACKBONES = {"alex": 256, "squeeze": 384, "vgg": 512}  # by how many channels the fourth part of LPIPS weighs
 
 
 def load_inception(file: Path) -> Callable[[Tensor], Tensor]:
@@ -52,7 +52,7 @@ def load_lpips(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
     with loading("LPIPS", file):
         from torchmetrics.functional.image.lpips import _LPIPS
 
-        width = state["lin2.model.1.weight"].shape[1] if "lin2.model.1.weight" in state else None
+        width = state["lin3.model.1.weight"].shape[1] if "lin3.model.1.weight" in state else None
         kind: Any = next((name for name, channels in _BACKBONES.items() if channels == width), None)
         if kind is None:
             raise ModelError(f"these are no weights of LPIPS ({file}). It has lin0 to lin4 beside its network")

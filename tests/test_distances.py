@@ -1,0 +1,173 @@
+"""Distances between sets of features: identities, closed forms, and torchmetrics on the same features."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import cKDTree
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
+
+from latentdiff.evaluation.distances import (
+    cmmd,
+    distances,
+    frechet,
+    frechet_extrapolated,
+    kernel,
+    nearest,
+    precision_recall,
+    vendi,
+)
+
+
+def normal(count, width, seed, mean=0.0, std=1.0):
+    return mean + std * np.random.default_rng(seed).normal(size=(count, width))
+
+
+class Given(nn.Module):
+    """The features themselves, for a metric that wants a network."""
+
+    num_features = 6
+
+    def forward(self, x):
+        return x
+
+
+@pytest.fixture
+def sets():
+    return normal(300, 6, 0).astype(np.float32), normal(300, 6, 1, 0.3, 1.4).astype(np.float32)
+
+
+def test_frechet_identities(sets):
+    a, b = sets
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-6)
+    shift = np.arange(6) / 10
+    assert frechet(a, a + shift) == pytest.approx((shift**2).sum(), rel=1e-5)
+    mean, spread = a.mean(0), np.cov(a, rowvar=False).trace()
+    assert frechet(a, 2 * a) == pytest.approx((mean**2).sum() + spread, rel=1e-5)  # tr(C + 4 C - 2 sqrt(4 C C))
+
+
+def test_frechet_of_known_gaussians():
+    """N(0, I) from N(0, 4 I): d, as N grows."""
+    assert frechet(normal(200_000, 4, 0), normal(200_000, 4, 1, std=2.0)) == pytest.approx(4, rel=0.02)
+
+
+def test_frechet_as_torchmetrics_has_it(sets):
+    theirs = FrechetInceptionDistance(feature=Given(), normalize=True)
+    theirs.set_dtype(torch.float64)
+    for values, real in zip(sets, (True, False), strict=True):
+        theirs.update(torch.from_numpy(values), real=real)
+    assert frechet(*sets) == pytest.approx(float(theirs.compute()), rel=1e-4)
+
+
+def test_frechet_bias_of_finite_samples():
+    """2 d / N + d (d + 1) / (2 N) for N of N(0, I_d) on both sides; extrapolated, it is gone."""
+    d, count = 6, 1500
+    pairs = [(normal(count, d, 2 * n), normal(count, d, 2 * n + 1)) for n in range(60)]
+    found = np.array([frechet(*pair) for pair in pairs])
+    error = found.std(ddof=1) / math.sqrt(len(found))
+    assert abs(found.mean() - (2 * d / count + d * (d + 1) / (2 * count))) < 3 * error + 2e-4  # the next order
+    assert found.mean() > 20 * error
+    limit = np.array([frechet_extrapolated(*pair) for pair in pairs])
+    assert abs(limit.mean()) < 3 * limit.std(ddof=1) / math.sqrt(len(limit))
+
+
+def kernel_of_moments(first, second):
+    """E (a b + 1)^3 of independent a and b with these moments of order 1, 2, 3."""
+    return first[2] * second[2] + 3 * first[1] * second[1] + 3 * first[0] * second[0] + 1
+
+
+def test_kernel_of_known_distributions():
+    """N(0, 1) from N(m, 1) in one dimension, by their moments; and no bias where they are the same."""
+    m = 0.5
+    still, moved = (0, 1, 0), (m, 1 + m**2, m**3 + 3 * m)
+    exact = kernel_of_moments(still, still) + kernel_of_moments(moved, moved) - 2 * kernel_of_moments(still, moved)
+    found = kernel(normal(20_000, 1, 0), normal(20_000, 1, 1, m))
+    assert abs(found.value - exact) < 3 * found.error
+    assert found.error < 0.1 * exact
+    none = kernel(normal(20_000, 3, 2), normal(20_000, 3, 3))
+    assert abs(none.value) < 3 * none.error
+
+
+def test_kernel_as_torchmetrics_has_it(sets):
+    """The mean over the same blocks."""
+    blocks = [[torch.from_numpy(each[i : i + 30]).double() for i in range(0, 300, 30)] for each in sets]
+    theirs = [float(poly_mmd(blocks[0][n], blocks[1][(n + 1) % 10])) for n in range(10)]
+    found = kernel(*sets)
+    assert found.value == pytest.approx(np.mean(theirs), rel=1e-6)
+    assert found.error == pytest.approx(np.std(theirs, ddof=1) / math.sqrt(10), rel=1e-6)
+
+
+def test_pictures_of_the_same_captions_do_not_lower_the_kernel():
+    """Sets whose rows go together are as far apart as others of their distributions."""
+    pairs = [normal(200, 4, seed) for seed in range(40)]
+    found = np.array([kernel(each, each).value for each in pairs])
+    assert abs(found.mean()) < 3 * found.std(ddof=1) / math.sqrt(len(found))
+
+
+def test_cmmd_by_loops(sets):
+    units = [each[:40] / np.linalg.norm(each[:40], axis=1, keepdims=True) for each in sets]
+
+    def mean_of(a, b):
+        return np.mean([[math.exp(-((x - y) ** 2).sum() / 200) for y in b] for x in a])
+
+    a, b = units
+    wanted = 1000 * (mean_of(a, a) + mean_of(b, b) - 2 * mean_of(a, b))
+    assert cmmd(a, b) == pytest.approx(wanted, rel=1e-6)
+    assert cmmd(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_and_recall_by_trees():
+    drawn, real = normal(200, 3, 0), normal(250, 3, 1, 0.5)
+
+    def inside(points, others):
+        """The share of points in the ball of any other one, whose radius is as far as its 3rd nearest."""
+        radii = cKDTree(others).query(others, 4)[0][:, 3]
+        return np.mean([(np.linalg.norm(others - point, axis=1) <= radii).any() for point in points])
+
+    assert precision_recall(drawn, real) == pytest.approx((inside(drawn, real), inside(real, drawn)), abs=1e-6)
+    assert precision_recall(drawn, drawn) == (1, 1)
+    assert precision_recall(drawn, drawn + 100) == (0, 0)
+    precision, recall = precision_recall(0.01 * drawn, real)
+    assert precision == 1
+    assert recall < 0.1
+
+
+def test_vendi():
+    assert vendi(np.ones((5, 3))) == pytest.approx(1)
+    assert vendi(np.eye(7)) == pytest.approx(7)
+    assert vendi(3 * np.repeat(np.eye(2), 4, 0)) == pytest.approx(2)
+    assert vendi(np.repeat(np.eye(2), [6, 2], 0)) == pytest.approx(
+        math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    )
+
+
+def test_nearest():
+    where, cosines = nearest(np.array([[2.0, 0], [1, 1]]), np.array([[0, 5.0], [-1, 0], [3, 3]]))
+    assert where.tolist() == [2, 2]
+    assert cosines == pytest.approx([math.sqrt(0.5), 1])
+
+
+def test_which_are_told():
+    """CMMD of CLIP's embeddings alone; an extrapolation only where there are pictures enough."""
+    a, b = normal(64, 8, 0), normal(64, 8, 1)
+    assert distances(a, b, unit=True).keys() == {
+        "frechet",
+        "frechet_extrapolated",
+        "kernel",
+        "precision",
+        "recall",
+        "cmmd",
+    }
+    assert distances(a[:24], b[:24], unit=False).keys() == {"frechet", "kernel", "precision", "recall"}
+    assert {name: figure.better for name, figure in distances(a, b, unit=True).items()} == {
+        "frechet": "lower",
+        "frechet_extrapolated": "lower",
+        "kernel": "lower",
+        "precision": "higher",
+        "recall": "higher",
+        "cmmd": "lower",
+    }

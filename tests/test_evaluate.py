@@ -1,0 +1,401 @@
+"""`latentdiff evaluate`: every section, one report, and what happens when it is stopped, asked wrongly or damaged."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.config import load_config
+from latentdiff.diffusion import noise
+from latentdiff.errors import DataError
+from latentdiff.evaluation.autoencoder import decoded, psnr, ssim
+from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.features import of_model
+from latentdiff.evaluation.geneval import read_prompts
+from latentdiff.evaluation.report import compared
+from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
+from latentdiff.evaluation.sweep import combinations, pareto
+from latentdiff.plots import Plot, Series, as_figure
+from latentdiff.stages.measured import held_out, shown
+
+from .conftest import ROOT
+from .forked import train
+
+QUICK = ("--pictures", 16, "--times", 1, "--runtime", "torch", "--steps", 2)
+EVERYTHING = ["likelihood", "distances", "composition", "autoencoder", "diversity", "memorisation", "sweep", "geneval"]
+PROMPTS = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [], "prompt": "two clocks"},
+]
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def figures(folder, section, model=0):
+    return {name: f["value"] for name, f in metrics(folder)["models"][model]["sections"][section]["figures"].items()}
+
+
+@pytest.fixture(scope="module")
+def whole_report(command, tiny_model, tmp_path_factory):
+    """All that can be measured of the tiny model: the folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("report") / "out"
+    prompts = folder.parent / "evaluation_metadata.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    sweep = ("--sweep", "guidance_scale=1,2", "--sweep", "sampler=ddim,unipc")
+    done = command("evaluate", tiny_model, "-o", folder, *QUICK, *sweep, "--geneval", prompts)
+    return folder, done
+
+
+def test_a_whole_report(whole_report):
+    folder, done = whole_report
+    told = metrics(folder)
+    assert list(told["models"][0]["sections"]) == EVERYTHING
+    assert told["skipped"] == {}
+    assert done.stdout.splitlines()[-1] == str(folder / "report.html")
+    for section in told["models"][0]["sections"].values():
+        assert section["said"]["seconds"] >= 0
+        for name, figure in section["figures"].items():
+            assert np.isfinite(figure["value"]), name
+            assert figure["better"] in ("lower", "higher", "neither")
+    found = figures(folder, "likelihood")
+    total = sum(found[f"term_{name}"] for name in ("prior", "denoising", "reconstruction", "decoder", "posterior"))
+    assert total == pytest.approx(found["bits_per_dimension_with_captions"], rel=1e-9)
+    categories = figures(folder, "composition")
+    six = ("single", "two", "counting", "colors", "position", "binding")
+    for suffix in ("", "_held_out", "_ceiling"):
+        shares = [categories[name + suffix] for name in six]
+        assert categories["composition" + suffix] == pytest.approx(np.mean(shares))
+    assert told["settings"]["pictures"] == 16
+    assert len(told["settings"]["features sha256"]) == 64
+    assert "torch" in told["settings"]["versions"]
+
+
+class Page(HTMLParser):
+    """What a page loads, its headings and words."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.tags, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_stands_alone(whole_report):
+    folder, _ = whole_report
+    page = Page((folder / "report.html").read_text())
+    assert all(value.startswith("data:image/") for value in page.loads)
+    assert "script" not in page.tags
+    assert set(EVERYTHING) < set(page.words)
+    assert page.tags.count("img") > 40
+    for name, figure in metrics(folder)["models"][0]["sections"]["distances"]["figures"].items():
+        assert name.replace("_", " ") in page.words
+        assert any(word.startswith(f"{figure['value']:.4g}") for word in page.words)
+
+
+def test_measured_once(whole_report, command, tiny_model):
+    """The same command measures nothing again; another section is added to the same folder."""
+    folder, _ = whole_report
+    before = {path: path.stat().st_mtime_ns for path in (folder / "A").rglob("*.*")}
+    sweep = ("--sweep", "guidance_scale=1,2", "--sweep", "sampler=ddim,unipc")
+    prompts = folder.parent / "evaluation_metadata.jsonl"
+    told = metrics(folder)
+    done = command("evaluate", tiny_model, "-o", folder, *QUICK, *sweep, "--geneval", prompts)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "A").rglob("*.*")} == before
+    assert metrics(folder) == told
+    assert "distances" in done.stdout
+
+
+def test_geneval_reads_what_was_drawn(whole_report):
+    """As its evaluator walks a folder: digits name the prompts, digits the pictures; each line is its own prompt."""
+    folder, _ = whole_report
+    places = [path for path in sorted((folder / "A" / "geneval").iterdir()) if path.is_dir() and path.name.isdigit()]
+    assert [path.name for path in places] == ["00000", "00001"]
+    for place, row in zip(places, PROMPTS, strict=True):
+        assert json.loads((place / "metadata.jsonl").read_text()) == row
+        names = sorted(path.name for path in (place / "samples").iterdir())
+        assert names == ["0000.png", "0001.png", "0002.png", "0003.png"]
+        assert all(re.match(r"\d+\.png", name) for name in names)
+        pictures = [np.asarray(Image.open(place / "samples" / name)) for name in names]
+        assert all(picture.shape == (64, 64, 3) for picture in pictures)
+        assert not np.array_equal(pictures[0], pictures[1])
+        assert np.array_equal(np.asarray(Image.open(place / "grid.png")), np.concatenate(pictures, 1))
+
+
+def test_pictures_are_those_of_the_pipeline(whole_report, tiny_model, pipe):
+    """Each drawn from its caption, with seeds that count."""
+    folder, _ = whole_report
+    _, captions = shown(held_out(load_config(None), 16)[0])
+    drawn = draw(pipe, captions, seed=0, num_inference_steps=2)
+    kept = [np.asarray(Image.open(path)) for path in sorted((folder / "A" / "drawn").iterdir())]
+    assert np.array_equal(drawn, np.stack(kept))
+    one = pipe(captions[3], seed=3, num_inference_steps=2, output_type="np").images[0]
+    assert np.abs(one.astype(int) - kept[3]).max() <= 1
+
+
+def test_one_that_was_interrupted_ends_the_same(whole_report, command, tiny_model, tmp_path):
+    """Half of the pictures and sections are gone: what is made again is what was there."""
+    folder, _ = whole_report
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    for name in ("A/distances.json", "A/memorisation.json", "A/drawn/00003.png", "metrics.json", "report.html"):
+        (cut / name).unlink()
+    sweep = ("--sweep", "guidance_scale=1,2", "--sweep", "sampler=ddim,unipc")
+    prompts = folder.parent / "evaluation_metadata.jsonl"
+    command("evaluate", tiny_model, "-o", cut, *QUICK, *sweep, "--geneval", prompts)
+    for section in EVERYTHING:
+        assert figures(cut, section) == figures(folder, section)
+    assert (cut / "A/drawn/00003.png").read_bytes() == (folder / "A/drawn/00003.png").read_bytes()
+
+
+def test_training_measures_the_same(begun, command, tmp_path):
+    """The last validation's distances, to the last digit."""
+    few = (
+        "denoiser.training.max_train_steps=4",
+        "denoiser.training.validation_steps=4",
+        "denoiser.distance_pictures=24",
+    )
+    code, err = train(begun, "--stage", "denoiser", *[word for each in few for word in ("--set", each)]).ended()
+    assert code == 0, err
+    last = json.loads((begun / "denoiser" / "log.jsonl").read_text().splitlines()[-1])
+    words = ("--pictures", 24, "--runtime", "torch", "--only", "distances", "--data", begun / "config.toml")
+    command("evaluate", begun / "model", "-o", tmp_path / "out", *words)
+    found = figures(tmp_path / "out", "distances")
+    assert {"frechet", "kernel", "precision", "recall", "cmmd", "clip_score"} < found.keys()
+    for name, value in found.items():
+        assert last[name] == value, name
+
+
+def damaged(model, folder, share):
+    """A copy with noise in the weights of the U-Net and the autoencoder."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("openvino"))
+    for part in ("unet", "vae"):
+        (file,) = (folder / part).glob("*.safetensors")
+        state = load_file(file)
+        for number, (name, tensor) in enumerate(state.items()):
+            if tensor.ndim > 1:
+                eps = torch.from_numpy(noise.normal(tuple(tensor.shape), 0, part, number))
+                state[name] = (tensor + share * tensor.float().std() * eps).to(tensor.dtype)
+        file.unlink()
+        save_file(state, file)
+    return folder
+
+
+def test_two_models(command, tiny_model, tmp_path):
+    """A damaged copy beside its original: on the same draws, and worse where a barely trained model can be."""
+    other = damaged(tiny_model, tmp_path / "damaged", 0.5)
+    words = ("--only", "likelihood,autoencoder,distances", "--compare", other)
+    done = command("evaluate", tiny_model, "-o", tmp_path / "out", *QUICK, *words)
+    both = metrics(tmp_path / "out")["models"]
+    assert [model["name"] for model in both] == ["model", "damaged"]
+    for name in ("bits_per_dimension_with_captions", "bits_per_dimension_without_captions"):
+        first, second = (figures(tmp_path / "out", "likelihood", model)[name] for model in (0, 1))
+        assert second > first
+    assert figures(tmp_path / "out", "autoencoder", 1)["psnr"] < figures(tmp_path / "out", "autoencoder")["psnr"]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("  psnr "))
+    assert "worse by" in line
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "the second is" in page
+    assert "worse by" in page
+
+
+@pytest.mark.slow
+def test_the_default_model_damaged_is_worse_in_every_figure(command, tmp_path):
+    other = damaged(ROOT / "assets" / "scenes-64", tmp_path / "damaged", 0.15)
+    words = ("--only", "likelihood,distances,composition,autoencoder", "--compare", other)
+    done = command("evaluate", "-o", tmp_path / "out", "--pictures", 160, "--times", 4, *words)
+    told = [line for line in done.stdout.splitlines() if re.search(r"  (lower|higher) ", line)]
+    assert len(told) > 30
+    assert all("worse by" in line for line in told), "\n".join(told)
+
+
+def test_own_pictures(command, tiny_model, tmp_path, folders):
+    """A folder, a model of another kind, and by whose features."""
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = []
+    for number in range(18):
+        Image.fromarray(rng.integers(0, 256, (70, 90, 3), np.uint8)).save(data / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": f"picture (number) {number}"}))
+    (data / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    words = ("--only", "distances,autoencoder,likelihood", "--data", data)
+    done = command("evaluate", folders["1"], "-o", tmp_path / "out", *QUICK, *words)
+    told = metrics(tmp_path / "out")
+    assert told["settings"]["features"] == "the model's own CLIP"
+    assert told["settings"]["pictures"] == 16
+    assert "clip_score" in figures(tmp_path / "out", "distances")
+    assert "not measured" not in done.stderr
+    again = command("evaluate", folders["1"], "-o", tmp_path / "out2", *QUICK, "--only", "memorisation", check=False)
+    assert again.returncode == 0, "scenes are known"
+    refused = command(
+        "evaluate", folders["1"], "-o", tmp_path / "o3", *QUICK, "--data", data, "--only", "memorisation", check=False
+    )
+    assert refused.returncode == 2
+    assert "memorisation cannot be measured: no pictures are known" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--only", "likelyhood"), "unknown section 'likelyhood' (did you mean likelihood?); one of likelihood, "),
+        (("--sweep", "guidance_scale"), "--sweep is NAME=VALUE,VALUE, once a name (got 'guidance_scale')"),
+        (("--sweep", "guidance_scale=1,many"), "guidance_scale"),
+        (("--sweep", "steps_=1,2"), "steps_"),
+        (("--set", "seed=3"), "seed is the evaluation's own, and no setting of drawing"),
+        (("--steps", "0"), "num_inference_steps"),
+        (("--pictures", "3"), "3 is not in the range"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--features", "nowhere"), "no CLIP in open_clip's format there (nowhere)"),
+        (("--lpips", "nowhere"), "cannot load nowhere"),
+        (("--geneval", "nowhere"), "nowhere cannot be read (No such file or directory)"),
+        (("--compare", "nowhere"), "nowhere"),
+        (("-o", "/proc/report"), "cannot write to /proc/report"),
+        (("-o", "a-file"), "a-file is a file. Name a folder for the report"),
+        (("-o", "mine"), "mine is a folder of yours; nothing is written among it. Name another"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(call, tiny_model, words, said):
+    Path("a-file").write_text("mine")
+    Path("mine").mkdir()
+    Path("mine/precious").write_text("mine")
+    code, _, err = call("evaluate", tiny_model, *words)
+    assert code in (2, 3, 4)
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert said in err
+    assert sorted(path.name for path in Path("mine").iterdir()) == ["precious"]
+
+
+def test_a_folder_of_another_report(call, tiny_model):
+    quick = (*QUICK, "--only", "autoencoder", "-o", "out")
+    assert call("evaluate", tiny_model, *quick)[0] == 0
+    before = {path: path.read_bytes() for path in Path("out").rglob("*.*") if path.is_file()}
+    code, _, err = call("evaluate", tiny_model, *quick, "--seed", 1)
+    assert code == 2
+    assert err == "error: out is a report of something else (seed 0 -> 1). Name another folder\n"
+    assert {path: path.read_bytes() for path in Path("out").rglob("*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "has no prompts"),
+        ("{", "line 1 is not valid JSON"),
+        ("[1]\n", 'line 1 has no "prompt"'),
+        ('{"tag": "counting", "prompt": " "}', 'line 1 has no "prompt"'),
+        ('\n{"tag": "shape", "prompt": "a"}', 'line 2: "tag" is none of single_object, two_object'),
+    ],
+)
+def test_prompts_that_are_not_genevals(content, said, tmp_path):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(DataError, match=re.escape(said)):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_psnr_and_ssim():
+    a = np.random.default_rng(0).integers(0, 200, (3, 16, 16, 3), np.uint8)
+    b = a + np.array([0, 5, 50], np.uint8)[:, None, None, None]
+    np.testing.assert_allclose(psnr(a, b), [100, 20 * np.log10(255 / 5), 20 * np.log10(255 / 50)])
+    found = ssim(a, b)
+    assert found[0] == pytest.approx(1, abs=1e-6)
+    assert found[0] > found[1] > found[2]
+
+
+def test_statistics_of_latents(pipe):
+    pictures, _ = shown(held_out(load_config(None), 20)[0])
+    found = decoded(pipe, pictures)
+    latents = np.concatenate([np.asarray(pipe.encode(pictures[n : n + 1])) for n in range(20)])
+    np.testing.assert_allclose(found.mean, latents.mean((0, 2, 3)), atol=1e-5)
+    np.testing.assert_allclose(found.std, latents.std((0, 2, 3)), rtol=1e-5)
+    assert np.array_equal(found.pictures[:2], pipe.reconstruct(pictures[:2]))
+
+
+def test_pareto():
+    assert pareto([(1, 5), (2, 6), (3, 2), (0.5, 9), (4, 2), (3, 3)]) == [3, 0, 2]
+    assert pareto([(1, 1)]) == [0]
+    assert combinations({"a": (1, 2), "b": ("x",)}) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
+
+
+def test_which_is_worse():
+    assert compared(Figure(1.0, 0.1, "lower"), Figure(2.0, 0.1, "lower")) == "worse by 1 \N{PLUS-MINUS SIGN} 0.14"
+    assert compared(Figure(1.0, None, "higher"), Figure(2.0, None, "higher")) == "better by 1"
+    assert compared(Figure(1.0, 1.0, "lower"), Figure(2.0, 1.0, "lower")).endswith(", within the error")
+    assert compared(Figure(1.0, better="lower"), Figure(1.0, better="lower")) == "the same"
+    assert compared(Figure(1.0), Figure(2.0)) == ""
+    values = np.random.default_rng(0).normal(0, 10, 50)
+    by = mean(values + 1, "lower", paired=True).worse(mean(values, "lower", paired=True))
+    assert (by.value, by.error) == pytest.approx((1, 0), abs=1e-9), "on the same draws their spread cancels"
+
+
+def test_a_result_as_json():
+    plot = Plot("p", "x", "y", [Series("s", [1.0, 2.0], [3.0, float("nan")], False, ["a", "b"])], "x")
+    found = Result({"f": Figure(1.0, None, "lower", (1.0, 2.0))}, {"n": np.int64(3)}, [plot])
+    tree = json.loads(json.dumps(as_tree(found), allow_nan=False))
+    back = from_tree(tree)
+    assert back.figures["f"].value == 1.0
+    assert back.figures["f"].error is None
+    assert list(back.figures["f"].each) == [1.0, 2.0]
+    assert back.said == {"n": 3}
+    assert np.isnan(back.plots[0].series[0].y[1])
+
+
+def test_plots_are_the_same_bytes_and_escaped():
+    plot = Plot(
+        "<b>", "x & y", "y", [Series("s", range(2000), np.arange(2000.0)), Series("t", [1], [2.0], False, ["n"])]
+    )
+    assert as_figure(plot) == as_figure(plot)
+    assert "<b>" not in as_figure(plot)
+    assert as_figure(Plot("none", "x", "y", [Series("s", [1.0], [float("nan")])])) == ""
+
+
+def test_held_out_pictures(tmp_path):
+    """Those that validation holds out, none of which are trained on; without them the first by identity."""
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"number {number}")
+    base = [("data.kind", "pictures"), ("data.pictures.source", str(tmp_path)), ("image_size", 16)]
+    held, trained = held_out(load_config(None, [*base, ("data.pictures.validation_pictures", 5)]), 100)
+    assert (len(held), len(trained)) == (5, 7)
+    captions = [shown(each)[1] for each in (held, trained)]
+    assert sorted(captions[0] + captions[1]) == sorted(f"number {n}" for n in range(12))
+    whole, none = held_out(load_config(None, base), 100)
+    assert none is None
+    assert shown(whole)[1][:5] == captions[0]
+    pixels, _ = shown(held_out(load_config(None, base), 3)[0])
+    assert pixels.shape == (3, 16, 16, 3)
+
+
+def test_features_do_not_depend_on_the_batch(tiny_model):
+    pictures, _ = shown(held_out(load_config(None), 40)[0])
+    extractor = of_model(tiny_model)
+    whole = extractor.of(pictures)
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, rtol=1e-5)
+    assert np.array_equal(extractor.of(pictures[32:]), whole[32:])
+    assert np.array_equal(extractor.of(pictures[:1]), whole[:1])
+
+
+def test_composition_of_the_tiny_model_is_read_from_its_pictures(whole_report, tiny_model):
+    """The command's figures are those of the function, with errors over prompts."""
+    from latentdiff.evaluation.composition import evaluate_composition
+
+    folder, _ = whole_report
+    pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
+    score = evaluate_composition(pipe, pictures=4, seed=0, num_inference_steps=2)
+    assert figures(folder, "composition")["composition"] == score.overall
