@@ -8,7 +8,7 @@ from .conftest import ROOT
 
 PACKAGE = ROOT / "latentdiff"
 LEAVES = ("diffusion", "models", "data", "config.py", "errors.py", "validation.py", "arrays.py", "recommended.py")
-SHARED = ("errors", "validation", "arrays", "recommended")  # what leaves may import
+SHARED = ("errors", "validation", "arrays", "recommended", "page")  # what leaves may import
 HOMES = {
     "diffusers": ("models", "pretrained.py"),
     "transformers": ("models",),
@@ -21,7 +21,20 @@ HOMES = {
     "openvino": ("runtime",),
     "tokenizers": ("runtime",),
     "typer": ("cli",),
-    "PIL": ("pipeline.py", "metadata.py", "picture_files.py", "reproduce.py", "drawing", "data", "stages"),
+    "torchmetrics": ("evaluation", "models"),
+    "torch_fidelity": ("evaluation", "models"),
+    "matplotlib": ("plots.py",),
+    "PIL": (
+        "pipeline.py",
+        "metadata.py",
+        "picture_files.py",
+        "reproduce.py",
+        "drawing",
+        "data",
+        "stages",
+        "page.py",
+        "evaluation",
+    ),
 }
 
 

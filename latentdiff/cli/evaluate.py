@@ -189,13 +189,13 @@ def _sized(models: Sequence[_Model], side: int) -> dict[str, int]:
 
 
 def _titles(models: Sequence[_Model]) -> list[str]:
-    """Their names, told apart."""
+    """Their names; of one name by where they lie too, or by a letter."""
     names = [model.pipe.card.name for model in models]
-    return (
-        names
-        if len(set(names)) == len(names)
-        else [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=False)]
-    )
+    if len(set(names)) < len(names):
+        places = [Path(model.path or "").name for model in models]
+        told = places if len(set(places)) == len(places) else "AB"
+        names = [f"{name} ({place or 'the default'})" for name, place in zip(names, told, strict=False)]
+    return names
 
 
 def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
@@ -244,9 +244,9 @@ def _check_folder(report: Path) -> None:
     """Refuse before any work what is no folder of ours. Raises ConfigError."""
     from latentdiff.output import check_writable
 
-    check_writable(report, report)
-    if report.exists() and not report.is_dir():
+    if report.is_file():
         raise ConfigError(f"{report} is a file. Name a folder for the report")
+    check_writable(report, report)
     if report.is_dir() and any(report.iterdir()) and not (report / SETTINGS).is_file():
         raise ConfigError(f"{report} is a folder of yours; nothing is written among it. Name another")
 

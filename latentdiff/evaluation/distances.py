@@ -40,11 +40,8 @@ def frechet_extrapolated(first: Array, second: Array, seed: int = 0) -> float:
     sizes = [int(share * count) for share in SHARES]
     found = []
     for size in sizes:
-        chosen = [
-            each[noise.permutation(len(each), seed, f"frechet {which}", size)[:size]]
-            for which, each in enumerate((first, second))
-        ]
-        found.append(frechet(*chosen))
+        chosen = noise.permutation(count, seed, "frechet", size)[:size]  # of both: rows of one caption go together
+        found.append(frechet(first[chosen], second[chosen]))
     return float(np.polyfit(1 / np.array(sizes), found, 1)[1])
 
 

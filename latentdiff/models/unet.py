@@ -214,6 +214,16 @@ class UNet(nn.Module):
         """
         self.model.set_attn_processor(AttnProcessor())
 
+    @contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """Without `use_plain_attention`: to the bit the outputs of a network that is loaded to draw."""
+        own = dict(self.model.attn_processors)
+        self.model.set_attn_processor(AttnProcessor2_0())
+        try:
+            yield
+        finally:
+            self.model.set_attn_processor(own)
+
     def save_memory(self) -> None:
         """Compute activations again in the backward pass instead of keeping them (Chen et al. 2016)."""
         self.model.enable_gradient_checkpointing()

@@ -126,6 +126,8 @@ def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draw
 def _measures(run: Run[Config]) -> Against:
     """What the distances are measured by: as `latentdiff evaluate` measures the finished model, to the last digit."""
     held, _ = held_out(run.config, run.config.denoiser.distance_pictures, run.data.found)
+    if not (run.folder / "model" / "clip").is_dir():
+        raise ConfigError(f"distance_pictures needs the CLIP of the same run ({run.folder}). Train that stage first")
     extractor = of_model(run.folder / "model", run.folder / "clip")
     assert extractor.scorer is not None
     extractor.scorer.to(run.accelerator.device)
@@ -148,7 +150,8 @@ def _report(
     else:
         rows = [_drawn(config, pipe, prompts) for prompts in _prompts(config, examples)]
     if against is not None:
-        drawn = draw(pipe, against.captions, seed=config.seed)
+        with pipe.unet.as_loaded():
+            drawn = draw(pipe, against.captions, seed=config.seed)
         numbers |= {name: figure.value for name, figure in measured(drawn, against).items()}
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
