@@ -180,6 +180,7 @@ def test_training_tells_what_it_found(trained):
     assert any("validation_loss" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_killed_in_buckets_goes_on_to_the_bit(trained, begun, sound):
     """In the middle of an accumulated step."""
     assert train(begun, sound, "--stage", "denoiser", hook=partial(forked.in_loss, "denoiser", 2 * 7))[0] == -9
@@ -187,6 +188,7 @@ def test_killed_in_buckets_goes_on_to_the_bit(trained, begun, sound):
     forked.assert_bitwise(trained[0], begun, ["denoiser"])
 
 
+@pytest.mark.slow
 def test_without_a_cache_the_same_is_learnt(trained, begun, sound):
     """To the bit, in buckets, mirrored, with workers."""
     changes = ["denoiser.cache=false", "denoiser.training.num_workers=2"]
@@ -197,6 +199,7 @@ def test_without_a_cache_the_same_is_learnt(trained, begun, sound):
     forked.assert_bitwise(trained[0], begun, ["denoiser"])
 
 
+@pytest.mark.slow
 def test_cached_ahead_by_jobs_and_streamed(trained, begun, sound, tmp_path):
     """Two jobs on another layout of the same pictures, read as a stream; then training encodes nothing itself."""
     table = as_parquet(tmp_path / "table", some_pictures(40))

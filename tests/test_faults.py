@@ -237,6 +237,7 @@ def test_without_caches_the_same_is_learnt(whole, begun):
     forked.assert_bitwise(whole, begun, ["denoiser"])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(whole, begun):
     assert denoiser(begun, changes=["denoiser.gradient_checkpointing=true"])[0] == 0
     (_, expected), (_, found) = forked.tensors_of(whole), forked.tensors_of(begun)
@@ -255,6 +256,7 @@ def test_a_full_disk_stops_the_run(whole, begun):
     assert_bitwise(whole, begun, ["denoiser"])
 
 
+@pytest.mark.slow
 def test_deterministic_kernels_are_the_same_on_a_cpu(whole, begun):
     """On a CPU every kernel is deterministic as it is; the switch costs nothing there and changes nothing."""
     code, err = denoiser(begun, "--deterministic")

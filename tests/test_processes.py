@@ -83,6 +83,7 @@ def test_a_killed_process_ends_all_and_the_rerun_is_bitwise_the_same(both, begun
     assert logged_steps(begun) == list(range(1, 14))
 
 
+@pytest.mark.slow
 def test_two_go_on_as_one(both, begun, tmp_path):
     """One warning; the samples and noise of the steps that are left, and their losses."""
     kill = partial(forked.in_loss, "denoiser", 8)

@@ -84,6 +84,7 @@ def test_networks_that_cannot_be_are_refused_before_training(change):
         build.check_networks(load_config(ROOT / "configs" / "scenes-tiny.toml", [change]))
 
 
+@pytest.mark.slow
 def test_pixel_space(tmp_path):
     """The identity autoencoder: the same code trains and draws small grey pictures, by the DDPM noise objective."""
     from PIL import Image

@@ -236,7 +236,7 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     figures = {
         "cosine_to_nearest_training_picture": mean(near),
         "cosine_of_held_out_pictures": mean(real),
-        "share_nearer_than_99_of_100_held_out": mean(nearer, "lower"),
+        "share_nearer_than_99_of_100_held_out": mean(nearer),
     }
     pictures: list[Say] = []
     for row in np.argsort(-near)[: SHOWN // 2]:
