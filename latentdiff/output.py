@@ -75,9 +75,9 @@ def whole(output: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """A file of JSON, in folders made for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    """A file of JSON, in folders made for it, in the place of one that is there; whole or not at all."""
+    with whole(path) as made:
+        made.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def write_new(path: Path, content: bytes) -> None:

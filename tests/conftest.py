@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may fetch
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line sets it, before transformers is imported
@@ -55,12 +56,24 @@ def call(monkeypatch, capsys, tmp_path):
     return run
 
 
+def made_once(factory, name, make):
+    """A folder that one of several test processes makes; each gets a copy of its own to work on."""
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with FileLock(f"{shared}.lock"):
+        if not shared.is_dir():
+            unfinished = shared.with_name(f"unfinished-{name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(shared)
+    return shutil.copytree(shared, factory.mktemp("own") / name)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, command):
     """The run folder of configs/scenes-tiny.toml: all three stages."""
-    run = tmp_path_factory.mktemp("runs") / "scenes-tiny"
-    command("train", ROOT / "configs" / "scenes-tiny.toml", "-o", run)
-    return run
+    config = ROOT / "configs" / "scenes-tiny.toml"
+    return made_once(tmp_path_factory, "scenes-tiny", lambda run: command("train", config, "-o", run))
 
 
 @pytest.fixture(scope="session")
@@ -94,10 +107,11 @@ def whole(tmp_path_factory):
     """A short run of the tiny config that nothing happens to: how others must end that are killed and go on."""
     from .forked import train
 
-    run = tmp_path_factory.mktemp("short") / "whole"
-    code, err = train(run).ended()
-    assert code == 0, err
-    return run
+    def make(run):
+        code, err = train(run).ended()
+        assert code == 0, err
+
+    return made_once(tmp_path_factory, "whole", make)
 
 
 @pytest.fixture

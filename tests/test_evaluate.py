@@ -323,7 +323,7 @@ def test_statistics_of_latents(pipe):
     latents = np.concatenate([np.asarray(pipe.encode(pictures[n : n + 1])) for n in range(20)])
     np.testing.assert_allclose(found.mean, latents.mean((0, 2, 3)), atol=1e-5)
     np.testing.assert_allclose(found.std, latents.std((0, 2, 3)), rtol=1e-5)
-    assert np.array_equal(found.pictures[:2], pipe.reconstruct(pictures[:2]))
+    assert np.abs(found.pictures[:2].astype(int) - pipe.reconstruct(pictures[:2])).max() <= 1
 
 
 def test_pareto():

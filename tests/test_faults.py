@@ -45,6 +45,7 @@ def test_killed_three_times_in_three_stages(whole, tmp_path):
         assert (run / "model" / "unet" / name).read_bytes() == (whole / "model" / "unet" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_with_any_number_of_workers(whole, begun):
     """0, then 2, then 4: at the exact end of an epoch (40 pictures, 16 a step), and in the step that straddles one."""
     for workers, call in ((0, 2 * 5 + 1), (2, 2 * 4 + 2)):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.cli.generate import _adapter
+from latentdiff.cli.loading import adapter_and_weight
 from latentdiff.reproduce import read_record
 
 PROMPT = "a red circle above a blue square"
@@ -180,5 +180,5 @@ def test_a_record_too_long_is_known_before_anything_is_drawn(generate, tmp_path)
     [("a.b", "a.b", 1.0), ("a:0.8", "a", 0.8), ("C:/a.b", "C:/a.b", 1.0), ("C:/a:-1", "C:/a", -1.0)],
 )
 def test_adapters_and_their_weights(text, path, weight):
-    found = _adapter(text)
+    found = adapter_and_weight(text)
     assert (str(found[0]), found[1]) == (path, weight)

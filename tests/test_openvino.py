@@ -474,6 +474,7 @@ def test_neither_torch_nor_telemetry(tmp_path):
     assert len(list((tmp_path / "outputs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_converted_on_the_command_line(call, tmp_path):
     """A model of one's own, in bfloat16, drawn with by both and made again by both."""
     folder = tmp_path / "model"

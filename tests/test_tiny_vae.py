@@ -87,6 +87,7 @@ def test_saved_and_loaded(model, tmp_path):
         save_single_file(ours, tmp_path / "one.safetensors")
 
 
+@pytest.mark.slow
 def test_by_openvino(call, model, vae, tmp_path):
     """The default model with a tiny VAE in it: exported, and drawn with as torch does."""
     code, _, err = call("convert", default_model(), tmp_path / "made", "--vae", vae, "--to", "openvino")

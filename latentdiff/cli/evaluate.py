@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,7 +108,7 @@ def evaluate(
     models = [_Model(path, how, embedding or [], own=number == 0) for number, path in enumerate(_both(model, compare))]
     with locked(report, "measuring"):
         against, config = _against(models[0], data, pictures, training, features, lpips, geneval)
-        asked = Asked(seed, times, drawing | _sized(models, against.pictures.shape[1]), grid)
+        asked = Asked(seed, times, drawing | _sized(models), grid)
         subjects = [
             Subject(name, each.pipe, each.exact, report / letter)
             for each, name, letter in zip(models, _titles(models), "AB", strict=False)
@@ -182,8 +182,9 @@ def _both(model: str | None, compare: str | None) -> list[str | None]:
     return [model] if compare is None else [model, compare]
 
 
-def _sized(models: Sequence[_Model], side: int) -> dict[str, int]:
-    """Pictures are drawn as large as those that they are compared with."""
+def _sized(models: Sequence[_Model]) -> dict[str, int]:
+    """Pictures are drawn as large as those that they are compared with: squares of the first model's size."""
+    side = models[0].pipe.card.size[0]
     own = {model.pipe.card.size for model in models}
     return {} if own == {(side, side)} else {"height": side, "width": side}
 
@@ -281,10 +282,10 @@ def _against(
         extractor.scorer.to(model.pipe.device)
     readable = side == SIZE and config.data.kind == "scenes" and model.pipe.image_channels == 3
     against = Against(
-        *shown(held),
+        partial(shown, held),
         extractor,
         extractor.scorer,
-        shown(trained)[0] if trained else None,
+        partial(shown, trained) if trained else None,
         distance,
         prompts,
         scenes=readable,
@@ -342,7 +343,10 @@ def _check_same(path: Path, rules: dict[str, Any]) -> None:
     from latentdiff.output import write_json
 
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ConfigError(f"{path} is damaged. Name another folder for the report") from None
         changed = [key for key in rules if before.get(key) != rules[key]]
         if changed:
             told = "; ".join(f"{key} {_short(before.get(key))} -> {_short(rules[key])}" for key in changed[:3])

@@ -7,7 +7,7 @@ autoencoder: no denoiser can be read better than its decoder draws.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +27,12 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Share:
-    """A fraction of `count` pictures and its standard error over prompts."""
+    """A fraction of `count` pictures, that of each prompt, and its standard error over prompts: NaN for one alone."""
 
     mean: float
     error: float
     count: int
+    each: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,23 +107,4 @@ def _share(images: NDArray[np.uint8], asked: list[scenes.Scene], group: int) -> 
     )
     groups = [right[i : i + group].mean() for i in range(0, len(right), group)]
     error = float(np.std(groups, ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else float("nan")
-    return Share(float(right.mean()), error, len(right))
-
-
-def as_dict(score: Composition) -> dict[str, Any]:
-    """The figures as JSON takes them; an error that one prompt cannot have is null."""
-    shares = {name: asdict(share) for name, share in score.categories.items()}
-    for share in shares.values():
-        share["error"] = share["error"] if np.isfinite(share["error"]) else None
-    return {"overall": score.overall, **shares}
-
-
-def as_text(score: Composition, title: str) -> str:
-    """A table: category, share, standard error, pictures."""
-    rows = [f"{title:<12}  right   error   pictures"]
-    for name, share in score.categories.items():
-        rows.append(f"{name:<12}  {share.mean:.3f}   {share.error:.3f}   {share.count}")
-    rows.append(
-        f"{'overall':<12}  {score.overall:.3f}   {score.error:.3f}   {sum(s.count for s in score.categories.values())}"
-    )
-    return "\n".join(rows)
+    return Share(float(right.mean()), error, len(right), tuple(map(float, groups)))

@@ -21,7 +21,7 @@ from latentdiff.evaluation.drawn import read, write
 from latentdiff.evaluation.result import Figure, Result, as_tree, finite, from_tree
 from latentdiff.evaluation.sections import Against, Asked, Subject
 from latentdiff.evaluation.sweep import of_sweep
-from latentdiff.output import write_json
+from latentdiff.output import whole, write_json
 from latentdiff.plots import as_figure
 
 PAGE, METRICS = "report.html", "metrics.json"
@@ -133,7 +133,8 @@ def write_report(
     parts += ["<h2>not measured</h2>", page.listed(left)] if left else []
     parts += ["<h2>settings</h2>", page.listed(told)]
     title = " beside ".join(names)
-    (folder / PAGE).write_text(page.document(title, *parts), encoding="utf-8")
+    with whole(folder / PAGE) as made:
+        made.write_text(page.document(title, *parts), encoding="utf-8")
 
 
 def _metrics(result: Result) -> dict[str, Any]:

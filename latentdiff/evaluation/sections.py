@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SHOWN = 12  # pictures a section
 PICTURES_A_PROMPT = 4
 CURVE_BINS = 25
+Read = Callable[[], tuple[np.ndarray, list[str]]]
 Say = tuple[np.ndarray, dict[str, str]]
 
 
@@ -46,19 +47,33 @@ class Subject:
 
 @dataclass(frozen=True)
 class Against:
-    """What it is measured by: captioned pictures uint8 (N, H, W, 3) that it has not been trained on, and networks.
+    """What it is measured by: captioned pictures that it has not been trained on, and networks.
 
-    training: pictures that it has been trained on. scorer: CLIP, for how well pictures and captions agree.
+    held: reads the pictures and their captions; training: some that it has been trained on. scorer: CLIP, for how well
+    pictures and captions agree. scenes: the pictures are of scenes that the oracle reads.
     """
 
-    pictures: np.ndarray
-    captions: Sequence[str]
+    held: Read
     extractor: Extractor
     scorer: Scorer | None = None
-    training: np.ndarray | None = None
+    training: Read | None = None
     lpips: Callable[[Tensor, Tensor], Any] | None = None
     prompts: Sequence[dict[str, Any]] = ()
     scenes: bool = False
+
+    @cached_property
+    def _shown(self) -> tuple[np.ndarray, list[str]]:
+        return self.held()
+
+    @property
+    def pictures(self) -> np.ndarray:
+        """uint8 (N, H, W, 3)."""
+        return self._shown[0]
+
+    @property
+    def captions(self) -> list[str]:
+        """One of each."""
+        return self._shown[1]
 
 
 @dataclass(frozen=True)
@@ -150,17 +165,22 @@ def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -
 
 def of_composition(subject: Subject, against: Against, asked: Asked) -> Result:
     """GenEval's six categories as the oracle reads them, a tenth of the pictures a category."""
-    count = max(PICTURES_A_PROMPT, len(against.pictures) // 10)
+    count = max(1, len(against.pictures) // 10 // PICTURES_A_PROMPT) * PICTURES_A_PROMPT
     score = partial(evaluate_composition, subject.pipe, pictures=count, seed=asked.seed, **asked.settings)
     scores = {"": score(), "held_out": score(held_out=True), "ceiling": ceiling(subject.exact(), pictures=count)}
     figures: dict[str, Figure] = {}
     for title, found in scores.items():
         suffix = f"_{title}" if title else ""
-        figures[f"composition{suffix}"] = Figure(found.overall, found.error, "higher")
+        every = [right for share in found.categories.values() for right in share.each]
+        figures[f"composition{suffix}"] = _share(found.overall, found.error, every)
         for name, share in found.categories.items():
-            figures[f"{name}{suffix}"] = Figure(share.mean, share.error, "higher")
+            figures[f"{name}{suffix}"] = _share(share.mean, share.error, share.each)
     pictures = [(row, {"": name}) for name, rows in scores[""].pictures.items() for row in rows[:2]]
     return Result(figures, {"pictures a category": count, "reader": "oracle"}, pictures=pictures)
+
+
+def _share(value: float, error: float, each: Sequence[float]) -> Figure:
+    return Figure(value, error if np.isfinite(error) else None, "higher", tuple(each))
 
 
 def of_autoencoder(subject: Subject, against: Against, asked: Asked) -> Result:
@@ -229,7 +249,8 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     assert against.training is not None
     folder = subject.folder / "drawn"
     drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
-    training = against.extractor.of(against.training)
+    trained, _ = against.training()
+    training = against.extractor.of(trained)
     where, near = nearest(against.extractor.of(drawn), training)
     _, real = nearest(against.extractor.of(against.pictures), training)
     nearer = near > np.quantile(real, 0.99)
@@ -241,7 +262,7 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     pictures: list[Say] = []
     for row in np.argsort(-near)[: SHOWN // 2]:
         pictures.append((drawn[row], {f"drawn, {near[row]:.4f}": against.captions[row]}))
-        pictures.append((against.training[where[row]], {"trained on": ""}))
+        pictures.append((trained[where[row]], {"trained on": ""}))
     said = {"pictures": len(drawn), "training pictures": len(training), **_extractor(against)}
     return Result(figures, said, pictures=pictures)
 

@@ -131,7 +131,7 @@ def _measures(run: Run[Config]) -> Against:
     extractor = of_model(run.folder / "model", run.folder / "clip")
     assert extractor.scorer is not None
     extractor.scorer.to(run.accelerator.device)
-    return Against(*shown(held), extractor, extractor.scorer)
+    return Against(partial(shown, held), extractor, extractor.scorer)
 
 
 def _report(
