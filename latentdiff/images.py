@@ -35,6 +35,11 @@ def to_uint8(images: Array) -> NDArray[np.uint8]:
     return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1).astype(np.uint8))
 
 
+def coloured(pictures: np.ndarray) -> np.ndarray:
+    """Grey pictures with three channels that are the same."""
+    return pictures if pictures.shape[-1] == 3 else pictures.repeat(3, -1)
+
+
 def luminance(pictures: np.ndarray) -> np.ndarray:
     """Colour to grey, uint8 (B, H, W, 3) -> (B, H, W, 1): ITU-R 601, 0.299 R + 0.587 G + 0.114 B, rounded."""
     grey = pictures @ np.array([0.299, 0.587, 0.114])

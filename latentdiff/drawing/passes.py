@@ -19,7 +19,7 @@ from latentdiff.drawing.job import NOTHING, Job, Own
 from latentdiff.drawing.plan import Size, enlarged, hires_strength_of, shortened, step_counts, strength_of
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.drawing.texts import texts_of
-from latentdiff.images import to_uint8
+from latentdiff.images import coloured, to_uint8
 from latentdiff.request import Request
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def passes(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], own: Own = NOTHIN
     if asked.hires_scale is None:
         return
     size = enlarged(size, asked, pipe.multiple)
-    pictures = [resized(picture, *size) for picture in _colour(to_uint8(pipe.decode(last.x)))]
+    pictures = [resized(picture, *size) for picture in coloured(to_uint8(pipe.decode(last.x)))]
     draw = _draw(pipe, jobs, size, own)
     levels = shortened(_levels(pipe, asked), hires_strength_of(asked))
     start = _with_extra(pipe, from_latents(levels, draw("hires latents"), pipe.encode(np.stack(pictures))))
@@ -137,7 +137,3 @@ def _sampler(asked: Request) -> Any:
     """The sampler by name, with eta where it is asked for."""
     sampler: Any = SAMPLERS[asked.sampler]
     return sampler if asked.eta is None else partial(sampler, eta=asked.eta)
-
-
-def _colour(pictures: np.ndarray) -> np.ndarray:
-    return pictures if pictures.shape[-1] == 3 else pictures.repeat(3, -1)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentdiff.errors import ConfigError
-from latentdiff.images import to_images
+from latentdiff.images import coloured, to_images
 
 if TYPE_CHECKING:
     from latentdiff.models.scorer import Scorer
@@ -93,8 +93,3 @@ def _of_inception(network: Callable[..., object], sha256: str) -> Extractor:
         return np.asarray(found)
 
     return Extractor("Inception v3, pool 2048", sha256, features, at_once=8)  # it enlarges them to 299 pixels
-
-
-def coloured(pictures: np.ndarray) -> np.ndarray:
-    """Grey pictures with three channels that are the same."""
-    return pictures if pictures.shape[-1] == 3 else pictures.repeat(3, -1)

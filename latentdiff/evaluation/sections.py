@@ -14,12 +14,13 @@ import numpy as np
 from latentdiff.diffusion.bound import bits
 from latentdiff.evaluation import autoencoder as compressing
 from latentdiff.evaluation import geneval
-from latentdiff.evaluation.composition import ceiling, evaluate_composition
+from latentdiff.evaluation.composition import PICTURES_A_PROMPT, ceiling, evaluate_composition
 from latentdiff.evaluation.distances import distances, frechet, nearest, vendi
 from latentdiff.evaluation.drawn import draw
-from latentdiff.evaluation.features import Extractor
+from latentdiff.evaluation.features import AT_ONCE, Extractor
 from latentdiff.evaluation.likelihood import Likelihood, likelihood
 from latentdiff.evaluation.result import Figure, Result, Table, mean
+from latentdiff.images import coloured, luminance, to_images
 from latentdiff.plots import Plot, Series
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 SHOWN = 12  # pictures a section
-PICTURES_A_PROMPT = 4
 CURVE_BINS = 25
 Read = Callable[[], tuple[np.ndarray, list[str]]]
 Say = tuple[np.ndarray, dict[str, str]]
@@ -69,6 +69,11 @@ class Against:
     def pictures(self) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
         return self._shown[0]
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """Of the pictures, (N, E): several sections need them."""
+        return self.extractor.of(self.pictures)
 
     @property
     def captions(self) -> list[str]:
@@ -143,8 +148,7 @@ def of_distances(subject: Subject, against: Against, asked: Asked) -> Result:
 def measured(drawn: np.ndarray, against: Against) -> dict[str, Figure]:
     """Every distance of drawn pictures from those that their captions are of: in training and after it the same."""
     extractor = against.extractor
-    features, real = (extractor.of(pictures) for pictures in (drawn, against.pictures))
-    figures = distances(features, real, unit=extractor.scorer is not None)
+    figures = distances(extractor.of(drawn), against.features, unit=extractor.scorer is not None)
     if against.scorer is not None:
         figures["clip_score"] = mean(clip_scores(against.scorer, against.captions, drawn), "higher", paired=True)
         figures["clip_score_of_real"] = mean(clip_scores(against.scorer, against.captions, against.pictures))
@@ -153,9 +157,6 @@ def measured(drawn: np.ndarray, against: Against) -> dict[str, Figure]:
 
 def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -> np.ndarray:
     """100 max(cosine, 0) (Hessel et al. 2021, eq. 1, with w = 100), (N,)."""
-    from latentdiff.evaluation.features import AT_ONCE, coloured
-    from latentdiff.images import to_images
-
     found = []
     for first in range(0, len(pictures), AT_ONCE):
         images = to_images(coloured(pictures[first : first + AT_ONCE])).to(scorer.mean.device)
@@ -187,9 +188,10 @@ def of_autoencoder(subject: Subject, against: Against, asked: Asked) -> Result:
     """The pictures encoded and decoded, by torch in float32."""
     real = against.pictures
     found = compressing.decoded(subject.exact(), real)
-    originals = real if found.pictures.shape[-1] == 3 else _grey(real)
+    originals = real if found.pictures.shape[-1] == 3 else luminance(real)
+    psnr = compressing.psnr(originals, found.pictures)
     figures = {
-        "psnr": mean(compressing.psnr(originals, found.pictures), "higher", paired=True),
+        "psnr": mean(psnr, "higher", paired=True),
         "reconstruction_frechet": Figure(
             frechet(against.extractor.of(found.pictures), against.extractor.of(originals)), better="lower"
         ),
@@ -202,7 +204,7 @@ def of_autoencoder(subject: Subject, against: Against, asked: Asked) -> Result:
     if against.lpips is not None:
         figures["lpips"] = mean(compressing.perceptual(against.lpips, originals, found.pictures), "lower", paired=True)
     pictures: list[Say] = []
-    for row in np.argsort(compressing.psnr(originals, found.pictures))[: SHOWN // 2]:
+    for row in np.argsort(psnr)[: SHOWN // 2]:
         pictures += [(originals[row], {"original": ""}), (found.pictures[row], {"decoded": "one of the worst"})]
     channels = [f"{m:+.3f} / {s:.3f}" for m, s in zip(found.mean, found.std, strict=True)]
     table = Table("latents", ["channel", "mean / std"], [[str(n), told] for n, told in enumerate(channels)])
@@ -220,12 +222,11 @@ def of_diversity(subject: Subject, against: Against, asked: Asked) -> Result:
     groups = units.reshape(-1, PICTURES_A_PROMPT, units.shape[-1])
     upper = np.triu_indices(PICTURES_A_PROMPT, 1)
     apart = [float((1 - group @ group.T)[upper].mean()) for group in groups]
-    real = against.extractor.of(against.pictures[: len(drawn)])
     figures = {
         "distance_within_a_prompt": mean(apart),
         "distance_between_prompts": Figure(_between(units[::PICTURES_A_PROMPT])),
         "vendi": Figure(vendi(features[::PICTURES_A_PROMPT])),
-        "vendi_of_real": Figure(vendi(real[:count])),
+        "vendi_of_real": Figure(vendi(against.features[:count])),
     }
     order = np.argsort(apart)
     chosen = [*order[:2], *order[-2:]]
@@ -252,7 +253,7 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     trained, _ = against.training()
     training = against.extractor.of(trained)
     where, near = nearest(against.extractor.of(drawn), training)
-    _, real = nearest(against.extractor.of(against.pictures), training)
+    _, real = nearest(against.features, training)
     nearer = near > np.quantile(real, 0.99)
     figures = {
         "cosine_to_nearest_training_picture": mean(near),
@@ -278,9 +279,3 @@ def of_geneval(subject: Subject, against: Against, asked: Asked) -> Result:
 
 def _extractor(against: Against) -> dict[str, str]:
     return {"features": against.extractor.name, "features sha256": against.extractor.hash}
-
-
-def _grey(pictures: np.ndarray) -> np.ndarray:
-    from latentdiff.images import luminance
-
-    return luminance(pictures)

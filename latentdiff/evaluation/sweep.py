@@ -31,7 +31,7 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def of_sweep(subject: Subject, against: Against, asked: Asked) -> Result:
     """Every combination of the grid on a fifth of the captions: Frechet distance, CLIP score, seconds a picture."""
     count = max(16, len(against.captions) // 5)
-    captions, real = against.captions[:count], against.extractor.of(against.pictures)
+    captions, real = against.captions[:count], against.features
     draw(subject.pipe, captions[:32], seed=asked.seed, title="warming up", num_inference_steps=2)
     cells = []
     for chosen in combinations(asked.grid):

@@ -58,10 +58,8 @@ def load_lpips(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
             raise ModelError(f"these are no weights of LPIPS ({file}). It has lin0 to lin4 beside its network")
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("lins.")}  # the same once more
         network = _LPIPS(pretrained=False, net=kind, pnet_rand=True)
-        named = {name: kept[name] for name in kept} | {
-            f"lins.{name[3]}{name[4:]}": tensor for name, tensor in kept.items() if name.startswith("lin")
-        }
-        network.load_state_dict(named)
+        again = {f"lins.{name[3:]}": tensor for name, tensor in kept.items() if name.startswith("lin")}
+        network.load_state_dict(kept | again)
 
     @torch.no_grad()
     def distance(first: Tensor, second: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from latentdiff.data.buckets import bucket_table
 from latentdiff.data.captions import CaptionRule
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.survey import Picture, Survey
-from latentdiff.evaluation.features import coloured
+from latentdiff.images import coloured
 from latentdiff.stages.examples import Examples
 from latentdiff.stages.pictures import by_identity, look
 from latentdiff.stages.scenes import Scenes

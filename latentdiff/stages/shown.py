@@ -17,7 +17,7 @@ from latentdiff.data.source import shown
 from latentdiff.errors import DataError
 from latentdiff.extras import load_clip
 from latentdiff.finetuning import STAGE, FineTuning
-from latentdiff.images import to_images
+from latentdiff.images import coloured, to_images
 from latentdiff.metadata import recorded
 from latentdiff.page import Section, as_html
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -48,7 +48,7 @@ def report(
     if config.method in ("full", "lora") and _has_clip(pipe):
         scorer = pipe.extras.scorer
         assert scorer is not None
-        images = to_images(pictures.repeat(3, -1) if pictures.shape[-1] == 1 else pictures)
+        images = to_images(coloured(pictures))
         numbers["clip_score"] = float(scorer.score(prompts, images.to(pipe.device)).mean())
     return numbers
 
