@@ -18,7 +18,7 @@ from latentdiff.diffusion import noise
 from latentdiff.errors import DataError
 from latentdiff.evaluation.autoencoder import decoded, psnr, ssim
 from latentdiff.evaluation.drawn import draw
-from latentdiff.evaluation.features import of_model
+from latentdiff.evaluation.features import Extractor, of_model
 from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.report import compared
 from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
@@ -389,6 +389,38 @@ def test_features_do_not_depend_on_the_batch(tiny_model):
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, rtol=1e-5)
     assert np.array_equal(extractor.of(pictures[32:]), whole[32:])
     assert np.array_equal(extractor.of(pictures[:1]), whole[:1])
+
+
+def test_features_of_known_pictures_are_kept(tmp_path, monkeypatch):
+    """Computed once; anew where the file is damaged, the pictures are others, or the network answers otherwise."""
+    monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path))
+    pictures = np.random.default_rng(0).integers(0, 256, (70, 4, 4, 3), np.uint8)
+    batches, factor = [], 1.0
+
+    def features(some):
+        batches.append(len(some))
+        return some.reshape(len(some), -1).astype(np.float32) * factor
+
+    extractor = Extractor("a name", "a hash", features)
+    expected = pictures.reshape(70, -1).astype(np.float32)
+
+    def looked(at, wanted):
+        batches.clear()
+        assert np.array_equal(extractor.of_known(at), wanted)
+        return len(batches)
+
+    assert [looked(pictures, expected) for _ in range(2)] == [3, 1]
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert [looked(pictures, expected) for _ in range(2)] == [3, 1]
+    assert [looked(pictures[::-1], expected[::-1]) for _ in range(2)] == [3, 1]
+    assert looked(pictures[:20], expected[:20]) == 1
+    factor = 2.0
+    assert [looked(pictures, 2 * expected) for _ in range(2)] == [3, 1]
+    extractor = Extractor("a name", "another hash", features)
+    assert looked(pictures, 2 * expected) == 3
+    monkeypatch.setenv("LATENTDIFF_CACHE", "/proc/nothing")
+    assert [looked(pictures, 2 * expected) for _ in range(2)] == [3, 3]
 
 
 def test_composition_of_the_tiny_model_is_read_from_its_pictures(whole_report, tiny_model):

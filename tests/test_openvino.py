@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff import LatentDiffusionPipeline
+from latentdiff import LatentDiffusionPipeline, user_cache
 from latentdiff.errors import ConfigError, ModelError, ResourceError
 from latentdiff.pretrained import default_model, load_pipeline
 from latentdiff.runtime import compiling
@@ -236,7 +236,7 @@ def test_compiled_graphs_are_kept_and_checked(cached, monkeypatch):
         assert (draw() == first).all()
         assert sorted(bound) == ["text_encoder", "unet", "vae_decoder"]
         assert set(folder.iterdir()) == set(kept)
-        assert all(compiling._kept(path).is_whole() for path in kept), "made anew"
+        assert all(user_cache.kept(path).is_whole() for path in kept), "made anew"
         bound.clear()
 
 
@@ -249,7 +249,7 @@ def test_nowhere_to_keep_them(cached):
 
 def test_the_least_used_are_removed(cached, monkeypatch):
     draw, folder = cached
-    monkeypatch.setattr(compiling, "LIMIT", 20 * 2**20)
+    monkeypatch.setattr(user_cache, "LIMIT", 20 * 2**20)
     draw()
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20 * 2**20
     assert draw().shape == (1, 64, 64, 3)
@@ -429,7 +429,7 @@ def test_no_home(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("pathlib.Path.expanduser", nowhere)
-    assert compiling._folder() is None
+    assert user_cache.file("some.blob") is None
     assert LatentDiffusionPipeline.from_pretrained()(PROMPT, seed=1, num_inference_steps=1).seeds == [1]
 
 

@@ -73,7 +73,7 @@ class Against:
     @cached_property
     def features(self) -> np.ndarray:
         """Of the pictures, (N, E): several sections need them."""
-        return self.extractor.of(self.pictures)
+        return self.extractor.of_known(self.pictures)
 
     @property
     def captions(self) -> list[str]:
@@ -188,13 +188,13 @@ def of_autoencoder(subject: Subject, against: Against, asked: Asked) -> Result:
     """The pictures encoded and decoded, by torch in float32."""
     real = against.pictures
     found = compressing.decoded(subject.exact(), real)
-    originals = real if found.pictures.shape[-1] == 3 else luminance(real)
+    in_colour = found.pictures.shape[-1] == 3
+    originals = real if in_colour else luminance(real)
+    features = against.features if in_colour else against.extractor.of_known(originals)
     psnr = compressing.psnr(originals, found.pictures)
     figures = {
         "psnr": mean(psnr, "higher", paired=True),
-        "reconstruction_frechet": Figure(
-            frechet(against.extractor.of(found.pictures), against.extractor.of(originals)), better="lower"
-        ),
+        "reconstruction_frechet": Figure(frechet(against.extractor.of(found.pictures), features), better="lower"),
         "latent_mean": Figure(float(np.abs(found.mean).max())),
         "latent_std_least": Figure(float(found.std.min())),
         "latent_std_most": Figure(float(found.std.max())),
@@ -251,7 +251,7 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     folder = subject.folder / "drawn"
     drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
     trained, _ = against.training()
-    training = against.extractor.of(trained)
+    training = against.extractor.of_known(trained)
     where, near = nearest(against.extractor.of(drawn), training)
     _, real = nearest(against.features, training)
     nearer = near > np.quantile(real, 0.99)

@@ -1,21 +1,16 @@
 """Graphs compiled for fixed shapes on this CPU, and kept in the user's cache directory for the next start.
 
 A kept one is called by a hash of all that it was made from: graph, weights, shapes, precision, OpenVINO and processor.
-It begins with the CRC-32 of what follows; what is damaged is made anew. The least used are removed over LIMIT.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -23,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from latentdiff import user_cache
 from latentdiff.errors import ModelError, ResourceError
 from latentdiff.models.folder import loading
 from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 
-LIMIT = 20 * 2**30  # bytes of all that is kept
 SHAPES = 4  # of each graph in memory, for each has weights of its own; the oldest goes
 LARGE = 32 * 32  # latents or pixels, from which generated kernels pay for their making also where they run once
 Shapes = tuple[tuple[int, ...], ...]  # of a graph's inputs but its weights, in their order
@@ -57,19 +52,6 @@ def has_bfloat16() -> bool:
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A compiled graph in the cache, and the CRC-32 that it should have."""
-
-    file: Path
-    checksum: bytes
-    blob: np.ndarray
-
-    def is_whole(self) -> bool:
-        """Whether it is what was written; a tenth of a second for 200 MB."""
-        return _checksum(self.blob.data) == self.checksum
-
-
 class Ready(NamedTuple):
     """A request that computes, and the arrays that it computes with and does not own."""
 
@@ -83,7 +65,7 @@ class Compiler:
     def __init__(self, model: Exported, precision: str, model_hash: str | None = None):
         """model_hash: of the weights; without it nothing is kept."""
         self._model, self._model_hash, self.precision = model, model_hash, precision
-        self._begun: dict[tuple[str, Shapes], tuple[Future[Ready], Kept | None]] = {}
+        self._begun: dict[tuple[str, Shapes], tuple[Future[Ready], user_cache.Kept | None]] = {}
         self._ready: dict[tuple[str, Shapes], Ready] = {}
         self._worker, self._turn = ThreadPoolExecutor(1, "compile"), RLock()
 
@@ -94,9 +76,8 @@ class Compiler:
     def begin(self, part: str, shapes: Shapes) -> None:
         """Begin to make ready what will be needed, unless that is begun already."""
         if (part, shapes) not in self._begun and (part, shapes) not in self._ready:
-            folder = _folder() if self._model_hash else None
-            file = folder and folder / f"{self._key(part, shapes)}.blob"
-            kept = None if file is None else _kept(file)
+            file = user_cache.file(f"{self._key(part, shapes)}.blob") if self._model_hash else None
+            kept = None if file is None else user_cache.kept(file)
             self._begun[part, shapes] = self._worker.submit(self._made, part, shapes, file, kept), kept
 
     def run(self, part: str, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -130,17 +111,17 @@ class Compiler:
                 return future.result()
         return self._made(part, shapes, kept.file, None)
 
-    def _made(self, part: str, shapes: Shapes, file: Path | None, kept: Kept | None) -> Ready:
+    def _made(self, part: str, shapes: Shapes, file: Path | None, kept: user_cache.Kept | None) -> Ready:
         """What computes a graph: from what was kept, or compiled and kept in the file."""
         settings = self._settings(part, shapes)
         if kept is not None:
-            compiled = _core().import_model(openvino().Tensor(kept.blob), "CPU", settings)
-            return Ready(compiled.create_infer_request(), [kept.blob])
+            compiled = _core().import_model(openvino().Tensor(kept.content), "CPU", settings)
+            return Ready(compiled.create_infer_request(), [kept.content])
         with loading(f"{FOLDER}/{part}.xml", self._model.directory), _told_of_memory():
             graph, held = self._bound(part, shapes)
             compiled = _core().compile_model(graph, "CPU", settings)
         if file is not None:
-            _keep(file, compiled.export_model().getvalue())
+            user_cache.keep(file, compiled.export_model().getvalue())
         return Ready(compiled.create_infer_request(), held)
 
     def _settings(self, part: str, shapes: Shapes) -> dict[str, str]:
@@ -211,63 +192,3 @@ def bind(parameter: Any, stored: Stored) -> np.ndarray:
     else:
         widened.replace_source_output(constant.output(0))
     return values
-
-
-def _folder() -> Path | None:
-    """Where compiled graphs are kept, by the system's custom; nowhere for who has no home."""
-    own = os.environ.get("LATENTDIFF_CACHE")
-    if own:
-        return Path(own)
-    try:
-        return _usual_folder()
-    except RuntimeError:  # of expanduser
-        return None
-
-
-def _usual_folder() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", "~")).expanduser() / "latentdiff" / "cache"
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/latentdiff").expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latentdiff"
-
-
-def _kept(file: Path) -> Kept | None:
-    """A graph that was kept, or None."""
-    try:
-        content = np.memmap(file, np.uint8, "r")
-    except (OSError, ValueError):
-        return None
-    with suppress(OSError):  # of a cache that can only be read
-        os.utime(file)
-    return Kept(file, content[:4].tobytes(), content[4:])
-
-
-def _checksum(content: bytes | memoryview) -> bytes:
-    return zlib.crc32(content).to_bytes(4, "little")
-
-
-def _keep(file: Path, blob: bytes) -> None:
-    """Write a blob, whole or not at all; where nothing can be written the next start compiles again."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as scratch:
-            try:
-                scratch.write(_checksum(blob))
-                scratch.write(blob)
-                scratch.close()
-                Path(scratch.name).replace(file)
-            except BaseException:
-                Path(scratch.name).unlink()
-                raise
-        _prune(sorted(file.parent.glob("*.blob"), key=lambda path: path.stat().st_mtime, reverse=True))
-    except OSError:
-        return
-
-
-def _prune(newest_first: Sequence[Path]) -> None:
-    total = 0
-    for path in newest_first:
-        total += path.stat().st_size
-        if total > LIMIT:
-            path.unlink()
