@@ -104,8 +104,10 @@ def evaluate(
     drawing = _drawing({"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}, settings)
     grid, names = _grid(sweep or []), _names(only)
     _check_folder(report)
-    how = _How(device, dtype, variant, revision, runtime, [adapter_and_weight(each) for each in lora or []], vae)
-    models = [_Model(path, how, embedding or [], own=number == 0) for number, path in enumerate(_both(model, compare))]
+    adapters = [adapter_and_weight(each) for each in lora or []]
+    models = [_Model(model, device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
+    if compare is not None:
+        models.append(_Model(compare, device, dtype, runtime))
     with locked(report, "measuring"):
         against, config = _against(models[0], data, pictures, training, features, lpips, geneval)
         asked = Asked(seed, times, drawing | _sized(models), grid)
@@ -132,31 +134,23 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _How:
-    """How models are loaded, and what is used beside the first."""
-
-    device: str | None
-    dtype: Precision | None
-    variant: str | None
-    revision: str | None
-    runtime: Runtime
-    loras: Sequence[tuple[Path, float]]
-    vae: Path | None
-
-
-@dataclass(frozen=True)
 class _Model:
-    """One that is measured; `own` is the one that the options of loading are of."""
+    """One that is measured: how it is loaded, and what is used beside it."""
 
     path: str | None
-    how: _How
-    words: Sequence[Path]
-    own: bool
+    device: str | None
+    dtype: Precision | None
+    runtime: Runtime
+    variant: str | None = None
+    revision: str | None = None
+    loras: Sequence[tuple[Path, float]] = ()
+    words: Sequence[Path] = ()
+    vae: Path | None = None
 
     @cached_property
     def pipe(self) -> LatentDiffusionPipeline:
         """What draws."""
-        return self._loaded(self.how.runtime, self.how.dtype)
+        return self._loaded(self.runtime, self.dtype)
 
     def exact(self) -> LatentDiffusionPipeline:
         """Torch's in float32, for what is no drawing."""
@@ -170,16 +164,9 @@ class _Model:
         return self.pipe if plain else self._loaded(Runtime.torch, Precision.float32)
 
     def _loaded(self, runtime: Runtime, dtype: Precision | None) -> LatentDiffusionPipeline:
-        how = self.how
-        variant, revision = (how.variant, how.revision) if self.own else (None, None)
-        pipe = loaded(self.path, how.device, dtype, variant, revision, runtime)
-        if self.own:
-            load_extras(pipe, how.loras, self.words, how.vae)
+        pipe = loaded(self.path, self.device, dtype, self.variant, self.revision, runtime)
+        load_extras(pipe, self.loras, self.words, self.vae)
         return pipe
-
-
-def _both(model: str | None, compare: str | None) -> list[str | None]:
-    return [model] if compare is None else [model, compare]
 
 
 def _sized(models: Sequence[_Model]) -> dict[str, int]:

@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentdiff.errors import ModelError, UnsafeError, raised_as
-from latentdiff.models.folder import is_pickle, let_others_read, loading, read_json, saving
+from latentdiff.errors import ModelError, raised_as
+from latentdiff.models.folder import let_others_read, loading, read_json, refuse_pickle, saving
 from latentdiff.models.original import unet_name
 
 Networks = Mapping[str, nn.Module]  # unet, text_encoder, text_encoder_2: the libraries' own modules
@@ -94,8 +94,7 @@ def adapter_path(path: Path) -> Path:
     found = next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path
     if not found.is_file():
         raise ModelError(f"no adapter there ({path}). Give a .safetensors file, or a folder with {NAMES[0]}")
-    if is_pickle(found):
-        raise UnsafeError(f"{found} is a pickle file; latentdiff loads safetensors only")
+    refuse_pickle(found)
     return found
 
 

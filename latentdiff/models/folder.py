@@ -226,6 +226,12 @@ def is_pickle(file: Path) -> bool:
     return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
 
 
+def refuse_pickle(file: Path) -> None:
+    """Raises UnsafeError for a pickle in the place of a file of weights."""
+    if is_pickle(file):
+        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
+
+
 def loading(part: str | Path, directory: Path | None = None) -> AbstractContextManager[None]:
     """Whatever a library raises while it reads a file, or a part of a folder, becomes a ModelError of one line."""
     return raised_as(ModelError, f"cannot load {part}" + (f" ({directory})" if directory else ""))

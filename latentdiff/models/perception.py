@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentdiff.errors import ModelError, UnsafeError
-from latentdiff.models.folder import is_pickle, loading
+from latentdiff.errors import ModelError
+from latentdiff.models.folder import loading, refuse_pickle
 
 _BACKBONES = {"alex": 256, "squeeze": 384, "vgg": 512}  # by how many channels the fourth part of LPIPS weighs
 
@@ -69,7 +69,6 @@ def load_lpips(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _weights(file: Path) -> dict[str, Tensor]:
-    if file.is_file() and is_pickle(file):
-        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
     with loading(file.name, file.parent):
+        refuse_pickle(file)
         return load_file(file)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentdiff.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.errors import ConfigError, ModelError
 from latentdiff.models.dual_text_encoder import DualTextEncoder
-from latentdiff.models.folder import is_pickle, let_others_read, loading, saving
+from latentdiff.models.folder import let_others_read, loading, refuse_pickle, saving
 from latentdiff.models.text_encoder import TextEncoder
 
 _OF_SDXL = ("clip_l", "clip_g")
@@ -30,8 +30,7 @@ def load_words(path: Path, text_encoder: TextEncoder | DualTextEncoder, word: st
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"no embeddings there ({path}). Give a .safetensors file, or a folder with {FILE}")
-    if is_pickle(file):
-        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
+    refuse_pickle(file)
     with loading(file):
         state = load_file(file)
     encoders = text_encoder.encoders

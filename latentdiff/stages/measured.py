@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from latentdiff.config import Settings
-from latentdiff.data.buckets import bucket_table
-from latentdiff.data.captions import CaptionRule
-from latentdiff.data.pictures import PictureSet
 from latentdiff.data.survey import Picture, Survey
 from latentdiff.images import coloured
 from latentdiff.stages.examples import Examples
-from latentdiff.stages.pictures import by_identity, look
+from latentdiff.stages.pictures import as_validated, by_identity, look, picture_set
 from latentdiff.stages.scenes import Scenes
 
 LARGEST = 2**30  # bytes of training pictures
@@ -43,13 +40,8 @@ def held_out(config: Settings, count: int, found: Survey | None = None) -> tuple
 
 def _squares(config: Settings, survey: Survey, pictures: Sequence[Picture]) -> Examples:
     """From the middle of each, with its first caption, once."""
-    settings = config.data.pictures
-    stream = survey.listing.records if survey.listing.streamed else None
     once = list({picture.id: picture for picture in pictures}.values())
-    table = bucket_table(config.image_size, None, settings.bucket_max_aspect)
-    chosen = PictureSet(once, table, settings.background_color, settings.max_pixels, stream)
-    rule = CaptionRule("first", templates=settings.captions.templates[:1], prefix=settings.captions.prefix)
-    return Examples(chosen, config.seed, rule, grey=config.data.grey)
+    return as_validated(config, picture_set(config, survey, once, None))
 
 
 def shown(examples: Examples) -> tuple[np.ndarray, list[str]]:

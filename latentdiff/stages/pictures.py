@@ -105,17 +105,25 @@ def picture_data(config: Settings, found: Survey) -> DataSet:
         raise DataError(f"{count} of {count} images are held out for validation. Hold out fewer than there are")
     trained = [picture for picture in found.pictures if picture.id not in held_ids]
     looked_at = [picture for picture in found.pictures if picture.id in held_ids] or held[:VALIDATION]
-
-    def examples(pictures: Sequence[Picture], rule: CaptionRule, crop: str, flip: bool, purpose: str) -> Examples:
-        table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
-        stream = found.listing.records if found.listing.streamed else None
-        chosen = PictureSet(pictures, table, settings.background_color, settings.max_pixels, stream)
-        return Examples(chosen, config.seed, rule, crop, flip, config.data.grey, purpose)
-
     rule = CaptionRule(**settings.captions.model_dump())
-    first = CaptionRule("first", templates=settings.captions.templates[:1], prefix=settings.captions.prefix)
+    training = picture_set(config, found, trained, settings.bucket_step)
     return DataSet(
-        examples(trained, rule, settings.crop, settings.flip, "training"),
-        examples(looked_at, first, "center", False, "validation"),
+        Examples(training, config.seed, rule, settings.crop, settings.flip, config.data.grey, "training"),
+        as_validated(config, picture_set(config, found, looked_at, settings.bucket_step)),
         found,
     )
+
+
+def picture_set(config: Settings, found: Survey, pictures: Sequence[Picture], bucket_step: int | None) -> PictureSet:
+    """Some of the surveyed pictures at the config's size; without a step of buckets as squares."""
+    settings = config.data.pictures
+    table = bucket_table(config.image_size, bucket_step, settings.bucket_max_aspect)
+    stream = found.listing.records if found.listing.streamed else None
+    return PictureSet(pictures, table, settings.background_color, settings.max_pixels, stream)
+
+
+def as_validated(config: Settings, pictures: PictureSet) -> Examples:
+    """Pictures with nothing drawn at random: their middle, not flipped, with the first caption."""
+    captions = config.data.pictures.captions
+    rule = CaptionRule("first", templates=captions.templates[:1], prefix=captions.prefix)
+    return Examples(pictures, config.seed, rule, grey=config.data.grey, purpose="validation")
