@@ -253,6 +253,7 @@ def test_own_pictures(call, tmp_path, folders):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--only", ""), "unknown section ''; one of likelihood, "),
         (("--only", "likelyhood"), "unknown section 'likelyhood' (did you mean likelihood?); one of likelihood, "),
         (("--sweep", "guidance_scale"), "--sweep is NAME=VALUE,VALUE, once a name (got 'guidance_scale')"),
         (("--sweep", "guidance_scale=1,many"), "guidance_scale"),
@@ -290,6 +291,33 @@ def test_a_folder_of_another_report(call, tiny_model):
     assert code == 2
     assert err == "error: out is a report of something else (seed 0 -> 1). Name another folder\n"
     assert {path: path.read_bytes() for path in Path("out").rglob("*.*") if path.is_file()} == before
+
+
+def test_sections_of_several_starts_come_together(call, tiny_model):
+    """A report keeps what other starts measured; a section of which a picture is missing is measured anew."""
+    for only in ("diversity", "autoencoder"):
+        assert call("evaluate", tiny_model, *QUICK, "--only", only, "-o", "out")[0] == 0
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert list(metrics["models"][0]["sections"]) == ["autoencoder", "diversity"]
+    missing = sorted(Path("out/A/autoencoder/shown").iterdir())[0]
+    content = missing.read_bytes()
+    missing.unlink()
+    assert call("evaluate", tiny_model, *QUICK, "--only", "autoencoder", "-o", "out")[0] == 0
+    assert missing.read_bytes() == content
+
+
+def test_what_fails_leaves_no_folder(call, tiny_model):
+    Path("lines.jsonl").write_text('{"tag": "counting", "prompt": "two rings"}\n')
+    assert call("evaluate", tiny_model, *QUICK, "--only", "geneval", "-o", "out")[0] == 2
+    assert not Path("out").exists()
+    Path("out").mkdir()
+    Path("out/.lock").touch()  # of one that was killed before it had begun
+    once = (*QUICK, "--only", "geneval", "--geneval", "lines.jsonl", "-o", "out")
+    assert call("evaluate", tiny_model, *once)[0] == 0
+    Path("lines.jsonl").write_text('{"tag": "counting", "prompt": "three rings"}\n')
+    code, _, err = call("evaluate", tiny_model, *once)
+    assert code == 2
+    assert err.startswith("error: out is a report of something else (geneval sha256 ")
 
 
 @pytest.mark.parametrize(

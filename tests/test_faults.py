@@ -227,7 +227,7 @@ def test_one_run_folder_one_process(begun):
         first.process.join(0.1)
     code, err = denoiser(begun)
     first.process.kill()
-    told = f"error: another process is training in {begun}. Wait for it, or use --output"
+    told = f"error: another process is training in {begun}. Wait for it, or name another folder"
     assert (code, said(err)[-1]) == (2, told)
 
 

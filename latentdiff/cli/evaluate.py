@@ -97,7 +97,7 @@ def evaluate(
 
     The same command goes on after an interruption. Figures go to standard output, progress to standard error.
     """
-    from latentdiff.evaluation.report import PAGE, as_lines, lacking, measure, write_report
+    from latentdiff.evaluation.report import PAGE, as_lines, known, lacking, measure, write_report
     from latentdiff.evaluation.sections import Asked, Subject
     from latentdiff.training.lock import locked
 
@@ -108,21 +108,21 @@ def evaluate(
     models = [_Model(model, device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
     if compare is not None:
         models.append(_Model(compare, device, dtype, runtime))
+    against, config = _against(models[0], data, pictures, training, features, lpips, geneval)
+    asked = Asked(seed, times, drawing | _sized(models), grid)
+    subjects = [
+        Subject(name, each.pipe, each.exact, report / letter)
+        for each, name, letter in zip(models, _titles(models), "AB", strict=False)
+    ]
+    rules = _rules(models, config, against, asked)
+    why = {name: [lacking(name, subject, against) for subject in subjects] for name in names}
+    skipped = {name: next(reason for reason in reasons if reason) for name, reasons in why.items() if any(reasons)}
+    if only is not None and skipped:
+        name, reason = next(iter(skipped.items()))
+        raise ConfigError(f"{name} cannot be measured: {reason}")
     with locked(report, "measuring"):
-        against, config = _against(models[0], data, pictures, training, features, lpips, geneval)
-        asked = Asked(seed, times, drawing | _sized(models), grid)
-        subjects = [
-            Subject(name, each.pipe, each.exact, report / letter)
-            for each, name, letter in zip(models, _titles(models), "AB", strict=False)
-        ]
-        rules = _rules(models, config, against, asked)
         _check_same(report / SETTINGS, rules)
-        why = {name: [lacking(name, subject, against) for subject in subjects] for name in names}
-        skipped = {name: next(reason for reason in reasons if reason) for name, reasons in why.items() if any(reasons)}
-        if only and skipped:
-            name, reason = next(iter(skipped.items()))
-            raise ConfigError(f"{name} cannot be measured: {reason}")
-        found = {}
+        found = known(subjects, rules)
         for name in names:
             if name not in skipped:
                 found[name] = [measure(name, subject, against, asked, rules) for subject in subjects]
@@ -219,7 +219,7 @@ def _names(only: str | None) -> list[str]:
     from latentdiff.evaluation.report import SECTIONS
     from latentdiff.validation import did_you_mean
 
-    names = [name.strip() for name in only.split(",")] if only else list(SECTIONS)
+    names = [name.strip() for name in only.split(",")] if only is not None else list(SECTIONS)
     for name in names:
         if name not in SECTIONS:
             raise ConfigError(
@@ -231,11 +231,13 @@ def _names(only: str | None) -> list[str]:
 def _check_folder(report: Path) -> None:
     """Refuse before any work what is no folder of ours. Raises ConfigError."""
     from latentdiff.output import check_writable
+    from latentdiff.training import lock
 
     if report.is_file():
         raise ConfigError(f"{report} is a file. Name a folder for the report")
     check_writable(report, report)
-    if report.is_dir() and any(report.iterdir()) and not (report / SETTINGS).is_file():
+    theirs = report.is_dir() and any(path.name != lock.NAME for path in report.iterdir())
+    if theirs and not (report / SETTINGS).is_file():
         raise ConfigError(f"{report} is a folder of yours; nothing is written among it. Name another")
 
 
@@ -252,6 +254,7 @@ def _against(
     from latentdiff.data.scenes import SIZE
     from latentdiff.evaluation.geneval import read_prompts
     from latentdiff.evaluation.sections import Against
+    from latentdiff.models.folder import file_hash
     from latentdiff.models.perception import load_lpips
     from latentdiff.stages.measured import held_out, shown
 
@@ -278,7 +281,10 @@ def _against(
         scenes=readable,
     )
     said = {"data": data or "scenes", "pictures": len(held), "data sha256": held.pictures.identity()}
-    return against, said | ({"training pictures": len(trained)} if trained else {})
+    if trained:
+        said |= {"training pictures": len(trained), "training sha256": trained.pictures.identity()}
+    said |= {f"{name} sha256": file_hash(file) for name, file in (("lpips", lpips), ("geneval", geneval)) if file}
+    return against, said
 
 
 def _config(data: str | None, side: int) -> Config:
@@ -334,9 +340,9 @@ def _check_same(path: Path, rules: dict[str, Any]) -> None:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             raise ConfigError(f"{path} is damaged. Name another folder for the report") from None
-        changed = [key for key in rules if before.get(key) != rules[key]]
+        changed = [key for key in {**before, **rules} if before.get(key) != rules.get(key)]
         if changed:
-            told = "; ".join(f"{key} {_short(before.get(key))} -> {_short(rules[key])}" for key in changed[:3])
+            told = "; ".join(f"{key} {_short(before.get(key))} -> {_short(rules.get(key))}" for key in changed[:3])
             raise ConfigError(f"{path.parent} is a report of something else ({told}). Name another folder")
     write_json(path, rules)
 

@@ -95,21 +95,47 @@ def lacking(name: str, subject: Subject, against: Against) -> str | None:
     return None
 
 
+def known(subjects: Sequence[Subject], rules: Mapping[str, Any]) -> dict[str, list[Result]]:
+    """The sections that earlier starts measured of every model under the same rules."""
+    found = {}
+    for name in SECTIONS:
+        results = [result for subject in subjects if (result := _kept(name, subject, rules))]
+        if len(results) == len(subjects):
+            found[name] = results
+    return found
+
+
+def _kept(name: str, subject: Subject, rules: Mapping[str, Any]) -> Result | None:
+    if not (found := read_memo(_memo(name, subject), rules)):
+        return None
+    (tree,) = found
+    files = [_shown(name, subject, number) for number in range(len(tree["shown"]))]
+    if not all(file.is_file() for file in files):
+        return None
+    return from_tree(tree, [(read(file), said) for file, said in zip(files, tree["shown"], strict=True)])
+
+
+def _memo(name: str, subject: Subject) -> Path:
+    return subject.folder / f"{name}.json"
+
+
+def _shown(name: str, subject: Subject, number: int) -> Path:
+    return subject.folder / name / "shown" / f"{number:02d}.png"
+
+
 def measure(name: str, subject: Subject, against: Against, asked: Asked, rules: Mapping[str, Any]) -> Result:
     """One section of one model; what an earlier start measured under the same rules is not measured again."""
-    path, shown = subject.folder / f"{name}.json", subject.folder / name / "shown"
-    if kept := read_memo(path, rules):
-        tree = kept[0]
-        return from_tree(tree, [(read(shown / f"{n:02d}.png"), said) for n, said in enumerate(tree["shown"])])
+    if found := _kept(name, subject, rules):
+        return found
     began = time.monotonic()
     found = SECTIONS[name].measure(subject, against, asked)
     said = {**found.said, "seconds": round(time.monotonic() - began, 1)}
     tree = {**as_tree(found), "said": said, "shown": [dict(told) for _, told in found.pictures]}
     for number, (picture, _) in enumerate(found.pictures):
-        file = shown / f"{number:02d}.png"
+        file = _shown(name, subject, number)
         file.unlink(missing_ok=True)
         write(picture, file)
-    write_memo(path, rules, [tree])
+    write_memo(_memo(name, subject), rules, [tree])
     return from_tree(tree, found.pictures)
 
 
@@ -123,6 +149,7 @@ def write_report(
     """`found` has of each section a result for each model."""
     names = [subject.name for subject in subjects]
     tree: dict[str, Any] = {"settings": dict(settings), "skipped": dict(skipped), "models": []}
+    found = {name: found[name] for name in SECTIONS if name in found}
     for number, subject in enumerate(subjects):
         own = {name: _metrics(results[number]) for name, results in found.items()}
         tree["models"].append({"name": subject.name, "hash": subject.pipe.card.hash, "sections": own})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from latentdiff.errors import ConfigError
 
-_NAME = ".lock"
+NAME = ".lock"
 
 
 @contextmanager
@@ -19,19 +19,19 @@ def locked(folder: Path, doing: str = "training") -> Iterator[None]:
     The lock is this process's alone: a loader's workers, which may live a little longer than it, do not hold it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _NAME).open("w") as file:
+    with (folder / NAME).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"another process is {doing} in {folder}. Wait for it, or use --output") from None
+            raise ConfigError(f"another process is {doing} in {folder}. Wait for it, or name another folder") from None
         yield
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process is training there now."""
-    if not (folder / _NAME).is_file():
+    if not (folder / NAME).is_file():
         return False
-    with (folder / _NAME).open("r") as file:
+    with (folder / NAME).open("r") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
