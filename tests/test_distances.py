@@ -13,6 +13,7 @@ from torchmetrics.image.kid import poly_mmd
 from latentdiff.evaluation.distances import (
     cmmd,
     distances,
+    equal,
     frechet,
     frechet_extrapolated,
     kernel,
@@ -149,6 +150,13 @@ def test_nearest():
     where, cosines = nearest(np.array([[2.0, 0], [1, 1]]), np.array([[0, 5.0], [-1, 0], [3, 3]]))
     assert where.tolist() == [2, 2]
     assert cosines == pytest.approx([math.sqrt(0.5), 1])
+    pictures = np.arange(24, dtype=np.uint8).reshape(3, 2, 2, 2)
+    same = equal(pictures, pictures[[2, 0, 2, 0]])
+    assert same.tolist() == [[False, True, False, True], [False] * 4, [True, False, True, False]]
+    features = np.array([[1.0, 0], [1, 1], [0, 1]])
+    where, cosines = nearest(features, features, but=equal(pictures, pictures))
+    assert (where[0], where[2]) == (1, 1)
+    assert cosines == pytest.approx([math.sqrt(0.5)] * 3)
 
 
 def test_which_are_told():

@@ -262,6 +262,7 @@ def test_own_pictures(call, tmp_path, folders):
         (("--steps", "0"), "num_inference_steps"),
         (("--pictures", "3"), "greater than or equal to 16"),
         (("--data", "nowhere"), "nowhere"),
+        (("--data", ""), "data.pictures.source is missing: say where the pictures are"),
         (("--features", "nowhere"), "no CLIP in open_clip's format there (nowhere)"),
         (("--lpips", "nowhere"), "cannot load nowhere"),
         (("--geneval", "nowhere"), "nowhere cannot be read (No such file or directory)"),
@@ -304,6 +305,25 @@ def test_sections_of_several_starts_come_together(call, tiny_model):
     missing.unlink()
     assert call("evaluate", tiny_model, *QUICK, "--only", "autoencoder", "-o", "out")[0] == 0
     assert missing.read_bytes() == content
+
+
+def test_pictures_that_cannot_be_used(call, tiny_model):
+    Path("data").mkdir()
+    for number in range(18):
+        Image.new("RGB", (16, 16), (9 * number, 0, 0)).save(f"data/{number:02d}.png")
+        Path(f"data/{number:02d}.txt").write_text(f"number {number}")
+    Path("data/00.png").write_bytes(b"no picture")
+    Path("data/01.txt").unlink()
+    command = (*QUICK, "--only", "autoencoder", "--data", "data", "-o", "out")
+    code, _, err = call("evaluate", tiny_model, *command)
+    assert (code, err.count("\n")) == (3, 1)
+    assert call("evaluate", tiny_model, *command, "--skip-bad")[0] == 0
+    assert json.loads(Path("out/settings.json").read_text())["left out"] == 2
+    shutil.rmtree("out")
+    code, _, err = call("evaluate", tiny_model, *command, "--skip-bad", "--allow-missing-captions")
+    assert code == 0
+    assert "left out: 1 that cannot be used (`latentdiff data` lists them)" in err
+    assert json.loads(Path("out/settings.json").read_text())["pictures"] == 16
 
 
 def test_what_fails_leaves_no_folder(call, tiny_model):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "settings.json"
 LEAST = 16  # pictures
+Overrides = list[tuple[str, Any]]
 
 
 def evaluate(
@@ -82,6 +83,10 @@ def evaluate(
     geneval: Annotated[
         Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl: draw its prompts for its evaluator.")
     ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out pictures that cannot be used.")] = False,
+    allow_missing_captions: Annotated[
+        bool, typer.Option("--allow-missing-captions", help="Pictures without a caption have the empty one.")
+    ] = False,
     lora: Annotated[list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; again for more.")] = None,
     embedding: Annotated[list[Path] | None, typer.Option(help="Learnt words; again for more.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Another VAE of the same latents.")] = None,
@@ -108,7 +113,9 @@ def evaluate(
     models = [_Model(model, device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
     if compare is not None:
         models.append(_Model(compare, device, dtype, runtime))
-    against, config = _against(models[0], data, pictures, training, features, lpips, geneval)
+    lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
+    given = [(name, True) for name, wanted in lenient.items() if wanted]
+    against, config = _against(models[0], data, given, pictures, training, features, lpips, geneval)
     asked = Asked(seed, times, drawing | _sized(models), grid)
     subjects = [
         Subject(name, each.pipe, each.exact, report / letter)
@@ -244,6 +251,7 @@ def _check_folder(report: Path) -> None:
 def _against(
     model: _Model,
     data: str | None,
+    given: Overrides,
     count: int,
     training: str | None,
     features: Path | None,
@@ -257,16 +265,18 @@ def _against(
     from latentdiff.models.folder import file_hash
     from latentdiff.models.perception import load_lpips
     from latentdiff.stages.measured import held_out, shown
+    from latentdiff.stages.pictures import look
 
     prompts = read_prompts(geneval) if geneval else []
     distance = load_lpips(lpips) if lpips else None
     side = model.pipe.card.size[0]
-    config = _config(data, side)
-    held, trained = held_out(config, count)
+    config = _config(data, side, given)
+    found = None if config.data.kind == "scenes" else look(config).sound(config.data.pictures.skip_bad)
+    held, trained = held_out(config, count, found)
     if len(held) < LEAST:
         raise DataError(f"{len(held)} pictures are too few to measure by. At least {LEAST} are needed")
     if training is not None:
-        trained = held_out(_config(training, side), 50_000)[0]
+        trained = held_out(_config(training, side, given), 50_000)[0]
     extractor = _extractor(model, features)
     if extractor.scorer is not None:
         extractor.scorer.to(model.pipe.device)
@@ -280,21 +290,24 @@ def _against(
         prompts,
         scenes=readable,
     )
-    said = {"data": data or "scenes", "pictures": len(held), "data sha256": held.pictures.identity()}
+    said = {"data": "scenes" if data is None else data, "pictures": len(held), "data sha256": held.pictures.identity()}
+    if found and found.left_out:
+        said["left out"] = len(found.quarantined) + len(found.listing.orphans)
+        typer.echo(f"left out: {said['left out']} that cannot be used (`latentdiff data` lists them)", err=True)
     if trained:
         said |= {"training pictures": len(trained), "training sha256": trained.pictures.identity()}
     said |= {f"{name} sha256": file_hash(file) for name, file in (("lpips", lpips), ("geneval", geneval)) if file}
     return against, said
 
 
-def _config(data: str | None, side: int) -> Config:
+def _config(data: str | None, side: int, given: Overrides) -> Config:
     """Of a run's config, of pictures, or of the scenes of the default config, at the model's size."""
     from latentdiff.config import load_config, own_pictures
 
-    size = [("image_size", side)]
+    given = [*given, ("image_size", side)]
     if data is not None and data.endswith(".toml") and not Path(data).is_dir():
-        return load_config(Path(data), size)
-    return load_config(None, [*(own_pictures(data) if data else ()), *size])
+        return load_config(Path(data), given)
+    return load_config(None, [*(own_pictures(data) if data is not None else ()), *given])
 
 
 def _extractor(model: _Model, features: Path | None) -> Extractor:

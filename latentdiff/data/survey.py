@@ -182,7 +182,7 @@ def _opened(
         return record, key, known[key]
 
     remaining, total = iter(records), len(records) if isinstance(records, list) else None
-    bar = tqdm(total=total, desc="looking", unit="image")
+    bar = tqdm(total=total, desc="looking", unit="image", disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as pool, silent_decoders(), bar:
         while some := list(itertools.islice(remaining, _AT_ONCE)):
             yield from pool.map(look, some)

@@ -12,6 +12,8 @@ The arithmetic is torch-fidelity's, in float64.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -92,10 +94,20 @@ def vendi(features: Array) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def nearest(features: Array, others: Array) -> tuple[NDArray[np.int64], Array]:
-    """Of each row the most alike of others, and the cosine with it."""
+def equal(pictures: np.ndarray, others: np.ndarray) -> NDArray[np.bool_]:
+    """Which are the same to the bit, (N, M)."""
+    a, b = (np.array([hashlib.sha256(each.tobytes()).hexdigest() for each in some]) for some in (pictures, others))
+    return np.asarray(a[:, None] == b)
+
+
+def nearest(
+    features: Array, others: Array, but: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
+    """Of each row the most alike of others, and the cosine with it; but: pairs (N, M) that do not count."""
     a, b = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (features, others))
     cosines = a @ b.T
+    if but is not None:
+        cosines[but] = -1
     found = cosines.argmax(1)
     return found, cosines[np.arange(len(a)), found]
 

@@ -15,7 +15,7 @@ from latentdiff.diffusion.bound import bits
 from latentdiff.evaluation import autoencoder as compressing
 from latentdiff.evaluation import geneval
 from latentdiff.evaluation.composition import PICTURES_A_PROMPT, ceiling, evaluate_composition
-from latentdiff.evaluation.distances import distances, frechet, nearest, vendi
+from latentdiff.evaluation.distances import distances, equal, frechet, nearest, vendi
 from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import AT_ONCE, Extractor
 from latentdiff.evaluation.likelihood import Likelihood, likelihood
@@ -245,7 +245,8 @@ def _between(units: np.ndarray) -> float:
 def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     """The training picture that every drawn one is nearest to, beside how near pictures are that were held out.
 
-    A copy would be nearer than held-out pictures are; a share of 0.01 is what independent pictures have.
+    A copy would be nearer than held-out pictures are; a share of 0.01 is what independent pictures have. Of a held-out
+    picture that was trained on after all, the nearest other one counts.
     """
     assert against.training is not None
     folder = subject.folder / "drawn"
@@ -253,7 +254,7 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     trained, _ = against.training()
     training = against.extractor.of_known(trained)
     where, near = nearest(against.extractor.of(drawn), training)
-    _, real = nearest(against.features, training)
+    _, real = nearest(against.features, training, but=equal(against.pictures, trained))
     nearer = near > np.quantile(real, 0.99)
     figures = {
         "cosine_to_nearest_training_picture": mean(near),
