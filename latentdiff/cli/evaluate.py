@@ -130,11 +130,12 @@ def evaluate(
     with locked(report, "measuring"):
         _check_same(report / SETTINGS, rules)
         found = known(subjects, rules)
-        for name in names:
-            if name not in skipped:
+        write_report(report, subjects, found, skipped, rules)
+        for name in [name for name in names if name not in skipped]:
+            if name not in found:
                 found[name] = [measure(name, subject, against, asked, rules) for subject in subjects]
-                typer.echo(as_lines([subject.name for subject in subjects], name, found[name]) + "\n")
                 write_report(report, subjects, found, skipped, rules)
+            typer.echo(as_lines([subject.name for subject in subjects], name, found[name]) + "\n")
         for name, reason in skipped.items():
             typer.echo(f"not measured: {name} ({reason})", err=True)
         typer.echo(report / PAGE)
