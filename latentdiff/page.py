@@ -26,7 +26,8 @@ class Section:
 STYLE = (
     "body{font:15px system-ui;margin:2em}th,td{text-align:left;vertical-align:top;padding:0 1.5em 0 0}"
     "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px;margin:1em 0}"
-    "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}figcaption{font-size:12px;max-height:12em;overflow:auto}b{color:#777}"
+    "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}b{color:#777}"
+    "figcaption{font-size:12px;max-height:12em;overflow:auto}"
     ".plot,.plot img{width:540px;max-width:100%}.number{text-align:right}"
 )
 
