@@ -109,6 +109,9 @@ def test_the_same_draws(exact, found, pictures):
     np.testing.assert_allclose(part.cond.squared[1:], found.cond.squared[1:3], rtol=1e-3)
     np.testing.assert_array_equal(part.cond.squared[0], part.uncond.squared[0])
     assert part.gain()[0] == 0
+    silent = likelihood(exact, pixels[:3], [""] * 3, times=4, seed=1)
+    np.testing.assert_array_equal(silent.cond.squared, part.uncond.squared)
+    assert not np.array_equal(silent.cond.squared[1:], part.cond.squared[1:])
 
 
 def test_brackets_are_words(exact):
