@@ -10,17 +10,19 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
+from latentdiff.evaluation import distances as module
 from latentdiff.evaluation.distances import (
     cmmd,
     distances,
-    equal,
     frechet,
     frechet_extrapolated,
+    inside,
     kernel,
     nearest,
-    precision_recall,
     vendi,
 )
+from latentdiff.evaluation.jackknife import jackknife
+from latentdiff.evaluation.result import mean
 
 
 def normal(count, width, seed, mean=0.0, std=1.0):
@@ -117,24 +119,81 @@ def test_cmmd_by_loops(sets):
 
     a, b = units
     wanted = 1000 * (mean_of(a, a) + mean_of(b, b) - 2 * mean_of(a, b))
-    assert cmmd(a, b) == pytest.approx(wanted, rel=1e-6)
-    assert cmmd(a, a) == pytest.approx(0, abs=1e-9)
+    found = cmmd(a, b)
+    assert found.value == pytest.approx(wanted, rel=1e-6)
+    assert cmmd(a, a).value == pytest.approx(0, abs=1e-9)
+    by_hand = jackknife(lambda x, y: 1000 * (mean_of(x, x) + mean_of(y, y) - 2 * mean_of(x, y)), a, b)
+    assert found.error == pytest.approx(by_hand.error, rel=1e-6), "of the kernel's sums, as of the rows"
 
 
 def test_precision_and_recall_by_trees():
     drawn, real = normal(200, 3, 0), normal(250, 3, 1, 0.5)
 
-    def inside(points, others):
+    def by_trees(points, others):
         """The share of points in the ball of any other one, whose radius is as far as its 3rd nearest."""
         radii = cKDTree(others).query(others, 4)[0][:, 3]
         return np.mean([(np.linalg.norm(others - point, axis=1) <= radii).any() for point in points])
 
-    assert precision_recall(drawn, real) == pytest.approx((inside(drawn, real), inside(real, drawn)), abs=1e-6)
-    assert precision_recall(drawn, drawn) == (1, 1)
-    assert precision_recall(drawn, drawn + 100) == (0, 0)
-    precision, recall = precision_recall(0.01 * drawn, real)
-    assert precision == 1
-    assert recall < 0.1
+    assert inside(drawn, real) == pytest.approx(by_trees(drawn, real), abs=1e-6)
+    assert inside(real, drawn) == pytest.approx(by_trees(real, drawn), abs=1e-6)
+    assert inside(drawn, drawn) == 1
+    assert inside(drawn, drawn + 100) == 0
+    assert inside(0.01 * drawn, real) == 1
+    assert inside(real, 0.01 * drawn) < 0.1
+
+
+def test_some_rows_at_a_time(sets, monkeypatch):
+    """All of them at once or seven: the same."""
+    names = np.arange(300).astype(str)
+    asked = {
+        "inside": lambda: inside(*sets),
+        "cmmd": lambda: cmmd(*sets).value,
+        "nearest": lambda: nearest(*sets, but=(names, names[::-1]))[1].sum(),
+    }
+    whole = {name: found() for name, found in asked.items()}
+    monkeypatch.setattr(module, "AT_ONCE", 7)
+    for name, found in asked.items():
+        assert found() == pytest.approx(whole[name], rel=1e-6), name
+
+
+def test_the_jackknife_of_a_mean_is_that_of_its_parts():
+    """Of parts of one size: the standard error of the mean of their means; and of one row each, that of the mean."""
+    rows = normal(100, 1, 0)
+    found = jackknife(lambda x: float(x.mean()), rows, better="lower")
+    assert found.value == pytest.approx(rows.mean())
+    assert found.error == pytest.approx(mean(rows.reshape(10, 10).mean(1)).error)
+    assert np.mean(found.each) == pytest.approx(found.value)
+    assert found.better == "lower"
+    few = rows[:7]
+    assert jackknife(lambda x: float(x.mean()), few).error == pytest.approx(mean(few[:, 0]).error)
+    assert jackknife(lambda x: float(x.mean()), rows, often=99).error is None
+
+
+def test_the_jackknife_tells_how_far_distances_spread():
+    """Where sets differ their spread over draws, within what 40 draws tell; where they do not, no less than it."""
+
+    def spread(statistic, shift):
+        found = [
+            jackknife(statistic, normal(300, 4, 2 * n), normal(300, 4, 2 * n + 1, shift, 1 + shift)) for n in range(40)
+        ]
+        return np.std([figure.value for figure in found], ddof=1), np.sqrt(np.mean([f.error**2 for f in found]))
+
+    for statistic in (frechet, lambda a, b: cmmd(a, b).value):
+        true, told = spread(statistic, 0.5)
+        assert 0.7 * true < told < 1.5 * true
+        true, told = spread(statistic, 0.0)
+        assert 0.8 * true < told < 3 * true
+    true, told = spread(inside, 0.5)
+    assert 0.8 * true < told < 3 * true
+
+
+def test_two_models_on_the_same_pictures_have_a_smaller_error():
+    """The difference of two Frechet distances from one set, whose own draws cancel."""
+    real, drawn = normal(400, 4, 0), normal(400, 4, 1, 0.3)
+    first, second = (jackknife(frechet, each, real, better="lower") for each in (drawn, drawn + 0.02))
+    by = second.worse(first)
+    assert by.value == pytest.approx(second.value - first.value)
+    assert by.error < 0.3 * math.hypot(first.error, second.error)
 
 
 def test_vendi():
@@ -150,13 +209,12 @@ def test_nearest():
     where, cosines = nearest(np.array([[2.0, 0], [1, 1]]), np.array([[0, 5.0], [-1, 0], [3, 3]]))
     assert where.tolist() == [2, 2]
     assert cosines == pytest.approx([math.sqrt(0.5), 1])
-    pictures = np.arange(24, dtype=np.uint8).reshape(3, 2, 2, 2)
-    same = equal(pictures, pictures[[2, 0, 2, 0]])
-    assert same.tolist() == [[False, True, False, True], [False] * 4, [True, False, True, False]]
-    features = np.array([[1.0, 0], [1, 1], [0, 1]])
-    where, cosines = nearest(features, features, but=equal(pictures, pictures))
+    features, names = np.array([[1.0, 0], [1, 1], [0, 1]]), np.array(["a", "b", "c"])
+    where, cosines = nearest(features, features, but=(names, names))
     assert (where[0], where[2]) == (1, 1)
     assert cosines == pytest.approx([math.sqrt(0.5)] * 3)
+    where, _ = nearest(features, features, but=(names, names[[1, 0, 2]]))
+    assert where.tolist() == [0, 1, 1]
 
 
 def test_which_are_told():
@@ -179,3 +237,4 @@ def test_which_are_told():
         "recall": "higher",
         "cmmd": "lower",
     }
+    assert all(figure.error is not None for figure in distances(a, b, unit=True).values())

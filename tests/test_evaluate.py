@@ -153,14 +153,20 @@ def test_one_that_was_interrupted_ends_the_same(whole_report, call, tiny_model, 
     """Half of the pictures and sections are gone: what is made again is what was there."""
     folder, _ = whole_report
     cut = shutil.copytree(folder, tmp_path / "cut")
-    for name in ("A/distances.json", "A/memorisation.json", "A/drawn/00003.png", "metrics.json", "report.html"):
+    sections = ("likelihood", "distances", "composition", "memorisation")
+    begun = ("A/drawn/00003.png", "A/composition/held-out/two/00001.png", "metrics.json", "report.html")
+    for name in (*(f"A/{section}.json" for section in sections), *begun):
         (cut / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (cut / "A/likelihood").iterdir()}
+    assert kept
     sweep = ("--sweep", "guidance_scale=1,2", "--sweep", "sampler=ddim,unipc")
     prompts = folder.parent / "evaluation_metadata.jsonl"
     assert call("evaluate", tiny_model, "-o", cut, *QUICK, *sweep, "--geneval", prompts)[0] == 0
     for section in EVERYTHING:
         assert figures(cut, section) == figures(folder, section)
-    assert (cut / "A/drawn/00003.png").read_bytes() == (folder / "A/drawn/00003.png").read_bytes()
+    for name in begun[:2]:
+        assert (cut / name).read_bytes() == (folder / name).read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in (cut / "A/likelihood").iterdir()} == kept, "not computed again"
 
 
 def test_training_measures_the_same(begun, whole, call, tmp_path):

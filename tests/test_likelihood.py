@@ -114,6 +114,28 @@ def test_the_same_draws(exact, found, pictures):
     assert not np.array_equal(silent.cond.squared[1:], part.cond.squared[1:])
 
 
+def test_batches_are_kept(exact, found, pictures, tmp_path):
+    """One that was killed after its first batch ends in the same bits; other draws do not use what is there."""
+
+    def once(seed=1):
+        return likelihood(exact, *pictures, times=4, seed=seed, folder=tmp_path)
+
+    def same(made):
+        return np.array_equal(made.bits(made.cond), found.bits(found.cond)) and np.array_equal(
+            made.cond.curve([1, 100, 1000]), found.cond.curve([1, 100, 1000])
+        )
+
+    assert same(once())
+    first, second = sorted(tmp_path.iterdir())
+    second.unlink()
+    before = first.stat().st_mtime_ns
+    assert same(once())
+    assert first.stat().st_mtime_ns == before
+    assert not same(once(seed=2))
+    first.write_text(first.read_text()[:-9])
+    assert same(once())
+
+
 def test_brackets_are_words(exact):
     """A caption is read as training reads it."""
     weighed, plain = (exact.text_encoder.context("a (red:1.5) circle", Style(weights)) for weights in (True, False))

@@ -115,7 +115,7 @@ def evaluate(
         models.append(_Model(compare, device, dtype, runtime))
     lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
     given = [(name, True) for name, wanted in lenient.items() if wanted]
-    against, config = _against(models[0], data, given, pictures, training, features, lpips, geneval)
+    against, config = _against(models[0], report, data, given, pictures, training, features, lpips, geneval)
     asked = Asked(seed, times, drawing | _sized(models), grid)
     subjects = [
         Subject(name, each.pipe, each.exact, report / letter)
@@ -251,6 +251,7 @@ def _check_folder(report: Path) -> None:
 
 def _against(
     model: _Model,
+    report: Path,
     data: str | None,
     given: Overrides,
     count: int,
@@ -283,10 +284,10 @@ def _against(
         extractor.scorer.to(model.pipe.device)
     readable = side == SIZE and config.data.kind == "scenes" and model.pipe.image_channels == 3
     against = Against(
-        partial(shown, held),
+        partial(shown, held, report),
         extractor,
         extractor.scorer,
-        partial(shown, trained) if trained else None,
+        partial(shown, trained, report) if trained else None,
         distance,
         prompts,
         scenes=readable,

@@ -37,6 +37,7 @@ Variance = Literal["small", "large"]
 VARIANCES: tuple[str, ...] = get_args(Variance)
 Predict = Callable[[Array, NDArray[np.int64]], Array]  # x (B, ...) and its times (B,) -> the clean data it stands for
 BIN = 2 / 255  # the width of an 8-bit value in [-1, 1]
+_ARRAYS = ("prior", "reconstruction", "times", "squared")  # of `Errors`, a row a sample
 _UNIFORM = 0.1  # share of times that are drawn whatever their term is thought to be
 
 
@@ -114,11 +115,21 @@ class Errors:
     schedule: NoiseSchedule
     dimensions: int
 
+    def as_tree(self) -> dict[str, Any]:
+        """All but the schedule, as JSON takes it."""
+        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        return arrays | {"dimensions": self.dimensions}
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], schedule: NoiseSchedule) -> Errors:
+        """What `as_tree` made, to the bit."""
+        arrays = {name: np.array(tree[name]) for name in _ARRAYS}
+        return cls(**arrays, schedule=schedule, dimensions=tree["dimensions"])
+
     @classmethod
     def joined(cls, parts: Sequence[Errors]) -> Errors:
         """Of all the samples of several, which are of one schedule."""
-        arrays = ("prior", "reconstruction", "times", "squared")
-        whole: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
+        whole: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
         return replace(parts[0], **whole)
 
     def denoising(self, variance: str = "small") -> Floats:

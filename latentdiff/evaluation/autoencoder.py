@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from latentdiff.arrays import to_numpy
+from latentdiff.evaluation.room import filled
 from latentdiff.images import to_images, to_uint8
 
 if TYPE_CHECKING:
@@ -32,23 +34,28 @@ class Decoded:
     std: Floats
 
 
-def decoded(pipe: LatentDiffusionPipeline, pictures: np.ndarray) -> Decoded:
-    """Encode and decode pictures uint8 (N, H, W, 3)."""
-    made, first, second, count = [], 0.0, 0.0, 0
-    for start in tqdm(range(0, len(pictures), AT_ONCE), "autoencoder", disable=None):
-        latents = pipe.encode_images(pipe.as_images(pictures[start : start + AT_ONCE]))
-        made.append(to_uint8(pipe.decode(latents)))
-        values = to_numpy(latents).astype(np.float64)
-        first, second = first + values.sum((0, 2, 3)), second + (values**2).sum((0, 2, 3))
-        count += values[:, 0].size
-    average = np.asarray(first / count)
-    return Decoded(np.concatenate(made), average, np.sqrt(second / count - average**2))
+def decoded(pipe: LatentDiffusionPipeline, pictures: np.ndarray, folder: Path | None = None) -> Decoded:
+    """Encode and decode pictures uint8 (N, H, W, 3). folder: has room for what is too large for memory."""
+    first, second, count = np.zeros(1), np.zeros(1), 0
+
+    def batches() -> Iterator[np.ndarray]:
+        nonlocal first, second, count
+        for start in tqdm(range(0, len(pictures), AT_ONCE), "autoencoder", disable=None):
+            latents = pipe.encode_images(pipe.as_images(pictures[start : start + AT_ONCE]))
+            values = to_numpy(latents).astype(np.float64)
+            first, second = first + values.sum((0, 2, 3)), second + (values**2).sum((0, 2, 3))
+            count += values[:, 0].size
+            yield to_uint8(pipe.decode(latents))
+
+    made = filled(batches(), len(pictures), folder)
+    average = first / count
+    return Decoded(made, average, np.sqrt(second / count - average**2))
 
 
 def psnr(pictures: np.ndarray, others: np.ndarray) -> Floats:
     """Peak signal-to-noise ratios (N,) in dB, of uint8 (N, H, W, C): 20 log10(255 / RMS); 100 where all is equal."""
-    squared = (pictures.astype(np.float64) - others).reshape(len(pictures), -1) ** 2
-    return np.asarray(10 * np.log10(255**2 / np.maximum(squared.mean(1), 255**2 / 1e10)))
+    squared = [((a.astype(np.float64) - b) ** 2).mean() for a, b in zip(pictures, others, strict=True)]
+    return np.asarray(10 * np.log10(255**2 / np.maximum(squared, 255**2 / 1e10)))
 
 
 def ssim(pictures: np.ndarray, others: np.ndarray) -> Floats:

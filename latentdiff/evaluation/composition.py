@@ -8,21 +8,21 @@ autoencoder: no denoiser can be read better than its decoder draws.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from latentdiff.data import oracle, scenes
 from latentdiff.diffusion import noise
 from latentdiff.errors import ModelError
+from latentdiff.evaluation.drawn import AT_ONCE, draw
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 PICTURES_A_PROMPT = 4
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,28 @@ def evaluation_scenes(category: str, count: int, seed: int, held_out: bool = Fal
 
 
 def evaluate_composition(
-    pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0, held_out: bool = False, **settings: Any
+    pipe: LatentDiffusionPipeline,
+    *,
+    pictures: int,
+    seed: int = 0,
+    held_out: bool = False,
+    folder: Path | None = None,
+    **settings: Any,
 ) -> Composition:
     """Draw `pictures` a category, four a prompt, by the model's recommended settings or those given.
 
-    Raises ModelError for a model whose pictures the oracle cannot read.
+    folder: where they are kept, so that another call goes on. Raises ModelError for a model whose pictures the oracle
+    cannot read.
     """
     _check_readable(pipe)
-    shares, drawn = {}, {}
-    for category in tqdm(scenes.CATEGORIES, "held out" if held_out else "composition", disable=None):
+    shares, drawn, kind = {}, {}, "held out" if held_out else "composition"
+    for category in scenes.CATEGORIES:
         prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out)
         asked = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
-        images = pipe(
-            [scene.caption for scene in asked], seed=seed, batch_size=_BATCH, output_type="np", **settings
-        ).images
-        drawn[category] = images
-        shares[category] = _share(images, asked, PICTURES_A_PROMPT)
+        place, title = folder and folder / kind.replace(" ", "-") / category, f"{kind} {category}"
+        captions = [scene.caption for scene in asked]
+        drawn[category] = draw(pipe, captions, seed=seed, folder=place, title=title, **settings)
+        shares[category] = _share(drawn[category], asked, PICTURES_A_PROMPT)
     return Composition(shares, drawn)
 
 
@@ -88,7 +94,7 @@ def ceiling(pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0) -> C
         chosen = evaluation_scenes(category, pictures, seed)
         rendered = np.stack([scenes.render(scene) for scene in chosen])
         decoded[category] = np.concatenate(
-            [pipe.reconstruct(batch) for batch in np.array_split(rendered, -(-len(rendered) // _BATCH))]
+            [pipe.reconstruct(batch) for batch in np.array_split(rendered, -(-len(rendered) // AT_ONCE))]
         )
         shares[category] = _share(decoded[category], chosen, 1)
     return Composition(shares, decoded)

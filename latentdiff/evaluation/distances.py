@@ -7,17 +7,19 @@ cmmd               1000 MMD^2 under exp(-|x - y|^2 / 200) on CLIP's unit embeddi
 precision, recall  shares inside the others' balls, each as far as its 3rd nearest Kynkaanniemi et al. 2019, eq. 1
 vendi              exp of the entropy of the eigenvalues of K / N: the number of distinct pictures, as it were
                                                                                    Friedman & Dieng 2023, definition 3.1
-The arithmetic is torch-fidelity's, in float64.
+The arithmetic is torch-fidelity's or torch's, in float64. Each has a standard error: of the kernel's by its blocks, of
+the others by the jackknife. What is of every pair of rows is computed in parts: 50,000 pictures fit in memory.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentdiff.diffusion import noise
+from latentdiff.evaluation.jackknife import PARTS, jackknife, jackknifed, parts
 from latentdiff.evaluation.result import Figure, mean
 
 Array = NDArray[np.floating]
@@ -25,6 +27,8 @@ NEIGHBOURS = 3
 BLOCKS, LARGEST_BLOCK = 10, 1000
 ENOUGH = 4  # pictures for a feature: with fewer the bias does not go as 1 / N yet
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the pictures that the Frechet distance is extrapolated from
+AT_ONCE = 1000  # rows
+OFTEN = 5_000  # pictures; of more, what takes as long as all pairs of them is computed once
 
 
 def frechet(first: Array, second: Array) -> float:
@@ -57,7 +61,7 @@ def kernel(first: Array, second: Array) -> Figure:
     size = count // blocks  # the estimate is of two sets as large as each other
     starts = size * np.arange(blocks)
     pairs = zip(starts, np.roll(starts, -1), strict=True)
-    return mean([_mmd(first[i : i + size], second[j : j + size]) for i, j in pairs], "lower")
+    return mean([_mmd(first[i : i + size], second[j : j + size]) for i, j in pairs], "lower", paired=True)
 
 
 def _mmd(first: Array, second: Array) -> float:
@@ -66,24 +70,43 @@ def _mmd(first: Array, second: Array) -> float:
     return float(kernel_mmd(first.astype(np.float64), second.astype(np.float64), kid_kernel="poly"))
 
 
-def cmmd(first: Array, second: Array) -> float:
+def cmmd(first: Array, second: Array) -> Figure:
     """See the module; of as many of each, the estimate with the diagonals, as it is published."""
-    from torch_fidelity.metric_kid import kernel_rbf, mmd2
-
     count = min(len(first), len(second))
-    a, b = first[:count].astype(np.float64), second[:count].astype(np.float64)
-    products = (kernel_rbf(x, y, kid_kernel_rbf_sigma=10.0) for x, y in ((a, a), (a, b), (b, b)))
-    return float(1000 * mmd2(*products, mmd_est="biased"))
+    cut = parts(count, min(PARTS, count))
+    sizes = np.array([part.stop - part.start for part in cut])
+    sums = [_kernel_sums(*pair, cut) for pair in ((first, first), (second, second), (first, second))]
+
+    def of(kept: NDArray[np.bool_]) -> float:
+        a, b, both = (float(each[kept][:, kept].sum()) for each in sums)
+        return 1000 * (a + b - 2 * both) / float(sizes[kept].sum()) ** 2
+
+    every = np.arange(len(cut))
+    return jackknifed(of(every >= 0), [of(every != part) for part in every], "lower")
 
 
-def precision_recall(drawn: Array, real: Array) -> tuple[float, float]:
-    """Shares of the drawn that could be real, and of the real that could be drawn, in [0, 1]."""
+def _kernel_sums(first: Array, second: Array, cut: Sequence[slice]) -> NDArray[np.float64]:
+    """The kernel's sum over every part of one with every part of the other."""
+    from torch_fidelity.metric_kid import kernel_rbf
+
+    sums = np.zeros((len(cut), len(cut)))
+    for i, rows in enumerate(cut):
+        for start in range(rows.start, rows.stop, AT_ONCE):
+            some = first[start : min(start + AT_ONCE, rows.stop)].astype(np.float64)
+            sums[i] += [
+                kernel_rbf(some, second[other].astype(np.float64), kid_kernel_rbf_sigma=10.0).sum() for other in cut
+            ]
+    return sums
+
+
+def inside(points: Array, others: Array) -> float:
+    """The share of points that lie in a ball around one of the others: of the drawn precision, of the real recall."""
     import torch
-    from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    pair = (torch.as_tensor(each, dtype=torch.float64) for each in (drawn, real))
-    precision, recall = calculate_precision_recall_part(*pair, neighborhood=NEIGHBOURS)
-    return float(precision), float(recall)
+    a, b = (torch.as_tensor(each, dtype=torch.float64) for each in (points, others))
+    radii = torch.cat([torch.cdist(some, b).kthvalue(NEIGHBOURS + 1).values for some in torch.split(b, AT_ONCE)])
+    found = torch.cat([(torch.cdist(some, b) <= radii).any(1) for some in torch.split(a, AT_ONCE)])
+    return float(found.double().mean())
 
 
 def vendi(features: Array) -> float:
@@ -94,35 +117,35 @@ def vendi(features: Array) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def equal(pictures: np.ndarray, others: np.ndarray) -> NDArray[np.bool_]:
-    """Which are the same to the bit, (N, M)."""
-    a, b = (np.array([hashlib.sha256(each.tobytes()).hexdigest() for each in some]) for some in (pictures, others))
-    return np.asarray(a[:, None] == b)
-
-
 def nearest(
-    features: Array, others: Array, but: NDArray[np.bool_] | None = None
+    features: Array, others: Array, but: tuple[NDArray[np.str_], NDArray[np.str_]] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
-    """Of each row the most alike of others, and the cosine with it; but: pairs (N, M) that do not count."""
+    """Of each row the most alike of others, and the cosine with it.
+
+    but: names of the rows (N,) and of the others (M,): those of its own name do not count.
+    """
     a, b = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (features, others))
-    cosines = a @ b.T
-    if but is not None:
-        cosines[but] = -1
-    found = cosines.argmax(1)
-    return found, cosines[np.arange(len(a)), found]
+    found, cosines = [], []
+    for start in range(0, len(a), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        alike = a[rows] @ b.T
+        if but is not None:
+            alike[but[0][rows, None] == but[1]] = -1
+        found.append(alike.argmax(1))
+        cosines.append(alike.max(1))
+    return np.concatenate(found), np.concatenate(cosines)
 
 
 def distances(drawn: Array, real: Array, *, unit: bool) -> dict[str, Figure]:
     """All of them, of drawn pictures from real ones; unit: the features are CLIP's unit embeddings."""
-    precision, recall = precision_recall(drawn, real)
     figures = {
-        "frechet": Figure(frechet(drawn, real), better="lower"),
+        "frechet": jackknife(frechet, drawn, real, better="lower"),
         "kernel": kernel(drawn, real),
-        "precision": Figure(precision, better="higher"),
-        "recall": Figure(recall, better="higher"),
+        "precision": jackknife(inside, drawn, real, better="higher", often=OFTEN),
+        "recall": jackknife(inside, real, drawn, better="higher", often=OFTEN),
     }
     if unit:
-        figures["cmmd"] = Figure(cmmd(drawn, real), better="lower")
+        figures["cmmd"] = cmmd(drawn, real)
     if min(len(drawn), len(real)) >= ENOUGH * drawn.shape[1]:
-        figures["frechet_extrapolated"] = Figure(frechet_extrapolated(drawn, real), better="lower")
+        figures["frechet_extrapolated"] = jackknife(frechet_extrapolated, drawn, real, better="lower", often=OFTEN)
     return figures

@@ -7,7 +7,7 @@ batch that a picture shares moves its last bits.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.errors import DataError
+from latentdiff.evaluation.room import filled
 from latentdiff.output import write_new
 
 if TYPE_CHECKING:
@@ -36,21 +37,23 @@ def draw(
     """A picture of each prompt, uint8 (N, H, W, C); prompts are words as they stand, without weights in them."""
     at_once = min(AT_ONCE, settings.pop("batch_size", AT_ONCE))
     asked = [prompt.strip() or " " for prompt in prompts]
-    batches = []
-    with tqdm(total=len(asked), desc=title, unit="picture", disable=None) as bar:
-        for first in range(0, len(asked), at_once):
-            some = asked[first : first + at_once]
-            files = [folder / f"{number:05d}.png" for number in range(first, first + len(some))] if folder else []
-            if files and all(file.is_file() for file in files):
-                batches.append(np.stack([read(file) for file in files]))
-            else:
-                settings_of = {"prompt_weights": False, **settings}
-                drawn = pipe(some, seed=seed + first, batch_size=at_once, output_type="np", **settings_of).images
-                batches.append(drawn)
-                for picture, file in zip(drawn, files, strict=False):
-                    write(picture, file)
-            bar.update(len(some))
-    return np.concatenate(batches)
+
+    def batches() -> Iterator[np.ndarray]:
+        with tqdm(total=len(asked), desc=title, unit="picture", disable=None) as bar:
+            for first in range(0, len(asked), at_once):
+                some = asked[first : first + at_once]
+                files = [folder / f"{number:05d}.png" for number in range(first, first + len(some))] if folder else []
+                if files and all(file.is_file() for file in files):
+                    yield np.stack([read(file) for file in files])
+                else:
+                    settings_of = {"prompt_weights": False, **settings}
+                    drawn = pipe(some, seed=seed + first, batch_size=at_once, output_type="np", **settings_of).images
+                    for picture, file in zip(drawn, files, strict=False):
+                        write(picture, file)
+                    yield drawn
+                bar.update(len(some))
+
+    return filled(batches(), len(asked), folder)
 
 
 def write(picture: np.ndarray, file: Path) -> None:

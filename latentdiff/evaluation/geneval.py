@@ -8,7 +8,7 @@ OUT/00000/grid.png             the four beside each other
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +52,11 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
 
 def draw_prompts(
     pipe: LatentDiffusionPipeline, prompts: Sequence[dict[str, Any]], folder: Path, *, seed: int, **settings: Any
-) -> list[np.ndarray]:
-    """Draw four pictures of each prompt, with seeds that go on counting; those that are there stay. Their grids.
+) -> Iterator[np.ndarray]:
+    """Draw four pictures of each prompt, with seeds that go on counting; those that are there stay. Yields their grids.
 
     Raises DataError where the folder has another file's prompts.
     """
-    grids = []
     for index, row in enumerate(tqdm(prompts, "GenEval", unit="prompt", disable=None)):
         place = folder / f"{index:05d}"
         _note(place / "metadata.jsonl", row)
@@ -69,8 +68,7 @@ def draw_prompts(
                 write(picture, file)
         grid = np.concatenate([read(file) for file in files], 1)
         write(grid, place / "grid.png")
-        grids.append(grid)
-    return grids
+        yield grid
 
 
 def _note(file: Path, row: dict[str, Any]) -> None:

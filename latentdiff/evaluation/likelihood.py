@@ -18,12 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Errors, Predict, bits, discretised, errors_of
 from latentdiff.diffusion.denoiser import x0_from
@@ -65,11 +67,18 @@ class Likelihood:
 
 
 def likelihood(
-    pipe: LatentDiffusionPipeline, pictures: np.ndarray, captions: Sequence[str], *, times: int, seed: int = 0
+    pipe: LatentDiffusionPipeline,
+    pictures: np.ndarray,
+    captions: Sequence[str],
+    *,
+    times: int,
+    seed: int = 0,
+    folder: Path | None = None,
 ) -> Likelihood:
     """Bound N > 1 pictures uint8 (N, H, W, 3), each at `times` drawn times beside the first.
 
-    pipe: torch's, in float32. Raises ModelError for an autoencoder that has no posterior, NonFiniteError.
+    pipe: torch's, in float32. folder: of this model and these pictures alone; every batch's errors are kept there, so
+    that another call goes on. Raises ModelError for an autoencoder that has no posterior, NonFiniteError.
     """
     from latentdiff.models.autoencoder import IdentityAutoencoder
 
@@ -80,12 +89,21 @@ def likelihood(
     plain = isinstance(pipe.autoencoder, IdentityAutoencoder)
     dimensions = math.prod(pictures.shape[1:3]) * pipe.image_channels
     found: list[tuple[Errors, Errors]] = []
-    for x0, rows in tqdm(_latents(pipe, pictures, seed), "likelihood", -(-len(pictures) // AT_ONCE), disable=None):
-        shown = _contexts(pipe, [captions[row] for row in rows], pictures.shape[1:3])
-        empty = _contexts(pipe, [""] * len(rows), pictures.shape[1:3])
+    for first in tqdm(range(0, len(pictures), AT_ONCE), "likelihood", disable=None):
+        rows = list(range(first, min(first + AT_ONCE, len(pictures))))
+        file, rules = folder and folder / f"{first:05d}.json", [times, seed, len(rows)]
+        if file and (kept := read_memo(file, rules)):
+            found.append((Errors.from_tree(kept[0], pipe.schedule), Errors.from_tree(kept[1], pipe.schedule)))
+            continue
+        x0 = _sampled(*_posterior(pipe, pictures[rows]), seed, rows)
         asked: dict[str, Any] = {"count": times, "seed": seed, "samples": rows, "pixels": plain}
-        cond, uncond = (errors_of(_predict(pipe, each), x0, pipe.schedule, **asked) for each in (shown, empty))
-        found.append((cond, uncond))
+        shown, empty = (
+            _contexts(pipe, words, pictures.shape[1:3]) for words in ([captions[row] for row in rows], [""] * len(rows))
+        )
+        both = [errors_of(_predict(pipe, context), x0, pipe.schedule, **asked) for context in (shown, empty)]
+        found.append((both[0], both[1]))
+        if file:
+            write_memo(file, rules, [errors.as_tree() for errors in both])
     cond, uncond = (Errors.joined(parts) for parts in zip(*found, strict=True))
     decoder, entropy = np.zeros((2, len(pictures))) if plain else _autoencoder(pipe, pictures, seed)
     made = Likelihood(cond, uncond, decoder, entropy, dimensions)
@@ -93,14 +111,6 @@ def likelihood(
         if not np.isfinite(made.bits(errors)).all():
             raise NonFiniteError("the likelihood is not finite. The model's weights may be damaged")
     return made
-
-
-def _latents(pipe: LatentDiffusionPipeline, pictures: np.ndarray, seed: int) -> Iterator[tuple[Tensor, list[int]]]:
-    """A sample of the posterior of each picture, (B, C, h, w), and the pictures' numbers."""
-    for first in range(0, len(pictures), AT_ONCE):
-        rows = list(range(first, min(first + AT_ONCE, len(pictures))))
-        mean, log_variance = _posterior(pipe, pictures[rows])
-        yield _sampled(mean, log_variance, seed, rows), rows
 
 
 def _posterior(pipe: LatentDiffusionPipeline, pictures: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -15,9 +16,10 @@ from latentdiff.diffusion.bound import bits
 from latentdiff.evaluation import autoencoder as compressing
 from latentdiff.evaluation import geneval
 from latentdiff.evaluation.composition import PICTURES_A_PROMPT, ceiling, evaluate_composition
-from latentdiff.evaluation.distances import distances, equal, frechet, nearest, vendi
+from latentdiff.evaluation.distances import distances, frechet, nearest, vendi
 from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import AT_ONCE, Extractor
+from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.likelihood import Likelihood, likelihood
 from latentdiff.evaluation.result import Figure, Result, Table, mean
 from latentdiff.images import coloured, luminance, to_images
@@ -94,9 +96,8 @@ class Asked:
 def of_likelihood(subject: Subject, against: Against, asked: Asked) -> Result:
     """Bits per dimension of a quarter of the pictures."""
     count = min(len(against.pictures), max(16, len(against.pictures) // 4))
-    found = likelihood(
-        subject.exact(), against.pictures[:count], against.captions[:count], times=asked.times, seed=asked.seed
-    )
+    pictures, captions, folder = against.pictures[:count], against.captions[:count], subject.folder / "likelihood"
+    found = likelihood(subject.exact(), pictures, captions, times=asked.times, seed=asked.seed, folder=folder)
     figures = {}
     for variance in ("small", "large"):
         suffix = "" if variance == "small" else "_large_variance"
@@ -167,7 +168,8 @@ def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -
 def of_composition(subject: Subject, against: Against, asked: Asked) -> Result:
     """GenEval's six categories as the oracle reads them, a tenth of the pictures a category."""
     count = max(1, len(against.pictures) // 10 // PICTURES_A_PROMPT) * PICTURES_A_PROMPT
-    score = partial(evaluate_composition, subject.pipe, pictures=count, seed=asked.seed, **asked.settings)
+    kept: dict[str, Any] = {"folder": subject.folder / "composition", **asked.settings}
+    score = partial(evaluate_composition, subject.pipe, pictures=count, seed=asked.seed, **kept)
     scores = {"": score(), "held_out": score(held_out=True), "ceiling": ceiling(subject.exact(), pictures=count)}
     figures: dict[str, Figure] = {}
     for title, found in scores.items():
@@ -187,14 +189,14 @@ def _share(value: float, error: float, each: Sequence[float]) -> Figure:
 def of_autoencoder(subject: Subject, against: Against, asked: Asked) -> Result:
     """The pictures encoded and decoded, by torch in float32."""
     real = against.pictures
-    found = compressing.decoded(subject.exact(), real)
+    found = compressing.decoded(subject.exact(), real, subject.folder)
     in_colour = found.pictures.shape[-1] == 3
     originals = real if in_colour else luminance(real)
     features = against.features if in_colour else against.extractor.of_known(originals)
     psnr = compressing.psnr(originals, found.pictures)
     figures = {
         "psnr": mean(psnr, "higher", paired=True),
-        "reconstruction_frechet": Figure(frechet(against.extractor.of(found.pictures), features), better="lower"),
+        "reconstruction_frechet": jackknife(frechet, against.extractor.of(found.pictures), features, better="lower"),
         "latent_mean": Figure(float(np.abs(found.mean).max())),
         "latent_std_least": Figure(float(found.std.min())),
         "latent_std_most": Figure(float(found.std.max())),
@@ -224,9 +226,9 @@ def of_diversity(subject: Subject, against: Against, asked: Asked) -> Result:
     apart = [float((1 - group @ group.T)[upper].mean()) for group in groups]
     figures = {
         "distance_within_a_prompt": mean(apart),
-        "distance_between_prompts": Figure(_between(units[::PICTURES_A_PROMPT])),
-        "vendi": Figure(vendi(features[::PICTURES_A_PROMPT])),
-        "vendi_of_real": Figure(vendi(against.features[:count])),
+        "distance_between_prompts": jackknife(_between, units[::PICTURES_A_PROMPT]),
+        "vendi": jackknife(vendi, features[::PICTURES_A_PROMPT]),
+        "vendi_of_real": jackknife(vendi, against.features[:count]),
     }
     order = np.argsort(apart)
     chosen = [*order[:2], *order[-2:]]
@@ -254,7 +256,7 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     trained, _ = against.training()
     training = against.extractor.of_known(trained)
     where, near = nearest(against.extractor.of(drawn), training)
-    _, real = nearest(against.features, training, but=equal(against.pictures, trained))
+    _, real = nearest(against.features, training, but=(_digests(against.pictures), _digests(trained)))
     nearer = near > np.quantile(real, 0.99)
     figures = {
         "cosine_to_nearest_training_picture": mean(near),
@@ -269,12 +271,18 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     return Result(figures, said, pictures=pictures)
 
 
+def _digests(pictures: np.ndarray) -> np.ndarray:
+    """What tells them apart, (N,)."""
+    return np.array([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
+
+
 def of_geneval(subject: Subject, against: Against, asked: Asked) -> Result:
     """GenEval's own prompts, for its evaluator; nothing is scored here."""
     folder = subject.folder / "geneval"
     grids = geneval.draw_prompts(subject.pipe, against.prompts, folder, seed=asked.seed, **asked.settings)
-    said = {"prompts": len(grids), "pictures a prompt": geneval.PICTURES, "layout": "NNNNN/samples/NNNN.png"}
-    pictures = [(grid, {"": row["prompt"]}) for grid, row in zip(grids[:SHOWN], against.prompts, strict=False)]
+    numbered = enumerate(zip(grids, against.prompts, strict=True))
+    pictures = [(grid, {"": row["prompt"]}) for number, (grid, row) in numbered if number < SHOWN]
+    said = {"prompts": len(against.prompts), "pictures a prompt": geneval.PICTURES, "layout": "NNNNN/samples/NNNN.png"}
     return Result({}, said, pictures=pictures)
 
 

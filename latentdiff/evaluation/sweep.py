@@ -12,6 +12,7 @@ import numpy as np
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation.distances import frechet
 from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.result import Figure, Result, Table
 from latentdiff.evaluation.sections import Against, Asked, Subject, clip_scores
 from latentdiff.plots import Plot, Series
@@ -58,7 +59,8 @@ def _cell(
     began = time.perf_counter()
     drawn = draw(subject.pipe, captions, seed=asked.seed, title=name, **{**asked.settings, **chosen})
     seconds = (time.perf_counter() - began) / len(captions)
-    found = {"seconds": seconds, "frechet": frechet(against.extractor.of(drawn), real)}
+    far = jackknife(frechet, against.extractor.of(drawn), real)
+    found = {"seconds": seconds, "frechet": far.value, "frechet_error": far.error or 0.0}
     if against.scorer is not None:
         found["clip_score"] = float(clip_scores(against.scorer, captions, drawn).mean())
     write_memo(path, rules, [found])
@@ -90,7 +92,7 @@ def _plot(cells: Sequence[tuple[dict[str, Any], dict[str, float]]], best: Sequen
 
 
 def _table(cells: Sequence[tuple[dict[str, Any], dict[str, float]]], best: Sequence[int]) -> Table:
-    head = [*cells[0][0], *cells[0][1], "on the front"]
+    head = [*cells[0][0], *(name.replace("_", " ") for name in cells[0][1]), "on the front"]
     rows = [
         [*map(str, chosen.values()), *(f"{value:.4g}" for value in cell.values()), "yes" if number in best else ""]
         for number, (chosen, cell) in enumerate(cells)

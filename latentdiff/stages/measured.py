@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from latentdiff.config import Settings
 from latentdiff.data.survey import Picture, Survey
+from latentdiff.evaluation.room import room
 from latentdiff.images import coloured
 from latentdiff.stages.examples import Examples
 from latentdiff.stages.pictures import as_validated, by_identity, look, picture_set
@@ -44,9 +46,11 @@ def _squares(config: Settings, survey: Survey, pictures: Sequence[Picture]) -> E
     return as_validated(config, picture_set(config, survey, once, None))
 
 
-def shown(examples: Examples) -> tuple[np.ndarray, list[str]]:
-    """All of them: uint8 (N, H, W, 3), and the captions."""
+def shown(examples: Examples, folder: Path | None = None) -> tuple[np.ndarray, list[str]]:
+    """All of them: uint8 (N, H, W, 3), and the captions. folder: has room for what is too large for memory."""
     rows = range(len(examples))
     wanted = [(row, examples.view(row, 0)) for row in rows]
-    pixels = {number: examples.toned(each) for number, each in examples.pictures.each(wanted)}
-    return coloured(np.stack([pixels[row] for row in rows])), [examples.caption(row, 0) for row in rows]
+    pixels = room((len(examples), *examples.pictures.size(0), 3), folder)
+    for number, each in examples.pictures.each(wanted):
+        pixels[number] = coloured(examples.toned(each))
+    return pixels, [examples.caption(row, 0) for row in rows]

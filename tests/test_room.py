@@ -1,0 +1,48 @@
+"""Room for pictures that memory has not: the same array, on a disk that is asked first."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from latentdiff.evaluation import room as module
+from latentdiff.evaluation.room import filled, room
+
+
+def test_batches_become_one_array(tmp_path, monkeypatch):
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), np.uint8)
+    batches = [pictures[:8], pictures[8:16], pictures[16:]]
+    for size in (2**30, 1):
+        monkeypatch.setattr(module, "IN_MEMORY", size)
+        made = filled(iter(batches), 20, tmp_path / "folder")
+        assert np.array_equal(made, pictures)
+        assert type(made) is np.ndarray
+        assert not list(tmp_path.rglob("*.*")), "it has no name"
+
+
+def test_more_than_there_is_memory(tmp_path):
+    """A process that may allocate little more than it has already, in a room of two gigabytes."""
+    program = (
+        "import numpy as np, resource; from pathlib import Path; from latentdiff.evaluation.room import room;"
+        "made = room((2000, 1024, 1024, 1), Path('.'));"
+        "made[0], made[-1] = 1, 2; assert made[0].all() and made[-1].min() == 2 and not made[1000].any();"
+        "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**20"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a system that cannot ask its disk")
+def test_a_disk_that_has_not_the_room(tmp_path, monkeypatch):
+    """Told before anything is written, and nothing is left."""
+    monkeypatch.setattr(module, "IN_MEMORY", 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            room((2**20,), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
