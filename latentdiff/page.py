@@ -7,11 +7,14 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
 PAGE = '<!doctype html><meta charset="utf-8"><meta name="generator" content="latentdiff">'  # how each begins
+
+SCREEN = '<meta name="viewport" content="width=device-width">'
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ STYLE = (
     "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px;margin:1em 0}"
     "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}b{color:#777}"
     "figcaption{font-size:12px;max-height:12em;overflow:auto}"
-    ".plot,.plot img{width:540px;max-width:100%}.number{text-align:right}"
+    ".plot,.plot img{width:540px;max-width:100%}.number{text-align:right;white-space:nowrap}"
+    ".said{color:#777;font-size:13px}.wide{overflow-x:auto}nav a{margin-right:1em}"
+    "@media(max-width:600px){body{margin:1em}.said{display:none}}"
 )
 
 
@@ -41,7 +46,7 @@ def as_html(
 
 def document(title: str, *parts: str) -> str:
     """A page of parts in HTML."""
-    head = f"{PAGE}<title>{escaped(title)}</title><style>{STYLE}</style>"
+    head = f"{PAGE}{SCREEN}<title>{escaped(title)}</title><style>{STYLE}</style>"
     return f"{head}<h1>{escaped(title)}</h1>{''.join(parts)}\n"
 
 
@@ -54,14 +59,28 @@ def listed(found: Sequence[Section]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of words; all but the first column are set as numbers."""
+def heading(title: str) -> str:
+    """Of a chapter, where `contents` leads to."""
+    return f'<h2 id="{escaped(title)}">{escaped(title)}</h2>'
+
+
+def contents(titles: Sequence[str]) -> str:
+    """Links to the headings of a page."""
+    links = (f'<a href="#{quote(title)}">{escaped(title)}</a>' for title in titles)
+    return f"<nav>{' '.join(links)}</nav>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], said: Sequence[str] = ()) -> str:
+    """A table of words; all but the first column are set as numbers. said: a sentence on each row, at its end."""
 
     def cells(kind: str, row: Sequence[str]) -> str:
         first, *others = map(escaped, row)
         return f"<tr><{kind}>{first}" + "".join(f'<{kind} class="number">{other}' for other in others)
 
-    return f"<table>{cells('th', head)}{''.join(cells('td', row) for row in rows)}</table>"
+    lines = [cells("td", row) for row in rows]
+    if said:
+        lines = [f'{line}<td class="said">{escaped(words)}' for line, words in zip(lines, said, strict=True)]
+    return f'<div class="wide"><table>{cells("th", head)}{"".join(lines)}</table></div>'
 
 
 def gallery(sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = "") -> str:

@@ -20,6 +20,7 @@ from latentdiff.evaluation.autoencoder import decoded, psnr, ssim
 from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import Extractor, of_model
 from latentdiff.evaluation.geneval import read_prompts
+from latentdiff.evaluation.meaning import MEANING
 from latentdiff.evaluation.report import compared
 from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
 from latentdiff.evaluation.sweep import combinations, pareto
@@ -99,13 +100,14 @@ class Page(HTMLParser):
 def test_the_page_stands_alone(whole_report):
     folder, _ = whole_report
     page = Page((folder / "report.html").read_text())
-    assert all(value.startswith("data:image/") for value in page.loads)
+    assert all(value.startswith(("data:image/", "#")) for value in page.loads)
+    assert {value for value in page.loads if value[0] == "#"} == {f"#{name}" for name in [*EVERYTHING, "settings"]}
     assert "script" not in page.tags
     assert set(EVERYTHING) < set(page.words)
     assert page.tags.count("img") > 40
     for name, figure in metrics(folder)["models"][0]["sections"]["distances"]["figures"].items():
         assert name.replace("_", " ") in page.words
-        assert any(word.startswith(f"{figure['value']:.4g}") for word in page.words)
+        assert str(Figure(figure["value"], figure["error"])) in page.words
 
 
 def test_measured_once(whole_report, call, tiny_model):
@@ -219,6 +221,7 @@ def test_two_models(call, tiny_model, tmp_path):
     assert "worse by" in line
     page = (tmp_path / "out" / "report.html").read_text()
     assert "the second is" in page
+    assert page.count('class="plot"') == 1, "both in the same axes"
     assert "worse by" in page
 
 
@@ -386,8 +389,25 @@ def test_pareto():
     assert combinations({"a": (1, 2), "b": ("x",)}) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
 
 
+def test_figures_have_the_digits_of_their_errors():
+    assert str(Figure(0.0157123, 0.00042)) == "0.01571 \N{PLUS-MINUS SIGN} 0.00042"
+    assert str(Figure(86.0833, 0.158)) == "86.08 \N{PLUS-MINUS SIGN} 0.16"
+    assert str(Figure(8.4e-5, 6e-5)) == "0.000084 \N{PLUS-MINUS SIGN} 0.000060"
+    assert str(Figure(-0.2942)) == "-0.2942"
+    assert str(Figure(1.0, 0.0)) == "1 \N{PLUS-MINUS SIGN} 0"
+
+
+def test_every_figure_is_told_what_it_is(whole_report):
+    folder, _ = whole_report
+    variants = re.compile("_(large_variance|held_out|ceiling)$")
+    for section in metrics(folder)["models"][0]["sections"].values():
+        assert {
+            name for name in section["figures"] if name not in MEANING and variants.sub("", name) not in MEANING
+        } == set()
+
+
 def test_which_is_worse():
-    assert compared(Figure(1.0, 0.1, "lower"), Figure(2.0, 0.1, "lower")) == "worse by 1 \N{PLUS-MINUS SIGN} 0.14"
+    assert compared(Figure(1.0, 0.1, "lower"), Figure(2.0, 0.1, "lower")) == "worse by 1.00 \N{PLUS-MINUS SIGN} 0.14"
     assert compared(Figure(1.0, None, "higher"), Figure(2.0, None, "higher")) == "better by 1"
     assert compared(Figure(1.0, 1.0, "lower"), Figure(2.0, 1.0, "lower")).endswith(", within the error")
     assert compared(Figure(1.0, better="lower"), Figure(1.0, better="lower")) == "the same"

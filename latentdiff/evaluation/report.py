@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,23 @@ from latentdiff import page
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation import sections
 from latentdiff.evaluation.drawn import read, write
+from latentdiff.evaluation.meaning import MEANING
 from latentdiff.evaluation.result import Figure, Result, as_tree, finite, from_tree
 from latentdiff.evaluation.sections import Against, Asked, Subject
 from latentdiff.evaluation.sweep import of_sweep
 from latentdiff.output import whole, write_json
-from latentdiff.plots import as_figure
+from latentdiff.plots import Plot, as_figure
 
 PAGE, METRICS = "report.html", "metrics.json"
 
 
 @dataclass(frozen=True)
 class Section:
-    """How a section is measured, and what its figures mean."""
+    """How a section is measured, and what its figures mean; headline: the figures that the page begins with."""
 
     measure: Callable[[Subject, Against, Asked], Result]
     said: str
+    headline: tuple[str, ...] = ()
 
 
 SECTIONS = {
@@ -41,34 +43,56 @@ SECTIONS = {
         "How many bits a value of a held-out picture takes: an upper bound on -log2 p(x) by the diffusion's three terms"
         " and the autoencoder's two. Captions that the model understands lower it. Without the suffix, under the"
         " posterior's variance; all on the same draws of noise and time.",
+        (
+            "bits_per_dimension_with_captions",
+            "gain_by_captions",
+        ),
     ),
     "distances": Section(
         sections.of_distances,
         "How far pictures drawn from the captions are from the real ones, by a network's features. The Frechet distance"
         " is biased by the number of pictures: compare only equal ones. clip_score is 100 times the cosine of picture"
         " and caption.",
+        (
+            "frechet",
+            "kernel",
+            "precision",
+            "recall",
+            "clip_score",
+        ),
     ),
     "composition": Section(
         sections.of_composition,
         "The share of pictures that show what their prompt says, in GenEval's six categories, as an oracle reads them."
         " held_out: pairs of shape and colour that were never trained on. ceiling: rendered scenes through the"
         " autoencoder.",
+        (
+            "composition",
+            "composition_held_out",
+        ),
     ),
     "autoencoder": Section(
         sections.of_autoencoder,
         "What is lost by the autoencoder alone: held-out pictures encoded and decoded. Latents should have a standard"
         " deviation near 1.",
+        (
+            "psnr",
+            "ssim",
+            "reconstruction_frechet",
+        ),
     ),
     "diversity": Section(
         sections.of_diversity,
         "How different pictures of one prompt are, 1 minus the cosine of their features, beside those of different"
         " prompts; and the number of different pictures, as it were (Vendi score), beside that of as many real ones."
         " The rows shown are the least and the most diverse prompts.",
+        ("distance_within_a_prompt",),
     ),
     "memorisation": Section(
         sections.of_memorisation,
         "Whether drawn pictures are copies: how near the nearest training picture is, beside how near it is to pictures"
         " that were held out. Independent pictures have a share of 0.01.",
+        ("share_nearer_than_99_of_100_held_out",),
     ),
     "sweep": Section(
         of_sweep,
@@ -155,10 +179,12 @@ def write_report(
         tree["models"].append({"name": subject.name, "hash": subject.pipe.card.hash, "sections": own})
     write_json(folder / METRICS, finite(tree))
     told = [page.Section(key, "", tuple(_lines(value))) for key, value in settings.items()]
-    parts = [_chapter(name, names, results) for name, results in found.items()]
+    titles = [*found, *(["not measured"] if skipped else []), "settings"]
+    parts = [page.contents(titles), _summary(names, found)]
+    parts += [_chapter(name, names, results) for name, results in found.items()]
     left = [page.Section(name, why) for name, why in skipped.items()]
-    parts += ["<h2>not measured</h2>", page.listed(left)] if left else []
-    parts += ["<h2>settings</h2>", page.listed(told)]
+    parts += [page.heading("not measured"), page.listed(left)] if left else []
+    parts += [page.heading("settings"), page.listed(told)]
     title = " beside ".join(names)
     with whole(folder / PAGE) as made:
         made.write_text(page.document(title, *parts), encoding="utf-8")
@@ -171,28 +197,64 @@ def _metrics(result: Result) -> dict[str, Any]:
     return {"figures": figures, "said": dict(result.said), "tables": [asdict(table) for table in result.tables]}
 
 
+def _summary(names: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str:
+    """The headline figures of all sections."""
+    models = [
+        {
+            name: results[number].figures[name]
+            for section, results in found.items()
+            for name in SECTIONS[section].headline
+            if name in results[number].figures
+        }
+        for number in range(len(names))
+    ]
+    return _figures(names, models)
+
+
 def _chapter(name: str, names: Sequence[str], results: Sequence[Result]) -> str:
     said = "; ".join(f"{key}: {_words(value)}" for key, value in results[0].said.items())
-    parts = [f"<h2>{page.escaped(name)}</h2><p>{page.escaped(SECTIONS[name].said)}</p>"]
-    parts.append(page.table(*_rows(names, [result.figures for result in results])))
+    parts = [page.heading(name), f"<p>{page.escaped(SECTIONS[name].said)}</p>"]
+    parts.append(_figures(names, [result.figures for result in results]))
     parts.append(f"<p><small>{page.escaped(said)}</small></p>")
+    parts += ["<main>", *map(as_figure, _beside(names, results)), "</main>"]
     for model, result in zip(names, results, strict=True):
         heading = [f"<h3>{page.escaped(model)}</h3>"] if len(names) > 1 else []
         tables = [f"<h4>{page.escaped(each.title)}</h4>{page.table(each.head, each.rows)}" for each in result.tables]
-        figures = "".join(as_figure(plot) for plot in result.plots)
-        parts += [*heading, page.gallery(result.pictures, figures), *tables]
+        parts += [*heading, page.gallery(result.pictures), *tables] if result.pictures or tables else []
     return "".join(parts)
+
+
+def _beside(names: Sequence[str], results: Sequence[Result]) -> list[Plot]:
+    """The plots of a model, or those of both in the same axes."""
+    if len(names) == 1:
+        return list(results[0].plots)
+    plots = []
+    for each in zip(*(result.plots for result in results), strict=True):
+        series = [
+            replace(one, name=f"{name}: {one.name}")
+            for name, plot in zip(names, each, strict=True)
+            for one in plot.series
+        ]
+        plots.append(replace(each[0], series=series))
+    return plots
+
+
+def _figures(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> str:
+    if not figures[0]:
+        return ""
+    return page.table(*_rows(names, figures), said=[MEANING.get(name, "") for name in figures[0]])
 
 
 def _rows(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
     """A line a figure, a column a model; of two models also how the second differs."""
-    both = len(names) == 2
-    head = ["", *names, "better"] + (["the second is"] if both else [])
+    head = ["", *names, "better"] + (["the second is"] if len(names) == 2 else [])
     rows = []
     for name in figures[0]:
-        each = [found[name] for found in figures if name in found]
-        row = [name.replace("_", " "), *map(str, each), {"neither": ""}.get(each[0].better, each[0].better)]
-        rows.append([*row, compared(*each)] if both and len(each) == 2 else row)
+        each = [found.get(name) for found in figures]
+        first, *others = each
+        assert first is not None
+        row = [name.replace("_", " "), *(str(found or "") for found in each), first.better.replace("neither", "")]
+        rows.append([*row, *(compared(first, other) if other else "" for other in others)])
     return head, rows
 
 

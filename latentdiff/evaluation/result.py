@@ -36,7 +36,13 @@ class Figure:
         return Figure(sign * (self.value - than.value), error)
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}" + ("" if self.error is None else f" \N{PLUS-MINUS SIGN} {self.error:.2g}")
+        """With as many digits as its error has two of."""
+        if self.error is None:
+            return f"{self.value:.4g}"
+        if not 1e-6 < self.error < 100:
+            return f"{self.value:.4g} \N{PLUS-MINUS SIGN} {self.error:.2g}"
+        digits = max(0, 1 - math.floor(math.log10(self.error)))
+        return f"{self.value:.{digits}f} \N{PLUS-MINUS SIGN} {self.error:.{digits}f}"
 
 
 @dataclass(frozen=True)
