@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from latentdiff.evaluation import room as module
-from latentdiff.evaluation.room import filled, room
+from latentdiff.evaluation.room import CODED, at_once, filled, room
+
+
+def test_large_pictures_are_few_at_once():
+    assert [at_once(CODED, (side, side), 16) for side in (64, 256, 512, 1024, 4096)] == [16, 16, 4, 1, 1]
+    assert at_once(CODED, (512, 1024), 16) == 2
 
 
 def test_batches_become_one_array(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from latentdiff.arrays import to_numpy
-from latentdiff.evaluation.room import filled
+from latentdiff.evaluation.room import CODED, at_once, filled
 from latentdiff.images import to_images, to_uint8
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def decoded(pipe: LatentDiffusionPipeline, pictures: np.ndarray, folder: Path | 
 
     def batches() -> Iterator[np.ndarray]:
         nonlocal first, second, count
-        for start in tqdm(range(0, len(pictures), AT_ONCE), "autoencoder", disable=None):
-            latents = pipe.encode_images(pipe.as_images(pictures[start : start + AT_ONCE]))
+        size = at_once(CODED, pictures.shape[1:3], AT_ONCE)
+        for start in tqdm(range(0, len(pictures), size), "autoencoder", disable=None):
+            latents = pipe.encode_images(pipe.as_images(pictures[start : start + size]))
             values = to_numpy(latents).astype(np.float64)
             first, second = first + values.sum((0, 2, 3)), second + (values**2).sum((0, 2, 3))
             count += values[:, 0].size

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from latentdiff.errors import DataError
-from latentdiff.evaluation.room import filled
+from latentdiff.evaluation.room import DRAWN, at_once, filled
 from latentdiff.output import write_new
 
 if TYPE_CHECKING:
@@ -35,19 +35,20 @@ def draw(
     **settings: Any,
 ) -> np.ndarray:
     """A picture of each prompt, uint8 (N, H, W, C); prompts are words as they stand, without weights in them."""
-    at_once = min(AT_ONCE, settings.pop("batch_size", AT_ONCE))
+    sides = [settings.get(name) or side for name, side in zip(("height", "width"), pipe.card.size, strict=True)]
+    size = min(at_once(DRAWN, sides, AT_ONCE), settings.pop("batch_size", AT_ONCE))
     asked = [prompt.strip() or " " for prompt in prompts]
 
     def batches() -> Iterator[np.ndarray]:
         with tqdm(total=len(asked), desc=title, unit="picture", disable=None) as bar:
-            for first in range(0, len(asked), at_once):
-                some = asked[first : first + at_once]
+            for first in range(0, len(asked), size):
+                some = asked[first : first + size]
                 files = [folder / f"{number:05d}.png" for number in range(first, first + len(some))] if folder else []
                 if files and all(file.is_file() for file in files):
                     yield np.stack([read(file) for file in files])
                 else:
                     settings_of = {"prompt_weights": False, **settings}
-                    drawn = pipe(some, seed=seed + first, batch_size=at_once, output_type="np", **settings_of).images
+                    drawn = pipe(some, seed=seed + first, batch_size=size, output_type="np", **settings_of).images
                     for picture, file in zip(drawn, files, strict=False):
                         write(picture, file)
                     yield drawn

@@ -30,6 +30,7 @@ from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Errors, Predict, bits, discretised, errors_of
 from latentdiff.diffusion.denoiser import x0_from
 from latentdiff.errors import ModelError, NonFiniteError
+from latentdiff.evaluation.room import CODED, at_once
 from latentdiff.models.context import Context, stacked
 from latentdiff.models.prompt import Style
 
@@ -89,9 +90,8 @@ def likelihood(
     plain = isinstance(pipe.autoencoder, IdentityAutoencoder)
     dimensions = math.prod(pictures.shape[1:3]) * pipe.image_channels
     found: list[tuple[Errors, Errors]] = []
-    for first in tqdm(range(0, len(pictures), AT_ONCE), "likelihood", disable=None):
-        rows = list(range(first, min(first + AT_ONCE, len(pictures))))
-        file, rules = folder and folder / f"{first:05d}.json", [times, seed, len(rows)]
+    for rows in tqdm(list(_batches(pictures)), "likelihood", disable=None):
+        file, rules = folder and folder / f"{rows[0]:05d}.json", [times, seed, len(rows)]
         if file and (kept := read_memo(file, rules)):
             found.append((Errors.from_tree(kept[0], pipe.schedule), Errors.from_tree(kept[1], pipe.schedule)))
             continue
@@ -111,6 +111,13 @@ def likelihood(
         if not np.isfinite(made.bits(errors)).all():
             raise NonFiniteError("the likelihood is not finite. The model's weights may be damaged")
     return made
+
+
+def _batches(pictures: np.ndarray) -> Iterator[list[int]]:
+    """Their numbers, as many as there is room for at once."""
+    size = at_once(CODED, pictures.shape[1:3], AT_ONCE)
+    for first in range(0, len(pictures), size):
+        yield list(range(first, min(first + size, len(pictures))))
 
 
 def _posterior(pipe: LatentDiffusionPipeline, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -147,8 +154,7 @@ def _decoded(
     """(picture, decoded sample), (C, H, W) each in [-1, 1], and the posterior's entropy, a batch at a time."""
     import torch
 
-    for first in range(0, len(pictures), AT_ONCE):
-        rows = list(range(first, min(first + AT_ONCE, len(pictures))))
+    for rows in _batches(pictures):
         mean, log_variance = _posterior(pipe, pictures[rows])
         entropy = 0.5 * (log_variance.double() + math.log(2 * math.pi * math.e)).flatten(1).sum(1)
         with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -13,6 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 IN_MEMORY = 2**30  # bytes
+CODED, DRAWN = 2**20, 2**21  # pixels that an autoencoder in float32, or a model that draws, has room for at once
+
+
+def at_once(pixels: int, size: Sequence[int], most: int) -> int:
+    """How many pictures of (height, width) are that many pixels: from 1 to `most`."""
+    return max(1, min(most, pixels // math.prod(size)))
 
 
 def room(shape: tuple[int, ...], folder: Path | None = None) -> NDArray[np.uint8]:
