@@ -32,8 +32,8 @@ STYLE = (
     "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}b{color:#777}"
     "figcaption{font-size:12px;max-height:12em;overflow:auto}"
     ".plot,.plot img{width:540px;max-width:100%}.number{text-align:right;white-space:nowrap}"
-    ".said{color:#777;font-size:13px}.wide{overflow-x:auto}nav a{margin-right:1em}"
-    "@media(max-width:600px){body{margin:1em}.said{display:none}}"
+    ".said{color:#777;font-size:12px;max-width:32em}.wide{overflow-x:auto}.wide td{padding-bottom:3px}"
+    "nav{margin:1em 0}nav a{margin-right:1em}@media(max-width:600px){body{margin:1em}}"
 )
 
 
@@ -71,15 +71,14 @@ def contents(titles: Sequence[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], said: Sequence[str] = ()) -> str:
-    """A table of words; all but the first column are set as numbers. said: a sentence on each row, at its end."""
+    """A table of words; all but the first column are set as numbers. said: a line under the first word of each row."""
 
-    def cells(kind: str, row: Sequence[str]) -> str:
+    def cells(kind: str, row: Sequence[str], under: str = "") -> str:
         first, *others = map(escaped, row)
-        return f"<tr><{kind}>{first}" + "".join(f'<{kind} class="number">{other}' for other in others)
+        told = f'<div class="said">{escaped(under)}</div>' if under else ""
+        return f"<tr><{kind}>{first}{told}" + "".join(f'<{kind} class="number">{other}' for other in others)
 
-    lines = [cells("td", row) for row in rows]
-    if said:
-        lines = [f'{line}<td class="said">{escaped(words)}' for line, words in zip(lines, said, strict=True)]
+    lines = [cells("td", row, under) for row, under in zip(rows, said or [""] * len(rows), strict=True)]
     return f'<div class="wide"><table>{cells("th", head)}{"".join(lines)}</table></div>'
 
 
