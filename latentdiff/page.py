@@ -29,7 +29,8 @@ class Section:
 STYLE = (
     "body{font:15px system-ui;margin:2em}th,td{text-align:left;vertical-align:top;padding:0 1.5em 0 0}"
     "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px;margin:1em 0}"
-    "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px}b{color:#777}"
+    "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px;outline:1px solid #ddd}b{color:#777}"
+    ".strip,.strip img{width:320px;max-width:100%}"
     "figcaption{font-size:12px;max-height:12em;overflow:auto}"
     ".plot,.plot img{width:540px;max-width:100%}.number{text-align:right;white-space:nowrap}"
     ".said{color:#777;font-size:12px;max-width:32em}.wide{overflow-x:auto}.wide td{padding-bottom:3px}"
@@ -92,7 +93,8 @@ def _figure(pixels: np.ndarray, said: Mapping[str, str]) -> str:
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     lines = "".join(f"<div><b>{escaped(key)}</b> {escaped(value)}</div>" for key, value in said.items())
-    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{lines}</figcaption></figure>'
+    kind = ' class="strip"' if pixels.shape[1] > 2 * pixels.shape[0] else ""
+    return f'<figure{kind}><img src="data:image/png;base64,{data}"><figcaption>{lines}</figcaption></figure>'
 
 
 def escaped(text: str) -> str:

@@ -42,7 +42,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT)
+    prompt: str = Field(max_length=LONGEST_PROMPT)  # the empty one is the unconditional one
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
     width: int | None = None
     height: int | None = None
@@ -137,8 +137,6 @@ def request(**fields: Any) -> Request:
         made = Request(**{name: value for name, value in fields.items() if (name, value) != ("seed", None)})
     except ValidationError as error:
         raise _refusal(first_fault(error)) from None
-    if not made.prompt.strip():
-        raise ConfigError("prompt is empty. Say what to draw")
     if made.seed + made.num_images - 1 > MAX_SEED:
         raise ConfigError(
             f"seed: the last picture's seed is over {MAX_SEED} (seed {made.seed}, {made.num_images} pictures)"

@@ -23,6 +23,7 @@ from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.meaning import MEANING
 from latentdiff.evaluation.report import compared
 from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
+from latentdiff.evaluation.sections import _share_nearer
 from latentdiff.evaluation.sweep import combinations, pareto
 from latentdiff.plots import Plot, Series, as_figure
 from latentdiff.stages.measured import held_out, shown
@@ -187,7 +188,7 @@ def test_training_measures_the_same(begun, whole, call, tmp_path):
     found = figures(tmp_path / "out", "distances")
     assert {"frechet", "kernel", "precision", "recall", "cmmd", "clip_score"} < found.keys()
     for name, value in found.items():
-        assert last[name] == value, name
+        assert name.endswith("_floor") or last[name] == value, name
 
 
 def damaged(model, folder, share):
@@ -249,7 +250,8 @@ def test_own_pictures(call, tmp_path, folders):
     out = tmp_path / "out"
     code, _, err = call("evaluate", folders["1"], "-o", out, *QUICK, *words)
     assert code == 0, err
-    assert metrics(out)["settings"]["features"] == "the model's own CLIP"
+    assert metrics(out)["settings"]["features"] == "the CLIP of the default model"
+    assert "has no CLIP, so the default model's is taken, which knows scenes alone" in err
     assert metrics(out)["settings"]["pictures"] == 16
     assert "clip_score" in figures(out, "distances")
     assert "not measured" not in err
@@ -268,6 +270,14 @@ def test_own_pictures(call, tmp_path, folders):
         (("--sweep", "guidance_scale=1,many"), "guidance_scale"),
         (("--sweep", "steps_=1,2"), "steps_"),
         (("--set", "seed=3"), "seed is the evaluation's own, and no setting of drawing"),
+        (("--set", "hires_scale=2"), "hires_scale is the evaluation's own, and no setting of drawing"),
+        (("--set", "autoguidance_scale=2"), "autoguidance_scale needs what an evaluation does not have"),
+        (("--set", "eta=0.5"), "eta is of ddim and euler_ancestral, not of unipc"),
+        (
+            ("--sweep", f"num_inference_steps={','.join(['5'] * 40)}", "--sweep", f"seed_={','.join(['1'] * 30)}"),
+            "1,200",
+        ),
+        (("--data", "data", "-o", "data/report"), "data/report lies among the data, whose pictures would be more"),
         (("--steps", "0"), "num_inference_steps"),
         (("--pictures", "3"), "greater than or equal to 16"),
         (("--data", "nowhere"), "nowhere"),
@@ -285,6 +295,7 @@ def test_what_is_wrong_is_told_in_a_line(call, tiny_model, words, said):
     Path("a-file").write_text("mine")
     Path("mine").mkdir()
     Path("mine/precious").write_text("mine")
+    Path("data").mkdir()
     code, _, err = call("evaluate", tiny_model, *words)
     assert code in (2, 3, 4)
     assert err.count("\n") == 1, err
@@ -365,6 +376,102 @@ def test_prompts_that_are_not_genevals(content, said, tmp_path):
         read_prompts(tmp_path / "p.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        ('\ufeff{"tag": "counting", "prompt": "a"}\n', ["a"]),
+        ('{"tag": "counting", "prompt": "a\u2028b"}\r\n', ["a\u2028b"]),
+    ],
+)
+def test_prompts_as_others_write_them(content, prompts, tmp_path):
+    (tmp_path / "p.jsonl").write_text(content, encoding="utf-8", newline="")
+    assert [row["prompt"] for row in read_prompts(tmp_path / "p.jsonl")] == prompts
+
+
+def test_what_figures_depend_on_is_no_secret(call, tiny_model, tmp_path):
+    """A report does not go on with another schedule, scale of the latents, background or prefix of the captions."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    Path("data").mkdir()
+    for number in range(16):
+        Image.new("RGBA", (16, 16), (9 * number, 0, 0, 128)).save(f"data/{number:02d}.png")
+        Path(f"data/{number:02d}.txt").write_text(f"number {number}")
+    quick = (*QUICK, "--only", "autoencoder")
+    settings = 'data.kind = "pictures"\nimage_size = 64\n[data.pictures]\nsource = "data"\n'
+    Path("c.toml").write_text(settings)
+    assert call("evaluate", model, *quick, "-o", "out", "--data", "c.toml")[0] == 0
+    for more in ('background = "#000000"', '[data.pictures.captions]\nprefix = "a red star "'):
+        Path("c.toml").write_text(settings + more + "\n")
+        code, _, err = call("evaluate", model, *quick, "-o", "out", "--data", "c.toml")
+        assert (code, "out is a report of something else (data sha256 " in err) == (2, True), err
+    Path("c.toml").write_text(settings)
+    assert call("evaluate", model, *quick, "-o", "out", "--data", "c.toml")[0] == 0
+    for name in ("vae/config.json", "scheduler/scheduler_config.json"):
+        before = (model / name).read_text()
+        (model / name).write_text(before.replace("1000", "900") if "scheduler" in name else before + "\n")
+        code, _, err = call("evaluate", model, *quick, "-o", "out", "--data", "c.toml")
+        assert (code, "(model settings sha256 1 " in err) == (2, True), err
+        (model / name).write_text(before)
+
+
+def test_networks_that_are_not_finite(call, tiny_model, tmp_path):
+    """An autoencoder and a CLIP of NaN are told, and no report is made of them."""
+    for part, section in (("vae", "autoencoder"), ("clip", "distances")):
+        model = shutil.copytree(tiny_model, tmp_path / part)
+        (file,) = (model / part).glob("*.safetensors")
+        state = {
+            name: tensor * float("nan") if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(file).items()
+        }
+        file.unlink()
+        save_file(state, file)
+        code, _, err = call("evaluate", model, *QUICK, "--only", section, "-o", tmp_path / f"out-{part}")
+        assert code == 5, err
+        assert "finite" in err.splitlines()[-1]
+
+
+def test_captions_that_are_empty_are_drawn(pipe):
+    """As the unconditional model draws: guidance between the same two contexts changes nothing."""
+    empty = draw(pipe, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=90.0)
+    plain = draw(pipe, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=1.0)
+    assert np.abs(empty[0].astype(int) - plain[0]).max() <= 1
+    assert np.abs(empty[1].astype(int) - plain[1]).max() > 1
+
+
+def test_kept_pictures_of_another_size(pipe, tmp_path):
+    prompts = ["a red star"] * 2
+    draw(pipe, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
+    Image.new("RGB", (32, 32)).save(tmp_path / "00001.png")
+    with pytest.raises(DataError, match="is no picture that was drawn here"):
+        draw(pipe, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
+
+
+def test_a_folder_of_one_that_was_killed_at_once(call, tiny_model):
+    """Before it had said whose the folder is, in the midst of saying it."""
+    Path("out/.latentdiff-abc").mkdir(parents=True)
+    Path("out/.lock").touch()
+    assert call("evaluate", tiny_model, *QUICK, "--only", "autoencoder", "-o", "out")[0] == 0
+    assert not list(Path("out").glob(".latentdiff*"))
+
+
+def test_lists_are_swept(call, tiny_model):
+    words = ("--sweep", "guidance_interval=[-3,1],[-2,2]", "--sweep", "negative_prompt=a/b,a-b", "--steps", 2)
+    code, _, err = call("evaluate", tiny_model, *QUICK[:-2], *words, "--only", "sweep", "-o", "out")
+    assert code == 0, err
+    (table,) = metrics(Path("out"))["models"][0]["sections"]["sweep"]["tables"]
+    assert [row[:2] for row in table["rows"]] == [
+        [interval, prompt] for interval in ("[-3, 1]", "[-2, 2]") for prompt in ("a/b", "a-b")
+    ]
+    assert len(list(Path("out/A/sweep").iterdir())) == 4
+
+
+def test_the_share_by_chance():
+    """Of independent pictures k / (N + 1) are nearer than the k-th of N, within what 400 trials tell."""
+    rng = np.random.default_rng(0)
+    for count, k in ((16, 1), (300, 3)):
+        found = [_share_nearer(rng.normal(size=200), rng.normal(size=count)) for _ in range(400)]
+        assert abs(np.mean(found) - k / (count + 1)) < 3 * np.std(found, ddof=1) / 20
+
+
 def test_psnr_and_ssim():
     a = np.random.default_rng(0).integers(0, 200, (3, 16, 16, 3), np.uint8)
     b = a + np.array([0, 5, 50], np.uint8)[:, None, None, None]
@@ -372,6 +479,9 @@ def test_psnr_and_ssim():
     found = ssim(a, b)
     assert found[0] == pytest.approx(1, abs=1e-6)
     assert found[0] > found[1] > found[2]
+    flat = np.array([0, 60, 128, 250], np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
+    x, y, c = flat[:, 0, 0, 0] / 255, (flat[:, 0, 0, 0] + 5) / 255, 0.01**2
+    np.testing.assert_allclose(ssim(flat, flat + 5), (2 * x * y + c) / (x**2 + y**2 + c), rtol=1e-4)  # its first factor
 
 
 def test_statistics_of_latents(pipe):
@@ -399,7 +509,7 @@ def test_figures_have_the_digits_of_their_errors():
 
 def test_every_figure_is_told_what_it_is(whole_report):
     folder, _ = whole_report
-    variants = re.compile("_(large_variance|held_out|ceiling)$")
+    variants = re.compile("_(large_variance|held_out|ceiling|floor)$")
     for section in metrics(folder)["models"][0]["sections"].values():
         assert {
             name for name in section["figures"] if name not in MEANING and variants.sub("", name) not in MEANING
@@ -412,6 +522,7 @@ def test_which_is_worse():
     assert compared(Figure(1.0, 1.0, "lower"), Figure(2.0, 1.0, "lower")).endswith(", within the error")
     assert compared(Figure(1.0, better="lower"), Figure(1.0, better="lower")) == "the same"
     assert compared(Figure(1.0), Figure(2.0)) == ""
+    assert compared(Figure(1.0, 0.1, "lower"), Figure(float("nan"), 0.1, "lower")) == ""
     values = np.random.default_rng(0).normal(0, 10, 50)
     by = mean(values + 1, "lower", paired=True).worse(mean(values, "lower", paired=True))
     assert (by.value, by.error) == pytest.approx((1, 0), abs=1e-9), "on the same draws their spread cancels"

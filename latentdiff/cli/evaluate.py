@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -20,9 +24,13 @@ if TYPE_CHECKING:
     from latentdiff.evaluation.features import Extractor
     from latentdiff.evaluation.sections import Against, Asked
     from latentdiff.pipeline import LatentDiffusionPipeline
+    from latentdiff.stages.examples import Examples
 
 SETTINGS = "settings.json"
 LEAST = 16  # pictures
+MOST = 1000  # settings of a sweep
+OWN = ("seed", "num_images", "width", "height", "prompt_weights", "hires_scale", "hires_strength")
+LACKING = ("autoguidance_scale", "strength")
 Overrides = list[tuple[str, Any]]
 
 
@@ -107,12 +115,13 @@ def evaluate(
     from latentdiff.training.lock import locked
 
     drawing = _drawing({"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}, settings)
-    grid, names = _grid(sweep or []), _names(only)
-    _check_folder(report)
+    names = _names(only)
+    grid = _grid(sweep or [], drawing if "sweep" in names else {})
+    _check_folder(report, data)
     adapters = [adapter_and_weight(each) for each in lora or []]
-    models = [_Model(model, device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
+    models = [_Model(_named(model), device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
     if compare is not None:
-        models.append(_Model(compare, device, dtype, runtime))
+        models.append(_Model(_named(compare), device, dtype, runtime))
     lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
     given = [(name, True) for name, wanted in lenient.items() if wanted]
     against, config = _against(models[0], report, data, given, pictures, training, features, lpips, geneval)
@@ -129,6 +138,8 @@ def evaluate(
         raise ConfigError(f"{name} cannot be measured: {reason}")
     with locked(report, "measuring"):
         _check_same(report / SETTINGS, rules)
+        for path in filter(_left, report.iterdir()):
+            shutil.rmtree(path)
         found = known(subjects, rules)
         write_report(report, subjects, found, skipped, rules)
         for name in [name for name in names if name not in skipped]:
@@ -177,6 +188,13 @@ class _Model:
         return pipe
 
 
+def _named(path: str | None) -> str | None:
+    """None for the default model, which may be called by its name."""
+    from latentdiff.pretrained import DEFAULT_MODEL
+
+    return None if path == DEFAULT_MODEL and not Path(path).exists() else path
+
+
 def _sized(models: Sequence[_Model]) -> dict[str, int]:
     """Pictures are drawn as large as those that they are compared with: squares of the first model's size."""
     side = models[0].pipe.card.size[0]
@@ -200,15 +218,18 @@ def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str,
 
     found = common_settings(given, settings or [])
     del found["num_images"]
-    for name in ("seed", "num_images", "width", "height", "prompt_weights"):
+    for name in OWN:
         if name in found:
             raise ConfigError(f"{name} is the evaluation's own, and no setting of drawing")
+    for name in LACKING:
+        if name in found:
+            raise ConfigError(f"{name} needs what an evaluation does not have")
     request(prompt="checked before anything is loaded", seed=0, **found)
     return found
 
 
-def _grid(wanted: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """NAME=VALUE,VALUE, each as `--set` takes one. Raises ConfigError."""
+def _grid(wanted: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """NAME=VALUE,VALUE, each as `--set` takes one, on top of the settings of all drawing. Raises ConfigError."""
     from latentdiff.evaluation.sweep import GRID, combinations
 
     grid: dict[str, tuple[Any, ...]] = {}
@@ -216,11 +237,21 @@ def _grid(wanted: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         name, equals, values = text.partition("=")
         if not equals or not values or name in grid:
             raise ConfigError(f"--sweep is NAME=VALUE,VALUE, once a name (got {text[:60]!r})")
-        parsed = [_drawing({}, [f"{name}={value}"]) for value in values.split(",")]
-        grid[next(iter(parsed[0]))] = tuple(next(iter(one.values())) for one in parsed)
-    for combination in combinations(grid or GRID):
-        _drawing(combination, [])
-    return grid or dict(GRID)
+        given = [_setting(name, value) for value in re.split(r",(?![^\[]*\])", values)]  # not within brackets
+        grid[next(iter(given[0]))] = tuple(next(iter(one.values())) for one in given)
+    grid = grid or dict(GRID)
+    if (count := math.prod(map(len, grid.values()))) > MOST:
+        raise ConfigError(f"a sweep of {count:,} settings. At most {MOST:,} are tried")
+    for combination in combinations(grid):
+        _drawing(drawing | combination, [])
+    return grid
+
+
+def _setting(name: str, value: str) -> dict[str, Any]:
+    """One setting by itself, which may mean something only beside others."""
+    found = common_settings({}, [f"{name}={value}"])
+    del found["num_images"]
+    return found
 
 
 def _names(only: str | None) -> list[str]:
@@ -236,17 +267,24 @@ def _names(only: str | None) -> list[str]:
     return [name for name in SECTIONS if name in names]
 
 
-def _check_folder(report: Path) -> None:
-    """Refuse before any work what is no folder of ours. Raises ConfigError."""
+def _check_folder(report: Path, data: str | None) -> None:
+    """Refuse before any work what is no folder of ours, or lies among the data. Raises ConfigError."""
     from latentdiff.output import check_writable
     from latentdiff.training import lock
 
     if report.is_file():
         raise ConfigError(f"{report} is a file. Name a folder for the report")
+    if data and Path(data).is_dir() and report.resolve().is_relative_to(Path(data).resolve()):
+        raise ConfigError(f"{report} lies among the data, whose pictures would be more. Name a folder outside")
     check_writable(report, report)
-    theirs = report.is_dir() and any(path.name != lock.NAME for path in report.iterdir())
+    theirs = report.is_dir() and any(path.name != lock.NAME and not _left(path) for path in report.iterdir())
     if theirs and not (report / SETTINGS).is_file():
         raise ConfigError(f"{report} is a folder of yours; nothing is written among it. Name another")
+
+
+def _left(path: Path) -> bool:
+    """Whether a file was in the making when an evaluation was killed."""
+    return path.name.startswith(".latentdiff-")
 
 
 def _against(
@@ -276,7 +314,7 @@ def _against(
     found = None if config.data.kind == "scenes" else look(config).sound(config.data.pictures.skip_bad)
     held, trained = held_out(config, count, found)
     if len(held) < LEAST:
-        raise DataError(f"{len(held)} pictures are too few to measure by. At least {LEAST} are needed")
+        raise DataError(f"{len(held)} different pictures are too few to measure by. At least {LEAST} are needed")
     if training is not None:
         trained = held_out(_config(training, side, given), 50_000)[0]
     extractor = _extractor(model, features)
@@ -292,7 +330,7 @@ def _against(
         prompts,
         scenes=readable,
     )
-    said = {"data": "scenes" if data is None else data, "pictures": len(held), "data sha256": held.pictures.identity()}
+    said = {"data": "scenes" if data is None else data, "pictures": len(held), "data sha256": _identity(config, held)}
     if found and found.left_out:
         said["left out"] = len(found.quarantined) + len(found.listing.orphans)
         typer.echo(f"left out: {said['left out']} that cannot be used (`latentdiff data` lists them)", err=True)
@@ -300,6 +338,13 @@ def _against(
         said |= {"training pictures": len(trained), "training sha256": trained.pictures.identity()}
     said |= {f"{name} sha256": file_hash(file) for name, file in (("lpips", lpips), ("geneval", geneval)) if file}
     return against, said
+
+
+def _identity(config: Config, held: Examples) -> str:
+    """sha256 of the pictures, their captions, and all settings by which they are shown."""
+    shown = config.data.model_dump(mode="json", exclude={"pictures": {"source"}})
+    said = json.dumps([held.pictures.identity(), config.image_size, shown], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _config(data: str | None, side: int, given: Overrides) -> Config:
@@ -319,8 +364,11 @@ def _extractor(model: _Model, features: Path | None) -> Extractor:
 
     if features is not None:
         return named(features)
-    folder = model.pipe.card.folder
-    return of_model(folder if folder and (folder / "clip").is_dir() else default_model())
+    folder, name = model.pipe.card.folder, model.pipe.card.name
+    if folder and (folder / "clip").is_dir():
+        return of_model(folder, name=f"the CLIP of {name}")
+    typer.echo(f"features: {name} has no CLIP, so the default model's is taken, which knows scenes alone", err=True)
+    return of_model(default_model(), name="the CLIP of the default model")
 
 
 def _rules(models: Sequence[_Model], data: dict[str, Any], against: Against, asked: Asked) -> dict[str, Any]:
@@ -331,6 +379,7 @@ def _rules(models: Sequence[_Model], data: dict[str, Any], against: Against, ask
     found = {
         "models": [pipe.card.source or pipe.card.name for pipe in pipes],
         "model sha256": [pipe.card.hash for pipe in pipes],
+        "model settings sha256": [_settings_hash(pipe.card.folder) for pipe in pipes],
         "beside": [[asdict(source) for source in pipe.extras.sources.values()] for pipe in pipes],
         **data,
         "features": against.extractor.name,
@@ -346,6 +395,12 @@ def _rules(models: Sequence[_Model], data: dict[str, Any], against: Against, ask
     return dict(json.loads(json.dumps(found)))
 
 
+def _settings_hash(folder: Path | None) -> str | None:
+    from latentdiff.models.folder import settings_hash
+
+    return settings_hash(folder) if folder and folder.is_dir() else None
+
+
 def _check_same(path: Path, rules: dict[str, Any]) -> None:
     """Remember what a report is of; refuse another's folder. Raises ConfigError."""
     from latentdiff.output import write_json
@@ -353,13 +408,21 @@ def _check_same(path: Path, rules: dict[str, Any]) -> None:
     if path.is_file():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise ConfigError(f"{path} is damaged. Name another folder for the report") from None
-        changed = [key for key in {**before, **rules} if before.get(key) != rules.get(key)]
+        old, new = _flat(before), _flat(rules)
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if changed:
-            told = "; ".join(f"{key} {_short(before.get(key))} -> {_short(rules.get(key))}" for key in changed[:3])
+            told = "; ".join(f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed[:3])
             raise ConfigError(f"{path.parent} is a report of something else ({told}). Name another folder")
     write_json(path, rules)
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """What lies within, by names of words."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree, 1) if isinstance(tree, list) else ()
+    inside = [_flat(value, f"{name} {key}".strip()) for key, value in pairs]
+    return {key: value for each in inside for key, value in each.items()} if inside else {name: tree}
 
 
 def _short(value: Any) -> str:

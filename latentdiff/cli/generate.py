@@ -227,6 +227,8 @@ def _requests(wishes: Sequence[Wish], common: dict[str, Any]) -> list[Request]:
     for wish in wishes:
         counted = {"seed": found[-1].seed + found[-1].num_images} if found else {}
         with _said_of(wish):
+            if not wish.prompt.strip():
+                raise ConfigError("prompt is empty. Say what to draw")
             found.append(request(prompt=wish.prompt, **(common | counted | wish.settings)))
     return found
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from latentdiff.arrays import to_numpy
+from latentdiff.errors import NonFiniteError
 from latentdiff.evaluation.room import CODED, at_once, filled
 from latentdiff.images import to_images, to_uint8
 
@@ -46,7 +47,10 @@ def decoded(pipe: LatentDiffusionPipeline, pictures: np.ndarray, folder: Path | 
             values = to_numpy(latents).astype(np.float64)
             first, second = first + values.sum((0, 2, 3)), second + (values**2).sum((0, 2, 3))
             count += values[:, 0].size
-            yield to_uint8(pipe.decode(latents))
+            images = to_numpy(pipe.decode(latents))
+            if not (np.isfinite(values).all() and np.isfinite(images).all()):
+                raise NonFiniteError("the autoencoder gives values that are not finite. Its weights may be damaged")
+            yield to_uint8(images)
 
     made = filled(batches(), len(pictures), folder)
     average = first / count
@@ -65,8 +69,9 @@ def ssim(pictures: np.ndarray, others: np.ndarray) -> Floats:
 
     found = []
     for i in range(0, len(pictures), AT_ONCE):
-        made, real = (to_images(each[i : i + AT_ONCE]) for each in (others, pictures))
-        values: Any = structural_similarity_index_measure(made, real, data_range=2.0, reduction="none")
+        # of intensities from 0: around 0, as in [-1, 1], its first factor means nothing
+        made, real = ((to_images(each[i : i + AT_ONCE]).double() + 1) / 2 for each in (others, pictures))
+        values: Any = structural_similarity_index_measure(made, real, data_range=1.0, reduction="none")
         found.append(np.atleast_1d(values.numpy()))
     return np.concatenate(found).astype(np.float64)
 

@@ -37,10 +37,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Composition:
-    """Scores by category, and the pictures they were read from, uint8 (N, H, W, 3)."""
+    """Scores by category, the pictures they were read from, uint8 (N, H, W, 3), their captions, which are right."""
 
     categories: dict[str, Share]
     pictures: dict[str, NDArray[np.uint8]]
+    captions: dict[str, list[str]]
+    right: dict[str, NDArray[np.bool_]]
 
     @property
     def overall(self) -> float:
@@ -75,42 +77,55 @@ def evaluate_composition(
     cannot read.
     """
     _check_readable(pipe)
-    shares, drawn, kind = {}, {}, "held out" if held_out else "composition"
+    drawn, scenes_of, kind = {}, {}, "held out" if held_out else "composition"
     for category in scenes.CATEGORIES:
         prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out)
         asked = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
         place, title = folder and folder / kind.replace(" ", "-") / category, f"{kind} {category}"
         captions = [scene.caption for scene in asked]
         drawn[category] = draw(pipe, captions, seed=seed, folder=place, title=title, **settings)
-        shares[category] = _share(drawn[category], asked, PICTURES_A_PROMPT)
-    return Composition(shares, drawn)
+        scenes_of[category] = asked
+    return _read(drawn, scenes_of, PICTURES_A_PROMPT)
 
 
 def ceiling(pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0) -> Composition:
     """The score of rendered scenes after encoding and decoding."""
     _check_readable(pipe)
-    shares, decoded = {}, {}
+    decoded, scenes_of = {}, {}
     for category in scenes.CATEGORIES:
-        chosen = evaluation_scenes(category, pictures, seed)
+        chosen = scenes_of[category] = evaluation_scenes(category, pictures, seed)
         rendered = np.stack([scenes.render(scene) for scene in chosen])
         decoded[category] = np.concatenate(
             [pipe.reconstruct(batch) for batch in np.array_split(rendered, -(-len(rendered) // AT_ONCE))]
         )
-        shares[category] = _share(decoded[category], chosen, 1)
-    return Composition(shares, decoded)
+    return _read(decoded, scenes_of, 1)
+
+
+def readable(pipe: LatentDiffusionPipeline) -> bool:
+    """Whether the oracle can read this model's pictures."""
+    return pipe.card.size == (scenes.SIZE, scenes.SIZE) and pipe.image_channels == 3
 
 
 def _check_readable(pipe: LatentDiffusionPipeline) -> None:
-    if pipe.card.size != (scenes.SIZE, scenes.SIZE) or pipe.image_channels != 3:
+    if not readable(pipe):
         size = f"{pipe.card.size[1]}x{pipe.card.size[0]}, {pipe.image_channels} channels"
         raise ModelError(f"composition is read from pictures of {scenes.SIZE}x{scenes.SIZE} in colour, not of {size}")
 
 
-def _share(images: NDArray[np.uint8], asked: list[scenes.Scene], group: int) -> Share:
+def _read(pictures: dict[str, NDArray[np.uint8]], asked: dict[str, list[scenes.Scene]], group: int) -> Composition:
+    """What the oracle says of pictures, `group` of them a prompt."""
+    right = {
+        name: np.array(
+            [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(rows, asked[name], strict=True)]
+        )
+        for name, rows in pictures.items()
+    }
+    captions = {name: [scene.caption for scene in chosen] for name, chosen in asked.items()}
+    return Composition({name: _share(found, group) for name, found in right.items()}, pictures, captions, right)
+
+
+def _share(right: NDArray[np.bool_], group: int) -> Share:
     """The share read right; its error treats the pictures of one prompt as one draw."""
-    right = np.array(
-        [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(images, asked, strict=True)], float
-    )
     groups = [right[i : i + group].mean() for i in range(0, len(right), group)]
     error = float(np.std(groups, ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else float("nan")
     return Share(float(right.mean()), error, len(right), tuple(map(float, groups)))

@@ -7,8 +7,8 @@ cmmd               1000 MMD^2 under exp(-|x - y|^2 / 200) on CLIP's unit embeddi
 precision, recall  shares inside the others' balls, each as far as its 3rd nearest Kynkaanniemi et al. 2019, eq. 1
 vendi              exp of the entropy of the eigenvalues of K / N: the number of distinct pictures, as it were
                                                                                    Friedman & Dieng 2023, definition 3.1
-The arithmetic is torch-fidelity's or torch's, in float64. Each has a standard error: of the kernel's by its blocks, of
-the others by the jackknife. What is of every pair of rows is computed in parts: 50,000 pictures fit in memory.
+The arithmetic is torch-fidelity's or torch's, in float64; standard errors are the jackknife's. What is of every pair of
+rows is computed in parts: 50,000 pictures fit in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from latentdiff.diffusion import noise
 from latentdiff.evaluation.jackknife import PARTS, jackknife, jackknifed, parts
-from latentdiff.evaluation.result import Figure, mean
+from latentdiff.evaluation.result import Figure
 
 Array = NDArray[np.floating]
 NEIGHBOURS = 3
@@ -51,8 +51,8 @@ def frechet_extrapolated(first: Array, second: Array, seed: int = 0) -> float:
     return float(np.polyfit(1 / np.array(sizes), found, 1)[1])
 
 
-def kernel(first: Array, second: Array) -> Figure:
-    """See the module: the mean over disjoint blocks, whose spread gives its standard error.
+def kernel(first: Array, second: Array) -> float:
+    """See the module: the mean over disjoint blocks.
 
     A block stands beside the next one of the others: pictures of the same caption would not be independent.
     """
@@ -61,7 +61,7 @@ def kernel(first: Array, second: Array) -> Figure:
     size = count // blocks  # the estimate is of two sets as large as each other
     starts = size * np.arange(blocks)
     pairs = zip(starts, np.roll(starts, -1), strict=True)
-    return mean([_mmd(first[i : i + size], second[j : j + size]) for i, j in pairs], "lower", paired=True)
+    return float(np.mean([_mmd(first[i : i + size], second[j : j + size]) for i, j in pairs]))
 
 
 def _mmd(first: Array, second: Array) -> float:
@@ -140,7 +140,7 @@ def distances(drawn: Array, real: Array, *, unit: bool) -> dict[str, Figure]:
     """All of them, of drawn pictures from real ones; unit: the features are CLIP's unit embeddings."""
     figures = {
         "frechet": jackknife(frechet, drawn, real, better="lower"),
-        "kernel": kernel(drawn, real),
+        "kernel": jackknife(kernel, drawn, real, better="lower"),
         "precision": jackknife(inside, drawn, real, better="higher", often=OFTEN),
         "recall": jackknife(inside, real, drawn, better="higher", often=OFTEN),
     }

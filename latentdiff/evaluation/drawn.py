@@ -37,7 +37,7 @@ def draw(
     """A picture of each prompt, uint8 (N, H, W, C); prompts are words as they stand, without weights in them."""
     sides = [settings.get(name) or side for name, side in zip(("height", "width"), pipe.card.size, strict=True)]
     size = min(at_once(DRAWN, sides, AT_ONCE), settings.pop("batch_size", AT_ONCE))
-    asked = [prompt.strip() or " " for prompt in prompts]
+    asked = list(prompts)
 
     def batches() -> Iterator[np.ndarray]:
         with tqdm(total=len(asked), desc=title, unit="picture", disable=None) as bar:
@@ -45,7 +45,7 @@ def draw(
                 some = asked[first : first + size]
                 files = [folder / f"{number:05d}.png" for number in range(first, first + len(some))] if folder else []
                 if files and all(file.is_file() for file in files):
-                    yield np.stack([read(file) for file in files])
+                    yield np.stack([read(file, (*sides, pipe.image_channels)) for file in files])
                 else:
                     settings_of = {"prompt_weights": False, **settings}
                     drawn = pipe(some, seed=seed + first, batch_size=size, output_type="np", **settings_of).images
@@ -67,10 +67,13 @@ def write(picture: np.ndarray, file: Path) -> None:
     write_new(file, content.getvalue())
 
 
-def read(file: Path) -> np.ndarray:
-    """What `write` wrote, (H, W, C). Raises DataError."""
+def read(file: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """What `write` wrote, (H, W, C), where it is told of that shape. Raises DataError."""
     try:
         pixels = np.asarray(Image.open(file))
-    except (OSError, ValueError):
-        raise DataError(f"a drawn picture cannot be read ({file}). Remove it; it is drawn again") from None
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # of damaged files
+        raise DataError(f"a picture that was kept cannot be read ({file}). Remove it; it is made again") from None
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    if shape is not None and pixels.shape != shape:
+        raise DataError(f"{file} is no picture that was drawn here. Remove it; it is drawn again")
+    return pixels

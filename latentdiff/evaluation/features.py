@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentdiff import user_cache
-from latentdiff.errors import ConfigError
+from latentdiff.errors import ConfigError, NonFiniteError
 from latentdiff.images import coloured, to_images
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ class Extractor:
             lacking = self.at_once - len(some)
             filled = np.concatenate([some, np.zeros((lacking, *some.shape[1:]), np.uint8)]) if lacking else some
             rows.append(self.features(filled)[: len(some)])
-        return np.concatenate(rows)
+        found = np.concatenate(rows)
+        if not np.isfinite(found).all():
+            raise NonFiniteError(f"features are not finite ({self.name}). Its weights may be damaged")
+        return found
 
     def of_known(self, pictures: np.ndarray) -> Floats:
         """The same of pictures that many evaluations compare with: kept in the user's cache for the next.
@@ -79,7 +82,7 @@ def of_clip(scorer: Scorer, name: str, sha256: str) -> Extractor:
     return Extractor(name, sha256, features, scorer)
 
 
-def of_model(folder: Path, text_encoder: Path | None = None) -> Extractor:
+def of_model(folder: Path, text_encoder: Path | None = None, name: str = "the model's own CLIP") -> Extractor:
     """The CLIP that a model of ours carries beside its networks. Raises ConfigError where it has none.
 
     text_encoder: where the text encoder that it shares its words with lies, if that is not the model's folder yet.
@@ -89,7 +92,7 @@ def of_model(folder: Path, text_encoder: Path | None = None) -> Extractor:
 
     if not (folder / "clip").is_dir():
         raise ConfigError(f"this model has no CLIP of its own ({folder}). Name one by --features")
-    return of_clip(load_own_scorer(folder, text_encoder), "the model's own CLIP", file_hash(folder / "clip" / WEIGHTS))
+    return of_clip(load_own_scorer(folder, text_encoder), name, file_hash(folder / "clip" / WEIGHTS))
 
 
 def named(path: Path) -> Extractor:
@@ -104,7 +107,7 @@ def named(path: Path) -> Extractor:
     if path.is_file():
         return _of_inception(load_inception(path), file_hash(path))
     if (path / "clip").is_dir():
-        return of_model(path)
+        return of_model(path, name=f"the CLIP of {path.resolve().name}")
     return of_clip(load_scorer(path), f"open_clip {path.name}", file_hash(path / WEIGHTS))
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from latentdiff.errors import DataError
+from latentdiff.errors import ConfigError, DataError
 from latentdiff.evaluation.drawn import read, write
 from latentdiff.output import write_new
+from latentdiff.request import request
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
@@ -29,7 +30,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 def read_prompts(file: Path) -> list[dict[str, Any]]:
     """The lines of the file: each has a `tag` and a `prompt`. Raises DataError."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not valid UTF-8'})") from None
     found = []
@@ -37,11 +38,15 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_no_number)
         except (ValueError, RecursionError):
             raise DataError(f"{file.name} line {number} is not valid JSON") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise DataError(f'{file.name} line {number} has no "prompt"')
+        try:
+            request(prompt=row["prompt"], prompt_weights=False)
+        except ConfigError as error:
+            raise DataError(f"{file.name} line {number}: {error}") from None
         if row.get("tag") not in TAGS:
             raise DataError(f'{file.name} line {number}: "tag" is none of {", ".join(TAGS)} (got {row.get("tag")!r})')
         found.append(row)
@@ -66,9 +71,14 @@ def draw_prompts(
             drawn = pipe(row["prompt"], seed=seed + PICTURES * index, output_type="np", **asked).images
             for picture, file in zip(drawn, files, strict=True):
                 write(picture, file)
-        grid = np.concatenate([read(file) for file in files], 1)
+        first = read(files[0])
+        grid = np.concatenate([first, *(read(file, first.shape) for file in files[1:])], 1)
         write(grid, place / "grid.png")
         yield grid
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _note(file: Path, row: dict[str, Any]) -> None:

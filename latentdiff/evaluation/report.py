@@ -8,6 +8,7 @@ OUT/A, OUT/B            of each model: what is kept so that an interrupted evalu
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 from latentdiff import page
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation import sections
+from latentdiff.evaluation.composition import readable
 from latentdiff.evaluation.drawn import read, write
 from latentdiff.evaluation.meaning import MEANING
 from latentdiff.evaluation.result import Figure, Result, as_tree, finite, from_tree
@@ -50,9 +52,9 @@ SECTIONS = {
     ),
     "distances": Section(
         sections.of_distances,
-        "How far pictures drawn from the captions are from the real ones, by a network's features. The Frechet distance"
-        " is biased by the number of pictures: compare only equal ones. clip_score is 100 times the cosine of picture"
-        " and caption.",
+        "How far pictures drawn from the captions are from the real ones, by a network's features. All but the kernel"
+        " distance depend on the number of pictures: compare only equal ones. floor: other real pictures in place of"
+        " the drawn, of other captions; drawn ones have the real ones' captions and may come out below.",
         (
             "frechet",
             "kernel",
@@ -91,7 +93,7 @@ SECTIONS = {
     "memorisation": Section(
         sections.of_memorisation,
         "Whether drawn pictures are copies: how near the nearest training picture is, beside how near it is to pictures"
-        " that were held out. Independent pictures have a share of 0.01.",
+        " that were held out.",
         ("share_nearer_than_99_of_100_held_out",),
     ),
     "sweep": Section(
@@ -108,7 +110,7 @@ SECTIONS = {
 
 def lacking(name: str, subject: Subject, against: Against) -> str | None:
     """Why a section cannot be measured, None where it can."""
-    if name == "composition" and not against.scenes:
+    if name == "composition" and not (against.scenes and readable(subject.pipe)):
         return "the oracle reads scenes of 64x64 pixels in colour alone"
     if name == "memorisation" and against.training is None:
         return "no pictures are known that the model was trained on (--training)"
@@ -212,7 +214,7 @@ def _summary(names: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str
 
 
 def _chapter(name: str, names: Sequence[str], results: Sequence[Result]) -> str:
-    said = "; ".join(f"{key}: {_words(value)}" for key, value in results[0].said.items())
+    said = "; ".join(f"{key}: {value}" for key, value in _said(results).items())
     parts = [page.heading(name), f"<p>{page.escaped(SECTIONS[name].said)}</p>"]
     parts.append(_figures(names, [result.figures for result in results]))
     parts.append(f"<p><small>{page.escaped(said)}</small></p>")
@@ -247,20 +249,21 @@ def _figures(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> s
 
 def _rows(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
     """A line a figure, a column a model; of two models also how the second differs."""
-    head = ["", *names, "better"] + (["the second is"] if len(names) == 2 else [])
+    told = any(figure.better != "neither" for figure in figures[0].values())
+    head = ["", *names] + (["better"] if told else []) + (["the second is"] if told and len(names) == 2 else [])
     rows = []
     for name in figures[0]:
         each = [found.get(name) for found in figures]
         first, *others = each
         assert first is not None
-        row = [name.replace("_", " "), *(str(found or "") for found in each), first.better.replace("neither", "")]
-        rows.append([*row, *(compared(first, other) if other else "" for other in others)])
+        verdicts = [first.better.replace("neither", ""), *(compared(first, other) if other else "" for other in others)]
+        rows.append([name.replace("_", " "), *(str(found or "") for found in each), *(verdicts if told else [])])
     return head, rows
 
 
 def compared(first: Figure, second: Figure) -> str:
     """In a word, whether a second model's figure is worse, and by how much."""
-    if first.better == "neither":
+    if first.better == "neither" or not (math.isfinite(first.value) and math.isfinite(second.value)):
         return ""
     by = second.worse(first)
     if by.value == 0:
@@ -273,11 +276,19 @@ def compared(first: Figure, second: Figure) -> str:
 def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> str:
     """A section for a terminal."""
     head, rows = _rows(names, [result.figures for result in results])
-    lines = [f"{name} ({', '.join(f'{key} {_words(value)}' for key, value in results[0].said.items())})"]
+    lines = [f"{name} ({', '.join(f'{key} {value}' for key, value in _said(results).items())})"]
     widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
     for row in rows:
         lines.append("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
     return "\n".join(lines)
+
+
+def _said(results: Sequence[Result]) -> dict[str, str]:
+    """What the figures depend on: of two models once where it is the same."""
+    return {
+        key: " and ".join(dict.fromkeys(_words(result.said[key]) for result in results if key in result.said))
+        for key in results[0].said
+    }
 
 
 def _words(value: Any) -> str:

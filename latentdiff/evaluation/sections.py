@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentdiff.diffusion.bound import bits
+from latentdiff.errors import NonFiniteError
 from latentdiff.evaluation import autoencoder as compressing
 from latentdiff.evaluation import geneval
 from latentdiff.evaluation.composition import PICTURES_A_PROMPT, ceiling, evaluate_composition
@@ -77,6 +78,12 @@ class Against:
         """Of the pictures, (N, E): several sections need them."""
         return self.extractor.of_known(self.pictures)
 
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """Training pictures, uint8 (M, H, W, 3)."""
+        assert self.training is not None
+        return self.training()[0]
+
     @property
     def captions(self) -> list[str]:
         """One of each."""
@@ -138,12 +145,23 @@ def of_distances(subject: Subject, against: Against, asked: Asked) -> Result:
     """A picture of every caption, and how far they are from the pictures of the captions."""
     folder = subject.folder / "drawn"
     drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
-    figures = measured(drawn, against)
+    figures = measured(drawn, against) | _floor(against, len(drawn))
     pictures: list[Say] = []
     for row in range(min(SHOWN, len(drawn))):
         pictures.append((drawn[row], {"drawn": against.captions[row]}))
         pictures.append((against.pictures[row], {"real": against.captions[row]}))
     return Result(figures, {"pictures": len(drawn), **_extractor(against)}, pictures=pictures)
+
+
+def _floor(against: Against, count: int) -> dict[str, Figure]:
+    """The same distances between pictures that are real on both sides: training pictures from those held out."""
+    if against.training is None:
+        return {}
+    trained = against.extractor.of_known(against.trained[:count])
+    if len(trained) < len(against.features):
+        return {}
+    found = distances(trained, against.features, unit=against.extractor.scorer is not None)
+    return {f"{name}_floor": replace(figure, better="neither") for name, figure in found.items()}
 
 
 def measured(drawn: np.ndarray, against: Against) -> dict[str, Figure]:
@@ -162,7 +180,10 @@ def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -
     for first in range(0, len(pictures), AT_ONCE):
         images = to_images(coloured(pictures[first : first + AT_ONCE])).to(scorer.mean.device)
         found.append(scorer.score(captions[first : first + AT_ONCE], images).cpu().numpy())
-    return np.asarray(100 * np.concatenate(found).clip(0, None))
+    cosines = np.concatenate(found)
+    if not np.isfinite(cosines).all():
+        raise NonFiniteError("CLIP's scores are not finite. Its weights may be damaged")
+    return np.asarray(100 * cosines.clip(0, None))
 
 
 def of_composition(subject: Subject, against: Against, asked: Asked) -> Result:
@@ -178,7 +199,11 @@ def of_composition(subject: Subject, against: Against, asked: Asked) -> Result:
         figures[f"composition{suffix}"] = _share(found.overall, found.error, every)
         for name, share in found.categories.items():
             figures[f"{name}{suffix}"] = _share(share.mean, share.error, share.each)
-    pictures = [(row, {"": name}) for name, rows in scores[""].pictures.items() for row in rows[:2]]
+    pictures = [
+        (row, {"right" if right else "wrong": f"{name}: {caption}"})
+        for name, rows in scores[""].pictures.items()
+        for row, caption, right in zip(rows[:2], scores[""].captions[name], scores[""].right[name], strict=False)
+    ]
     return Result(figures, {"pictures a category": count, "reader": "oracle"}, pictures=pictures)
 
 
@@ -207,7 +232,8 @@ def of_autoencoder(subject: Subject, against: Against, asked: Asked) -> Result:
         figures["lpips"] = mean(compressing.perceptual(against.lpips, originals, found.pictures), "lower", paired=True)
     pictures: list[Say] = []
     for row in np.argsort(psnr)[: SHOWN // 2]:
-        pictures += [(originals[row], {"original": ""}), (found.pictures[row], {"decoded": "one of the worst"})]
+        told = {"decoded": f"{psnr[row]:.1f} dB, one of the worst"}
+        pictures += [(originals[row], {"original": ""}), (found.pictures[row], told)]
     channels = [f"{m:+.3f} / {s:.3f}" for m, s in zip(found.mean, found.std, strict=True)]
     table = Table("latents", ["channel", "mean / std"], [[str(n), told] for n, told in enumerate(channels)])
     return Result(figures, {"pictures": len(real), **_extractor(against)}, tables=[table], pictures=pictures)
@@ -247,21 +273,21 @@ def _between(units: np.ndarray) -> float:
 def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     """The training picture that every drawn one is nearest to, beside how near pictures are that were held out.
 
-    A copy would be nearer than held-out pictures are; a share of 0.01 is what independent pictures have. Of a held-out
-    picture that was trained on after all, the nearest other one counts.
+    A copy would be nearer than held-out pictures are. Of N held-out ones the k nearest, a hundredth of them, say what
+    is very near: independent pictures are nearer than the k-th with a chance of k / (N + 1). Of a held-out picture that
+    was trained on after all, the nearest other one counts.
     """
-    assert against.training is not None
     folder = subject.folder / "drawn"
     drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
-    trained, _ = against.training()
+    trained = against.trained
     training = against.extractor.of_known(trained)
     where, near = nearest(against.extractor.of(drawn), training)
     _, real = nearest(against.features, training, but=(_digests(against.pictures), _digests(trained)))
-    nearer = near > np.quantile(real, 0.99)
     figures = {
         "cosine_to_nearest_training_picture": mean(near),
         "cosine_of_held_out_pictures": mean(real),
-        "share_nearer_than_99_of_100_held_out": mean(nearer),
+        "share_nearer_than_99_of_100_held_out": jackknife(_share_nearer, near, real),
+        "share_by_chance": Figure(_hundredth(len(real)) / (len(real) + 1)),
     }
     pictures: list[Say] = []
     for row in np.argsort(-near)[: SHOWN // 2]:
@@ -269,6 +295,15 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
         pictures.append((trained[where[row]], {"trained on": ""}))
     said = {"pictures": len(drawn), "training pictures": len(training), **_extractor(against)}
     return Result(figures, said, pictures=pictures)
+
+
+def _hundredth(count: int) -> int:
+    return max(1, round(count / 100))
+
+
+def _share_nearer(near: np.ndarray, real: np.ndarray) -> float:
+    """Of drawn pictures that are nearer than all but the k nearest of those that were held out."""
+    return float((near > np.sort(real)[-_hundredth(len(real))]).mean())
 
 
 def _digests(pictures: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -11,7 +12,7 @@ import numpy as np
 
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation.distances import frechet
-from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.drawn import AT_ONCE, draw
 from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.result import Figure, Result, Table
 from latentdiff.evaluation.sections import Against, Asked, Subject, clip_scores
@@ -33,7 +34,6 @@ def of_sweep(subject: Subject, against: Against, asked: Asked) -> Result:
     """Every combination of the grid on a fifth of the captions: Frechet distance, CLIP score, seconds a picture."""
     count = max(16, len(against.captions) // 5)
     captions, real = against.captions[:count], against.features
-    draw(subject.pipe, captions[:32], seed=asked.seed, title="warming up", num_inference_steps=2)
     cells = []
     for chosen in combinations(asked.grid):
         cells.append((chosen, _cell(subject, against, asked, captions, real, chosen)))
@@ -52,12 +52,14 @@ def _cell(
 ) -> dict[str, float]:
     """The figures of one combination, measured once."""
     name = " ".join(f"{key}={value}" for key, value in chosen.items())
-    path = subject.folder / "sweep" / f"{name.replace('/', '-')}.json"
+    path = subject.folder / "sweep" / f"{hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]}.json"
     rules = [chosen, asked.settings, len(captions), against.extractor.hash]
     if kept := read_memo(path, rules):
         return dict(kept[0])
+    settings = {"seed": asked.seed, **asked.settings, **chosen}
+    draw(subject.pipe, captions[:AT_ONCE], title=f"{name}, once before it is timed", **settings)  # it may compile
     began = time.perf_counter()
-    drawn = draw(subject.pipe, captions, seed=asked.seed, title=name, **{**asked.settings, **chosen})
+    drawn = draw(subject.pipe, captions, title=name, **settings)
     seconds = (time.perf_counter() - began) / len(captions)
     far = jackknife(frechet, against.extractor.of(drawn), real)
     found = {"seconds": seconds, "frechet": far.value, "frechet_error": far.error or 0.0}
@@ -82,7 +84,7 @@ def _plot(cells: Sequence[tuple[dict[str, Any], dict[str, float]]], best: Sequen
     series = [
         Series("settings", seconds, [cell["frechet"] for _, cell in cells], joined=False),
         Series(
-            "none is better in both",
+            "Pareto front",
             [cell["seconds"] for _, cell in front],
             [cell["frechet"] for _, cell in front],
             named=[" ".join(map(str, chosen.values())) for chosen, _ in front],
@@ -92,7 +94,8 @@ def _plot(cells: Sequence[tuple[dict[str, Any], dict[str, float]]], best: Sequen
 
 
 def _table(cells: Sequence[tuple[dict[str, Any], dict[str, float]]], best: Sequence[int]) -> Table:
-    head = [*cells[0][0], *(name.replace("_", " ") for name in cells[0][1]), "on the front"]
+    names = {"seconds": "seconds a picture", "frechet_error": "\N{PLUS-MINUS SIGN}", "clip_score": "clip score"}
+    head = [*cells[0][0], *(names.get(name, name) for name in cells[0][1]), "on the front"]
     rows = [
         [*map(str, chosen.values()), *(f"{value:.4g}" for value in cell.values()), "yes" if number in best else ""]
         for number, (chosen, cell) in enumerate(cells)

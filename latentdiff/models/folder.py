@@ -308,6 +308,18 @@ def folder_hash(directory: Path, variant: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def settings_hash(directory: Path) -> str:
+    """sha256 of what lies beside the weights that draw: configs, tokenizer, schedule. Raises ModelError."""
+    digest = hashlib.sha256()
+    parts = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler", "clip")
+    files = [*directory.glob("*.json"), *(file for part in parts for file in (directory / part).glob("*.*"))]
+    for file in sorted(file for file in files if file.suffix in (".json", ".txt")):
+        digest.update(file.relative_to(directory).as_posix().encode())
+        with loading(file):
+            _digest_file(digest, file)
+    return digest.hexdigest()
+
+
 def network_hash(folder: Path) -> str:
     """sha256 of the weights of one network. Raises ModelError."""
     digest = hashlib.sha256()
