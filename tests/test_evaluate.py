@@ -320,6 +320,10 @@ def test_sections_of_several_starts_come_together(call, tiny_model):
         assert call("evaluate", tiny_model, *QUICK, "--only", only, "-o", "out")[0] == 0
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert list(metrics["models"][0]["sections"]) == ["autoencoder", "diversity"]
+    kept = Path("out/A/autoencoder.json")
+    before = kept.stat().st_mtime_ns
+    assert call("evaluate", tiny_model / ".." / tiny_model.name, *QUICK, "--only", "autoencoder", "-o", "out")[0] == 0
+    assert kept.stat().st_mtime_ns == before, "the same model by another path"
     missing = sorted(Path("out/A/autoencoder/shown").iterdir())[0]
     content = missing.read_bytes()
     missing.unlink()

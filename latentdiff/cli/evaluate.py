@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff.cli import report_folder
 from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime
 from latentdiff.errors import ConfigError, DataError
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline
     from latentdiff.stages.examples import Examples
 
-SETTINGS = "settings.json"
 LEAST = 16  # pictures
 MOST = 1000  # settings of a sweep
 OWN = ("seed", "num_images", "width", "height", "prompt_weights", "hires_scale", "hires_strength")
@@ -117,7 +116,7 @@ def evaluate(
     drawing = _drawing({"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}, settings)
     names = _names(only)
     grid = _grid(sweep or [], drawing if "sweep" in names else {})
-    _check_folder(report, data)
+    report_folder.check(report, data)
     adapters = [adapter_and_weight(each) for each in lora or []]
     models = [_Model(_named(model), device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
     if compare is not None:
@@ -137,14 +136,13 @@ def evaluate(
         name, reason = next(iter(skipped.items()))
         raise ConfigError(f"{name} cannot be measured: {reason}")
     with locked(report, "measuring"):
-        _check_same(report / SETTINGS, rules)
-        for path in filter(_left, report.iterdir()):
-            shutil.rmtree(path)
-        found = known(subjects, rules)
+        report_folder.claim(report, rules)
+        same = report_folder.nameless(rules)
+        found = known(subjects, same)
         write_report(report, subjects, found, skipped, rules)
         for name in [name for name in names if name not in skipped]:
             if name not in found:
-                found[name] = [measure(name, subject, against, asked, rules) for subject in subjects]
+                found[name] = [measure(name, subject, against, asked, same) for subject in subjects]
                 write_report(report, subjects, found, skipped, rules)
             typer.echo(as_lines([subject.name for subject in subjects], name, found[name]) + "\n")
         for name, reason in skipped.items():
@@ -267,26 +265,6 @@ def _names(only: str | None) -> list[str]:
     return [name for name in SECTIONS if name in names]
 
 
-def _check_folder(report: Path, data: str | None) -> None:
-    """Refuse before any work what is no folder of ours, or lies among the data. Raises ConfigError."""
-    from latentdiff.output import check_writable
-    from latentdiff.training import lock
-
-    if report.is_file():
-        raise ConfigError(f"{report} is a file. Name a folder for the report")
-    if data and Path(data).is_dir() and report.resolve().is_relative_to(Path(data).resolve()):
-        raise ConfigError(f"{report} lies among the data, whose pictures would be more. Name a folder outside")
-    check_writable(report, report)
-    theirs = report.is_dir() and any(path.name != lock.NAME and not _left(path) for path in report.iterdir())
-    if theirs and not (report / SETTINGS).is_file():
-        raise ConfigError(f"{report} is a folder of yours; nothing is written among it. Name another")
-
-
-def _left(path: Path) -> bool:
-    """Whether a file was in the making when an evaluation was killed."""
-    return path.name.startswith(".latentdiff-")
-
-
 def _against(
     model: _Model,
     report: Path,
@@ -399,32 +377,3 @@ def _settings_hash(folder: Path | None) -> str | None:
     from latentdiff.models.folder import settings_hash
 
     return settings_hash(folder) if folder and folder.is_dir() else None
-
-
-def _check_same(path: Path, rules: dict[str, Any]) -> None:
-    """Remember what a report is of; refuse another's folder. Raises ConfigError."""
-    from latentdiff.output import write_json
-
-    if path.is_file():
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError):
-            raise ConfigError(f"{path} is damaged. Name another folder for the report") from None
-        old, new = _flat(before), _flat(rules)
-        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        if changed:
-            told = "; ".join(f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed[:3])
-            raise ConfigError(f"{path.parent} is a report of something else ({told}). Name another folder")
-    write_json(path, rules)
-
-
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    """What lies within, by names of words."""
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree, 1) if isinstance(tree, list) else ()
-    inside = [_flat(value, f"{name} {key}".strip()) for key, value in pairs]
-    return {key: value for each in inside for key, value in each.items()} if inside else {name: tree}
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."

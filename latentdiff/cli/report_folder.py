@@ -1,0 +1,70 @@
+"""Whose a report's folder is: one of ours, of one set of settings, outside of what is measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import ConfigError
+
+SETTINGS = "settings.json"
+NAMES = ("models", "data")  # the same may be called otherwise; its sha256 says whether it is
+
+
+def check(report: Path, data: str | None) -> None:
+    """Refuse before any work what is no folder of ours, or lies among the data. Raises ConfigError."""
+    from latentdiff.output import check_writable
+    from latentdiff.training import lock
+
+    if report.is_file():
+        raise ConfigError(f"{report} is a file. Name a folder for the report")
+    if data and Path(data).is_dir() and report.resolve().is_relative_to(Path(data).resolve()):
+        raise ConfigError(f"{report} lies among the data, whose pictures would be more. Name a folder outside")
+    check_writable(report, report)
+    theirs = report.is_dir() and any(path.name != lock.NAME and not _left(path) for path in report.iterdir())
+    if theirs and not (report / SETTINGS).is_file():
+        raise ConfigError(f"{report} is a folder of yours; nothing is written among it. Name another")
+
+
+def _left(path: Path) -> bool:
+    """Whether a file was in the making when an evaluation was killed."""
+    return path.name.startswith(".latentdiff-")
+
+
+def claim(report: Path, rules: dict[str, Any]) -> None:
+    """Remember what a report is of; refuse another's folder. Raises ConfigError."""
+    from latentdiff.output import write_json
+
+    path = report / SETTINGS
+    if path.is_file():
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError):
+            raise ConfigError(f"{path} is damaged. Name another folder for the report") from None
+        old, new = (_flat(nameless(each)) for each in (before, rules))
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        if changed:
+            told = "; ".join(f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed[:3])
+            raise ConfigError(f"{path.parent} is a report of something else ({told}). Name another folder")
+    write_json(path, rules)
+    for left in filter(_left, report.iterdir()):
+        shutil.rmtree(left)
+
+
+def nameless(rules: dict[str, Any]) -> dict[str, Any]:
+    """The settings without what things are called."""
+    return {key: value for key, value in rules.items() if key not in NAMES}
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """What lies within, by names of words."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree, 1) if isinstance(tree, list) else ()
+    inside = [_flat(value, f"{name} {key}".strip()) for key, value in pairs]
+    return {key: value for each in inside for key, value in each.items()} if inside else {name: tree}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
