@@ -21,7 +21,7 @@ from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import Extractor, of_model
 from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.meaning import MEANING
-from latentdiff.evaluation.report import compared
+from latentdiff.evaluation.report import as_lines, compared
 from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
 from latentdiff.evaluation.sections import _share_nearer
 from latentdiff.evaluation.sweep import combinations, pareto
@@ -530,6 +530,15 @@ def test_which_is_worse():
     values = np.random.default_rng(0).normal(0, 10, 50)
     by = mean(values + 1, "lower", paired=True).worse(mean(values, "lower", paired=True))
     assert (by.value, by.error) == pytest.approx((1, 0), abs=1e-9), "on the same draws their spread cancels"
+
+
+def test_bits_of_other_numbers_of_values_are_not_compared():
+    """As of a model of grey pictures beside one in colour."""
+    results = [Result({"psnr": Figure(value, 0.1, "lower")}, {"dimensions": n}) for value, n in ((1.0, 3), (2.0, 1))]
+    assert "the same" in as_lines(["a", "b"], "likelihood", [results[0]] * 2)
+    told = as_lines(["a", "b"], "likelihood", results)
+    assert "worse" not in told
+    assert told.splitlines()[0] == "likelihood (dimensions 3 and 1)"
 
 
 def test_a_result_as_json():

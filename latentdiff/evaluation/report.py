@@ -203,10 +203,10 @@ def _summary(names: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str
     """The headline figures of all sections."""
     models = [
         {
-            name: results[number].figures[name]
-            for section, results in found.items()
+            name: figures[number][name]
+            for section, figures in ((section, _comparable(results)) for section, results in found.items())
             for name in SECTIONS[section].headline
-            if name in results[number].figures
+            if name in figures[number]
         }
         for number in range(len(names))
     ]
@@ -216,7 +216,7 @@ def _summary(names: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str
 def _chapter(name: str, names: Sequence[str], results: Sequence[Result]) -> str:
     said = "; ".join(f"{key}: {value}" for key, value in _said(results).items())
     parts = [page.heading(name), f"<p>{page.escaped(SECTIONS[name].said)}</p>"]
-    parts.append(_figures(names, [result.figures for result in results]))
+    parts.append(_figures(names, _comparable(results)))
     parts.append(f"<p><small>{page.escaped(said)}</small></p>")
     parts += ["<main>", *map(as_figure, _beside(names, results)), "</main>"]
     for model, result in zip(names, results, strict=True):
@@ -239,6 +239,13 @@ def _beside(names: Sequence[str], results: Sequence[Result]) -> list[Plot]:
         ]
         plots.append(replace(each[0], series=series))
     return plots
+
+
+def _comparable(results: Sequence[Result]) -> list[Mapping[str, Figure]]:
+    """Their figures; bits of pictures with other numbers of values are not better or worse than each other's."""
+    if len({result.said.get("dimensions") for result in results}) == 1:
+        return [result.figures for result in results]
+    return [{name: replace(f, better="neither") for name, f in result.figures.items()} for result in results]
 
 
 def _figures(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> str:
@@ -275,7 +282,7 @@ def compared(first: Figure, second: Figure) -> str:
 
 def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> str:
     """A section for a terminal."""
-    head, rows = _rows(names, [result.figures for result in results])
+    head, rows = _rows(names, _comparable(results))
     lines = [f"{name} ({', '.join(f'{key} {value}' for key, value in _said(results).items())})"]
     widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
     for row in rows:
