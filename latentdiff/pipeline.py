@@ -387,6 +387,7 @@ class LatentDiffusionPipeline:
     ) -> Output:
         """Draw `num_images_per_prompt` pictures of each prompt; picture i of the call has seed `seed + i`.
 
+        prompt: one or several; the empty one draws as without captions.
         image: a PIL image or uint8 (H, W, 3) to start from; mask_image: of its size, white is drawn anew and the rest
         is returned unchanged; outpaint: pixels to add on the (left, top, right, bottom).
         settings: height, width, num_inference_steps, guidance_scale, sampler, strength, seed and others of `Request`.

@@ -485,7 +485,7 @@ def test_psnr_and_ssim():
     assert found[0] > found[1] > found[2]
     flat = np.array([0, 60, 128, 250], np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
     x, y, c = flat[:, 0, 0, 0] / 255, (flat[:, 0, 0, 0] + 5) / 255, 0.01**2
-    np.testing.assert_allclose(ssim(flat, flat + 5), (2 * x * y + c) / (x**2 + y**2 + c), rtol=1e-4)  # its first factor
+    np.testing.assert_allclose(ssim(flat, flat + 5), (2 * x * y + c) / (x**2 + y**2 + c), rtol=1e-3)  # its first factor
 
 
 def test_statistics_of_latents(pipe):

@@ -70,7 +70,7 @@ def ssim(pictures: np.ndarray, others: np.ndarray) -> Floats:
     found = []
     for i in range(0, len(pictures), AT_ONCE):
         # of intensities from 0: around 0, as in [-1, 1], its first factor means nothing
-        made, real = ((to_images(each[i : i + AT_ONCE]).double() + 1) / 2 for each in (others, pictures))
+        made, real = ((to_images(each[i : i + AT_ONCE]) + 1) / 2 for each in (others, pictures))
         values: Any = structural_similarity_index_measure(made, real, data_range=1.0, reduction="none")
         found.append(np.atleast_1d(values.numpy()))
     return np.concatenate(found).astype(np.float64)
