@@ -2,8 +2,8 @@
 
     error^2 = (g - 1) / g  sum over parts i of (statistic without part i - their mean)^2        g = 10
 
-It is right where two sets differ. Where they are of one distribution, distances between them are near the least that
-they can be, and it is too large, by a half or twice: never too small.
+On average it is right where two sets differ. Where they are of one distribution, distances between them are near the
+least that they can be, and it is too large, by a half or twice. Of ten parts, it is itself known to about a quarter.
 """
 
 from __future__ import annotations
