@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff.cli import report_folder
-from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded
+from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded, named
 from latentdiff.cli.options import Precision, Runtime
 from latentdiff.errors import ConfigError, DataError
 
@@ -118,9 +118,9 @@ def evaluate(
     grid = _grid(sweep or [], drawing if "sweep" in names else {})
     report_folder.check(report, data)
     adapters = [adapter_and_weight(each) for each in lora or []]
-    models = [_Model(_named(model), device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
+    models = [_Model(named(model), device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
     if compare is not None:
-        models.append(_Model(_named(compare), device, dtype, runtime))
+        models.append(_Model(named(compare), device, dtype, runtime))
     lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
     given = [(name, True) for name, wanted in lenient.items() if wanted]
     against, config = _against(models[0], report, data, given, pictures, training, features, lpips, geneval)
@@ -184,13 +184,6 @@ class _Model:
         pipe = loaded(self.path, self.device, dtype, self.variant, self.revision, runtime)
         load_extras(pipe, self.loras, self.words, self.vae)
         return pipe
-
-
-def _named(path: str | None) -> str | None:
-    """None for the default model, which may be called by its name."""
-    from latentdiff.pretrained import DEFAULT_MODEL
-
-    return None if path == DEFAULT_MODEL and not Path(path).exists() else path
 
 
 def _sized(models: Sequence[_Model]) -> dict[str, int]:
@@ -277,7 +270,6 @@ def _against(
     geneval: Path | None,
 ) -> tuple[Against, dict[str, Any]]:
     """What models are measured by, and what is to be known of it."""
-    from latentdiff.data.scenes import SIZE
     from latentdiff.evaluation.geneval import read_prompts
     from latentdiff.evaluation.sections import Against
     from latentdiff.models.folder import file_hash
@@ -298,7 +290,6 @@ def _against(
     extractor = _extractor(model, features)
     if extractor.scorer is not None:
         extractor.scorer.to(model.pipe.device)
-    readable = side == SIZE and config.data.kind == "scenes" and model.pipe.image_channels == 3
     against = Against(
         partial(shown, held, report),
         extractor,
@@ -306,7 +297,7 @@ def _against(
         partial(shown, trained, report) if trained else None,
         distance,
         prompts,
-        scenes=readable,
+        scenes=config.data.kind == "scenes",
     )
     said = {"data": "scenes" if data is None else data, "pictures": len(held), "data sha256": _identity(config, held)}
     if found and found.left_out:
@@ -337,16 +328,16 @@ def _config(data: str | None, side: int, given: Overrides) -> Config:
 
 def _extractor(model: _Model, features: Path | None) -> Extractor:
     """As it is named, or the model's own CLIP, or the default model's."""
-    from latentdiff.evaluation.features import named, of_model
+    from latentdiff.evaluation import features as extractors
     from latentdiff.pretrained import default_model
 
     if features is not None:
-        return named(features)
+        return extractors.named(features)
     folder, name = model.pipe.card.folder, model.pipe.card.name
     if folder and (folder / "clip").is_dir():
-        return of_model(folder, name=f"the CLIP of {name}")
+        return extractors.of_model(folder, name=f"the CLIP of {name}")
     typer.echo(f"features: {name} has no CLIP, so the default model's is taken, which knows scenes alone", err=True)
-    return of_model(default_model(), name="the CLIP of the default model")
+    return extractors.of_model(default_model(), name="the CLIP of the default model")
 
 
 def _rules(models: Sequence[_Model], data: dict[str, Any], against: Against, asked: Asked) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from latentdiff.cli.loading import named
 from latentdiff.errors import ConfigError
 from latentdiff.output import check_writable
 
@@ -147,7 +148,7 @@ def finetune(
     training = "finetune.training."
     given: dict[str, Any] = {
         "name": _name(output) if config is None else None,
-        "model": None if model == "scenes-64" and not Path(model).exists() else model,
+        "model": named(model),
         "data.kind": "pictures",
         "data.pictures.source": data,
         "method": method and method.value,

@@ -60,6 +60,13 @@ def adapter_and_weight(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def named(path: str | None) -> str | None:
+    """None for the default model, which may be called by its name."""
+    from latentdiff.pretrained import DEFAULT_MODEL
+
+    return None if path == DEFAULT_MODEL and not Path(path).exists() else path
+
+
 def loaded(
     model: str | None,
     device: str | None,

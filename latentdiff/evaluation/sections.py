@@ -84,6 +84,16 @@ class Against:
         assert self.training is not None
         return self.training()[0]
 
+    @cached_property
+    def floor(self) -> dict[str, Figure]:
+        """The distances between pictures that are real on both sides: of training pictures, if there are enough."""
+        count = len(self.pictures)
+        if self.training is None or len(self.trained) < count:
+            return {}
+        trained = self.extractor.of_known(self.trained[:count])
+        found = distances(trained, self.features, unit=self.extractor.scorer is not None)
+        return {f"{name}_floor": replace(figure, better="neither") for name, figure in found.items()}
+
     @property
     def captions(self) -> list[str]:
         """One of each."""
@@ -145,23 +155,12 @@ def of_distances(subject: Subject, against: Against, asked: Asked) -> Result:
     """A picture of every caption, and how far they are from the pictures of the captions."""
     folder = subject.folder / "drawn"
     drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
-    figures = measured(drawn, against) | _floor(against, len(drawn))
+    figures = measured(drawn, against) | against.floor
     pictures: list[Say] = []
     for row in range(min(SHOWN, len(drawn))):
         pictures.append((drawn[row], {"drawn": against.captions[row]}))
         pictures.append((against.pictures[row], {"real": against.captions[row]}))
     return Result(figures, {"pictures": len(drawn), **_extractor(against)}, pictures=pictures)
-
-
-def _floor(against: Against, count: int) -> dict[str, Figure]:
-    """The same distances between pictures that are real on both sides: training pictures from those held out."""
-    if against.training is None:
-        return {}
-    trained = against.extractor.of_known(against.trained[:count])
-    if len(trained) < len(against.features):
-        return {}
-    found = distances(trained, against.features, unit=against.extractor.scorer is not None)
-    return {f"{name}_floor": replace(figure, better="neither") for name, figure in found.items()}
 
 
 def measured(drawn: np.ndarray, against: Against) -> dict[str, Figure]:
