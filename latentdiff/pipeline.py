@@ -16,27 +16,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from latentdiff import extras
-from latentdiff.arrays import Array, as_tensor, library, to_numpy
+from latentdiff.core.arrays import Array, as_tensor, library, to_numpy
+from latentdiff.core.errors import ConfigError, NonFiniteError
+from latentdiff.core.images import luminance, to_uint8, to_values
+from latentdiff.diffusion.path import NoiseSchedule
 from latentdiff.diffusion.samplers import Step
-from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.drawing import given
+from latentdiff.drawing import extras, given
 from latentdiff.drawing.job import NOTHING, Job, Own, jobs_of
 from latentdiff.drawing.plan import enlarged, step_counts
-from latentdiff.errors import ConfigError, NonFiniteError
-from latentdiff.images import luminance, to_uint8, to_values
-from latentdiff.metadata import ImageMetadata, installed_versions
-from latentdiff.request import SIDES, Request, check_size, request
+from latentdiff.drawing.record import ImageMetadata, installed_versions
+from latentdiff.drawing.request import SIDES, Request, check_size, request
 
 if TYPE_CHECKING:
     import torch
 
     from latentdiff.drawing.canvas import Canvas
     from latentdiff.drawing.texts import Known
-    from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
-    from latentdiff.models.dual_text_encoder import DualTextEncoder
-    from latentdiff.models.text_encoder import TextEncoder
-    from latentdiff.models.unet import UNet
+    from latentdiff.networks.backbones.unet import UNet
+    from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder
+    from latentdiff.networks.encoders.clip import TextEncoder
+    from latentdiff.networks.encoders.two_clips import DualTextEncoder
     from latentdiff.runtime.speed import Speed
 
     Networks = tuple[Autoencoder | IdentityAutoencoder, TextEncoder | DualTextEncoder, UNet]
@@ -60,7 +59,7 @@ class Output:
 
         Returns the paths. Raises ConfigError for a file that is there, and for other output types.
         """
-        from latentdiff.picture_files import check_target, write_pictures
+        from latentdiff.drawing.files import check_target, write_pictures
 
         if not isinstance(self.images, list):
             raise ConfigError("only PIL images are saved (output_type)")
@@ -144,10 +143,10 @@ class LatentDiffusionPipeline:
         """The model of a folder in diffusers' layout, of a single .safetensors file or of a hub id.
 
         Without a path, the default model inside the package. A hub id is fetched once, at `revision`. runtime: see
-        `latentdiff.runtimes`; speed: exact, fast or max, see `latentdiff.runtime.speed`. By torch on CUDA where there
+        `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. By torch on CUDA where there
         is one, float32 unless told otherwise. Raises ModelError, UnsafeError, ConfigError.
         """
-        from latentdiff import runtimes
+        from latentdiff.runtime import choice as runtimes
 
         return runtimes.load(
             path, runtime=runtime, device=device, dtype=torch_dtype, variant=variant, revision=revision, speed=speed
@@ -160,7 +159,7 @@ class LatentDiffusionPipeline:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that this class and diffusers' pipelines load."""
-        from latentdiff.pretrained import save_pipeline
+        from latentdiff.families.pretrained import save_pipeline
 
         self.in_torch("saving")
         save_pipeline(self, extras.path_of(directory))

@@ -1,6 +1,6 @@
 """The emoji data set: pictures of four open icon sets, drawn from their vectors, with names and keywords.
 
-    npm install @iconify-json/noto @iconify-json/fluent-emoji @iconify-json/fluent-emoji-flat @iconify-json/twemoji emojibase-data
+    npm install @iconify-json/{noto,fluent-emoji,fluent-emoji-flat,twemoji} emojibase-data
     pip install resvg-py
     python scripts/emoji.py node_modules emoji            # emoji/sprites: RGBA pictures and metadata.jsonl
     python scripts/emoji.py node_modules emoji --scenes 40000   # and emoji/scenes: sprites on backgrounds

@@ -120,8 +120,9 @@ def default_model() -> Iterator[tuple[str, Callable[[], str]]]:
         ways |= TORCH_WAYS if kind == "torch" else {}
         for name, way in ways.items():
             yield f"picture: default, {kind}, {name}", lambda pipe=pipe, way=way: ask(pipe, way)
-        yield f"picture: default, {kind}, latents", lambda pipe=pipe: hash_of(
-            pipe(PROMPT, seed=7, num_inference_steps=6, output_type="latent").images
+        yield (
+            f"picture: default, {kind}, latents",
+            lambda pipe=pipe: hash_of(pipe(PROMPT, seed=7, num_inference_steps=6, output_type="latent").images),
         )
     guided = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
     guided.load_weaker(ROOT / "assets" / "scenes-64")
@@ -144,8 +145,9 @@ def stable_diffusions(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         pipe = stable_diffusion.load(place)
         size = {"height": 64, "width": 64, "num_inference_steps": 3}
         for name, way in {"text": {}, "clip skip": {"clip_skip": 1}, **given_ways(64)}.items():
-            yield f"picture: Stable Diffusion {family}, {name}", lambda pipe=pipe, way=way, size=size: ask(
-                pipe, way, **size
+            yield (
+                f"picture: Stable Diffusion {family}, {name}",
+                lambda pipe=pipe, way=way, size=size: ask(pipe, way, **size),
             )
     adapter, word = _adapter(folder), _word(folder)
     for name, fuse in (("merged", True), ("live", False)):
@@ -154,8 +156,9 @@ def stable_diffusions(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
         yield f"picture: LoRA, {name}", lambda pipe=pipe: ask(pipe, {}, height=64, width=64, num_inference_steps=3)
     pipe = stable_diffusion.load(folder / "sd-1")
     pipe.load_textual_inversion(word, "<new>")
-    yield "picture: textual inversion", lambda: ask(
-        pipe, {"prompt": "a <new> castle"}, height=64, width=64, num_inference_steps=3
+    yield (
+        "picture: textual inversion",
+        lambda: ask(pipe, {"prompt": "a <new> castle"}, height=64, width=64, num_inference_steps=3),
     )
 
 

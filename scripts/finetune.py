@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from latentdiff.cli import main
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
 
 MODEL = ("pretrained-model-name-or-path", "model")
 DATA = ("train-data-dir", "instance-data-dir", "dataset-name", "data")

@@ -274,7 +274,7 @@ def with_files_up_to(size):
 
 def with_full_disk_at_the_end(size):
     """No room for what a stage leaves when it is trained."""
-    from latentdiff.models.clip import Clip
+    from latentdiff.networks.clip import Clip
 
     at_call(Clip, "save", 1, partial(with_files_up_to, size))
 

@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from latentdiff.config import Training
 from latentdiff.diffusion.objective import DiffusionLoss
-from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.settings.config import Training
 from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
 from latentdiff.training.interruption import Interruption
 from latentdiff.training.order import Order

@@ -15,7 +15,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.models.text_encoder import clip_tokenizer
+from latentdiff.networks.encoders.clip import clip_tokenizer
 
 FAMILIES = ("1", "2", "XL")
 SCHEDULE = {

@@ -9,10 +9,10 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentdiff.errors import ConfigError, ModelError, UnsafeError
-from latentdiff.extras import load_adapter, networks_of
-from latentdiff.models.adapter_file import read_adapter, save_kohya, save_peft
-from latentdiff.models.prompt import Style
+from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.drawing.extras import load_adapter, networks_of
+from latentdiff.formats.adapter_file import read_adapter, save_kohya, save_peft
+from latentdiff.networks.encoders.prompt import Style
 
 from . import stable_diffusion
 from .stable_diffusion import load
@@ -502,7 +502,7 @@ def test_words_that_do_not_fit(folders, tmp_path, state, message):
 
 def test_learnt_words_are_not_lost(folders, tmp_path):
     """A folder keeps them; a single file has no place, and says so."""
-    from latentdiff.pretrained import save_single_file
+    from latentdiff.families.pretrained import save_single_file
 
     save_file({"<a>": torch.ones(64)}, tmp_path / "x.safetensors")
     pipe = load(folders["1"])

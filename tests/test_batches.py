@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from latentdiff.cli.batches import Share
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
 
 from .conftest import ROOT
 
@@ -166,10 +166,10 @@ def test_shares(monkeypatch):
         monkeypatch.setenv(name, value)
     share = Share.of_process()
     assert share == Share(3, 4, 1)
-    monkeypatch.setattr("latentdiff.runtimes.gpu_is_there", lambda: True)
+    monkeypatch.setattr("latentdiff.runtime.choice.gpu_is_there", lambda: True)
     assert [share.device(name) for name in (None, "cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:1", "cuda:3", "cpu"]
     assert Share().device(None) is None, "alone it is torch's to choose"
-    monkeypatch.setattr("latentdiff.runtimes.gpu_is_there", lambda: False)
+    monkeypatch.setattr("latentdiff.runtime.choice.gpu_is_there", lambda: False)
     assert share.device(None) is None
     monkeypatch.setenv("RANK", "4")
     with pytest.raises(ConfigError, match="RANK, WORLD_SIZE and LOCAL_RANK are 4, 4, 1, which no launcher sets"):

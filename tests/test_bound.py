@@ -21,8 +21,8 @@ from latentdiff.diffusion.bound import (
     prior,
     proposal,
 )
+from latentdiff.diffusion.path import NoiseSchedule
 from latentdiff.diffusion.process import transition
-from latentdiff.diffusion.schedule import NoiseSchedule
 
 LINEAR, SD = NoiseSchedule.linear(), NoiseSchedule.scaled_linear()
 SCHEDULES = {"linear": LINEAR, "SD": SD, "cosine": NoiseSchedule.cosine(), "terminal": SD.zero_terminal_snr()}

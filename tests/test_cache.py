@@ -14,15 +14,15 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
 
-from latentdiff.config import parse_config
+from latentdiff.core.errors import ConfigError, DataError
+from latentdiff.data.dataset import open_data
 from latentdiff.data.store import Store
-from latentdiff.errors import ConfigError, DataError
-from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
-from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
-from latentdiff.models.weights import load_autoencoder, load_text_encoder
+from latentdiff.formats.weights import load_autoencoder, load_text_encoder
+from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder
+from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
+from latentdiff.settings.config import parse_config
 from latentdiff.stages import cache, encoding
 from latentdiff.stages.ahead import parse_shard
-from latentdiff.stages.pictures import open_data
 
 from .pictures import as_jsonl, encoded, some_pictures
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from latentdiff.errors import ModelError, ResourceError
+from latentdiff.core.errors import ModelError, ResourceError
 from latentdiff.training import checkpoint
 from latentdiff.training.checkpoint import (
     checkpoints,

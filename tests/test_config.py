@@ -2,9 +2,9 @@
 
 import pytest
 
-from latentdiff.config import Config, load_config, save_config
-from latentdiff.errors import ConfigError
-from latentdiff.finetuning import load_finetuning
+from latentdiff.core.errors import ConfigError
+from latentdiff.settings.config import Config, load_config, save_config
+from latentdiff.settings.finetuning import load_finetuning
 
 from .conftest import ROOT
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.errors import ConfigError, ModelError
-from latentdiff.models.convert import convert_folder
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.formats.convert import convert_folder
 
 from . import stable_diffusion
 

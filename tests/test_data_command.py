@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.config import load_config
-from latentdiff.stages.pictures import open_data
+from latentdiff.data.dataset import open_data
+from latentdiff.settings.config import load_config
 
 from . import forked
 from .forked import Started

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.data.decoding import decode, silent_decoders
-from latentdiff.errors import DataError
+from latentdiff.core.decoding import decode, silent_decoders
+from latentdiff.core.errors import DataError
 
 from .pictures import encoded, png
 

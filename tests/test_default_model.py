@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.images import to_images
 from latentdiff.data import oracle, scenes
 from latentdiff.diffusion import noise
 from latentdiff.evaluation.composition import ceiling, evaluate_composition
-from latentdiff.images import to_images
-from latentdiff.models.folder import parameter_counts
-from latentdiff.models.text_encoder import tokenize
-from latentdiff.models.weights import load_clip, load_text_encoder
-from latentdiff.pretrained import default_model
+from latentdiff.families.pretrained import default_model
+from latentdiff.formats.folder import parameter_counts
+from latentdiff.formats.weights import load_clip, load_text_encoder
+from latentdiff.networks.encoders.clip import tokenize
 
 PROMPT = "a red circle above a blue square"
 

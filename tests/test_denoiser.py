@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from latentdiff.diffusion.denoiser import PREDICTIONS, denoiser, target, x0_from
+from latentdiff.diffusion.parametrization import PREDICTIONS, denoiser, target, x0_from
+from latentdiff.diffusion.path import NoiseLevel, NoiseSchedule
 from latentdiff.diffusion.process import diffuse
-from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
 
 LEVEL = NoiseSchedule.scaled_linear().level(400)
 RNG = np.random.default_rng(0)

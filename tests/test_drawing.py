@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ConfigError, NonFiniteError
+from latentdiff.core.images import to_uint8
 from latentdiff.diffusion import noise
 from latentdiff.drawing.canvas import Margins, canvas
 from latentdiff.drawing.job import Job, jobs_of
 from latentdiff.drawing.start import turned
-from latentdiff.errors import ConfigError, NonFiniteError
-from latentdiff.images import to_uint8
-from latentdiff.models.clip import Clip
-from latentdiff.models.context import Context
-from latentdiff.models.weights import load_unet
+from latentdiff.formats.weights import load_unet
+from latentdiff.networks.clip import Clip
+from latentdiff.networks.conditions import Context
 
 from . import stable_diffusion
 
@@ -383,7 +383,7 @@ def test_clip_of_ones_own(pipe, tmp_path):
     import open_clip
     from safetensors.torch import save_file
 
-    from latentdiff.models.scorer import load_scorer
+    from latentdiff.networks.scorer import load_scorer
 
     settings = {
         "embed_dim": 16,
@@ -403,7 +403,7 @@ def test_clip_of_ones_own(pipe, tmp_path):
         images = torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
         ids = open_clip.SimpleTokenizer(context_length=77)(prompts)
         expected = (theirs.encode_image(images, True) * theirs.encode_text(ids, True)).sum(-1)
-    from latentdiff.images import to_images
+    from latentdiff.core.images import to_images
 
     found = load_scorer(tmp_path).score(prompts, to_images(pictures))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -475,7 +475,7 @@ def test_half_precision_draws_nearly_the_same(tiny_model, pipe, dtype):
 
 
 def test_jobs_count_seeds_on():
-    from latentdiff.request import request
+    from latentdiff.drawing.request import request
 
     asked = request(prompt=PROMPT, seed=5, num_images=3)
     assert [job.seed for job in jobs_of(asked)] == [5, 6, 7]

@@ -13,20 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.config import load_config
+from latentdiff.core.errors import DataError
 from latentdiff.diffusion import noise
-from latentdiff.errors import DataError
 from latentdiff.evaluation.autoencoder import decoded, psnr, ssim
 from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import Extractor, of_model
 from latentdiff.evaluation.geneval import read_prompts
+from latentdiff.evaluation.held_out import held_out, shown
 from latentdiff.evaluation.meaning import MEANING
-from latentdiff.evaluation.report import as_lines, compared
+from latentdiff.evaluation.report.plots import Plot, Series, as_figure
+from latentdiff.evaluation.report.report import as_lines, compared
 from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
 from latentdiff.evaluation.sections import _share_nearer
 from latentdiff.evaluation.sweep import combinations, pareto
-from latentdiff.plots import Plot, Series, as_figure
-from latentdiff.stages.measured import held_out, shown
+from latentdiff.settings.config import load_config
 
 from .conftest import ROOT
 from .forked import train

@@ -17,8 +17,8 @@ from diffusers import (
 )
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.models.folder import parameter_counts
-from latentdiff.pretrained import save_single_file, stored_pipeline
+from latentdiff.families.pretrained import save_single_file, stored_pipeline
+from latentdiff.formats.folder import parameter_counts
 
 from . import stable_diffusion
 
@@ -68,7 +68,7 @@ def expected(folder, family):
 @torch.no_grad()
 def computed(source, family):
     """The same by our pipeline."""
-    from latentdiff.models.context import stacked
+    from latentdiff.networks.conditions import stacked
 
     ours = LatentDiffusionPipeline.from_pretrained(source, device="cpu")
     context = stacked([ours.text_encoder.context(PROMPT)])

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from latentdiff.config import load_config, parse_config
+from latentdiff.core.errors import DataError
+from latentdiff.core.images import luminance
+from latentdiff.data import dataset as pictures_module
+from latentdiff.data import scene_set as scene_sets
+from latentdiff.data.dataset import open_data
 from latentdiff.data.survey import Survey
-from latentdiff.errors import DataError
-from latentdiff.images import luminance
-from latentdiff.stages import pictures as pictures_module
-from latentdiff.stages import scenes as scene_sets
-from latentdiff.stages.pictures import open_data
+from latentdiff.settings.config import load_config, parse_config
 from latentdiff.training.loader import batches_of
 
 from .conftest import ROOT

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.data.dataset import open_data
 from latentdiff.stages.finetune import _stages, opened
-from latentdiff.stages.pictures import open_data
 from latentdiff.stages.run import Run
 from latentdiff.stages.taught import begin
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from latentdiff.config import save_config
-from latentdiff.errors import ConfigError
-from latentdiff.finetuning import SMALL, load_finetuning
+from latentdiff.core.errors import ConfigError
+from latentdiff.settings.config import save_config
+from latentdiff.settings.finetuning import SMALL, load_finetuning
 
 SOURCE = ("data.kind=pictures", "data.pictures.source=pictures")
 

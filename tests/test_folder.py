@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.errors import ModelError, NonFiniteError, UnsafeError
+from latentdiff.core.errors import ModelError, NonFiniteError, UnsafeError
 
 
 class Canary:
@@ -280,7 +280,7 @@ def test_card_of_impossible_values(folder, changes):
 
 @pytest.mark.parametrize("size", [0, 5, 1000])
 def test_truncated_weights_are_no_pickle(folder, size):
-    from latentdiff.models.folder import parameter_counts
+    from latentdiff.formats.folder import parameter_counts
 
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:size])

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from latentdiff.cli.loading import adapter_and_weight
-from latentdiff.reproduce import read_record
+from latentdiff.drawing.reproduce import read_record
 
 PROMPT = "a red circle above a blue square"
 

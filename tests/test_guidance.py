@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentdiff.diffusion import guidance, samplers
-from latentdiff.diffusion.schedule import NoiseLevel, NoiseSchedule
+from latentdiff.diffusion.path import NoiseLevel, NoiseSchedule
 
 SD = NoiseSchedule.scaled_linear()
 

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from latentdiff.models.hub import is_hub_id
+from latentdiff.formats.hub import is_hub_id
 
 from . import stable_diffusion
 from .conftest import ROOT
@@ -111,7 +111,7 @@ def test_fetched_once_at_a_revision(hub, tmp_path):
     assert (done.returncode, Hub.asked) == (0, []), done.stderr
     done = generate(tmp_path, hub, "-o", "three.png", "--revision", "v1")
     assert done.returncode == 0, done.stderr
-    from latentdiff.reproduce import read_record
+    from latentdiff.drawing.reproduce import read_record
 
     records = [read_record(tmp_path / f"{name}.png") for name in ("one", "two", "three")]
     assert [record.model_source for record in records] == [f"{NAME}@{COMMITS[r]}" for r in ("main", "main", "v1")]

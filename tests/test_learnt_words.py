@@ -6,8 +6,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from latentdiff.errors import ConfigError
-from latentdiff.models.textual_inversion import LearntEmbedding, begin_word, save_word
+from latentdiff.core.errors import ConfigError
+from latentdiff.networks.adapters.words import LearntEmbedding, begin_word, save_word
 
 from .stable_diffusion import load
 

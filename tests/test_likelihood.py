@@ -9,18 +9,18 @@ import torch
 from scipy import stats
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.config import load_config
+from latentdiff.core.errors import ModelError, NonFiniteError
+from latentdiff.core.images import to_images
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Terms, bits, mean_and_error, noised
-from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import ModelError, NonFiniteError
+from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.evaluation.held_out import held_out, shown
 from latentdiff.evaluation.likelihood import _contexts, likelihood
-from latentdiff.images import to_images
-from latentdiff.models.autoencoder import IdentityAutoencoder
-from latentdiff.models.context import Context
-from latentdiff.models.prompt import Style
+from latentdiff.networks.codecs.kl import IdentityAutoencoder
+from latentdiff.networks.conditions import Context
+from latentdiff.networks.encoders.prompt import Style
 from latentdiff.pipeline import ModelCard
-from latentdiff.stages.measured import held_out, shown
+from latentdiff.settings.config import load_config
 
 
 @pytest.fixture(scope="module")

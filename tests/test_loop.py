@@ -7,7 +7,7 @@ import multiprocessing
 import pytest
 import torch
 
-from latentdiff.errors import NonFiniteError, ResourceError
+from latentdiff.core.errors import NonFiniteError, ResourceError
 from latentdiff.training.loop import Batching
 
 from .small import LineStage, PictureStage, logged, run

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from latentdiff.errors import DataError
-from latentdiff.metadata import ImageMetadata, Source, parameters_text, png_info, read_metadata, save_options
-from latentdiff.reproduce import read_record
-from latentdiff.request import Request, request
+from latentdiff.core.errors import DataError
+from latentdiff.drawing.record import ImageMetadata, Source, parameters_text, png_info, read_metadata, save_options
+from latentdiff.drawing.reproduce import read_record
+from latentdiff.drawing.request import Request, request
 
 
 def record(**fields):

@@ -5,12 +5,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from latentdiff.images import luminance, to_images, to_uint8
-from latentdiff.models.autoencoder import Autoencoder, IdentityAutoencoder
-from latentdiff.models.clip import Clip, contrastive_loss, text_model_of
-from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
-from latentdiff.models.unet import UNet
-from latentdiff.models.weights import load_clip
+from latentdiff.core.images import luminance, to_images, to_uint8
+from latentdiff.formats.weights import load_clip
+from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
+from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder
+from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 
 PROMPTS = ["a red circle above a blue square", "", "Ein Größenwahn, 猫 & \U0001f600!", "3 green stars " * 20]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentdiff.diffusion.objective import WEIGHTINGS, DiffusionLoss, weights
-from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.path import NoiseSchedule
 
 SD = NoiseSchedule.scaled_linear()
 SNR = SD.alphas_cumprod / (1 - SD.alphas_cumprod)

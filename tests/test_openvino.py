@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff import LatentDiffusionPipeline, user_cache
-from latentdiff.errors import ConfigError, ModelError, ResourceError
-from latentdiff.pretrained import default_model, load_pipeline
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core import cache as user_cache
+from latentdiff.core.errors import ConfigError, ModelError, ResourceError
+from latentdiff.families.pretrained import default_model, load_pipeline
 from latentdiff.runtime import compiling
 from latentdiff.runtime.export import export
 from latentdiff.runtime.graphs import exported, named

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.config import Training
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
+from latentdiff.settings.config import Training
 from latentdiff.training.optim import learning_rate, optimizer_of
 
 

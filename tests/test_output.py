@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from latentdiff.output import whole, write_new
+from latentdiff.core.files import whole, write_new
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -10,10 +10,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from latentdiff.errors import ModelError, UnsafeError
+from latentdiff.core.errors import ModelError, UnsafeError
 from latentdiff.evaluation.autoencoder import perceptual
 from latentdiff.evaluation.features import named
-from latentdiff.models.perception import load_inception, load_lpips
+from latentdiff.networks.perception import load_inception, load_lpips
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), np.uint8)
 

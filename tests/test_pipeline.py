@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.diffusion.schedule import NoiseSchedule
-from latentdiff.errors import ConfigError, ModelError
-from latentdiff.metadata import read_metadata
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.drawing.record import read_metadata
 
 PROMPT = "a red circle above a blue square"
 
@@ -119,8 +119,8 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
 
     from diffusers import DDIMScheduler
 
-    from latentdiff.diffusion.schedule import schedule_named
-    from latentdiff.pretrained import read_scheduler, scheduler_config
+    from latentdiff.diffusion.path import schedule_named
+    from latentdiff.families.pretrained import read_scheduler, scheduler_config
 
     schedule = schedule_named(kind, 1000)
     schedule = schedule.zero_terminal_snr() if terminal else schedule
@@ -254,9 +254,9 @@ def test_recommended_samplers_are_the_samplers():
     """The config names them itself, because it imports nothing."""
     from typing import get_args
 
+    from latentdiff.diffusion.path import SPACINGS
     from latentdiff.diffusion.samplers import SAMPLERS
-    from latentdiff.diffusion.schedule import SPACINGS
-    from latentdiff.recommended import Recommended
+    from latentdiff.settings.recommended import Recommended
 
     fields = Recommended.model_fields
     assert get_args(fields["sampler"].annotation) == tuple(SAMPLERS)

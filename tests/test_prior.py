@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.errors import DataError
-from latentdiff.finetuning import load_finetuning
+from latentdiff.core.errors import DataError
+from latentdiff.data.dataset import open_data
+from latentdiff.settings.finetuning import load_finetuning
 from latentdiff.stages.class_pictures import class_data, draw_class
-from latentdiff.stages.pictures import open_data
 from latentdiff.training.prior import PriorStage
 
 from .small import TinyNetwork, denoiser_stage

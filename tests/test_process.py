@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from latentdiff.diffusion.path import CLEAN, NoiseSchedule
 from latentdiff.diffusion.process import diffuse, diffuse_step, posterior_mean, transition
-from latentdiff.diffusion.schedule import CLEAN, NoiseSchedule
 
 SD = NoiseSchedule.scaled_linear()
 

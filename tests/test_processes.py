@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.models.clip import contrastive_loss
+from latentdiff.networks.clip import contrastive_loss
 
 from . import forked
 from .conftest import ROOT

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from latentdiff.errors import ConfigError
-from latentdiff.models.prompt import Chunk, Piece, Style, chunks, parse
-from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer
+from latentdiff.core.errors import ConfigError
+from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
+from latentdiff.networks.encoders.prompt import Chunk, Piece, Style, chunks, parse
 
 PLAIN = Style(weights=False)
 

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.cli import main
-from latentdiff.errors import ConfigError, DataError, ModelError
-from latentdiff.extras import load_adapter, networks_of
-from latentdiff.metadata import read_metadata
-from latentdiff.picture_files import encoded
-from latentdiff.reproduce import Likeness, reproduce
+from latentdiff.core.errors import ConfigError, DataError, ModelError
+from latentdiff.drawing.extras import load_adapter, networks_of
+from latentdiff.drawing.files import encoded
+from latentdiff.drawing.record import read_metadata
+from latentdiff.drawing.reproduce import Likeness, reproduce
 
 PROMPT = "a red circle above a blue square"
 QUICK = {"num_inference_steps": 3, "seed": 1}

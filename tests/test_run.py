@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentdiff.errors import Interrupted, ModelError
+from latentdiff.core.errors import Interrupted, ModelError
 from latentdiff.training.checkpoint import checkpoints, newest_whole
 
 from .small import LineStage, PictureStage, denoiser_stage, logged, run

@@ -9,9 +9,9 @@ import sys
 import pytest
 from accelerate import Accelerator
 
-from latentdiff.config import load_config
-from latentdiff.errors import ConfigError
-from latentdiff.stages.pictures import open_data
+from latentdiff.core.errors import ConfigError
+from latentdiff.data.dataset import open_data
+from latentdiff.settings.config import load_config
 from latentdiff.stages.plan import plan_of
 from latentdiff.stages.run import Run, checkpoints_to_resume
 from latentdiff.training.lock import is_locked, locked

@@ -11,10 +11,10 @@ from diffusers import DDIMScheduler, LCMScheduler
 from scipy.stats import norm
 
 from latentdiff.diffusion import samplers
-from latentdiff.diffusion.denoiser import denoiser
+from latentdiff.diffusion.parametrization import denoiser
+from latentdiff.diffusion.path import CLEAN, SPACINGS, NoiseLevel, NoiseSchedule, schedule_named
 from latentdiff.diffusion.process import posterior_mean, transition
 from latentdiff.diffusion.samplers import SAMPLERS, silent
-from latentdiff.diffusion.schedule import CLEAN, SPACINGS, NoiseLevel, NoiseSchedule, schedule_named
 
 SD = NoiseSchedule.scaled_linear()
 MEAN, STD = 0.7, 0.5

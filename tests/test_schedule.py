@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 
-from latentdiff.diffusion.schedule import CLEAN, NoiseSchedule, karras, schedule_named
+from latentdiff.diffusion.path import CLEAN, NoiseSchedule, karras, schedule_named
 
 SD = NoiseSchedule.scaled_linear()
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.data.buckets import bucket_table
 from latentdiff.data.layouts import find
 from latentdiff.data.pictures import PictureSet, View
 from latentdiff.data.source import Options
 from latentdiff.data.survey import survey
-from latentdiff.errors import ConfigError, DataError
 
 from .pictures import (
     LAYOUTS,

@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.errors import ConfigError
-from latentdiff.models.context import Context
-from latentdiff.pretrained import load_pipeline
-from latentdiff.reproduce import read_record
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.reproduce import read_record
+from latentdiff.families.pretrained import load_pipeline
+from latentdiff.networks.conditions import Context
 from latentdiff.runtime import speed as speeds
 
 PROMPT = "a red circle above a blue square"

@@ -19,11 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.errors import ConfigError, ModelError, UnsafeError
-from latentdiff.models.folder import folder_hash, weight_files
-from latentdiff.models.prompt import Style
-from latentdiff.models.single_file import load_single_file, predicts_noise
-from latentdiff.pretrained import save_single_file, stored_pipeline
+from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.families.pretrained import save_single_file, stored_pipeline
+from latentdiff.formats.folder import folder_hash, weight_files
+from latentdiff.formats.single_file import load_single_file, predicts_noise
+from latentdiff.networks.encoders.prompt import Style
 
 from . import stable_diffusion
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from latentdiff import build
-from latentdiff.config import load_config
-from latentdiff.errors import ConfigError, DataError, ModelError
-from latentdiff.models.weights import load_autoencoder
+from latentdiff.core.errors import ConfigError, DataError, ModelError
+from latentdiff.data.dataset import open_data
+from latentdiff.formats.weights import load_autoencoder
+from latentdiff.settings.config import load_config
+from latentdiff.stages import build
 from latentdiff.stages.autoencoder import latent_statistics
 from latentdiff.stages.cache import latents_of
 from latentdiff.stages.denoiser import train_denoiser
-from latentdiff.stages.pictures import open_data
 from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume
 
 from .conftest import ROOT

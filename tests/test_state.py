@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.config import Training
+from latentdiff.settings.config import Training
 from latentdiff.training import state
 from latentdiff.training.ema import Ema, constant_decay
 from latentdiff.training.optim import optimizer_of

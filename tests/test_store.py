@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from latentdiff.core.errors import DataError, ResourceError
 from latentdiff.data.store import Store
-from latentdiff.errors import DataError, ResourceError
 
 
 def keys(first, count):
@@ -73,7 +73,7 @@ FULL = """
 import resource, signal, sys, torch
 from pathlib import Path
 from latentdiff.data.store import Store
-from latentdiff.errors import ResourceError
+from latentdiff.core.errors import ResourceError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = Store(Path(sys.argv[1]))
 store.add(["0" * 32], {"mean": torch.zeros(1, 8)})

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentdiff.core.errors import DataError, ResourceError
 from latentdiff.data import survey as module
 from latentdiff.data.layouts import find
 from latentdiff.data.source import Options
 from latentdiff.data.survey import retold, survey, told
-from latentdiff.errors import DataError, ResourceError
 
 from .pictures import as_jsonl, broken_pictures, encoded, some_pictures, write_pictures
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from latentdiff.build import seeded
-from latentdiff.errors import ConfigError
-from latentdiff.extras import networks_of
-from latentdiff.models import taught_adapter
-from latentdiff.models.adapter_file import save_kohya, save_peft
-from latentdiff.models.taught_adapter import Factors
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.extras import networks_of
+from latentdiff.formats.adapter_file import save_kohya, save_peft
+from latentdiff.networks.adapters import trained as taught_adapter
+from latentdiff.networks.adapters.trained import Factors
+from latentdiff.stages.build import seeded
 
 from .stable_diffusion import load
 

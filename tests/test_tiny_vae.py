@@ -9,14 +9,14 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.config import load_config
+from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.diffusion.noise import normal
-from latentdiff.errors import ConfigError, ModelError, UnsafeError
-from latentdiff.models.autoencoder import Autoencoder, TinyAutoencoder
-from latentdiff.models.folder import check_vae
-from latentdiff.models.weights import load_vae
-from latentdiff.pretrained import default_model
-from latentdiff.reproduce import reproduce
+from latentdiff.drawing.reproduce import reproduce
+from latentdiff.families.pretrained import default_model
+from latentdiff.formats.folder import check_vae
+from latentdiff.formats.weights import load_vae
+from latentdiff.networks.codecs.kl import Autoencoder, TinyAutoencoder
+from latentdiff.settings.config import load_config
 from latentdiff.training.autoencoder import TinyAutoencoderStage
 
 from .conftest import ROOT
@@ -81,7 +81,7 @@ def test_saved_and_loaded(model, tmp_path):
     assert isinstance(again.vae, AutoencoderTiny)
     for name, weight in ours.autoencoder.vae.state_dict().items():
         assert torch.equal(again.vae.state_dict()[name], weight)
-    from latentdiff.pretrained import save_single_file
+    from latentdiff.families.pretrained import save_single_file
 
     with pytest.raises(ConfigError, match="not of Stable Diffusion's shape"):
         save_single_file(ours, tmp_path / "one.safetensors")

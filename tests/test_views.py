@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from latentdiff.core.errors import ConfigError
 from latentdiff.data.buckets import bucket_table, cropped_share, nearest
 from latentdiff.data.captions import CaptionRule
 from latentdiff.data.transform import corner, place_by_content, view
-from latentdiff.errors import ConfigError
 
 
 def test_the_table_is_the_whole_of_its_definition():

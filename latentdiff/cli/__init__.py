@@ -13,7 +13,7 @@ import typer
 
 from latentdiff import __version__
 from latentdiff.cli import convert, data, evaluate, finetune, generate, info, reproduce, runs, train
-from latentdiff.errors import Interrupted, LatentDiffError, ResourceError
+from latentdiff.core.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
     name="latentdiff",
@@ -51,7 +51,7 @@ class _Terminated(BaseException):
 
 
 def main() -> None:
-    """Run the command line; errors are one line on stderr and an exit code (see `latentdiff.errors`)."""
+    """Run the command line; errors are one line on stderr and an exit code (see `latentdiff.core.errors`)."""
     # libraries speak of loading in bars and tables of many lines; what they raise is told below
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")

@@ -16,12 +16,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import ConfigError
-from latentdiff.picture_files import numbered, suffix_of, write_pictures
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.files import numbered, suffix_of, write_pictures
 
 if TYPE_CHECKING:
     from latentdiff.drawing.job import Job
-    from latentdiff.metadata import ImageMetadata
+    from latentdiff.drawing.record import ImageMetadata
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 Numbered = tuple[int, "Job"]  # a picture and its number in the command, from 1
@@ -57,7 +57,7 @@ class Share:
 
     def device(self, named: str | None) -> str | None:
         """Of several processes each takes a GPU of its own, where there are any."""
-        from latentdiff.runtimes import gpu_is_there
+        from latentdiff.runtime.choice import gpu_is_there
 
         alone = self.processes == 1 or named not in (None, "cuda")
         return named if alone or not gpu_is_there() else f"cuda:{self.on_machine}"
@@ -68,7 +68,7 @@ def drawn(
 ) -> Iterator[tuple[Path, ImageMetadata]]:
     """Draw this process's batches under a progress bar and yield every picture written. Raises ConfigError."""
     from latentdiff.drawing.plan import step_counts
-    from latentdiff.metadata import save_options
+    from latentdiff.drawing.record import save_options
 
     batches = _batches(pipe, jobs, target, share)
     total = sum(sum(step_counts(batch[0][1].request, batch[0][1].canvas)) for batch in batches)
@@ -139,7 +139,7 @@ def _otherwise(pipe: LatentDiffusionPipeline, number: int, job: Job, target: Tar
     """
     from dataclasses import asdict
 
-    from latentdiff.reproduce import read_record
+    from latentdiff.drawing.reproduce import read_record
 
     path = _path(number, job, target)
     found, wanted = read_record(path).model_dump(), asdict(pipe.record(job))

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli.options import Precision
-from latentdiff.errors import ConfigError
-from latentdiff.output import check_writable, whole
+from latentdiff.core.errors import ConfigError
+from latentdiff.core.files import check_writable, whole
 
 
 class Form(StrEnum):
@@ -74,8 +74,8 @@ def convert(
 
 
 def _pickle(source: Path, output: Path) -> None:
-    from latentdiff.models.folder import is_pickle
-    from latentdiff.models.unpickle import unpickled
+    from latentdiff.formats.folder import is_pickle
+    from latentdiff.formats.unpickle import unpickled
 
     if not source.is_file() or not is_pickle(source):
         raise ConfigError(f"--trust-pickle is for pickles, which this is not ({source})")
@@ -85,9 +85,9 @@ def _pickle(source: Path, output: Path) -> None:
 
 def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
     """The model says what the layers are called that kohya's names stand for."""
-    from latentdiff.extras import networks_of
-    from latentdiff.models import adapter_file
-    from latentdiff.pretrained import stored_pipeline
+    from latentdiff.drawing.extras import networks_of
+    from latentdiff.families.pretrained import stored_pipeline
+    from latentdiff.formats import adapter_file
 
     networks = networks_of(stored_pipeline(model))
     adapter = adapter_file.read_adapter(source, networks)
@@ -103,7 +103,7 @@ def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
 
 def _exported(source: Path, variant: str | None) -> Path:
     """Graphs beside a folder's weights; the weights stay as they are."""
-    from latentdiff.pretrained import stored_pipeline
+    from latentdiff.families.pretrained import stored_pipeline
     from latentdiff.runtime.export import export
     from latentdiff.runtime.graphs import FOLDER
 
@@ -126,9 +126,9 @@ def _model(
 ) -> None:
     import torch
 
-    from latentdiff.extras import load_vae
-    from latentdiff.models.convert import convert_folder
-    from latentdiff.pretrained import save_pipeline, save_single_file, stored_pipeline
+    from latentdiff.drawing.extras import load_vae
+    from latentdiff.families.pretrained import save_pipeline, save_single_file, stored_pipeline
+    from latentdiff.formats.convert import convert_folder
     from latentdiff.runtime.export import export
 
     single = output.suffix.lower() == ".safetensors"

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.output import check_page, check_writable, printable
+from latentdiff.core.files import check_page, check_writable, printable
 
 if TYPE_CHECKING:
-    from latentdiff.config import Config
-    from latentdiff.models.text_encoder import Tokenizer
-    from latentdiff.stages.pictures import DataSet
+    from latentdiff.data.dataset import DataSet
+    from latentdiff.networks.encoders.clip import Tokenizer
+    from latentdiff.settings.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="Check, preview and cache captioned pictures.")
 
@@ -49,12 +49,12 @@ def check(
     """Decode every picture and account for every caption. Exits 3 where training would refuse; changes nothing."""
     import json
 
+    from latentdiff.core.errors import ConfigError, DataError
     from latentdiff.data.buckets import bucket_table
+    from latentdiff.data.dataset import look, picture_data
     from latentdiff.data.report import as_text, sections
     from latentdiff.data.survey import QUARANTINED
-    from latentdiff.errors import ConfigError, DataError
-    from latentdiff.page import PAGE, as_html
-    from latentdiff.stages.pictures import look, picture_data
+    from latentdiff.evaluation.report.page import PAGE, as_html
 
     if skip_bad:
         check_page(quarantine, QUARANTINED)
@@ -106,8 +106,8 @@ def preview(
 
     Samples of an epoch as they are cropped, with the words the text encoder reads.
     """
-    from latentdiff.page import PAGE, Section, as_html
-    from latentdiff.stages.pictures import open_data
+    from latentdiff.data.dataset import open_data
+    from latentdiff.evaluation.report.page import PAGE, Section, as_html
 
     check_page(output, PAGE)
     config = _config(source, set_, {"image_size": resolution})
@@ -132,9 +132,9 @@ def cache(
     A run's pictures, and captions where the text encoder is frozen, into RUN/cache, as training would when it starts.
     Jobs may be killed and run again, also with another n: what is there is kept, what is missing is encoded.
     """
-    from latentdiff.config import load_config, own_pictures
+    from latentdiff.data.dataset import open_data
+    from latentdiff.settings.config import load_config, own_pictures
     from latentdiff.stages.ahead import cache_ahead, parse_shard
-    from latentdiff.stages.pictures import open_data
 
     share = parse_shard(shard)
     effective = load_config(config, [*(set_ or ()), *(own_pictures(data) if data else ())])
@@ -147,7 +147,7 @@ def cache(
 
 def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Config:
     """A config file, or the defaults with these pictures; flags that were given override it."""
-    from latentdiff.config import load_config, own_pictures
+    from latentdiff.settings.config import load_config, own_pictures
 
     given = [(key, value) for key, value in flags.items() if value is not None]
     if source.endswith(".toml") and not Path(source).is_dir():
@@ -156,7 +156,7 @@ def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Confi
 
 
 def _tokenizer(config: Config) -> Tokenizer:
-    from latentdiff.models.text_encoder import clip_tokenizer
+    from latentdiff.networks.encoders.clip import clip_tokenizer
 
     return clip_tokenizer(config.clip.max_length)
 

@@ -17,14 +17,14 @@ import typer
 from latentdiff.cli import report_folder
 from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded, named
 from latentdiff.cli.options import Precision, Runtime
-from latentdiff.errors import ConfigError, DataError
+from latentdiff.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from latentdiff.config import Config
+    from latentdiff.data.examples import Examples
     from latentdiff.evaluation.features import Extractor
     from latentdiff.evaluation.sections import Against, Asked
     from latentdiff.pipeline import LatentDiffusionPipeline
-    from latentdiff.stages.examples import Examples
+    from latentdiff.settings.config import Config
 
 LEAST = 16  # pictures
 MOST = 1000  # settings of a sweep
@@ -109,7 +109,7 @@ def evaluate(
 
     The same command goes on after an interruption. Figures go to standard output, progress to standard error.
     """
-    from latentdiff.evaluation.report import PAGE, as_lines, known, lacking, measure, write_report
+    from latentdiff.evaluation.report.report import PAGE, as_lines, known, lacking, measure, write_report
     from latentdiff.evaluation.sections import Asked, Subject
     from latentdiff.training.lock import locked
 
@@ -205,7 +205,7 @@ def _titles(models: Sequence[_Model]) -> list[str]:
 
 def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
     """Settings of drawing, validated before anything is loaded. Raises ConfigError."""
-    from latentdiff.request import request
+    from latentdiff.drawing.request import request
 
     found = common_settings(given, settings or [])
     del found["num_images"]
@@ -246,8 +246,8 @@ def _setting(name: str, value: str) -> dict[str, Any]:
 
 
 def _names(only: str | None) -> list[str]:
-    from latentdiff.evaluation.report import SECTIONS
-    from latentdiff.validation import did_you_mean
+    from latentdiff.evaluation.report.report import SECTIONS
+    from latentdiff.settings.validation import did_you_mean
 
     names = [name.strip() for name in only.split(",")] if only is not None else list(SECTIONS)
     for name in names:
@@ -270,12 +270,12 @@ def _against(
     geneval: Path | None,
 ) -> tuple[Against, dict[str, Any]]:
     """What models are measured by, and what is to be known of it."""
+    from latentdiff.data.dataset import look
     from latentdiff.evaluation.geneval import read_prompts
+    from latentdiff.evaluation.held_out import held_out, shown
     from latentdiff.evaluation.sections import Against
-    from latentdiff.models.folder import file_hash
-    from latentdiff.models.perception import load_lpips
-    from latentdiff.stages.measured import held_out, shown
-    from latentdiff.stages.pictures import look
+    from latentdiff.formats.folder import file_hash
+    from latentdiff.networks.perception import load_lpips
 
     prompts = read_prompts(geneval) if geneval else []
     distance = load_lpips(lpips) if lpips else None
@@ -318,7 +318,7 @@ def _identity(config: Config, held: Examples) -> str:
 
 def _config(data: str | None, side: int, given: Overrides) -> Config:
     """Of a run's config, of pictures, or of the scenes of the default config, at the model's size."""
-    from latentdiff.config import load_config, own_pictures
+    from latentdiff.settings.config import load_config, own_pictures
 
     given = [*given, ("image_size", side)]
     if data is not None and data.endswith(".toml") and not Path(data).is_dir():
@@ -329,7 +329,7 @@ def _config(data: str | None, side: int, given: Overrides) -> Config:
 def _extractor(model: _Model, features: Path | None) -> Extractor:
     """As it is named, or the model's own CLIP, or the default model's."""
     from latentdiff.evaluation import features as extractors
-    from latentdiff.pretrained import default_model
+    from latentdiff.families.pretrained import default_model
 
     if features is not None:
         return extractors.named(features)
@@ -342,7 +342,7 @@ def _extractor(model: _Model, features: Path | None) -> Extractor:
 
 def _rules(models: Sequence[_Model], data: dict[str, Any], against: Against, asked: Asked) -> dict[str, Any]:
     """All that figures depend on, as JSON gives it back."""
-    from latentdiff.metadata import installed_versions
+    from latentdiff.drawing.record import installed_versions
 
     pipes = [model.pipe for model in models]
     found = {
@@ -365,6 +365,6 @@ def _rules(models: Sequence[_Model], data: dict[str, Any], against: Against, ask
 
 
 def _settings_hash(folder: Path | None) -> str | None:
-    from latentdiff.models.folder import settings_hash
+    from latentdiff.formats.folder import settings_hash
 
     return settings_hash(folder) if folder and folder.is_dir() else None

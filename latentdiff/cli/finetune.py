@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from latentdiff.cli.loading import named
-from latentdiff.errors import ConfigError
-from latentdiff.output import check_writable
+from latentdiff.core.errors import ConfigError
+from latentdiff.core.files import check_writable
 
 
 class Method(StrEnum):
@@ -140,7 +140,7 @@ def finetune(
     Writes pytorch_lora_weights.safetensors, model/ or learned_embeds.safetensors into the run folder, with a model card
     and a page of pictures before and after.
     """
-    from latentdiff.finetuning import load_finetuning
+    from latentdiff.settings.finetuning import load_finetuning
 
     for name, value in (("model", model), ("data", data)):
         if not value.strip():
@@ -206,7 +206,7 @@ def _name(output: Path) -> str | None:
 
 def _check_run(folder: Path) -> None:
     """Refuse a folder of something else: the page and the card would be written over its own. Raises ConfigError."""
-    from latentdiff.finetuning import FILE, STAGE
+    from latentdiff.settings.finetuning import FILE, STAGE
 
     if (folder / "config.toml").exists():
         raise ConfigError(f"{folder} holds another run, of `latentdiff train`. Choose another folder")
@@ -223,10 +223,10 @@ def _finetune(
     import shutil
     from functools import partial
 
-    from latentdiff.finetuning import STAGE
+    from latentdiff.data.dataset import open_data
     from latentdiff.runtime.memory import keep_freed_memory
+    from latentdiff.settings.finetuning import STAGE
     from latentdiff.stages.finetune import check_fits, finetune, opened, rehearse
-    from latentdiff.stages.pictures import open_data
     from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked

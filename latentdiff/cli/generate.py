@@ -17,13 +17,13 @@ from latentdiff.cli.batches import Share, Target, drawn
 from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
-from latentdiff.errors import ConfigError
-from latentdiff.picture_files import check_target, loses_pixels, open_picture, suffix_of
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.files import check_target, loses_pixels, open_picture, suffix_of
 
 if TYPE_CHECKING:
     from latentdiff.drawing.job import Job
+    from latentdiff.drawing.request import Request
     from latentdiff.pipeline import LatentDiffusionPipeline
-    from latentdiff.request import Request
 
 # as in diffusion/samplers.py, which takes NumPy to import
 _SAMPLERS = "ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm"
@@ -221,7 +221,7 @@ def _number(text: str) -> bool:
 
 def _requests(wishes: Sequence[Wish], common: dict[str, Any]) -> list[Request]:
     """Every wish validated, with what it does not say from the command; seeds go on counting."""
-    from latentdiff.request import request
+    from latentdiff.drawing.request import request
 
     found: list[Request] = []
     for wish in wishes:
@@ -273,9 +273,9 @@ def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
     sizes = {(one.width, one.height) for one in asked} - {(None, None)}
     if not sizes:
         return
-    from latentdiff.models.folder import check_folder, picture_geometry
-    from latentdiff.pretrained import default_model
-    from latentdiff.request import SIDES, check_size
+    from latentdiff.drawing.request import SIDES, check_size
+    from latentdiff.families.pretrained import default_model
+    from latentdiff.formats.folder import check_folder, picture_geometry
 
     folder = default_model() if model is None else Path(model)
     if not folder.is_dir():
@@ -309,7 +309,7 @@ def _jobs(
 def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
     from latentdiff.drawing.canvas import BLACK, NONE, Margins
     from latentdiff.drawing.plan import step_counts
-    from latentdiff.metadata import recorded
+    from latentdiff.drawing.record import recorded
 
     image = None if wish.image is None else open_picture(wish.image)
     mask = None if wish.mask is None else open_picture(wish.mask, BLACK)

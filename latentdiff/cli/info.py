@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from latentdiff.errors import ConfigError
-from latentdiff.output import printable
+from latentdiff.core.errors import ConfigError
+from latentdiff.core.files import printable
 
 
 def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors file or a picture.")]) -> None:
@@ -27,8 +27,8 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
 
 def _of_model(path: Path) -> dict[str, object]:
     """Read from the JSON and the headers of the weights; no network is built."""
-    from latentdiff.models.folder import check_folder, folder_hash, parameter_counts
-    from latentdiff.pretrained import read_scheduler
+    from latentdiff.families.pretrained import read_scheduler
+    from latentdiff.formats.folder import check_folder, folder_hash, parameter_counts
 
     index = check_folder(path)
     schedule, prediction = read_scheduler(path)
@@ -46,14 +46,14 @@ def _of_model(path: Path) -> dict[str, object]:
 
 def _of_weights(path: Path) -> dict[str, object]:
     """Of a single file, by the names of its tensors: a model's family, or whose names an adapter has."""
-    from latentdiff.models.single_file import described
+    from latentdiff.formats.single_file import described
 
     return described(path)
 
 
 def _of_picture(path: Path) -> dict[str, object]:
-    from latentdiff.errors import DataError
-    from latentdiff.metadata import read_metadata
+    from latentdiff.core.errors import DataError
+    from latentdiff.drawing.record import read_metadata
 
     found = read_metadata(path)
     if not found:

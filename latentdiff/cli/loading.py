@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from latentdiff.cli.options import Precision, Runtime, Speed
@@ -34,7 +34,7 @@ def common_settings(given: dict[str, Any], settings: Sequence[str]) -> dict[str,
     """
     common = {name: value for name, value in given.items() if value is not None}
     for setting in settings:
-        from latentdiff.config import parsed_override
+        from latentdiff.settings.config import parsed_override
 
         name, value = parsed_override(setting)
         if not name:
@@ -62,7 +62,7 @@ def adapter_and_weight(text: str) -> tuple[Path, float]:
 
 def named(path: str | None) -> str | None:
     """None for the default model, which may be called by its name."""
-    from latentdiff.pretrained import DEFAULT_MODEL
+    from latentdiff.families.pretrained import DEFAULT_MODEL
 
     return None if path == DEFAULT_MODEL and not Path(path).exists() else path
 
@@ -97,7 +97,7 @@ def load_extras(
     vae: Path | None,
 ) -> None:
     """Load what is drawn with beside the model, and say how adapters fit."""
-    from latentdiff import extras
+    from latentdiff.drawing import extras
 
     for number, (path, weight) in enumerate(loras, 1):  # two files may be called the same
         name = f"{path.stem}_{number}" if [p.stem for p, _ in loras].count(path.stem) > 1 else None

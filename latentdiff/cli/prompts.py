@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
 
 _PATHS = ("image", "mask")
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
 
 SETTINGS = "settings.json"
 NAMES = ("models", "data")  # the same may be called otherwise; its sha256 says whether it is
@@ -15,7 +15,7 @@ NAMES = ("models", "data")  # the same may be called otherwise; its sha256 says 
 
 def check(report: Path, data: str | None) -> None:
     """Refuse before any work what is no folder of ours, or lies among the data. Raises ConfigError."""
-    from latentdiff.output import check_writable
+    from latentdiff.core.files import check_writable
     from latentdiff.training import lock
 
     if report.is_file():
@@ -35,7 +35,7 @@ def _left(path: Path) -> bool:
 
 def claim(report: Path, rules: dict[str, Any]) -> None:
     """Remember what a report is of; refuse another's folder. Raises ConfigError."""
-    from latentdiff.output import write_json
+    from latentdiff.core.files import write_json
 
     path = report / SETTINGS
     if path.is_file():

@@ -24,9 +24,9 @@ def reproduce(
 
     Exits with 1 where it is not. Files that it names must have the content that it names.
     """
-    from latentdiff import reproduce as again
-    from latentdiff.output import write_new
-    from latentdiff.picture_files import check_file, encoded
+    from latentdiff.core.files import write_new
+    from latentdiff.drawing import reproduce as again
+    from latentdiff.drawing.files import check_file, encoded
 
     if output is not None:
         check_file(output)

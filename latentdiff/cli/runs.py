@@ -18,7 +18,7 @@ def runs(
     """
     import json
 
-    from latentdiff.errors import ConfigError
+    from latentdiff.core.errors import ConfigError
 
     if not folder.is_dir():
         raise ConfigError(f"no such folder ({folder}). Give the one that holds the run folders")
@@ -36,8 +36,8 @@ def runs(
 
 def _lengths(path: Path) -> dict[str, int]:
     """The stages of a run's config with their last steps. Raises ConfigError."""
-    from latentdiff.config import STAGES, load_config
-    from latentdiff.finetuning import FILE, STAGE, load_finetuning
+    from latentdiff.settings.config import STAGES, load_config
+    from latentdiff.settings.finetuning import FILE, STAGE, load_finetuning
 
     if path.name == FILE:
         return {STAGE: load_finetuning(path).finetune.training.max_train_steps}
@@ -50,7 +50,7 @@ def _run(path: Path) -> dict[str, Any]:
     """What a run folder says of itself; of a config that cannot be read, that."""
     from datetime import datetime
 
-    from latentdiff.errors import ConfigError
+    from latentdiff.core.errors import ConfigError
     from latentdiff.training.lock import is_locked
 
     folder = path.parent

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentdiff.errors import ConfigError
-from latentdiff.output import check_writable
+from latentdiff.core.errors import ConfigError
+from latentdiff.core.files import check_writable
 
 if TYPE_CHECKING:
-    from latentdiff.config import Config
+    from latentdiff.settings.config import Config
 
 
 class StageName(StrEnum):
@@ -62,7 +62,7 @@ def train(
     The finished model is the folder RUN/model, which `generate -m` and diffusers load. Under `accelerate launch` the
     batches are shared out among the processes.
     """
-    from latentdiff.config import load_config, own_pictures
+    from latentdiff.settings.config import load_config, own_pictures
 
     more = [] if data is None else own_pictures(data)
     if skip_bad:
@@ -86,11 +86,11 @@ def _train(
     dry_run: bool,
     deterministic: bool,
 ) -> None:
-    from latentdiff.build import check_networks
-    from latentdiff.config import save_config
+    from latentdiff.data.dataset import open_data
     from latentdiff.runtime.memory import keep_freed_memory
+    from latentdiff.settings.config import save_config
+    from latentdiff.stages.build import check_networks
     from latentdiff.stages.chain import TRAIN
-    from latentdiff.stages.pictures import open_data
     from latentdiff.stages.plan import plan_of
     from latentdiff.stages.run import Run, check_trainable, check_unchanged, checkpoints_to_resume, new_accelerator
     from latentdiff.training.interruption import Interruption

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
 
 Size = tuple[int, int]  # (height, width)
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentdiff.data.decoding import SUFFIXES
+from latentdiff.core.decoding import SUFFIXES
+from latentdiff.core.errors import DataError
 from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, lines_of, shown
-from latentdiff.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.data import folder, shards, table
 from latentdiff.data.source import Listing, Options, shown
-from latentdiff.errors import ConfigError, DataError
 
 
 def find(source: str, options: Options) -> Listing:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from latentdiff.core.decoding import MAX_PIXELS, WHITE, Color, decode, silent_decoders
+from latentdiff.core.errors import DataError
 from latentdiff.data.buckets import Size, cropped_share, nearest
-from latentdiff.data.decoding import MAX_PIXELS, WHITE, Color, decode, silent_decoders
 from latentdiff.data.source import Record, shown
 from latentdiff.data.survey import Picture
 from latentdiff.data.transform import CENTER, corner, place_by_content, view
-from latentdiff.errors import DataError
 
 _RULES = "1"  # of decoding and resizing; another number is another cache
 _AT_ONCE = 64

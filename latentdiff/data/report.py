@@ -9,7 +9,7 @@ from typing import Any
 from latentdiff.data.buckets import Size, cropped_share, nearest
 from latentdiff.data.source import shown
 from latentdiff.data.survey import Picture, Survey
-from latentdiff.page import Section
+from latentdiff.evaluation.report.page import Section
 
 _NAMED = 8  # of what is not wrong; what is wrong is listed whole
 

@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentdiff.data.decoding import SUFFIXES
+from latentdiff.core.decoding import SUFFIXES
+from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.data.source import Listing, Options, Record, captions_in, lines_of, shown
-from latentdiff.errors import ConfigError, DataError
 
 _Member = tuple[int, int, str]  # where it begins, how long it is, its name
 _ELSEWHERE = -1  # of links and sparse files: their bytes are not one piece of the archive

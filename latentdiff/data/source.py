@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentdiff.errors import ConfigError, DataError
+from latentdiff.core.errors import ConfigError, DataError
 
 CAPTION_KEYS = ("text", "caption", "prompt")  # tried in this order
 

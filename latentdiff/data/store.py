@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.errors import DataError, ResourceError
+from latentdiff.core.errors import DataError, ResourceError
 
 
 class Store:

@@ -21,11 +21,11 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
+from latentdiff.core.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
+from latentdiff.core.errors import DataError, ResourceError
 from latentdiff.data.buckets import Size
-from latentdiff.data.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.source import Listing, Record, shown
-from latentdiff.errors import DataError, ResourceError
 
 _RULES = f"1, Pillow {PIL.__version__}"  # what the facts below depend on beside the bytes
 QUARANTINED = '{"name": '  # how each line of what is left out begins

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from latentdiff.core.errors import ConfigError, DataError, LatentDiffError, raised_as
 from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, shown
-from latentdiff.errors import ConfigError, DataError, LatentDiffError, raised_as
 
 
 def is_table(path: Path) -> bool:

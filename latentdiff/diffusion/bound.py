@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
-from latentdiff.arrays import library, to_numpy
+from latentdiff.core.arrays import library, to_numpy
 from latentdiff.diffusion import noise
+from latentdiff.diffusion.path import CLEAN, NoiseSchedule
 from latentdiff.diffusion.process import transition
-from latentdiff.diffusion.schedule import CLEAN, NoiseSchedule
 
 Array = Any
 Floats = NDArray[np.float64]

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentdiff.diffusion.denoiser import Network, target
-from latentdiff.diffusion.schedule import NoiseSchedule
+from latentdiff.diffusion.parametrization import Network, target
+from latentdiff.diffusion.path import NoiseSchedule
 
 Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)

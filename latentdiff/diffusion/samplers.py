@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
-from latentdiff.diffusion.denoiser import Array, Denoiser
+from latentdiff.diffusion.parametrization import Array, Denoiser
+from latentdiff.diffusion.path import NoiseLevel
 from latentdiff.diffusion.process import posterior_mean, transition
-from latentdiff.diffusion.schedule import NoiseLevel
 
 Levels = Sequence[NoiseLevel]
 Noise = Callable[[int], Array]

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from latentdiff.arrays import Array, Put, library
-from latentdiff.data.decoding import WHITE, Color, rgb
-from latentdiff.errors import ConfigError, DataError
-from latentdiff.images import luminance, to_values
-from latentdiff.request import SIDES
+from latentdiff.core.arrays import Array, Put, library
+from latentdiff.core.decoding import WHITE, Color, rgb
+from latentdiff.core.errors import ConfigError, DataError
+from latentdiff.core.images import luminance, to_values
+from latentdiff.drawing.request import SIDES
 
 
 class Margins(NamedTuple):

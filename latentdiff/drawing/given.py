@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentdiff.arrays import Put
+from latentdiff.core.arrays import Put
+from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.job import NOTHING, Own
-from latentdiff.errors import ConfigError
-from latentdiff.request import SIDES
+from latentdiff.drawing.request import SIDES
 
 if TYPE_CHECKING:
     from latentdiff.drawing.canvas import Margins
-    from latentdiff.models.context import Context
+    from latentdiff.networks.conditions import Context
 
 Shape = tuple[int, ...]
 
@@ -55,7 +55,7 @@ def contexts_of(
         return []
     import torch
 
-    from latentdiff.models.context import Context
+    from latentdiff.networks.conditions import Context
 
     given = [torch.from_numpy(tensor) if isinstance(tensor, np.ndarray) else tensor for tensor in given]
     tokens, negative, pooled, negative_pooled = given

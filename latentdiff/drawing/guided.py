@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from latentdiff.arrays import Array, library
+from latentdiff.core.arrays import Array, library
 from latentdiff.diffusion import guidance
-from latentdiff.diffusion.denoiser import Denoiser, Network, denoiser
+from latentdiff.diffusion.parametrization import Denoiser, Network, denoiser
+from latentdiff.drawing.request import Request
 from latentdiff.drawing.start import Start
 from latentdiff.drawing.texts import Texts
-from latentdiff.models.context import Context, stacked
-from latentdiff.request import Request
+from latentdiff.networks.conditions import Context, stacked
 
 if TYPE_CHECKING:
-    from latentdiff.models.unet import UNet
+    from latentdiff.networks.backbones.unet import UNet
 
 
 TRUSTED = 0.05  # how far CLIP's gradient moves unit-variance latents in a step; unbounded, it draws for CLIP alone

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.request import Request
+from latentdiff.drawing.request import Request
 
 if TYPE_CHECKING:
     import torch
 
     from latentdiff.drawing.canvas import Canvas
-    from latentdiff.models.context import Context
+    from latentdiff.networks.conditions import Context
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentdiff.arrays import Array, library
-from latentdiff.diffusion.denoiser import Denoiser, denoiser
+from latentdiff.core.arrays import Array, library
+from latentdiff.core.images import coloured, to_uint8
+from latentdiff.diffusion.parametrization import Denoiser, denoiser
+from latentdiff.diffusion.path import NoiseLevel
 from latentdiff.diffusion.samplers import SAMPLERS, Step
-from latentdiff.diffusion.schedule import NoiseLevel
 from latentdiff.drawing.canvas import Canvas, resized
 from latentdiff.drawing.guided import Helpers, guided, network_of
 from latentdiff.drawing.job import NOTHING, Job, Own
 from latentdiff.drawing.plan import Size, enlarged, hires_strength_of, shortened, step_counts, strength_of
+from latentdiff.drawing.request import Request
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.drawing.texts import texts_of
-from latentdiff.images import coloured, to_uint8
-from latentdiff.request import Request
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from latentdiff.errors import ConfigError
-from latentdiff.request import Request
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.request import Request
 
 if TYPE_CHECKING:
     from latentdiff.drawing.canvas import Canvas

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from latentdiff.arrays import Array, Put, library
+from latentdiff.core.arrays import Array, Put, library
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.process import diffuse
 from latentdiff.diffusion.samplers import Levels

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from latentdiff.arrays import Put
+from latentdiff.core.arrays import Put
+from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.job import Job
-from latentdiff.errors import ConfigError
-from latentdiff.models.context import Context, stacked
-from latentdiff.models.prompt import Style
-from latentdiff.request import Request
+from latentdiff.drawing.request import Request
+from latentdiff.networks.conditions import Context, stacked
+from latentdiff.networks.encoders.prompt import Style
 
 if TYPE_CHECKING:
-    from latentdiff.models.dual_text_encoder import DualTextEncoder
-    from latentdiff.models.text_encoder import TextEncoder
+    from latentdiff.networks.encoders.clip import TextEncoder
+    from latentdiff.networks.encoders.two_clips import DualTextEncoder
 
 
 Known = dict[tuple[str, Style, int], Context]  # by prompt, how it is read, and the least number of chunks

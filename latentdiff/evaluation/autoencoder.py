@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from latentdiff.arrays import to_numpy
-from latentdiff.errors import NonFiniteError
+from latentdiff.core.arrays import to_numpy
+from latentdiff.core.errors import NonFiniteError
+from latentdiff.core.images import to_images, to_uint8
 from latentdiff.evaluation.room import CODED, at_once, filled
-from latentdiff.images import to_images, to_uint8
 
 if TYPE_CHECKING:
     from torch import Tensor

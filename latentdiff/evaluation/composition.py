@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentdiff.core.errors import ModelError
 from latentdiff.data import oracle, scenes
 from latentdiff.diffusion import noise
-from latentdiff.errors import ModelError
 from latentdiff.evaluation.drawn import AT_ONCE, draw
 
 if TYPE_CHECKING:

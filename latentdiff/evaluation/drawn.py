@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from latentdiff.errors import DataError
+from latentdiff.core.errors import DataError
+from latentdiff.core.files import write_new
 from latentdiff.evaluation.room import DRAWN, at_once, filled
-from latentdiff.output import write_new
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from latentdiff import user_cache
-from latentdiff.errors import ConfigError, NonFiniteError
-from latentdiff.images import coloured, to_images
+from latentdiff.core import cache as user_cache
+from latentdiff.core.errors import ConfigError, NonFiniteError
+from latentdiff.core.images import coloured, to_images
 
 if TYPE_CHECKING:
-    from latentdiff.models.scorer import Scorer
+    from latentdiff.networks.scorer import Scorer
 
 AT_ONCE = 32
 Floats = NDArray[np.float32]
@@ -87,8 +87,8 @@ def of_model(folder: Path, text_encoder: Path | None = None, name: str = "the mo
 
     text_encoder: where the text encoder that it shares its words with lies, if that is not the model's folder yet.
     """
-    from latentdiff.models.folder import file_hash
-    from latentdiff.models.scorer import WEIGHTS, load_own_scorer
+    from latentdiff.formats.folder import file_hash
+    from latentdiff.networks.scorer import WEIGHTS, load_own_scorer
 
     if not (folder / "clip").is_dir():
         raise ConfigError(f"this model has no CLIP of its own ({folder}). Name one by --features")
@@ -100,9 +100,9 @@ def named(path: Path) -> Extractor:
 
     Raises ConfigError, ModelError, UnsafeError.
     """
-    from latentdiff.models.folder import file_hash
-    from latentdiff.models.perception import load_inception
-    from latentdiff.models.scorer import WEIGHTS, load_scorer
+    from latentdiff.formats.folder import file_hash
+    from latentdiff.networks.perception import load_inception
+    from latentdiff.networks.scorer import WEIGHTS, load_scorer
 
     if path.is_file():
         return _of_inception(load_inception(path), file_hash(path))

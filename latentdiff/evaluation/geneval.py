@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from latentdiff.errors import ConfigError, DataError
+from latentdiff.core.errors import ConfigError, DataError
+from latentdiff.core.files import write_new
+from latentdiff.drawing.request import request
 from latentdiff.evaluation.drawn import read, write
-from latentdiff.output import write_new
-from latentdiff.request import request
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline

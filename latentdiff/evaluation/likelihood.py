@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from latentdiff.core.errors import ModelError, NonFiniteError
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Errors, Predict, bits, discretised, errors_of
-from latentdiff.diffusion.denoiser import x0_from
-from latentdiff.errors import ModelError, NonFiniteError
+from latentdiff.diffusion.parametrization import x0_from
 from latentdiff.evaluation.room import CODED, at_once
-from latentdiff.models.context import Context, stacked
-from latentdiff.models.prompt import Style
+from latentdiff.networks.conditions import Context, stacked
+from latentdiff.networks.encoders.prompt import Style
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ def likelihood(
     pipe: torch's, in float32. folder: of this model and these pictures alone; every batch's errors are kept there, so
     that another call goes on. Raises ModelError for an autoencoder that has no posterior, NonFiniteError.
     """
-    from latentdiff.models.autoencoder import IdentityAutoencoder
+    from latentdiff.networks.codecs.kl import IdentityAutoencoder
 
     if not pipe.autoencoder.has_posterior:
         raise ModelError("a tiny VAE has no posterior, so pixels have no likelihood")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentdiff.plots import Plot, Series
+from latentdiff.evaluation.report.plots import Plot, Series
 
 Better = Literal["lower", "higher", "neither"]
 

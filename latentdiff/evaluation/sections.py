@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentdiff.core.errors import NonFiniteError
+from latentdiff.core.images import coloured, luminance, to_images
 from latentdiff.diffusion.bound import bits
-from latentdiff.errors import NonFiniteError
 from latentdiff.evaluation import autoencoder as compressing
 from latentdiff.evaluation import geneval
 from latentdiff.evaluation.composition import PICTURES_A_PROMPT, ceiling, evaluate_composition
@@ -22,14 +23,13 @@ from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import AT_ONCE, Extractor
 from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.likelihood import Likelihood, likelihood
+from latentdiff.evaluation.report.plots import Plot, Series
 from latentdiff.evaluation.result import Figure, Result, Table, mean
-from latentdiff.images import coloured, luminance, to_images
-from latentdiff.plots import Plot, Series
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latentdiff.models.scorer import Scorer
+    from latentdiff.networks.scorer import Scorer
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 SHOWN = 12  # pictures a section

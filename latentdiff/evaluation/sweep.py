@@ -14,9 +14,9 @@ from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation.distances import frechet
 from latentdiff.evaluation.drawn import AT_ONCE, draw
 from latentdiff.evaluation.jackknife import jackknife
+from latentdiff.evaluation.report.plots import Plot, Series
 from latentdiff.evaluation.result import Figure, Result, Table
 from latentdiff.evaluation.sections import Against, Asked, Subject, clip_scores
-from latentdiff.plots import Plot, Series
 
 GRID: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1.0, 2.0, 4.0),

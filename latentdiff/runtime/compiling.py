@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentdiff import user_cache
-from latentdiff.errors import ModelError, ResourceError
-from latentdiff.models.folder import loading
+from latentdiff.core import cache as user_cache
+from latentdiff.core.errors import ModelError, ResourceError
+from latentdiff.formats.folder import loading
 from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 
 SHAPES = 4  # of each graph in memory, for each has weights of its own; the oldest goes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
 
 _PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

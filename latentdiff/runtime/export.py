@@ -16,14 +16,14 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from latentdiff.core.errors import ConfigError, ModelError, raised_as
+from latentdiff.core.files import whole, write_json
 from latentdiff.diffusion.noise import normal
-from latentdiff.errors import ConfigError, ModelError, raised_as
-from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.context import Context
-from latentdiff.models.dual_text_encoder import DualTextEncoder
-from latentdiff.models.folder import saving
-from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.output import whole, write_json
+from latentdiff.formats.folder import saving
+from latentdiff.networks.codecs.kl import Autoencoder
+from latentdiff.networks.conditions import Context
+from latentdiff.networks.encoders.clip import TextEncoder
+from latentdiff.networks.encoders.two_clips import DualTextEncoder
 from latentdiff.runtime.compiling import Compiler, openvino
 from latentdiff.runtime.graphs import (
     CONSTANTS,
@@ -38,7 +38,7 @@ from latentdiff.runtime.graphs import (
 )
 
 if TYPE_CHECKING:
-    from latentdiff.models.unet import UNet
+    from latentdiff.networks.backbones.unet import UNet
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 LARGEST_DIFFERENCE = 1e-3  # of a graph's largest value; rounding makes about 1e-6

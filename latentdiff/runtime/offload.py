@@ -31,7 +31,7 @@ def offload(
 
 def networks_in(adapter: nn.Module) -> list[nn.Module]:
     """The libraries' own modules within an adapter of ours; they are what is called."""
-    from latentdiff.models.dual_text_encoder import DualTextEncoder
+    from latentdiff.networks.encoders.two_clips import DualTextEncoder
 
     if isinstance(adapter, DualTextEncoder):
         return [adapter.first.model, adapter.second.model]

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.errors import ModelError
-from latentdiff.models.context import Context, side_by_side
-from latentdiff.models.folder import loading, read_json
-from latentdiff.models.prompt import EMPTY, Reader, Reading, Style, check_clip_skip, weighted
+from latentdiff.core.errors import ModelError
+from latentdiff.formats.folder import loading, read_json
+from latentdiff.networks.conditions import Context, side_by_side
+from latentdiff.networks.encoders.prompt import EMPTY, Reader, Reading, Style, check_clip_skip, weighted
 from latentdiff.runtime.compiling import Compiler
 from latentdiff.runtime.graphs import FOLDER, TOKENIZER, Exported
 

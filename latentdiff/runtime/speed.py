@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.networks.codecs.kl import Autoencoder
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import LatentDiffusionPipeline

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from latentdiff.build import check_networks
-from latentdiff.config import Config
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
+from latentdiff.data.dataset import DataSet
+from latentdiff.settings.config import Config
+from latentdiff.stages.build import check_networks
 from latentdiff.stages.cache import Share, contexts_store, fill_contexts, fill_latents, latents_store
 from latentdiff.stages.denoiser import networks_before
-from latentdiff.stages.pictures import DataSet
 from latentdiff.stages.run import new_accelerator
 
 

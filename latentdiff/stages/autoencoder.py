@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.build import laid_out_for, new_autoencoder, seeded
-from latentdiff.config import Config
+from latentdiff.core.errors import ConfigError
+from latentdiff.core.images import to_images, to_uint8
 from latentdiff.data import oracle
-from latentdiff.errors import ConfigError
-from latentdiff.images import to_images, to_uint8
-from latentdiff.models.autoencoder import Autoencoder, TinyAutoencoder, misfit
-from latentdiff.models.folder import check_vae, saving
-from latentdiff.models.weights import load_vae, weights_hash
-from latentdiff.pretrained import located
+from latentdiff.data.dataset import VALIDATION, readable
+from latentdiff.data.examples import Examples
+from latentdiff.data.scene_set import Scenes
+from latentdiff.families.pretrained import located
+from latentdiff.formats.folder import check_vae, saving
+from latentdiff.formats.weights import load_vae, weights_hash
+from latentdiff.networks.codecs.kl import Autoencoder, TinyAutoencoder, misfit
+from latentdiff.settings.config import Config
+from latentdiff.stages.build import laid_out_for, new_autoencoder, seeded
 from latentdiff.stages.encoding import in_batches
-from latentdiff.stages.examples import Examples
-from latentdiff.stages.pictures import VALIDATION, readable
 from latentdiff.stages.run import Run
-from latentdiff.stages.scenes import Scenes
 from latentdiff.training.autoencoder import AutoencoderStage, TinyAutoencoderStage, psnr
 from latentdiff.training.order import Order
 from latentdiff.training.run import run_stage

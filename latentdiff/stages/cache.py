@@ -17,14 +17,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.build import AnyAutoencoder
-from latentdiff.config import Learning
+from latentdiff.core.errors import DataError
+from latentdiff.core.images import to_images
+from latentdiff.data.examples import Examples
 from latentdiff.data.store import Store
-from latentdiff.errors import DataError
-from latentdiff.images import to_images
-from latentdiff.models.context import Context, Words
+from latentdiff.networks.conditions import Context, Words
+from latentdiff.settings.config import Learning
+from latentdiff.stages.build import AnyAutoencoder
 from latentdiff.stages.encoding import AT_ONCE, AnyTextEncoder, contexts_of, finite, identity_of, moments_of
-from latentdiff.stages.examples import Examples
 from latentdiff.training.denoiser import Key, Latents, Texts
 
 ROWS_A_FILE = 256  # what a kill can cost

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from latentdiff.config import Config
+from latentdiff.settings.config import Config
 from latentdiff.stages.autoencoder import train_autoencoder
 from latentdiff.stages.clip import train_clip
 from latentdiff.stages.denoiser import train_denoiser

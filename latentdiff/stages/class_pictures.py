@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from latentdiff.config import Captions, Data
-from latentdiff.errors import DataError
-from latentdiff.finetuning import FineTuning
-from latentdiff.output import write_new
-from latentdiff.picture_files import encoded
+from latentdiff.core.errors import DataError
+from latentdiff.core.files import write_new
+from latentdiff.drawing.files import encoded
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.settings.config import Captions, Data
+from latentdiff.settings.finetuning import FineTuning
 
 _SAID = "classes.json"
 _AT_ONCE = 8  # as always in the same company, a picture has the same bits however often the drawing was stopped

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.build import new_clip, seeded
-from latentdiff.config import Config
+from latentdiff.core.images import to_images
 from latentdiff.data import scenes
+from latentdiff.data.dataset import VALIDATION
+from latentdiff.data.examples import Examples
 from latentdiff.diffusion import noise
-from latentdiff.images import to_images
-from latentdiff.models.clip import Clip, contrastive_loss, text_model_of
-from latentdiff.models.folder import saving
-from latentdiff.models.text_encoder import TextEncoder, clip_tokenizer, tokenize
-from latentdiff.stages.examples import Examples
-from latentdiff.stages.pictures import VALIDATION
+from latentdiff.formats.folder import saving
+from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
+from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer, tokenize
+from latentdiff.settings.config import Config
+from latentdiff.stages.build import new_clip, seeded
 from latentdiff.stages.run import Run
 from latentdiff.training.clip import CaptionedPicture, ClipStage
 from latentdiff.training.order import Order

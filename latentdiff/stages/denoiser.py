@@ -10,24 +10,32 @@ import torch
 from PIL import Image
 from torch import nn
 
-from latentdiff.build import AnyAutoencoder, laid_out_for, new_autoencoder, new_pipeline, new_schedule, new_unet, seeded
-from latentdiff.config import Config, Learning
+from latentdiff.core.errors import ConfigError
 from latentdiff.data import scenes
+from latentdiff.data.dataset import readable
+from latentdiff.data.examples import Examples
 from latentdiff.diffusion.objective import DiffusionLoss
-from latentdiff.errors import ConfigError
 from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
 from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import of_model
+from latentdiff.evaluation.held_out import held_out, shown
 from latentdiff.evaluation.sections import Against, measured
-from latentdiff.models.folder import saving
-from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.models.unet import UNet
-from latentdiff.models.weights import load_autoencoder, load_text_encoder, weights_hash
+from latentdiff.formats.folder import saving
+from latentdiff.formats.weights import load_autoencoder, load_text_encoder, weights_hash
+from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.settings.config import Config, Learning
+from latentdiff.stages.build import (
+    AnyAutoencoder,
+    laid_out_for,
+    new_autoencoder,
+    new_pipeline,
+    new_schedule,
+    new_unet,
+    seeded,
+)
 from latentdiff.stages.cache import latents_of, texts_of
-from latentdiff.stages.examples import Examples
-from latentdiff.stages.measured import held_out, shown
-from latentdiff.stages.pictures import readable
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import (
     TIME_BINS,

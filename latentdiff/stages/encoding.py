@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.build import AnyAutoencoder
-from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.models.context import Context
-from latentdiff.models.dual_text_encoder import DualTextEncoder
-from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.models.weights import weights_hash
+from latentdiff.formats.weights import weights_hash
+from latentdiff.networks.codecs.kl import Autoencoder
+from latentdiff.networks.conditions import Context
+from latentdiff.networks.encoders.clip import TextEncoder
+from latentdiff.networks.encoders.two_clips import DualTextEncoder
+from latentdiff.stages.build import AnyAutoencoder
 
 AT_ONCE = 8
 AnyTextEncoder = TextEncoder | DualTextEncoder

@@ -12,19 +12,19 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from latentdiff.config import Override, save_config
+from latentdiff.core.errors import ConfigError
+from latentdiff.data.dataset import DataSet, open_data
+from latentdiff.data.examples import Examples
 from latentdiff.diffusion.objective import DiffusionLoss
-from latentdiff.errors import ConfigError
-from latentdiff.finetuning import FILE, STAGE, FineTuning, load_finetuning
-from latentdiff.models.folder import saving
-from latentdiff.models.weights import weights_hash
+from latentdiff.families.pretrained import load_pipeline
+from latentdiff.formats.folder import saving
+from latentdiff.formats.weights import weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.pretrained import load_pipeline
+from latentdiff.settings.config import Override, save_config
+from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
 from latentdiff.stages.cache import latents_of, texts_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
-from latentdiff.stages.examples import Examples
-from latentdiff.stages.pictures import DataSet, open_data
 from latentdiff.stages.plan import Weights, plan_text
 from latentdiff.stages.run import Run
 from latentdiff.stages.shown import keep_rows_apart, report, write_page

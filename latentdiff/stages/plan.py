@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from latentdiff.build import new_autoencoder, new_clip, new_unet
-from latentdiff.config import Config, Training
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.source import shown
+from latentdiff.settings.config import Config, Training
+from latentdiff.stages.build import new_autoencoder, new_clip, new_unet
 from latentdiff.stages.run import Run
 from latentdiff.training.checkpoint import label, load_state
 from latentdiff.training.loop import Batching

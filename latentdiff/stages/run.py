@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from latentdiff.config import STAGES, AnySettings, Config, Settings, flat
-from latentdiff.errors import ConfigError, ModelError
-from latentdiff.stages.pictures import DataSet
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.data.dataset import DataSet
+from latentdiff.settings.config import STAGES, AnySettings, Config, Settings, flat
 from latentdiff.training.checkpoint import check_whole, load_state, newest_whole
 from latentdiff.training.interruption import Interruption
 from latentdiff.training.run import Start

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentdiff.config import flat
+from latentdiff.core.errors import DataError
+from latentdiff.core.images import coloured, to_images
+from latentdiff.data.examples import Examples
 from latentdiff.data.source import shown
-from latentdiff.errors import DataError
-from latentdiff.extras import load_clip
-from latentdiff.finetuning import STAGE, FineTuning
-from latentdiff.images import coloured, to_images
-from latentdiff.metadata import recorded
-from latentdiff.page import Section, as_html
+from latentdiff.drawing.extras import load_clip
+from latentdiff.drawing.record import recorded
+from latentdiff.evaluation.report.page import Section, as_html
+from latentdiff.evaluation.report.plots import Plot, Series, as_figure
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.plots import Plot, Series, as_figure
-from latentdiff.stages.examples import Examples
+from latentdiff.settings.config import flat
+from latentdiff.settings.finetuning import STAGE, FineTuning
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, validation_losses
 

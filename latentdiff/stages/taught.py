@@ -8,13 +8,15 @@ from pathlib import Path
 
 from torch import nn
 
-from latentdiff.build import seeded
-from latentdiff.errors import ConfigError
-from latentdiff.extras import networks_of
-from latentdiff.finetuning import RANK, FineTuning
-from latentdiff.models import adapter_file, taught_adapter, textual_inversion
-from latentdiff.models.taught_adapter import Factors
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.extras import networks_of
+from latentdiff.formats import adapter_file
+from latentdiff.networks.adapters import trained as taught_adapter
+from latentdiff.networks.adapters import words as textual_inversion
+from latentdiff.networks.adapters.trained import Factors
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.settings.finetuning import RANK, FineTuning
+from latentdiff.stages.build import seeded
 from latentdiff.training.denoiser import ConditionedNetwork, thaw
 
 Write = Callable[[Path, Mapping[str, str]], list[Path]]

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from latentdiff.core.images import to_images
 from latentdiff.diffusion import noise
-from latentdiff.images import to_images
 
 if TYPE_CHECKING:
-    from latentdiff.models.autoencoder import Autoencoder
+    from latentdiff.networks.codecs.kl import Autoencoder
 
 Picture = Callable[[int], tuple[np.ndarray, str]]  # uint8 (H, W, C) and its name
 

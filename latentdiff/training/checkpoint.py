@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentdiff.errors import ModelError, ResourceError
-from latentdiff.models.folder import let_others_read
+from latentdiff.core.errors import ModelError, ResourceError
+from latentdiff.formats.folder import let_others_read
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without ending -> tensor name -> tensor, on the CPU
 Parts = Iterable[tuple[str, Mapping[str, Tensor]]]  # the same, made one after another

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor, nn
 
-from latentdiff.images import to_images
+from latentdiff.core.images import to_images
 
 CaptionedPicture = tuple[np.ndarray, str]
 

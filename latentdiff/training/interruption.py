@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from latentdiff.errors import Interrupted
+from latentdiff.core.errors import Interrupted
 
 FORWARDED = 0.5  # s; launchers forward a signal that the terminal sent to everybody: one wish, told twice
 

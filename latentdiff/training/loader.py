@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latentdiff.errors import LatentDiffError
+from latentdiff.core.errors import LatentDiffError
 from latentdiff.training.interruption import leave_signals_to_the_parent
 
 Batch = dict[str, Tensor]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
 
 NAME = ".lock"
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from latentdiff.errors import ResourceError
+from latentdiff.core.errors import ResourceError
 
 
 class Log:

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from latentdiff.errors import NonFiniteError, ResourceError
+from latentdiff.core.errors import NonFiniteError, ResourceError
 from latentdiff.training.ema import Ema
 from latentdiff.training.loader import Batch, batches_of
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.config import Training
-from latentdiff.errors import ConfigError
+from latentdiff.core.errors import ConfigError
+from latentdiff.settings.config import Training
 
 
 def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer:

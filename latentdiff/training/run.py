@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from tqdm import tqdm
 
-from latentdiff.config import Training
-from latentdiff.errors import Interrupted, ModelError, NonFiniteError
+from latentdiff.core.errors import Interrupted, ModelError, NonFiniteError
+from latentdiff.settings.config import Training
 from latentdiff.training.checkpoint import checkpoints, damage, load_checkpoint, load_state, save_checkpoint, set_aside
 from latentdiff.training.ema import Ema, constant_decay, power_decay
 from latentdiff.training.interruption import Interruption

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from latentdiff.errors import ModelError
+from latentdiff.core.errors import ModelError
 from latentdiff.training.checkpoint import Tensors
 from latentdiff.training.ema import Ema
 

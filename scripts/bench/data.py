@@ -26,7 +26,7 @@ VARIANTS = ("datasets, 0 workers", "latentdiff, 0 workers", "datasets, 2 workers
 
 
 def tokenizer():
-    from latentdiff.models.text_encoder import clip_tokenizer
+    from latentdiff.networks.encoders.clip import clip_tokenizer
 
     return clip_tokenizer(77)
 
@@ -63,10 +63,10 @@ def ours(folder: Path, side: int, workers: int):
     """The same by our stage's own parts."""
     import torch
 
-    from latentdiff.config import parse_config
-    from latentdiff.models.autoencoder import IdentityAutoencoder
+    from latentdiff.data.dataset import open_data
+    from latentdiff.networks.codecs.kl import IdentityAutoencoder
+    from latentdiff.settings.config import parse_config
     from latentdiff.stages.cache import EncodedLatents
-    from latentdiff.stages.pictures import open_data
     from latentdiff.training.loader import batches_of
     from latentdiff.training.order import Order
 
@@ -102,11 +102,11 @@ def filling(folder: Path, side: int, scratch: Path) -> None:
     """The default model's autoencoder over the whole folder into a cache, and a second start that finds it there."""
     from accelerate import Accelerator
 
-    from latentdiff.config import parse_config
-    from latentdiff.models.weights import load_autoencoder
-    from latentdiff.pretrained import default_model
+    from latentdiff.data.dataset import open_data
+    from latentdiff.families.pretrained import default_model
+    from latentdiff.formats.weights import load_autoencoder
+    from latentdiff.settings.config import parse_config
     from latentdiff.stages.cache import latents_of
-    from latentdiff.stages.pictures import open_data
 
     config = parse_config({"image_size": side, "data": {"kind": "pictures", "pictures": {"source": str(folder)}}})
     autoencoder, accelerator = load_autoencoder(default_model()).float(), Accelerator(cpu=True)

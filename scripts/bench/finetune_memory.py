@@ -29,10 +29,10 @@ def measured(family: str, method: str, side: int, checkpointing: bool) -> tuple[
     """Parameters trained and not, and gigabytes of a step."""
     import torch
 
-    from latentdiff.build import seeded
-    from latentdiff.models import taught_adapter
-    from latentdiff.models.context import Context
-    from latentdiff.models.unet import UNet
+    from latentdiff.networks.adapters import trained as taught_adapter
+    from latentdiff.networks.backbones.unet import UNet
+    from latentdiff.networks.conditions import Context
+    from latentdiff.stages.build import seeded
     from tests import stable_diffusion
 
     torch.set_default_dtype(torch.bfloat16 if method == "lora" else torch.float32)

@@ -44,7 +44,7 @@ def written(family, folder):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from latentdiff.models.text_encoder import clip_tokenizer
+    from latentdiff.networks.encoders.clip import clip_tokenizer
 
     def text(kind, width):
         shape = {"hidden_size": width, "projection_dim": width, "num_attention_heads": width // 64}

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.config import parsed_override
 from latentdiff.data import oracle, scenes
 from latentdiff.evaluation.composition import evaluation_scenes
+from latentdiff.settings.config import parsed_override
 
 
 def chosen_scenes(count: int, seed: int) -> list[scenes.Scene]:

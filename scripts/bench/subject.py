@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.decoding import decode
+from latentdiff.core.images import to_images
 from latentdiff.data import oracle, scenes
-from latentdiff.data.decoding import decode
 from latentdiff.data.transform import view
-from latentdiff.images import to_images
 
 
 def given(paths: list[Path], side: int) -> np.ndarray:

@@ -41,7 +41,7 @@ def networks(model: str) -> tuple:
             UNet2DConditionModel.from_pretrained(DEFAULT, subfolder="unet", torch_dtype=torch.float32),
             DDPMScheduler.from_pretrained(DEFAULT, subfolder="scheduler"),
         )
-    from latentdiff.models.text_encoder import clip_tokenizer
+    from latentdiff.networks.encoders.clip import clip_tokenizer
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -156,16 +156,16 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
     """A generator of steps by our loop."""
     from accelerate import Accelerator
 
-    from latentdiff.build import laid_out_for
-    from latentdiff.config import Training, parse_config
+    from latentdiff.data.dataset import open_data
     from latentdiff.diffusion.objective import DiffusionLoss
-    from latentdiff.diffusion.schedule import NoiseSchedule
-    from latentdiff.models.autoencoder import Autoencoder
-    from latentdiff.models.text_encoder import TextEncoder
-    from latentdiff.models.unet import UNet
+    from latentdiff.diffusion.path import NoiseSchedule
+    from latentdiff.networks.backbones.unet import UNet
+    from latentdiff.networks.codecs.kl import Autoencoder
+    from latentdiff.networks.encoders.clip import TextEncoder
     from latentdiff.runtime.memory import keep_freed_memory
+    from latentdiff.settings.config import Training, parse_config
+    from latentdiff.stages.build import laid_out_for
     from latentdiff.stages.cache import latents_of, texts_of
-    from latentdiff.stages.pictures import open_data
     from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
     from latentdiff.training.ema import Ema, constant_decay
     from latentdiff.training.loop import Batching, Optimisation, train_steps

@@ -22,12 +22,12 @@ PROMPT = "a red circle above a blue square"
 def asked_of(arguments, folder):
     """What all are told, and the file of their latents."""
     from latentdiff.diffusion.noise import normal
-    from latentdiff.models.folder import picture_geometry
-    from latentdiff.pretrained import default_model
+    from latentdiff.families.pretrained import default_model
+    from latentdiff.formats.folder import picture_geometry
 
     model = arguments.model or default_model()
     height, width = (arguments.size, arguments.size) if arguments.size else picture_geometry(model)[1]
-    from latentdiff.models.folder import read_json
+    from latentdiff.formats.folder import read_json
 
     factor = 2 ** (len(read_json(model / "vae" / "config.json")["block_out_channels"]) - 1)
     shape = (arguments.pictures, 4, height // factor, width // factor)

@@ -1,0 +1,128 @@
+"""Encoded picture files to pixels: every byte is decoded, and what cannot be shown faithfully is refused.
+
+The pixels of a picture are uint8 (H, W, 3), sRGB as stored (embedded colour profiles are not applied):
+
+    turned upright by its EXIF orientation
+    transparency (alpha channels, palette and key colours) composited: (a c + (255 - a) background) / 255, rounded
+    1-bit, grey, palette and CMYK as Pillow converts them to RGB
+    16-bit grey divided by 257 and rounded; 16 bits a channel of colour cut to the high byte
+    of an animation or several pages the first
+    floating point and 32-bit integers refused: nothing says which value is white
+
+Only a few well-kept decoders are ever tried, whatever a file is called.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from latentdiff.core.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".apng", ".ppm", ".pgm")
+)
+WHITE = (255, 255, 255)
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 16.0
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels, and what the file was: Pillow's name of its colour mode and format, and how many frames it has."""
+
+    pixels: np.ndarray
+    mode: str
+    format: str
+    frames: int
+
+
+def decode(data: bytes, background: Color = WHITE, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """See the module. Raises DataError with the reason alone: "truncated", "empty", ..."""
+    if not data:
+        raise DataError("empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return _decoded(image, background, max_pixels)
+    except (DataError, MemoryError):  # the machine's fault is not the picture's
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(_what_else(data) if isinstance(error, UnidentifiedImageError) else "too many pixels") from None
+    except Exception as error:  # decoders raise nearly anything on bytes that are not theirs
+        raise DataError(_reason(error)) from None
+
+
+@contextmanager
+def silent_decoders() -> Iterator[None]:
+    """Pillow warns of large pictures and logs of broken tags; what matters is told by `decode`, once a file.
+
+    libtiff, a C library beneath it, writes of broken TIFFs to standard error by itself.
+    """
+    quiet = logging.NullHandler()  # else what has no handler is printed
+    logging.getLogger("PIL").addHandler(quiet)
+    with closing(quiet), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+    logging.getLogger("PIL").removeHandler(quiet)
+
+
+def _decoded(image: Image.Image, background: Color, max_pixels: int) -> Decoded:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(f"{width} x {height} are more than {max_pixels:,} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(f"{width} x {height} is longer than {MAX_ASPECT:g} to 1")
+    mode, kind, frames = image.mode, image.format or "?", getattr(image, "n_frames", 1)
+    if kind == "MPO":
+        frames = 1  # a camera's JPEG with a second view or a preview
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    return Decoded(rgb(upright, background), mode, kind, frames)
+
+
+def rgb(image: Image.Image, background: Color = WHITE) -> np.ndarray:
+    """The pixels of a decoded picture that stands upright. Raises DataError for what has no white."""
+    if image.mode.startswith("I;16"):
+        return _grey16(np.asarray(image), image.info.get("transparency"), background)
+    if image.mode in ("I", "F", "LAB", "HSV"):
+        raise DataError(f"colour mode {image.mode}, of which nothing says what is white")
+    if image.has_transparency_data:
+        rgba, shown = image.convert("RGBA"), Image.new("RGB", image.size, background)
+        shown.paste(rgba, mask=rgba)
+        return np.asarray(shown)
+    return np.asarray(image.convert("RGB"))
+
+
+def _grey16(values: np.ndarray, transparent: object, background: Color) -> np.ndarray:
+    """65535 / 255 = 257: the mean stays within half a step of the source's."""
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    pixels = np.repeat(grey[..., None], 3, -1)
+    if isinstance(transparent, int):
+        pixels[values == transparent] = background
+    return pixels
+
+
+def _what_else(data: bytes) -> str:
+    """Of bytes that no decoder knows."""
+    head = data[:12].lstrip()
+    if head[:1] == b"<":
+        tag = data.lstrip()[:20].split(b">")[0].split(b" ")[0] + b">"
+        return f'not an image: starts with "{tag.decode("ascii", "backslashreplace")}"'
+    return f"not an image: starts with {data[:8].hex(' ')}"
+
+
+def _reason(error: Exception) -> str:
+    told = " ".join(str(error).split())
+    if "truncated" in told or "Truncated" in told or isinstance(error, EOFError):
+        return "truncated"
+    return f"broken: {told[:80] or type(error).__name__}"

@@ -1,0 +1,129 @@
+"""The data set that a config describes: found, looked at, and made into what is trained on and validated on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.errors import DataError
+from latentdiff.data import scenes
+from latentdiff.data.buckets import bucket_table
+from latentdiff.data.captions import CaptionRule
+from latentdiff.data.examples import Examples
+from latentdiff.data.layouts import find
+from latentdiff.data.memo import read_memo, write_memo
+from latentdiff.data.pictures import PictureSet
+from latentdiff.data.scene_set import Scenes
+from latentdiff.data.source import Options
+from latentdiff.data.survey import Picture, Survey, retold, survey, told
+from latentdiff.data.table import state_of
+from latentdiff.settings.config import Config, Settings
+
+VALIDATION = 128  # pictures that a validation looks at
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a run learns from and what it validates on, and what was found where the user's pictures are."""
+
+    training: Examples
+    validation: Examples
+    found: Survey | None = None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """How many pictures there are and a sha256 of what they are."""
+        return {"images": len(self.training), "sha256": self.training.pictures.identity()}
+
+    def write_quarantine(self, folder: Path) -> None:
+        """`quarantine.jsonl`: what this start leaves out; nothing is left of one that left out something else."""
+        path = folder / "quarantine.jsonl"
+        path.unlink(missing_ok=True)
+        if self.found and self.found.left_out:
+            self.found.write_quarantine(path)
+
+
+def open_data(config: Settings, cache: Path | None = None) -> DataSet:
+    """The data set of a config; `cache` keeps what is slow to find out. Raises DataError where it is not sound."""
+    if config.data.kind == "scenes":
+        training = Scenes(config, "training scene", config.data.count, cache)
+        grey = config.data.grey
+        validation = Examples(Scenes(config, "validation scene", VALIDATION), config.seed, grey=grey)
+        return DataSet(Examples(training, config.seed, grey=grey), validation)
+    found = look(config, cache).sound(config.data.pictures.skip_bad)
+    return picture_data(config, found)
+
+
+def readable(config: Config) -> bool:
+    """Whether the oracle can read this model's pictures."""
+    return config.data.kind == "scenes" and config.image_size == scenes.SIZE and not config.data.grey
+
+
+def look(config: Settings, cache: Path | None = None) -> Survey:
+    """The survey of a config's own pictures. Raises DataError where nothing can be listed.
+
+    A stream is gone through once for a run: what it said is kept in `cache`, until the settings are others, or the
+    files where they are of this machine.
+    """
+    settings = config.data.pictures
+    options = Options(
+        settings.layout, settings.split, settings.image_column, settings.caption_column, settings.streaming
+    )
+    listing = find(settings.source, options)
+    whole = cache / "streamed.jsonl" if cache and listing.streamed else None
+    rules = [settings.model_dump(), state_of(settings.source)]
+    if whole and (values := read_memo(whole, rules)):
+        return retold(listing, values)
+    found = survey(
+        listing,
+        instance_prompt=settings.instance_prompt,
+        allow_missing_captions=settings.allow_missing_captions,
+        max_pixels=settings.max_pixels,
+        memo=None if listing.streamed or not cache else cache / "decoded.jsonl",
+    )
+    if whole:
+        write_memo(whole, rules, told(found))
+    return found
+
+
+def by_identity(pictures: Sequence[Picture]) -> list[Picture]:
+    """In the order that chooses which are held out: of nothing but the pictures themselves."""
+    return sorted(pictures, key=lambda picture: hashlib.sha256(picture.id.encode()).hexdigest())
+
+
+def picture_data(config: Settings, found: Survey) -> DataSet:
+    """Training and validation sets of surveyed pictures; held-out ones are chosen by their identity."""
+    settings = config.data.pictures
+    held = by_identity(found.pictures)
+    held_ids = {picture.id for picture in held[: settings.validation_pictures]}
+    if found.pictures and len(held_ids) == len({picture.id for picture in found.pictures}):
+        count = len(found.pictures)
+        raise DataError(f"{count} of {count} images are held out for validation. Hold out fewer than there are")
+    trained = [picture for picture in found.pictures if picture.id not in held_ids]
+    looked_at = [picture for picture in found.pictures if picture.id in held_ids] or held[:VALIDATION]
+    rule = CaptionRule(**settings.captions.model_dump())
+    training = picture_set(config, found, trained, settings.bucket_step)
+    return DataSet(
+        Examples(training, config.seed, rule, settings.crop, settings.flip, config.data.grey, "training"),
+        as_validated(config, picture_set(config, found, looked_at, settings.bucket_step)),
+        found,
+    )
+
+
+def picture_set(config: Settings, found: Survey, pictures: Sequence[Picture], bucket_step: int | None) -> PictureSet:
+    """Some of the surveyed pictures at the config's size; without a step of buckets as squares."""
+    settings = config.data.pictures
+    table = bucket_table(config.image_size, bucket_step, settings.bucket_max_aspect)
+    stream = found.listing.records if found.listing.streamed else None
+    return PictureSet(pictures, table, settings.background_color, settings.max_pixels, stream)
+
+
+def as_validated(config: Settings, pictures: PictureSet) -> Examples:
+    """Pictures with nothing drawn at random: their middle, not flipped, with the first caption."""
+    captions = config.data.pictures.captions
+    rule = CaptionRule("first", templates=captions.templates[:1], prefix=captions.prefix)
+    return Examples(pictures, config.seed, rule, grey=config.data.grey, purpose="validation")

@@ -1,0 +1,90 @@
+"""Procedural scenes as a set of pictures: every scene a function of (seed, purpose, row)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from latentdiff.data import scenes
+from latentdiff.data.buckets import Size
+from latentdiff.data.memo import read_memo, write_memo
+from latentdiff.data.pictures import View
+from latentdiff.diffusion import noise
+from latentdiff.settings.config import Settings
+
+
+class Scenes:
+    """Procedural scenes of one purpose; rows beyond the last are scenes too, for whoever draws without end."""
+
+    def __init__(self, config: Settings, purpose: str, count: int, memo: Path | None = None):
+        self._config, self._purpose, self._count, self._memo = config, purpose, count, memo
+
+    def __len__(self) -> int:
+        return self._count
+
+    def scene(self, row: int) -> scenes.Scene:
+        """The scene itself, which the oracle's answers are compared with."""
+        rng = noise.generator(self._config.seed, self._purpose, row)
+        return scenes.scene(rng, mix=self._config.data.mix)
+
+    def size(self, row: int) -> Size:
+        """All are squares."""
+        return self._config.image_size, self._config.image_size
+
+    def buckets(self) -> dict[Size, np.ndarray]:
+        """One."""
+        return {self.size(0): np.arange(self._count)}
+
+    def name(self, row: int) -> str:
+        """Its number."""
+        return f"scene {row}"
+
+    def captions(self, row: int) -> Sequence[str]:
+        """One."""
+        return (self._captions[row] if row < self._count else self.scene(row).caption,)
+
+    def key(self, row: int, shown: View) -> str:
+        """Of the settings, the purpose and the number."""
+        return hashlib.sha256(f"{self.identity()} {self._purpose} {row}".encode()).hexdigest()[:32]
+
+    def pixels(self, row: int, shown: View, size: Size | None = None) -> np.ndarray:
+        """Rendered; a scene has no other views."""
+        return scenes.render(self.scene(row), self._config.image_size)
+
+    def geometry(self, row: int, shown: View) -> tuple[int, ...]:
+        """Drawn as it is shown."""
+        return (*self.size(row), 0, 0, *self.size(row))
+
+    def each(self, wanted: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
+        """In their order."""
+        yield from ((number, self.pixels(*item)) for number, item in enumerate(wanted))
+
+    def identity(self) -> str:
+        """sha256 of the settings that draw them and of the first ones: a change of the drawing itself is seen too."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        data = self._config.data
+        settings = [self._config.seed, self._config.image_size, data.grey, data.count, data.mix]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for row in range(min(16, self._count)):
+            digest.update(self.pixels(row, View()).tobytes())
+            digest.update(self.scene(row).caption.encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _captions(self) -> list[str]:
+        """Drawn once for a run: of 50,000 scenes it takes seconds."""
+        path, rules = self._memo and self._memo / "captions.jsonl", {"scenes": self.identity()}
+        drawn = read_memo(path, rules) if path else []
+        if len(drawn) != self._count:
+            drawn = [self.scene(row).caption for row in range(self._count)]
+            if path:
+                write_memo(path, rules, drawn)
+        return drawn

@@ -1,0 +1,122 @@
+"""Pictures as files: where they go, what they are called, what they say of themselves. None is ever overwritten."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.core.errors import ConfigError, DataError
+from latentdiff.core.files import check_writable, printable, write_new
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from latentdiff.core.decoding import Color
+    from latentdiff.drawing.record import ImageMetadata
+    from latentdiff.pipeline import Output
+
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95}),
+    ".jpeg": ("JPEG", {"quality": 95}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+_NEXT = Path()  # stands for the next number that is free in a folder
+_OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
+def check_target(output: Path, count: int, *, resume: bool = False) -> None:
+    """The output checked before any work: a folder that can be written to, or a new file for a single picture.
+
+    resume: the file may be there. Nothing is created yet. Raises ConfigError.
+    """
+    suffix = output.suffix.lower()
+    if suffix in _OTHERS:
+        raise ConfigError(f"pictures are written as {', '.join(_FORMATS)} ({output})")
+    single = suffix_of(output) is not None
+    if single and count > 1:
+        raise ConfigError(f"{count} pictures do not go into one file ({output}). Name a folder")
+    check_writable(output, output.parent if single else output)
+    if single and os.path.lexists(output) and not resume:
+        raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
+    if not single and output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file, and no {', '.join(_FORMATS)}. Name a folder")
+
+
+def suffix_of(output: Path) -> str | None:
+    """A picture file's suffix; None for a folder."""
+    suffix = output.suffix.lower()
+    return suffix if suffix in _FORMATS else None
+
+
+def check_file(output: Path) -> None:
+    """As `check_target`, for a file and no folder."""
+    if suffix_of(output) is None:
+        raise ConfigError(f"a picture is written as {', '.join(_FORMATS)} ({output})")
+    check_target(output, 1)
+
+
+def write_pictures(
+    output: Output, target: Path, suffix: str, metadata: bool, paths: Sequence[Path | None] | None = None
+) -> Iterator[tuple[Path, ImageMetadata]]:
+    """Each picture's file, as soon as it is there, and its record.
+
+    paths: a file for each, None for one that is not to be written; without them a folder's next numbers.
+    """
+    given = paths or [target if suffix_of(target) else _NEXT] * len(output.images)
+    for image, record, chosen in zip(output.images, output.metadata, given, strict=True):
+        if chosen is None:
+            continue
+        path = _next_path(target, record.seed, suffix) if chosen is _NEXT else chosen
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_new(path, encoded(image, path.suffix.lower(), record if metadata else None))
+        yield path, record
+
+
+def encoded(image: Any, suffix: str, record: ImageMetadata | None) -> bytes:
+    """A PIL image as a file's bytes; JPEG at quality 95, WebP without loss."""
+    from latentdiff.drawing.record import save_options
+
+    kind, options = _FORMATS[suffix]
+    content = io.BytesIO()
+    image.save(content, kind, **options, **(save_options(record, suffix) if record else {}))
+    return content.getvalue()
+
+
+def loses_pixels(suffix: str) -> bool:
+    """Whether what is read from such a file is not, to the bit, what was written."""
+    return _FORMATS[suffix][0] == "JPEG"
+
+
+def _next_path(folder: Path, seed: int, suffix: str) -> Path:
+    """folder/NNNNN-SEED.png with the first number after all that are there."""
+    names = (re.match(r"(\d{5,9})-.*\.(png|jpe?g|webp)$", path.name) for path in folder.glob("*-*.*"))
+    numbers = [int(name[1]) for name in names if name]
+    return numbered(folder, max(numbers, default=0) + 1, seed, suffix)
+
+
+def numbered(folder: Path, number: int, seed: int, suffix: str) -> Path:
+    """folder/NNNNN-SEED.png."""
+    return folder / f"{number:05d}-{seed}{suffix}"
+
+
+def open_picture(path: Path, background: Color = (255, 255, 255)) -> Image.Image:
+    """A picture that a user names, decoded whole, where it is transparent on a colour. Raises DataError."""
+    from PIL import Image
+
+    from latentdiff.core.decoding import decode, silent_decoders
+
+    try:
+        if path.exists() and not path.is_file():
+            raise DataError("is no file")
+        with silent_decoders():
+            return Image.fromarray(decode(path.read_bytes(), background).pixels)
+    except DataError as error:
+        raise DataError(f"{printable(path)[:200]}: {error}") from None
+    except (OSError, ValueError) as error:  # of names that cannot be, too
+        told = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{printable(path)[:200]}: {told.lower()}") from None

@@ -1,0 +1,216 @@
+"""What a picture says about how it was made: A1111's `parameters` line and everything as JSON.
+
+In a PNG two text chunks: `parameters` is what the tools of this field read; `latentdiff` is the whole request with its
+defaults, the model's hash, the versions, runtime and device, from which the picture can be made again. In JPEG and WebP
+the same two are EXIF's UserComment, where those tools look, and its ImageDescription.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+
+from latentdiff.core.decoding import FORMATS, silent_decoders
+from latentdiff.core.errors import DataError
+
+_SAMPLER_NAMES = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+_SPACING_NAMES = {"karras": "Karras", "uniform": "Exponential"}
+_UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: what a user comment is written in
+LARGEST_EXIF = 65_000  # bytes; a JPEG's segment holds no more
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that a picture was drawn with beside the model: what it served as, where it was, what it was.
+
+    path: as it was named, but of an absolute path the name alone: pictures do not tell of their maker's folders.
+    """
+
+    kind: str  # lora, merged (a lora too), embedding, weaker, clip, vae
+    path: str
+    sha256: str
+    weight: float = 1.0
+    word: str | None = None  # what an embedding was called instead of its own name
+
+
+@dataclass(frozen=True)
+class ImageMetadata:
+    """One picture's record. `request` is the call's, with defaults; `seed` and `index` are this picture's.
+
+    steps: those that each pass took. canvas: the picture it was drawn from. batch: its place in its batch, and the
+    batch's size. own_noise: noise or contexts were the caller's, not those of seed and prompt.
+    """
+
+    request: dict[str, Any]
+    index: int
+    seed: int
+    width: int
+    height: int
+    model: str
+    model_hash: str
+    runtime: str
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    steps: tuple[int, ...] = ()
+    model_source: str | None = None
+    variant: str | None = None
+    sources: tuple[Source, ...] = ()
+    canvas: dict[str, Any] | None = None
+    batch: tuple[int, int] = (0, 1)
+    own_noise: bool = False
+    speed: str = "exact"
+
+
+def recorded(path: Path) -> str:
+    """What a picture says of a path; see `Source`."""
+    return path.name if path.is_absolute() else path.as_posix()
+
+
+_COMPUTE = {"torch": ("torch", "diffusers", "transformers"), "openvino": ("openvino", "tokenizers")}
+
+
+@cache
+def installed_versions(runtime: str = "torch") -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("latentdiff", *_COMPUTE[runtime], "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def parameters_text(record: ImageMetadata) -> str:
+    """A1111's format: prompt, negative prompt, then one line of settings.
+
+    Every value is kept on its own line, so that no prompt can forge a field of another.
+    """
+    asked = record.request
+    lines = [_one_line(asked["prompt"])]
+    if asked["negative_prompt"]:
+        lines.append(f"Negative prompt: {_one_line(asked['negative_prompt'])}")
+    fields = {
+        "Steps": asked["num_inference_steps"],
+        "Sampler": _SAMPLER_NAMES[asked["sampler"]],
+        "Schedule type": _SPACING_NAMES.get(asked["spacing"], "Automatic"),
+        "CFG scale": f"{asked['guidance_scale']:g}",
+        "Seed": record.seed,
+        "Size": f"{record.width}x{record.height}",
+        "Model hash": record.model_hash[:10],
+        "Model": _quoted(record.model),
+        **_further_fields(record),
+        "Version": f"latentdiff {record.versions.get('latentdiff', 'unknown')}",
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    return "\n".join(lines)
+
+
+def _further_fields(record: ImageMetadata) -> dict[str, Any]:
+    """What A1111 writes only where it is used."""
+    asked, fields = record.request, dict[str, Any]()
+    if asked.get("variation_seed") is not None:
+        fields |= {"Variation seed": asked["variation_seed"], "Variation seed strength": asked["variation_strength"]}
+    if record.canvas is not None or asked.get("hires_scale") is not None:
+        given = asked.get("strength" if record.canvas is not None else "hires_strength")
+        fields["Denoising strength"] = (
+            f"{record.steps[-1] / asked['num_inference_steps'] if given is None else given:g}"
+        )
+    if asked.get("hires_scale") is not None:
+        fields["Hires upscale"] = f"{asked['hires_scale']:g}"
+    if asked.get("clip_skip") is not None:
+        fields["Clip skip"] = asked["clip_skip"] + 1
+    loras = [source for source in record.sources if source.kind in ("lora", "merged")]
+    if loras:
+        fields["Lora hashes"] = _quoted(", ".join(f"{Path(s.path).stem}: {s.sha256[:12]}" for s in loras))
+    return fields
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks; a text that opens like a field of the format is quoted."""
+    line = " ".join(text.split())
+    return json.dumps(line) if line.startswith(("Negative prompt:", "Steps:")) else line
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text) if any(c in text for c in ',:"\n') else text
+
+
+def save_options(record: ImageMetadata, suffix: str) -> dict[str, Any]:
+    """What Pillow's save takes to write a record into a picture of that suffix.
+
+    Raises DataError where it is too long for a JPEG.
+    """
+    if suffix == ".png":
+        return {"pnginfo": png_info(record)}
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(asdict(record))
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + parameters_text(record).encode("utf-16-be")
+    if len(exif.tobytes()) > LARGEST_EXIF:
+        raise DataError("its record is too long for this format. Write a PNG, or none (--no-metadata)")
+    return {"exif": exif}
+
+
+def png_info(record: ImageMetadata) -> PngInfo:
+    """The text chunks of one picture."""
+    info, text = PngInfo(), parameters_text(record)
+    if text.isascii():
+        info.add_text("parameters", text)
+    else:
+        info.add_itxt("parameters", text)
+    info.add_itxt("latentdiff", json.dumps(asdict(record), ensure_ascii=False))
+    return info
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a picture says of itself: {"parameters": text, "latentdiff": tree}, what is there of it.
+
+    Raises DataError for what is not a picture. The tree is data from outside: validate before use.
+    """
+    try:
+        with silent_decoders(), Image.open(path, formats=FORMATS) as image:
+            image.load()
+            found: dict[str, Any] = _texts(image)
+    except FileNotFoundError:
+        raise DataError(f"no such file ({path})") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"not a readable picture ({path}): {error}") from None
+    if "latentdiff" in found:
+        try:
+            found["latentdiff"] = json.loads(found["latentdiff"])
+        except (ValueError, RecursionError):
+            raise DataError(f"its latentdiff record is not JSON ({path})") from None
+    return found
+
+
+def _texts(image: Image.Image) -> dict[str, Any]:
+    """A PNG's chunks, or another picture's EXIF; a description that is no record of ours is the camera's."""
+    if image.format == "PNG":
+        return {k: v for k, v in image.info.items() if k in ("parameters", "latentdiff") and isinstance(v, str)}
+    exif, found = image.getexif(), dict[str, Any]()
+    comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if isinstance(comment, bytes) and comment.startswith(_UNICODE):
+        found["parameters"] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+    description = exif.get(ExifTags.Base.ImageDescription)
+    if isinstance(description, str) and description.startswith('{"request"'):
+        found["latentdiff"] = description
+    return found

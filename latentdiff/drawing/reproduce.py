@@ -1,0 +1,269 @@
+"""A picture made again from what it says of itself, which is data from outside.
+
+The record is validated before anything is loaded. Files it names are looked for where the user says, beside the picture
+and in the current folder, never elsewhere, and are used only if their content is what the record says.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentdiff.core.decoding import FORMATS, silent_decoders
+from latentdiff.core.errors import ConfigError, DataError, ModelError
+from latentdiff.drawing.canvas import BLACK
+from latentdiff.drawing.files import encoded, open_picture
+from latentdiff.drawing.job import Job
+from latentdiff.drawing.record import installed_versions, read_metadata
+from latentdiff.drawing.request import SIDES, Pixels, Request
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.settings.validation import first_fault
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(max_length=1000)]
+Margin = Annotated[int, Field(ge=0, le=SIDES[1])]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class SourceRecord(_Data):
+    """See metadata.Source."""
+
+    kind: Literal["lora", "merged", "embedding", "weaker", "clip", "vae"]
+    path: Name
+    sha256: Hash
+    weight: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
+    word: Annotated[str, Field(max_length=200)] | None = None
+
+
+class CanvasRecord(_Data):
+    """See drawing.canvas.Canvas.record."""
+
+    image: Name | None
+    mask: Name | None
+    outpaint: tuple[Margin, Margin, Margin, Margin]
+    sha256: Hash
+
+
+class Record(_Data):
+    """See metadata.ImageMetadata."""
+
+    request: Request
+    index: int = Field(ge=0, lt=10_000)
+    seed: int = Field(ge=0, lt=2**64)
+    width: Pixels
+    height: Pixels
+    model: Name
+    model_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    runtime: Literal["torch", "openvino"]
+    device: Name
+    dtype: Literal["float32", "float16", "bfloat16"]
+    versions: dict[str, str]
+    steps: tuple[int, ...] = ()
+    model_source: Name | None = None
+    variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
+    sources: tuple[SourceRecord, ...] = Field((), max_length=100)
+    canvas: CanvasRecord | None = None
+    batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)
+    own_noise: bool = False
+    speed: Literal["exact", "fast", "max"] = "exact"
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How equal two pictures are: values that differ, of how many, by at most how much; versions then and now.
+
+    jpeg: both were compared as JPEGs, which one of them is.
+    """
+
+    differing: int
+    values: int
+    largest: int
+    psnr: float
+    versions: dict[str, tuple[str, str]]
+    jpeg: bool = False
+
+    @property
+    def equal(self) -> bool:
+        """Whether every value is the same."""
+        return self.differing == 0
+
+    def __str__(self) -> str:
+        both = ", both as JPEGs" if self.jpeg else ""
+        if self.equal:
+            return f"equal: all {self.values:,} values{both}"
+        told = f"not equal: {self.differing:,} of {self.values:,} values differ{both}, by at most {self.largest} of 255"
+        told += f" (PSNR {self.psnr:.1f} dB)"
+        changed = [f"{name} {then} -> {now}" for name, (then, now) in self.versions.items() if then != now]
+        return f"{told}; drawn with other versions: {', '.join(changed)}" if changed else told
+
+
+def read_record(path: Path) -> Record:
+    """What a picture says of itself, validated. Raises DataError."""
+    import json
+
+    found = read_metadata(path)
+    if "latentdiff" not in found:
+        raise DataError(f"this picture says nothing of how it was made, or not by latentdiff ({path})")
+    try:
+        record = Record.model_validate_json(json.dumps(found["latentdiff"]))
+    except ValidationError as error:
+        fault = first_fault(error)
+        raise DataError(f"its record is not valid: {fault.key}: {fault.message[:100]} ({path})") from None
+    if record.own_noise:
+        raise ConfigError(f"drawn from noise or embeddings of its maker's own, which no record holds ({path})")
+    place, size = record.batch
+    if record.seed != record.request.seed + record.index or not place < size <= record.request.batch_size:
+        raise DataError(f"its record contradicts itself ({path})")
+    return record
+
+
+def reproduce(
+    path: Path,
+    model: str | Path | None = None,
+    sources: Sequence[Path] = (),
+    device: str | None = None,
+    runtime: str | None = None,
+) -> tuple[Any, Likeness]:
+    """The picture drawn again, a PIL image, and how like it is. model: where its model is, if not where it was.
+
+    runtime: with another than it was drawn with. Raises DataError for a record that is not valid, ModelError where the
+    model or a file is another now.
+    """
+    record = read_record(path)
+    places = [*sources, path.parent, Path()]
+    pipe = LatentDiffusionPipeline.from_pretrained(
+        _model(record, model),
+        runtime=runtime or record.runtime,
+        device=device,
+        torch_dtype=record.dtype,
+        speed=record.speed,
+        variant=record.variant,
+    )
+    if pipe.card.hash != record.model_hash:
+        told = f"{pipe.card.name} ({pipe.card.hash[:10]}), drawn by {record.model} ({record.model_hash[:10]})"
+        raise ModelError(f"another model: {told}. Name the right one by --model")
+    for source in record.sources:
+        _load(pipe, source, places)
+    again = _drawn(pipe, record, places)
+    return again, likeness(path, again, record)
+
+
+def _model(record: Record, named: str | Path | None) -> str | Path | None:
+    """As the user names it, or as it was; a place that is not there is for the user to name."""
+    if named is not None or record.model_source is None:
+        return named
+    source = record.model_source
+    if "@" in source and not _is_there(Path(source)):
+        raise ConfigError(f"drawn by {source} of the hub. Name it by --model {source.partition('@')[0]}, or a path")
+    if Path(source).is_absolute() or ".." in Path(source).parts or not _is_there(Path(source)):
+        raise ConfigError(f"its model {record.model} is not at {source!r} here. Name it by --model")
+    return source
+
+
+def _load(pipe: LatentDiffusionPipeline, source: SourceRecord, places: Sequence[Path]) -> None:
+    from latentdiff.drawing import extras
+
+    if source.kind == "clip" and not source.path:
+        extras.load_clip(pipe)
+    else:
+        path = found_in(source.path, places)
+        if source.kind == "clip":
+            extras.load_clip(pipe, path)
+        elif source.kind == "weaker":
+            extras.load_weaker(pipe, path)
+        elif source.kind == "vae":
+            extras.load_vae(pipe, path)
+        elif source.kind == "embedding":
+            extras.load_words(pipe, path, source.word)
+        else:
+            extras.load_adapter(pipe, path, weight=source.weight, merged=source.kind == "merged")
+    latest = list(pipe.extras.sources.values())[-1]
+    if latest.sha256 != source.sha256:
+        told = f"{latest.sha256[:10]}, not {source.sha256[:10]}"
+        raise ModelError(f"{source.path or 'clip'} is another file now ({told})")
+
+
+def found_in(name: str, places: Sequence[Path]) -> Path:
+    """A file that a record names: one of the places itself, or in one. Raises ConfigError."""
+    relative = Path(name)
+    if not name or relative.is_absolute() or ".." in relative.parts:
+        raise ConfigError(f"the record names {name[:60]!r}, which is not looked for. Give its place by --source")
+    for place in places:
+        candidates = [place / relative, place / relative.name]
+        if place.name == relative.name:
+            candidates.insert(0, place)
+        for candidate in candidates:
+            if _is_there(candidate):
+                return candidate
+    raise ConfigError(f"{name} is not here. Give its place by --source")
+
+
+def _is_there(path: Path) -> bool:
+    """A file or a folder, and no pipe, which would be waited for."""
+    try:
+        return path.is_file() or path.is_dir()
+    except (OSError, ValueError):  # a name that cannot be
+        return False
+
+
+def _drawn(pipe: LatentDiffusionPipeline, record: Record, places: Sequence[Path]) -> Any:
+    """Drawn at its place in a batch of its size: kernels add in another order in another. The rest are copies of it."""
+    asked = pipe.request(**record.request.model_dump())
+    canvas = None
+    if record.canvas is not None:
+        canvas = _canvas(pipe, asked, record.canvas, places)
+    place, size = record.batch
+    batch = [Job(asked, record.index, canvas)] * size
+    for step in pipe.steps(batch):
+        final = step.x
+    return pipe.finish(batch, final).images[place]
+
+
+def _canvas(pipe: LatentDiffusionPipeline, asked: Request, record: CanvasRecord, places: Sequence[Path]) -> Any:
+    from latentdiff.drawing.canvas import Margins
+
+    if record.image is None:
+        raise ConfigError("the picture it started from has no name in its record")
+    image = open_picture(found_in(record.image, places))
+    mask = None if record.mask is None else open_picture(found_in(record.mask, places), BLACK)
+    canvas = pipe.canvas(asked, image, mask, margins=Margins(*record.outpaint))
+    if canvas is None or canvas.hash != record.sha256:
+        raise DataError(f"{record.image} or its mask is another picture now")
+    return canvas
+
+
+def likeness(path: Path, again: Image.Image, record: Record) -> Likeness:
+    """How like the picture in the file is to one drawn again. Raises DataError where their sizes differ.
+
+    A JPEG is compared with what JPEG makes of the other.
+    """
+    with silent_decoders(), Image.open(path, formats=FORMATS) as image:
+        then, jpeg = np.asarray(image.convert(again.mode)).astype(int), image.format == "JPEG"
+    if jpeg:
+        again = Image.open(io.BytesIO(encoded(again, ".jpg", None)))
+    now = np.asarray(again).astype(int)
+    if then.shape != now.shape:
+        raise DataError(f"the picture was resized since: {then.shape[1]}x{then.shape[0]}, drawn {again.size} ({path})")
+    apart = np.abs(then - now)
+    error = float((apart**2).mean())
+    versions = installed_versions(record.runtime)
+    names = [name for name in record.versions if name in versions]
+    return Likeness(
+        int((apart > 0).sum()),
+        apart.size,
+        int(apart.max()),
+        math.inf if error == 0 else 10 * math.log10(255**2 / error),
+        {name: (record.versions[name], versions[name]) for name in names},
+        jpeg,
+    )

@@ -1,0 +1,163 @@
+"""What is asked of the pipeline, validated as data before anything is allocated."""
+
+from __future__ import annotations
+
+import secrets
+from numbers import Integral
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.noise import MAX_SEED
+from latentdiff.diffusion.path import SPACINGS
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.settings.validation import Fault, did_you_mean, first_fault
+
+LONGEST_PROMPT = 10_000  # characters
+SIDES = (64, 2048)  # pixels
+WITH_ETA = ("ddim", "euler_ancestral")
+_OTHER_NAMES = {  # of other tools, and of our command line
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "scheduler": "sampler",
+    "num_images_per_prompt": "num_images",
+    "denoising_strength": "strength",
+    "mask": "mask_image",
+}
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[Finite, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Pixels = Annotated[int, Field(ge=0, le=65_536)]
+
+
+class Request(BaseModel):
+    """One call: `num_images` pictures of one prompt; picture i has seed `seed + i`.
+
+    Sizes are None for the model's own, or the given picture's. Guidance is on where guidance_scale > 1. What is None
+    or 0 is off, or the model's own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: str = Field(max_length=LONGEST_PROMPT)  # the empty one is the unconditional one
+    negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int = Field(50, ge=1, le=1000)
+    sampler: str = "ddim"
+    spacing: str = "trailing"
+    eta: Share | None = None  # the sampler's own
+    seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
+    num_images: int = Field(1, ge=1, le=10_000)
+    batch_size: int = Field(8, ge=1, le=1024)
+
+    # how the prompt is read, see models/prompt.py
+    prompt_weights: bool = True
+    long_prompts: bool = True
+    clip_skip: int | None = Field(None, ge=0, le=100)
+    original_size: tuple[Pixels, Pixels] | None = None  # (height, width), told to SDXL; else the picture's
+    crop: tuple[Pixels, Pixels] = (0, 0)  # (top, left), told to SDXL
+
+    # guidance, see diffusion/guidance.py
+    guidance_scale: Finite = Field(7.5, ge=0, le=100)
+    guidance_rescale: Share = 0.0
+    guidance_interval: tuple[Finite, Finite] | None = None  # of log-SNR
+    threshold: Annotated[Finite, Field(gt=0, le=1)] | None = None  # the quantile of dynamic thresholding
+    apg: bool = False
+    apg_eta: Finite = Field(0.0, ge=-10, le=10)
+    apg_norm: Annotated[Finite, Field(gt=0, le=1e6)] | None = None
+    apg_momentum: Finite = Field(0.0, ge=-1, le=1)
+    pag_scale: Finite = Field(0.0, ge=0, le=100)  # perturbed attention
+    autoguidance_scale: Finite = Field(1.0, ge=0, le=100)  # 1 is none; needs a weaker model
+    clip_guidance_scale: Finite = Field(0.0, ge=0, le=10_000)
+
+    cache_interval: int = Field(1, ge=1, le=100)  # deep features are computed every so many evaluations; 1 is always
+
+    # where sampling starts and ends
+    strength: Share | None = None  # with a picture: 0.8, or 1 with a mask
+    hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # of a second pass, times the first's size
+    hires_strength: Share | None = None  # 0.5
+    variation_seed: Seed | None = None
+    variation_strength: Share = 0.0
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, value: str) -> str:
+        return _one_of("sampler", value, tuple(SAMPLERS))
+
+    @field_validator("spacing")
+    @classmethod
+    def _known_spacing(cls, value: str) -> str:
+        return _one_of("spacing", value, SPACINGS)
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value and value[0] > value[1]:
+            raise ValueError("the lower end comes first")
+        return value
+
+    @model_validator(mode="after")
+    def _each_has_a_meaning(self) -> Request:
+        """What would change nothing is a mistake."""
+        if self.eta is not None and self.sampler not in WITH_ETA:
+            raise ValueError(f"eta is of {' and '.join(WITH_ETA)}, not of {self.sampler}")
+        if self.apg and self.guidance_scale <= 1:
+            raise ValueError("apg changes guidance; it needs a guidance_scale over 1")
+        if not self.apg and (self.apg_eta or self.apg_norm is not None or self.apg_momentum):
+            raise ValueError("apg_eta, apg_norm and apg_momentum are of apg, which is off")
+        told = self.variation_strength or "variation_strength" in self.model_fields_set
+        if (self.variation_strength and self.variation_seed is None) or (self.variation_seed is not None and not told):
+            raise ValueError("a variation needs both variation_seed and variation_strength")
+        if self.hires_strength is not None and self.hires_scale is None:
+            raise ValueError("hires_strength is of a second pass; it needs a hires_scale")
+        if self.variation_seed is not None and self.variation_seed + self.num_images - 1 > MAX_SEED:
+            raise ValueError(f"variation_seed: the last picture's is over {MAX_SEED}")
+        return self
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; one of {', '.join(known)}")
+    return value
+
+
+def request(**fields: Any) -> Request:
+    """A validated request; the first fault is raised as a ConfigError in one line."""
+    for name in ("seed", "variation_seed"):
+        if isinstance(fields.get(name), Integral) and not isinstance(fields[name], bool):
+            fields[name] = int(fields[name])  # NumPy's integers too
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    try:
+        made = Request(**{name: value for name, value in fields.items() if (name, value) != ("seed", None)})
+    except ValidationError as error:
+        raise _refusal(first_fault(error)) from None
+    if made.seed + made.num_images - 1 > MAX_SEED:
+        raise ConfigError(
+            f"seed: the last picture's seed is over {MAX_SEED} (seed {made.seed}, {made.num_images} pictures)"
+        )
+    return made
+
+
+def _refusal(fault: Fault) -> ConfigError:
+    if fault.unknown:
+        near = did_you_mean(fault.key, Request.model_fields, _OTHER_NAMES)
+        return ConfigError(f"unknown setting {fault.key[:40]!r}{near}")
+    if not fault.path:
+        return ConfigError(fault.message)
+    got = repr(fault.got)
+    shown = got if len(got) <= 40 else f"{got[:30]}... of {len(str(fault.got))} characters"
+    return ConfigError(f"{fault.key}: {fault.message} (got {shown})")
+
+
+def check_size(name: str, value: int, multiple: int, lowest: int = SIDES[0]) -> int:
+    """A side in pixels that the networks can draw; `lowest` is less for models of small pictures."""
+    low, high = lowest, SIDES[1]
+    if not (low <= value <= high and value % multiple == 0):
+        raise ConfigError(f"{name} must be a multiple of {multiple} from {low} to {high} (got {value})")
+    return value

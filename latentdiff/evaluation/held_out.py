@@ -1,0 +1,56 @@
+"""The pictures that a model is measured by: held out, squares of one size, in an order of nothing but themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from latentdiff.core.images import coloured
+from latentdiff.data.dataset import as_validated, by_identity, look, picture_set
+from latentdiff.data.examples import Examples
+from latentdiff.data.scene_set import Scenes
+from latentdiff.data.survey import Picture, Survey
+from latentdiff.evaluation.room import room
+from latentdiff.settings.config import Settings
+
+LARGEST = 2**30  # bytes of training pictures
+TRAINED = 4  # training pictures for one that is held out
+
+
+def held_out(config: Settings, count: int, found: Survey | None = None) -> tuple[Examples, Examples | None]:
+    """At most `count` captioned pictures to measure by, and where they are known some that were trained on.
+
+    Of scenes those of a purpose of their own; of the user's pictures those that validation holds out, or where it holds
+    out none the first by their identity, of which nobody knows whether they were trained on. found: their survey, where
+    it was made before. Raises DataError.
+    """
+    trained_count = min(TRAINED * count, max(1, LARGEST // (3 * config.image_size**2)))
+    if config.data.kind == "scenes":
+        sets = (Scenes(config, "evaluation scene", count), Scenes(config, "training scene", trained_count))
+        held, trained = (Examples(scenes, config.seed, grey=config.data.grey) for scenes in sets)
+        return held, trained
+    survey = found or look(config).sound(config.data.pictures.skip_bad)
+    chosen, held_count = by_identity(survey.pictures), config.data.pictures.validation_pictures
+    if not held_count:
+        return _squares(config, survey, chosen[:count]), None
+    ids = {picture.id for picture in chosen[:held_count]}
+    rest = [picture for picture in chosen if picture.id not in ids]
+    return _squares(config, survey, chosen[: min(count, held_count)]), _squares(config, survey, rest[:trained_count])
+
+
+def _squares(config: Settings, survey: Survey, pictures: Sequence[Picture]) -> Examples:
+    """From the middle of each, with its first caption, once."""
+    once = list({picture.id: picture for picture in pictures}.values())
+    return as_validated(config, picture_set(config, survey, once, None))
+
+
+def shown(examples: Examples, folder: Path | None = None) -> tuple[np.ndarray, list[str]]:
+    """All of them: uint8 (N, H, W, 3), and the captions. folder: has room for what is too large for memory."""
+    rows = range(len(examples))
+    wanted = [(row, examples.view(row, 0)) for row in rows]
+    pixels = room((len(examples), *examples.pictures.size(0), 3), folder)
+    for number, each in examples.pictures.each(wanted):
+        pixels[number] = coloured(examples.toned(each))
+    return pixels, [examples.caption(row, 0) for row in rows]

@@ -1,0 +1,1 @@
+"""A report of measurements: metrics.json and a page that stands alone."""

@@ -1,0 +1,311 @@
+"""A report of one model or of two side by side: its sections, measured once each, and what is written of them.
+
+OUT/metrics.json        every figure, with settings and versions
+OUT/report.html         the same as a page of its own, with plots and pictures
+OUT/A, OUT/B            of each model: what is kept so that an interrupted evaluation goes on
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.files import whole, write_json
+from latentdiff.data.memo import read_memo, write_memo
+from latentdiff.evaluation import sections
+from latentdiff.evaluation.composition import readable
+from latentdiff.evaluation.drawn import read, write
+from latentdiff.evaluation.meaning import MEANING
+from latentdiff.evaluation.report import page
+from latentdiff.evaluation.report.plots import Plot, as_figure
+from latentdiff.evaluation.result import Figure, Result, as_tree, finite, from_tree
+from latentdiff.evaluation.sections import Against, Asked, Subject
+from latentdiff.evaluation.sweep import of_sweep
+
+PAGE, METRICS = "report.html", "metrics.json"
+
+
+@dataclass(frozen=True)
+class Section:
+    """How a section is measured, and what its figures mean; headline: the figures that the page begins with."""
+
+    measure: Callable[[Subject, Against, Asked], Result]
+    said: str
+    headline: tuple[str, ...] = ()
+
+
+SECTIONS = {
+    "likelihood": Section(
+        sections.of_likelihood,
+        "How many bits a value of a held-out picture takes: an upper bound on -log2 p(x) by the diffusion's three terms"
+        " and the autoencoder's two. Captions that the model understands lower it. Without the suffix, under the"
+        " posterior's variance; all on the same draws of noise and time.",
+        (
+            "bits_per_dimension_with_captions",
+            "gain_by_captions",
+        ),
+    ),
+    "distances": Section(
+        sections.of_distances,
+        "How far pictures drawn from the captions are from the real ones, by a network's features. All but the kernel"
+        " distance depend on the number of pictures: compare only equal ones. floor: other real pictures in place of"
+        " the drawn, of other captions; drawn ones have the real ones' captions and may come out below.",
+        (
+            "frechet",
+            "kernel",
+            "precision",
+            "recall",
+            "clip_score",
+        ),
+    ),
+    "composition": Section(
+        sections.of_composition,
+        "The share of pictures that show what their prompt says, in GenEval's six categories, as an oracle reads them."
+        " held_out: pairs of shape and colour that were never trained on. ceiling: rendered scenes through the"
+        " autoencoder.",
+        (
+            "composition",
+            "composition_held_out",
+        ),
+    ),
+    "autoencoder": Section(
+        sections.of_autoencoder,
+        "What is lost by the autoencoder alone: held-out pictures encoded and decoded. Latents should have a standard"
+        " deviation near 1.",
+        (
+            "psnr",
+            "ssim",
+            "reconstruction_frechet",
+        ),
+    ),
+    "diversity": Section(
+        sections.of_diversity,
+        "How different pictures of one prompt are, 1 minus the cosine of their features, beside those of different"
+        " prompts; and the number of different pictures, as it were (Vendi score), beside that of as many real ones."
+        " The rows shown are the least and the most diverse prompts.",
+        ("distance_within_a_prompt",),
+    ),
+    "memorisation": Section(
+        sections.of_memorisation,
+        "Whether drawn pictures are copies: how near the nearest training picture is, beside how near it is to pictures"
+        " that were held out.",
+        ("share_nearer_than_99_of_100_held_out",),
+    ),
+    "sweep": Section(
+        of_sweep,
+        "Guidance, steps and samplers against each other on the same captions and seeds; the time is of whole batches"
+        " on this machine, now.",
+    ),
+    "geneval": Section(
+        sections.of_geneval,
+        "Pictures of GenEval's own prompts, in the folders that its evaluator reads. Nothing of them is scored here.",
+    ),
+}
+
+
+def lacking(name: str, subject: Subject, against: Against) -> str | None:
+    """Why a section cannot be measured, None where it can."""
+    if name == "composition" and not (against.scenes and readable(subject.pipe)):
+        return "the oracle reads scenes of 64x64 pixels in colour alone"
+    if name == "memorisation" and against.training is None:
+        return "no pictures are known that the model was trained on (--training)"
+    if name == "geneval" and not against.prompts:
+        return "no prompts were given (--geneval)"
+    if name == "likelihood" and not subject.exact().autoencoder.has_posterior:
+        return "a tiny VAE has no posterior, so pixels have no likelihood"
+    return None
+
+
+def known(subjects: Sequence[Subject], rules: Mapping[str, Any]) -> dict[str, list[Result]]:
+    """The sections that earlier starts measured of every model under the same rules."""
+    found = {}
+    for name in SECTIONS:
+        results = [result for subject in subjects if (result := _kept(name, subject, rules))]
+        if len(results) == len(subjects):
+            found[name] = results
+    return found
+
+
+def _kept(name: str, subject: Subject, rules: Mapping[str, Any]) -> Result | None:
+    if not (found := read_memo(_memo(name, subject), rules)):
+        return None
+    (tree,) = found
+    files = [_shown(name, subject, number) for number in range(len(tree["shown"]))]
+    if not all(file.is_file() for file in files):
+        return None
+    return from_tree(tree, [(read(file), said) for file, said in zip(files, tree["shown"], strict=True)])
+
+
+def _memo(name: str, subject: Subject) -> Path:
+    return subject.folder / f"{name}.json"
+
+
+def _shown(name: str, subject: Subject, number: int) -> Path:
+    return subject.folder / name / "shown" / f"{number:02d}.png"
+
+
+def measure(name: str, subject: Subject, against: Against, asked: Asked, rules: Mapping[str, Any]) -> Result:
+    """One section of one model; what an earlier start measured under the same rules is not measured again."""
+    if found := _kept(name, subject, rules):
+        return found
+    began = time.monotonic()
+    found = SECTIONS[name].measure(subject, against, asked)
+    said = {**found.said, "seconds": round(time.monotonic() - began, 1)}
+    tree = {**as_tree(found), "said": said, "shown": [dict(told) for _, told in found.pictures]}
+    for number, (picture, _) in enumerate(found.pictures):
+        file = _shown(name, subject, number)
+        file.unlink(missing_ok=True)
+        write(picture, file)
+    write_memo(_memo(name, subject), rules, [tree])
+    return from_tree(tree, found.pictures)
+
+
+def write_report(
+    folder: Path,
+    subjects: Sequence[Subject],
+    found: Mapping[str, Sequence[Result]],
+    skipped: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> None:
+    """`found` has of each section a result for each model."""
+    names = [subject.name for subject in subjects]
+    tree: dict[str, Any] = {"settings": dict(settings), "skipped": dict(skipped), "models": []}
+    found = {name: found[name] for name in SECTIONS if name in found}
+    for number, subject in enumerate(subjects):
+        own = {name: _metrics(results[number]) for name, results in found.items()}
+        tree["models"].append({"name": subject.name, "hash": subject.pipe.card.hash, "sections": own})
+    write_json(folder / METRICS, finite(tree))
+    told = [page.Section(key, "", tuple(_lines(value))) for key, value in settings.items()]
+    titles = [*found, *(["not measured"] if skipped else []), "settings"]
+    parts = [page.contents(titles), _summary(names, found)]
+    parts += [_chapter(name, names, results) for name, results in found.items()]
+    left = [page.Section(name, why) for name, why in skipped.items()]
+    parts += [page.heading("not measured"), page.listed(left)] if left else []
+    parts += [page.heading("settings"), page.listed(told)]
+    title = " beside ".join(names)
+    with whole(folder / PAGE) as made:
+        made.write_text(page.document(title, *parts), encoding="utf-8")
+
+
+def _metrics(result: Result) -> dict[str, Any]:
+    figures = {name: asdict(figure) for name, figure in result.figures.items()}
+    for figure in figures.values():
+        del figure["each"]
+    return {"figures": figures, "said": dict(result.said), "tables": [asdict(table) for table in result.tables]}
+
+
+def _summary(names: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str:
+    """The headline figures of all sections."""
+    models = [
+        {
+            name: figures[number][name]
+            for section, figures in ((section, _comparable(results)) for section, results in found.items())
+            for name in SECTIONS[section].headline
+            if name in figures[number]
+        }
+        for number in range(len(names))
+    ]
+    return _figures(names, models)
+
+
+def _chapter(name: str, names: Sequence[str], results: Sequence[Result]) -> str:
+    said = "; ".join(f"{key}: {value}" for key, value in _said(results).items())
+    parts = [page.heading(name), f"<p>{page.escaped(SECTIONS[name].said)}</p>"]
+    parts.append(_figures(names, _comparable(results)))
+    parts.append(f"<p><small>{page.escaped(said)}</small></p>")
+    parts += ["<main>", *map(as_figure, _beside(names, results)), "</main>"]
+    for model, result in zip(names, results, strict=True):
+        heading = [f"<h3>{page.escaped(model)}</h3>"] if len(names) > 1 else []
+        tables = [f"<h4>{page.escaped(each.title)}</h4>{page.table(each.head, each.rows)}" for each in result.tables]
+        parts += [*heading, page.gallery(result.pictures), *tables] if result.pictures or tables else []
+    return "".join(parts)
+
+
+def _beside(names: Sequence[str], results: Sequence[Result]) -> list[Plot]:
+    """The plots of a model, or those of both in the same axes."""
+    if len(names) == 1:
+        return list(results[0].plots)
+    plots = []
+    for each in zip(*(result.plots for result in results), strict=True):
+        series = [
+            replace(one, name=f"{name}: {one.name}")
+            for name, plot in zip(names, each, strict=True)
+            for one in plot.series
+        ]
+        plots.append(replace(each[0], series=series))
+    return plots
+
+
+def _comparable(results: Sequence[Result]) -> list[Mapping[str, Figure]]:
+    """Their figures; bits of pictures with other numbers of values are not better or worse than each other's."""
+    if len({result.said.get("dimensions") for result in results}) == 1:
+        return [result.figures for result in results]
+    return [{name: replace(f, better="neither") for name, f in result.figures.items()} for result in results]
+
+
+def _figures(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> str:
+    if not figures[0]:
+        return ""
+    return page.table(*_rows(names, figures), said=[MEANING.get(name, "") for name in figures[0]])
+
+
+def _rows(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
+    """A line a figure, a column a model; of two models also how the second differs."""
+    told = any(figure.better != "neither" for figure in figures[0].values())
+    head = ["", *names] + (["better"] if told else []) + (["the second is"] if told and len(names) == 2 else [])
+    rows = []
+    for name in figures[0]:
+        each = [found.get(name) for found in figures]
+        first, *others = each
+        assert first is not None
+        verdicts = [first.better.replace("neither", ""), *(compared(first, other) if other else "" for other in others)]
+        rows.append([name.replace("_", " "), *(str(found or "") for found in each), *(verdicts if told else [])])
+    return head, rows
+
+
+def compared(first: Figure, second: Figure) -> str:
+    """In a word, whether a second model's figure is worse, and by how much."""
+    if first.better == "neither" or not (math.isfinite(first.value) and math.isfinite(second.value)):
+        return ""
+    by = second.worse(first)
+    if by.value == 0:
+        return "the same"
+    size = Figure(abs(by.value), by.error)
+    sure = by.error is None or abs(by.value) > 2 * by.error
+    return f"{'worse' if by.value > 0 else 'better'} by {size}" + ("" if sure else ", within the error")
+
+
+def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> str:
+    """A section for a terminal."""
+    head, rows = _rows(names, _comparable(results))
+    lines = [f"{name} ({', '.join(f'{key} {value}' for key, value in _said(results).items())})"]
+    widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
+    for row in rows:
+        lines.append("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
+    return "\n".join(lines)
+
+
+def _said(results: Sequence[Result]) -> dict[str, str]:
+    """What the figures depend on: of two models once where it is the same."""
+    return {
+        key: " and ".join(dict.fromkeys(_words(result.said[key]) for result in results if key in result.said))
+        for key in results[0].said
+    }
+
+
+def _words(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _lines(value: Any) -> list[str]:
+    """A setting, a line for each of several."""
+    if isinstance(value, Mapping):
+        return [f"{key}: {_words(item)}" for key, item in value.items()]
+    if isinstance(value, list):
+        return [line for item in value for line in (_lines(item) or ["nothing"])]
+    return [_words(value)]

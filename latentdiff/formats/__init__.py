@@ -1,0 +1,1 @@
+"""How models and adapters lie on a disk, and which files are refused."""

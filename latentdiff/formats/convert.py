@@ -1,0 +1,55 @@
+"""A model folder in another precision: every safetensors file rewritten, its texts copied."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from latentdiff.core.errors import ConfigError
+from latentdiff.formats.folder import check_folder, let_others_read, loading, saving
+
+_TEXTS = (".json", ".txt", ".md", ".xml")
+
+
+def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write the model folder `source` to `target` with its floating-point weights in `dtype`.
+
+    Half the bytes in float16; networks are loaded as float32 again unless told otherwise. `target` appears whole or
+    not at all. Raises ConfigError where it exists or a weight is too large for `dtype`, ModelError and UnsafeError
+    for a bad `source`.
+    """
+    check_folder(source)
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{target} exists; nothing is overwritten")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{target} lies inside {source}. Choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=target.parent) as scratch:
+        made = Path(scratch) / "model"
+        for file in sorted(file for file in source.rglob("*") if file.is_file()):
+            copy = made / file.relative_to(source)
+            if file.suffix == ".safetensors":
+                _convert_file(file, copy, dtype)
+            elif file.suffix in _TEXTS:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        let_others_read(made)
+        made.rename(target)
+
+
+def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:
+    with loading(source), safe_open(source, "pt") as weights:
+        metadata, state = weights.metadata(), {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            state[name] = tensor.to(dtype)
+            if not (torch.isfinite(state[name]) == torch.isfinite(tensor)).all():
+                raise ConfigError(f"{name} of {source} does not fit {str(dtype).removeprefix('torch.')}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with saving(f"{source.parent.name}/{target.name}", target.parent):
+        save_file(state, target, metadata)

@@ -1,0 +1,380 @@
+"""A model folder on disk, before anything is built: what is refused, what it holds, its hash.
+
+A folder is diffusers' layout: model_index.json and a sub-folder with config.json and safetensors weights for each
+network. Nothing but JSON, safetensors and the tokenizer's text is ever read from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.errors import ModelError, ResourceError, UnsafeError, raised_as
+
+KNOWN_CLASSES = {
+    "vae": {"AutoencoderKL", "AutoencoderTiny"},
+    "unet": {"UNet2DConditionModel"},
+    "text_encoder": {"CLIPTextModel"},
+    "text_encoder_2": {"CLIPTextModelWithProjection"},
+    "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"},
+    "tokenizer_2": {"CLIPTokenizer", "CLIPTokenizerFast"},
+}
+_OPTIONAL = {"vae", "text_encoder_2", "tokenizer_2"}  # without a vae it is a pixel-space model
+_TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
+_PIPELINES = {f"StableDiffusion{family}{task}" for family in ("", "XL") for task in _TASKS}
+_UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
+_MODULES = {"diffusers", "transformers", "stable_diffusion", None}
+NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
+LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
+LONGEST_LIST = 64  # of what a network has one of at each of its levels
+LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
+_TOTALS = ("total_size", "total_parameters")  # of an index of shards; nothing is built by them
+_ASKS_TO_RUN_CODE = {
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "attn_implementation",  # may name a kernel of the hub
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "quantization_config",  # calls the loader of another package
+}
+_SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors")
+_INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(\w+))?\.json")
+_ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def check_folder(directory: Path) -> dict[str, Any]:
+    """Refuse a folder that is not a model or asks to run code; returns its model_index. Builds nothing.
+
+    A pickle is refused where it stands for weights; beside safetensors, as many models have both, it is never opened.
+    """
+    if not directory.is_dir():
+        kind = "file" if _named_safetensors(directory) else "model folder"
+        raise ModelError(f"no such {kind} ({directory}). Give a folder with a model_index.json, or a .safetensors")
+    if not (directory / "model_index.json").is_file():
+        raise ModelError(f"no model_index.json ({directory}). Give a folder in diffusers' layout")
+    _check_contents(directory)
+    index = read_json(directory / "model_index.json")
+    _check_index(index, directory)
+    return index
+
+
+def check_vae(path: Path) -> Path:
+    """The folder of a VAE, or the VAE's of a model folder, with the same refusals. Raises ModelError, UnsafeError."""
+    folder = (path / "vae" if (path / "model_index.json").is_file() else path).resolve()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"no VAE ({path}). Give a folder with its config.json and safetensors weights")
+    _check_contents(folder, of_model=False)
+    name = read_json(folder / "config.json").get("_class_name")
+    if name not in KNOWN_CLASSES["vae"]:
+        raise UnsafeError(f"a VAE of unknown class {name} ({path}). Known: {', '.join(sorted(KNOWN_CLASSES['vae']))}")
+    return folder
+
+
+def _check_contents(directory: Path, *, of_model: bool = True) -> None:
+    """No code, no pickle in the place of weights, nothing absurd; a model's own folder has no weights, a VAE's has."""
+    for file in _files(directory):
+        if file.suffix == ".py":
+            raise UnsafeError(
+                f"model directory asks to run code ({file.relative_to(directory)}). latentdiff never does this"
+            )
+        if file.suffix == ".json":
+            check_json(file, directory)
+        elif is_pickle(file) and (_named_safetensors(file) or not _unread(file.parent, directory, of_model)):
+            raise UnsafeError(
+                f"{file.relative_to(directory)} is a pickle file ({directory}). latentdiff loads safetensors only"
+            )
+
+
+def _unread(folder: Path, directory: Path, of_model: bool) -> bool:
+    """Whether nothing but safetensors would be read of a folder; of a model's own no weights are."""
+    return (of_model and folder == directory) or any(folder.glob("*.safetensors"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object a JSON file holds. Raises ModelError."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelError(f"{path.parent.name}/{path.name} is not valid JSON ({path}): {error}") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{path.parent.name}/{path.name} is not a JSON object ({path})")
+    return tree
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Every file of the folder, in order; linked files are read (hub caches are made of them), linked folders not."""
+    for parent, folders, names in os.walk(directory):
+        for name in sorted(folders + names):
+            path = Path(parent) / name
+            if path.is_symlink() and path.is_dir():
+                raise UnsafeError(f"{path.relative_to(directory)} is a link to a folder ({directory}). Copy it there")
+            if not path.is_dir() and not path.is_file():
+                raise ModelError(f"{path.relative_to(directory)} is not a file ({directory})")
+            if path.is_file():
+                yield path
+
+
+def _check_index(index: dict[str, Any], directory: Path) -> None:
+    where = f"{directory}/model_index.json"
+    kind = index.get("_class_name", "StableDiffusionPipeline")
+    if not isinstance(kind, str):
+        raise UnsafeError(f"model directory asks to run code (_class_name {kind}, {where}). latentdiff never does this")
+    if kind not in _PIPELINES:
+        raise ModelError(f"{kind} is no model that can be drawn with ({where}). Stable Diffusion 1, 2 and XL are")
+    for part in sorted(KNOWN_CLASSES.keys() | {key for key, entry in index.items() if isinstance(entry, list)}):
+        entry = index.get(part)
+        if part in _OPTIONAL | _UNREAD and entry in (None, [None, None]):
+            continue
+        module, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if part == "_class_name" or (part in _UNREAD and module in _MODULES):
+            continue
+        if part in _UNREAD:
+            raise UnsafeError(f"{part} is of unknown module {module} ({where}). latentdiff never imports one")
+        if part not in KNOWN_CLASSES:
+            if entry == [None, None]:
+                continue
+            raise ModelError(f"a model with {part} cannot be drawn with ({where})")
+        if not (isinstance(name, str) and name in KNOWN_CLASSES[part] and module in _MODULES):
+            known = ", ".join(sorted(KNOWN_CLASSES[part]))
+            raise UnsafeError(f"{part} is of unknown class {name} ({where}). Known: {known}")
+        _check_files(part, directory)
+
+
+def _check_files(part: str, directory: Path) -> None:
+    tokens = part.startswith("tokenizer")
+    needed = ("tokenizer.json", "vocab.json") if tokens else ("config.json",)
+    if not any((directory / part / file).is_file() for file in needed):
+        raise ModelError(f"{part}/{' or '.join(needed)} is missing ({directory})")
+    if not tokens and not any((directory / part).glob("*.safetensors")):
+        raise ModelError(f"{part} has no safetensors weights ({directory})")
+
+
+def check_json(file: Path, directory: Path) -> None:
+    """Refuse a JSON file of a model that asks to run code, or for an absurd size. Raises ModelError, UnsafeError."""
+    if file.parent.name.startswith("tokenizer"):
+        return  # vocabularies: words and numbers that build nothing, and megabytes of them
+    name, tree = str(file.relative_to(directory)), read_json(file)
+    for key, value in _entries(tree):
+        if key in _ASKS_TO_RUN_CODE:
+            raise UnsafeError(f"model directory asks to run code ({key} in {name}). latentdiff never does this")
+        if key == "weight_map":
+            shards = value.values() if isinstance(value, dict) else [value]
+            if any(not isinstance(v, str) or "/" in v or "\\" in v for v in shards):
+                raise UnsafeError(f"{name} names shards outside its folder ({directory})")
+        if file.name == "config.json" and isinstance(value, list) and len(value) > LONGEST_LIST:
+            raise ModelError(f"{name}: {key} has {len(value):,} entries, which is absurd ({directory})")
+        largest = LARGEST_DEPTH if "layers" in key else LARGEST_NUMBER
+        if isinstance(value, int | float) and not abs(value) <= largest and key not in _TOTALS:
+            raise ModelError(f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {largest}")
+
+
+def _entries(tree: Any) -> Iterable[tuple[str, Any]]:
+    """Every (key, value) of nested JSON; items of a list come under the list's own key."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield key, value
+            yield from _entries(value)
+            yield from ((key, item) for item in _items(value))
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from _entries(item)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What is in a list, and in lists in it."""
+    for item in value if isinstance(value, list) else []:
+        yield item
+        yield from _items(item)
+
+
+def check_depth(config: dict[str, Any], tensors: int, part: str, directory: Path) -> None:
+    """Refuse a config of more layers than there are tensors for, before any is built. Raises ModelError."""
+    depth = 1
+    for key, value in config.items():
+        numbers = [number for number in [value, *_items(value)] if isinstance(number, int | float)]
+        if "layers" in key and numbers:
+            if any(type(number) is not int or number < 0 for number in numbers):
+                raise ModelError(f"{part}/config.json: {key} is no number of layers ({directory})")
+            depth *= int(max(numbers))
+    if depth > tensors:
+        raise ModelError(f"{part}/config.json describes {depth:,} layers, its weights are {tensors:,} ({directory})")
+
+
+def _named_safetensors(file: Path) -> bool:
+    return file.suffix.lower() == ".safetensors"
+
+
+def is_pickle(file: Path) -> bool:
+    """By name, and by content: pickle protocols 2 and up open with 0x80, torch's archives are zip files.
+
+    A safetensors file opens with the 8-byte length of a JSON header, then "{"; one too short to say is left to its
+    loader.
+    """
+    with file.open("rb") as handle:
+        head = handle.read(9)
+    if _named_safetensors(file):
+        return len(head) == 9 and head[8:9] != b"{"
+    named = file.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+    return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raises UnsafeError for a pickle in the place of a file of weights."""
+    if is_pickle(file):
+        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
+
+
+def loading(part: str | Path, directory: Path | None = None) -> AbstractContextManager[None]:
+    """Whatever a library raises while it reads a file, or a part of a folder, becomes a ModelError of one line."""
+    return raised_as(ModelError, f"cannot load {part}" + (f" ({directory})" if directory else ""))
+
+
+def saving(part: str, directory: Path) -> AbstractContextManager[None]:
+    """Whatever a library raises while it writes a part, of a full disk above all, becomes a line of ResourceError."""
+    return raised_as(ResourceError, f"cannot write {part} ({directory})")
+
+
+def let_others_read(place: Path) -> None:
+    """Give a file of weights, or those of a folder, the umask's mode: safetensors makes them their owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in place.rglob("*.safetensors") if place.is_dir() else [place]:
+        file.chmod(0o666 & ~mask)
+
+
+def publish(network: Path) -> None:
+    """What a library wrote of a network made fit for others: readable, and silent of where its weights once lay."""
+    let_others_read(network)
+    config = network / "config.json"
+    kept = {key: value for key, value in read_json(config).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a network of a checked folder: one, or the shards that an index names.
+
+    variant: fp16, non_ema, ... of those that stand side by side; without it the plain ones, or the only ones there
+    are. Raises ModelError.
+    """
+    found = _variants(folder)
+    if variant is None and None not in found and len(found) == 1:
+        (variant,) = found
+    if variant not in found:
+        known = ", ".join(sorted(name or "the plain one" for name in found)) or "none"
+        raise ModelError(f"{folder.name} has no weights of variant {variant} ({folder.parent}). There are: {known}")
+    if not found[variant].name.endswith(".json"):
+        return [found[variant]]
+    shards = read_json(found[variant]).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{folder.name}/{found[variant].name} maps no weights ({folder.parent})")
+    files = [folder / str(name) for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{folder.name}/{file.name} is missing ({folder.parent})")
+    return files
+
+
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """The variant that `weight_files` takes, by the name under which libraries load it."""
+    found = _variants(folder)
+    return next(iter(found)) if variant is None and None not in found and len(found) == 1 else variant
+
+
+def _variants(folder: Path) -> dict[str | None, Path]:
+    """The single file or the index of each variant of a network's weights."""
+    found: dict[str | None, Path] = {}
+    for file in sorted(folder.iterdir()):
+        single, index = _SINGLE.fullmatch(file.name), _INDEX.fullmatch(file.name)
+        if named := index or single:
+            found.setdefault(named[1], file)
+    return found
+
+
+def folder_hash(directory: Path, variant: str | None = None) -> str:
+    """sha256 of the weights that draw, in the order of their names: which model drew a picture."""
+    digest = hashlib.sha256()
+    for part in NETWORKS:
+        for file in weight_files(directory / part, variant) if (directory / part).is_dir() else []:
+            digest.update(file.relative_to(directory).as_posix().encode())
+            _digest_file(digest, file)
+    return digest.hexdigest()
+
+
+def settings_hash(directory: Path) -> str:
+    """sha256 of what lies beside the weights that draw: configs, tokenizer, schedule. Raises ModelError."""
+    digest = hashlib.sha256()
+    parts = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler", "clip")
+    files = [*directory.glob("*.json"), *(file for part in parts for file in (directory / part).glob("*.*"))]
+    for file in sorted(file for file in files if file.suffix in (".json", ".txt")):
+        digest.update(file.relative_to(directory).as_posix().encode())
+        with loading(file):
+            _digest_file(digest, file)
+    return digest.hexdigest()
+
+
+def network_hash(folder: Path) -> str:
+    """sha256 of the weights of one network. Raises ModelError."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        _digest_file(digest, file)
+    return digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file's bytes. Raises ModelError."""
+    digest = hashlib.sha256()
+    with loading(file):
+        _digest_file(digest, file)
+    return digest.hexdigest()
+
+
+def _digest_file(digest: Any, file: Path) -> None:
+    with file.open("rb") as content:
+        while block := content.read(1 << 24):
+            digest.update(block)
+
+
+def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, int]:
+    """Number of parameters of each part, from the headers of its weights."""
+    counts: dict[str, int] = {}
+    for part in (*NETWORKS, "clip"):
+        if (directory / part).is_dir():
+            files = sorted((directory / part).glob("*.safetensors")) if part == "clip" else None
+            counts[part] = sum(map(numbers_in, files or weight_files(directory / part, variant)))
+    return counts
+
+
+def numbers_in(file: Path) -> int:
+    """How many numbers a safetensors file holds, by its header."""
+    from safetensors import safe_open
+
+    with loading(file.parent.name, file.parent.parent), safe_open(file, "np") as weights:
+        names = weights.keys()  # not a mapping: it cannot be iterated
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+
+
+def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
+    """What sides in pixels must be multiples of, and the model's own (height, width), from its configs alone."""
+    with loading("the configs", directory):
+        unet = read_json(directory / "unet" / "config.json")
+        vae = directory / "vae" / "config.json"
+        factor = 2 ** (len(_levels(read_json(vae))) - 1) if vae.is_file() else 1
+        sample = unet["sample_size"]
+        if type(sample) is not int or sample < 1:
+            raise ModelError(f"unet/config.json: sample_size must be a whole number of latents (got {sample!r})")
+        side = sample * factor
+        return factor * 2 ** (len(unet["block_out_channels"]) - 1), (side, side)
+
+
+def _levels(vae: dict[str, Any]) -> list[Any]:
+    """What a VAE's config has for each level; a tiny one's may be of two kinds, and the older ones lack the first."""
+    found: list[Any] = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+    return found

@@ -1,0 +1,313 @@
+"""One .safetensors file in the layout in which Stable Diffusion 1, 2 and XL were published.
+
+Every config is inferred from the names and shapes of the weights; diffusers' own functions convert the names. What
+shapes cannot say: the number of heads (8 in Stable Diffusion 1, channels / 64 later), which of an OpenCLIP's layers is
+read (the last but one), and for Stable Diffusion 2 whether it predicts noise or velocity, which is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import single_file_utils as conversion
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from latentdiff.core.errors import ModelError, UnsafeError
+from latentdiff.formats.folder import file_hash, is_pickle, loading
+from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.codecs.kl import Autoencoder
+from latentdiff.networks.conditions import Context
+from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
+from latentdiff.networks.encoders.two_clips import DualTextEncoder
+
+Family = Literal["1", "2", "XL"]
+State = dict[str, Tensor]
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP = {"1": "cond_stage_model.transformer.", "XL": "conditioner.embedders.0.transformer."}
+OPEN_CLIP = {"2": "cond_stage_model.model.", "XL": "conditioner.embedders.1.model."}
+SCALING = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}
+SIDES = {"1": 64, "2": 64, "XL": 128}  # of latents; Stable Diffusion 2 of velocity: 96
+VOCABULARY, POSITIONS = 49408, 77
+OPEN_CLIP_H = (1024, 23)  # width, and the layers of its 24 that are read; some files leave the last out
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """The networks of a file, and what else it says of itself."""
+
+    family: Family
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder | DualTextEncoder
+    unet: UNet
+    prediction: str
+    zero_terminal_snr: bool
+
+
+def load_single_file(path: Path) -> SingleFile:
+    """Networks in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
+    check_file(path)
+    with loading(path):
+        state = load_file(path)
+        family = _family(state, path)
+        config = unet_config(state, family)
+        unet = UNet(_filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config)))
+        config = vae_config(state, family)
+        vae = _filled(AutoencoderKL, config, conversion.convert_ldm_vae_checkpoint(state, config))
+        autoencoder = Autoencoder(vae)
+        text_encoder = _text_encoder(state, family)
+    prediction, marked = _prediction(path, state, family, unet, text_encoder)
+    if family == "2" and prediction == "v_prediction":
+        unet.model.register_to_config(sample_size=96)
+    return SingleFile(family, autoencoder.eval(), text_encoder.eval(), unet.eval(), prediction, marked)
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is not a safetensors file, by content. Raises ModelError, UnsafeError."""
+    if not path.is_file():
+        raise ModelError(f"no such file ({path})")
+    if is_pickle(path):
+        told = "latentdiff loads safetensors only. `latentdiff convert --trust-pickle` makes one of it"
+        raise UnsafeError(f"{path} is a pickle file; {told}")
+    with loading(path), safe_open(path, "pt"):
+        pass
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What a safetensors file is, from its header: names, sizes, its own metadata. Raises ModelError, UnsafeError."""
+    check_file(path)
+    with loading(path), safe_open(path, "pt") as file:
+        names, metadata = list(file.keys()), dict(file.metadata() or {})
+        counts = [math.prod(file.get_slice(name).get_shape()) for name in names]
+        kinds = sorted({file.get_slice(name).get_dtype() for name in names})
+    return {
+        "name": path.stem,
+        "kind": _kind(names, path),
+        "hash": file_hash(path),
+        "tensors": len(names),
+        "parameters": sum(counts),
+        "precision": kinds,
+        "metadata": {key: value[:200] for key, value in metadata.items()},
+    }
+
+
+def _kind(names: Sequence[str], path: Path) -> str:
+    """A family of models, or a format of adapters."""
+    if any(name.startswith(UNET) for name in names):
+        return f"Stable Diffusion {_family(names, path)}, original layout"
+    if not _of_adapter(names):
+        return "weights"
+    return "adapter, " + (
+        "kohya's names" if any(n.startswith("lora_") for n in names) else "PEFT's or diffusers' names"
+    )
+
+
+def _of_adapter(names: Sequence[str]) -> bool:
+    return any("lora" in name for name in names) and not any(name.startswith(UNET) for name in names)
+
+
+def _family(state: Iterable[str], path: Path) -> Family:
+    state = list(state)
+    if _of_adapter(state):
+        raise ModelError(f"{path} is an adapter, drawn with by --lora and converted by --to, not a model")
+    if not any(name.startswith(UNET) for name in state):
+        raise ModelError(f"no U-Net under {UNET}* ({path}). A whole Stable Diffusion checkpoint is needed")
+    if not any(name.startswith(VAE) for name in state):
+        raise ModelError(f"no autoencoder under {VAE}* ({path}). A whole Stable Diffusion checkpoint is needed")
+    held = {prefix for prefix in (*CLIP.values(), *OPEN_CLIP.values()) if any(n.startswith(prefix) for n in state)}
+    families: dict[frozenset[str], Family] = {
+        frozenset({CLIP["1"]}): "1",
+        frozenset({OPEN_CLIP["2"]}): "2",
+        frozenset({CLIP["XL"], OPEN_CLIP["XL"]}): "XL",
+    }
+    if frozenset(held) not in families:
+        raise ModelError(f"no Stable Diffusion 1, 2 or XL by its text encoders ({path}: {sorted(held) or 'none'})")
+    return families[frozenset(held)]
+
+
+def unet_config(state: State, family: Family) -> dict[str, Any]:
+    """The U-Net's config by the shapes of its input blocks: a downsampling begins the next level."""
+    weights = {name.removeprefix(UNET): tensor for name, tensor in state.items() if name.startswith(UNET)}
+    levels: list[list[tuple[int, int]]] = [[]]  # of each residual block its channels and its depth of attention
+    for block in range(1, _count(weights, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{block}.0.op.weight" in weights:
+            levels.append([])
+        else:
+            depth = _count(weights, rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
+            levels[-1].append((weights[f"input_blocks.{block}.0.out_layers.3.weight"].shape[0], depth))
+    if len({len(level) for level in levels}) != 1:
+        raise ModelError("its U-Net has not as many blocks at every level")
+    channels, depths = [level[0][0] for level in levels], [level[0][1] for level in levels]
+    middle = _count(weights, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    keys = [name for name in weights if name.endswith("attn2.to_k.weight")]
+    later = family != "1"
+    config: dict[str, Any] = {
+        "sample_size": SIDES[family],
+        "in_channels": weights["input_blocks.0.0.weight"].shape[1],
+        "out_channels": weights["out.2.weight"].shape[0],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": len(levels[0]),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
+        "transformer_layers_per_block": (*(max(depth, 1) for depth in depths[:-1]), max(depths[-1], middle)),
+        "cross_attention_dim": weights[keys[0]].shape[1],
+        "attention_head_dim": tuple(max(c // 64, 1) for c in channels) if later else 8,  # diffusers' name for heads
+        "use_linear_projection": later,
+    }
+    if family == "XL":
+        config["addition_embed_type"] = "text_time"
+        config["addition_time_embed_dim"] = 256
+        config["projection_class_embeddings_input_dim"] = weights["label_emb.0.0.weight"].shape[1]
+    return config
+
+
+def vae_config(state: State, family: Family) -> dict[str, Any]:
+    """The autoencoder's config by the shapes of its encoder."""
+    levels = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(
+            state[f"{VAE}encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)
+        ),
+        "layers_per_block": _count(state, rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": state[f"{VAE}decoder.conv_in.weight"].shape[1],
+        "scaling_factor": SCALING[family],
+        "sample_size": 8 * SIDES[family],
+    }
+
+
+def _text_encoder(state: State, family: Family) -> TextEncoder | DualTextEncoder:
+    if family == "1":
+        return _clip(state, family)
+    if family == "2":
+        return _open_clip(state, family)
+    return DualTextEncoder(_clip(state, family), _open_clip(state, family), zero_empty=True)
+
+
+def _clip(state: State, family: Family) -> TextEncoder:
+    """OpenAI's ViT-L, which the file holds under transformers' names."""
+    names = conversion.convert_ldm_clip_checkpoint(state, CLIP[family])
+    weights = _bare(names)
+    weights.pop("embeddings.position_ids", None)
+    weights.pop("text_projection.weight", None)
+    model = _filled_text(CLIPTextModel, text_config(weights, "quick_gelu"), weights)
+    return TextEncoder(clip_tokenizer(77), model, penultimate=family == "XL")
+
+
+def _open_clip(state: State, family: Family) -> TextEncoder:
+    """OpenCLIP's H of Stable Diffusion 2, read to the last layer but one, and bigG of XL with its projection."""
+    prefix = OPEN_CLIP[family]
+    width = state[f"{prefix}ln_final.weight"].shape[0]
+    weights = conversion.convert_open_clip_checkpoint(
+        SimpleNamespace(config=SimpleNamespace(hidden_size=width)), state, prefix=prefix
+    )
+    if family == "XL":
+        config = text_config(_bare(weights), "gelu", projection_dim=weights["text_projection.weight"].shape[0])
+        model = _filled_text(CLIPTextModelWithProjection, config, weights)
+        return TextEncoder(clip_tokenizer(77, pad="!"), model, penultimate=True)
+    layers = _count(state, rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
+    read = OPEN_CLIP_H[1] if width == OPEN_CLIP_H[0] else layers - 1
+    weights = _bare(weights)
+    weights.pop("text_projection.weight", None)
+    weights = {name: tensor for name, tensor in weights.items() if _layer(name) < read}
+    return TextEncoder(clip_tokenizer(77, pad="!"), _filled_text(CLIPTextModel, text_config(weights, "gelu"), weights))
+
+
+def _bare(weights: State) -> State:
+    """As a text transformer without a projection calls them."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+
+
+def _layer(name: str) -> int:
+    found = re.match(r"encoder\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def text_config(weights: State, activation: str, **more: Any) -> CLIPTextConfig:
+    """A CLIP text transformer's config by its weights under transformers' names."""
+    vocabulary, width = weights["embeddings.token_embedding.weight"].shape
+    positions = weights["embeddings.position_embedding.weight"].shape[0]
+    if (vocabulary, positions) != (VOCABULARY, POSITIONS):
+        raise ModelError(f"its text encoder knows {vocabulary} words at {positions} places, not CLIP's")
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=weights["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_count(weights, r"encoder\.layers\.(\d+)\."),
+        num_attention_heads=max(width // 64, 1),
+        max_position_embeddings=positions,
+        hidden_act=activation,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=49407 if activation == "quick_gelu" else 0,
+        **more,
+    )
+
+
+def _filled(network: Any, config: dict[str, Any], state: State) -> nn.Module:
+    """A network of that config with those weights, all of them and no others."""
+    with torch.device("meta"):
+        model: nn.Module = network(**config)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _filled_text(network: Any, config: CLIPTextConfig, state: State) -> Any:
+    with torch.device("meta"):
+        model = network(config)
+    model.load_state_dict(state, assign=True)
+    embeddings = getattr(model, "text_model", model).embeddings
+    embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]  # in no file: it was made on "meta"
+    return model
+
+
+def _count(weights: State, pattern: str) -> int:
+    """How many numbers the names hold at that place. Raises ModelError where one is left out."""
+    numbers = {int(found[1]) for name in weights if (found := re.match(pattern, name))}
+    if numbers and max(numbers) != len(numbers) - 1:
+        raise ModelError(f"its names are numbered up to {max(numbers)}, of which there are {len(numbers)} ({pattern})")
+    return len(numbers)
+
+
+def _prediction(
+    path: Path, state: State, family: Family, unet: UNet, text_encoder: TextEncoder | DualTextEncoder
+) -> tuple[str, bool]:
+    """What the U-Net predicts, and whether it was trained to zero terminal SNR.
+
+    Files that are not of their family's usual kind say so by an empty weight of that name, or in their metadata.
+    """
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("modelspec.prediction_type", "")
+    if "v_pred" in state or told in ("v", "v_prediction"):
+        return "v_prediction", "ztsnr" in state
+    if told or family != "2":
+        return "epsilon", "ztsnr" in state
+    return ("epsilon" if predicts_noise(unet, text_encoder) else "v_prediction"), "ztsnr" in state
+
+
+@torch.no_grad()
+def predicts_noise(unet: UNet, text_encoder: TextEncoder | DualTextEncoder, t: int = 999) -> bool:
+    """Whether the output at the last time follows the input.
+
+    There x_t is all but noise, which a network of noise gives back; a velocity is then about -x0, of which noise
+    says nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = unet.model
+    side = 2 ** (len(model.config.block_out_channels) - 1) * 2
+    x = torch.randn(1, model.config.in_channels, side, side, generator=generator).to(model.dtype)
+    context = text_encoder.context("").tokens[None].to(model.dtype)
+    output = unet(x, t, Context(context)).float()
+    noise = x[:, : output.shape[1]].float()
+    return bool(torch.corrcoef(torch.stack([output.flatten(), noise.flatten()]))[0, 1] > 0.5)

@@ -1,0 +1,91 @@
+"""A pickle's tensors as safetensors, read in a process of its own: `python -m latentdiff.formats.unpickle FROM TO`.
+
+torch reads it with weights_only, which builds tensors and plain containers and calls nothing else. The process has
+nothing to lose: it writes one new file and ends.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentdiff.core.errors import ModelError, UnsafeError
+
+_NESTS = ("state_dict", "model", "string_to_param")  # where checkpoints keep their tensors
+_REFUSED = 7
+
+
+def unpickled(source: Path, target: Path) -> None:
+    """Write the tensors of a pickle to a new safetensors file. Raises UnsafeError for one that would run code."""
+    # -P: else a module of the folder in which one stands would be imported for one of ours
+    words = [sys.executable, "-P", "-m", "latentdiff.formats.unpickle", str(source.absolute()), str(target.absolute())]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=3600, check=False)
+    told = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    if done.returncode == _REFUSED:
+        raise UnsafeError(f"{source} asks for more than tensors ({told[0]}). latentdiff never loads that")
+    if done.returncode:
+        raise ModelError(f"cannot read the pickle {source}: {told[0][:200]}")
+
+
+def tensors_of(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their names."""
+    while isinstance(tree, dict) and (nest := next((n for n in _NESTS if isinstance(tree.get(n), dict)), None)):
+        one = nest == "string_to_param" and len(tree[nest]) == 1
+        tree = {"emb_params": next(iter(tree[nest].values()))} if one else tree[nest]
+    named = list(_named(tree, ""))
+    if not named:
+        raise ValueError("it holds no tensors")
+    if len(dict(named)) < len(named):
+        raise ValueError("two of its tensors have the same name")
+    return dict(named)
+
+
+def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield prefix.removesuffix("."), tree.detach().clone().contiguous()  # tensors that share memory are apart here
+    elif isinstance(tree, dict | list | tuple):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _named(value, f"{prefix}{name}.")
+
+
+def _calls(source: Path) -> tuple[str, str] | None:
+    """The first thing that a bare pickle of another protocol would look up, found without running it."""
+    import pickletools
+
+    try:
+        named = [opcode.name for opcode, _, _ in pickletools.genops(source.read_bytes())]
+    except ValueError:  # no pickle at all
+        return None
+    return next(
+        (("", f"opcode {name}") for name in named if name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE")), None
+    )
+
+
+def main(source: str, target: str) -> int:
+    """The child process; returns its exit code."""
+    import pickle
+
+    try:
+        tree = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) or _calls(Path(source))
+        print(foreign[1] if foreign else "it is no whole pickle", file=sys.stderr)
+        return _REFUSED if foreign else 1
+    try:
+        save_file(tensors_of(tree), target, {"format": "pt"})
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

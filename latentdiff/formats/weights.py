@@ -1,0 +1,215 @@
+"""The networks of a model folder, built and filled. Nothing is fetched; nothing but safetensors is read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from latentdiff.core.errors import ModelError
+from latentdiff.formats.folder import check_depth, loading, numbers_in, read_json, variant_of, weight_files
+from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder, TinyAutoencoder
+from latentdiff.networks.encoders.clip import END, START, TextEncoder
+from latentdiff.networks.encoders.two_clips import DualTextEncoder
+
+if TYPE_CHECKING:
+    from latentdiff.networks.clip import Clip
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
+
+
+def load_networks(
+    directory: Path, variant: str | None = None
+) -> tuple[Autoencoder | IdentityAutoencoder, TextEncoder | DualTextEncoder, UNet]:
+    """The networks of a checked model folder, in the precision in which they are stored."""
+    autoencoder = load_autoencoder(directory, variant)
+    return autoencoder, load_text_encoders(directory, variant), load_unet(directory, variant)
+
+
+def load_autoencoder(directory: Path, variant: str | None = None) -> Autoencoder | IdentityAutoencoder:
+    """The VAE of a model folder, or the identity where it has none."""
+    return load_vae(directory / "vae", variant) if (directory / "vae").is_dir() else _identity(directory)
+
+
+def load_vae(folder: Path, variant: str | None = None) -> Autoencoder:
+    """The VAE of a checked folder."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    directory, part = folder.parent, folder.name
+    tiny = read_json(folder / "config.json").get("_class_name") == "AutoencoderTiny"
+    vae = _pretrained(AutoencoderTiny if tiny else AutoencoderKL, directory, part, variant)
+    with loading(part, directory):
+        autoencoder = TinyAutoencoder(vae) if tiny else Autoencoder(vae)
+        if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
+            raise ModelError(f"{part}/config.json: scaling_factor or shift_factor is no positive number ({directory})")
+    return autoencoder.eval()
+
+
+def _identity(directory: Path) -> IdentityAutoencoder:
+    channels = read_json(directory / "unet" / "config.json").get("in_channels")
+    if channels not in (1, 3):
+        raise ModelError(f"no vae, and a U-Net of {channels} channels draws no picture ({directory})")
+    return IdentityAutoencoder(channels)
+
+
+def load_text_encoder(directory: Path, variant: str | None = None) -> TextEncoder:
+    """Tokenizer and CLIP text model of a model folder."""
+    from transformers import CLIPTextModel
+
+    return _text_encoder(CLIPTextModel, directory, variant, "", penultimate=False)
+
+
+def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncoder | DualTextEncoder:
+    """The text encoder of a model folder, or both of SDXL."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    if not (directory / "text_encoder_2").is_dir():
+        return load_text_encoder(directory, variant)
+    first = _text_encoder(CLIPTextModel, directory, variant, "", penultimate=True)
+    second = _text_encoder(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
+    zero_empty = read_json(directory / "model_index.json").get("force_zeros_for_empty_prompt", True)
+    return DualTextEncoder(first, second, zero_empty=bool(zero_empty)).eval()
+
+
+def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool) -> TextEncoder:
+    from transformers import CLIPTokenizer
+
+    tokenizer_folder = directory / f"tokenizer{suffix}"
+    with loading(tokenizer_folder.name, directory):
+        if not tokenizer_folder.is_dir():  # else it is sought on the hub
+            raise ModelError(f"{tokenizer_folder.name} is missing ({directory})")
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    model = _pretrained(network, directory, f"text_encoder{suffix}", variant)
+    read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
+    if not (isinstance(read, int) and 2 <= read <= positions):
+        raise ModelError(f"tokenizer reads {read} tokens, the text encoder has {positions} positions ({directory})")
+    ids, rows = [tokenizer.convert_tokens_to_ids(t) for t in (START, END, tokenizer.pad_token)], len(_rows(model))
+    most = max(tokenizer.get_vocab().values(), default=0)
+    if not all(isinstance(index, int) and index < rows for index in ids) or most >= rows:
+        raise ModelError(f"{tokenizer_folder.name} does not fit the text encoder's {rows} words ({directory})")
+    return TextEncoder(tokenizer, model, penultimate=penultimate).eval()
+
+
+def _rows(model: Any) -> Any:
+    return model.get_input_embeddings().weight
+
+
+def load_unet(directory: Path, variant: str | None = None) -> UNet:
+    """The U-Net of a model folder."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet(_pretrained(UNet2DConditionModel, directory, "unet", variant)).eval()
+
+
+def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
+    """The contrastive towers that the text encoder of a model folder comes from; it may lie in another folder."""
+    from latentdiff.networks.clip import Clip  # open_clip takes seconds to import
+
+    (file,) = weight_files((text_encoder or directory) / "text_encoder")
+    with loading("clip", directory), safe_open(file, "pt") as weights:
+        (name,) = (key for key in weights.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
+        return Clip.load(directory / "clip", weights.get_tensor(name))
+
+
+def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -> Any:
+    """A network of a checked folder; every weight of it comes from the file."""
+    with loading(part, directory), _quietly():
+        if not (directory / part / "config.json").is_file():  # else it is sought on the hub
+            raise ModelError(f"{part} is missing ({directory})")
+        config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
+        kinds = {name: kind for file in files for name, kind in _kinds(file).items()}
+        check_depth(config, len(kinds), part, directory)
+        _check_size(network, directory, part, sum(map(numbers_in, files)))
+        model, told = network.from_pretrained(
+            directory / part,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            variant=variant_of(directory / part, variant),
+            torch_dtype=_stored_dtype(kinds, directory / part),
+        )
+        absent = sorted(told["missing_keys"])
+        if absent:
+            raise ModelError(f"{part}: {len(absent)} weights are missing, the first is {absent[0]} ({directory})")
+        if told["unexpected_keys"]:
+            first = sorted(told["unexpected_keys"])[0]
+            count = len(told["unexpected_keys"])
+            warnings.warn(
+                f"{part}: {count} weights are used by nothing, the first is {first} ({directory})", stacklevel=2
+            )
+        return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Both libraries show a bar for every network, some for every file of it.
+
+    diffusers warns of settings that are not read, also of one that it writes itself for a tiny VAE; what is wrong with
+    weights we say ourselves.
+    """
+    shown, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    hook = transformers_logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(hook)
+        diffusers_logging.set_verbosity(level)
+        if shown:
+            diffusers_logging.enable_progress_bar()
+
+
+def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:
+    """The precision of a network's weights on the disk, in which they are loaded: to convert is the caller's.
+
+    Raises ModelError for weights that are no floating point.
+    """
+    odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith("position_ids")]
+    if odd:
+        raise ModelError(f"{folder.name}: {odd[0]} is no floating point of 16 bits or more ({folder.parent})")
+    return next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), torch.float32)
+
+
+def _kinds(file: Path) -> dict[str, str]:
+    """The type of each tensor of a safetensors file, from its header."""
+    with safe_open(file, "pt") as weights:
+        return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+
+
+def _check_size(network: Any, directory: Path, part: str, held: int) -> None:
+    """Refuse a config that describes a larger network than the weights fill, before memory is taken for it.
+
+    Twice as large, not merely larger: the loaders name what does not fit, and old checkpoints may lack a buffer.
+    """
+    folder = directory / part
+    with torch.device("meta"):
+        if hasattr(network, "load_config"):  # diffusers
+            skeleton = network.from_config(network.load_config(folder, local_files_only=True))
+        else:
+            skeleton = network(network.config_class.from_pretrained(folder, local_files_only=True))
+    described = sum(p.numel() for p in skeleton.parameters())
+    if described > 2 * held:
+        raise ModelError(
+            f"{part}/config.json describes {described:,} parameters, its weights hold {held:,} ({directory})"
+        )
+
+
+def weights_hash(network: nn.Module) -> str:
+    """sha256 of a network's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,1 +1,0 @@
-"""The networks, borrowed from diffusers, transformers and open_clip, which are imported here alone."""

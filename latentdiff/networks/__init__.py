@@ -1,0 +1,1 @@
+"""The networks, borrowed from diffusers, transformers and open_clip, behind the protocols of this project."""

@@ -1,0 +1,1 @@
+"""Small changes of a network: low-rank factors and learnt words."""

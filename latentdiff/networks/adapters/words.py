@@ -1,0 +1,166 @@
+"""Learnt words (Gal et al. 2022): a file of embeddings, and the tokens that stand for them.
+
+`learned_embeds.safetensors` holds {word: (D,) or (n, D)}; A1111's files hold `emb_params`, those of SDXL `clip_l` and
+`clip_g`, and the word is the file's name. A word of n vectors is n tokens: word, word_1, word_2, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.formats.folder import let_others_read, loading, refuse_pickle, saving
+from latentdiff.networks.encoders.clip import TextEncoder
+from latentdiff.networks.encoders.two_clips import DualTextEncoder
+
+_OF_SDXL = ("clip_l", "clip_g")
+FILE = "learned_embeds.safetensors"
+
+
+def load_words(path: Path, text_encoder: TextEncoder | DualTextEncoder, word: str | None = None) -> list[str]:
+    """Teach the encoder the words of a file, or of a folder with learned_embeds.safetensors; returns them.
+
+    word: what to call it instead. Raises ModelError where the vectors do not fit, or a word is known already.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ModelError(f"no embeddings there ({path}). Give a .safetensors file, or a folder with {FILE}")
+    refuse_pickle(file)
+    with loading(file):
+        state = load_file(file)
+    encoders = text_encoder.encoders
+    words = _by_word(state, file.stem, encoders, file)
+    if word is not None and len(words) > 1:
+        raise ModelError(f"it holds {len(words)} words ({file}): one other name is not enough")
+    each = [(e, word or name, own) for name, vectors in words.items() for e, own in zip(encoders, vectors, strict=True)]
+    for encoder, name, vectors in each:
+        _check(encoder, name, vectors, file)
+    tokens = [token for encoder, name, vectors in each if encoder is encoders[0] for token in _tokens(name, vectors)]
+    if len(set(tokens)) < len(tokens) or any(len({len(v) for v in vectors}) > 1 for vectors in words.values()):
+        raise ModelError(f"its words have the same tokens, or not as many vectors for each text encoder ({file})")
+    for encoder, name, vectors in each:
+        _teach(encoder, name, vectors)
+    return [word] if word is not None else list(words)
+
+
+def _by_word(
+    state: dict[str, Tensor], stem: str, encoders: Sequence[TextEncoder], file: Path
+) -> dict[str, list[Tensor]]:
+    """For each word the vectors (n, D) of each encoder."""
+    if set(_OF_SDXL) <= state.keys() and len(encoders) == 2:
+        found = {stem: [state[name] for name in _OF_SDXL]}
+    elif len(encoders) == 1:
+        named = {stem: state["emb_params"]} if "emb_params" in state else state
+        found = {word: [vectors] for word, vectors in named.items()}
+    else:
+        raise ModelError(
+            f"two text encoders need embeddings clip_l and clip_g ({file}: {', '.join(sorted(state)[:3])})"
+        )
+    if not found:
+        raise ModelError(f"there is nothing in it ({file})")
+    if any(vectors.ndim not in (1, 2) or not vectors.numel() for each in found.values() for vectors in each):
+        raise ModelError(f"embeddings are of shape (D,) or (n, D) ({file})")
+    return {word: [vectors.reshape(-1, vectors.shape[-1]) for vectors in each] for word, each in found.items()}
+
+
+def _tokens(word: str, vectors: Tensor) -> list[str]:
+    """In lower case, as CLIP's tokenizer makes all text."""
+    word = word.lower()
+    return [word, *(f"{word}_{number}" for number in range(1, len(vectors)))]
+
+
+def _check(encoder: TextEncoder, word: str, vectors: Tensor, file: Path) -> None:
+    """Before anything is changed. Raises ModelError."""
+    width = encoder.model.get_input_embeddings().weight.shape[1]
+    if vectors.shape[1] != width:
+        raise ModelError(f"{word} has vectors of {vectors.shape[1]}, this model's have {width} ({file})")
+    if not (vectors.is_floating_point() and bool(torch.isfinite(vectors).all())) or len(vectors) >= encoder.max_length:
+        raise ModelError(f"{word} is not of finite vectors, or of too many ({file})")
+    if not word.strip() or word != word.strip():
+        raise ModelError(f"{word!r} is no word ({file}). Give another name")
+    known = encoder.tokenizer.get_vocab()
+    if taken := [token for token in _tokens(word, vectors) if token in known]:
+        raise ModelError(f"the word {taken[0]!r} is known already ({file}). Give another name")
+
+
+@torch.no_grad()
+def _teach(encoder: TextEncoder, word: str, vectors: Tensor) -> None:
+    tokens = _tokens(word, vectors)
+    _remember(encoder, tokens)
+    first = len(encoder.model.get_input_embeddings().weight)
+    with torch.random.fork_rng(devices=[]):  # the new rows are drawn before they are filled
+        encoder.model.resize_token_embeddings(first + len(tokens), mean_resizing=False)
+    grown = encoder.model.get_input_embeddings().weight
+    ids = encoder.tokenizer.convert_tokens_to_ids(tokens)
+    grown[ids] = vectors.to(grown)
+
+
+def _remember(encoder: TextEncoder, tokens: Sequence[str]) -> None:
+    encoder.tokenizer.add_tokens(list(tokens))
+    getattr(encoder.model, "text_model", encoder.model).eos_token_id = 49407  # else the largest id is taken for the end
+
+
+class LearntEmbedding(nn.Module):
+    """A text encoder's token embedding with rows of its own from id `first` on, which alone are trained."""
+
+    def __init__(self, known: nn.Embedding, vectors: Tensor, first: int):
+        super().__init__()
+        self.known, self.vectors, self._first = known.requires_grad_(False), nn.Parameter(vectors), first
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, as an embedding has them."""
+        return torch.cat([self.known.weight[: self._first], self.vectors.to(self.known.weight)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, L, D)."""
+        known = self.known(ids.clamp(max=self._first - 1))
+        learnt = nn.functional.embedding((ids - self._first).clamp(min=0), self.vectors).to(known.dtype)
+        return torch.where((ids >= self._first)[..., None], learnt, known)
+
+
+@torch.no_grad()
+def begin_word(
+    text_encoder: TextEncoder | DualTextEncoder, word: str, initial: str, count: int
+) -> dict[str, nn.Parameter]:
+    """Add a word of `count` vectors that begin as those of the initial words in turn; returns what is trained.
+
+    By the name that a file of embeddings gives each encoder's. Raises ConfigError for a word that is known already, or
+    initial words that are not.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for name, encoder in zip(_keys(word, text_encoder), text_encoder.encoders, strict=True):
+        encoder.requires_grad_(False)
+        embedding = encoder.model.get_input_embeddings()
+        ids = encoder.tokenizer(initial, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        if not ids:
+            raise ConfigError("the initial words are no words. Name what the new one is like, --initial dog")
+        begun = embedding.weight[[ids[number % len(ids)] for number in range(count)]]
+        try:
+            _check(encoder, word, begun, Path("--token"))
+        except ModelError as error:
+            raise ConfigError(str(error)) from None
+        tokens = _tokens(word, begun)
+        _remember(encoder, tokens)
+        learnt = LearntEmbedding(embedding, begun.float().clone(), encoder.tokenizer.convert_tokens_to_ids(tokens[0]))
+        encoder.model.set_input_embeddings(learnt)
+        found[name] = learnt.vectors
+    return found
+
+
+def save_word(vectors: Mapping[str, Tensor], folder: Path, word: str) -> Path:
+    """Write learned_embeds.safetensors, {word: (n, D)}; of SDXL clip_l and clip_g, in a file called by the word."""
+    path = folder / (FILE if word in vectors else f"{word}.safetensors")
+    with saving(path.name, folder):
+        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}, path)
+        let_others_read(path)
+    return path
+
+
+def _keys(word: str, text_encoder: TextEncoder | DualTextEncoder) -> Sequence[str]:
+    return (word,) if len(text_encoder.encoders) == 1 else _OF_SDXL

@@ -1,0 +1,1 @@
+"""Networks that predict: what a sampler evaluates at every step."""

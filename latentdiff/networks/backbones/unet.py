@@ -1,0 +1,293 @@
+"""The noise predictor: diffusers.UNet2DConditionModel behind the Network protocol of `diffusion.denoiser`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentdiff.formats.folder import publish
+from latentdiff.networks.conditions import Context
+
+
+class UNet(nn.Module):
+    """(x_t, t, context) -> output, with x_t (B, C, h, w), t a time or (B,) times, context (B, L, D) or a Context.
+
+    A context (K, B, L, D) runs x_t under K conditions in one batch and gives (K, B, C, h, w).
+    """
+
+    def __init__(self, model: UNet2DConditionModel):
+        super().__init__()
+        self.model, self._fused = model, False
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)  # sides of latents must be multiples of it
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        sample_size: int,
+        channels: int,
+        context_dim: int,
+        block_out_channels: tuple[int, ...],
+        attention: tuple[bool, ...],
+        layers_per_block: int,
+        num_heads: int,
+        norm_num_groups: int,
+        pooled_text: bool,
+    ) -> UNet:
+        """A new one with random weights; `attention` says which levels attend to the text, from the finest.
+
+        With `pooled_text` the text, pooled by attention, joins the embedding of the time, and both scale and shift
+        every residual block (as in GLIDE, Nichol et al. 2021).
+        """
+        model = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            cross_attention_dim=context_dim,
+            attention_head_dim=num_heads,  # diffusers' name for the number of heads
+            norm_num_groups=norm_num_groups,
+            addition_embed_type="text" if pooled_text else None,
+            addition_embed_type_num_heads=num_heads,
+            resnet_time_scale_shift="scale_shift" if pooled_text else "default",
+        )
+        return cls(model)
+
+    @property
+    def in_channels(self) -> int:
+        """Of its input: the latents', or for inpainting the latents', a mask's and the masked latents'."""
+        return int(self.model.config.in_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def context_width(self) -> int:
+        """D of the contexts that it attends to."""
+        width = self.model.config.cross_attention_dim
+        return int(width if isinstance(width, int) else width[0])  # of every level
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the context must hold pooled text and sizes, as for SDXL."""
+        return bool(self.model.config.addition_embed_type == "text_time")
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor | Context) -> Tensor:
+        """See the class."""
+        told = (context if isinstance(context, Context) else Context(context)).cast(self.dtype)
+        x = x.to(self.dtype)
+        if told.tokens.ndim == 3:
+            return self._predict(x, t, told)
+        conditions = len(told.tokens)
+        output = self._predict(x.repeat(conditions, 1, 1, 1), t, told.flattened())
+        return output.reshape(conditions, len(x), *output.shape[1:])
+
+    @torch.no_grad()
+    def prepared(self, context: Context) -> Context:
+        """A context as `predict` takes it at every step; once `fuse`d with the keys and values of its text."""
+        told = context.cast(self.dtype)
+        if not self._fused:
+            return told
+        rows = told.tokens.flatten(0, -3)
+        heads = {name: (each.to_k(rows), each.to_v(rows)) for name, each in self._attentions("attn2")}
+        return replace(told, text=heads)
+
+    def fuse(self) -> None:
+        """Attention with one product for queries, keys and values, and with those of the text given by `prepared`.
+
+        With adapters beside the weights self-attention keeps its three: the one would be made without them.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapted = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+        if not adapted:
+            self.model.fuse_qkv_projections()
+        for _, attention in self._attentions("attn1"):
+            attention.set_processor(_Plain() if adapted else _Fused())
+        for name, attention in self._attentions("attn2"):
+            attention.set_processor(_FromText(name))
+        self._fused = True
+
+    def unfuse(self) -> None:
+        """Undo `fuse`."""
+        if self._fused:
+            self.model.unfuse_qkv_projections()
+            self.model.set_attn_processor(AttnProcessor2_0())
+        self._fused = False
+
+    def _attentions(self, kind: str) -> list[tuple[str, Any]]:
+        return [(name, module) for name, module in self.model.named_modules() if name.endswith(f".{kind}")]
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, t: Tensor | float, context: Context) -> Tensor:
+        """The output as drawing asks for it: float32 whatever the network's precision, without gradients.
+
+        They are off around the network alone: a mode entered in a generator would leak to whoever iterates.
+        """
+        output: Tensor = self(x, t, context)
+        return output.float()
+
+    @torch.no_grad()
+    def predict_from(self, x: Tensor, t: float, context: Context, deep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`predict`, and the features that reach its last level: everything but the finest.
+
+        Given those of an earlier step, only the finest level is computed (DeepCache, Ma et al. 2024, section 3.2).
+        """
+        with self.deep(deep) as found:
+            output = self.predict(x, t, context)
+        return output, found[0]
+
+    @contextmanager
+    def deep(self, given: Tensor | None) -> Iterator[list[Tensor]]:
+        """Notes what the blocks below the finest level give, or lets them give that without being computed."""
+        downs, ups = list(self.model.down_blocks)[1:], list(self.model.up_blocks)[:-1]
+        found: list[Tensor] = [] if given is None else [given]
+        changed: dict[nn.Module, Any] = {}
+        if given is None:
+            changed[ups[-1]] = _noting(ups[-1].forward, found)
+        else:
+            for block in downs:  # as many skip connections as they would make, for those above to take off
+                changed[block] = _passing(len(block.resnets) + (block.downsamplers is not None))
+            changed |= dict.fromkeys([self.model.mid_block, *ups[:-1]], _passing(0))
+            changed[ups[-1]] = lambda *_, **__: given
+        own = {block: block.__dict__.get("forward") for block in changed}
+        compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, None  # it knows of no change
+        try:
+            for block, forward in changed.items():
+                block.forward = forward
+            yield found
+        finally:
+            self.model._compiled_call_impl = compiled
+            for block, forward in own.items():
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    @property
+    def has_deep(self) -> bool:
+        """Whether there are levels below the finest."""
+        return len(self.model.down_blocks) > 1
+
+    def predict_perturbed(self, x: Tensor, t: float, context: Context) -> Tensor:
+        """`predict` with the identity for the self-attention maps of the middle block (Ahn et al. 2024, eq. 13)."""
+        processors = self.model.attn_processors
+        own = {name: _Identity() for name in processors if name.startswith("mid_block") and ".attn1." in name}
+        self.model.set_attn_processor({**processors, **own})
+        try:
+            return self.predict(x, t, context)
+        finally:
+            self.model.set_attn_processor(processors)
+
+    @property
+    def can_be_perturbed(self) -> bool:
+        """Whether there is self-attention in the middle block."""
+        return any(name.startswith("mid_block") and ".attn1." in name for name in self.model.attn_processors)
+
+    def _predict(self, x: Tensor, t: Tensor | float, told: Context) -> Tensor:
+        added = {"text_embeds": told.pooled, "time_ids": told.sizes} if self.reads_sizes else None
+        time, text = torch.as_tensor(t, device=x.device), None if told.text is None else {"text": told.text}
+        output: Tensor = self.model(
+            x, time, told.tokens, added_cond_kwargs=added, cross_attention_kwargs=text, return_dict=False
+        )[0]
+        return output
+
+    def use_plain_attention(self) -> None:
+        """Attention as two matrix products and a softmax.
+
+        For training on a CPU: there the backward of torch's fused attention is the slowest part of a step on maps as
+        small as ours; without it a step takes a quarter to a third less time.
+        """
+        self.model.set_attn_processor(AttnProcessor())
+
+    @contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """Without `use_plain_attention`: to the bit the outputs of a network that is loaded to draw."""
+        own = dict(self.model.attn_processors)
+        self.model.set_attn_processor(AttnProcessor2_0())
+        try:
+            yield
+        finally:
+            self.model.set_attn_processor(own)
+
+    def save_memory(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them (Chen et al. 2016)."""
+        self.model.enable_gradient_checkpointing()
+
+    def save(self, directory: Path) -> None:
+        """Write config.json and safetensors weights."""
+        self.model.save_pretrained(directory, safe_serialization=True)
+        publish(directory)
+
+
+def _noting(forward: Callable[..., Tensor], found: list[Tensor]) -> Callable[..., Tensor]:
+    """A block's forward that notes what it gives."""
+
+    def noting(*args: Any, **settings: Any) -> Tensor:
+        output = forward(*args, **settings)
+        found.append(output)
+        return output
+
+    return noting
+
+
+def _passing(skips: int) -> Callable[..., Any]:
+    """A block's forward that computes nothing; what it passes on is taken by none that computes."""
+
+    def passing(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, (hidden_states,) * skips) if skips else hidden_states
+
+    return passing
+
+
+class _Plain(AttnProcessor2_0):
+    """Self-attention to which the text's keys and values are nothing."""
+
+    def __call__(self, *args: Any, text: object = None, **settings: Any) -> Any:
+        return super().__call__(*args, **settings)
+
+
+class _Fused(FusedAttnProcessor2_0):
+    """The same with one product."""
+
+    def __call__(self, *args: Any, text: object = None, **settings: Any) -> Any:
+        return super().__call__(*args, **settings)
+
+
+class _FromText:
+    """Cross-attention with keys and values (B, L, H d) that are given, by its name."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __call__(
+        self, attention: Attention, hidden_states: Tensor, *_: Any, text: dict[str, tuple[Tensor, Tensor]], **__: Any
+    ) -> Tensor:
+        heads = [
+            tensor.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for tensor in (attention.to_q(hidden_states), *text[self._name])
+        ]
+        drawn = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return attention.to_out[0](drawn) / attention.rescale_output_factor
+
+
+class _Identity:
+    """Self-attention in which every place attends to itself alone."""
+
+    def __call__(self, attention: Attention, hidden_states: Tensor, *_: Any, text: object = None, **__: Any) -> Tensor:
+        values = attention.to_out[0](attention.to_v(hidden_states))
+        return values / attention.rescale_output_factor

@@ -1,0 +1,1 @@
+"""Networks that turn a prompt into conditions."""

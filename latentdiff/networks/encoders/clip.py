@@ -1,0 +1,181 @@
+"""Prompts to context: CLIP's tokenizer and text transformer (Radford et al. 2021), from transformers.
+
+The vocabulary is CLIP's own byte-pair encoding, which open_clip ships as a file, so no hub is needed.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from latentdiff.formats.folder import publish
+from latentdiff.networks.conditions import Context
+from latentdiff.networks.encoders.prompt import EMPTY, Chunk, Reader, Reading, Style, check_clip_skip, weighted
+
+Tokenizer = CLIPTokenizer
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+class TextEncoder(nn.Module):
+    """token ids (B, L) -> Context (B, L, D): the last hidden states after the final layer norm.
+
+    penultimate: those of the layer before, without the norm, as SDXL reads its two.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        model: CLIPTextModel | CLIPTextModelWithProjection,
+        *,
+        penultimate: bool = False,
+    ):
+        super().__init__()
+        self.tokenizer, self.model, self.penultimate = tokenizer, model, penultimate
+        self.layers = int(model.config.num_hidden_layers) - penultimate  # that can be read
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (B, max_length), cut and padded with the end token as Stable Diffusion does."""
+        if not self.learnt_words:
+            return tokenize(self.tokenizer, prompts)
+        chunks = [Chunk(self._ids_of(prompt)[: self.max_length - 2], []) for prompt in prompts]
+        return torch.from_numpy(self.reader.ids(chunks))
+
+    @property
+    def encoders(self) -> list[TextEncoder]:
+        """Itself: there is one."""
+        return [self]
+
+    @property
+    def max_length(self) -> int:
+        """The number of tokens read at once, with start and end."""
+        return int(self.tokenizer.model_max_length)
+
+    def forward(self, ids: Tensor) -> Context:
+        """See the class; pooled (B, P) of an encoder with a projection."""
+        output = self.model(ids, output_hidden_states=self.penultimate)
+        tokens = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        return Context(tokens, getattr(output, "text_embeds", None))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """The context (B, L, D) of prompts as training reads them: no weights, cut, on the model's device."""
+        context: Context = self(self.tokenize(prompts).to(self.model.device))
+        return context.tokens
+
+    def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
+        """What `context` would make of a prompt, without computing it. Raises ConfigError for bad brackets."""
+        return self.reader.read(prompt, style)
+
+    @torch.no_grad()
+    def context(self, prompt: str, style: Style = Style(), *, least: int = 1) -> Context:  # noqa: B008 - frozen
+        """The context (n L, D) of one prompt in n chunks; empty ones are added up to `least`.
+
+        A word of weight w moves the context w times as far from the empty prompt's as it would by itself
+        (`prompt.weighted`).
+        """
+        check_clip_skip(style, self.layers)
+        reader = self.reader
+        found = reader.filled(prompt, style, least)
+        hidden, pooled = self._hidden(found, style)
+        weights = reader.weights(found)
+        if (weights != 1).any():
+            empty, _ = self._hidden([EMPTY], style)
+            hidden = weighted(hidden, empty, torch.from_numpy(weights).to(hidden))
+        return Context(hidden.flatten(0, 1), None if pooled is None else pooled[0])
+
+    def outputs(self, ids: Tensor) -> Any:
+        """All that the model says of token ids (n, L)."""
+        return self.model(ids, output_hidden_states=True, return_dict=True)
+
+    def hidden(self, outputs: Any, skipped: int = 0) -> Tensor:
+        """Of the outputs the hidden states (n, L, D) that are read, with that many layers left out."""
+        states = outputs.hidden_states
+        if self.penultimate:
+            return states[-2 - skipped]
+        return self.model.final_layer_norm(states[-1 - skipped]) if skipped else outputs.last_hidden_state
+
+    def _hidden(self, found: Sequence[Chunk], style: Style) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (n, L, D) of chunks, and the pooled text (n, P) of an encoder with a projection."""
+        ids, place = torch.from_numpy(self.reader.ids(found)), self.model.device
+        if place.type != "meta":  # offloaded layers fetch their input
+            ids = ids.to(place)
+        outputs = self.outputs(ids)
+        return self.hidden(outputs, style.clip_skip or 0), getattr(outputs, "text_embeds", None)
+
+    @property
+    def reader(self) -> Reader:
+        """Its words, those learnt included."""
+        start, end, pad = (self.tokenizer.convert_tokens_to_ids(t) for t in (START, END, self.tokenizer.pad_token))
+        return Reader(self._ids_of, start, end, pad, self.max_length)
+
+    def _ids_of(self, text: str) -> list[int]:
+        """The ids of a text, with all vectors of each learnt word: `word` stands for word, word_1, word_2, ..."""
+        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        learnt = self.learnt_words
+        words = {index: word for word, index in learnt.items()}
+        found: list[int] = []
+        for index in ids:
+            found.append(index)
+            number = 1
+            while index in words and (further := learnt.get(f"{words[index]}_{number}")) is not None:
+                found.append(further)
+                number += 1
+        return found
+
+    @property
+    def learnt_words(self) -> dict[str, int]:
+        """Words that are not of the vocabulary, with their ids."""
+        return {word: index for word, index in self.tokenizer.added_tokens_encoder.items() if index > self._end}
+
+    @property
+    def _end(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(END))
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer as its file holds it, without the padding and cutting of whoever used it last."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return str(backend.to_str())
+
+    def save(self, directory: Path, suffix: str = "") -> None:
+        """Write tokenizer/ and text_encoder/, or tokenizer_2/ and text_encoder_2/."""
+        tokenizer, text_encoder = directory / f"tokenizer{suffix}", directory / f"text_encoder{suffix}"
+        self.tokenizer.save_pretrained(tokenizer)
+        # the same file again without white space, which is half of it
+        (tokenizer / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
+        self.model.save_pretrained(text_encoder, safe_serialization=True)
+        publish(text_encoder)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """Token ids (B, max_length)."""
+    encoded = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+    ids: Tensor = encoded.input_ids
+    return ids
+
+
+def clip_tokenizer(max_length: int, pad: str = END) -> CLIPTokenizer:
+    """CLIP's tokenizer, from the merges that open_clip ships; OpenCLIP's own models pad with "!", which has id 0.
+
+    The vocabulary is CLIP's: 256 bytes, the same ending a word, one entry a merge, start and end.
+    """
+    from open_clip.tokenizer import bytes_to_unicode, default_bpe
+
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{c}</w>" for c in letters), *("".join(m.split()) for m in merges), START, END]
+    return CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)},
+        merges=[tuple(m.split()) for m in merges],
+        model_max_length=max_length,
+        pad_token=pad,
+    )

@@ -1,0 +1,190 @@
+r"""A prompt as people write it: weights, breaks, any length -> chunks of token ids with a weight each.
+
+    (word)      1.1 times the attention        (word:1.3)    1.3 times        [word]    1 / 1.1 times
+    BREAK       what follows begins a new chunk               \( \) \[ \] \\   the character itself
+
+Weights of nested brackets multiply. A chunk is what a text encoder reads at once: a start, up to 75 tokens, an end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentdiff.core.arrays import Array, library
+from latentdiff.core.errors import ConfigError
+
+STRONGER = 1.1
+LARGEST_WEIGHT = 10.0
+_WORDS = re.compile(r"\\[\\()\[\]]|:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|[\\:]")
+_BREAK = re.compile(r"\bBREAK\b")
+_ELSEWHERE = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a prompt is read.
+
+    weights: brackets and BREAK mean what this module says; else they are text. chunked: a prompt longer than a chunk
+    is read in several; else it is cut. clip_skip: how many of the text encoder's last layers are left out.
+    """
+
+    weights: bool = True
+    chunked: bool = True
+    clip_skip: int | None = None
+
+
+class Piece(NamedTuple):
+    """Text of one weight."""
+
+    text: str
+    weight: float
+
+
+class Chunk(NamedTuple):
+    """Token ids of one reading with the weight of each, without start, end and padding."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+EMPTY = Chunk([], [])
+
+
+class Reading(NamedTuple):
+    """What becomes of a prompt: its tokens with start and end, the chunks it is read in, the tokens that are cut."""
+
+    tokens: int
+    chunks: int
+    cut: int
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder's words: the ids of a text, of start, end and padding, and how many are read at once."""
+
+    ids_of: Callable[[str], list[int]]
+    start: int
+    end: int
+    pad: int
+    length: int
+
+    def chunks(self, prompt: str, style: Style) -> list[Chunk]:
+        """The chunks of a prompt. Raises ConfigError for bad brackets."""
+        return chunks(prompt, style, self.ids_of, self.length - 2)
+
+    def filled(self, prompt: str, style: Style, least: int) -> list[Chunk]:
+        """The chunks that are encoded: the first alone where the style cuts, and empty ones up to `least`."""
+        found = self.chunks(prompt, style)
+        found = found if style.chunked else found[:1]
+        return found + [EMPTY] * (least - len(found))
+
+    def read(self, prompt: str, style: Style) -> Reading:
+        """What would be made of a prompt. Raises ConfigError for bad brackets."""
+        found = self.chunks(prompt, style)
+        tokens = 2 + sum(len(chunk.ids) for chunk in found)
+        if style.chunked:
+            return Reading(tokens, len(found), 0)
+        return Reading(tokens, 1, tokens - 2 - len(found[0].ids))
+
+    def ids(self, found: Sequence[Chunk]) -> NDArray[np.int64]:
+        """Token ids (n, L) of chunks, with start, end and padding."""
+        rows = [[self.start, *chunk.ids, self.end] + [self.pad] * (self.length - 2 - len(chunk.ids)) for chunk in found]
+        return np.array(rows, np.int64)
+
+    def weights(self, found: Sequence[Chunk]) -> NDArray[np.float32]:
+        """Of each place, (n, L, 1); start, end and padding have 1."""
+        weights = np.ones((len(found), self.length, 1), np.float32)
+        for row, chunk in zip(weights, found, strict=True):
+            row[1 : 1 + len(chunk.weights), 0] = chunk.weights
+        return weights
+
+
+def check_clip_skip(style: Style, layers: int) -> None:
+    """Refuse to leave out more layers than there are. Raises ConfigError."""
+    if style.clip_skip is not None and not 0 <= style.clip_skip < layers:
+        raise ConfigError(f"clip_skip must be from 0 to {layers - 1} for this model (got {style.clip_skip})")
+
+
+def weighted(hidden: Array, empty: Array, weights: Array) -> Array:
+    """Hidden states (n, L, D), each w times as far from the empty prompt's, (1, L, D): c = c_empty + w (c - c_empty).
+
+    So 1 changes nothing, to the bit, and 0 leaves nothing of a word.
+    """
+    return library(hidden).where(weights == 1, hidden, empty + weights * (hidden - empty))
+
+
+def parse(prompt: str) -> list[list[Piece]]:
+    """The pieces of a prompt between its BREAKs. Raises ConfigError for brackets that do not close."""
+    if foreign := _ELSEWHERE.search(prompt):
+        raise ConfigError(f"prompt holds {foreign[0][:40]!r}, which would be text here. Name adapters by --lora")
+    pieces: list[Piece] = []
+    opened: list[tuple[str, int, int]] = []  # the bracket, its place in the prompt, the first piece within
+    for match in _WORDS.finditer(prompt):
+        word, weight = match[0], match[1]
+        if word in "([":
+            opened.append((word, match.start(), len(pieces)))
+        elif word in ")]" or (weight is not None and opened and opened[-1][0] == "("):
+            _close(word[-1], float(weight) if weight else None, match.start(), opened, pieces)
+        else:
+            pieces.append(Piece(word[1:] if len(word) == 2 and word[0] == "\\" else word, 1.0))
+    if opened:
+        raise _unbalanced(*opened[-1][:2])
+    return _sections(pieces)
+
+
+def _close(
+    bracket: str, weight: float | None, place: int, opened: list[tuple[str, int, int]], pieces: list[Piece]
+) -> None:
+    """Weigh the pieces since the bracket that this one closes."""
+    if not opened or opened[-1][0] + bracket not in ("()", "[]"):
+        raise _unbalanced(bracket, place)
+    _, _, first = opened.pop()
+    if bracket == "]":
+        weight = 1 / STRONGER
+    for index, piece in enumerate(pieces[first:], first):
+        combined = piece.weight * (STRONGER if weight is None else weight)
+        if not abs(combined) <= LARGEST_WEIGHT:
+            raise ConfigError(f"prompt: a weight of {combined:g} is over {LARGEST_WEIGHT:g} ({piece.text[:30]!r})")
+        pieces[index] = Piece(piece.text, combined)
+
+
+def _unbalanced(bracket: str, place: int) -> ConfigError:
+    return ConfigError(
+        rf"prompt: {bracket} at character {place + 1} has no partner. Write \{bracket} for the character"
+    )
+
+
+def _sections(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Neighbours of equal weight joined, so that a weight of 1 leaves the text as it was; then cut at each BREAK."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].weight == piece.weight:
+            joined[-1] = Piece(joined[-1].text + piece.text, piece.weight)
+        else:
+            joined.append(piece)
+    sections: list[list[Piece]] = [[]]
+    for piece in joined:
+        first, *rest = _BREAK.split(piece.text)
+        sections[-1].append(Piece(first, piece.weight))
+        sections += [[Piece(text, piece.weight)] for text in rest]
+    return sections
+
+
+def chunks(prompt: str, style: Style, ids_of: Callable[[str], list[int]], size: int) -> list[Chunk]:
+    """The chunks of a prompt, of at most `size` tokens each; a section's last may be short. At least one."""
+    sections = parse(prompt) if style.weights else [[Piece(prompt, 1.0)]]
+    found: list[Chunk] = []
+    for section in sections:
+        ids, weights = [], []
+        for piece in section:
+            some = ids_of(piece.text)
+            ids += some
+            weights += [piece.weight] * len(some)
+        found += [Chunk(ids[i : i + size], weights[i : i + size]) for i in range(0, max(len(ids), 1), size)]
+    return found

@@ -1,0 +1,74 @@
+"""Networks that only look at pictures, so that pictures can be compared: Inception and LPIPS, from safetensors files.
+
+Both are read under the names of their public weights: `pt_inception-2015-12-05-6726825d` (torch-fidelity: converted
+from the network that published FIDs are measured with) and the whole `lpips.LPIPS` module (Zhang et al. 2018).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from latentdiff.core.errors import ModelError
+from latentdiff.formats.folder import loading, refuse_pickle
+
+_BACKBONES = {"alex": 256, "squeeze": 384, "vgg": 512}  # by how many channels the fourth part of LPIPS weighs
+
+
+def load_inception(file: Path) -> Callable[[Tensor], Tensor]:
+    """uint8 (B, 3, H, W) -> pooled features (B, 2048), float32, resized as TensorFlow 1 did.
+
+    Raises ModelError, UnsafeError.
+    """
+    state = _weights(file)
+    with loading("Inception", file):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        ours = io.BytesIO()  # the library reads its weights from a file of torch.save alone
+        torch.save(state, ours)
+        ours.seek(0)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=ours)
+
+    @torch.no_grad()
+    def features(pictures: Tensor) -> Tensor:
+        (found,) = network(pictures)
+        return found.flatten(1)
+
+    return features
+
+
+def load_lpips(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """Two batches of images (B, 3, H, W) in [-1, 1] -> their perceptual distances (B,).
+
+    Of AlexNet, SqueezeNet or VGG, whichever the weights are of. Raises ModelError, UnsafeError.
+    """
+    state = _weights(file)
+    with loading("LPIPS", file):
+        from torchmetrics.functional.image.lpips import _LPIPS
+
+        width = state["lin3.model.1.weight"].shape[1] if "lin3.model.1.weight" in state else None
+        kind: Any = next((name for name, channels in _BACKBONES.items() if channels == width), None)
+        if kind is None:
+            raise ModelError(f"these are no weights of LPIPS ({file}). It has lin0 to lin4 beside its network")
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("lins.")}  # the same once more
+        network = _LPIPS(pretrained=False, net=kind, pnet_rand=True)
+        again = {f"lins.{name[3:]}": tensor for name, tensor in kept.items() if name.startswith("lin")}
+        network.load_state_dict(kept | again)
+
+    @torch.no_grad()
+    def distance(first: Tensor, second: Tensor) -> Tensor:
+        return network(first, second).flatten()
+
+    return distance
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    with loading(file.name, file.parent):
+        refuse_pickle(file)
+        return load_file(file)

@@ -1,0 +1,93 @@
+"""How near a picture is to a text: the cosine of CLIP's two embeddings, and its gradient in the latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentdiff.core.errors import ModelError
+from latentdiff.formats.folder import check_json, loading
+from latentdiff.formats.weights import load_clip
+from latentdiff.networks.clip import Clip
+from latentdiff.networks.encoders.clip import Tokenizer, clip_tokenizer, tokenize
+
+WEIGHTS = "open_clip_model.safetensors"
+
+OURS = ((0.5,) * 3, (0.5,) * 3)  # in [0, 1]: the towers trained here see [-1, 1]
+
+
+class Scorer(nn.Module):
+    """CLIP's towers with the pictures made as they were trained on: their size, mean and deviation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: Clip, tokenizer: Tokenizer, normalisation: tuple[Sequence[float], Sequence[float]] = OURS):
+        super().__init__()
+        self.clip, self.tokenizer = clip.eval().requires_grad_(False), tokenizer
+        self.side = int(clip.config["vision_cfg"]["image_size"])
+        for name, values in zip(("mean", "std"), normalisation, strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Unit embeddings (B, E)."""
+        ids = tokenize(self.tokenizer, prompts).to(self.mean.device)
+        return functional.normalize(self.clip.towers.encode_text(ids), dim=-1)
+
+    def images(self, images: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of images (B, 3, H, W) in [-1, 1], differentiable."""
+        if images.shape[-2:] != (self.side, self.side):
+            images = functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
+        seen = ((images + 1) / 2 - self.mean) / self.std
+        return functional.normalize(self.clip.towers.encode_image(seen), dim=-1)
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[str], images: Tensor) -> Tensor:
+        """Cosines (B,) in [-1, 1] of each picture with its own prompt."""
+        return (self.texts(prompts) * self.images(images)).sum(-1)
+
+    def gradient(self, prompts: Sequence[str], decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The gradient in x0 of log p(prompt | image) as CLIP has it: its logit, temperature times the cosine.
+
+        On the unit sphere that is minus half the temperature times the squared distance of the two embeddings.
+        """
+        with torch.no_grad():
+            wanted = self.texts(prompts)
+        temperature = float(self.clip.towers.logit_scale.exp())
+
+        def gradient(x0: Tensor) -> Tensor:
+            with torch.enable_grad():
+                latents = x0.detach().requires_grad_()
+                logits = temperature * (self.images(decode(latents)) * wanted).sum(-1)
+                (found,) = torch.autograd.grad(logits.sum(), latents)
+            return found
+
+        return gradient
+
+
+def load_own_scorer(folder: Path, text_encoder: Path | None = None) -> Scorer:
+    """The CLIP of a model folder, which has the token embeddings of the model's text encoder. Raises ModelError."""
+    clip = load_clip(folder, text_encoder)
+    return Scorer(clip, clip_tokenizer(int(clip.config["text_cfg"]["context_length"])))
+
+
+def load_scorer(directory: Path) -> Scorer:
+    """CLIP in open_clip's format: a folder of open_clip_config.json and open_clip_model.safetensors.
+
+    Raises ModelError, UnsafeError.
+    """
+    path = directory / "open_clip_config.json"
+    if not path.is_file():
+        raise ModelError(f"no CLIP in open_clip's format there ({directory}). It is a folder with {path.name}")
+    with loading("clip", directory):
+        check_json(path, directory)
+        told = json.loads(path.read_text(encoding="utf-8"))
+        clip = Clip.load(directory)
+        normalisation = told.get("preprocess_cfg", {})
+        tokenizer = clip_tokenizer(int(clip.config["text_cfg"]["context_length"]))
+        return Scorer(clip, tokenizer, (normalisation.get("mean", OURS[0]), normalisation.get("std", OURS[1])))

@@ -1,0 +1,1 @@
+"""What a run or a fine-tuning is made of, validated: pydantic models read from TOML."""

@@ -1,0 +1,364 @@
+"""What a training run is made of: pydantic models read from TOML.
+
+A config file lists only what differs from the defaults below. Unknown keys are refused with the nearest known
+one, values out of range are refused, and the effective config is saved with the run.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from latentdiff.core.errors import ConfigError
+from latentdiff.settings.recommended import Recommended
+from latentdiff.settings.validation import did_you_mean, first_fault
+
+STAGES = ("autoencoder", "clip", "denoiser")  # of a run, in their order
+Override = str | tuple[str, Any]
+AnySettings = TypeVar("AnySettings", bound="Settings")
+
+
+class Section(BaseModel):
+    """A table of a config file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Training(Section):
+    """How one stage is optimised; names are those of diffusers' training scripts."""
+
+    max_train_steps: int = Field(10_000, ge=1, le=10**9)
+    train_batch_size: int = Field(64, ge=1, le=2**20)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**20)
+    learning_rate: float = Field(1e-3, gt=0)
+    lr_schedule: Literal["trapezoid", "cosine", "linear", "constant"] = "trapezoid"
+    lr_warmup_steps: int = Field(200, ge=0)
+    lr_decay: float = Field(0.3, ge=0, le=1, description="last share of the steps, in which a trapezoid falls to 0")
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
+    adam_beta2: float = Field(0.99, gt=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema: Literal["constant", "power"] = "constant"
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="limit of the constant decay; 0 is no averaging")
+    ema_power: float = Field(6.94, gt=0, description="power decay: step t weighs as t^this (6.94: a width of 10%)")
+    ema_offload: bool = Field(False, description="keep the average in the CPU's memory, a little slower")
+    num_workers: int = Field(0, ge=0, le=64, description="processes that make batches ahead; they change no number")
+    compile: bool = Field(False, description="torch.compile: a minute or two first, then faster steps")
+    checkpointing_steps: int = Field(500, ge=1)
+    checkpoints_total_limit: int = Field(2, ge=2)
+    validation_steps: int = Field(1000, ge=1)
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Captions(Section):
+    """How a picture's captions become the words it is trained with (latentdiff/data/captions.py)."""
+
+    choice: Literal["random", "first"] = Field("random", description="which of several captions, each epoch anew")
+    shuffle_tags: bool = Field(False, description="comma-separated tags in a new order each epoch")
+    keep_tags: int = Field(0, ge=0, description="of them, how many stay in front")
+    templates: tuple[Annotated[str, Field(pattern=r"\{\}")], ...] = Field(("{}",), min_length=1)
+    prefix: str = ""
+
+
+class Pictures(Section):
+    """A data set of the user's own: where it is, what is read of it, and how a picture becomes a sample."""
+
+    source: str = Field("", description="a folder, shards-{000..099}.tar, .parquet files, or a hub id")
+    layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "shards", "table"] = "auto"
+    split: str = "train"
+    image_column: str | None = None
+    caption_column: str | None = None
+    streaming: bool = Field(False, description="of a table: read in order only, never stored")
+    instance_prompt: str | None = Field(None, min_length=1, description="the caption of pictures without one")
+    allow_missing_captions: bool = Field(False, description="train pictures without a caption on the empty one")
+    skip_bad: bool = Field(False, description="leave out what cannot be used, and list it in quarantine.jsonl")
+    background: str = Field("#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", description="what shines through transparency")
+    max_pixels: int = Field(64_000_000, ge=1, le=89_000_000, description="of a picture; larger ones are refused")
+    crop: Literal["center", "random", "content"] = Field(
+        "center", description="where the largest part that fits lies; content: by its sha256, the same each epoch"
+    )
+    flip: bool = Field(False, description="half of the time mirrored, left for right")
+    bucket_step: int | None = Field(None, ge=1, description="buckets' sides are its multiples; none: squares only")
+    bucket_max_aspect: float = Field(2.0, ge=1, le=16)
+    validation_pictures: int = Field(0, ge=0, description="held out of training; 0: validation looks at trained ones")
+    captions: Captions = Captions()
+
+    @property
+    def background_color(self) -> tuple[int, int, int]:
+        """Red, green and blue, 0 to 255."""
+        red, green, blue = bytes.fromhex(self.background[1:])
+        return red, green, blue
+
+
+class Data(Section):
+    """Scenes are procedural: training draws indices 0, 1, 2, ... of one seed; validation those of another."""
+
+    kind: Literal["scenes", "pictures"] = "scenes"
+    grey: bool = Field(False, description="one channel of luminance instead of three of colour")
+    count: int = Field(50_000, ge=1, le=10**8, description="distinct scenes that the denoiser is trained on")
+    mix: tuple[Share, Share, Share, Share, Share, Share] = Field(
+        (0.24, 0.12, 0.18, 0.04, 0.3, 0.12),
+        description="shares of single, two, counting, colors, position, binding",
+    )
+    pictures: Pictures = Pictures()
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Data:
+        if self.kind == "pictures" and not self.pictures.source:
+            raise ValueError("data.pictures.source is missing: say where the pictures are")
+        return self
+
+    @model_validator(mode="after")
+    def _some_share(self) -> Data:
+        if not sum(self.mix):
+            raise ValueError("data.mix has no share above 0")
+        return self
+
+
+class Autoencoder(Section):
+    """diffusers.AutoencoderKL; AutoencoderTiny, which learns another's latents; or none: a pixel-space model."""
+
+    kind: Literal["kl", "tiny", "identity"] = "kl"
+    teacher: str = Field("", description="of a tiny one: the VAE that it learns from, or its model (none: the default)")
+    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    layers_per_block: int = Field(1, ge=1)
+    latent_channels: int = Field(4, ge=1)
+    norm_num_groups: int = Field(8, ge=1)
+    crop: int = Field(32, ge=8, description="side in pixels of the random crops it is trained on")
+    gradient_weight: float = Field(0.5, ge=0)
+    kl_weight: float = Field(1e-4, ge=0)
+    latent_weight: float = Field(1.0, ge=0, description="of a tiny one: that its latents are the teacher's")
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Autoencoder:
+        if self.kind == "tiny" and len(set(self.block_out_channels)) > 1:
+            raise ValueError("a tiny autoencoder is as wide at every level (block_out_channels)")
+        if self.kind != "tiny" and self.teacher:
+            raise ValueError("only a tiny autoencoder has a teacher")
+        return self
+
+
+class Clip(Section):
+    """open_clip towers; the text tower becomes the text encoder of the denoiser."""
+
+    embed_dim: int = Field(128, ge=1)
+    text_width: int = Field(128, ge=1)
+    text_layers: int = Field(3, ge=1)
+    text_heads: int = Field(4, ge=1)
+    max_length: int = Field(32, ge=4, le=77, description="tokens, with start and end")
+    patch_size: int = Field(8, ge=1)
+    vision_width: int = Field(128, ge=1)
+    vision_layers: int = Field(4, ge=1)
+    vision_head_width: int = Field(32, ge=1)
+    training: Training = Training()
+
+
+class Schedule(Section):
+    """The noise schedule; `scaled_linear` is Stable Diffusion's."""
+
+    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "scaled_linear"
+    num_train_timesteps: int = Field(1000, ge=2)
+    zero_terminal_snr: bool = False
+
+
+class Learning(Section):
+    """How a denoiser learns, from nothing or finely: the weights of the objective, what is drawn, what is kept."""
+
+    weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
+    snr_gamma: float | None = Field(None, gt=0, description="of the weighting (default: 5, p2: 1)")
+    noise_offset: float = Field(0.0, ge=0, description="deviation of a constant added to each channel's noise")
+    input_perturbation: float = Field(0.0, ge=0, description="deviation of noise on the input that is no target")
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    tune_text_encoder: bool = False
+    cache: bool = Field(
+        True, description="encode pictures, and captions of a frozen text encoder, once before training"
+    )
+    encode_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the arithmetic of the autoencoder that encodes pictures"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
+    training: Training = Training()
+
+
+class Denoiser(Learning):
+    """diffusers.UNet2DConditionModel and the objective it is trained on."""
+
+    block_out_channels: tuple[int, ...] = (64, 128, 192)
+    attention: tuple[bool, ...] = (False, True, True)
+    layers_per_block: int = Field(1, ge=1)
+    num_heads: int = Field(4, ge=1)
+    norm_num_groups: int = Field(16, ge=1)
+    pooled_text: bool = Field(False, description="the whole text also scales and shifts every residual block")
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    schedule: Schedule = Schedule()
+    preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
+    distance_pictures: int = Field(
+        0, ge=0, le=50_000, description="pictures that a validation draws to measure distances from real ones; 0: none"
+    )
+
+
+class Settings(Section):
+    """What every run has, whatever it trains."""
+
+    name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=2**63)
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="of the arithmetic; weights stay float32")
+    image_size: int = Field(64, ge=8, le=2048)
+    data: Data = Data()
+
+
+class Config(Settings):
+    """A whole model: data, autoencoder, CLIP and denoiser."""
+
+    autoencoder: Autoencoder = Autoencoder()
+    clip: Clip = Clip()
+    denoiser: Denoiser = Denoiser()
+    recommended: Recommended = Recommended()
+
+    @model_validator(mode="after")
+    def _steps_there_are(self) -> Config:
+        if self.recommended.num_inference_steps > self.denoiser.schedule.num_train_timesteps:
+            raise ValueError("recommended.num_inference_steps is more than denoiser.schedule.num_train_timesteps")
+        return self
+
+    @model_validator(mode="after")
+    def _fixed_views_are_cached(self) -> Config:
+        pictures = self.data.pictures
+        if self.data.kind == "pictures" and pictures.crop == "random" and self.denoiser.cache:
+            raise ValueError(
+                'random crops cannot be cached: set denoiser.cache = false, or data.pictures.crop = "content"'
+            )
+        if self.data.kind == "pictures" and pictures.streaming and not self.denoiser.cache:
+            raise ValueError("a streamed data set is read in its own order only: it needs denoiser.cache = true")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_twins(self) -> Config:
+        if self.data.kind == "scenes" and self.clip.training.train_batch_size % 2:
+            raise ValueError("clip.training.train_batch_size must be even: half a batch are twins of the other half")
+        return self
+
+
+def load_config(path: Path | None, overrides: Sequence[Override] = ()) -> Config:
+    """Read a TOML file, or take the defaults. Raises ConfigError.
+
+    Overrides are `section.key=value` with TOML values, or (key, value).
+    """
+    return parse_config(read_tree(path, overrides), path.name if path else "config")
+
+
+def read_tree(path: Path | None, overrides: Sequence[Override] = ()) -> dict[str, Any]:
+    """A TOML file's tables, or none, with overrides. Raises ConfigError."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
+    except OSError as error:
+        raise ConfigError(f"cannot read config ({path}): {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path and path.name}: not valid TOML: {error}") from None
+    for override in overrides:
+        _set(tree, *(parsed_override(override) if isinstance(override, str) else override))
+    return tree
+
+
+def own_pictures(source: str) -> list[tuple[str, Any]]:
+    """Overrides for a data set of the user's own."""
+    return [("data.kind", "pictures"), ("data.pictures.source", source)]
+
+
+def save_config(config: Settings, path: Path) -> None:
+    """Write the effective config, defaults included, as TOML that `load_config` reads."""
+    path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """See `parsed`, of a whole model."""
+    return parsed(Config, tree, source)
+
+
+def parsed(kind: type[AnySettings], tree: dict[str, Any], source: str = "config") -> AnySettings:
+    """Validate a nested dictionary; the first fault is raised as a ConfigError that names key and value."""
+    try:
+        config = kind.model_validate(_with_tuples(tree))
+    except ValidationError as error:
+        found = first_fault(error)
+        if found.unknown:
+            raise ConfigError(f'{source}: unknown key "{found.key}"{_suggestion(kind, found.path)}') from None
+        if not found.path:
+            raise ConfigError(f"{source}: {found.message}") from None
+        told = f'{source}: key "{found.key}": {found.message}'
+        raise ConfigError(told if found.missing else f"{told} (got {repr(found.got)[:60]})") from None
+    _check_text(config, source)
+    return config
+
+
+def _check_text(config: Settings, source: str) -> None:
+    """A name on a disk, or an argument, may hold bytes that no file of text can. Raises ConfigError."""
+    for key, value in flat(config).items():
+        try:
+            " ".join(map(str, value if isinstance(value, tuple) else (value,))).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f'{source}: key "{key}" is not valid UTF-8 (got {value!r})') from None
+
+
+def flat(config: Settings) -> dict[str, Any]:
+    """Every value by its dotted key."""
+    found: dict[str, Any] = {}
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                found[prefix + key] = value
+
+    walk(config.model_dump(), "")
+    return found
+
+
+def parsed_override(override: str) -> tuple[str, Any]:
+    """(key, value) of `key=value`, the value as TOML has it, or a bare word. Raises ConfigError."""
+    key, sign, value = override.partition("=")
+    if not sign:
+        raise ConfigError(f"override {override!r} is not key=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value  # a bare word is a string
+    except ValueError:
+        raise ConfigError(f"override {override[:60]!r}... is a number of too many digits") from None
+    except RecursionError:
+        raise ConfigError(f"override {override[:60]!r}... is nested too deeply") from None
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override of {key!r}: {section} is not a section")
+    tree[name] = value
+
+
+def _with_tuples(value: Any) -> Any:
+    """TOML has lists only; the frozen config has tuples only."""
+    if isinstance(value, dict):
+        return {k: _with_tuples(v) for k, v in value.items()}
+    return tuple(_with_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _suggestion(kind: type[Settings], parts: Sequence[str]) -> str:
+    *sections, name = parts
+    section: type[BaseModel] = kind
+    for part in sections:  # parents are known, or the parent would have been the fault
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return did_you_mean(name, section.model_fields)

@@ -1,0 +1,176 @@
+"""What a fine-tuning is: which model is taught which pictures, by which method. Read from TOML, as configs are.
+
+full               every weight of the U-Net, of the text encoder by choice
+lora               low-rank factors beside the weights of attention (Hu et al. 2022), of convolutions by choice
+dreambooth         a new word for one thing, with pictures of its class beside (Ruiz et al. 2023); with a rank as LoRA
+textual-inversion  vectors that a new word stands for, and nothing else (Gal et al. 2022)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from latentdiff.settings.config import Data, Learning, Override, Section, Settings, parsed, read_tree
+
+STAGE = "finetune"  # the one stage of such a run
+FILE = "finetune.toml"  # the effective settings, in the run's folder
+RANK = 16
+SMALL = 100e6  # parameters of a U-Net; Stable Diffusion 1 has 860 million, the default model 10
+TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # what is said of pictures of a new word
+Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
+class Lora(Section):
+    """The factors of LoRA: W + scale B A, scale alpha / rank, or alpha / sqrt(rank) with rslora."""
+
+    rank: int | None = Field(
+        None, ge=1, le=1024, description=f"default {RANK}; dreambooth without one trains all weights"
+    )
+    alpha: float | None = Field(None, gt=0, description="default: the rank, so that the scale is 1")
+    rslora: bool = Field(False, description="Kalajdzievski 2023: high ranks learn as fast as low ones")
+    dora: bool = Field(False, description="Liu et al. 2024: lengths of the rows are trained beside their directions")
+    convolutions: bool = Field(False, description="factors for convolutions too")
+    kohya: bool = Field(False, description="write the adapter under kohya's names too")
+
+
+class Prior(Section):
+    """Pictures of the class, drawn by the model before it is taught, which keep it as it was."""
+
+    prompt: Prompt | None = Field(None, description='"a dog", where the thing itself is "a sks dog"')
+    source: str = Field("", description="a folder of such pictures, instead of drawn ones")
+    pictures: int = Field(100, ge=1, le=100_000)
+    weight: float = Field(1.0, ge=0, le=1000, description="of their loss beside that of the thing")
+
+
+class Word(Section):
+    """The word of a textual inversion."""
+
+    token: Annotated[str, Field(max_length=60, pattern=r"^[^/\s]*$")] = ""
+    initial: Annotated[str, Field(max_length=200)] = Field("", description="words its vectors begin as")
+    vectors: int = Field(1, ge=1, le=64)
+
+
+class Shown(Section):
+    """What a validation draws: every prompt from the same noise each time."""
+
+    prompts: tuple[Prompt, ...] = Field((), max_length=64, description="none: the captions of validation pictures")
+    count: int = Field(8, ge=1, le=64, description="of those captions")
+    seed: int = Field(0, ge=0, lt=2**63)
+    num_inference_steps: int = Field(20, ge=1, le=1000)
+
+
+class FineTuning(Settings):
+    """One fine-tuning. image_size 0 is the model's own."""
+
+    name: str = Field("finetune", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str = Field("", description="a folder, a .safetensors file or a hub id; none is the default model")
+    variant: str | None = None
+    revision: str | None = None
+    method: Literal["full", "lora", "dreambooth", "textual-inversion"] = "lora"
+    image_size: int = Field(0, ge=0, le=2048)
+    data: Data = Data()
+    finetune: Learning = Learning()
+    lora: Lora = Lora()
+    prior: Prior = Prior()
+    word: Word = Word()
+    shown: Shown = Shown()
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether factors are trained instead of weights."""
+        return self.method == "lora" or (self.method == "dreambooth" and self.lora.rank is not None)
+
+    @model_validator(mode="after")
+    def _of_pictures(self) -> FineTuning:
+        if self.data.kind != "pictures":
+            raise ValueError("data.pictures.source is missing: say where the pictures are")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_have_what_they_need(self) -> FineTuning:
+        """What would change nothing is a mistake, and so is what a method cannot do without."""
+        if self.method == "dreambooth" and self.prior.prompt is None:
+            raise ValueError('dreambooth needs prior.prompt (--class-prompt), the class in a few words, "a dog"')
+        if self.method == "textual-inversion" and not self.word.token:
+            raise ValueError("textual-inversion needs word.token (--token), the new word")
+        if self.method == "textual-inversion" and (self.prior.prompt or self.finetune.tune_text_encoder):
+            raise ValueError("textual-inversion trains a word's vectors alone: no prior, no text encoder")
+        if self.method != "textual-inversion" and self.word != Word():
+            raise ValueError("word is of textual-inversion")
+        if not self.low_rank and self.lora != Lora():
+            raise ValueError(f"lora is of the methods that train factors, not of {self.method} without a rank")
+        if self.lora.rslora and self.lora.kohya:
+            raise ValueError("kohya's format cannot say rslora: its scale is alpha / rank")
+        return self
+
+    @model_validator(mode="after")
+    def _all_of_it_is_used(self) -> FineTuning:
+        """As above, of what goes with every method."""
+        if self.prior.prompt is None and self.prior != Prior():
+            raise ValueError("prior is of a class: it needs prior.prompt (--class-prompt)")
+        if self.finetune.snr_gamma is not None and self.finetune.weighting == "uniform":
+            raise ValueError("finetune.snr_gamma is of a weighting, and finetune.weighting is uniform")
+        if self.prior.source and self.prior.pictures != Prior().pictures:  # by value: a saved config says all of them
+            raise ValueError("prior.pictures is how many are drawn, and prior.source has its own")
+        instance = self.data.pictures.instance_prompt
+        if self.method == "textual-inversion" and instance is not None and self.word.token not in instance:
+            raise ValueError(f"the instance prompt does not hold the word: {self.word.token} would learn nothing")
+        return self
+
+
+def load_finetuning(path: Path | None, overrides: tuple[Override, ...] = (), unet_parameters: float = 0) -> FineTuning:
+    """A TOML file, or none, with overrides, over the defaults of its method and model. Raises ConfigError."""
+    tree = read_tree(path, overrides)
+    source = path.name if path else "finetune"
+    method = parsed(FineTuning, tree, source)
+    return parsed(FineTuning, _merged(defaults(method, small=unet_parameters < SMALL), tree), source)
+
+
+def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
+    """What each method takes where nothing is said; the reasons are in the README.
+
+    A small model takes steps ten times as long: those of the papers are for Stable Diffusion's 860 million weights.
+    """
+    factors = asked.low_rank
+    rates = {
+        "full": (1e-5, 2e-4),
+        "lora": (1e-4, 1e-3),
+        "dreambooth": (1e-4, 2e-4) if factors else (2e-6, 2e-5),
+        "textual-inversion": (5e-4, 5e-3),
+    }
+    said = asked.finetune.training
+    steps = {"full": 2000, "lora": 2000, "dreambooth": 400, "textual-inversion": 1000}[asked.method]
+    steps = said.max_train_steps if "max_train_steps" in said.model_fields_set else steps
+    training: dict[str, Any] = {
+        "learning_rate": rates[asked.method][small],
+        "max_train_steps": steps,
+        "train_batch_size": (16 if small else 4) if asked.method in ("full", "lora") else 4 if small else 1,
+        "lr_schedule": "constant" if asked.method == "textual-inversion" else "trapezoid",
+        "lr_warmup_steps": min(100, steps // 10),
+        "weight_decay": 0.0 if asked.method == "textual-inversion" else 0.01,
+        "validation_steps": max(1, steps // 4),
+        "checkpointing_steps": 250,
+        "ema_decay": 0.99,
+    }
+    dropout = 0.1 if asked.method in ("full", "lora") else 0.0  # a word is taught by every picture of it
+    found: dict[str, Any] = {"finetune": {"caption_dropout": dropout, "training": training}}
+    if asked.method == "textual-inversion":
+        found["data"] = {"pictures": {"layout": "uncaptioned", "instance_prompt": asked.word.token}}
+        found["data"]["pictures"]["captions"] = {"templates": list(TEMPLATES)}
+    if factors:
+        rank = asked.lora.rank or RANK
+        found["lora"] = {"rank": rank, "alpha": float(rank)}
+    return found
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables, where what is said above counts."""
+    found = dict(below)
+    for key, value in above.items():
+        under = found.get(key)
+        found[key] = _merged(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
+    return found
