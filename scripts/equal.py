@@ -257,7 +257,7 @@ def tensors_in(folder: Path) -> Record:
         digest = hashlib.sha256()
         for name, tensor in sorted(load_file(file).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         found[file.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
 

@@ -74,7 +74,7 @@ def convert(
 
 
 def _pickle(source: Path, output: Path) -> None:
-    from latentdiff.formats.folder import is_pickle
+    from latentdiff.formats.pickle import is_pickle
     from latentdiff.formats.unpickle import unpickled
 
     if not source.is_file() or not is_pickle(source):

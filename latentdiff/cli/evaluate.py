@@ -270,11 +270,11 @@ def _against(
     geneval: Path | None,
 ) -> tuple[Against, dict[str, Any]]:
     """What models are measured by, and what is to be known of it."""
+    from latentdiff.core.files import sha256_of
     from latentdiff.data.dataset import look
     from latentdiff.evaluation.geneval import read_prompts
     from latentdiff.evaluation.held_out import held_out, shown
     from latentdiff.evaluation.sections import Against
-    from latentdiff.formats.folder import file_hash
     from latentdiff.networks.perception import load_lpips
 
     prompts = read_prompts(geneval) if geneval else []
@@ -305,7 +305,7 @@ def _against(
         typer.echo(f"left out: {said['left out']} that cannot be used (`latentdiff data` lists them)", err=True)
     if trained:
         said |= {"training pictures": len(trained), "training sha256": trained.pictures.identity()}
-    said |= {f"{name} sha256": file_hash(file) for name, file in (("lpips", lpips), ("geneval", geneval)) if file}
+    said |= {f"{name} sha256": sha256_of(file) for name, file in (("lpips", lpips), ("geneval", geneval)) if file}
     return against, said
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from latentdiff.core.files import whole
 
 LIMIT = 20 * 2**30  # bytes of all that is kept
 KINDS = ("*.blob", "*.features")  # of our files
@@ -65,16 +66,9 @@ def kept(path: Path) -> Kept | None:
 def keep(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all; where nothing can be written the next start makes it again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as scratch:
-            try:
-                scratch.write(_checksum(content))
-                scratch.write(content)
-                scratch.close()
-                Path(scratch.name).replace(path)
-            except BaseException:
-                Path(scratch.name).unlink()
-                raise
+        with whole(path) as made, made.open("wb") as file:
+            file.write(_checksum(content))
+            file.write(content)
         ours = [found for kind in KINDS for found in path.parent.glob(kind)]
         _prune(sorted(ours, key=lambda found: found.stat().st_mtime, reverse=True))
     except OSError:

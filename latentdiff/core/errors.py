@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 
 class LatentDiffError(Exception):
@@ -73,3 +74,13 @@ def raised_as(kind: type[LatentDiffError], what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise kind(f"{what}: {' '.join(str(error).split())[:200]}") from error
+
+
+def loading(part: str | Path, directory: Path | None = None) -> AbstractContextManager[None]:
+    """Whatever a library raises while it reads a file, or a part of a folder, becomes a ModelError of one line."""
+    return raised_as(ModelError, f"cannot load {part}" + (f" ({directory})" if directory else ""))
+
+
+def saving(part: str, directory: Path) -> AbstractContextManager[None]:
+    """Whatever a library raises while it writes a part, above all on a full disk, becomes a ResourceError."""
+    return raised_as(ResourceError, f"cannot write {part} ({directory})")

@@ -1,7 +1,11 @@
-"""What is written where the user pointed: a new file, whole or not there."""
+"""Files on disk: written whole or not at all, readable by others, known by their sha256.
+
+Every file of the package that replaces another, or that somebody else may read while it is written, goes through here.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -12,17 +16,19 @@ from typing import Any
 
 from latentdiff.core.errors import ConfigError
 
+SCRATCH = ".latentdiff-"  # how the name of a folder for unfinished files begins; a killed process leaves it behind
+
 
 def check_writable(output: Path, folder: Path) -> None:
-    """Refuse `output` before any work where nothing can be written to `folder`, or to the nearest that there is.
+    """Check before any work that `folder`, or its nearest parent that exists, takes files. Creates nothing.
 
-    Nothing is created. Raises ConfigError, also for a name that no file can have.
+    Raises ConfigError, also for a name that no file can have.
     """
     try:
-        str(output).encode()  # libraries write names into files of text
+        str(output).encode()  # libraries write names into text files
         _exists(output)
         there = next(path for path in (folder, *folder.absolute().parents) if _exists(path))
-        tempfile.TemporaryFile(dir=there).close()  # the one sure way to know
+        tempfile.TemporaryFile(dir=there).close()  # the only reliable test
     except UnicodeEncodeError:
         raise ConfigError(f"cannot write to {str(output)!r} (the name is not valid UTF-8)") from None
     except OSError as error:
@@ -30,7 +36,7 @@ def check_writable(output: Path, folder: Path) -> None:
 
 
 def check_page(output: Path, ours: str) -> None:
-    """Refuse before any work where a file cannot be written, or would replace one that does not begin as ours do."""
+    """Check before any work that a file can be written and replaces only a file that begins with `ours`."""
     check_writable(output, output.parent)
     if output.is_dir() or not output.parent.is_dir():
         raise ConfigError(f"cannot write to {output} (no such folder, or a folder itself)")
@@ -39,7 +45,7 @@ def check_page(output: Path, ours: str) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is anything of that name; unlike Path.exists, a name that cannot be is an OSError."""
+    """Whether anything has that name. Unlike Path.exists, an impossible name raises OSError."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -48,25 +54,30 @@ def _exists(path: Path) -> bool:
 
 
 def printable(text: str | Path) -> str:
-    """The text as a terminal can show it: what is no character is escaped."""
+    """The text with undecodable bytes and lone surrogates escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`, on the same disk, so that files can be renamed out of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as made:
+        yield Path(made)
+
+
+@contextmanager
 def whole(output: Path) -> Iterator[Path]:
-    """A place to write a file or a folder to, which becomes `output` once all of it is there; of what fails is nothing.
+    """A path to write a file or a folder to; it is renamed to `output` once the block ends without an error.
 
-    Of a folder that is there already the files are replaced one by one, and others stay. Weights get the umask's mode.
+    On failure nothing is left behind. If `output` is a folder, its files are replaced one by one and others stay.
     """
-    from latentdiff.formats.folder import let_others_read
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=output.parent) as scratch:
-        made = Path(scratch) / output.name
+    with scratch(output.parent) as unfinished:
+        made = unfinished / output.name
         yield made
-        let_others_read(Path(scratch))
+        let_others_read(unfinished)
         if not output.is_dir():
-            made.rename(output)
+            made.replace(output)
             return
         for file in [path for path in made.rglob("*") if path.is_file()]:
             target = output / file.relative_to(made)
@@ -74,34 +85,39 @@ def whole(output: Path) -> Iterator[Path]:
             file.replace(target)
 
 
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """A file of JSON, in folders made for it, in the place of one that is there; whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, replacing one that exists, whole or not at all; its folders are created."""
     with whole(path) as made:
-        made.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        made.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, tree: Any, indent: int = 2) -> None:
+    """Write a JSON file; see `write_text`."""
+    write_text(path, json.dumps(tree, indent=indent) + "\n")
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a file that was not there; none is left where the disk is full or the command is stopped meanwhile.
+    """Write a file that must not exist; on a full disk or an interruption nothing is left behind.
 
-    On Linux not even by SIGKILL: it has no name before it is whole. Raises FileExistsError, also for what appeared
-    since the caller looked, and OSError; they name the file.
+    On Linux not even SIGKILL leaves a part: the file has no name before it is whole. Raises FileExistsError and
+    OSError, which name the file.
     """
     try:
         _write_new(path, content)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # which gives one of the same kind
+        raise OSError(error.errno, error.strerror, str(path)) from None  # OSError picks the subclass by the number
 
 
 def _write_new(path: Path, content: bytes) -> None:
     try:
         unnamed = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
-    except (AttributeError, OSError):  # another system, or a disk that cannot
+    except (AttributeError, OSError):  # another system, or a file system without unnamed files
         _write_named(path, content)
         return
     with open(unnamed, "wb") as file:  # noqa: PTH123 - a descriptor, no path
         file.write(content)
         file.flush()
-        # a folder for the source, which its absolute name has no use for, makes Python follow the link
+        # src_dir_fd, which an absolute source ignores, makes Python call linkat, which follows the link
         os.link(f"/proc/self/fd/{unnamed}", path, src_dir_fd=unnamed, follow_symlinks=True)
 
 
@@ -113,3 +129,35 @@ def _write_named(path: Path, content: bytes) -> None:
         except BaseException:
             path.unlink()
             raise
+
+
+def flush(path: Path) -> None:
+    """Force a file or a folder to the disk: a rename must not arrive there before the content that it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def let_others_read(place: Path) -> None:
+    """Give a weights file, or all weights files of a folder, the umask's mode: safetensors writes them as 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in place.rglob("*.safetensors") if place.is_dir() else [place]:
+        file.chmod(0o666 & ~mask)
+
+
+def sha256_of(*files: Path, named_in: Path | None = None) -> str:
+    """sha256 of the content of files, one after another; with `named_in` also of their names relative to it.
+
+    Raises OSError.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            if named_in is not None:
+                digest.update(path.relative_to(named_in).as_posix().encode())
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

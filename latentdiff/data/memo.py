@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from latentdiff.core.files import write_text
 
 
 def read_memo(path: Path, rules: Any) -> list[Any]:
@@ -28,11 +29,8 @@ def read_memo(path: Path, rules: Any) -> list[Any]:
 
 def write_memo(path: Path, rules: Any, values: Iterable[Any]) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     rest = "".join(json.dumps(value) + "\n" for value in values)
-    partial.write_text(f"{json.dumps(_header(rules, rest))}\n{rest}", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, f"{json.dumps(_header(rules, rest))}\n{rest}")
 
 
 def _header(rules: Any, rest: str) -> list[Any]:

@@ -7,13 +7,10 @@ name that begins with a dot. Files are memory-mapped: a row that is never read t
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.core.errors import DataError, ResourceError
+from latentdiff.core.files import flush, let_others_read, scratch, sha256_of
 
 
 class Store:
@@ -39,7 +37,7 @@ class Store:
         """Take in files that others have added."""
         new = [path for path in sorted(self._directory.glob("[!.]*.safetensors")) if path not in self._files]
         with ThreadPoolExecutor() as pool:
-            for path, digest in zip(new, pool.map(_sha256, new), strict=True):
+            for path, digest in zip(new, pool.map(sha256_of, new), strict=True):
                 if digest != path.stem:
                     raise _damaged(path)
                 self._map(path)
@@ -63,18 +61,14 @@ class Store:
 
     def add(self, keys: Sequence[str], tensors: dict[str, Tensor]) -> None:
         """Write rows (N, ...), whole or not at all. Raises ResourceError where there is no room."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        partial = self._directory / f".tmp-{uuid4().hex}.safetensors"
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, _header(keys))
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            partial.chmod(0o666 & ~mask)  # safetensors makes it its owner's alone
-            path = partial.rename(self._directory / f"{_sha256(partial)}.safetensors")
+            with scratch(self._directory) as unfinished:
+                made = unfinished / "rows.safetensors"
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made, _header(keys))
+                flush(made)
+                let_others_read(made)
+                path = made.rename(self._directory / f"{sha256_of(made)}.safetensors")
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise ResourceError(f"cannot write to {self._directory} ({error}). The rows before are kept") from error
         self._map(path)
 
@@ -92,11 +86,6 @@ class Store:
 
 def _header(keys: Sequence[str]) -> dict[str, str]:
     return {"keys": json.dumps(list(keys))}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(path: Path) -> DataError:

@@ -61,8 +61,8 @@ def load_adapter(
     pipe: LatentDiffusionPipeline, path: Path, *, name: str | None = None, weight: float = 1.0, merged: bool = False
 ) -> Fit:
     """Put an adapter beside the networks, or add it to their weights. Raises ModelError, ConfigError."""
+    from latentdiff.core.files import sha256_of
     from latentdiff.formats import adapter_file
-    from latentdiff.formats.folder import file_hash
     from latentdiff.networks.adapters import attached as adapters
 
     pipe.change("an adapter")
@@ -78,7 +78,7 @@ def load_adapter(
     else:
         adapters.attach(adapter, networks, called, weight)
     kind = "merged" if merged else "lora"
-    pipe.extras.sources[f"adapter {called}"] = Source(kind, recorded(path), file_hash(file), weight)
+    pipe.extras.sources[f"adapter {called}"] = Source(kind, recorded(path), sha256_of(file), weight)
     return Fit(called, adapter.matched, adapter.unused, adapter.missing)
 
 
@@ -119,13 +119,13 @@ def unload_adapters(pipe: LatentDiffusionPipeline) -> None:
 
 def load_words(pipe: LatentDiffusionPipeline, path: Path, word: str | None = None) -> list[str]:
     """Teach the text encoder the words of a textual-inversion file. Raises ModelError."""
-    from latentdiff.formats.folder import file_hash
+    from latentdiff.core.files import sha256_of
     from latentdiff.networks.adapters import words as textual_inversion
 
     pipe.change("a learnt word")
     words = textual_inversion.load_words(path, pipe.text_encoder, word)
     file = path / textual_inversion.FILE if path.is_dir() else path
-    source = Source("embedding", recorded(path), file_hash(file), word=word)
+    source = Source("embedding", recorded(path), sha256_of(file), word=word)
     pipe.extras.sources[f"embedding {', '.join(words)}"] = source
     return words
 
@@ -135,19 +135,19 @@ def load_clip(pipe: LatentDiffusionPipeline, directory: Path | None = None) -> N
 
     Raises ConfigError, ModelError.
     """
-    from latentdiff.formats.folder import file_hash
+    from latentdiff.core.files import sha256_of
     from latentdiff.networks.encoders.clip import TextEncoder
     from latentdiff.networks.scorer import WEIGHTS, load_own_scorer, load_scorer
 
     pipe.in_torch("guidance by CLIP")
     if directory is not None:
-        scorer, source = load_scorer(directory), Source("clip", recorded(directory), file_hash(directory / WEIGHTS))
+        scorer, source = load_scorer(directory), Source("clip", recorded(directory), sha256_of(directory / WEIGHTS))
     else:
         folder = pipe.card.folder
         if folder is None or not (folder / "clip").is_dir() or not isinstance(pipe.text_encoder, TextEncoder):
             raise ConfigError("this model has no CLIP of its own. Name one in open_clip's format (load_clip, --clip)")
         scorer = load_own_scorer(folder)  # words that the text encoder has learnt since are none of CLIP's
-        source = Source("clip", "", file_hash(folder / "clip" / WEIGHTS))
+        source = Source("clip", "", sha256_of(folder / "clip" / WEIGHTS))
     pipe.extras.scorer, pipe.extras.sources["clip"] = scorer.to(pipe.device), source
 
 

@@ -87,12 +87,12 @@ def of_model(folder: Path, text_encoder: Path | None = None, name: str = "the mo
 
     text_encoder: where the text encoder that it shares its words with lies, if that is not the model's folder yet.
     """
-    from latentdiff.formats.folder import file_hash
+    from latentdiff.core.files import sha256_of
     from latentdiff.networks.scorer import WEIGHTS, load_own_scorer
 
     if not (folder / "clip").is_dir():
         raise ConfigError(f"this model has no CLIP of its own ({folder}). Name one by --features")
-    return of_clip(load_own_scorer(folder, text_encoder), name, file_hash(folder / "clip" / WEIGHTS))
+    return of_clip(load_own_scorer(folder, text_encoder), name, sha256_of(folder / "clip" / WEIGHTS))
 
 
 def named(path: Path) -> Extractor:
@@ -100,15 +100,15 @@ def named(path: Path) -> Extractor:
 
     Raises ConfigError, ModelError, UnsafeError.
     """
-    from latentdiff.formats.folder import file_hash
+    from latentdiff.core.files import sha256_of
     from latentdiff.networks.perception import load_inception
     from latentdiff.networks.scorer import WEIGHTS, load_scorer
 
     if path.is_file():
-        return _of_inception(load_inception(path), file_hash(path))
+        return _of_inception(load_inception(path), sha256_of(path))
     if (path / "clip").is_dir():
         return of_model(path, name=f"the CLIP of {path.resolve().name}")
-    return of_clip(load_scorer(path), f"open_clip {path.name}", file_hash(path / WEIGHTS))
+    return of_clip(load_scorer(path), f"open_clip {path.name}", sha256_of(path / WEIGHTS))
 
 
 def _of_inception(network: Callable[..., object], sha256: str) -> Extractor:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentdiff.core.errors import ConfigError, ModelError, raised_as
+from latentdiff.core.errors import ConfigError, ModelError, raised_as, saving
 from latentdiff.core.files import whole, write_json
 from latentdiff.diffusion.path import SPACINGS, NoiseSchedule
 from latentdiff.drawing.record import recorded
-from latentdiff.formats.folder import folder_hash, picture_geometry, saving
+from latentdiff.formats.folder import folder_hash, picture_geometry
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 from latentdiff.settings.recommended import Recommended
 from latentdiff.settings.validation import first_fault
@@ -136,13 +136,13 @@ def card_of(source: Located, schedule: NoiseSchedule, variant: str | None) -> Mo
 
 
 def _of_file(source: Located) -> LatentDiffusionPipeline:
-    from latentdiff.formats.folder import file_hash
+    from latentdiff.core.files import sha256_of
     from latentdiff.formats.single_file import load_single_file
 
     found = load_single_file(source.path)
     schedule = NoiseSchedule.scaled_linear()
     side = int(found.unet.model.config.sample_size) * found.autoencoder.factor
-    card = ModelCard(source.name, file_hash(source.path), (side, side), dict(_PLAIN), source.source)
+    card = ModelCard(source.name, sha256_of(source.path), (side, side), dict(_PLAIN), source.source)
     return LatentDiffusionPipeline(
         found.autoencoder,
         found.text_encoder,

@@ -24,9 +24,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentdiff.core.errors import ModelError, raised_as
-from latentdiff.formats.folder import let_others_read, loading, read_json, refuse_pickle, saving
+from latentdiff.core.errors import ModelError, loading, raised_as, saving
+from latentdiff.core.files import let_others_read
+from latentdiff.formats.folder import read_json
 from latentdiff.formats.original import unet_name
+from latentdiff.formats.pickle import refuse_pickle
 
 Networks = Mapping[str, nn.Module]  # unet, text_encoder, text_encoder_2: the libraries' own modules
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from latentdiff.core.errors import ConfigError
-from latentdiff.formats.folder import check_folder, let_others_read, loading, saving
+from latentdiff.core.errors import ConfigError, loading, saving
+from latentdiff.core.files import whole
+from latentdiff.formats.folder import check_folder
 
 _TEXTS = (".json", ".txt", ".md", ".xml")
 
@@ -28,9 +28,7 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
         raise ConfigError(f"{target} exists; nothing is overwritten")
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{target} lies inside {source}. Choose another place")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".latentdiff-", dir=target.parent) as scratch:
-        made = Path(scratch) / "model"
+    with whole(target) as made:
         for file in sorted(file for file in source.rglob("*") if file.is_file()):
             copy = made / file.relative_to(source)
             if file.suffix == ".safetensors":
@@ -38,8 +36,6 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
             elif file.suffix in _TEXTS:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-        let_others_read(made)
-        made.rename(target)
 
 
 def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:

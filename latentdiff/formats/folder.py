@@ -6,17 +6,17 @@ network. Nothing but JSON, safetensors and the tokenizer's text is ever read fro
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from latentdiff.core.errors import ModelError, ResourceError, UnsafeError, raised_as
+from latentdiff.core.errors import ModelError, UnsafeError, loading
+from latentdiff.core.files import sha256_of
+from latentdiff.formats.pickle import is_pickle, named_safetensors
 
 KNOWN_CLASSES = {
     "vae": {"AutoencoderKL", "AutoencoderTiny"},
@@ -47,7 +47,6 @@ _ASKS_TO_RUN_CODE = {
 }
 _SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors")
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(\w+))?\.json")
-_ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def check_folder(directory: Path) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def check_folder(directory: Path) -> dict[str, Any]:
     A pickle is refused where it stands for weights; beside safetensors, as many models have both, it is never opened.
     """
     if not directory.is_dir():
-        kind = "file" if _named_safetensors(directory) else "model folder"
+        kind = "file" if named_safetensors(directory) else "model folder"
         raise ModelError(f"no such {kind} ({directory}). Give a folder with a model_index.json, or a .safetensors")
     if not (directory / "model_index.json").is_file():
         raise ModelError(f"no model_index.json ({directory}). Give a folder in diffusers' layout")
@@ -87,7 +86,7 @@ def _check_contents(directory: Path, *, of_model: bool = True) -> None:
             )
         if file.suffix == ".json":
             check_json(file, directory)
-        elif is_pickle(file) and (_named_safetensors(file) or not _unread(file.parent, directory, of_model)):
+        elif is_pickle(file) and (named_safetensors(file) or not _unread(file.parent, directory, of_model)):
             raise UnsafeError(
                 f"{file.relative_to(directory)} is a pickle file ({directory}). latentdiff loads safetensors only"
             )
@@ -208,56 +207,6 @@ def check_depth(config: dict[str, Any], tensors: int, part: str, directory: Path
         raise ModelError(f"{part}/config.json describes {depth:,} layers, its weights are {tensors:,} ({directory})")
 
 
-def _named_safetensors(file: Path) -> bool:
-    return file.suffix.lower() == ".safetensors"
-
-
-def is_pickle(file: Path) -> bool:
-    """By name, and by content: pickle protocols 2 and up open with 0x80, torch's archives are zip files.
-
-    A safetensors file opens with the 8-byte length of a JSON header, then "{"; one too short to say is left to its
-    loader.
-    """
-    with file.open("rb") as handle:
-        head = handle.read(9)
-    if _named_safetensors(file):
-        return len(head) == 9 and head[8:9] != b"{"
-    named = file.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-    return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
-
-
-def refuse_pickle(file: Path) -> None:
-    """Raises UnsafeError for a pickle in the place of a file of weights."""
-    if is_pickle(file):
-        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
-
-
-def loading(part: str | Path, directory: Path | None = None) -> AbstractContextManager[None]:
-    """Whatever a library raises while it reads a file, or a part of a folder, becomes a ModelError of one line."""
-    return raised_as(ModelError, f"cannot load {part}" + (f" ({directory})" if directory else ""))
-
-
-def saving(part: str, directory: Path) -> AbstractContextManager[None]:
-    """Whatever a library raises while it writes a part, of a full disk above all, becomes a line of ResourceError."""
-    return raised_as(ResourceError, f"cannot write {part} ({directory})")
-
-
-def let_others_read(place: Path) -> None:
-    """Give a file of weights, or those of a folder, the umask's mode: safetensors makes them their owner's alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in place.rglob("*.safetensors") if place.is_dir() else [place]:
-        file.chmod(0o666 & ~mask)
-
-
-def publish(network: Path) -> None:
-    """What a library wrote of a network made fit for others: readable, and silent of where its weights once lay."""
-    let_others_read(network)
-    config = network / "config.json"
-    kept = {key: value for key, value in read_json(config).items() if key != "_name_or_path"}
-    config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The safetensors files of a network of a checked folder: one, or the shards that an index names.
 
@@ -300,46 +249,23 @@ def _variants(folder: Path) -> dict[str | None, Path]:
 
 def folder_hash(directory: Path, variant: str | None = None) -> str:
     """sha256 of the weights that draw, in the order of their names: which model drew a picture."""
-    digest = hashlib.sha256()
-    for part in NETWORKS:
-        for file in weight_files(directory / part, variant) if (directory / part).is_dir() else []:
-            digest.update(file.relative_to(directory).as_posix().encode())
-            _digest_file(digest, file)
-    return digest.hexdigest()
+    folders = [directory / part for part in NETWORKS if (directory / part).is_dir()]
+    with loading("the weights", directory):
+        return sha256_of(*(file for part in folders for file in weight_files(part, variant)), named_in=directory)
 
 
 def settings_hash(directory: Path) -> str:
-    """sha256 of what lies beside the weights that draw: configs, tokenizer, schedule. Raises ModelError."""
-    digest = hashlib.sha256()
+    """sha256 of the files beside the weights: configs, tokenizer, schedule. Raises ModelError."""
     parts = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler", "clip")
     files = [*directory.glob("*.json"), *(file for part in parts for file in (directory / part).glob("*.*"))]
-    for file in sorted(file for file in files if file.suffix in (".json", ".txt")):
-        digest.update(file.relative_to(directory).as_posix().encode())
-        with loading(file):
-            _digest_file(digest, file)
-    return digest.hexdigest()
+    with loading("the configs", directory):
+        return sha256_of(*sorted(file for file in files if file.suffix in (".json", ".txt")), named_in=directory)
 
 
 def network_hash(folder: Path) -> str:
     """sha256 of the weights of one network. Raises ModelError."""
-    digest = hashlib.sha256()
-    for file in weight_files(folder):
-        _digest_file(digest, file)
-    return digest.hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file's bytes. Raises ModelError."""
-    digest = hashlib.sha256()
-    with loading(file):
-        _digest_file(digest, file)
-    return digest.hexdigest()
-
-
-def _digest_file(digest: Any, file: Path) -> None:
-    with file.open("rb") as content:
-        while block := content.read(1 << 24):
-            digest.update(block)
+    with loading(folder):
+        return sha256_of(*weight_files(folder))
 
 
 def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, int]:

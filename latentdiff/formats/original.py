@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentdiff.core.errors import ConfigError
-from latentdiff.formats.folder import saving
+from latentdiff.core.errors import ConfigError, saving
 from latentdiff.formats.single_file import CLIP, OPEN_CLIP, SCALING, UNET, VAE, VOCABULARY, Family
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.kl import Autoencoder, TinyAutoencoder

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from latentdiff.core.errors import ModelError, UnsafeError
-from latentdiff.formats.folder import file_hash, is_pickle, loading
+from latentdiff.core.errors import ModelError, UnsafeError, loading
+from latentdiff.core.files import sha256_of
+from latentdiff.formats.pickle import is_pickle
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.kl import Autoencoder
 from latentdiff.networks.conditions import Context
@@ -93,7 +94,7 @@ def described(path: Path) -> dict[str, Any]:
     return {
         "name": path.stem,
         "kind": _kind(names, path),
-        "hash": file_hash(path),
+        "hash": sha256_of(path),
         "tensors": len(names),
         "parameters": sum(counts),
         "precision": kinds,

@@ -1,7 +1,7 @@
 """A pickle's tensors as safetensors, read in a process of its own: `python -m latentdiff.formats.unpickle FROM TO`.
 
-torch reads it with weights_only, which builds tensors and plain containers and calls nothing else. The process has
-nothing to lose: it writes one new file and ends.
+torch reads the pickle with weights_only, which builds tensors and plain containers and calls nothing else. The process
+has nothing to lose: it writes one new file and ends.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from latentdiff.core.errors import ModelError
-from latentdiff.formats.folder import check_depth, loading, numbers_in, read_json, variant_of, weight_files
+from latentdiff.core.errors import ModelError, loading
+from latentdiff.formats.folder import check_depth, numbers_in, read_json, variant_of, weight_files
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder, TinyAutoencoder
 from latentdiff.networks.encoders.clip import END, START, TextEncoder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from latentdiff.formats.folder import let_others_read
+from latentdiff.core.files import let_others_read
 
 VOCABULARY = 49408
 _EMBEDDING = "token_embedding.weight"

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentdiff.core.errors import ModelError
-from latentdiff.formats.folder import loading, refuse_pickle
+from latentdiff.core.errors import ModelError, loading
+from latentdiff.formats.pickle import refuse_pickle
 
 _BACKBONES = {"alex": 256, "squeeze": 384, "vgg": 512}  # by how many channels the fourth part of LPIPS weighs
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentdiff.core.errors import ModelError
-from latentdiff.formats.folder import check_json, loading
+from latentdiff.core.errors import ModelError, loading
+from latentdiff.formats.folder import check_json
 from latentdiff.formats.weights import load_clip
 from latentdiff.networks.clip import Clip
 from latentdiff.networks.encoders.clip import Tokenizer, clip_tokenizer, tokenize

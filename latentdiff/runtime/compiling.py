@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from latentdiff.core import cache as user_cache
-from latentdiff.core.errors import ModelError, ResourceError
-from latentdiff.formats.folder import loading
+from latentdiff.core.errors import ModelError, ResourceError, loading
 from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 
 SHAPES = 4  # of each graph in memory, for each has weights of its own; the oldest goes

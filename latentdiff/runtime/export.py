@@ -16,10 +16,9 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from latentdiff.core.errors import ConfigError, ModelError, raised_as
+from latentdiff.core.errors import ConfigError, ModelError, raised_as, saving
 from latentdiff.core.files import whole, write_json
 from latentdiff.diffusion.noise import normal
-from latentdiff.formats.folder import saving
 from latentdiff.networks.codecs.kl import Autoencoder
 from latentdiff.networks.conditions import Context
 from latentdiff.networks.encoders.clip import TextEncoder

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.core.errors import ModelError
-from latentdiff.formats.folder import loading, read_json, weight_files
+from latentdiff.core.errors import ModelError, loading
+from latentdiff.formats.folder import read_json, weight_files
 
 FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
 FORMAT = 1

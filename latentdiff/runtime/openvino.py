@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.core.errors import ModelError
-from latentdiff.formats.folder import loading, read_json
+from latentdiff.core.errors import ModelError, loading
+from latentdiff.formats.folder import read_json
 from latentdiff.networks.conditions import Context, side_by_side
 from latentdiff.networks.encoders.prompt import EMPTY, Reader, Reading, Style, check_clip_skip, weighted
 from latentdiff.runtime.compiling import Compiler

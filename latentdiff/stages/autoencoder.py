@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, saving
 from latentdiff.core.images import to_images, to_uint8
 from latentdiff.data import oracle
 from latentdiff.data.dataset import VALIDATION, readable
 from latentdiff.data.examples import Examples
 from latentdiff.data.scene_set import Scenes
 from latentdiff.families.pretrained import located
-from latentdiff.formats.folder import check_vae, saving
+from latentdiff.formats.folder import check_vae
 from latentdiff.formats.weights import load_vae, weights_hash
 from latentdiff.networks.codecs.kl import Autoencoder, TinyAutoencoder, misfit
 from latentdiff.settings.config import Config

@@ -6,13 +6,12 @@ pictures of other settings, missing or altered ones are told, and never drawn an
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from latentdiff.core.errors import DataError
-from latentdiff.core.files import write_new
+from latentdiff.core.files import sha256_of, write_json, write_new
 from latentdiff.drawing.files import encoded
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.settings.config import Captions, Data
@@ -52,7 +51,7 @@ def draw_class(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, 
         numbers = range(first, min(first + _AT_ONCE, prior.pictures))
         if not all(_path(folder, number).is_file() for number in numbers):
             _draw(pipe, config, folder, numbers)
-    sums = {path.name: _sha256(path) for path in (_path(folder, number) for number in range(prior.pictures))}
+    sums = {path.name: sha256_of(path) for path in (_path(folder, number) for number in range(prior.pictures))}
     _say(folder, {**asked, "pictures": sums})
 
 
@@ -77,9 +76,7 @@ def _said(folder: Path, asked: dict[str, Any]) -> dict[str, str] | None:
 
 def _say(folder: Path, tree: dict[str, Any]) -> None:
     """Whole or not there."""
-    partial = folder / f".{_SAID}"
-    partial.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    partial.rename(folder / _SAID)
+    write_json(folder / _SAID, tree, indent=1)
 
 
 def _draw(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, numbers: range) -> None:
@@ -93,14 +90,12 @@ def _draw(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, numbe
 
 def _check(folder: Path, sums: dict[str, str]) -> None:
     for name, expected in sums.items():
-        fault = "missing" if not (folder / name).is_file() else "" if _sha256(folder / name) == expected else "another"
+        fault = (
+            "missing" if not (folder / name).is_file() else "" if sha256_of(folder / name) == expected else "another"
+        )
         if fault:
             raise DataError(f"class picture {name} is {fault} ({folder}). Move the folder away to have all drawn again")
 
 
 def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.png"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff.core.errors import saving
 from latentdiff.core.images import to_images
 from latentdiff.data import scenes
 from latentdiff.data.dataset import VALIDATION
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion import noise
-from latentdiff.formats.folder import saving
 from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer, tokenize
 from latentdiff.settings.config import Config

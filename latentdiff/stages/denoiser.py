@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, saving
 from latentdiff.data import scenes
 from latentdiff.data.dataset import readable
 from latentdiff.data.examples import Examples
@@ -20,7 +20,6 @@ from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import of_model
 from latentdiff.evaluation.held_out import held_out, shown
 from latentdiff.evaluation.sections import Against, measured
-from latentdiff.formats.folder import saving
 from latentdiff.formats.weights import load_autoencoder, load_text_encoder, weights_hash
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.encoders.clip import TextEncoder

@@ -12,12 +12,11 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, saving
 from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.families.pretrained import load_pipeline
-from latentdiff.formats.folder import saving
 from latentdiff.formats.weights import weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.settings.config import Override, save_config

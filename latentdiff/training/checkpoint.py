@@ -8,9 +8,7 @@ manifest agrees is good.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff.core.errors import ModelError, ResourceError
-from latentdiff.formats.folder import let_others_read
+from latentdiff.core.files import flush, let_others_read, sha256_of
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without ending -> tensor name -> tensor, on the CPU
 Parts = Iterable[tuple[str, Mapping[str, Tensor]]]  # the same, made one after another
@@ -50,7 +48,7 @@ def save_checkpoint(directory: Path, parts: Parts, need: int, state: dict[str, A
         if final.exists():
             set_aside(final)
         partial.rename(final)
-        _flush(directory)
+        flush(directory)
     for old in [path for path in checkpoints(directory) if not _missing_bytes(path)][:-keep]:
         if old != final:
             _remove(old)
@@ -70,11 +68,11 @@ def _seal(folder: Path) -> None:
     files = sorted(folder.iterdir())
     let_others_read(folder)
     for file in files:
-        _flush(file)
-    listed = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+        flush(file)
+    listed = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
     (folder / MANIFEST).write_text(json.dumps(listed, indent=1))
-    _flush(folder / MANIFEST)
-    _flush(folder)
+    flush(folder / MANIFEST)
+    flush(folder)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -94,7 +92,7 @@ def damage(path: Path) -> str | None:
             return fault
         manifest = json.loads((path / MANIFEST).read_text())
         for name, entry in manifest.items():
-            if _sha256(path / name) != entry["sha256"]:
+            if sha256_of(path / name) != entry["sha256"]:
                 return f"{name}: not the bytes that were written"
     except OSError as error:
         return f"{(error.strerror or str(error)).lower()}"
@@ -192,17 +190,3 @@ def _os_error(error: SafetensorError) -> int | None:
     """The number of the system's error, which safetensors tells in words only."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
-
-
-def _flush(path: Path) -> None:
-    """To the disk: a rename must not arrive there before what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from latentdiff.core.errors import ResourceError
+from latentdiff.core.files import write_text
 
 
 class Log:
@@ -20,9 +21,7 @@ class Log:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = path = directory / "log.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= start]
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(f"{line}\n" for line in kept))
-        whole.rename(path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self.reported = {int(_step(line)) for line in kept if "loss" not in json.loads(line)}
         self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)

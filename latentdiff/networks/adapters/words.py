@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentdiff.core.errors import ConfigError, ModelError
-from latentdiff.formats.folder import let_others_read, loading, refuse_pickle, saving
+from latentdiff.core.errors import ConfigError, ModelError, loading, saving
+from latentdiff.core.files import let_others_read
+from latentdiff.formats.pickle import refuse_pickle
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.networks.encoders.two_clips import DualTextEncoder
 

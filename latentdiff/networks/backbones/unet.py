@@ -14,8 +14,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentdiff.formats.folder import publish
 from latentdiff.networks.conditions import Context
+from latentdiff.networks.saving import save_network
 
 
 class UNet(nn.Module):
@@ -230,8 +230,7 @@ class UNet(nn.Module):
 
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
-        self.model.save_pretrained(directory, safe_serialization=True)
-        publish(directory)
+        save_network(self.model, directory)
 
 
 def _noting(forward: Callable[..., Tensor], found: list[Tensor]) -> Callable[..., Tensor]:

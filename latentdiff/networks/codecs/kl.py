@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.formats.folder import publish
+from latentdiff.networks.saving import save_network
 
 SMALLEST_TILE = 512  # pixels; diffusers takes the size a model was trained for, which may be tiny
 
@@ -127,8 +127,7 @@ class Autoencoder(nn.Module):
 
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
-        self.vae.save_pretrained(directory, safe_serialization=True)
-        publish(directory)
+        save_network(self.vae, directory)
 
 
 class TinyAutoencoder(Autoencoder):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentdiff.formats.folder import publish
 from latentdiff.networks.conditions import Context
 from latentdiff.networks.encoders.prompt import EMPTY, Chunk, Reader, Reading, Style, check_clip_skip, weighted
+from latentdiff.networks.saving import save_network
 
 Tokenizer = CLIPTokenizer
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -150,8 +150,7 @@ class TextEncoder(nn.Module):
         self.tokenizer.save_pretrained(tokenizer)
         # the same file again without white space, which is half of it
         (tokenizer / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
-        self.model.save_pretrained(text_encoder, safe_serialization=True)
-        publish(text_encoder)
+        save_network(self.model, text_encoder)
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

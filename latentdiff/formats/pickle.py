@@ -1,0 +1,34 @@
+"""Which files are pickles, by content: they are refused wherever weights are expected, whatever their name is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentdiff.core.errors import UnsafeError
+
+_ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def is_pickle(file: Path) -> bool:
+    """By name, and by content: pickle protocols 2 and up open with 0x80, torch's archives are zip files.
+
+    A safetensors file opens with the 8-byte length of a JSON header, then "{"; one too short to say is left to its
+    loader.
+    """
+    with file.open("rb") as handle:
+        head = handle.read(9)
+    if named_safetensors(file):
+        return len(head) == 9 and head[8:9] != b"{"
+    named = file.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+    return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raises UnsafeError for a pickle in the place of a file of weights."""
+    if is_pickle(file):
+        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
+
+
+def named_safetensors(file: Path) -> bool:
+    """Whether a file is called a safetensors file, in any case."""
+    return file.suffix.lower() == ".safetensors"
