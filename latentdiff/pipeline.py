@@ -19,7 +19,7 @@ from PIL import Image
 from latentdiff.core.arrays import Array, as_tensor, library, to_numpy
 from latentdiff.core.errors import ConfigError, NonFiniteError
 from latentdiff.core.images import luminance, to_uint8, to_values
-from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.diffusion.path import Path as NoisePath
 from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import extras, given
 from latentdiff.drawing.job import NOTHING, Job, Own, jobs_of
@@ -107,7 +107,7 @@ class LatentDiffusionPipeline:
         autoencoder: Autoencoder | IdentityAutoencoder,
         text_encoder: TextEncoder | DualTextEncoder,
         unet: UNet,
-        schedule: NoiseSchedule,
+        path: NoisePath,
         prediction: str,
         card: ModelCard,
         *,
@@ -115,7 +115,7 @@ class LatentDiffusionPipeline:
         speed: Speed = "exact",
     ):
         self.autoencoder, self.text_encoder, self.unet = autoencoder, text_encoder, unet
-        self.schedule, self.prediction, self.card = schedule, prediction, card
+        self.path, self.prediction, self.card = path, prediction, card
         self._compiled, self.speed, self._sped_up = compiled, speed, False
         self._texts: Known = {}
         self.extras = extras.Extras()
@@ -143,8 +143,8 @@ class LatentDiffusionPipeline:
         """The model of a folder in diffusers' layout, of a single .safetensors file or of a hub id.
 
         Without a path, the default model inside the package. A hub id is fetched once, at `revision`. runtime: see
-        `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. By torch on CUDA where there
-        is one, float32 unless told otherwise. Raises ModelError, UnsafeError, ConfigError.
+        `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. By torch on CUDA where
+        there is one, float32 by default. Raises ModelError, UnsafeError, ConfigError.
         """
         from latentdiff.runtime import choice as runtimes
 
@@ -280,8 +280,8 @@ class LatentDiffusionPipeline:
     def request(self, prompt: str, **settings: Any) -> Request:
         """A validated request with the model's recommended settings where none are given."""
         asked = request(prompt=prompt, **{**self.card.defaults, **settings})
-        if asked.num_inference_steps > self.schedule.T:
-            raise ConfigError(f"num_inference_steps: the model has {self.schedule.T} (got {asked.num_inference_steps})")
+        if asked.num_inference_steps > self.path.T:
+            raise ConfigError(f"num_inference_steps: the model has {self.path.T} (got {asked.num_inference_steps})")
         self._check(asked)
         return asked
 

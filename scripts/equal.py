@@ -56,7 +56,7 @@ WAYS: dict[str, dict[str, Any]] = {  # of asking the default model
     "leading": {"spacing": "leading"},
     "linspace": {"spacing": "linspace"},
     "karras": {"spacing": "karras"},
-    "uniform": {"spacing": "uniform"},
+    "exponential": {"spacing": "exponential"},
     "eta": {"sampler": "ddim", "eta": 0.6},
     "clip skip": {"clip_skip": 1},
     "slices": {"vae_slicing": True, "num_images_per_prompt": 2},

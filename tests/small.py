@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentdiff.diffusion.objective import DiffusionLoss
-from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.diffusion.times import Times
 from latentdiff.settings.config import Training
 from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
 from latentdiff.training.interruption import Interruption
@@ -87,13 +88,14 @@ class Given:
         return batch["texts"]
 
 
-def denoiser_stage(count=10, network=None, buckets=None, group=1, **draws):
+def denoiser_stage(count=10, network=None, buckets=None, group=1, bins=0, **draws):
     """The real stage on `count` random latents."""
     generator = torch.Generator().manual_seed(0)
     given = Given(torch.randn(count, 4, 2, 2, generator=generator).half(), torch.full((count, 4, 2, 2), -2.0).half())
     network = network or TinyNetwork()
-    loss = DiffusionLoss(NoiseSchedule.scaled_linear(), "epsilon")
-    drawn = Draws(0, 1000, **draws)
+    path = VariancePreserving.scaled_linear()
+    loss = DiffusionLoss(path, "epsilon")
+    drawn = Draws(0, Times(path, bins=bins), **draws)
     order = Order(0, drawn.purpose, buckets or [np.arange(count)], group)
     samples = Samples(given, given, lambda row: f"picture {row}")
     return DenoiserStage(network, {"unet": network}, loss, samples, drawn, order)

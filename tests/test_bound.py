@@ -21,12 +21,12 @@ from latentdiff.diffusion.bound import (
     prior,
     proposal,
 )
-from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.process import transition
 
-LINEAR, SD = NoiseSchedule.linear(), NoiseSchedule.scaled_linear()
-SCHEDULES = {"linear": LINEAR, "SD": SD, "cosine": NoiseSchedule.cosine(), "terminal": SD.zero_terminal_snr()}
-SHORT = NoiseSchedule.from_betas(np.linspace(0.02, 0.3, 12))
+LINEAR, SD = VariancePreserving.linear(), VariancePreserving.scaled_linear()
+SCHEDULES = {"linear": LINEAR, "SD": SD, "cosine": VariancePreserving.cosine(), "terminal": SD.zero_terminal_snr()}
+SHORT = VariancePreserving.from_betas(np.linspace(0.02, 0.3, 12))
 
 
 def mmse(schedule, s):
@@ -50,7 +50,7 @@ def gaussian(schedule, s, mean=0.0):
 
 def even(steps):
     """Levels evenly spaced in log-SNR."""
-    return NoiseSchedule(1 / (1 + np.exp(-np.linspace(14, -14, steps))))
+    return VariancePreserving(1 / (1 + np.exp(-np.linspace(14, -14, steps))))
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [(LINEAR, 9.7047e-06), (SD, 1.128e-03)])
@@ -264,3 +264,51 @@ def test_pixels():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="unknown variance 'medium'; one of small, large"):
         Terms.of(SD, "medium")
+
+
+# on a straight path
+
+
+@pytest.mark.parametrize("s", [0.5, 1.0])
+def test_a_straight_path_in_closed_form(s):
+    """Data N(0, s^2) with the exact denoiser on the levels 1 .. T of a rectified flow: each denoising term by the KL of
+    two Gaussians, summed; there is no prior, for the last level is pure noise.
+    """
+    path = Straight(T=200)
+    levels = [path.numbered(n) for n in range(path.T)]
+    total = 0.0
+    for below, level in pairwise(levels):
+        step = transition(below, level)
+        mmse = s**2 * level.sigma**2 / (level.alpha**2 * s**2 + level.sigma**2)
+        total += step.x0**2 * mmse / (2 * step.variance)
+    terms = Terms.of(path)
+    alpha, sigma = path.scales(np.arange(1.0, 201.0))
+    ours = (terms.weight * s**2 * sigma**2 / (alpha**2 * s**2 + sigma**2) + terms.constant)[1:].sum()
+    assert ours == pytest.approx(total, rel=1e-10)
+    assert (prior(np.ones((2, 3)), path) == 0).all()
+    # with ever more levels the sum goes to half the integral of the change of SNR times the MMSE (Kingma et al. 2021)
+    u = np.linspace(math.log(levels[-2].snr), math.log(levels[0].snr), 200_001)
+    integral = np.trapezoid(0.5 * np.exp(u) * s**2 / (np.exp(u) * s**2 + 1), u)
+    fine = Straight(T=20_000)
+    alpha, sigma = fine.scales(np.arange(1.0, 20_001.0))
+    inside = (alpha / np.maximum(sigma, 1e-300)) ** 2
+    chosen = (inside >= levels[-2].snr) & (inside <= levels[0].snr)
+    many = (Terms.of(fine).weight * s**2 * sigma**2 / (alpha**2 * s**2 + sigma**2))[chosen].sum()
+    assert many == pytest.approx(integral, rel=0.02)
+
+
+def test_the_estimate_on_a_straight_path():
+    """Drawn times against every time, with the exact denoiser of N(0.3, 0.25)."""
+    path, rng = Straight(T=40), np.random.default_rng(0)
+    x0 = rng.normal(0.3, 0.5, (400, 6))
+
+    def predict(x, numbers):
+        alpha, sigma = (each[:, None] for each in path.scales(numbers + 1.0))
+        variance = alpha**2 * 0.25 + sigma**2
+        return 0.3 + alpha * 0.25 / variance * (x - alpha * 0.3)
+
+    errors = errors_of(predict, x0, path, count=16)
+    mean, error = mean_and_error(errors.denoising() / 6)
+    alpha, sigma = path.scales(np.arange(1.0, 41.0))
+    exact = (Terms.of(path).weight * 0.25 * sigma**2 / (alpha**2 * 0.25 + sigma**2))[1:].sum()
+    assert abs(mean - exact) < 4 * error

@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.diffusion.times import Times
 from latentdiff.training.denoiser import Draws, thaw, validation_losses
 
 from .small import denoiser_stage
@@ -71,21 +73,22 @@ def test_input_perturbation_is_no_target():
         batch = stage.batch(range(1000))
         losses.append(stage.loss(stage.module, batch))
     assert torch.equal(losses[0], losses[1])
-    sigma = stage._diffusion_loss._sigma[batch["t"]][:, None, None, None]
+    _, sigma = VariancePreserving.scaled_linear().scales(batch["t"].numpy())
+    sigma = torch.from_numpy(sigma).float()[:, None, None, None]
     torch.testing.assert_close(seen[1] - seen[0], sigma * batch["perturbation"], rtol=1e-3, atol=1e-5)
     assert float(batch["perturbation"].std()) == pytest.approx(0.1, rel=0.02)
 
 
 def test_validation_is_by_bins_of_time_and_never_changes():
     """Every picture once in each bin, at a time of that bin; the same numbers twice, the mean of the bins in all."""
-    stage = denoiser_stage(purpose="validation", time_bins=4)
+    stage = denoiser_stage(purpose="validation", bins=4)
     for number in range(4):
         assert (stage.batch_of([(row, number) for row in range(10)])["t"] // 250 == number).all()
     first, again = (validation_losses(stage, 4, 1000, size) for size in (3, 10))
     assert first == pytest.approx(again, rel=1e-6)
     assert validation_losses(stage, 4, 1000, 10) == again
     halves = denoiser_stage(
-        purpose="validation", time_bins=4, buckets=[np.array([0, 3, 4]), np.array([1, 2, 5, 6, 7, 8, 9])]
+        purpose="validation", bins=4, buckets=[np.array([0, 3, 4]), np.array([1, 2, 5, 6, 7, 8, 9])]
     )
     assert validation_losses(halves, 4, 1000, 10) == pytest.approx(again, rel=1e-6)
     bins = [f"loss_at_{low}_to_{low + 249}" for low in (0, 250, 500, 750)]
@@ -94,7 +97,8 @@ def test_validation_is_by_bins_of_time_and_never_changes():
 
 
 def test_times_are_uniform():
-    t = np.array([Draws(0, 1000).of(row, 0, (1, 1, 1))["t"] for row in range(5000)])
+    draws = Draws(0, Times(VariancePreserving.scaled_linear()))
+    t = np.array([draws.of(row, 0, (1, 1, 1))["t"] for row in range(5000)])
     assert (t.min(), t.max()) == (0, 999)
     assert np.histogram(t, 10, (0, 1000))[0] == pytest.approx(np.full(10, 500), abs=5 * 500**0.5)
 

@@ -46,7 +46,7 @@ def inpainter(pipe, tiny_model):
     unet.model.conv_in = torch.nn.Conv2d(9, old.out_channels, 3, padding=1)
     unet.model.register_to_config(in_channels=9)
     return LatentDiffusionPipeline(
-        pipe.autoencoder, pipe.text_encoder, unet.eval(), pipe.schedule, pipe.prediction, pipe.card
+        pipe.autoencoder, pipe.text_encoder, unet.eval(), pipe.path, pipe.prediction, pipe.card
     )
 
 
@@ -72,7 +72,7 @@ def test_strength_is_how_much_is_drawn_over(pipe, photo):
 
 def test_the_start_is_the_closed_form(pipe, photo):
     """alpha x0 + sigma noise, x0 the posterior's mean, the noise that of the seed."""
-    level = pipe.schedule.levels(4, "trailing")[2]
+    level = pipe.path.levels(4, "trailing")[2]
     known = pipe.encode(photo[None])
     own = torch.from_numpy(noise.normal((4, 32, 48), 1, "initial latents"))
     from latentdiff.drawing.passes import NOTHING, _draw, _first

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from latentdiff.diffusion import guidance, samplers
-from latentdiff.diffusion.path import NoiseLevel, NoiseSchedule
+from latentdiff.diffusion.level import NoiseLevel
+from latentdiff.diffusion.path import VariancePreserving
 
-SD = NoiseSchedule.scaled_linear()
+SD = VariancePreserving.scaled_linear()
 
 
 def gaussian(mean, std):

@@ -13,7 +13,7 @@ from latentdiff.core.errors import ModelError, NonFiniteError
 from latentdiff.core.images import to_images
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Terms, bits, mean_and_error, noised
-from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.evaluation.held_out import held_out, shown
 from latentdiff.evaluation.likelihood import _contexts, likelihood
 from latentdiff.networks.codecs.kl import IdentityAutoencoder
@@ -71,7 +71,7 @@ def test_the_latents_terms(exact, found, pictures):
     """L_0 by a normal density; the drawn times' sum against every time's, of one picture."""
     pixels, captions = pictures
     z, _ = sampled(exact, pixels, 1)
-    schedule = exact.schedule
+    schedule = exact.path
     context = torch.cat([exact.text_encoder.context(caption).tokens[None] for caption in captions])
     first = np.zeros(len(z), np.int64)
     x = noised(schedule, z, first, 1, range(len(z)))
@@ -156,13 +156,13 @@ class Exact:
         return context
 
     def predict(self, x, t, context):
-        a = torch.from_numpy(self.schedule.alphas_cumprod[t.numpy()]).to(x)[:, None, None, None]
+        a = torch.from_numpy(self.schedule.alphas_cumprod[t.long().numpy()]).to(x)[:, None, None, None]
         return a.sqrt() * self.s**2 / (a * self.s**2 + 1 - a) * x
 
 
 def test_a_model_of_pixels(pictures):
     """Gaussian 8-bit pixels under the exact denoiser: the bound is near their entropy, which it cannot be below."""
-    s, schedule = 0.25, NoiseSchedule.linear(1000)
+    s, schedule = 0.25, VariancePreserving.linear(1000)
     text = SimpleNamespace(context=lambda *_, **__: Context(torch.zeros(1, 2)))
     pipe = LatentDiffusionPipeline(IdentityAutoencoder(), text, Exact(schedule, s), schedule, "sample", ModelCard())
     type(pipe).device, kept = property(lambda self: torch.device("cpu")), type(pipe).device

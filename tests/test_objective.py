@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from latentdiff.diffusion.objective import WEIGHTINGS, DiffusionLoss, weights
-from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.diffusion.path import VariancePreserving
 
-SD = NoiseSchedule.scaled_linear()
+SD = VariancePreserving.scaled_linear()
 SNR = SD.alphas_cumprod / (1 - SD.alphas_cumprod)
 
 

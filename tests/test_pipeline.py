@@ -7,7 +7,7 @@ from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
-from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.drawing.record import read_metadata
 
 PROMPT = "a red circle above a blue square"
@@ -107,7 +107,7 @@ def test_save_and_load_round_trip(pipe, tmp_path):
     np.testing.assert_array_equal(numpy_images(again, seed=2), numpy_images(pipe, seed=2))
     assert again.card.hash == pipe.card.hash
     again.load_clip()
-    np.testing.assert_allclose(again.schedule.alphas_cumprod, pipe.schedule.alphas_cumprod, rtol=1e-12)
+    np.testing.assert_allclose(again.path.alphas_cumprod, pipe.path.alphas_cumprod, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine", "sigmoid"])
@@ -178,7 +178,7 @@ def test_refused_prompts(pipe, prompt):
 
 def test_more_steps_than_the_model_has(pipe):
     short = LatentDiffusionPipeline(
-        pipe.autoencoder, pipe.text_encoder, pipe.unet, NoiseSchedule.cosine(100), pipe.prediction, pipe.card
+        pipe.autoencoder, pipe.text_encoder, pipe.unet, VariancePreserving.cosine(100), pipe.prediction, pipe.card
     )
     with pytest.raises(ConfigError, match="the model has 100"):
         short(PROMPT, num_inference_steps=200)
@@ -254,13 +254,13 @@ def test_recommended_samplers_are_the_samplers():
     """The config names them itself, because it imports nothing."""
     from typing import get_args
 
-    from latentdiff.diffusion.path import SPACINGS
+    from latentdiff.diffusion.path import GRIDS
     from latentdiff.diffusion.samplers import SAMPLERS
     from latentdiff.settings.recommended import Recommended
 
     fields = Recommended.model_fields
     assert get_args(fields["sampler"].annotation) == tuple(SAMPLERS)
-    assert get_args(fields["spacing"].annotation) == tuple(SPACINGS)
+    assert get_args(fields["spacing"].annotation) == tuple(GRIDS)
 
 
 def test_missing_folder(tmp_path):

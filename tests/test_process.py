@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from latentdiff.diffusion.path import CLEAN, NoiseSchedule
+from latentdiff.diffusion.level import CLEAN
+from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.diffusion.process import diffuse, diffuse_step, posterior_mean, transition
 
-SD = NoiseSchedule.scaled_linear()
+SD = VariancePreserving.scaled_linear()
 
 
 def test_one_step_has_the_schedules_beta():

@@ -87,7 +87,7 @@ def test_pictures(both, solver):
     theirs.scheduler = kind.from_config(dict(theirs.scheduler.config) | stable_diffusion.SCHEDULE | settings)
     x = latents(2, 4, 16, 8)
     asked = {"height": 128, "width": 64, "num_inference_steps": 8, "guidance_scale": 5.0}
-    start = x / ours.schedule.level(999).sigma if solver == "euler" else x
+    start = x / ours.path.level(999).sigma if solver == "euler" else x
     prompts = {"prompt": [PROMPT] * 2, "negative_prompt": [NEGATIVE] * 2}
     expected = theirs(**prompts, **asked, latents=start, output_type="np").images
     drawn = ours(
@@ -202,7 +202,7 @@ def test_picture_to_picture(folders):
     known = ours.encode(np.asarray(image)[None])
     from latentdiff.diffusion.process import diffuse
 
-    levels = ours.schedule.levels(steps, "trailing")
+    levels = ours.path.levels(steps, "trailing")
     x = diffuse(known, noise, levels[4])
     theirs.prepare_latents = lambda *_, **__: x  # theirs draws the posterior, and noise of its own
     asked = {"num_inference_steps": steps, "guidance_scale": 3.0, "strength": 0.65}
@@ -274,11 +274,11 @@ def test_inferred_configs_are_the_published_ones(folders, tmp_path):
 @pytest.mark.parametrize("family", ["1", "XL"])
 def test_a_single_file_that_says_what_it_predicts(folders, family, tmp_path):
     pipe = stored_pipeline(folders[family])
-    pipe.prediction, pipe.schedule = "v_prediction", pipe.schedule.zero_terminal_snr()
+    pipe.prediction, pipe.path = "v_prediction", pipe.path.zero_terminal_snr()
     save_single_file(pipe, tmp_path / "v.safetensors")
     read = stored_pipeline(tmp_path / "v.safetensors")
     assert read.prediction == "v_prediction"
-    np.testing.assert_array_equal(read.schedule.alphas_cumprod, pipe.schedule.alphas_cumprod)
+    np.testing.assert_array_equal(read.path.alphas_cumprod, pipe.path.alphas_cumprod)
 
 
 class GivesBack(torch.nn.Module):

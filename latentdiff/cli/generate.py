@@ -18,15 +18,14 @@ from latentdiff.cli.loading import adapter_and_weight, common_settings, load_ext
 from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.grids import GRIDS
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.files import check_target, loses_pixels, open_picture, suffix_of
 
 if TYPE_CHECKING:
     from latentdiff.drawing.job import Job
     from latentdiff.drawing.request import Request
     from latentdiff.pipeline import LatentDiffusionPipeline
-
-# as in diffusion/samplers.py, which takes NumPy to import
-_SAMPLERS = "ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc, lcm"
 
 
 class Format(StrEnum):
@@ -62,12 +61,10 @@ def generate(
     clip_guidance_scale: Annotated[
         float | None, typer.Option(help="Steer by the gradient of CLIP's score, about 3.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help=f"{_SAMPLERS} (default: the model's).")] = None,
-    spacing: Annotated[
-        str | None, typer.Option(help="trailing, leading, linspace, karras or uniform (default: the model's).")
-    ] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLERS)} (default: the model's).")] = None,
+    spacing: Annotated[str | None, typer.Option(help=f"{', '.join(GRIDS)} (default: the model's).")] = None,
     eta: Annotated[
-        float | None, typer.Option(help="Noise added by ddim (default: 0) or euler_ancestral (default: 1), 0 to 1.")
+        float | None, typer.Option(help="Noise that a stochastic sampler adds, 0 to 1 (default: the sampler's).")
     ] = None,
     width: Annotated[
         int | None, typer.Option("--width", "-W", help="Pixels (default: the model's, or the picture's).")

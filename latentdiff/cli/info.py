@@ -27,11 +27,11 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
 
 def _of_model(path: Path) -> dict[str, object]:
     """Read from the JSON and the headers of the weights; no network is built."""
-    from latentdiff.families.pretrained import read_scheduler
+    from latentdiff.families.scheduler import read_scheduler
     from latentdiff.formats.folder import check_folder, folder_hash, parameter_counts
 
     index = check_folder(path)
-    schedule, prediction = read_scheduler(path)
+    schedule, prediction, _ = read_scheduler(path)
     counts = parameter_counts(path)
     return {
         "name": path.resolve().name,
@@ -40,7 +40,7 @@ def _of_model(path: Path) -> dict[str, object]:
         "parameters": counts | {"total": sum(counts.values())},
         "prediction": prediction,
         "timesteps": schedule.T,
-        "terminal_snr": schedule.level(schedule.T - 1).snr,
+        "terminal_snr": schedule.numbered(schedule.T - 1).snr,
     }
 
 

@@ -10,7 +10,7 @@ p(x_s | x_t) is Gaussian, around the posterior's mean for the predicted clean da
 constant. L_0 has the forward variance, for the posterior's is zero there: a density for latents, which are continuous,
 and for 8-bit pixels the probability of their bin (eq. 13). All is in nats of whole samples; `bits` divides.
 
-Noise and times are keyed by the sample, and times are drawn by the schedule alone: two models, or one with its captions
+Noise and times are keyed by the sample, and times are drawn by the path alone: two models, or one with its captions
 and without, are compared on the same draws.
 """
 
@@ -28,7 +28,8 @@ from scipy.special import log_ndtr
 
 from latentdiff.core.arrays import library, to_numpy
 from latentdiff.diffusion import noise
-from latentdiff.diffusion.path import CLEAN, NoiseSchedule
+from latentdiff.diffusion.level import CLEAN
+from latentdiff.diffusion.path import Path
 from latentdiff.diffusion.process import transition
 
 Array = Any
@@ -49,11 +50,11 @@ class Terms:
     constant: Floats
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, variance: str = "small") -> Terms:
+    def of(cls, path: Path, variance: str = "small") -> Terms:
         """Under a variance of the reverse steps. Raises ValueError for an unknown one."""
         if variance not in VARIANCES:
             raise ValueError(f"unknown variance {variance!r}; one of {', '.join(VARIANCES)}")
-        levels = [schedule.level(t) for t in range(schedule.T)]
+        levels = [path.numbered(t) for t in range(path.T)]
         first, *steps = [transition(s, t) for s, t in zip([CLEAN, *levels], levels, strict=False)]
         weights, constants = [0.5 / first.beta], [0.5 * math.log(2 * math.pi * first.beta)]
         for step in steps:
@@ -68,16 +69,16 @@ class Terms:
         return np.asarray(self.weight[times] * squared + dimensions * self.constant[times])
 
 
-def proposal(schedule: NoiseSchedule) -> Floats:
+def proposal(path: Path) -> Floats:
     """Probabilities of the times 1 .. T-1, (T,): as their terms for white data of variance 1, and a share alike.
 
     Data that can be told better than white noise has terms below those, at most times by much the same factor; where it
     has not, the uniform share bounds what one draw can weigh.
     """
-    a = schedule.alphas_cumprod
-    white = Terms.of(schedule).weight * (1 - a)
+    alpha, sigma = _scales(path, np.arange(path.T))
+    white = Terms.of(path).weight * sigma**2 / (alpha**2 + sigma**2)
     white[0] = 0
-    return np.asarray((1 - _UNIFORM) * white / white.sum() + _UNIFORM * (np.arange(len(a)) > 0) / (len(a) - 1))
+    return np.asarray((1 - _UNIFORM) * white / white.sum() + _UNIFORM * (np.arange(path.T) > 0) / (path.T - 1))
 
 
 def drawn_times(chances: Floats, count: int, seed: int, sample: int) -> NDArray[np.int64]:
@@ -88,17 +89,23 @@ def drawn_times(chances: Floats, count: int, seed: int, sample: int) -> NDArray[
     return np.minimum(np.searchsorted(quantiles, wanted, "right"), len(chances) - 1)
 
 
-def prior(x0: Array, schedule: NoiseSchedule) -> Floats:
+def prior(x0: Array, path: Path) -> Floats:
     """L_T (B,) of x0 (B, ...): 0 at zero terminal SNR."""
-    a = float(schedule.alphas_cumprod[-1])
-    return np.asarray(0.5 * (a * _summed(x0**2) - _dimensions(x0) * (a + math.log1p(-a))))
+    last = path.numbered(path.T - 1)
+    a, variance = last.alpha**2, last.sigma**2
+    return np.asarray(0.5 * (a * _summed(x0**2) + _dimensions(x0) * (variance - 1 - math.log(variance))))
 
 
-def noised(schedule: NoiseSchedule, x0: Array, times: NDArray[np.int64], seed: int, samples: Sequence[int]) -> Array:
+def noised(path: Path, x0: Array, times: NDArray[np.int64], seed: int, samples: Sequence[int]) -> Array:
     """x_t (B, ...) of rows x0 at times (B,); the noise of a row is keyed by its sample and its time."""
     draws = [noise.normal(x0.shape[1:], seed, "bound noise", i, int(t)) for i, t in zip(samples, times, strict=True)]
-    a = schedule.alphas_cumprod[times].reshape(-1, *(1,) * (x0.ndim - 1))
-    return _like(np.sqrt(a), x0) * x0 + _like(np.sqrt(1 - a), x0) * _like(np.stack(draws), x0)
+    alpha, sigma = (_like(each.reshape(-1, *(1,) * (x0.ndim - 1)), x0) for each in _scales(path, times))
+    return alpha * x0 + sigma * _like(np.stack(draws), x0)
+
+
+def _scales(path: Path, numbers: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """(alpha, sigma) of levels counted from 0."""
+    return path.scales(numbers.astype(np.float64) + path.numbered(0).t)
 
 
 @dataclass(frozen=True)
@@ -112,23 +119,23 @@ class Errors:
     reconstruction: Floats
     times: NDArray[np.int64]
     squared: Floats
-    schedule: NoiseSchedule
+    path: Path
     dimensions: int
 
     def as_tree(self) -> dict[str, Any]:
-        """All but the schedule, as JSON takes it."""
+        """All but the path, as JSON takes it."""
         arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
         return arrays | {"dimensions": self.dimensions}
 
     @classmethod
-    def from_tree(cls, tree: dict[str, Any], schedule: NoiseSchedule) -> Errors:
+    def from_tree(cls, tree: dict[str, Any], path: Path) -> Errors:
         """What `as_tree` made, to the bit."""
         arrays = {name: np.array(tree[name]) for name in _ARRAYS}
-        return cls(**arrays, schedule=schedule, dimensions=tree["dimensions"])
+        return cls(**arrays, path=path, dimensions=tree["dimensions"])
 
     @classmethod
     def joined(cls, parts: Sequence[Errors]) -> Errors:
-        """Of all the samples of several, which are of one schedule."""
+        """Of all the samples of several, which are of one path."""
         whole: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
         return replace(parts[0], **whole)
 
@@ -149,14 +156,14 @@ class Errors:
         return np.array(found)
 
     def _weighed(self, variance: str) -> Floats:
-        terms = Terms.of(self.schedule, variance).at(self.times, self.squared, self.dimensions)
-        return np.asarray(terms / proposal(self.schedule)[self.times])
+        terms = Terms.of(self.path, variance).at(self.times, self.squared, self.dimensions)
+        return np.asarray(terms / proposal(self.path)[self.times])
 
 
 def errors_of(
     predict: Predict,
     x0: Array,
-    schedule: NoiseSchedule,
+    path: Path,
     *,
     count: int,
     seed: int = 0,
@@ -168,17 +175,17 @@ def errors_of(
     samples: their numbers, by which draws are keyed (default: 0 .. N-1). pixels: x0 are 8-bit values in [-1, 1].
     """
     numbers = list(range(len(x0))) if samples is None else list(samples)
-    chances = proposal(schedule)
+    chances = proposal(path)
     drawn = np.stack([drawn_times(chances, count, seed, number) for number in numbers])
     first = np.zeros(len(x0), np.int64)
-    found = predict(noised(schedule, x0, first, seed, numbers), first)
-    sigma = schedule.level(0).sigma
+    found = predict(noised(path, x0, first, seed, numbers), first)
+    sigma = path.numbered(0).sigma
     if pixels:
         reconstruction = -_summed(discretised(to_numpy(x0), to_numpy(found), sigma))
     else:
-        reconstruction = Terms.of(schedule).at(first, _summed((x0 - found) ** 2), _dimensions(x0))
-    squared = [_summed((x0 - predict(noised(schedule, x0, times, seed, numbers), times)) ** 2) for times in drawn.T]
-    return Errors(prior(x0, schedule), reconstruction, drawn, np.stack(squared, 1), schedule, _dimensions(x0))
+        reconstruction = Terms.of(path).at(first, _summed((x0 - found) ** 2), _dimensions(x0))
+    squared = [_summed((x0 - predict(noised(path, x0, times, seed, numbers), times)) ** 2) for times in drawn.T]
+    return Errors(prior(x0, path), reconstruction, drawn, np.stack(squared, 1), path, _dimensions(x0))
 
 
 def bits(nats: Array, dimensions: int) -> Array:

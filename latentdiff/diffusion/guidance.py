@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.parametrization import Array, Denoiser
-from latentdiff.diffusion.path import NoiseLevel
 
 TINY = 1e-30  # keeps 0 / 0 finite
 

@@ -1,11 +1,9 @@
 """The training objective: a weighted mean squared error of the network's output at one time.
 
-Weightings are stated on the error of the noise, w(SNR) |noise - eps|^2, and translated to what the network
-predicts, so that one name means one objective whatever the network's output:
+Weightings are stated on the error of the noise, w(SNR) |noise - eps|^2, and translated to the network's output F, so
+that one name means one objective whatever the network predicts:
 
-    epsilon        w(SNR)
-    sample         w(SNR) SNR              noise - eps = -(alpha / sigma) (x0 - x0^)
-    v_prediction   w(SNR) SNR / (SNR + 1)  noise - eps = alpha (v - v^)
+    noise - eps = -(alpha / sigma) (x0 - x0^) = -(alpha / sigma) out (F* - F)    weight = w(SNR) (out alpha / sigma)^2
 
 and "uniform" is 1 on the output itself (Ho et al. 2020, L_simple, for epsilon). All are finite at SNR = 0.
 """
@@ -19,47 +17,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentdiff.diffusion.parametrization import Network, target
-from latentdiff.diffusion.path import NoiseSchedule
+from latentdiff.diffusion.level import NoiseLevel
+from latentdiff.diffusion.parametrization import Network, parametrization_named, target
+from latentdiff.diffusion.path import Path
 
 Weighting = Literal["uniform", "min_snr", "soft_min_snr", "p2"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
-def weights(
-    schedule: NoiseSchedule, prediction: str, weighting: str, gamma: float | None = None
-) -> NDArray[np.float64]:
-    """The weight of the squared error of the network's output at every time, (T,) float64, finite.
+def weights(path: Path, prediction: str, weighting: str, gamma: float | None = None) -> NDArray[np.float64]:
+    """The weight of the squared error of the network's output at the levels 0 .. T - 1, (T,) float64, finite.
 
     min_snr (Hang et al. 2023): w = min(1, gamma / SNR), gamma 5: on x0 it is min(SNR, gamma).
     soft_min_snr (Crowson et al. 2024): w = gamma / (SNR + gamma), gamma 5.
     p2 (Choi et al. 2022): w = (1 + SNR)^-gamma, gamma 1.
     """
-    a = schedule.alphas_cumprod
-    snr = a / (1 - a)
+    return np.array([weight(path.numbered(n), prediction, weighting, gamma) for n in range(path.T)])
+
+
+def weight(level: NoiseLevel, prediction: str, weighting: str, gamma: float | None = None) -> float:
+    """See `weights`; of one level. Raises ValueError for an unknown weighting."""
     if weighting == "uniform":
-        return np.ones_like(snr)
+        return 1.0
+    snr = level.snr
     if weighting == "min_snr":
-        w = (gamma or 5) / np.maximum(snr, gamma or 5)
+        w = (gamma or 5) / max(snr, gamma or 5)
     elif weighting == "soft_min_snr":
         w = (gamma or 5) / (snr + (gamma or 5))
     elif weighting == "p2":
         w = (1 + snr) ** -(gamma or 1.0)
     else:
         raise ValueError(f"unknown weighting {weighting!r}; one of {', '.join(WEIGHTINGS)}")
-    return w * {"epsilon": np.ones_like(snr), "sample": snr, "v_prediction": a}[prediction]
+    if prediction == "epsilon":
+        return w
+    return w * snr * parametrization_named(prediction)(level).out ** 2
 
 
 class DiffusionLoss:
-    """E |target - network(alpha_t x0 + sigma_t noise, t, context)|^2 with weights, per sample."""
+    """E |target - F(scale x_t, time, conditions)|^2 with weights, per sample, x_t = alpha x0 + sigma noise."""
 
-    def __init__(
-        self, schedule: NoiseSchedule, prediction: str, weighting: str = "uniform", gamma: float | None = None
-    ):
-        self.prediction = prediction
-        self._alpha = torch.from_numpy(np.sqrt(schedule.alphas_cumprod)).float()
-        self._sigma = torch.from_numpy(np.sqrt(1 - schedule.alphas_cumprod)).float()
-        self._weights = torch.from_numpy(weights(schedule, prediction, weighting, gamma)).float()
+    def __init__(self, path: Path, prediction: str, weighting: str = "uniform", gamma: float | None = None):
+        self.path, self.prediction = path, prediction
+        self._weighting, self._gamma = weighting, gamma
+        self._table = self._at([path.numbered(n) for n in range(path.T)]) if path.whole else None
 
     def __call__(
         self,
@@ -67,18 +67,37 @@ class DiffusionLoss:
         x0: Tensor,
         noise: Tensor,
         t: Tensor,
-        context: Any,
+        conditions: Any,
         perturbation: Tensor | None = None,
     ) -> Tensor:
-        """x0 and noise (B, C, h, w), t (B,) whole times, context as the network takes it -> losses (B,).
+        """x0 and noise (B, ...), t (B,) times of the path, conditions as the network takes them -> losses (B,).
 
-        A perturbation (B, C, h, w) is added to the noise that the network is shown, not to its target: input errors
-        as sampling makes them (Ning et al. 2023, alg. 2).
+        A perturbation like x0 is added to the noise that the network is shown, not to its target: input errors as
+        sampling makes them (Ning et al. 2023, alg. 2).
         """
-        alpha, sigma, weight = (table.to(x0.device)[t] for table in (self._alpha, self._sigma, self._weights))
-        alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
+        rows = self._rows(t).to(x0.device)
+        alpha, sigma, scale, on_noise, on_x0 = rows[:, :5].T.reshape(5, -1, *[1] * (x0.ndim - 1))
+
         shown = noise if perturbation is None else noise + perturbation
-        output = network(alpha * x0 + sigma * shown, t, context)
-        error = (output.float() - target(self.prediction, x0, noise, alpha, sigma)) ** 2
-        loss: Tensor = weight * error.flatten(1).mean(1)
+        time = rows[:, 5] if self.prediction == "karras" else t
+        x_t = alpha * x0 + sigma * shown
+        output = network(scale * x_t if self.prediction == "karras" else x_t, time, conditions)
+        error = (output.float() - (on_noise * noise + on_x0 * x0)) ** 2
+        loss: Tensor = rows[:, 6] * error.flatten(1).mean(1)
         return loss
+
+    def _rows(self, t: Tensor) -> Tensor:
+        """(B, 7): alpha, sigma, scale, target's coefficients of noise and x0, time, weight."""
+        if self._table is not None and not t.is_floating_point():
+            self._table = self._table.to(t.device)
+            return self._table[t]
+        return self._at([self.path.level(time) for time in t.tolist()])
+
+    def _at(self, levels: list[NoiseLevel]) -> Tensor:
+        coefficients = parametrization_named(self.prediction)
+        rows = []
+        for level in levels:
+            c = coefficients(level)
+            made = weight(level, self.prediction, self._weighting, self._gamma)
+            rows.append((level.alpha, level.sigma, c.scale, *target(self.prediction, level), c.time, made))
+        return torch.tensor(rows, dtype=torch.float64).float()

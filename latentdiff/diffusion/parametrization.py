@@ -1,30 +1,50 @@
-"""From what a network predicts to the clean latents it implies, and to the target it is trained on.
+"""Parametrizations: what a network F predicts, as the coefficients that turn its output into x0.
 
-epsilon        x0 = (x_t - sigma eps) / alpha        target: noise                       Ho et al. 2020
-sample         x0 = output                           target: x0
-v_prediction   x0 = alpha x_t - sigma v              target: alpha noise - sigma x0      Salimans & Ho 2022
+    x0 = skip x_t + out F(scale x_t, time)
+
+                   skip                        out                     F is trained towards
+    epsilon        1 / alpha                   -sigma / alpha          noise                        Ho et al. 2020
+    sample         0                           1                       x0
+    v_prediction   alpha                       -sigma                  alpha noise - sigma x0       Salimans & Ho 2022
+    flow           1 / (alpha + sigma)         -sigma / (alpha+sigma)  noise - x0                   Liu et al. 2022
+    karras         s^2 alpha / m^2             s sigma / m             (x0 - skip x_t) / out        Karras et al. 2022
+
+with m^2 = sigma^2 + s^2 alpha^2 for data of standard deviation s. scale is 1 / m for karras and 1 for the others; the
+variance-preserving v (table 1, "v-prediction") needs alpha^2 + sigma^2 = 1.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, get_args
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
-from latentdiff.diffusion.path import NoiseLevel
+from latentdiff.diffusion.level import NoiseLevel
 
 Array = Any
-Prediction = Literal["epsilon", "sample", "v_prediction"]
-PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+NOISIEST = 20.0  # of -log-SNR that karras tells the network: pure noise has none
+
+
+class Coefficients(NamedTuple):
+    """See the module. time is what the network is told."""
+
+    scale: float
+    time: float
+    skip: float
+    out: float
+
+
+Parametrization = Callable[[NoiseLevel], Coefficients]
 
 
 class Network(Protocol):
-    """(x_t, t, context) -> raw output; what is trained.
+    """(x, time, conditions) -> raw output like x; what is trained.
 
-    x_t is (B, C, h, w). A context (B, L, D) gives an output like x_t; a context (K, B, L, D) runs x_t under each
-    of K conditions in one batch and gives (K, B, C, h, w).
+    x is (B, ...). Under K conditions at once the output is (K, B, ...).
     """
 
-    def __call__(self, x: Array, t: Array, context: Array) -> Array:
-        """T is one time, or (B,) times in training."""
+    def __call__(self, x: Array, time: Array, conditions: Any) -> Array:
+        """time: one number, or (B,) numbers in training."""
         ...
 
 
@@ -32,39 +52,78 @@ class Denoiser(Protocol):
     """(x_t, level) -> x0; what is sampled."""
 
     def __call__(self, x: Array, level: NoiseLevel) -> Array:
-        """X at `level` -> the predicted clean latents, shaped like x."""
+        """X at `level` -> the predicted clean data, shaped like x."""
         ...
 
 
-def denoiser(network: Network, prediction: str, context: Array) -> Denoiser:
-    """The denoiser of a network under a context, or under K at once (see Network)."""
+def epsilon(level: NoiseLevel) -> Coefficients:
+    """The noise. Where alpha is 0 it says nothing of x0, which is taken as 0, the mean of latents."""
+    if level.alpha == 0:
+        return Coefficients(1.0, level.t, 0.0, 0.0)
+    return Coefficients(1.0, level.t, 1 / level.alpha, -level.sigma / level.alpha)
+
+
+def sample(level: NoiseLevel) -> Coefficients:
+    """x0 itself."""
+    return Coefficients(1.0, level.t, 0.0, 1.0)
+
+
+def v_prediction(level: NoiseLevel) -> Coefficients:
+    """V = alpha noise - sigma x0, on variance-preserving paths."""
+    return Coefficients(1.0, level.t, level.alpha, -level.sigma)
+
+
+def flow(level: NoiseLevel) -> Coefficients:
+    """The velocity noise - x0 of the straight line between both."""
+    whole = level.alpha + level.sigma
+    return Coefficients(1.0, level.t, 1 / whole, -level.sigma / whole)
+
+
+def karras(level: NoiseLevel, std: float = 0.5) -> Coefficients:
+    """Karras et al. 2022, table 1: input and target of unit variance; the network is told log(sigma / alpha) / 4."""
+    m = math.sqrt(level.sigma**2 + (std * level.alpha) ** 2)
+    time = min(-level.log_snr, NOISIEST) / 4
+    return Coefficients(1 / m, time, std**2 * level.alpha / m**2, std * level.sigma / m)
+
+
+PARAMETRIZATIONS: dict[str, Parametrization] = {
+    "epsilon": epsilon,
+    "sample": sample,
+    "v_prediction": v_prediction,
+    "flow": flow,
+    "karras": karras,
+}
+
+
+def parametrization_named(name: str) -> Parametrization:
+    """By name. Raises ValueError for an unknown one."""
+    if name not in PARAMETRIZATIONS:
+        raise ValueError(f"unknown prediction {name!r}; one of {', '.join(PARAMETRIZATIONS)}")
+    return PARAMETRIZATIONS[name]
+
+
+def denoiser(network: Network, prediction: str, conditions: Any) -> Denoiser:
+    """The denoiser of a network under its conditions, or under K at once (see Network)."""
+    coefficients = parametrization_named(prediction)
 
     def denoise(x: Array, level: NoiseLevel) -> Array:
-        return x0_from(prediction, network(x, level.t, context), x, level)
+        c = coefficients(level)
+        return x0_from(c, network(x if c.scale == 1 else c.scale * x, c.time, conditions), x)
 
     return denoise
 
 
-def x0_from(prediction: str, output: Array, x: Array, level: NoiseLevel) -> Array:
-    """The clean latents that a network's output implies.
+def x0_from(c: Coefficients, output: Array, x: Array) -> Array:
+    """The module's equation."""
+    return c.skip * x + c.out * output if c.skip else c.out * output
 
-    Where alpha is 0, predicted noise says nothing about x0 (0 / 0); it is taken as 0, the mean of the latents.
+
+def target(prediction: str, level: NoiseLevel) -> tuple[float, float]:
+    """(a, b) of what the network is trained towards, a noise + b x0: the module's equation solved for F.
+
+    Where a network's output says nothing of x0 (epsilon at alpha 0), the noise itself.
     """
-    if prediction == "sample":
-        return output
-    if prediction == "v_prediction":
-        return level.alpha * x - level.sigma * output
-    if prediction == "epsilon":
-        return (x - level.sigma * output) / level.alpha if level.alpha > 0 else 0 * output
-    raise ValueError(f"unknown prediction {prediction!r}; one of {', '.join(PREDICTIONS)}")
-
-
-def target(prediction: str, x0: Array, noise: Array, alpha: Array, sigma: Array) -> Array:
-    """What the network's output is trained towards; alpha and sigma broadcast against x0."""
-    if prediction == "sample":
-        return x0
-    if prediction == "v_prediction":
-        return alpha * noise - sigma * x0
-    if prediction == "epsilon":
-        return noise
-    raise ValueError(f"unknown prediction {prediction!r}; one of {', '.join(PREDICTIONS)}")
+    c = parametrization_named(prediction)(level)
+    if c.out == 0:
+        return 1.0, 0.0
+    return -c.skip * level.sigma / c.out, (1 - c.skip * level.alpha) / c.out

@@ -1,83 +1,104 @@
-"""Noise levels: how much signal and noise there is at each time of the forward process.
+"""Paths: which noise levels there are between data and noise, and which of them a sampler or a training visits.
 
-    x_t = alpha_t x0 + sigma_t noise,    alpha_t^2 = alphas_cumprod[t],    alpha_t^2 + sigma_t^2 = 1
+    x_t = alpha_t x0 + sigma_t noise
 
-(Ho et al. 2020, eq. 4.) Times run from 0 (little noise) to T - 1. Coefficients are float64 here and Python
-floats outside, so that arrays of any library and precision keep their type under them.
+    VariancePreserving   alpha_t^2 = alphas_cumprod[t], alpha^2 + sigma^2 = 1, whole times 0 .. T - 1   Ho et al. 2020
+    Straight             alpha = 1 - t / T, sigma = t / T, any time in (0, T]                           Liu et al. 2022
+
+Coefficients are float64 here and Python floats outside.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Spacing = Literal["trailing", "leading", "linspace", "karras", "uniform"]
-SPACINGS: tuple[str, ...] = get_args(Spacing)
+from latentdiff.diffusion.grids import GRIDS, RATIO_GRIDS, TIME_GRIDS
+from latentdiff.diffusion.level import CLEAN, NoiseLevel
+
+Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class NoiseLevel:
-    """Signal and noise scales at time t."""
-
-    t: float
-    alpha: float
-    sigma: float
+class Path(Protocol):
+    """Noise levels by time; times are what the network is told."""
 
     @property
-    def log_snr(self) -> float:
-        """log(alpha / sigma), in [-inf, inf]: DPM-Solver's lambda, half of the log of the SNR."""
-        if self.alpha == 0:
-            return -math.inf
-        return math.inf if self.sigma == 0 else math.log(self.alpha / self.sigma)
+    def T(self) -> int:  # noqa: N802 - the field's symbol
+        """The number of steps of the discrete process, and the scale of times."""
+        ...
 
     @property
-    def snr(self) -> float:
-        """(alpha / sigma)^2, in [0, inf]."""
-        return math.inf if self.sigma == 0 else (self.alpha / self.sigma) ** 2
+    def whole(self) -> bool:
+        """Whether training draws whole times only."""
+        ...
 
+    def level(self, t: float) -> NoiseLevel:
+        """The level at a time. Raises ValueError for a time outside the path."""
+        ...
 
-CLEAN = NoiseLevel(t=-1, alpha=1.0, sigma=0.0)
+    def numbered(self, number: float) -> NoiseLevel:
+        """The level counted from 0, the least noise, to T - 1, the most, before any shift."""
+        ...
+
+    def level_of(self, ratio: float) -> NoiseLevel:
+        """The level of a finite noise-to-signal ratio sigma / alpha, with the time that belongs to it."""
+        ...
+
+    def scales(self, t: Floats) -> tuple[Floats, Floats]:
+        """(alpha, sigma) of many times, for training."""
+        ...
+
+    def levels(self, steps: int, grid: str = "trailing", tokens: int = 0) -> tuple[NoiseLevel, ...]:
+        """A descending grid of `steps` levels, then CLEAN; tokens: of the latents, for shifts that grow with them."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
+class VariancePreserving:
     """The levels of a forward process of T steps: `alphas_cumprod`, (T,) float64, strictly decreasing in [0, 1)."""
 
-    alphas_cumprod: NDArray[np.float64]
+    alphas_cumprod: Floats
 
     def __post_init__(self) -> None:
         a = self.alphas_cumprod
         if not (a.ndim == 1 and len(a) >= 2 and (np.diff(a) < 0).all() and a[0] < 1 and a[-1] >= 0):
             raise ValueError("alphas_cumprod must decrease strictly within [0, 1)")
 
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, VariancePreserving)
+        return same and np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+
+    def __hash__(self) -> int:
+        return hash(self.alphas_cumprod.tobytes())
+
     @classmethod
-    def from_betas(cls, betas: NDArray[np.floating]) -> NoiseSchedule:
+    def from_betas(cls, betas: NDArray[np.floating]) -> VariancePreserving:
         """From the variances of the Markov steps, betas (T,) in (0, 1)."""
         return cls(np.asarray(np.cumprod(1 - betas), np.float64))
 
     @classmethod
-    def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VariancePreserving:
         """Ho et al. 2020: betas linear in t."""
         return cls.from_betas(np.linspace(beta_start, beta_end, T))
 
     @classmethod
-    def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+    def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> VariancePreserving:
         """Rombach et al. 2022 (Stable Diffusion), the "quadratic" schedule: square roots of betas linear in t."""
         return cls.from_betas(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2)
 
     @classmethod
-    def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> VariancePreserving:
         """Nichol & Dhariwal 2021, eq. 17: beta_t = 1 - f(t + 1) / f(t), f(t) = cos^2((t/T + s) / (1 + s) pi/2)."""
         f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
         return cls.from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
 
     @classmethod
-    def sigmoid(cls, T: int = 1000, start: float = -3, end: float = 3, tau: float = 1) -> NoiseSchedule:
+    def sigmoid(cls, T: int = 1000, start: float = -3, end: float = 3, tau: float = 1) -> VariancePreserving:
         """Jabri et al. 2022: alphas_cumprod falls like a sigmoid between `start` and `end`, steepness 1 / tau.
 
         Normalised to 1 at time -1 and stopped short of 0 by one beta of at most 0.999.
@@ -92,16 +113,21 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     @property
-    def betas(self) -> NDArray[np.float64]:
+    def whole(self) -> bool:
+        """True: the process has T steps."""
+        return True
+
+    @property
+    def betas(self) -> Floats:
         """Variances of the Markov steps, (T,): beta_t = 1 - alphas_cumprod[t] / alphas_cumprod[t - 1]."""
         return 1 - self.alphas_cumprod / np.concatenate([[1.0], self.alphas_cumprod[:-1]])
 
-    def zero_terminal_snr(self) -> NoiseSchedule:
+    def zero_terminal_snr(self) -> VariancePreserving:
         """Lin et al. 2023, algorithm 1: shift and scale sqrt(alphas_cumprod) so that the last is exactly 0."""
         root = np.sqrt(self.alphas_cumprod)
         rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
         rescaled[0] = self.alphas_cumprod[0]
-        return NoiseSchedule(rescaled)
+        return VariancePreserving(rescaled)
 
     def level(self, t: float) -> NoiseLevel:
         """The level at time t in [0, T - 1]; between whole times the angle atan(sigma / alpha) is linear in t."""
@@ -113,67 +139,118 @@ class NoiseSchedule:
         angle = float(np.interp(t, np.arange(self.T), self._angles))
         return NoiseLevel(float(t), math.cos(angle), math.sin(angle))
 
-    def levels(self, steps: int, spacing: str = "trailing") -> tuple[NoiseLevel, ...]:
-        """A descending grid of `steps` levels, then CLEAN.
+    numbered = level
 
-        trailing, leading, linspace: whole times, as in Lin et al. 2023, table 2 (leading with offset 1).
-        karras: sigma / alpha to the power 1/7 evenly spaced (Karras et al. 2022, eq. 5); uniform: log-SNR evenly
-        spaced; both from the last time to time 0. At zero terminal SNR the last time comes first by itself.
-        """
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps must be from 1 to {self.T} (got {steps})")
-        if spacing in ("karras", "uniform"):
-            return (*self._spaced(steps, spacing), CLEAN)
-        return (*(self.level(t) for t in self._times(steps, spacing)), CLEAN)
+    def level_of(self, ratio: float) -> NoiseLevel:
+        """See Path: its time by the angle, as in `level`; a ratio beyond the path has the nearest time."""
+        t = float(np.interp(math.atan(ratio), self._angles, np.arange(self.T)))
+        return NoiseLevel(t, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
+
+    def scales(self, t: Floats) -> tuple[Floats, Floats]:
+        """(alpha, sigma) of times in [0, T - 1]."""
+        if (t == t.astype(np.int64)).all():
+            a = self.alphas_cumprod[t.astype(np.int64)]
+            return np.sqrt(a), np.sqrt(1 - a)
+        angles = np.interp(t, np.arange(self.T), self._angles)
+        return np.cos(angles), np.sin(angles)
+
+    def levels(self, steps: int, grid: str = "trailing", tokens: int = 0) -> tuple[NoiseLevel, ...]:
+        """See Path. At zero terminal SNR the last time comes first in grids of ratios, which have no place for it."""
+        return grid_levels(self, steps, grid, round)
 
     @property
-    def _angles(self) -> NDArray[np.float64]:
+    def _angles(self) -> Floats:
         return np.arctan2(np.sqrt(1 - self.alphas_cumprod), np.sqrt(self.alphas_cumprod))
 
-    def _times(self, steps: int, spacing: str) -> list[int]:
-        if spacing == "trailing":
-            return [round(self.T - i * self.T / steps) - 1 for i in range(steps)]
-        if spacing == "leading":
-            stride = self.T // steps
-            offset = min(1, self.T - 1 - (steps - 1) * stride)
-            return [i * stride + offset for i in reversed(range(steps))]
-        if spacing == "linspace":
-            return [int(t) for t in np.round(np.linspace(self.T - 1, 0, steps))]
-        raise ValueError(f"unknown spacing {spacing!r}; one of {', '.join(SPACINGS)}")
 
-    def _spaced(self, steps: int, spacing: str) -> list[NoiseLevel]:
-        top = self.level(self.T - 1)
-        if top.alpha == 0:
-            rest = self._between(self.level(self.T - 2), steps - 1, spacing) if steps > 1 else []
-            return [top, *rest]
-        return self._between(top, steps, spacing)
+@dataclass(frozen=True)
+class Straight:
+    """Rectified flow: x_t = (1 - s) x0 + s noise, s = t / T.
 
-    def _between(self, top: NoiseLevel, steps: int, spacing: str) -> list[NoiseLevel]:
-        bottom = self.level(0)
-        if spacing == "karras":
-            ratios = karras(steps, bottom.sigma / bottom.alpha, top.sigma / top.alpha)
-        else:
-            ratios = np.exp(-np.linspace(top.log_snr, bottom.log_snr, steps))
-        times = np.interp(np.arctan(ratios), self._angles, np.arange(self.T))
-        return [
-            NoiseLevel(float(t), 1 / math.hypot(1, r), r / math.hypot(1, r))
-            for t, r in zip(times, ratios.tolist(), strict=True)
-        ]
+    shift: moves grids and training times towards noise, s -> shift s / (1 + (shift - 1) s) (Esser et al. 2024,
+    eq. 23). growth: (tokens, log shift) at two sizes, between which the log of the shift is linear in the number of
+    tokens of the latents; it replaces the shift where tokens are given.
+    """
+
+    shift: float = 1.0
+    growth: tuple[tuple[int, float], tuple[int, float]] | None = None
+    T: int = 1000
+
+    @property
+    def whole(self) -> bool:
+        """False: times are continuous."""
+        return False
+
+    def level(self, t: float) -> NoiseLevel:
+        """The level at time t in [0, T]."""
+        if not 0 <= t <= self.T:
+            raise ValueError(f"t must be from 0 to {self.T} (got {t})")
+        sigma = t / self.T
+        return NoiseLevel(float(t), 1 - sigma, sigma)
+
+    def numbered(self, number: float) -> NoiseLevel:
+        """See Path: number n is time n + 1."""
+        return self.level(number + 1)
+
+    def level_of(self, ratio: float) -> NoiseLevel:
+        """See Path: s = ratio / (1 + ratio)."""
+        return NoiseLevel(self.T * ratio / (1 + ratio), 1 / (1 + ratio), ratio / (1 + ratio))
+
+    def scales(self, t: Floats) -> tuple[Floats, Floats]:
+        """(alpha, sigma) of times in [0, T]."""
+        return 1 - t / self.T, t / self.T
+
+    def levels(self, steps: int, grid: str = "trailing", tokens: int = 0) -> tuple[NoiseLevel, ...]:
+        """See Path. Grids of times are shifted; grids of ratios state their levels themselves."""
+        return grid_levels(self, steps, grid, lambda value: value, shift=self.shift_of(tokens))
+
+    def shift_of(self, tokens: int = 0) -> float:
+        """The shift for latents of that many tokens; 0: unknown."""
+        if self.growth is None or not tokens:
+            return self.shift
+        (few, low), (many, high) = self.growth
+        return math.exp(low + (high - low) * (tokens - few) / (many - few))
+
+    def shifted(self, s: Floats, tokens: int = 0) -> Floats:
+        """Shares s in [0, 1] moved by the shift."""
+        shift = self.shift_of(tokens)
+        return shift * s / (1 + (shift - 1) * s)
 
 
-def karras(steps: int, lowest: float, highest: float, rho: float = 7) -> NDArray[np.float64]:
-    """Karras et al. 2022, eq. 5: `steps` noise-to-signal ratios from `highest` to `lowest`."""
-    roots = np.linspace(highest ** (1 / rho), lowest ** (1 / rho), steps)
-    return np.asarray(roots**rho, dtype=np.float64)
+def grid_levels(
+    path: VariancePreserving | Straight, steps: int, grid: str, whole: Callable[[float], float], shift: float = 1.0
+) -> tuple[NoiseLevel, ...]:
+    """The levels of a grid by name, then CLEAN. Raises ValueError for an unknown one, or too many steps."""
+    if not 1 <= steps <= path.T:
+        raise ValueError(f"steps must be from 1 to {path.T} (got {steps})")
+    if grid in TIME_GRIDS:
+        levels = [path.numbered(number) for number in TIME_GRIDS[grid](path.T, steps, whole)]
+        if shift != 1:
+            levels = [path.level_of(shift * level.ratio) if level.alpha else level for level in levels]
+    elif grid in RATIO_GRIDS:
+        levels = _by_ratio(path, steps, grid)
+    else:
+        raise ValueError(f"unknown spacing {grid!r}; one of {', '.join(GRIDS)}")
+    return (*levels, CLEAN)
 
 
-def schedule_named(kind: str, T: int, betas: Sequence[float] = ()) -> NoiseSchedule:
-    """A schedule by name; `betas` are (start, end) of the linear kinds where they differ from the defaults."""
+def _by_ratio(path: VariancePreserving | Straight, steps: int, grid: str) -> list[NoiseLevel]:
+    """From the highest level to the lowest; where the highest is pure noise, it comes first by itself."""
+    top, bottom = path.numbered(path.T - 1), path.numbered(0)
+    first = [top] if top.alpha == 0 else []
+    if len(first) == steps:
+        return first
+    highest = path.numbered(path.T - 2) if first else top
+    return [*first, *map(path.level_of, RATIO_GRIDS[grid](steps - len(first), bottom.ratio, highest.ratio))]
+
+
+def schedule_named(kind: str, T: int, betas: Sequence[float] = ()) -> VariancePreserving:
+    """A variance-preserving path by the name of its schedule; `betas` are (start, end) of the linear kinds."""
     kinds = {
-        "linear": NoiseSchedule.linear,
-        "scaled_linear": NoiseSchedule.scaled_linear,
-        "cosine": NoiseSchedule.cosine,
-        "sigmoid": NoiseSchedule.sigmoid,
+        "linear": VariancePreserving.linear,
+        "scaled_linear": VariancePreserving.scaled_linear,
+        "cosine": VariancePreserving.cosine,
+        "sigmoid": VariancePreserving.sigmoid,
     }
     if kind not in kinds:
         raise ValueError(f"unknown schedule {kind!r}; one of {', '.join(kinds)}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from latentdiff.diffusion.path import NoiseLevel
+from latentdiff.diffusion.level import NoiseLevel
 
 Array = Any  # numpy or torch; every operation here is one that both have
 

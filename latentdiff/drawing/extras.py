@@ -157,7 +157,7 @@ def load_weaker(pipe: LatentDiffusionPipeline, path: str | Path) -> None:
 
     pipe.in_torch("a weaker model")
     weaker = load_pipeline(path, device=str(pipe.device), dtype=pipe.unet.dtype)
-    same = weaker.schedule.alphas_cumprod.tolist() == pipe.schedule.alphas_cumprod.tolist()
+    same = weaker.path == pipe.path
     if not same or weaker.autoencoder.latent_channels != pipe.autoencoder.latent_channels:
         raise ModelError(f"the weaker model must have the same latents and noise schedule ({path})")
     pipe.extras.weaker = weaker

@@ -11,8 +11,8 @@ import numpy as np
 
 from latentdiff.core.arrays import Array, library
 from latentdiff.core.images import coloured, to_uint8
+from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.parametrization import Denoiser, denoiser
-from latentdiff.diffusion.path import NoiseLevel
 from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.drawing.canvas import Canvas, resized
 from latentdiff.drawing.guided import Helpers, guided, network_of
@@ -44,7 +44,7 @@ def passes(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], own: Own = NOTHIN
 
 
 def _levels(pipe: LatentDiffusionPipeline, asked: Request) -> tuple[NoiseLevel, ...]:
-    return pipe.schedule.levels(asked.num_inference_steps, asked.spacing)
+    return pipe.path.levels(asked.num_inference_steps, asked.spacing)
 
 
 def _draw(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, own: Own) -> Draw:
@@ -109,7 +109,7 @@ def _sampled(
     asked = jobs[0].request
     texts = texts_of(jobs, pipe.text_encoder, size if pipe.unet.reads_sizes else None, pipe.array, pipe.texts())
     denoise = guided(pipe.unet, pipe.prediction, texts, asked, start, _helpers(pipe, jobs, size, start))
-    for step in _sampler(asked)(denoise, start.x, start.levels, partial(draw, purpose)):
+    for step in _sampler(asked)(denoise, start.x, start.levels, partial(draw, purpose), pipe.path):
         yield step
     return step
 
@@ -135,5 +135,4 @@ def _weaker(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, star
 
 def _sampler(asked: Request) -> Any:
     """The sampler by name, with eta where it is asked for."""
-    sampler: Any = SAMPLERS[asked.sampler]
-    return sampler if asked.eta is None else partial(sampler, eta=asked.eta)
+    return SAMPLERS[asked.sampler].with_options(eta=asked.eta, churn=asked.churn)

@@ -20,19 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.core.decoding import FORMATS, silent_decoders
 from latentdiff.core.errors import DataError
+from latentdiff.diffusion.grids import LABELS
+from latentdiff.diffusion.samplers import SAMPLERS
 
-_SAMPLER_NAMES = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-_SPACING_NAMES = {"karras": "Karras", "uniform": "Exponential"}
 _UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: what a user comment is written in
 LARGEST_EXIF = 65_000  # bytes; a JPEG's segment holds no more
 
@@ -111,8 +101,8 @@ def parameters_text(record: ImageMetadata) -> str:
         lines.append(f"Negative prompt: {_one_line(asked['negative_prompt'])}")
     fields = {
         "Steps": asked["num_inference_steps"],
-        "Sampler": _SAMPLER_NAMES[asked["sampler"]],
-        "Schedule type": _SPACING_NAMES.get(asked["spacing"], "Automatic"),
+        "Sampler": SAMPLERS[asked["sampler"]].label,
+        "Schedule type": LABELS.get(asked["spacing"], "Automatic"),
         "CFG scale": f"{asked['guidance_scale']:g}",
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",

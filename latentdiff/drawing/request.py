@@ -9,14 +9,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.grids import GRIDS
 from latentdiff.diffusion.noise import MAX_SEED
-from latentdiff.diffusion.path import SPACINGS
 from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.settings.validation import Fault, did_you_mean, first_fault
+from latentdiff.settings.validation import Fault, did_you_mean, first_fault, one_of
 
 LONGEST_PROMPT = 10_000  # characters
 SIDES = (64, 2048)  # pixels
-WITH_ETA = ("ddim", "euler_ancestral")
 _OTHER_NAMES = {  # of other tools, and of our command line
     "steps": "num_inference_steps",
     "cfg": "guidance_scale",
@@ -49,7 +48,8 @@ class Request(BaseModel):
     num_inference_steps: int = Field(50, ge=1, le=1000)
     sampler: str = "ddim"
     spacing: str = "trailing"
-    eta: Share | None = None  # the sampler's own
+    eta: Share | None = None  # noise that a stochastic sampler adds; None is the sampler's own
+    churn: Annotated[Finite, Field(ge=0, le=1000)] | None = None  # of heun: Karras et al. 2022, algorithm 2
     seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
     num_images: int = Field(1, ge=1, le=10_000)
     batch_size: int = Field(8, ge=1, le=1024)
@@ -88,12 +88,12 @@ class Request(BaseModel):
     @field_validator("sampler")
     @classmethod
     def _known_sampler(cls, value: str) -> str:
-        return _one_of("sampler", value, tuple(SAMPLERS))
+        return one_of("sampler", tuple(SAMPLERS), value)
 
     @field_validator("spacing")
     @classmethod
     def _known_spacing(cls, value: str) -> str:
-        return _one_of("spacing", value, SPACINGS)
+        return one_of("spacing", GRIDS, value)
 
     @field_validator("guidance_interval")
     @classmethod
@@ -105,8 +105,10 @@ class Request(BaseModel):
     @model_validator(mode="after")
     def _each_has_a_meaning(self) -> Request:
         """What would change nothing is a mistake."""
-        if self.eta is not None and self.sampler not in WITH_ETA:
-            raise ValueError(f"eta is of {' and '.join(WITH_ETA)}, not of {self.sampler}")
+        for name in ("eta", "churn"):
+            if getattr(self, name) is not None and name not in SAMPLERS[self.sampler].options:
+                takers = [sampler for sampler, row in SAMPLERS.items() if name in row.options]
+                raise ValueError(f"{name} has no effect on {self.sampler}; it applies to {', '.join(takers)}")
         if self.apg and self.guidance_scale <= 1:
             raise ValueError("apg changes guidance; it needs a guidance_scale over 1")
         if not self.apg and (self.apg_eta or self.apg_norm is not None or self.apg_momentum):
@@ -119,12 +121,6 @@ class Request(BaseModel):
         if self.variation_seed is not None and self.variation_seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"variation_seed: the last picture's is over {MAX_SEED}")
         return self
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; one of {', '.join(known)}")
-    return value
 
 
 def request(**fields: Any) -> Request:

@@ -29,7 +29,7 @@ from latentdiff.core.errors import ModelError, NonFiniteError
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Errors, Predict, bits, discretised, errors_of
-from latentdiff.diffusion.parametrization import x0_from
+from latentdiff.diffusion.parametrization import parametrization_named, x0_from
 from latentdiff.evaluation.room import CODED, at_once
 from latentdiff.networks.conditions import Context, stacked
 from latentdiff.networks.encoders.prompt import Style
@@ -93,14 +93,14 @@ def likelihood(
     for rows in tqdm(list(_batches(pictures)), "likelihood", disable=None):
         file, rules = folder and folder / f"{rows[0]:05d}.json", [times, seed, len(rows)]
         if file and (kept := read_memo(file, rules)):
-            found.append((Errors.from_tree(kept[0], pipe.schedule), Errors.from_tree(kept[1], pipe.schedule)))
+            found.append((Errors.from_tree(kept[0], pipe.path), Errors.from_tree(kept[1], pipe.path)))
             continue
         x0 = _sampled(*_posterior(pipe, pictures[rows]), seed, rows)
         asked: dict[str, Any] = {"count": times, "seed": seed, "samples": rows, "pixels": plain}
         shown, empty = (
             _contexts(pipe, words, pictures.shape[1:3]) for words in ([captions[row] for row in rows], [""] * len(rows))
         )
-        both = [errors_of(_predict(pipe, context), x0, pipe.schedule, **asked) for context in (shown, empty)]
+        both = [errors_of(_predict(pipe, context), x0, pipe.path, **asked) for context in (shown, empty)]
         found.append((both[0], both[1]))
         if file:
             write_memo(file, rules, [errors.as_tree() for errors in both])
@@ -177,11 +177,12 @@ def _predict(pipe: LatentDiffusionPipeline, context: Context) -> Predict:
     """The network as the bound asks it: rows at times of their own."""
     import torch
 
-    prepared = pipe.unet.prepared(context)
+    prepared, coefficients = pipe.unet.prepared(context), parametrization_named(pipe.prediction)
 
     def predict(x: Tensor, times: NDArray[np.int64]) -> Tensor:
-        output = pipe.unet.predict(x, torch.as_tensor(times, device=x.device), prepared)
-        rows = zip(output, x, times, strict=True)
-        return torch.stack([x0_from(pipe.prediction, row, at, pipe.schedule.level(int(t))) for row, at, t in rows])
+        each = [coefficients(pipe.path.numbered(int(number))) for number in times]
+        scaled = torch.stack([c.scale * row if c.scale != 1 else row for c, row in zip(each, x, strict=True)])
+        output = pipe.unet.predict(scaled, torch.tensor([c.time for c in each], device=x.device), prepared)
+        return torch.stack([x0_from(*row) for row in zip(each, output, x, strict=True)])
 
     return predict

@@ -123,7 +123,7 @@ def of_likelihood(subject: Subject, against: Against, asked: Asked) -> Result:
         figures[f"gain_by_captions{suffix}"] = mean(found.gain(variance), "higher", paired=True)
     said = {"pictures": count, "times": asked.times, "arithmetic": "torch in float32"}
     said |= {"dimensions": found.dimensions, "latent dimensions": found.cond.dimensions}
-    return Result(figures | _terms(found), said, [_curve(found, subject.exact().schedule.T)])
+    return Result(figures | _terms(found), said, [_curve(found, subject.exact().path.T)])
 
 
 def _terms(found: Likelihood) -> dict[str, Figure]:

@@ -11,37 +11,26 @@ from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from latentdiff.core.errors import ConfigError, ModelError, raised_as, saving
+from latentdiff.core.errors import ConfigError, ModelError, saving
 from latentdiff.core.files import whole, write_json
-from latentdiff.diffusion.path import SPACINGS, NoiseSchedule
+from latentdiff.diffusion.path import Path as NoisePath
+from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.drawing.record import recorded
+from latentdiff.families.scheduler import read_json_as, read_scheduler, same_schedule, scheduler_config
 from latentdiff.formats.folder import folder_hash, picture_geometry
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
 from latentdiff.settings.recommended import Recommended
-from latentdiff.settings.validation import first_fault
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_MODEL = "scenes-64"
 Model = TypeVar("Model", bound=BaseModel)
-_SAMPLERS = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
-}
 _PLAIN = {"sampler": "dpmpp_2m", "spacing": "trailing"}  # of a file that says nothing of it
-_KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def default_model() -> Path:
@@ -123,12 +112,12 @@ def _of_folder(source: Located, variant: str | None) -> LatentDiffusionPipeline:
     from latentdiff.formats.weights import load_networks
 
     folder.check_folder(source.path)
-    schedule, prediction = read_scheduler(source.path)
+    schedule, prediction, _ = read_scheduler(source.path)
     card = card_of(source, schedule, variant)
     return LatentDiffusionPipeline(*load_networks(source.path, variant), schedule, prediction, card)
 
 
-def card_of(source: Located, schedule: NoiseSchedule, variant: str | None) -> ModelCard:
+def card_of(source: Located, schedule: NoisePath, variant: str | None) -> ModelCard:
     """What a checked folder says of itself, under the name and from the place by which it was asked for."""
     card = read_card(source.path, schedule, variant)
     named = source.name if card.name == source.path.resolve().name else card.name
@@ -140,7 +129,7 @@ def _of_file(source: Located) -> LatentDiffusionPipeline:
     from latentdiff.formats.single_file import load_single_file
 
     found = load_single_file(source.path)
-    schedule = NoiseSchedule.scaled_linear()
+    schedule = VariancePreserving.scaled_linear()
     side = int(found.unet.model.config.sample_size) * found.autoencoder.factor
     card = ModelCard(source.name, sha256_of(source.path), (side, side), dict(_PLAIN), source.source)
     return LatentDiffusionPipeline(
@@ -164,33 +153,6 @@ def _check_channels(pipe: LatentDiffusionPipeline, path: Path) -> None:
         raise ModelError(f"a U-Net of SDXL goes with two text encoders, others with one ({path})")
 
 
-class _Scheduler(BaseModel):
-    """What is read of a diffusers scheduler config; its other keys are of samplers, which are chosen by the call."""
-
-    model_config = ConfigDict(strict=True)
-
-    num_train_timesteps: int = Field(1000, ge=2, le=100_000)
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    beta_schedule: str = "linear"
-    beta_start: float = Field(0.0001, gt=0, lt=1)
-    beta_end: float = Field(0.02, gt=0, lt=1)
-    trained_betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
-    rescale_betas_zero_snr: bool | None = False
-    class_name: str = Field("", alias="_class_name")
-    timestep_spacing: str = "leading"
-    algorithm_type: str | None = None
-    use_karras_sigmas: bool | None = False
-
-    @property
-    def recommended(self) -> dict[str, Any]:
-        """The sampler and the grid that diffusers would take; where we have no such sampler, the nearest of order 2."""
-        sampler = _SAMPLERS.get(self.class_name, "dpmpp_2m")
-        if sampler == "dpmpp_2m" and (self.algorithm_type or "").startswith("sde"):
-            sampler = "dpmpp_2m_sde"
-        spacing = self.timestep_spacing if self.timestep_spacing in SPACINGS else "trailing"
-        return {"sampler": sampler, "spacing": "karras" if self.use_karras_sigmas else spacing}
-
-
 class _Card(BaseModel):
     """latentdiff.json."""
 
@@ -201,53 +163,14 @@ class _Card(BaseModel):
     defaults: Recommended | None
 
 
-def _read(model: type[Model], path: Path) -> Model:
-    """A JSON file of a model folder, validated as data. Raises ModelError naming the first fault."""
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except OSError:
-        raise ModelError(f"{path.parent.name}/{path.name} is missing ({path})") from None
-    except ValidationError as error:
-        found = first_fault(error)
-        told = f"{path.name}: {found.key}: {found.message}"
-        raise ModelError(
-            f"{told} ({path})" if found.missing else f"{told}, not {str(found.got)[:40]!r} ({path})"
-        ) from None
-
-
-def read_scheduler(directory: Path) -> tuple[NoiseSchedule, str]:
-    """The noise schedule and the prediction of diffusers' scheduler config. Raises ModelError."""
-    path = directory / "scheduler" / "scheduler_config.json"
-    config = _read(_Scheduler, path)
-    with raised_as(ModelError, f"no noise schedule ({path})"):
-        return _schedule(config, path), config.prediction_type
-
-
-def _schedule(config: _Scheduler, path: Path) -> NoiseSchedule:
-    """The schedule of a diffusers scheduler config; `trained_betas` is how other kinds are written there."""
-    T, kind = config.num_train_timesteps, config.beta_schedule
-    if config.trained_betas is not None:
-        if len(config.trained_betas) != T:
-            raise ModelError(f"trained_betas has {len(config.trained_betas)} entries for {T} times ({path})")
-        schedule = NoiseSchedule.from_betas(np.asarray(config.trained_betas, np.float64))
-    elif kind == "squaredcos_cap_v2":
-        schedule = NoiseSchedule.cosine(T)
-    elif kind in ("linear", "scaled_linear"):
-        make = NoiseSchedule.linear if kind == "linear" else NoiseSchedule.scaled_linear
-        schedule = make(T, config.beta_start, config.beta_end)
-    else:
-        raise ModelError(f"unknown beta_schedule {kind!r} ({path}). Known: {', '.join(_KINDS)}")
-    return schedule.zero_terminal_snr() if config.rescale_betas_zero_snr else schedule
-
-
-def read_card(directory: Path, schedule: NoiseSchedule, variant: str | None = None) -> ModelCard:
+def read_card(directory: Path, schedule: NoisePath, variant: str | None = None) -> ModelCard:
     """Name, hash, size and recommended settings; without latentdiff.json the scheduler's config says what is usual."""
     multiple, side = picture_geometry(directory)
     path, found = directory / "latentdiff.json", folder_hash(directory, variant)
     if not path.is_file():
-        usual = _read(_Scheduler, directory / "scheduler" / "scheduler_config.json").recommended
+        usual = read_scheduler(directory).recommended
         return ModelCard(directory.resolve().name, found, side, usual, folder=directory)
-    card = _read(_Card, path)
+    card = read_json_as(_Card, path)
     if any(length % multiple for length in card.size):
         raise ModelError(f"size {card.size} is not of multiples of {multiple} ({path})")
     defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}
@@ -271,7 +194,10 @@ def save_pipeline(pipe: LatentDiffusionPipeline, directory: Path) -> None:
         pipe.unet.save(made / "unet")
         pipe.text_encoder.save(made)
         pipe.autoencoder.save(made / "vae")
-        write_json(made / "scheduler" / "scheduler_config.json", scheduler_config(pipe))
+        write_json(
+            made / "scheduler" / "scheduler_config.json",
+            scheduler_config(pipe.path, pipe.prediction, pipe.card.defaults.get("spacing", "leading")),
+        )
         write_json(made / "model_index.json", _index(pipe, with_vae=(made / "vae").is_dir()))
         card = {"name": pipe.card.name, "size": list(pipe.card.size), "defaults": pipe.card.defaults or None}
         write_json(made / "latentdiff.json", card)
@@ -292,14 +218,12 @@ def save_single_file(pipe: LatentDiffusionPipeline, path: Path) -> None:
     from latentdiff.formats import original
 
     _check_saveable(pipe)
-    plain = NoiseSchedule.scaled_linear(pipe.schedule.T)
-    schedules = {False: plain, True: plain.zero_terminal_snr()}
-    same = [
-        terminal
-        for terminal, schedule in schedules.items()
-        if np.allclose(schedule.alphas_cumprod, pipe.schedule.alphas_cumprod, rtol=1e-9, atol=1e-12)
-    ]
-    if pipe.schedule.T != 1000 or not same:
+    own = pipe.path
+    plain = VariancePreserving.scaled_linear(own.T)
+    kinds = {False: plain, True: plain.zero_terminal_snr()}
+    of_its_kind = isinstance(own, VariancePreserving) and own.T == 1000
+    same = [zero for zero, kind in kinds.items() if of_its_kind and same_schedule(kind, own)]
+    if not same:
         raise ConfigError("the noise schedule is not Stable Diffusion's, which a single file implies. Use a folder")
     original.save_single_file(
         path,
@@ -340,40 +264,3 @@ def _index(pipe: LatentDiffusionPipeline, *, with_vae: bool) -> dict[str, Any]:
         "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
-
-
-def scheduler_config(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
-    """Diffusers' DDIM config of a pipeline's schedule, with betas in full where no kind of theirs describes it."""
-    spacing = pipe.card.defaults.get("spacing", "leading")
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": pipe.schedule.T,
-        "prediction_type": pipe.prediction,
-        "timestep_spacing": spacing if spacing in ("leading", "linspace") else "trailing",
-        "steps_offset": 1,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        **_described(pipe.schedule),
-    }
-
-
-def _described(schedule: NoiseSchedule) -> dict[str, Any]:
-    """The kind and flags under which diffusers computes the same schedule, or its betas."""
-    known = {
-        "linear": NoiseSchedule.linear(schedule.T),
-        "scaled_linear": NoiseSchedule.scaled_linear(schedule.T),
-        "squaredcos_cap_v2": NoiseSchedule.cosine(schedule.T),
-    }
-    ranges = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (0.0001, 0.02)}
-    for kind, plain in known.items():
-        for rescaled in (False, True):
-            candidate = plain.zero_terminal_snr() if rescaled else plain
-            if np.allclose(candidate.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-9, atol=1e-12):
-                start, end = ranges[kind]
-                return {
-                    "beta_schedule": kind,
-                    "beta_start": start,
-                    "beta_end": end,
-                    "rescale_betas_zero_snr": rescaled,
-                }
-    return {"trained_betas": schedule.betas.tolist(), "rescale_betas_zero_snr": False}

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from latentdiff.core.errors import ConfigError, ModelError
-from latentdiff.families.pretrained import Located, card_of, load_pipeline, located, read_scheduler
+from latentdiff.families.pretrained import Located, card_of, load_pipeline, located
+from latentdiff.families.scheduler import read_scheduler
 from latentdiff.formats.folder import check_folder
 from latentdiff.pipeline import Compiled, LatentDiffusionPipeline
 
@@ -131,7 +132,7 @@ def _compiled(
     from latentdiff.runtime.compiling import Compiler, has_bfloat16
     from latentdiff.runtime.openvino import begin, networks_of
 
-    schedule, prediction = read_scheduler(source.path)
+    schedule, prediction, _ = read_scheduler(source.path)
     card = card_of(source, schedule, variant)
     compiler = Compiler(export, precision or ("bfloat16" if has_bfloat16() else "float32"), card.hash)
 

@@ -176,6 +176,9 @@ class Learning(Section):
     snr_gamma: float | None = Field(None, gt=0, description="of the weighting (default: 5, p2: 1)")
     noise_offset: float = Field(0.0, ge=0, description="deviation of a constant added to each channel's noise")
     input_perturbation: float = Field(0.0, ge=0, description="deviation of noise on the input that is no target")
+    times: Literal["uniform", "logit_normal"] = Field("uniform", description="which noise levels are drawn how often")
+    logit_mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal: below 0 nearer to the picture")
+    logit_std: float = Field(1.0, gt=0, le=10)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     tune_text_encoder: bool = False
     cache: bool = Field(
@@ -197,7 +200,11 @@ class Denoiser(Learning):
     num_heads: int = Field(4, ge=1)
     norm_num_groups: int = Field(16, ge=1)
     pooled_text: bool = Field(False, description="the whole text also scales and shifts every residual block")
-    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    prediction: Literal["epsilon", "sample", "v_prediction", "flow", "karras"] = "epsilon"
+    path: Literal["variance_preserving", "straight"] = Field(
+        "variance_preserving", description="straight: a rectified flow, x_t = (1 - s) x0 + s noise"
+    )
+    shift: float = Field(1.0, gt=0, le=100, description="of a straight path: moves levels towards noise")
     schedule: Schedule = Schedule()
     preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
     distance_pictures: int = Field(
@@ -227,6 +234,17 @@ class Config(Settings):
     def _steps_there_are(self) -> Config:
         if self.recommended.num_inference_steps > self.denoiser.schedule.num_train_timesteps:
             raise ValueError("recommended.num_inference_steps is more than denoiser.schedule.num_train_timesteps")
+        return self
+
+    @model_validator(mode="after")
+    def _path_and_prediction_fit(self) -> Config:
+        denoiser = self.denoiser
+        if denoiser.path == "straight" and denoiser.prediction == "v_prediction":
+            raise ValueError("denoiser.prediction v_prediction requires a variance-preserving path; use flow")
+        if denoiser.path == "straight" and denoiser.schedule.zero_terminal_snr:
+            raise ValueError("denoiser.schedule has no effect on a straight path, which ends in pure noise by itself")
+        if denoiser.path != "straight" and denoiser.shift != 1:
+            raise ValueError('denoiser.shift requires denoiser.path = "straight"')
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,15 @@
 """The sampling settings that a model is saved with, and drawn with unless others are asked for."""
 
-from typing import Literal
+from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from functools import partial
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from latentdiff.diffusion.grids import GRIDS
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.settings.validation import one_of
 
 
 class Recommended(BaseModel):
@@ -12,7 +19,5 @@ class Recommended(BaseModel):
 
     num_inference_steps: int = Field(20, ge=1, le=1000)
     guidance_scale: float = Field(3.0, ge=0, le=100)
-    sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"] = (
-        "ddim"
-    )
-    spacing: Literal["trailing", "leading", "linspace", "karras", "uniform"] = "trailing"
+    sampler: Annotated[str, AfterValidator(partial(one_of, "sampler", tuple(SAMPLERS)))] = "ddim"
+    spacing: Annotated[str, AfterValidator(partial(one_of, "spacing", GRIDS))] = "trailing"

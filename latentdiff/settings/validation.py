@@ -57,3 +57,10 @@ def did_you_mean(name: str, known: Iterable[str], others: Mapping[str, str] = Ma
     """The nearest known name in brackets, or nothing; `others` are names that stand for known ones."""
     near = difflib.get_close_matches(name, [*known, *others], n=1)
     return f" (did you mean {others.get(near[0], near[0])}?)" if near else ""
+
+
+def one_of(name: str, known: tuple[str, ...], value: str) -> str:
+    """The value itself. Raises ValueError for one that is not known."""
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; one of {', '.join(known)}")
+    return value

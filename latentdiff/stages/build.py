@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, raised_as
-from latentdiff.diffusion.path import NoiseSchedule, schedule_named
+from latentdiff.diffusion.path import Path, Straight, schedule_named
+from latentdiff.diffusion.times import Times
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.clip import Clip
 from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder, TinyAutoencoder
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.pipeline import LatentDiffusionPipeline, ModelCard
-from latentdiff.settings.config import STAGES, Config
+from latentdiff.settings.config import STAGES, Config, Learning
 from latentdiff.training.optim import check_optimizer
 
 AnyAutoencoder = Autoencoder | IdentityAutoencoder
@@ -76,11 +77,18 @@ def new_unet(config: Config, channels: int, side: int) -> UNet:
     )
 
 
-def new_schedule(config: Config) -> NoiseSchedule:
-    """The noise schedule."""
+def new_path(config: Config) -> Path:
+    """The noise levels between pictures and noise."""
     settings = config.denoiser.schedule
+    if config.denoiser.path == "straight":
+        return Straight(config.denoiser.shift, T=settings.num_train_timesteps)
     schedule = schedule_named(settings.kind, settings.num_train_timesteps)
     return schedule.zero_terminal_snr() if settings.zero_terminal_snr else schedule
+
+
+def times_of(learning: Learning, path: Path) -> Times:
+    """Which times a training draws."""
+    return Times(path, learning.times, learning.logit_mean, learning.logit_std)
 
 
 def new_pipeline(
@@ -91,7 +99,7 @@ def new_pipeline(
         autoencoder,
         text_encoder.eval(),
         unet.eval(),
-        new_schedule(config),
+        new_path(config),
         config.denoiser.prediction,
         ModelCard(
             name=config.name,

@@ -15,6 +15,7 @@ from latentdiff.data import scenes
 from latentdiff.data.dataset import readable
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion.objective import DiffusionLoss
+from latentdiff.diffusion.times import Times
 from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
 from latentdiff.evaluation.drawn import draw
 from latentdiff.evaluation.features import of_model
@@ -29,10 +30,11 @@ from latentdiff.stages.build import (
     AnyAutoencoder,
     laid_out_for,
     new_autoencoder,
+    new_path,
     new_pipeline,
-    new_schedule,
     new_unet,
     seeded,
+    times_of,
 )
 from latentdiff.stages.cache import latents_of, texts_of
 from latentdiff.stages.run import Run
@@ -114,20 +116,20 @@ def prepare_unet(unet: UNet, learning: Learning, device: torch.device) -> None:
 
 def _training(config: Config, examples: Examples, processes: int) -> tuple[DiffusionLoss, Draws, Order]:
     """The loss, what is drawn for a sample, and the order: a step is of one bucket, on all processes."""
-    settings, schedule = config.denoiser, new_schedule(config)
-    loss = DiffusionLoss(schedule, settings.prediction, settings.weighting, settings.snr_gamma)
+    settings, path = config.denoiser, new_path(config)
+    loss = DiffusionLoss(path, settings.prediction, settings.weighting, settings.snr_gamma)
     rates = settings.caption_dropout, settings.noise_offset, settings.input_perturbation
     batch = settings.training.train_batch_size * settings.training.gradient_accumulation_steps * processes
     order = Order(config.seed, "training", list(examples.pictures.buckets().values()), batch)
-    return loss, Draws(config.seed, schedule.T, *rates), order
+    return loss, Draws(config.seed, times_of(settings, path), *rates), order
 
 
 def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draws, Order]:
     """The same without weights, dropped captions, offset and perturbation; every picture once in each bin of time."""
-    schedule = new_schedule(config)
-    draws = Draws(config.seed, schedule.T, purpose="validation", time_bins=TIME_BINS)
+    path = new_path(config)
+    draws = Draws(config.seed, Times(path, bins=TIME_BINS), purpose="validation")
     order = Order(config.seed, "validation", list(examples.pictures.buckets().values()))
-    return DiffusionLoss(schedule, config.denoiser.prediction), draws, order
+    return DiffusionLoss(path, config.denoiser.prediction), draws, order
 
 
 def _measures(run: Run[Config]) -> Against:

@@ -16,11 +16,13 @@ from latentdiff.core.errors import ConfigError, saving
 from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion.objective import DiffusionLoss
+from latentdiff.diffusion.times import Times
 from latentdiff.families.pretrained import load_pipeline
 from latentdiff.formats.weights import weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.settings.config import Override, save_config
 from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
+from latentdiff.stages.build import times_of
 from latentdiff.stages.cache import latents_of, texts_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
@@ -138,19 +140,19 @@ def _stages(
 ) -> tuple[Stage, DenoiserStage]:
     """What is trained, and what the validation looks at: fixed times and noise, every caption, no weights."""
     config = run.config
-    learning, T = config.finetune, pipe.schedule.T
+    learning, times = config.finetune, times_of(config.finetune, pipe.path)
     sets = [run.data.training, run.data.validation, *([prior.training] if prior else [])]
     trained, validated, *others = _samples(run, pipe, taught, sets)
-    loss = DiffusionLoss(pipe.schedule, pipe.prediction, learning.weighting, learning.snr_gamma)
+    loss = DiffusionLoss(pipe.path, pipe.prediction, learning.weighting, learning.snr_gamma)
     rates = learning.caption_dropout, learning.noise_offset, learning.input_perturbation
     made = partial(DenoiserStage, taught.module, taught.parts)
-    own = made(loss, trained, Draws(config.seed, T, *rates), _order(run, run.data.training, "training"))
-    plain = DiffusionLoss(pipe.schedule, pipe.prediction)
-    draws = Draws(config.seed, T, purpose="validation", time_bins=TIME_BINS)
+    own = made(loss, trained, Draws(config.seed, times, *rates), _order(run, run.data.training, "training"))
+    plain = DiffusionLoss(pipe.path, pipe.prediction)
+    draws = Draws(config.seed, Times(pipe.path, bins=TIME_BINS), purpose="validation")
     validation = made(plain, validated, draws, _order(run, run.data.validation, "validation"))
     if prior is None:
         return own, validation
-    draws = Draws(config.seed, T, *rates, purpose="prior")
+    draws = Draws(config.seed, times, *rates, purpose="prior")
     beside = made(loss, others[0], draws, _order(run, prior.training, "prior"))
     return PriorStage(own, beside, config.prior.weight), validation
 

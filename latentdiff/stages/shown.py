@@ -41,7 +41,7 @@ def report(
 
     Where the model has a CLIP of its own and the prompts are of words that it knows, their score too.
     """
-    numbers = validation_losses(validation, TIME_BINS, pipe.schedule.T, config.finetune.training.train_batch_size)
+    numbers = validation_losses(validation, TIME_BINS, pipe.path.T, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
     pictures = _drawn(pipe, config, prompts)
     _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png")

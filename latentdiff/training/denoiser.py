@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
+from latentdiff.diffusion.times import Times
 from latentdiff.training.order import Order
 
 Key = tuple[int, int]  # (row, epoch): a sample
@@ -83,20 +84,16 @@ class Draws:
     """What is drawn for a sample beside its place in the order: by which rates, and for which purpose."""
 
     seed: int
-    timesteps: int
+    times: Times
     caption_dropout: float = 0.0
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     purpose: str = "training"
-    time_bins: int = 0
-    """0 draws every time from all; else epoch e draws from the e-th of so many equal bins, for a validation."""
 
     def of(self, row: int, epoch: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """The draws of one sample in one epoch: a function of these arguments alone."""
         rng = noise.generator(self.seed, self.purpose, row, epoch)
-        t = rng.integers(self.timesteps)
-        if self.time_bins:
-            t = np.int64((epoch % self.time_bins + rng.random()) * self.timesteps / self.time_bins)
+        t = self.times.draw(rng, epoch)
         drawn: dict[str, Any] = {"rows": np.int64(row), "t": t, "kept": np.bool_(rng.random() >= self.caption_dropout)}
         drawn["noise"], drawn["posterior"] = rng.standard_normal((2, *shape), dtype=np.float32)
         if self.noise_offset:
@@ -157,7 +154,7 @@ class DenoiserStage:
 def validation_losses(stage: DenoiserStage, bins: int, timesteps: int, batch_size: int) -> dict[str, float]:
     """The mean loss on all pictures by bins of time, each with noise of its own that never changes, and of all.
 
-    The same numbers whenever the weights are the same: the stage's draws must be of `time_bins` = bins.
+    The same numbers whenever the weights are the same: the stage's draws must be of as many bins.
     """
     stage.module.eval()
     device = next(stage.module.parameters()).device

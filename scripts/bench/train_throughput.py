@@ -158,7 +158,8 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
 
     from latentdiff.data.dataset import open_data
     from latentdiff.diffusion.objective import DiffusionLoss
-    from latentdiff.diffusion.path import NoiseSchedule
+    from latentdiff.diffusion.path import VariancePreserving
+    from latentdiff.diffusion.times import Times
     from latentdiff.networks.backbones.unet import UNet
     from latentdiff.networks.codecs.kl import Autoencoder
     from latentdiff.networks.encoders.clip import TextEncoder
@@ -187,11 +188,11 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
     (texts,) = texts_of(config.denoiser, [examples], text_encoder, cache, accelerator)
     if cached:
         del autoencoder, text_encoder, vae, text  # what is cached needs them no more
-    schedule = NoiseSchedule.scaled_linear()
+    schedule = VariancePreserving.scaled_linear()
     if scheduler.config.get("rescale_betas_zero_snr"):
         schedule = schedule.zero_terminal_snr()
     loss = DiffusionLoss(schedule, scheduler.config.prediction_type)
-    draws = Draws(0, schedule.T, caption_dropout=0.1)
+    draws = Draws(0, Times(schedule), caption_dropout=0.1)
     order = Order(0, "training", list(examples.pictures.buckets().values()))
     stage = DenoiserStage(unet, {"unet": unet}, loss, Samples(latents, texts, examples.pictures.name), draws, order)
     optimizer = optimizer_of(unet, Training(learning_rate=1e-4))

@@ -1,0 +1,167 @@
+"""diffusers' scheduler configs and paths: which noise levels a folder describes, and how ours are written there."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentdiff.core.errors import ModelError, raised_as
+from latentdiff.diffusion.grids import GRIDS
+from latentdiff.diffusion.path import Path, Straight, VariancePreserving
+from latentdiff.diffusion.samplers import sampler_of
+from latentdiff.settings.validation import first_fault
+
+FILE = "scheduler/scheduler_config.json"
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+_KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+Data = TypeVar("Data", bound=BaseModel)
+Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Scheduler(NamedTuple):
+    """What a scheduler config says: the path, the prediction, and the sampler and grid that diffusers would take."""
+
+    path: Path
+    prediction: str
+    recommended: dict[str, Any]
+
+
+class _Config(BaseModel):
+    """The keys that are read; the others belong to samplers, which are chosen by the call."""
+
+    model_config = ConfigDict(strict=True)
+
+    num_train_timesteps: int = Field(1000, ge=2, le=100_000)
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow", "karras"] | None = None
+    beta_schedule: str = "linear"
+    beta_start: Beta = 0.0001
+    beta_end: Beta = 0.02
+    trained_betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    rescale_betas_zero_snr: bool | None = False
+    class_name: str = Field("", alias="_class_name")
+    timestep_spacing: str = "leading"
+    algorithm_type: str | None = None
+    use_karras_sigmas: bool | None = False
+    # of flow matching
+    shift: float = Field(1.0, gt=0, le=100)
+    use_dynamic_shifting: bool | None = False
+    base_image_seq_len: int | None = Field(256, ge=1)
+    max_image_seq_len: int | None = Field(4096, ge=2)
+    base_shift: float | None = Field(0.5, ge=-10, le=10)
+    max_shift: float | None = Field(1.15, ge=-10, le=10)
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """Where we have no such sampler, dpmpp_2m."""
+        sampler = sampler_of(self.class_name) or "dpmpp_2m"
+        if sampler == "dpmpp_2m" and (self.algorithm_type or "").startswith("sde"):
+            sampler = "dpmpp_2m_sde"
+        if self.class_name == _FLOW:
+            return {"sampler": "euler", "spacing": "trailing"}
+        spacing = self.timestep_spacing if self.timestep_spacing in GRIDS else "trailing"
+        return {"sampler": sampler, "spacing": "karras" if self.use_karras_sigmas else spacing}
+
+
+def read_json_as(model: type[Data], path: FilePath) -> Data:
+    """A JSON file of a model folder, validated as data. Raises ModelError naming the first fault."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError:
+        raise ModelError(f"{path.parent.name}/{path.name} is missing ({path})") from None
+    except ValidationError as error:
+        fault = first_fault(error)
+        what = f"{path.name}: {fault.key}: {fault.message}"
+        raise ModelError(
+            f"{what} ({path})" if fault.missing else f"{what}, not {str(fault.got)[:40]!r} ({path})"
+        ) from None
+
+
+def read_scheduler(directory: FilePath) -> Scheduler:
+    """The scheduler config of a model folder. Raises ModelError."""
+    path = directory / FILE
+    config = read_json_as(_Config, path)
+    with raised_as(ModelError, f"no noise schedule ({path})"):
+        if config.class_name == _FLOW:
+            return Scheduler(_straight(config), config.prediction_type or "flow", config.recommended)
+        return Scheduler(_variance_preserving(config, path), config.prediction_type or "epsilon", config.recommended)
+
+
+def _straight(config: _Config) -> Straight:
+    T = config.num_train_timesteps
+    if not config.use_dynamic_shifting:
+        return Straight(config.shift, T=T)
+    few, many = config.base_image_seq_len or 256, config.max_image_seq_len or 4096
+    low, high = config.base_shift or 0.0, config.max_shift or 0.0
+    if not few < many:
+        raise ModelError("max_image_seq_len must be more than base_image_seq_len")
+    return Straight(math.exp(low), ((few, low), (many, high)), T)
+
+
+def _variance_preserving(config: _Config, path: FilePath) -> VariancePreserving:
+    """`trained_betas` is how schedules are written that diffusers has no name for."""
+    T, kind = config.num_train_timesteps, config.beta_schedule
+    if config.trained_betas is not None:
+        if len(config.trained_betas) != T:
+            raise ModelError(f"trained_betas has {len(config.trained_betas)} entries for {T} times ({path})")
+        made = VariancePreserving.from_betas(np.asarray(config.trained_betas, np.float64))
+    elif kind == "squaredcos_cap_v2":
+        made = VariancePreserving.cosine(T)
+    elif kind in ("linear", "scaled_linear"):
+        make = VariancePreserving.linear if kind == "linear" else VariancePreserving.scaled_linear
+        made = make(T, config.beta_start, config.beta_end)
+    else:
+        raise ModelError(f"unknown beta_schedule {kind!r} ({path}). Known: {', '.join(_KINDS)}")
+    return made.zero_terminal_snr() if config.rescale_betas_zero_snr else made
+
+
+def scheduler_config(path: Path, prediction: str, spacing: str = "leading") -> dict[str, Any]:
+    """diffusers' config of a path.
+
+    Of a variance-preserving one DDIM's, with betas in full where no kind of theirs describes it; else flow matching's.
+    """
+    if isinstance(path, Straight):
+        return _flow_config(path, prediction)
+    assert isinstance(path, VariancePreserving)
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": path.T,
+        "prediction_type": prediction,
+        "timestep_spacing": spacing if spacing in ("leading", "linspace") else "trailing",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        **_described(path),
+    }
+
+
+def _flow_config(path: Straight, prediction: str) -> dict[str, Any]:
+    config: dict[str, Any] = {"_class_name": _FLOW, "num_train_timesteps": path.T, "prediction_type": prediction}
+    if path.growth is None:
+        return config | {"shift": path.shift, "use_dynamic_shifting": False}
+    (few, low), (many, high) = path.growth
+    sizes = {"base_image_seq_len": few, "max_image_seq_len": many, "base_shift": low, "max_shift": high}
+    return config | {"shift": 1.0, "use_dynamic_shifting": True, **sizes}
+
+
+def _described(path: VariancePreserving) -> dict[str, Any]:
+    """The kind and flags under which diffusers computes the same schedule, or its betas."""
+    known = {
+        "linear": (VariancePreserving.linear(path.T), 0.0001, 0.02),
+        "scaled_linear": (VariancePreserving.scaled_linear(path.T), 0.00085, 0.012),
+        "squaredcos_cap_v2": (VariancePreserving.cosine(path.T), 0.0001, 0.02),
+    }
+    for kind, (plain, start, end) in known.items():
+        for rescaled in (False, True):
+            if same_schedule(plain.zero_terminal_snr() if rescaled else plain, path):
+                ends = {"beta_schedule": kind, "beta_start": start, "beta_end": end}
+                return ends | {"rescale_betas_zero_snr": rescaled}
+    return {"trained_betas": path.betas.tolist(), "rescale_betas_zero_snr": False}
+
+
+def same_schedule(first: VariancePreserving, second: VariancePreserving) -> bool:
+    """Whether two schedules are equal but for rounding."""
+    return first.T == second.T and np.allclose(first.alphas_cumprod, second.alphas_cumprod, rtol=1e-9, atol=1e-12)
