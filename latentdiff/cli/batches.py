@@ -1,4 +1,4 @@
-"""Pictures drawn batch by batch and written: numbered, shared between processes, gone on with.
+"""Pictures drawn batch by batch and written: numbered, processd between processes, gone on with.
 
 A picture's batch and number follow from the command alone. So the pictures are the same, to the bit on one kind of
 machine, however many processes draw them and however often they are killed: a batch of which one is missing is drawn
@@ -20,9 +20,9 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.files import numbered, suffix_of, write_pictures
 
 if TYPE_CHECKING:
-    from latentdiff.drawing.job import Job
+    from latentdiff.drawing.batch import Job
+    from latentdiff.drawing.painter import Painter
     from latentdiff.drawing.record import ImageMetadata
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
 Numbered = tuple[int, "Job"]  # a picture and its number in the command, from 1
 _OF_A_RUN = ("runtime", "device", "dtype", "speed", "versions", "batch", "model", "model_source", "variant")
@@ -39,15 +39,15 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Share:
+class Process:
     """Which of how many processes this is, as `accelerate launch` and torchrun tell them; they need not speak."""
 
-    process: int = 0
+    number: int = 0
     processes: int = 1
     on_machine: int = 0
 
     @classmethod
-    def of_process(cls) -> Share:
+    def of_launcher(cls) -> Process:
         """As the environment tells it. Raises ConfigError for what no launcher says."""
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         told = [os.environ.get(name, default) for name, default in defaults.items()]
@@ -63,41 +63,46 @@ class Share:
         return named if alone or not gpu_is_there() else f"cuda:{self.on_machine}"
 
 
-def drawn(
-    pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Target, share: Share
+def write_all(
+    painter: Painter, jobs: Sequence[Job], target: Target, process: Process
 ) -> Iterator[tuple[Path, ImageMetadata]]:
     """Draw this process's batches under a progress bar and yield every picture written. Raises ConfigError."""
-    from latentdiff.drawing.plan import step_counts
+    from latentdiff.drawing.batch import Batch
+    from latentdiff.drawing.draw import Drawing, record_of
     from latentdiff.drawing.record import save_options
 
-    batches = _batches(pipe, jobs, target, share)
-    total = sum(sum(step_counts(batch[0][1].request, batch[0][1].canvas)) for batch in batches)
-    told: set[str] = set()
+    batches = _batches(painter, jobs, target, process)
+    total = sum(sum(batch[0][1].plan.steps) for batch in batches)
+    written: set[str] = set()
     if target.metadata and target.suffix != ".png":
         for job in jobs:  # a record that does not fit is known before anything is drawn
-            save_options(pipe.record(job), target.suffix)
+            save_options(record_of(painter, job), target.suffix)
     with _bar(total) as bar:
         for batch in batches:
-            same = [job for _, job in batch]
-            for step in pipe.steps(same):
+            drawing = Drawing(painter, Batch([job for _, job in batch]))
+            for step in drawing:
                 bar.update()
                 latents = step.x
-            output = pipe.finish(same, latents)
+            output = drawing.finish(latents)
             bar.clear()  # else what is written next stands behind it
-            for note in set(output.notes) - told:
+            for note in set(output.notes) - written:
                 print(f"warning: {note}", file=sys.stderr)
-            told |= set(output.notes)
-            yield from write_pictures(output, target.path, target.suffix, target.metadata, _paths(batch, target, share))
+            written |= set(output.notes)
+            paths = _paths(batch, target, process)
+            records = output.metadata
+            yield from write_pictures(output.images, records, target.path, target.suffix, target.metadata, paths)
             bar.refresh()
 
 
-def _batches(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Target, share: Share) -> list[list[Numbered]]:
+def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Process) -> list[list[Numbered]]:
     """Those of one process, every so many of the command's, without those that are there."""
+    from latentdiff.drawing.draw import batches_of
+
     counted = iter(range(1, len(jobs) + 1))
-    batches = [[(next(counted), job) for job in batch] for batch in pipe.grouped(jobs)]
-    own = batches[share.process :: share.processes]
+    batches = [[(next(counted), job) for job in batch.jobs] for batch in batches_of(painter, jobs)]
+    own = batches[process.number :: process.processes]
     if not target.resume:
-        if share.processes > 1:
+        if process.processes > 1:
             _check_free([_path(number, job, target) for batch in own for number, job in batch])
         return own
     there: set[int] = set()
@@ -105,7 +110,7 @@ def _batches(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Target,
     for number, job in chain.from_iterable(own):
         if os.path.lexists(_path(number, job, target)):
             there.add(number)
-            otherwise |= {_otherwise(pipe, number, job, target)} if target.metadata else set()
+            otherwise |= {_otherwise(painter, number, job, target)} if target.metadata else set()
     for how in sorted(otherwise - {""}):
         print(f"warning: some that are there were drawn {how}", file=sys.stderr)
     if there:
@@ -113,9 +118,9 @@ def _batches(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], target: Target,
     return [batch for batch in own if not all(number in there for number, _ in batch)]
 
 
-def _paths(batch: Sequence[Numbered], target: Target, share: Share) -> list[Path | None] | None:
+def _paths(batch: Sequence[Numbered], target: Target, process: Process) -> list[Path | None] | None:
     """A file for each picture of a batch, None for one that is there; or none, where the next free number is taken."""
-    if not target.resume and share.processes == 1:
+    if not target.resume and process.processes == 1:
         return None
     paths = [_path(number, job, target) for number, job in batch]
     return [None if target.resume and os.path.lexists(path) else path for path in paths]
@@ -132,21 +137,22 @@ def _check_free(paths: Sequence[Path]) -> None:
             raise ConfigError(f"file exists ({path}). Go on by --resume, or name another folder")
 
 
-def _otherwise(pipe: LatentDiffusionPipeline, number: int, job: Job, target: Target) -> str:
+def _otherwise(painter: Painter, number: int, job: Job, target: Target) -> str:
     """How a picture that is there was drawn, where that is not how it would be now; "" where it is.
 
     Raises ConfigError for a file of its name that is another picture.
     """
     from dataclasses import asdict
 
+    from latentdiff.drawing.draw import record_of
     from latentdiff.drawing.reproduce import read_record
 
     path = _path(number, job, target)
-    found, wanted = read_record(path).model_dump(), asdict(pipe.record(job))
-    differing = [name for name in wanted if name not in _OF_A_RUN and found[name] != wanted[name]]
+    kept, wanted = read_record(path).model_dump(), asdict(record_of(painter, job))
+    differing = [name for name in wanted if name not in _OF_A_RUN and kept[name] != wanted[name]]
     if differing:
         raise ConfigError(f"{path} is another picture ({differing[0]} differs). Name another folder")
-    then, now = (f"by {of['runtime']} in {of['dtype']}, {of['speed']}" for of in (found, wanted))
+    then, now = (f"by {of['runtime']} in {of['dtype']}, {of['speed']}" for of in (kept, wanted))
     return "" if then == now else f"{then}, the rest {now}"
 
 

@@ -85,11 +85,11 @@ def _pickle(source: Path, output: Path) -> None:
 
 def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
     """The model says what the layers are called that kohya's names stand for."""
-    from latentdiff.drawing.extras import networks_of
-    from latentdiff.families.pretrained import stored_pipeline
+    from latentdiff.drawing.extras import adapted
+    from latentdiff.families.loading import stored_model
     from latentdiff.formats import adapter_file
 
-    networks = networks_of(stored_pipeline(model))
+    networks = adapted(stored_model(model))
     adapter = adapter_file.read_adapter(source, networks)
     if adapter.unused or adapter.missing:
         first = (adapter.unused + adapter.missing)[0]
@@ -103,7 +103,7 @@ def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
 
 def _exported(source: Path, variant: str | None) -> Path:
     """Graphs beside a folder's weights; the weights stay as they are."""
-    from latentdiff.families.pretrained import stored_pipeline
+    from latentdiff.families.loading import stored_model
     from latentdiff.runtime.export import export
     from latentdiff.runtime.graphs import FOLDER
 
@@ -112,7 +112,7 @@ def _exported(source: Path, variant: str | None) -> Path:
     if (source / FOLDER).exists() and not (source / FOLDER).is_dir():
         raise ConfigError(f"{source / FOLDER} is a file, in the place of the graphs. Move it away")
     check_writable(source, source)
-    _tell(export(stored_pipeline(source, variant), source, variant))
+    _tell(export(stored_model(source, variant), source, variant))
     return source / FOLDER
 
 
@@ -126,9 +126,11 @@ def _model(
 ) -> None:
     import torch
 
-    from latentdiff.drawing.extras import load_vae
-    from latentdiff.families.pretrained import save_pipeline, save_single_file, stored_pipeline
-    from latentdiff.formats.convert import convert_folder
+    from latentdiff.families.convert import convert_folder
+    from latentdiff.families.loading import save_model, stored_model
+    from latentdiff.families.original import save_single_file
+    from latentdiff.pipeline import LatentDiffusionPipeline
+    from latentdiff.runtime.device import moved
     from latentdiff.runtime.export import export
 
     single = output.suffix.lower() == ".safetensors"
@@ -138,15 +140,14 @@ def _model(
             raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
         convert_folder(source, output, precision)
         return
-    pipe = stored_pipeline(source, variant)
+    pipe = LatentDiffusionPipeline(stored_model(source, variant))
     if vae is not None:
-        load_vae(pipe, vae, as_stored=True)
-    if precision is not None:
-        pipe.to(dtype=precision)
+        pipe.load_vae(vae, as_stored=True)
+    model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
     with whole(output) as made:
-        (save_single_file if single else save_pipeline)(pipe, made)
+        (save_single_file if single else save_model)(model, made)
         if exporting:
-            _tell(export(pipe, made))
+            _tell(export(model, made))
     if single and (source / "latentdiff.json").is_file():
-        height, width = pipe.card.size
+        height, width = model.card.size
         print(f"note: a single file holds no size ({width}x{height}) and no recommended settings", file=sys.stderr)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,20 +14,15 @@ import typer
 from latentdiff.cli import report_folder
 from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded, named
 from latentdiff.cli.options import Precision, Runtime
-from latentdiff.core.errors import ConfigError, DataError
+from latentdiff.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from latentdiff.data.examples import Examples
-    from latentdiff.evaluation.features import Extractor
-    from latentdiff.evaluation.sections import Against, Asked
-    from latentdiff.pipeline import LatentDiffusionPipeline
-    from latentdiff.settings.config import Config
+    from latentdiff.drawing.painter import Painter
+    from latentdiff.evaluation.evaluate import Candidate
 
-LEAST = 16  # pictures
 MOST = 1000  # settings of a sweep
 OWN = ("seed", "num_images", "width", "height", "prompt_weights", "hires_scale", "hires_strength")
 LACKING = ("autoguidance_scale", "strength")
-Overrides = list[tuple[str, Any]]
 
 
 def evaluate(
@@ -109,6 +101,7 @@ def evaluate(
 
     The same command goes on after an interruption. Figures go to standard output, progress to standard error.
     """
+    from latentdiff.evaluation.evaluate import Sources, references_of, rules_of, sized, titles
     from latentdiff.evaluation.report.report import PAGE, as_lines, known, lacking, measure, write_report
     from latentdiff.evaluation.sections import Asked, Subject
     from latentdiff.training.lock import locked
@@ -118,19 +111,20 @@ def evaluate(
     grid = _grid(sweep or [], drawing if "sweep" in names else {})
     report_folder.check(report, data)
     adapters = [adapter_and_weight(each) for each in lora or []]
-    models = [_Model(named(model), device, dtype, runtime, variant, revision, adapters, embedding or [], vae)]
+    beside = {"loras": adapters, "words": embedding or [], "vae": vae, "variant": variant, "revision": revision}
+    candidates = [_candidate(named(model), runtime, dtype, device=device, **beside)]
     if compare is not None:
-        models.append(_Model(named(compare), device, dtype, runtime))
+        candidates.append(_candidate(named(compare), runtime, dtype, device=device))
     lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
-    given = [(name, True) for name, wanted in lenient.items() if wanted]
-    against, config = _against(models[0], report, data, given, pictures, training, features, lpips, geneval)
-    asked = Asked(seed, times, drawing | _sized(models), grid)
+    sources = Sources(data, training, features, lpips, geneval, [(key, True) for key, on in lenient.items() if on])
+    references, identity = references_of(candidates[0], sources, pictures, report, partial(typer.echo, err=True))
+    asked = Asked(seed, times, drawing | sized(candidates), grid)
     subjects = [
-        Subject(name, each.pipe, each.exact, report / letter)
-        for each, name, letter in zip(models, _titles(models), "AB", strict=False)
+        Subject(name, each.painter, each.exact, report / letter)
+        for each, name, letter in zip(candidates, titles(candidates), "AB", strict=False)
     ]
-    rules = _rules(models, config, against, asked)
-    why = {name: [lacking(name, subject, against) for subject in subjects] for name in names}
+    rules = rules_of(candidates, identity, references, asked)
+    why = {name: [lacking(name, subject, references) for subject in subjects] for name in names}
     skipped = {name: next(reason for reason in reasons if reason) for name, reasons in why.items() if any(reasons)}
     if only is not None and skipped:
         name, reason = next(iter(skipped.items()))
@@ -138,69 +132,29 @@ def evaluate(
     with locked(report, "measuring"):
         report_folder.claim(report, rules)
         same = report_folder.nameless(rules)
-        found = known(subjects, same)
-        write_report(report, subjects, found, skipped, rules)
+        results = known(subjects, same)
+        write_report(report, subjects, results, skipped, rules)
         for name in [name for name in names if name not in skipped]:
-            if name not in found:
-                found[name] = [measure(name, subject, against, asked, same) for subject in subjects]
-                write_report(report, subjects, found, skipped, rules)
-            typer.echo(as_lines([subject.name for subject in subjects], name, found[name]) + "\n")
+            if name not in results:
+                results[name] = [measure(name, subject, references, asked, same) for subject in subjects]
+                write_report(report, subjects, results, skipped, rules)
+            typer.echo(as_lines([subject.name for subject in subjects], name, results[name]) + "\n")
         for name, reason in skipped.items():
             typer.echo(f"not measured: {name} ({reason})", err=True)
         typer.echo(report / PAGE)
 
 
-@dataclass(frozen=True)
-class _Model:
-    """One that is measured: how it is loaded, and what is used beside it."""
+def _candidate(path: str | None, runtime: Runtime, dtype: Precision | None, **options: Any) -> Candidate:
+    """A model, with what is used beside it, by the runtime that was chosen and by torch in float32."""
+    from latentdiff.evaluation.evaluate import Candidate
 
-    path: str | None
-    device: str | None
-    dtype: Precision | None
-    runtime: Runtime
-    variant: str | None = None
-    revision: str | None = None
-    loras: Sequence[tuple[Path, float]] = ()
-    words: Sequence[Path] = ()
-    vae: Path | None = None
+    def opened(runtime: Runtime, dtype: Precision | None) -> Painter:
+        named = {name: options.get(name) for name in ("device", "variant", "revision")}
+        pipe = loaded(path, dtype=dtype, runtime=runtime, **named)
+        load_extras(pipe, options.get("loras", ()), options.get("words", ()), options.get("vae"))
+        return pipe.painter
 
-    @cached_property
-    def pipe(self) -> LatentDiffusionPipeline:
-        """What draws."""
-        return self._loaded(self.runtime, self.dtype)
-
-    def exact(self) -> LatentDiffusionPipeline:
-        """Torch's in float32, for what is no drawing."""
-        return self._exact
-
-    @cached_property
-    def _exact(self) -> LatentDiffusionPipeline:
-        import torch
-
-        plain = self.pipe.runtime == "torch" and self.pipe.unet.dtype == torch.float32
-        return self.pipe if plain else self._loaded(Runtime.torch, Precision.float32)
-
-    def _loaded(self, runtime: Runtime, dtype: Precision | None) -> LatentDiffusionPipeline:
-        pipe = loaded(self.path, self.device, dtype, self.variant, self.revision, runtime)
-        load_extras(pipe, self.loras, self.words, self.vae)
-        return pipe
-
-
-def _sized(models: Sequence[_Model]) -> dict[str, int]:
-    """Pictures are drawn as large as those that they are compared with: squares of the first model's size."""
-    side = models[0].pipe.card.size[0]
-    own = {model.pipe.card.size for model in models}
-    return {} if own == {(side, side)} else {"height": side, "width": side}
-
-
-def _titles(models: Sequence[_Model]) -> list[str]:
-    """Their names; of one name by where they lie too, or by a letter."""
-    names = [model.pipe.card.name for model in models]
-    if len(set(names)) < len(names):
-        places = [Path(model.path or "").name for model in models]
-        told = places if len(set(places)) == len(places) else "AB"
-        names = [f"{name} ({place or 'the default'})" for name, place in zip(names, told, strict=False)]
-    return names
+    return Candidate(path, partial(opened, runtime, dtype), partial(opened, Runtime.torch, Precision.float32))
 
 
 def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
@@ -214,7 +168,7 @@ def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str,
             raise ConfigError(f"{name} is the evaluation's own, and no setting of drawing")
     for name in LACKING:
         if name in found:
-            raise ConfigError(f"{name} needs what an evaluation does not have")
+            raise ConfigError(f"{name} requires what an evaluation does not have")
     request(prompt="checked before anything is loaded", seed=0, **found)
     return found
 
@@ -256,115 +210,3 @@ def _names(only: str | None) -> list[str]:
                 f"unknown section {name[:40]!r}{did_you_mean(name, SECTIONS)}; one of {', '.join(SECTIONS)}"
             )
     return [name for name in SECTIONS if name in names]
-
-
-def _against(
-    model: _Model,
-    report: Path,
-    data: str | None,
-    given: Overrides,
-    count: int,
-    training: str | None,
-    features: Path | None,
-    lpips: Path | None,
-    geneval: Path | None,
-) -> tuple[Against, dict[str, Any]]:
-    """What models are measured by, and what is to be known of it."""
-    from latentdiff.core.files import sha256_of
-    from latentdiff.data.dataset import look
-    from latentdiff.evaluation.geneval import read_prompts
-    from latentdiff.evaluation.held_out import held_out, shown
-    from latentdiff.evaluation.sections import Against
-    from latentdiff.networks.perception import load_lpips
-
-    prompts = read_prompts(geneval) if geneval else []
-    distance = load_lpips(lpips) if lpips else None
-    side = model.pipe.card.size[0]
-    config = _config(data, side, given)
-    found = None if config.data.kind == "scenes" else look(config).sound(config.data.pictures.skip_bad)
-    held, trained = held_out(config, count, found)
-    if len(held) < LEAST:
-        raise DataError(f"{len(held)} different pictures are too few to measure by. At least {LEAST} are needed")
-    if training is not None:
-        trained = held_out(_config(training, side, given), 50_000)[0]
-    extractor = _extractor(model, features)
-    if extractor.scorer is not None:
-        extractor.scorer.to(model.pipe.device)
-    against = Against(
-        partial(shown, held, report),
-        extractor,
-        extractor.scorer,
-        partial(shown, trained, report) if trained else None,
-        distance,
-        prompts,
-        scenes=config.data.kind == "scenes",
-    )
-    said = {"data": "scenes" if data is None else data, "pictures": len(held), "data sha256": _identity(config, held)}
-    if found and found.left_out:
-        said["left out"] = len(found.quarantined) + len(found.listing.orphans)
-        typer.echo(f"left out: {said['left out']} that cannot be used (`latentdiff data` lists them)", err=True)
-    if trained:
-        said |= {"training pictures": len(trained), "training sha256": trained.pictures.identity()}
-    said |= {f"{name} sha256": sha256_of(file) for name, file in (("lpips", lpips), ("geneval", geneval)) if file}
-    return against, said
-
-
-def _identity(config: Config, held: Examples) -> str:
-    """sha256 of the pictures, their captions, and all settings by which they are shown."""
-    shown = config.data.model_dump(mode="json", exclude={"pictures": {"source"}})
-    said = json.dumps([held.pictures.identity(), config.image_size, shown], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()
-
-
-def _config(data: str | None, side: int, given: Overrides) -> Config:
-    """Of a run's config, of pictures, or of the scenes of the default config, at the model's size."""
-    from latentdiff.settings.config import load_config, own_pictures
-
-    given = [*given, ("image_size", side)]
-    if data is not None and data.endswith(".toml") and not Path(data).is_dir():
-        return load_config(Path(data), given)
-    return load_config(None, [*(own_pictures(data) if data is not None else ()), *given])
-
-
-def _extractor(model: _Model, features: Path | None) -> Extractor:
-    """As it is named, or the model's own CLIP, or the default model's."""
-    from latentdiff.evaluation import features as extractors
-    from latentdiff.families.pretrained import default_model
-
-    if features is not None:
-        return extractors.named(features)
-    folder, name = model.pipe.card.folder, model.pipe.card.name
-    if folder and (folder / "clip").is_dir():
-        return extractors.of_model(folder, name=f"the CLIP of {name}")
-    typer.echo(f"features: {name} has no CLIP, so the default model's is taken, which knows scenes alone", err=True)
-    return extractors.of_model(default_model(), name="the CLIP of the default model")
-
-
-def _rules(models: Sequence[_Model], data: dict[str, Any], against: Against, asked: Asked) -> dict[str, Any]:
-    """All that figures depend on, as JSON gives it back."""
-    from latentdiff.drawing.record import installed_versions
-
-    pipes = [model.pipe for model in models]
-    found = {
-        "models": [pipe.card.source or pipe.card.name for pipe in pipes],
-        "model sha256": [pipe.card.hash for pipe in pipes],
-        "model settings sha256": [_settings_hash(pipe.card.folder) for pipe in pipes],
-        "beside": [[asdict(source) for source in pipe.extras.sources.values()] for pipe in pipes],
-        **data,
-        "features": against.extractor.name,
-        "features sha256": against.extractor.hash,
-        "seed": asked.seed,
-        "times": asked.times,
-        "drawing": [{**pipe.card.defaults, **asked.settings} for pipe in pipes],
-        "sweep": asked.grid,
-        "runtime": [f"{pipe.runtime}, {pipe.unet.dtype}" for pipe in pipes],
-        "device": str(pipes[0].device),
-        "versions": installed_versions(pipes[0].runtime) | installed_versions(),
-    }
-    return dict(json.loads(json.dumps(found)))
-
-
-def _settings_hash(folder: Path | None) -> str | None:
-    from latentdiff.formats.folder import settings_hash
-
-    return settings_hash(folder) if folder and folder.is_dir() else None

@@ -234,12 +234,12 @@ def _finetune(
 
     keep_freed_memory()
     with Interruption() as interruption:
-        config, pipe = opened(path, overrides)
+        config, model = opened(path, overrides)
         check_optimizer(config.finetune.training)
         accelerator = new_accelerator(config)
         with accelerator.main_process_first():
             data = open_data(config, None if dry_run else folder / "cache")
-        check_fits(pipe, config, data)
+        check_fits(model, config, data)
         checkpoints, told = checkpoints_to_resume(folder, [STAGE], resume)
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
@@ -247,14 +247,14 @@ def _finetune(
             for line in [*told, *(f"warning: going on although {change}" for change in changed)]:
                 typer.echo(line, err=True)
         if dry_run:
-            typer.echo(rehearse(run, pipe), err=True)
+            typer.echo(rehearse(run, model), err=True)
             return []
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 data.write_quarantine(folder)
                 for left in folder.glob(".latentdiff-*"):  # by a kill while a model was written
                     shutil.rmtree(left, ignore_errors=True)
-            return finetune(run, pipe, partial(typer.echo, err=True) if accelerator.is_main_process else _nothing)
+            return finetune(run, model, partial(typer.echo, err=True) if accelerator.is_main_process else _nothing)
 
 
 def _nothing(text: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli.batches import Share, Target, drawn
+from latentdiff.cli.batches import Process, Target, write_all
 from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
@@ -23,7 +23,7 @@ from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.files import check_target, loses_pixels, open_picture, suffix_of
 
 if TYPE_CHECKING:
-    from latentdiff.drawing.job import Job
+    from latentdiff.drawing.batch import Job
     from latentdiff.drawing.request import Request
     from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -130,7 +130,7 @@ def generate(
     json_lines: Annotated[bool, typer.Option("--json", help="A JSON object a picture, instead of its path.")] = False,
     metadata: Annotated[bool, typer.Option(help="Write how it was made into each picture.")] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a stopped command: what is there is skipped. Needs --seed.")
+        bool, typer.Option("--resume", help="Go on with a stopped command: what is there is skipped. Requires --seed.")
     ] = False,
 ) -> None:
     """Draw pictures of prompts. Paths go to standard output, progress to standard error."""
@@ -155,14 +155,14 @@ def generate(
     common = common_settings(given, settings or [])
     wishes = _wishes(prompt, prompts_file, image, mask, outpaint)
     asked = _requests(wishes, common)  # refused here before any library or weight is loaded
-    share = Share.of_process()
-    _check_seed(wishes, common, resume, share)
+    process = Process.of_launcher()
+    _check_seed(wishes, common, resume, process)
     check_target(output, sum(request.num_images for request in asked), resume=resume)
     _check_used(asked, weaker, clip)
     suffix = _suffix(output, picture_format, wishes)
     loras = [adapter_and_weight(text) for text in lora or []]
     _check_sizes(model, asked)
-    pipe = loaded(model, share.device(device), dtype, variant, revision, runtime, speed)
+    pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed)
     load_extras(pipe, loras, embedding or [], vae)
     if weaker is not None:
         pipe.load_weaker(weaker)
@@ -171,9 +171,9 @@ def generate(
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
     jobs = _jobs(pipe, wishes, asked, common)
-    for path, record in drawn(pipe, jobs, Target(output, suffix, metadata, resume), share):
-        told = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
-        typer.echo(json.dumps(told | {"prompt": record.request["prompt"]}) if json_lines else path)
+    for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume), process):
+        line = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
+        typer.echo(json.dumps(line | {"prompt": record.request["prompt"]}) if json_lines else path)
 
 
 def _sides(width: int | None, height: int | None, size: str | None) -> dict[str, int | None]:
@@ -203,7 +203,7 @@ def _wishes(
 
 
 def _margins(outpaint: str) -> tuple[int, ...]:
-    from latentdiff.drawing.given import margins_of
+    from latentdiff.drawing.inputs import margins_of
 
     parts = [part.strip() for part in outpaint.split(",")]
     if len(parts) != 4 or not all(map(_number, parts)):
@@ -220,18 +220,18 @@ def _requests(wishes: Sequence[Wish], common: dict[str, Any]) -> list[Request]:
     """Every wish validated, with what it does not say from the command; seeds go on counting."""
     from latentdiff.drawing.request import request
 
-    found: list[Request] = []
+    requests: list[Request] = []
     for wish in wishes:
-        counted = {"seed": found[-1].seed + found[-1].num_images} if found else {}
-        with _said_of(wish):
+        counted = {"seed": requests[-1].seed + requests[-1].num_images} if requests else {}
+        with _naming(wish):
             if not wish.prompt.strip():
                 raise ConfigError("prompt is empty. Say what to draw")
-            found.append(request(prompt=wish.prompt, **(common | counted | wish.settings)))
-    return found
+            requests.append(request(prompt=wish.prompt, **(common | counted | wish.settings)))
+    return requests
 
 
 @contextmanager
-def _said_of(wish: Wish) -> Iterator[None]:
+def _naming(wish: Wish) -> Iterator[None]:
     """What is wrong with one of many prompts names its line."""
     try:
         yield
@@ -239,11 +239,11 @@ def _said_of(wish: Wish) -> Iterator[None]:
         raise ConfigError(f"{wish.where}: {error}" if wish.where else str(error)) from None
 
 
-def _check_seed(wishes: Sequence[Wish], common: dict[str, Any], resume: bool, share: Share) -> None:
+def _check_seed(wishes: Sequence[Wish], common: dict[str, Any], resume: bool, process: Process) -> None:
     """Several commands make one set of pictures only where they agree on its seeds. Raises ConfigError."""
-    if (resume or share.processes > 1) and "seed" not in common | wishes[0].settings:
+    if (resume or process.processes > 1) and "seed" not in common | wishes[0].settings:
         why = "--resume" if resume else "a command of several processes"
-        raise ConfigError(f"{why} needs --seed: at random each start would draw other pictures")
+        raise ConfigError(f"{why} requires --seed: at random each start would draw other pictures")
 
 
 def _check_used(asked: Sequence[Request], weaker: str | None, clip: Path | None) -> None:
@@ -271,8 +271,9 @@ def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
     if not sizes:
         return
     from latentdiff.drawing.request import SIDES, check_size
-    from latentdiff.families.pretrained import default_model
-    from latentdiff.formats.folder import check_folder, picture_geometry
+    from latentdiff.families import check_folder
+    from latentdiff.families.loading import default_model
+    from latentdiff.formats.folder import picture_geometry
 
     folder = default_model() if model is None else Path(model)
     if not folder.is_dir():
@@ -289,44 +290,45 @@ def _jobs(
     pipe: LatentDiffusionPipeline, wishes: Sequence[Wish], asked: Sequence[Request], common: dict[str, Any]
 ) -> list[Job]:
     """Every picture that is to be drawn, with the model's own settings where none are given."""
-    from latentdiff.drawing.job import jobs_of
+    from latentdiff.drawing.draw import jobs_of
 
     jobs: list[Job] = []
     for wish, first in zip(wishes, asked, strict=True):
         own = common | wish.settings | {"seed": first.seed}
-        with _said_of(wish):
+        with _naming(wish):
             request = pipe.request(wish.prompt, **own)
             if not jobs and wish.image is None:
                 pipe.begin(request, sum(one.num_images for one in asked))
-            jobs += jobs_of(request, _canvas(pipe, wish, request))
+            jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request))
         _warn(pipe, request)
     return jobs
 
 
 def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
+    from latentdiff.core.files import recorded
     from latentdiff.drawing.canvas import BLACK, NONE, Margins
-    from latentdiff.drawing.plan import step_counts
-    from latentdiff.drawing.record import recorded
+    from latentdiff.drawing.draw import canvas_of
+    from latentdiff.drawing.plan import plan
 
     image = None if wish.image is None else open_picture(wish.image)
     mask = None if wish.mask is None else open_picture(wish.mask, BLACK)
     names = [None if path is None else recorded(path) for path in (wish.image, wish.mask)]
     margins = NONE if wish.outpaint is None else Margins(*wish.outpaint)
-    canvas = pipe.canvas(request, image, mask, margins=margins, names=(names[0], names[1]))
+    canvas = canvas_of(pipe.model, request, image, mask, margins=margins, names=(names[0], names[1]))
     if canvas is not None:
-        steps = step_counts(request, canvas)[0]
+        steps = plan(request, pipe.model, canvas).steps[0]
         print(f"{wish.image}: {steps} of {request.num_inference_steps} steps are run", file=sys.stderr)
     return canvas
 
 
 def _warn(pipe: LatentDiffusionPipeline, asked: Request) -> None:
     """Say what of the request will have no effect, and what is read in pieces."""
-    from latentdiff.drawing.texts import style_of
+    from latentdiff.drawing.prompts import style_of
 
     if asked.negative_prompt and asked.guidance_scale <= 1:
         print("warning: the negative prompt has no effect without guidance (--cfg over 1)", file=sys.stderr)
     for name in ("prompt", "negative_prompt"):
-        read, limit = pipe.text_encoder.read(getattr(asked, name), style_of(asked)), pipe.text_encoder.max_length
+        read, limit = pipe.model.encoder.read(getattr(asked, name), style_of(asked)), pipe.model.encoder.length
         if read.cut:
             print(f"warning: {name} has {read.tokens} tokens and is cut to the model's {limit}", file=sys.stderr)
         elif read.chunks > 1:

@@ -27,10 +27,11 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
 
 def _of_model(path: Path) -> dict[str, object]:
     """Read from the JSON and the headers of the weights; no network is built."""
+    from latentdiff.families import check_folder
     from latentdiff.families.scheduler import read_scheduler
-    from latentdiff.formats.folder import check_folder, folder_hash, parameter_counts
+    from latentdiff.formats.folder import folder_hash, parameter_counts
 
-    index = check_folder(path)
+    _, index = check_folder(path)
     schedule, prediction, _ = read_scheduler(path)
     counts = parameter_counts(path)
     return {
@@ -46,7 +47,7 @@ def _of_model(path: Path) -> dict[str, object]:
 
 def _of_weights(path: Path) -> dict[str, object]:
     """Of a single file, by the names of its tensors: a model's family, or whose names an adapter has."""
-    from latentdiff.formats.single_file import described
+    from latentdiff.families.single_file import described
 
     return described(path)
 

@@ -62,7 +62,7 @@ def adapter_and_weight(text: str) -> tuple[Path, float]:
 
 def named(path: str | None) -> str | None:
     """None for the default model, which may be called by its name."""
-    from latentdiff.families.pretrained import DEFAULT_MODEL
+    from latentdiff.families.loading import DEFAULT_MODEL
 
     return None if path == DEFAULT_MODEL and not Path(path).exists() else path
 
@@ -97,12 +97,10 @@ def load_extras(
     vae: Path | None,
 ) -> None:
     """Load what is drawn with beside the model, and say how adapters fit."""
-    from latentdiff.drawing import extras
-
     for number, (path, weight) in enumerate(loras, 1):  # two files may be called the same
         name = f"{path.stem}_{number}" if [p.stem for p, _ in loras].count(path.stem) > 1 else None
-        print(extras.load_adapter(pipe, path, name=name, weight=weight, merged=True), file=sys.stderr)
+        print(pipe.load_lora_weights(path, name, weight=weight, fuse=True), file=sys.stderr)
     for path in embeddings:
-        print(f"words: {', '.join(extras.load_words(pipe, path))}", file=sys.stderr)
+        print(f"words: {', '.join(pipe.load_textual_inversion(path))}", file=sys.stderr)
     if vae is not None:
-        extras.load_vae(pipe, vae)
+        pipe.load_vae(vae)

@@ -86,7 +86,7 @@ def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
-    from latentdiff.drawing.given import margins_of
+    from latentdiff.drawing.inputs import margins_of
 
     prompt = tree.pop("prompt")
     if "mask_image" in tree:  # as in Python

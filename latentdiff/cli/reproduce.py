@@ -27,10 +27,13 @@ def reproduce(
     from latentdiff.core.files import write_new
     from latentdiff.drawing import reproduce as again
     from latentdiff.drawing.files import check_file, encoded
+    from latentdiff.pipeline import LatentDiffusionPipeline
 
     if output is not None:
         check_file(output)
-    picture, likeness = again.reproduce(image, model, source or [], device, runtime and runtime.value)
+    picture, likeness = again.reproduce(
+        image, LatentDiffusionPipeline.from_pretrained, model, source or [], device, runtime and runtime.value
+    )
     if output is not None:
         write_new(output, encoded(picture, output.suffix.lower(), None))
     typer.echo(likeness)

@@ -87,16 +87,19 @@ def _train(
     deterministic: bool,
 ) -> None:
     from latentdiff.data.dataset import open_data
+    from latentdiff.families.own import check_networks
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.settings.config import save_config
-    from latentdiff.stages.build import check_networks
     from latentdiff.stages.chain import TRAIN
     from latentdiff.stages.plan import plan_of
     from latentdiff.stages.run import Run, check_trainable, check_unchanged, checkpoints_to_resume, new_accelerator
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
+    from latentdiff.training.optim import check_optimizer
 
     check_networks(config)
+    for each in StageName:
+        check_optimizer(getattr(config, each.value).training)
     keep_freed_memory()
     with Interruption() as interruption:
         accelerator = new_accelerator(config)

@@ -53,6 +53,11 @@ def _exists(path: Path) -> bool:
     return True
 
 
+def recorded(path: Path) -> str:
+    """A path as pictures record it: relative ones as typed, of absolute ones only the name."""
+    return path.name if path.is_absolute() else path.as_posix()
+
+
 def printable(text: str | Path) -> str:
     """The text with undecodable bytes and lone surrogates escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()

@@ -70,8 +70,9 @@ class VariancePreserving:
             raise ValueError("alphas_cumprod must decrease strictly within [0, 1)")
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, VariancePreserving)
-        return same and np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+        if not isinstance(other, VariancePreserving):
+            return False
+        return np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
 
     def __hash__(self) -> int:
         return hash(self.alphas_cumprod.tobytes())

@@ -45,5 +45,5 @@ class Times:
             return np.int64(drawn)
         if self.path.whole:
             return np.int64(min(share * T, T - 1))
-        shifted = self.path.shifted(np.float64(share)) if isinstance(self.path, Straight) else share
-        return np.float64(max(float(shifted), 1e-6) * T)
+        shifted = float(self.path.shifted(np.array(share))) if isinstance(self.path, Straight) else share
+        return np.float64(max(shifted, 1e-6) * T)

@@ -1,30 +1,35 @@
-"""What a pipeline draws with beside its model: adapters, learnt words, a weaker model, CLIP, another VAE.
+"""What a painter draws with beside its model: adapters, learnt words, a weaker model, CLIP, another VAE.
 
-Each leaves the source that pictures name, so that they can be drawn again.
+Each function returns another painter, which also names the source, so that pictures can be drawn again. Adapters and
+words change the model's own modules.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.core.errors import ConfigError, ModelError
-from latentdiff.drawing.record import Source, recorded
+from latentdiff.core.files import recorded, sha256_of
+from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.record import Source
+from latentdiff.model import Model
 
 if TYPE_CHECKING:
-    from latentdiff.formats.adapter_file import Networks
+    from torch import nn
+
     from latentdiff.networks.scorer import Scorer
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
 LARGEST_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter fits a model: layers it changes, names nothing answers to, factors without their other half."""
+    """How an adapter fits a model: layers that it changes, names that match none, factors without their other half."""
 
     name: str
     matched: int
@@ -33,160 +38,125 @@ class Fit:
 
     def __str__(self) -> str:
         counts = f"{self.matched} layers matched, {len(self.unused)} names unused, {len(self.missing)} missing"
-        told = f"{self.name}: {counts}"
         named = [*self.unused, *self.missing]
-        return f"{told} ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})" if named else told
+        examples = f" ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})" if named else ""
+        return f"{self.name}: {counts}{examples}"
 
 
-@dataclass
-class Extras:
-    """Loaded by name; `sources` are in the order in which they were."""
-
-    sources: dict[str, Source] = field(default_factory=dict)
-    weaker: LatentDiffusionPipeline | None = None
-    scorer: Scorer | None = None
-
-
-def networks_of(pipe: LatentDiffusionPipeline) -> Networks:
+def adapted(model: Model) -> dict[str, nn.Module]:
     """The networks that adapters change, by diffusers' names."""
-    from latentdiff.networks.encoders.two_clips import DualTextEncoder
+    from torch import nn
 
-    texts = pipe.text_encoder
-    if isinstance(texts, DualTextEncoder):
-        return {"unet": pipe.unet.model, "text_encoder": texts.first.model, "text_encoder_2": texts.second.model}
-    return {"unet": pipe.unet.model, "text_encoder": texts.model}
+    return {name: part for name, part in model.parts.items() if isinstance(part, nn.Module) and name != "vae"}
 
 
-def load_adapter(
-    pipe: LatentDiffusionPipeline, path: Path, *, name: str | None = None, weight: float = 1.0, merged: bool = False
-) -> Fit:
+def with_adapter(
+    painter: Painter, path: Path, *, name: str | None = None, weight: float = 1.0, merged: bool = False
+) -> tuple[Painter, Fit]:
     """Put an adapter beside the networks, or add it to their weights. Raises ModelError, ConfigError."""
-    from latentdiff.core.files import sha256_of
     from latentdiff.formats import adapter_file
-    from latentdiff.networks.adapters import attached as adapters
+    from latentdiff.networks.adapters import attached
 
-    pipe.change("an adapter")
     _check_weight(weight)
     file = adapter_file.adapter_path(path)
     called = re.sub(r"\W", "_", str(name or (path.name if path.is_dir() else path.stem)))
-    if f"adapter {called}" in pipe.extras.sources:
+    if f"adapter {called}" in painter.sources:
         raise ConfigError(f"an adapter {called!r} is loaded already. Give this one another name ({path})")
-    networks = networks_of(pipe)
+    networks = adapted(painter.model)
     adapter = adapter_file.read_adapter(path, networks)
     if merged:
-        adapters.merge(adapter, networks, weight)
+        attached.merge(adapter, networks, weight)
     else:
-        adapters.attach(adapter, networks, called, weight)
-    kind = "merged" if merged else "lora"
-    pipe.extras.sources[f"adapter {called}"] = Source(kind, recorded(path), sha256_of(file), weight)
-    return Fit(called, adapter.matched, adapter.unused, adapter.missing)
+        attached.attach(adapter, networks, called, weight)
+    source = Source("merged" if merged else "lora", recorded(path), sha256_of(file), weight)
+    fit = Fit(called, adapter.matched, adapter.unused, adapter.missing)
+    return painter.with_source(f"adapter {called}", source), fit
 
 
-def weigh_adapters(pipe: LatentDiffusionPipeline, weights: Mapping[str, float]) -> None:
+def weighed(painter: Painter, weights: Mapping[str, float]) -> Painter:
     """Make these adapters the active ones, with these weights. Raises ModelError."""
-    from latentdiff.networks.adapters import attached as adapters
+    from latentdiff.networks.adapters import attached
 
-    pipe.change("an adapter")
     for weight in weights.values():
         _check_weight(weight)
-    adapters.weigh(networks_of(pipe), weights)
-    for name, source in pipe.extras.sources.items():
-        if source.kind == "lora":
-            pipe.extras.sources[name] = replace(source, weight=weights.get(name.removeprefix("adapter "), 0.0))
+    attached.weigh(adapted(painter.model), weights)
+    return _with_live(painter, lambda name, source: replace(source, weight=weights.get(name, 0.0)))
 
 
-def merge_adapters(pipe: LatentDiffusionPipeline, scale: float = 1.0) -> None:
+def merged(painter: Painter, scale: float = 1.0) -> Painter:
     """Add the active adapters to the weights, each by its weight times `scale`."""
-    from latentdiff.networks.adapters import attached as adapters
+    from latentdiff.networks.adapters import attached
 
-    networks = networks_of(pipe)
-    weights = {name: scale * weight for name, weight in adapters.weights_of(networks).items()}
-    weigh_adapters(pipe, weights)
-    adapters.merge_attached(networks)
-    for name, source in pipe.extras.sources.items():
-        if source.kind == "lora":
-            pipe.extras.sources[name] = replace(source, kind="merged")
+    networks = adapted(painter.model)
+    weights = {name: scale * weight for name, weight in attached.weights_of(networks).items()}
+    painter = weighed(painter, weights)
+    attached.merge_attached(networks)
+    return _with_live(painter, lambda name, source: replace(source, kind="merged"))
 
 
-def unload_adapters(pipe: LatentDiffusionPipeline) -> None:
+def unloaded(painter: Painter) -> Painter:
     """Take off every adapter that is not merged."""
-    from latentdiff.networks.adapters import attached as adapters
+    from latentdiff.networks.adapters import attached
 
-    pipe.change("an adapter")
-    adapters.detach(networks_of(pipe))
-    pipe.extras.sources = {name: source for name, source in pipe.extras.sources.items() if source.kind != "lora"}
+    attached.detach(adapted(painter.model))
+    kept = {name: source for name, source in painter.sources.items() if source.kind != "lora"}
+    return replace(painter, sources=MappingProxyType(kept))
 
 
-def load_words(pipe: LatentDiffusionPipeline, path: Path, word: str | None = None) -> list[str]:
+def _with_live(painter: Painter, change: Any) -> Painter:
+    """The sources of attached adapters changed."""
+    sources = {
+        name: change(name.removeprefix("adapter "), source) if source.kind == "lora" else source
+        for name, source in painter.sources.items()
+    }
+    return replace(painter, sources=MappingProxyType(sources))
+
+
+def check_merged(painter: Painter) -> None:
+    """Raises ConfigError where adapters are beside the weights: no folder holds both."""
+    live = [name.removeprefix("adapter ") for name, source in painter.sources.items() if source.kind == "lora"]
+    if live:
+        raise ConfigError(f"adapters are beside the weights ({', '.join(live)}): fuse_lora or unload_lora_weights")
+
+
+def with_words(painter: Painter, path: Path, word: str | None = None) -> tuple[Painter, list[str]]:
     """Teach the text encoder the words of a textual-inversion file. Raises ModelError."""
-    from latentdiff.core.files import sha256_of
-    from latentdiff.networks.adapters import words as textual_inversion
+    from latentdiff.formats.words_file import FILE, read_words
+    from latentdiff.networks.adapters.words import teach
 
-    pipe.change("a learnt word")
-    words = textual_inversion.load_words(path, pipe.text_encoder, word)
-    file = path / textual_inversion.FILE if path.is_dir() else path
-    source = Source("embedding", recorded(path), sha256_of(file), word=word)
-    pipe.extras.sources[f"embedding {', '.join(words)}"] = source
-    return words
-
-
-def load_clip(pipe: LatentDiffusionPipeline, directory: Path | None = None) -> None:
-    """CLIP for guidance and scores: a folder in open_clip's format, or the model's own, which has no token embeddings.
-
-    Raises ConfigError, ModelError.
-    """
-    from latentdiff.core.files import sha256_of
-    from latentdiff.networks.encoders.clip import TextEncoder
-    from latentdiff.networks.scorer import WEIGHTS, load_own_scorer, load_scorer
-
-    pipe.in_torch("guidance by CLIP")
-    if directory is not None:
-        scorer, source = load_scorer(directory), Source("clip", recorded(directory), sha256_of(directory / WEIGHTS))
-    else:
-        folder = pipe.card.folder
-        if folder is None or not (folder / "clip").is_dir() or not isinstance(pipe.text_encoder, TextEncoder):
-            raise ConfigError("this model has no CLIP of its own. Name one in open_clip's format (load_clip, --clip)")
-        scorer = load_own_scorer(folder)  # words that the text encoder has learnt since are none of CLIP's
-        source = Source("clip", "", sha256_of(folder / "clip" / WEIGHTS))
-    pipe.extras.scorer, pipe.extras.sources["clip"] = scorer.to(pipe.device), source
+    encoder: Any = painter.model.encoder
+    if not hasattr(encoder, "encoders"):
+        raise ModelError(f"this model has no text encoder that could learn words ({path})")
+    file, state = read_words(path)
+    words = teach(state, file, encoder, word)
+    source = Source("embedding", recorded(path), sha256_of(path / FILE if path.is_dir() else path), word=word)
+    return painter.with_source(f"embedding {', '.join(words)}", source), words
 
 
-def load_weaker(pipe: LatentDiffusionPipeline, path: str | Path) -> None:
-    """A weaker model for autoguidance: smaller, or trained for less time. Raises ModelError where latents differ."""
-    from latentdiff.families.pretrained import load_pipeline
-
-    pipe.in_torch("a weaker model")
-    weaker = load_pipeline(path, device=str(pipe.device), dtype=pipe.unet.dtype)
-    same = weaker.path == pipe.path
-    if not same or weaker.autoencoder.latent_channels != pipe.autoencoder.latent_channels:
-        raise ModelError(f"the weaker model must have the same latents and noise schedule ({path})")
-    pipe.extras.weaker = weaker
-    pipe.extras.sources["weaker"] = Source("weaker", weaker.card.source or "", weaker.card.hash)
+def with_scorer(painter: Painter, scorer: Scorer, source: Source) -> Painter:
+    """CLIP for guidance and scores."""
+    return replace(painter, scorer=scorer.to(painter.model.place.device)).with_source("clip", source)
 
 
-def load_vae(pipe: LatentDiffusionPipeline, path: Path, *, as_stored: bool = False) -> None:
-    """Another VAE for the same latents: its folder, or the model folder that has it. Raises ModelError, UnsafeError.
+def with_weaker(painter: Painter, weaker: Model) -> Painter:
+    """A weaker model for autoguidance. Raises ModelError where its latents or its path differ."""
+    same = weaker.path == painter.model.path
+    if not same or weaker.codec.latent_channels != painter.model.codec.latent_channels:
+        raise ModelError(f"the weaker model must have the same latents and noise schedule ({weaker.card.name})")
+    source = Source("weaker", weaker.card.source or "", weaker.card.hash)
+    return replace(painter, weaker=weaker).with_source("weaker", source)
 
-    It takes the precision of the one before, unless it is to stay as it is stored.
-    """
-    from latentdiff.formats.folder import check_vae, network_hash
-    from latentdiff.formats.weights import load_vae
-    from latentdiff.networks.codecs.kl import misfit
 
-    pipe.change("another VAE")
-    folder, own = check_vae(path), pipe.autoencoder
-    vae = load_vae(folder)
-    if why := misfit(own, vae):
+def with_codec(painter: Painter, codec: Any, path: Path, folder: Path) -> Painter:
+    """Another VAE, which lies in `folder`, in place of the model's. Raises ModelError where its latents differ."""
+    from latentdiff.formats.folder import network_hash
+    from latentdiff.networks.codecs.autoencoder import misfit
+
+    if why := misfit(painter.model.codec, codec):
         raise ModelError(f"this VAE does not fit the model: {why} ({path})")
-    pipe.autoencoder = vae.to(pipe.device, None if as_stored else own.dtype)
-    pipe.extras.sources["vae"] = Source("vae", recorded(path), network_hash(folder))
-
-
-def path_of(value: object) -> Path:
-    """A path, as text or as one. Raises ConfigError for anything else."""
-    if not isinstance(value, str | Path) or "\0" in str(value):
-        raise ConfigError(f"a path is needed (got {str(value)[:40]!r})")
-    return Path(value)
+    parts = {**painter.model.parts, "vae": codec.vae}
+    model = replace(painter.model, codec=codec, parts=parts)
+    return replace(painter, model=model).with_source("vae", Source("vae", recorded(path), network_hash(folder)))
 
 
 def _check_weight(weight: object) -> None:

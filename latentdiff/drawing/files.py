@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from latentdiff.core.decoding import Color
     from latentdiff.drawing.record import ImageMetadata
-    from latentdiff.pipeline import Output
 
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -61,14 +60,19 @@ def check_file(output: Path) -> None:
 
 
 def write_pictures(
-    output: Output, target: Path, suffix: str, metadata: bool, paths: Sequence[Path | None] | None = None
+    images: Sequence[Any],
+    records: Sequence[ImageMetadata],
+    target: Path,
+    suffix: str,
+    metadata: bool,
+    paths: Sequence[Path | None] | None = None,
 ) -> Iterator[tuple[Path, ImageMetadata]]:
     """Each picture's file, as soon as it is there, and its record.
 
     paths: a file for each, None for one that is not to be written; without them a folder's next numbers.
     """
-    given = paths or [target if suffix_of(target) else _NEXT] * len(output.images)
-    for image, record, chosen in zip(output.images, output.metadata, given, strict=True):
+    given = paths or [target if suffix_of(target) else _NEXT] * len(images)
+    for image, record, chosen in zip(images, records, given, strict=True):
         if chosen is None:
             continue
         path = _next_path(target, record.seed, suffix) if chosen is _NEXT else chosen

@@ -1,11 +1,16 @@
-"""The passes of a batch: the steps from noise or from a picture; with hires-fix, those from the first's enlarged."""
+"""The passes of a batch: each starts from noise, from a given picture, or from the picture of the pass before.
+
+TextToImage    from noise
+ImageToImage   from given pictures, of which all or a masked part is drawn over
+Hires          from the picture of the pass before, enlarged
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 
@@ -14,125 +19,183 @@ from latentdiff.core.images import coloured, to_uint8
 from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.parametrization import Denoiser, denoiser
 from latentdiff.diffusion.samplers import SAMPLERS, Step
+from latentdiff.drawing import pixels
+from latentdiff.drawing.batch import Batch
 from latentdiff.drawing.canvas import Canvas, resized
-from latentdiff.drawing.guided import Helpers, guided, network_of
-from latentdiff.drawing.job import NOTHING, Job, Own
-from latentdiff.drawing.plan import Size, enlarged, hires_strength_of, shortened, step_counts, strength_of
-from latentdiff.drawing.request import Request
+from latentdiff.drawing.guided import Helpers, guided, network_of, prepared
+from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.plan import PlannedPass, Size, shortened
+from latentdiff.drawing.prompts import prompted
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
-from latentdiff.drawing.texts import texts_of
-
-if TYPE_CHECKING:
-    from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.model import Model
 
 
-def passes(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], own: Own = NOTHING) -> Iterator[Step]:
-    """Sample jobs of one batch together, yielding each step of each pass."""
-    asked, canvas = jobs[0].request, jobs[0].canvas
-    step_counts(asked, canvas)  # refuses a strength of no steps before anything is computed
-    size = pipe.size(asked, canvas)
-    draw = _draw(pipe, jobs, size, own)
-    last = yield from _sampled(pipe, jobs, size, _first(pipe, jobs, draw, own), draw, "sampling noise")
-    if asked.hires_scale is None:
-        return
-    size = enlarged(size, asked, pipe.multiple)
-    pictures = [resized(picture, *size) for picture in coloured(to_uint8(pipe.decode(last.x)))]
-    draw = _draw(pipe, jobs, size, own)
-    levels = shortened(_levels(pipe, asked), hires_strength_of(asked))
-    start = _with_extra(pipe, from_latents(levels, draw("hires latents"), pipe.encode(np.stack(pictures))))
-    yield from _sampled(pipe, jobs, size, start, draw, "hires noise")
+class Pass(Protocol):
+    """One walk through the levels. purpose: the key of the noise that its sampler adds."""
+
+    @property
+    def planned(self) -> PlannedPass:
+        """Its size and steps."""
+        ...
+
+    @property
+    def purpose(self) -> str:
+        """See the class."""
+        ...
+
+    def start(self, before: Array | None, draw: Draw) -> Start:
+        """Where it starts; `before`: the final latents of the pass before."""
+        ...
 
 
-def _levels(pipe: LatentDiffusionPipeline, asked: Request) -> tuple[NoiseLevel, ...]:
-    return pipe.path.levels(asked.num_inference_steps, asked.spacing)
+def passes_of(batch: Batch, painter: Painter, notes: list[str]) -> list[Pass]:
+    """The passes that a batch is planned with."""
+    first, *later = batch.plan.passes
+    made: list[Pass] = [(ImageToImage if batch.canvases else TextToImage)(batch, painter.model, first, notes)]
+    return made + [Hires(batch, painter.model, planned, notes) for planned in later]
 
 
-def _draw(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, own: Own) -> Draw:
-    shape = pipe.latent_shape(size)
-    if own.generators is not None:
-        return generated(own.generators, shape, pipe.array)
-    return keyed(jobs, shape, pipe.array)
+def steps(batch: Batch, painter: Painter, notes: list[str]) -> Iterator[Step]:
+    """Sample a batch, yielding each step of each pass."""
+    before: Array | None = None
+    for each in passes_of(batch, painter, notes):
+        last = yield from _walked(each, batch, painter, before)
+        before = last.x
 
 
-def _first(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], draw: Draw, own: Own) -> Start:
-    """The start of the first pass: noise, or a given picture of which all or a part is drawn over."""
-    asked, levels = jobs[0].request, _levels(pipe, jobs[0].request)
-    drawn = draw("initial latents") if own.latents is None else own.latents
-    canvases = [job.canvas for job in jobs if job.canvas is not None]
-    if not canvases:
-        return _with_extra(pipe, Start(drawn, levels))
-    strength = strength_of(asked, canvases[0].mask is not None)
-    known = _each(canvases, lambda canvas: pipe.encode(canvas.pixels[None]))
-    masks = [canvas for canvas in canvases if canvas.mask is not None]
-    mask = _each(masks, lambda canvas: _latent_mask(pipe, canvas)) if masks else None
-    start = from_latents(shortened(levels, strength), drawn, known, mask, fresh=strength == 1)
-    return _with_extra(pipe, start, masks)
+def _walked(each: Pass, batch: Batch, painter: Painter, before: Array | None) -> Generator[Step, None, Step]:
+    """One pass; returns its last step."""
+    model, request, size = painter.model, batch.request, each.planned.size
+    draw = _draw(batch, model, size)
+    start = each.start(before, draw)
+    prompts = prompted(batch, model, size, painter.memory)
+    denoise = guided(model.backbone, model.prediction, prompts, request, start, _helpers(batch, painter, size, start))
+    sampler = SAMPLERS[request.sampler].with_options(eta=request.eta, churn=request.churn)
+    for step in sampler(denoise, start.x, start.levels, partial(draw, each.purpose), model.path):
+        yield step
+    return step
 
 
-def _latent_mask(pipe: LatentDiffusionPipeline, canvas: Canvas) -> Array:
-    return pipe.array(latent_mask(np.asarray(canvas.mask), pipe.autoencoder.factor))
+def _draw(batch: Batch, model: Model, size: Size) -> Draw:
+    shape = model.codec.shape(size)
+    if batch.noise.generators is not None:
+        return generated(batch.noise.generators, shape, model.array)
+    return keyed(batch.jobs, shape, model.array)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    batch: Batch
+    model: Model
+    planned: PlannedPass
+    notes: list[str]
+
+    def levels(self) -> tuple[NoiseLevel, ...]:
+        """The end of the request's grid that this pass walks."""
+        request = self.batch.request
+        tokens = self.model.codec.shape(self.planned.size)
+        count = int(np.prod(tokens[1:])) // self.model.backbone.spec.multiple**2 if len(tokens) == 3 else 0
+        levels = self.model.path.levels(request.num_inference_steps, request.spacing, count)
+        return shortened(levels, self.planned.steps)
+
+    def noise(self, draw: Draw) -> Array:
+        """The first noise: the caller's own, or drawn."""
+        own = self.batch.noise.latents
+        return draw("initial latents") if own is None else own
+
+
+@dataclass(frozen=True)
+class TextToImage(_Planned):
+    """See the module."""
+
+    purpose: str = "sampling noise"
+
+    def start(self, before: Array | None, draw: Draw) -> Start:
+        """See Pass."""
+        return with_extra(self.model, Start(self.noise(draw), self.levels()), notes=self.notes)
+
+
+@dataclass(frozen=True)
+class ImageToImage(_Planned):
+    """See the module."""
+
+    purpose: str = "sampling noise"
+
+    def start(self, before: Array | None, draw: Draw) -> Start:
+        """See Pass."""
+        model, canvases = self.model, self.batch.canvases
+        known = _each(canvases, lambda canvas: pixels.encode(model, canvas.pixels[None], self.notes))
+        masked = [canvas for canvas in canvases if canvas.mask is not None]
+        mask = _each(masked, lambda canvas: _latent_mask(model, canvas)) if masked else None
+        fresh = self.planned.strength == 1
+        start = from_latents(self.levels(), self.noise(draw), known, mask, fresh=fresh)
+        return with_extra(model, start, masked, notes=self.notes)
+
+
+@dataclass(frozen=True)
+class Hires(_Planned):
+    """See the module."""
+
+    purpose: str = "hires noise"
+
+    def start(self, before: Array | None, draw: Draw) -> Start:
+        """See Pass."""
+        drawn = coloured(to_uint8(pixels.decode(self.model, before, self.notes)))
+        enlarged = np.stack([resized(picture, *self.planned.size) for picture in drawn])
+        known = pixels.encode(self.model, enlarged, self.notes)
+        start = from_latents(self.levels(), draw("hires latents"), known)
+        return with_extra(self.model, start, notes=self.notes)
+
+
+def _latent_mask(model: Model, canvas: Canvas) -> Array:
+    return model.array(latent_mask(np.asarray(canvas.mask), model.codec.factor))
 
 
 def _each(canvases: Sequence[Canvas], compute: Callable[[Canvas], Array]) -> Array:
-    """Computed by itself once for each canvas, whatever else is in the batch."""
+    """Computed once for each canvas by itself, whatever else is in the batch."""
     known = {id(canvas): compute(canvas) for canvas in canvases}
     rows = [known[id(canvas)] for canvas in canvases]
     return library(rows[0]).concatenate(rows)
 
 
-def _with_extra(pipe: LatentDiffusionPipeline, start: Start, canvases: Sequence[Canvas] = ()) -> Start:
-    """For an inpainting network: beside x a mask and the latents of what it hides; without a mask all is hidden."""
-    if pipe.unet.in_channels == pipe.autoencoder.latent_channels:
+def with_extra(model: Model, start: Start, canvases: Sequence[Canvas] = (), *, notes: list[str] | None = None) -> Start:
+    """For an inpainting backbone: beside x a mask and the latents of what it hides; without a mask all is hidden."""
+    if not model.inpaints:
         return start
     if canvases:
-        hidden = _each(canvases, lambda canvas: _hidden(pipe, canvas))
+        hidden = _each(canvases, lambda canvas: _hidden(model, canvas, notes))
         mask = start.mask
     else:
-        height, width = (side * pipe.autoencoder.factor for side in start.x.shape[-2:])
-        grey = pipe.encode_images(pipe.array(np.zeros((1, pipe.image_channels, height, width), np.float32)))
+        height, width = (side * model.codec.factor for side in start.x.shape[-2:])
+        blank = np.zeros((1, model.codec.image_channels, height, width), np.float32)
+        grey = pixels.encode_images(model, model.array(blank), notes)
         hidden = library(grey).concatenate([grey] * len(start.x))
         mask = library(start.x).ones_like(start.x[:, :1])
     assert mask is not None
     return replace(start, extra=library(hidden).concatenate([mask, hidden], 1))
 
 
-def _hidden(pipe: LatentDiffusionPipeline, canvas: Canvas) -> Array:
+def _hidden(model: Model, canvas: Canvas, notes: list[str] | None) -> Array:
     """The latents of a picture that is grey where it is to be drawn."""
     assert canvas.mask is not None
-    return pipe.encode_images(pipe.as_images(canvas.pixels[None]) * pipe.array(~canvas.mask))
+    visible = pixels.as_images(model, canvas.pixels[None]) * model.array(~canvas.mask)
+    return pixels.encode_images(model, visible, notes)
 
 
-def _sampled(
-    pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, start: Start, draw: Draw, purpose: str
-) -> Generator[Step, None, Step]:
-    """One pass; returns its last step."""
-    asked = jobs[0].request
-    texts = texts_of(jobs, pipe.text_encoder, size if pipe.unet.reads_sizes else None, pipe.array, pipe.texts())
-    denoise = guided(pipe.unet, pipe.prediction, texts, asked, start, _helpers(pipe, jobs, size, start))
-    for step in _sampler(asked)(denoise, start.x, start.levels, partial(draw, purpose), pipe.path):
-        yield step
-    return step
-
-
-def _helpers(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, start: Start) -> Helpers:
-    asked = jobs[0].request
-    weaker = _weaker(pipe, jobs, size, start) if asked.autoguidance_scale != 1 else None
-    if not asked.clip_guidance_scale:
+def _helpers(batch: Batch, painter: Painter, size: Size, start: Start) -> Helpers:
+    request = batch.request
+    weaker = _weaker(batch, painter, size, start) if request.autoguidance_scale != 1 else None
+    if not request.clip_guidance_scale:
         return Helpers(weaker)
-    assert pipe.extras.scorer is not None
-    prompts = [job.request.prompt for job in jobs]
-    return Helpers(weaker, pipe.extras.scorer.gradient(prompts, pipe.differentiable_decode))
+    assert painter.scorer is not None
+    prompts = [job.request.prompt for job in batch.jobs]
+    return Helpers(weaker, painter.scorer.gradient(prompts, partial(pixels.differentiable_decode, painter.model)))
 
 
-def _weaker(pipe: LatentDiffusionPipeline, jobs: Sequence[Job], size: Size, start: Start) -> Denoiser:
-    """The weaker model under the same prompts, read by its own text encoder."""
-    weaker = pipe.extras.weaker
+def _weaker(batch: Batch, painter: Painter, size: Size, start: Start) -> Denoiser:
+    """The weaker model under the same prompts, read by its own encoder."""
+    weaker = painter.weaker
     assert weaker is not None
-    texts = texts_of(jobs, weaker.text_encoder, size if weaker.unet.reads_sizes else None, pipe.array)
-    extra = start.extra if weaker.unet.in_channels == pipe.unet.in_channels else None
-    return denoiser(network_of(weaker.unet, extra), weaker.prediction, weaker.unet.prepared(texts.cond))
-
-
-def _sampler(asked: Request) -> Any:
-    """The sampler by name, with eta where it is asked for."""
-    return SAMPLERS[asked.sampler].with_options(eta=asked.eta, churn=asked.churn)
+    cond = prompted(batch, weaker, size).cond
+    extra = start.extra if weaker.inpaints == painter.model.inpaints else None
+    return denoiser(network_of(weaker.backbone, extra), weaker.prediction, prepared(weaker.backbone, cond))

@@ -1,49 +1,100 @@
-"""How many steps each pass takes, and what size it has: arithmetic that needs no network."""
+"""How large a picture is and how many steps each pass takes: planned once, without any network."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.drawing.request import Request
+from latentdiff.drawing.request import SIDES, Request, check_size
 
 if TYPE_CHECKING:
     from latentdiff.drawing.canvas import Canvas
+    from latentdiff.model import Model
 
 Size = tuple[int, int]  # (height, width) in pixels
 Item = TypeVar("Item")
 
 
-def strength_of(asked: Request, masked: bool) -> float:
-    """How much of a given picture is noised."""
-    return asked.strength if asked.strength is not None else 1.0 if masked else 0.8
+@dataclass(frozen=True)
+class PlannedPass:
+    """The size of a pass, and which share of the steps it takes: the strength by which a picture is drawn over."""
+
+    size: Size
+    steps: int
+    strength: float = 1.0
 
 
-def hires_strength_of(asked: Request) -> float:
-    """How much of the first pass's enlarged picture is noised."""
-    return 0.5 if asked.hires_strength is None else asked.hires_strength
+@dataclass(frozen=True)
+class Plan:
+    """The passes of a picture, in their order."""
+
+    passes: tuple[PlannedPass, ...]
+
+    @property
+    def size(self) -> Size:
+        """Of the first pass, for which a batch must agree."""
+        return self.passes[0].size
+
+    @property
+    def final(self) -> Size:
+        """Of the last pass."""
+        return self.passes[-1].size
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of each pass."""
+        return tuple(planned.steps for planned in self.passes)
 
 
-def shortened(levels: tuple[Item, ...], strength: float) -> tuple[Item, ...]:
-    """The last int(steps * strength) steps, as in SDEdit (Meng et al. 2022). Raises ConfigError where none is left."""
-    steps = len(levels) - 1
+def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
+    """The plan of a picture of a request. Raises ConfigError for a size that the model cannot draw, or no steps."""
+    steps = request.num_inference_steps
+    if steps > model.path.T:
+        raise ConfigError(f"num_inference_steps: the model has {model.path.T} (got {steps})")
+    size = _first_size(request, model, canvas)
+    strength = 1.0 if canvas is None else strength_of(request, canvas.mask is not None)
+    passes = [PlannedPass(size, steps if canvas is None else kept_steps(steps, strength), strength)]
+    if request.hires_scale is not None:
+        height, width = (max(1, round(side * request.hires_scale / model.multiple)) * model.multiple for side in size)
+        for name, side in (("height", height), ("width", width)):
+            check_size(f"{name} after hires_scale", side, model.multiple, lowest_side(model))
+        strength = 0.5 if request.hires_strength is None else request.hires_strength
+        passes.append(PlannedPass((height, width), kept_steps(steps, strength), strength))
+    return Plan(tuple(passes))
+
+
+def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
+    lowest = lowest_side(model)
+    if canvas is not None:
+        height, width = canvas.pixels.shape[:2]
+        if min(height, width) < lowest:
+            size = f"{canvas.size[1]}x{canvas.size[0]} pixels, less than {lowest}. Enlarge it (width, height)"
+            raise ConfigError(f"{canvas.names[0] or 'the image'} has {size}")
+    else:
+        height = model.card.size[0] if request.height is None else request.height
+        width = model.card.size[1] if request.width is None else request.width
+    return check_size("height", height, model.multiple, lowest), check_size("width", width, model.multiple, lowest)
+
+
+def lowest_side(model: Model) -> int:
+    """The smallest side in pixels: less than usual for models of small pictures."""
+    return min(*SIDES, *model.card.size)
+
+
+def strength_of(request: Request, masked: bool) -> float:
+    """Which share of the noise a given picture gets; all of it in a mask by default."""
+    return request.strength if request.strength is not None else 1.0 if masked else 0.8
+
+
+def kept_steps(steps: int, strength: float) -> int:
+    """int(steps * strength), as in SDEdit (Meng et al. 2022). Raises ConfigError where none is left."""
     kept = min(int(steps * strength), steps)
     if kept < 1:
         raise ConfigError(f"strength {strength:g} of {steps} steps is not one step. More of either")
-    return levels[-(kept + 1) :]
+    return kept
 
 
-def step_counts(asked: Request, canvas: Canvas | None = None) -> tuple[int, ...]:
-    """How many steps each pass takes. Raises ConfigError where a pass has none."""
-    levels = (None,) * (asked.num_inference_steps + 1)
-    first = levels if canvas is None else shortened(levels, strength_of(asked, canvas.mask is not None))
-    passes = [first] if asked.hires_scale is None else [first, shortened(levels, hires_strength_of(asked))]
-    return tuple(len(some) - 1 for some in passes)
-
-
-def enlarged(size: Size, asked: Request, multiple: int) -> Size:
-    """The size of the last pass: that of the first times hires_scale, in multiples of what can be drawn."""
-    if asked.hires_scale is None:
-        return size
-    height, width = (max(1, round(side * asked.hires_scale / multiple)) * multiple for side in size)
-    return height, width
+def shortened(levels: tuple[Item, ...], steps: int) -> tuple[Item, ...]:
+    """The end of a list of levels: so many steps."""
+    return levels[-(steps + 1) :]

@@ -24,21 +24,22 @@ from latentdiff.diffusion.grids import LABELS
 from latentdiff.diffusion.samplers import SAMPLERS
 
 _UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: what a user comment is written in
+VERSION = 2  # of the record: what its fields mean
 LARGEST_EXIF = 65_000  # bytes; a JPEG's segment holds no more
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file that a picture was drawn with beside the model: what it served as, where it was, what it was.
+    """A file that a picture was drawn with beside the model: what it was used as, where it was, what it was.
 
-    path: as it was named, but of an absolute path the name alone: pictures do not tell of their maker's folders.
+    path: relative ones as the user typed them, of absolute ones only the name: pictures do not reveal folders.
     """
 
     kind: str  # lora, merged (a lora too), embedding, weaker, clip, vae
     path: str
     sha256: str
     weight: float = 1.0
-    word: str | None = None  # what an embedding was called instead of its own name
+    word: str | None = None  # the name of an embedding, if not its own
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,7 @@ class ImageMetadata:
     batch: tuple[int, int] = (0, 1)
     own_noise: bool = False
     speed: str = "exact"
-
-
-def recorded(path: Path) -> str:
-    """What a picture says of a path; see `Source`."""
-    return path.name if path.is_absolute() else path.as_posix()
+    version: int = VERSION
 
 
 _COMPUTE = {"torch": ("torch", "diffusers", "transformers"), "openvino": ("openvino", "tokenizers")}

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -19,17 +19,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentdiff.core.decoding import FORMATS, silent_decoders
 from latentdiff.core.errors import ConfigError, DataError, ModelError
-from latentdiff.drawing.canvas import BLACK
+from latentdiff.drawing.batch import Batch, Job
+from latentdiff.drawing.canvas import BLACK, Margins
+from latentdiff.drawing.draw import Drawing, canvas_of
 from latentdiff.drawing.files import encoded, open_picture
-from latentdiff.drawing.job import Job
+from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.plan import plan
 from latentdiff.drawing.record import installed_versions, read_metadata
 from latentdiff.drawing.request import SIDES, Pixels, Request
-from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.settings.validation import first_fault
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(max_length=1000)]
 Margin = Annotated[int, Field(ge=0, le=SIDES[1])]
+
+
+class Opened(Protocol):
+    """What a picture is drawn again with: a pipeline, see `latentdiff.pipeline`."""
+
+    @property
+    def painter(self) -> Painter: ...  # noqa: D102 - see there
+    def request(self, prompt: str, **settings: Any) -> Request: ...  # noqa: D102
+    def load_clip(self, directory: Path | None = None) -> None: ...  # noqa: D102
+    def load_weaker(self, path: Path) -> None: ...  # noqa: D102
+    def load_vae(self, path: Path) -> None: ...  # noqa: D102
+    def load_textual_inversion(self, path: Path, token: str | None = None) -> Any: ...  # noqa: D102
+    def load_lora_weights(self, path: Path, *, weight: float, fuse: bool) -> Any: ...  # noqa: D102
 
 
 class _Data(BaseModel):
@@ -102,21 +117,21 @@ class Likeness:
         both = ", both as JPEGs" if self.jpeg else ""
         if self.equal:
             return f"equal: all {self.values:,} values{both}"
-        told = f"not equal: {self.differing:,} of {self.values:,} values differ{both}, by at most {self.largest} of 255"
-        told += f" (PSNR {self.psnr:.1f} dB)"
+        text = f"not equal: {self.differing:,} of {self.values:,} values differ{both}, by at most {self.largest} of 255"
+        text += f" (PSNR {self.psnr:.1f} dB)"
         changed = [f"{name} {then} -> {now}" for name, (then, now) in self.versions.items() if then != now]
-        return f"{told}; drawn with other versions: {', '.join(changed)}" if changed else told
+        return f"{text}; drawn with other versions: {', '.join(changed)}" if changed else text
 
 
 def read_record(path: Path) -> Record:
     """What a picture says of itself, validated. Raises DataError."""
     import json
 
-    found = read_metadata(path)
-    if "latentdiff" not in found:
+    metadata = read_metadata(path)
+    if "latentdiff" not in metadata:
         raise DataError(f"this picture says nothing of how it was made, or not by latentdiff ({path})")
     try:
-        record = Record.model_validate_json(json.dumps(found["latentdiff"]))
+        record = Record.model_validate_json(json.dumps(metadata["latentdiff"]))
     except ValidationError as error:
         fault = first_fault(error)
         raise DataError(f"its record is not valid: {fault.key}: {fault.message[:100]} ({path})") from None
@@ -130,19 +145,22 @@ def read_record(path: Path) -> Record:
 
 def reproduce(
     path: Path,
+    open_model: Callable[..., Opened],
     model: str | Path | None = None,
     sources: Sequence[Path] = (),
     device: str | None = None,
     runtime: str | None = None,
 ) -> tuple[Any, Likeness]:
-    """The picture drawn again, a PIL image, and how like it is. model: where its model is, if not where it was.
+    """The picture drawn again, a PIL image, and how like it is.
+
+    open_model: see `LatentDiffusionPipeline.from_pretrained`. model: where its model is, if not where it was.
 
     runtime: with another than it was drawn with. Raises DataError for a record that is not valid, ModelError where the
     model or a file is another now.
     """
     record = read_record(path)
     places = [*sources, path.parent, Path()]
-    pipe = LatentDiffusionPipeline.from_pretrained(
+    pipe = open_model(
         _model(record, model),
         runtime=runtime or record.runtime,
         device=device,
@@ -150,12 +168,13 @@ def reproduce(
         speed=record.speed,
         variant=record.variant,
     )
-    if pipe.card.hash != record.model_hash:
-        told = f"{pipe.card.name} ({pipe.card.hash[:10]}), drawn by {record.model} ({record.model_hash[:10]})"
-        raise ModelError(f"another model: {told}. Name the right one by --model")
+    card = pipe.painter.model.card
+    if card.hash != record.model_hash:
+        both = f"{card.name} ({card.hash[:10]}), drawn by {record.model} ({record.model_hash[:10]})"
+        raise ModelError(f"another model: {both}. Name the right one by --model")
     for source in record.sources:
         _load(pipe, source, places)
-    again = _drawn(pipe, record, places)
+    again = _draw_again(pipe, record, places)
     return again, likeness(path, again, record)
 
 
@@ -171,30 +190,28 @@ def _model(record: Record, named: str | Path | None) -> str | Path | None:
     return source
 
 
-def _load(pipe: LatentDiffusionPipeline, source: SourceRecord, places: Sequence[Path]) -> None:
-    from latentdiff.drawing import extras
-
+def _load(pipe: Opened, source: SourceRecord, places: Sequence[Path]) -> None:
     if source.kind == "clip" and not source.path:
-        extras.load_clip(pipe)
+        pipe.load_clip()
     else:
-        path = found_in(source.path, places)
+        path = file_named(source.path, places)
         if source.kind == "clip":
-            extras.load_clip(pipe, path)
+            pipe.load_clip(path)
         elif source.kind == "weaker":
-            extras.load_weaker(pipe, path)
+            pipe.load_weaker(path)
         elif source.kind == "vae":
-            extras.load_vae(pipe, path)
+            pipe.load_vae(path)
         elif source.kind == "embedding":
-            extras.load_words(pipe, path, source.word)
+            pipe.load_textual_inversion(path, source.word)
         else:
-            extras.load_adapter(pipe, path, weight=source.weight, merged=source.kind == "merged")
-    latest = list(pipe.extras.sources.values())[-1]
+            pipe.load_lora_weights(path, weight=source.weight, fuse=source.kind == "merged")
+    latest = list(pipe.painter.sources.values())[-1]
     if latest.sha256 != source.sha256:
-        told = f"{latest.sha256[:10]}, not {source.sha256[:10]}"
-        raise ModelError(f"{source.path or 'clip'} is another file now ({told})")
+        both = f"{latest.sha256[:10]}, not {source.sha256[:10]}"
+        raise ModelError(f"{source.path or 'clip'} is another file now ({both})")
 
 
-def found_in(name: str, places: Sequence[Path]) -> Path:
+def file_named(name: str, places: Sequence[Path]) -> Path:
     """A file that a record names: one of the places itself, or in one. Raises ConfigError."""
     relative = Path(name)
     if not name or relative.is_absolute() or ".." in relative.parts:
@@ -217,27 +234,22 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _drawn(pipe: LatentDiffusionPipeline, record: Record, places: Sequence[Path]) -> Any:
+def _draw_again(pipe: Opened, record: Record, places: Sequence[Path]) -> Any:
     """Drawn at its place in a batch of its size: kernels add in another order in another. The rest are copies of it."""
-    asked = pipe.request(**record.request.model_dump())
-    canvas = None
-    if record.canvas is not None:
-        canvas = _canvas(pipe, asked, record.canvas, places)
+    request = pipe.request(**record.request.model_dump())
+    painter = pipe.painter
+    canvas = None if record.canvas is None else _canvas(painter, request, record.canvas, places)
     place, size = record.batch
-    batch = [Job(asked, record.index, canvas)] * size
-    for step in pipe.steps(batch):
-        final = step.x
-    return pipe.finish(batch, final).images[place]
+    job = Job(request, record.index, plan(request, painter.model, canvas), canvas)
+    return Drawing(painter, Batch([job] * size)).drawn().images[place]
 
 
-def _canvas(pipe: LatentDiffusionPipeline, asked: Request, record: CanvasRecord, places: Sequence[Path]) -> Any:
-    from latentdiff.drawing.canvas import Margins
-
+def _canvas(painter: Painter, request: Request, record: CanvasRecord, places: Sequence[Path]) -> Any:
     if record.image is None:
         raise ConfigError("the picture it started from has no name in its record")
-    image = open_picture(found_in(record.image, places))
-    mask = None if record.mask is None else open_picture(found_in(record.mask, places), BLACK)
-    canvas = pipe.canvas(asked, image, mask, margins=Margins(*record.outpaint))
+    image = open_picture(file_named(record.image, places))
+    mask = None if record.mask is None else open_picture(file_named(record.mask, places), BLACK)
+    canvas = canvas_of(painter.model, request, image, mask, margins=Margins(*record.outpaint))
     if canvas is None or canvas.hash != record.sha256:
         raise DataError(f"{record.image} or its mask is another picture now")
     return canvas

@@ -27,7 +27,7 @@ _OTHER_NAMES = {  # of other tools, and of our command line
 }
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[Finite, Field(ge=0, le=1)]
+Fraction = Annotated[Finite, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Pixels = Annotated[int, Field(ge=0, le=65_536)]
 
@@ -48,7 +48,7 @@ class Request(BaseModel):
     num_inference_steps: int = Field(50, ge=1, le=1000)
     sampler: str = "ddim"
     spacing: str = "trailing"
-    eta: Share | None = None  # noise that a stochastic sampler adds; None is the sampler's own
+    eta: Fraction | None = None  # noise that a stochastic sampler adds; None is the sampler's own
     churn: Annotated[Finite, Field(ge=0, le=1000)] | None = None  # of heun: Karras et al. 2022, algorithm 2
     seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
     num_images: int = Field(1, ge=1, le=10_000)
@@ -63,7 +63,7 @@ class Request(BaseModel):
 
     # guidance, see diffusion/guidance.py
     guidance_scale: Finite = Field(7.5, ge=0, le=100)
-    guidance_rescale: Share = 0.0
+    guidance_rescale: Fraction = 0.0
     guidance_interval: tuple[Finite, Finite] | None = None  # of log-SNR
     threshold: Annotated[Finite, Field(gt=0, le=1)] | None = None  # the quantile of dynamic thresholding
     apg: bool = False
@@ -77,11 +77,11 @@ class Request(BaseModel):
     cache_interval: int = Field(1, ge=1, le=100)  # deep features are computed every so many evaluations; 1 is always
 
     # where sampling starts and ends
-    strength: Share | None = None  # with a picture: 0.8, or 1 with a mask
+    strength: Fraction | None = None  # with a picture: 0.8, or 1 with a mask
     hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # of a second pass, times the first's size
-    hires_strength: Share | None = None  # 0.5
+    hires_strength: Fraction | None = None  # 0.5
     variation_seed: Seed | None = None
-    variation_strength: Share = 0.0
+    variation_strength: Fraction = 0.0
     vae_tiling: bool = False
     vae_slicing: bool = False
 

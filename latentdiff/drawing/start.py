@@ -17,7 +17,7 @@ from latentdiff.core.arrays import Array, Put, library
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.process import diffuse
 from latentdiff.diffusion.samplers import Levels
-from latentdiff.drawing.job import Job
+from latentdiff.drawing.batch import Job
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """x at levels[0]; where a picture is given and a part of it is kept, its latents and the latents' mask.
+    """Where a pass starts: x at levels[0]; where a part of a given picture is kept, its latents and their mask.
 
     known: (B, C, h, w); mask: (B, 1, h, w), 1 where it is drawn. extra: what an inpainting network reads beside x.
     """
@@ -45,34 +45,33 @@ class Start:
     extra: Array | None = None
 
 
-def keyed(jobs: Sequence[Job], shape: tuple[int, int, int], put: Put) -> Draw:
+def keyed(jobs: Sequence[Job], shape: tuple[int, ...], put: Put) -> Draw:
     """Noise by the seeds of the jobs; that of the start may be turned towards a variation's."""
 
-    def drawn(purpose: str, step: int = 0) -> Array:
+    def draw(purpose: str, step: int = 0) -> Array:
         return put(np.stack([_noise(job, shape, purpose, step) for job in jobs]))
 
-    return drawn
+    return draw
 
 
-def generated(generators: Sequence[torch.Generator], shape: tuple[int, int, int], put: Put) -> Draw:
+def generated(generators: Sequence[torch.Generator], shape: tuple[int, ...], put: Put) -> Draw:
     """Noise by the caller's own generators, one for each picture or one for all, in the order in which it is needed."""
     import torch
 
-    def drawn(purpose: str, step: int = 0) -> Array:
+    def draw(purpose: str, step: int = 0) -> Array:
         rows = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
         return put(torch.stack(rows))
 
-    return drawn
+    return draw
 
 
-def _noise(job: Job, shape: tuple[int, int, int], purpose: str, step: int) -> np.ndarray:
-    asked = job.request
-    if asked.variation_seed is None:
+def _noise(job: Job, shape: tuple[int, ...], purpose: str, step: int) -> np.ndarray:
+    request = job.request
+    if request.variation_seed is None:
         return noise.normal(shape, job.seed, purpose, step=step)
-    base = noise.normal(shape, asked.seed, purpose, step=step)
-    return turned(
-        base, noise.normal(shape, asked.variation_seed + job.index, purpose, step=step), asked.variation_strength
-    )
+    base = noise.normal(shape, request.seed, purpose, step=step)
+    other = noise.normal(shape, request.variation_seed + job.index, purpose, step=step)
+    return turned(base, other, request.variation_strength)
 
 
 def turned(base: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
@@ -87,16 +86,16 @@ def turned(base: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
 
 
 def from_latents(
-    levels: Levels, drawn: Array, known: Array, mask: Array | None = None, *, fresh: bool = False
+    levels: Levels, noise: Array, known: Array, mask: Array | None = None, *, fresh: bool = False
 ) -> Start:
-    """A given picture, noised to the first level by `drawn`.
+    """A given picture, noised to the first level.
 
     mask: (B, 1, h, w), 1 where it is drawn, None for all of it; with `fresh` that part starts from noise alone.
     """
-    x = diffuse(known, drawn, levels[0])
+    x = diffuse(known, noise, levels[0])
     if mask is None:
         return Start(x, levels)
-    return Start(library(x).where(mask == 1, drawn, x) if fresh else x, levels, known, mask)
+    return Start(library(x).where(mask == 1, noise, x) if fresh else x, levels, known, mask)
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from latentdiff.core.arrays import to_numpy
 from latentdiff.core.errors import NonFiniteError
 from latentdiff.core.images import to_images, to_uint8
+from latentdiff.drawing import pixels
 from latentdiff.evaluation.room import CODED, at_once, filled
+from latentdiff.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
 Floats = NDArray[np.float64]
 AT_ONCE = 16
@@ -35,7 +35,7 @@ class Decoded:
     std: Floats
 
 
-def decoded(pipe: LatentDiffusionPipeline, pictures: np.ndarray, folder: Path | None = None) -> Decoded:
+def decoded(model: Model, pictures: np.ndarray, folder: Path | None = None) -> Decoded:
     """Encode and decode pictures uint8 (N, H, W, 3). folder: has room for what is too large for memory."""
     first, second, count = np.zeros(1), np.zeros(1), 0
 
@@ -43,11 +43,11 @@ def decoded(pipe: LatentDiffusionPipeline, pictures: np.ndarray, folder: Path | 
         nonlocal first, second, count
         size = at_once(CODED, pictures.shape[1:3], AT_ONCE)
         for start in tqdm(range(0, len(pictures), size), "autoencoder", disable=None):
-            latents = pipe.encode_images(pipe.as_images(pictures[start : start + size]))
+            latents = pixels.encode_images(model, pixels.as_images(model, pictures[start : start + size]))
             values = to_numpy(latents).astype(np.float64)
             first, second = first + values.sum((0, 2, 3)), second + (values**2).sum((0, 2, 3))
             count += values[:, 0].size
-            images = to_numpy(pipe.decode(latents))
+            images = to_numpy(pixels.decode(model, latents))
             if not (np.isfinite(values).all() and np.isfinite(images).all()):
                 raise NonFiniteError("the autoencoder gives values that are not finite. Its weights may be damaged")
             yield to_uint8(images)

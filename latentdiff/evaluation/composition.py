@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from latentdiff.core.errors import ModelError
 from latentdiff.data import oracle, scenes
 from latentdiff.diffusion import noise
-from latentdiff.evaluation.drawn import AT_ONCE, draw
-
-if TYPE_CHECKING:
-    from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.drawing import pixels
+from latentdiff.drawing.painter import Painter
+from latentdiff.evaluation.drawn import AT_ONCE, drawn_pictures
+from latentdiff.model import Model
 
 PICTURES_A_PROMPT = 4
 
 
 @dataclass(frozen=True)
-class Share:
+class Score:
     """A fraction of `count` pictures, that of each prompt, and its standard error over prompts: NaN for one alone."""
 
     mean: float
@@ -39,7 +39,7 @@ class Share:
 class Composition:
     """Scores by category, the pictures they were read from, uint8 (N, H, W, 3), their captions, which are right."""
 
-    categories: dict[str, Share]
+    categories: dict[str, Score]
     pictures: dict[str, NDArray[np.uint8]]
     captions: dict[str, list[str]]
     right: dict[str, NDArray[np.bool_]]
@@ -47,12 +47,12 @@ class Composition:
     @property
     def overall(self) -> float:
         """The unweighted mean of the categories."""
-        return float(np.mean([share.mean for share in self.categories.values()]))
+        return float(np.mean([score.mean for score in self.categories.values()]))
 
     @property
     def error(self) -> float:
         """The standard error of `overall`."""
-        errors = [share.error for share in self.categories.values()]
+        errors = [score.error for score in self.categories.values()]
         return float(np.linalg.norm(errors) / len(errors))
 
 
@@ -63,7 +63,7 @@ def evaluation_scenes(category: str, count: int, seed: int, held_out: bool = Fal
 
 
 def evaluate_composition(
-    pipe: LatentDiffusionPipeline,
+    painter: Painter,
     *,
     pictures: int,
     seed: int = 0,
@@ -76,39 +76,39 @@ def evaluate_composition(
     folder: where they are kept, so that another call goes on. Raises ModelError for a model whose pictures the oracle
     cannot read.
     """
-    _check_readable(pipe)
+    _check_readable(painter.model)
     drawn, scenes_of, kind = {}, {}, "held out" if held_out else "composition"
     for category in scenes.CATEGORIES:
         prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out)
         asked = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
         place, title = folder and folder / kind.replace(" ", "-") / category, f"{kind} {category}"
         captions = [scene.caption for scene in asked]
-        drawn[category] = draw(pipe, captions, seed=seed, folder=place, title=title, **settings)
+        drawn[category] = drawn_pictures(painter, captions, seed=seed, folder=place, title=title, **settings)
         scenes_of[category] = asked
     return _read(drawn, scenes_of, PICTURES_A_PROMPT)
 
 
-def ceiling(pipe: LatentDiffusionPipeline, *, pictures: int, seed: int = 0) -> Composition:
+def ceiling(model: Model, *, pictures: int, seed: int = 0) -> Composition:
     """The score of rendered scenes after encoding and decoding."""
-    _check_readable(pipe)
+    _check_readable(model)
     decoded, scenes_of = {}, {}
     for category in scenes.CATEGORIES:
         chosen = scenes_of[category] = evaluation_scenes(category, pictures, seed)
         rendered = np.stack([scenes.render(scene) for scene in chosen])
         decoded[category] = np.concatenate(
-            [pipe.reconstruct(batch) for batch in np.array_split(rendered, -(-len(rendered) // AT_ONCE))]
+            [pixels.reconstruct(model, batch) for batch in np.array_split(rendered, -(-len(rendered) // AT_ONCE))]
         )
     return _read(decoded, scenes_of, 1)
 
 
-def readable(pipe: LatentDiffusionPipeline) -> bool:
+def readable(model: Model) -> bool:
     """Whether the oracle can read this model's pictures."""
-    return pipe.card.size == (scenes.SIZE, scenes.SIZE) and pipe.image_channels == 3
+    return model.card.size == (scenes.SIZE, scenes.SIZE) and model.codec.image_channels == 3
 
 
-def _check_readable(pipe: LatentDiffusionPipeline) -> None:
-    if not readable(pipe):
-        size = f"{pipe.card.size[1]}x{pipe.card.size[0]}, {pipe.image_channels} channels"
+def _check_readable(model: Model) -> None:
+    if not readable(model):
+        size = f"{model.card.size[1]}x{model.card.size[0]}, {model.codec.image_channels} channels"
         raise ModelError(f"composition is read from pictures of {scenes.SIZE}x{scenes.SIZE} in colour, not of {size}")
 
 
@@ -121,11 +121,11 @@ def _read(pictures: dict[str, NDArray[np.uint8]], asked: dict[str, list[scenes.S
         for name, rows in pictures.items()
     }
     captions = {name: [scene.caption for scene in chosen] for name, chosen in asked.items()}
-    return Composition({name: _share(found, group) for name, found in right.items()}, pictures, captions, right)
+    return Composition({name: _score(rows, group) for name, rows in right.items()}, pictures, captions, right)
 
 
-def _share(right: NDArray[np.bool_], group: int) -> Share:
+def _score(right: NDArray[np.bool_], group: int) -> Score:
     """The share read right; its error treats the pictures of one prompt as one draw."""
     groups = [right[i : i + group].mean() for i in range(0, len(right), group)]
     error = float(np.std(groups, ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else float("nan")
-    return Share(float(right.mean()), error, len(right), tuple(map(float, groups)))
+    return Score(float(right.mean()), error, len(right), tuple(map(float, groups)))

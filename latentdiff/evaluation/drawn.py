@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,16 +17,15 @@ from tqdm import tqdm
 
 from latentdiff.core.errors import DataError
 from latentdiff.core.files import write_new
+from latentdiff.drawing.draw import draw_prompts
+from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.room import DRAWN, at_once, filled
-
-if TYPE_CHECKING:
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
 AT_ONCE = 32
 
 
-def draw(
-    pipe: LatentDiffusionPipeline,
+def drawn_pictures(
+    painter: Painter,
     prompts: Sequence[str],
     *,
     seed: int,
@@ -35,7 +34,8 @@ def draw(
     **settings: Any,
 ) -> np.ndarray:
     """A picture of each prompt, uint8 (N, H, W, C); prompts are words as they stand, without weights in them."""
-    sides = [settings.get(name) or side for name, side in zip(("height", "width"), pipe.card.size, strict=True)]
+    card, channels = painter.model.card, painter.model.codec.image_channels
+    sides = [settings.get(name) or side for name, side in zip(("height", "width"), card.size, strict=True)]
     size = min(at_once(DRAWN, sides, AT_ONCE), settings.pop("batch_size", AT_ONCE))
     asked = list(prompts)
 
@@ -45,13 +45,13 @@ def draw(
                 some = asked[first : first + size]
                 files = [folder / f"{number:05d}.png" for number in range(first, first + len(some))] if folder else []
                 if files and all(file.is_file() for file in files):
-                    yield np.stack([read(file, (*sides, pipe.image_channels)) for file in files])
+                    yield np.stack([read(file, (*sides, channels)) for file in files])
                 else:
                     settings_of = {"prompt_weights": False, **settings}
-                    drawn = pipe(some, seed=seed + first, batch_size=size, output_type="np", **settings_of).images
-                    for picture, file in zip(drawn, files, strict=False):
+                    pictures = draw_prompts(painter, some, seed=seed + first, batch_size=size, **settings_of)
+                    for picture, file in zip(pictures, files, strict=False):
                         write(picture, file)
-                    yield drawn
+                    yield pictures
                 bar.update(len(some))
 
     return filled(batches(), len(asked), folder)

@@ -88,7 +88,7 @@ def of_model(folder: Path, text_encoder: Path | None = None, name: str = "the mo
     text_encoder: where the text encoder that it shares its words with lies, if that is not the model's folder yet.
     """
     from latentdiff.core.files import sha256_of
-    from latentdiff.networks.scorer import WEIGHTS, load_own_scorer
+    from latentdiff.families.clip import WEIGHTS, load_own_scorer
 
     if not (folder / "clip").is_dir():
         raise ConfigError(f"this model has no CLIP of its own ({folder}). Name one by --features")
@@ -101,11 +101,12 @@ def named(path: Path) -> Extractor:
     Raises ConfigError, ModelError, UnsafeError.
     """
     from latentdiff.core.files import sha256_of
-    from latentdiff.networks.perception import load_inception
-    from latentdiff.networks.scorer import WEIGHTS, load_scorer
+    from latentdiff.families.clip import WEIGHTS, load_scorer
+    from latentdiff.formats.tensors import read_tensors
+    from latentdiff.networks.perception import inception
 
     if path.is_file():
-        return _of_inception(load_inception(path), sha256_of(path))
+        return _of_inception(inception(read_tensors(path), path), sha256_of(path))
     if (path / "clip").is_dir():
         return of_model(path, name=f"the CLIP of {path.resolve().name}")
     return of_clip(load_scorer(path), f"open_clip {path.name}", sha256_of(path / WEIGHTS))

@@ -10,18 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.files import write_new
+from latentdiff.drawing.draw import draw, jobs_of, requested
+from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.request import request
 from latentdiff.evaluation.drawn import read, write
-
-if TYPE_CHECKING:
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
 PICTURES = 4  # a prompt
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -55,8 +54,8 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def draw_prompts(
-    pipe: LatentDiffusionPipeline, prompts: Sequence[dict[str, Any]], folder: Path, *, seed: int, **settings: Any
+def draw_geneval(
+    painter: Painter, prompts: Sequence[dict[str, Any]], folder: Path, *, seed: int, **settings: Any
 ) -> Iterator[np.ndarray]:
     """Draw four pictures of each prompt, with seeds that go on counting; those that are there stay. Yields their grids.
 
@@ -67,9 +66,10 @@ def draw_prompts(
         _note(place / "metadata.jsonl", row)
         files = [place / "samples" / f"{number:04d}.png" for number in range(PICTURES)]
         if not all(file.is_file() for file in files):
-            asked = {"num_images_per_prompt": PICTURES, "batch_size": PICTURES, "prompt_weights": False, **settings}
-            drawn = pipe(row["prompt"], seed=seed + PICTURES * index, output_type="np", **asked).images
-            for picture, file in zip(drawn, files, strict=True):
+            counts = {"num_images": PICTURES, "batch_size": PICTURES, "seed": seed + PICTURES * index}
+            made = requested(painter, row["prompt"], **{"prompt_weights": False, **counts, **settings})
+            pictures = draw(painter, jobs_of(painter.model, made), "uint8").images
+            for picture, file in zip(pictures, files, strict=True):
                 write(picture, file)
         first = read(files[0])
         grid = np.concatenate([first, *(read(file, first.shape) for file in files[1:])], 1)

@@ -46,7 +46,7 @@ def _squares(config: Settings, survey: Survey, pictures: Sequence[Picture]) -> E
     return as_validated(config, picture_set(config, survey, once, None))
 
 
-def shown(examples: Examples, folder: Path | None = None) -> tuple[np.ndarray, list[str]]:
+def pictures_of(examples: Examples, folder: Path | None = None) -> tuple[np.ndarray, list[str]]:
     """All of them: uint8 (N, H, W, 3), and the captions. folder: has room for what is too large for memory."""
     rows = range(len(examples))
     wanted = [(row, examples.view(row, 0)) for row in rows]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +30,15 @@ from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Errors, Predict, bits, discretised, errors_of
 from latentdiff.diffusion.parametrization import parametrization_named, x0_from
+from latentdiff.drawing import pixels
 from latentdiff.evaluation.room import CODED, at_once
-from latentdiff.networks.conditions import Context, stacked
-from latentdiff.networks.encoders.prompt import Style
+from latentdiff.model import Model
+from latentdiff.networks.conditions import Conditions, stacked
+from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.protocols import Posterior, PreparesConditions
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
 Floats = NDArray[np.float64]
 AT_ONCE = 16  # pictures
@@ -68,7 +69,7 @@ class Likelihood:
 
 
 def likelihood(
-    pipe: LatentDiffusionPipeline,
+    model: Model,
     pictures: np.ndarray,
     captions: Sequence[str],
     *,
@@ -78,34 +79,35 @@ def likelihood(
 ) -> Likelihood:
     """Bound N > 1 pictures uint8 (N, H, W, 3), each at `times` drawn times beside the first.
 
-    pipe: torch's, in float32. folder: of this model and these pictures alone; every batch's errors are kept there, so
+    model: torch's, in float32. folder: of this model and these pictures alone; every batch's errors are kept there, so
     that another call goes on. Raises ModelError for an autoencoder that has no posterior, NonFiniteError.
     """
-    from latentdiff.networks.codecs.kl import IdentityAutoencoder
+    from latentdiff.networks.codecs.identity import IdentityCodec
 
-    if not pipe.autoencoder.has_posterior:
+    if not isinstance(model.codec, Posterior):
         raise ModelError("a tiny VAE has no posterior, so pixels have no likelihood")
     if len(pictures) < 2:
         raise ValueError("a likelihood is of two pictures at least: each has the other's width")
-    plain = isinstance(pipe.autoencoder, IdentityAutoencoder)
-    dimensions = math.prod(pictures.shape[1:3]) * pipe.image_channels
+    plain = isinstance(model.codec, IdentityCodec)
+    dimensions = math.prod(pictures.shape[1:3]) * model.codec.image_channels
     found: list[tuple[Errors, Errors]] = []
     for rows in tqdm(list(_batches(pictures)), "likelihood", disable=None):
         file, rules = folder and folder / f"{rows[0]:05d}.json", [times, seed, len(rows)]
         if file and (kept := read_memo(file, rules)):
-            found.append((Errors.from_tree(kept[0], pipe.path), Errors.from_tree(kept[1], pipe.path)))
+            found.append((Errors.from_tree(kept[0], model.path), Errors.from_tree(kept[1], model.path)))
             continue
-        x0 = _sampled(*_posterior(pipe, pictures[rows]), seed, rows)
+        x0 = _sampled(*_posterior(model, pictures[rows]), seed, rows)
         asked: dict[str, Any] = {"count": times, "seed": seed, "samples": rows, "pixels": plain}
-        shown, empty = (
-            _contexts(pipe, words, pictures.shape[1:3]) for words in ([captions[row] for row in rows], [""] * len(rows))
+        own, empty = (
+            _conditions(model, words, pictures.shape[1:3])
+            for words in ([captions[row] for row in rows], [""] * len(rows))
         )
-        both = [errors_of(_predict(pipe, context), x0, pipe.path, **asked) for context in (shown, empty)]
+        both = [errors_of(_predict(model, conditions), x0, model.path, **asked) for conditions in (own, empty)]
         found.append((both[0], both[1]))
         if file:
             write_memo(file, rules, [errors.as_tree() for errors in both])
     cond, uncond = (Errors.joined(parts) for parts in zip(*found, strict=True))
-    decoder, entropy = np.zeros((2, len(pictures))) if plain else _autoencoder(pipe, pictures, seed)
+    decoder, entropy = np.zeros((2, len(pictures))) if plain else _autoencoder(model, pictures, seed)
     made = Likelihood(cond, uncond, decoder, entropy, dimensions)
     for errors in (cond, uncond):
         if not np.isfinite(made.bits(errors)).all():
@@ -120,11 +122,12 @@ def _batches(pictures: np.ndarray) -> Iterator[list[int]]:
         yield list(range(first, min(first + size, len(pictures))))
 
 
-def _posterior(pipe: LatentDiffusionPipeline, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+def _posterior(model: Model, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
     import torch
 
+    assert isinstance(model.codec, Posterior)
     with torch.no_grad():
-        return pipe.autoencoder.encode(pipe.as_images(pictures))
+        return model.codec.posterior(pixels.as_images(model, pictures))
 
 
 def _sampled(mean: Tensor, log_variance: Tensor, seed: int, rows: Sequence[int]) -> Tensor:
@@ -132,57 +135,56 @@ def _sampled(mean: Tensor, log_variance: Tensor, seed: int, rows: Sequence[int])
     return mean + (0.5 * log_variance).exp() * mean.new_tensor(draws)
 
 
-def _autoencoder(pipe: LatentDiffusionPipeline, pictures: np.ndarray, seed: int) -> tuple[Floats, Floats]:
+def _autoencoder(model: Model, pictures: np.ndarray, seed: int) -> tuple[Floats, Floats]:
     """-log p(x | z) and H(q(z | x)), (N,) nats each."""
     halves = np.arange(len(pictures)) % 2
     errors, entropy = [], []
-    for found, entropies in _decoded(pipe, pictures, seed):
+    for found, entropies in _decoded(model, pictures, seed):
         errors += [np.abs(x - mean).mean() for x, mean in found]
         entropy += entropies
     off = np.array(errors)
     widths = [off[halves != half].mean() for half in halves]  # the best of a Laplace density is the mean error
     decoder: list[float] = []
-    for found, _ in _decoded(pipe, pictures, seed):
+    for found, _ in _decoded(model, pictures, seed):
         for x, mean in found:
             decoder.append(-discretised(x, mean, widths[len(decoder)], "laplace").sum())
     return np.array(decoder), np.array(entropy)
 
 
 def _decoded(
-    pipe: LatentDiffusionPipeline, pictures: np.ndarray, seed: int
+    model: Model, pictures: np.ndarray, seed: int
 ) -> Iterator[tuple[list[tuple[np.ndarray, np.ndarray]], list[float]]]:
     """(picture, decoded sample), (C, H, W) each in [-1, 1], and the posterior's entropy, a batch at a time."""
     import torch
 
     for rows in _batches(pictures):
-        mean, log_variance = _posterior(pipe, pictures[rows])
+        mean, log_variance = _posterior(model, pictures[rows])
         entropy = 0.5 * (log_variance.double() + math.log(2 * math.pi * math.e)).flatten(1).sum(1)
         with torch.no_grad():
-            decoded = pipe.autoencoder.decode(_sampled(mean, log_variance, seed, rows)).cpu().numpy()
-        yield list(zip(pipe.as_images(pictures[rows]).cpu().numpy(), decoded, strict=True)), entropy.tolist()
+            decoded = model.codec.images_of(_sampled(mean, log_variance, seed, rows)).cpu().numpy()
+        images = pixels.as_images(model, pictures[rows]).cpu().numpy()
+        yield list(zip(images, decoded, strict=True)), entropy.tolist()
 
 
-def _contexts(pipe: LatentDiffusionPipeline, captions: Sequence[str], size: tuple[int, ...]) -> Context:
+def _conditions(model: Model, captions: Sequence[str], size: tuple[int, ...]) -> Conditions:
     """Captions as training reads them: no weights in them, cut where the text encoder ends."""
-    clip_skip = pipe.card.defaults.get("clip_skip")
-    style = Style(False, False, clip_skip)
-    rows = {caption: pipe.text_encoder.context(caption, style, least=1) for caption in dict.fromkeys(captions)}
-    context = stacked([rows[caption] for caption in captions])
-    if pipe.unet.reads_sizes:
-        context = replace(context, sizes=np.array([[*size, 0, 0, *size]] * len(captions), np.float32))
-    return context.mapped(pipe.array)
+    style = Style(False, False, model.card.defaults.get("clip_skip"))
+    sizes = tuple(map(float, (*size, 0, 0, *size))) if model.reads_sizes else None
+    rows = {caption: model.encoder.encode(Wanted(caption, style, sizes=sizes)) for caption in dict.fromkeys(captions)}
+    return stacked([rows[caption] for caption in captions]).mapped(model.array)
 
 
-def _predict(pipe: LatentDiffusionPipeline, context: Context) -> Predict:
+def _predict(model: Model, conditions: Conditions) -> Predict:
     """The network as the bound asks it: rows at times of their own."""
     import torch
 
-    prepared, coefficients = pipe.unet.prepared(context), parametrization_named(pipe.prediction)
+    backbone, coefficients = model.backbone, parametrization_named(model.prediction)
+    ready = backbone.prepared(conditions) if isinstance(backbone, PreparesConditions) else conditions
 
     def predict(x: Tensor, times: NDArray[np.int64]) -> Tensor:
-        each = [coefficients(pipe.path.numbered(int(number))) for number in times]
+        each = [coefficients(model.path.numbered(int(number))) for number in times]
         scaled = torch.stack([c.scale * row if c.scale != 1 else row for c, row in zip(each, x, strict=True)])
-        output = pipe.unet.predict(scaled, torch.tensor([c.time for c in each], device=x.device), prepared)
+        output = backbone.predict(scaled, torch.tensor([c.time for c in each], device=x.device), ready)
         return torch.stack([x0_from(*row) for row in zip(each, output, x, strict=True)])
 
     return predict

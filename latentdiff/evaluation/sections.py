@@ -15,11 +15,12 @@ import numpy as np
 from latentdiff.core.errors import NonFiniteError
 from latentdiff.core.images import coloured, luminance, to_images
 from latentdiff.diffusion.bound import bits
+from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation import autoencoder as compressing
 from latentdiff.evaluation import geneval
 from latentdiff.evaluation.composition import PICTURES_A_PROMPT, ceiling, evaluate_composition
 from latentdiff.evaluation.distances import distances, frechet, nearest, vendi
-from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.drawn import drawn_pictures
 from latentdiff.evaluation.features import AT_ONCE, Extractor
 from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.likelihood import Likelihood, likelihood
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latentdiff.networks.scorer import Scorer
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
 SHOWN = 12  # pictures a section
 CURVE_BINS = 25
 Read = Callable[[], tuple[np.ndarray, list[str]]]
-Say = tuple[np.ndarray, dict[str, str]]
+Labelled = tuple[np.ndarray, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Subject:
     """A model that is measured. exact: its networks by torch in float32; folder: where its pictures are kept."""
 
     name: str
-    pipe: LatentDiffusionPipeline
-    exact: Callable[[], LatentDiffusionPipeline]
+    painter: Painter
+    exact: Callable[[], Painter]
     folder: Path
 
 
 @dataclass(frozen=True)
-class Against:
+class References:
     """What it is measured by: captioned pictures that it has not been trained on, and networks.
 
     held: reads the pictures and their captions; training: some that it has been trained on. scorer: CLIP, for how well
@@ -65,13 +65,13 @@ class Against:
     scenes: bool = False
 
     @cached_property
-    def _shown(self) -> tuple[np.ndarray, list[str]]:
+    def _held(self) -> tuple[np.ndarray, list[str]]:
         return self.held()
 
     @property
     def pictures(self) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
-        return self._shown[0]
+        return self._held[0]
 
     @cached_property
     def features(self) -> np.ndarray:
@@ -97,7 +97,7 @@ class Against:
     @property
     def captions(self) -> list[str]:
         """One of each."""
-        return self._shown[1]
+        return self._held[1]
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Asked:
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def of_likelihood(subject: Subject, against: Against, asked: Asked) -> Result:
+def of_likelihood(subject: Subject, references: References, asked: Asked) -> Result:
     """Bits per dimension of a quarter of the pictures."""
-    count = min(len(against.pictures), max(16, len(against.pictures) // 4))
-    pictures, captions, folder = against.pictures[:count], against.captions[:count], subject.folder / "likelihood"
-    found = likelihood(subject.exact(), pictures, captions, times=asked.times, seed=asked.seed, folder=folder)
+    count = min(len(references.pictures), max(16, len(references.pictures) // 4))
+    pictures, captions, folder = references.pictures[:count], references.captions[:count], subject.folder / "likelihood"
+    found = likelihood(subject.exact().model, pictures, captions, times=asked.times, seed=asked.seed, folder=folder)
     figures = {}
     for variance in ("small", "large"):
         suffix = "" if variance == "small" else "_large_variance"
@@ -123,7 +123,7 @@ def of_likelihood(subject: Subject, against: Against, asked: Asked) -> Result:
         figures[f"gain_by_captions{suffix}"] = mean(found.gain(variance), "higher", paired=True)
     said = {"pictures": count, "times": asked.times, "arithmetic": "torch in float32"}
     said |= {"dimensions": found.dimensions, "latent dimensions": found.cond.dimensions}
-    return Result(figures | _terms(found), said, [_curve(found, subject.exact().path.T)])
+    return Result(figures | _terms(found), said, [_curve(found, subject.exact().model.path.T)])
 
 
 def _terms(found: Likelihood) -> dict[str, Figure]:
@@ -151,25 +151,25 @@ def _curve(found: Likelihood, timesteps: int) -> Plot:
     return Plot("the denoising term at each time", "t", "bits per dimension", series, log="y")
 
 
-def of_distances(subject: Subject, against: Against, asked: Asked) -> Result:
+def of_distances(subject: Subject, references: References, asked: Asked) -> Result:
     """A picture of every caption, and how far they are from the pictures of the captions."""
     folder = subject.folder / "drawn"
-    drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
-    figures = measured(drawn, against) | against.floor
-    pictures: list[Say] = []
+    drawn = drawn_pictures(subject.painter, references.captions, seed=asked.seed, folder=folder, **asked.settings)
+    figures = measured(drawn, references) | references.floor
+    pictures: list[Labelled] = []
     for row in range(min(SHOWN, len(drawn))):
-        pictures.append((drawn[row], {"drawn": against.captions[row]}))
-        pictures.append((against.pictures[row], {"real": against.captions[row]}))
-    return Result(figures, {"pictures": len(drawn), **_extractor(against)}, pictures=pictures)
+        pictures.append((drawn[row], {"drawn": references.captions[row]}))
+        pictures.append((references.pictures[row], {"real": references.captions[row]}))
+    return Result(figures, {"pictures": len(drawn), **_extractor(references)}, pictures=pictures)
 
 
-def measured(drawn: np.ndarray, against: Against) -> dict[str, Figure]:
+def measured(drawn: np.ndarray, references: References) -> dict[str, Figure]:
     """Every distance of drawn pictures from those that their captions are of: in training and after it the same."""
-    extractor = against.extractor
-    figures = distances(extractor.of(drawn), against.features, unit=extractor.scorer is not None)
-    if against.scorer is not None:
-        figures["clip_score"] = mean(clip_scores(against.scorer, against.captions, drawn), "higher", paired=True)
-        figures["clip_score_of_real"] = mean(clip_scores(against.scorer, against.captions, against.pictures))
+    extractor = references.extractor
+    figures = distances(extractor.of(drawn), references.features, unit=extractor.scorer is not None)
+    if references.scorer is not None:
+        figures["clip_score"] = mean(clip_scores(references.scorer, references.captions, drawn), "higher", paired=True)
+        figures["clip_score_of_real"] = mean(clip_scores(references.scorer, references.captions, references.pictures))
     return figures
 
 
@@ -185,12 +185,12 @@ def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -
     return np.asarray(100 * cosines.clip(0, None))
 
 
-def of_composition(subject: Subject, against: Against, asked: Asked) -> Result:
+def of_composition(subject: Subject, references: References, asked: Asked) -> Result:
     """GenEval's six categories as the oracle reads them, a tenth of the pictures a category."""
-    count = max(1, len(against.pictures) // 10 // PICTURES_A_PROMPT) * PICTURES_A_PROMPT
+    count = max(1, len(references.pictures) // 10 // PICTURES_A_PROMPT) * PICTURES_A_PROMPT
     kept: dict[str, Any] = {"folder": subject.folder / "composition", **asked.settings}
-    score = partial(evaluate_composition, subject.pipe, pictures=count, seed=asked.seed, **kept)
-    scores = {"": score(), "held_out": score(held_out=True), "ceiling": ceiling(subject.exact(), pictures=count)}
+    score = partial(evaluate_composition, subject.painter, pictures=count, seed=asked.seed, **kept)
+    scores = {"": score(), "held_out": score(held_out=True), "ceiling": ceiling(subject.exact().model, pictures=count)}
     figures: dict[str, Figure] = {}
     for title, found in scores.items():
         suffix = f"_{title}" if title else ""
@@ -210,41 +210,45 @@ def _share(value: float, error: float, each: Sequence[float]) -> Figure:
     return Figure(value, error if np.isfinite(error) else None, "higher", tuple(each))
 
 
-def of_autoencoder(subject: Subject, against: Against, asked: Asked) -> Result:
+def of_autoencoder(subject: Subject, references: References, asked: Asked) -> Result:
     """The pictures encoded and decoded, by torch in float32."""
-    real = against.pictures
-    found = compressing.decoded(subject.exact(), real, subject.folder)
+    real = references.pictures
+    found = compressing.decoded(subject.exact().model, real, subject.folder)
     in_colour = found.pictures.shape[-1] == 3
     originals = real if in_colour else luminance(real)
-    features = against.features if in_colour else against.extractor.of_known(originals)
+    features = references.features if in_colour else references.extractor.of_known(originals)
     psnr = compressing.psnr(originals, found.pictures)
     figures = {
         "psnr": mean(psnr, "higher", paired=True),
-        "reconstruction_frechet": jackknife(frechet, against.extractor.of(found.pictures), features, better="lower"),
+        "reconstruction_frechet": jackknife(frechet, references.extractor.of(found.pictures), features, better="lower"),
         "latent_mean": Figure(float(np.abs(found.mean).max())),
         "latent_std_least": Figure(float(found.std.min())),
         "latent_std_most": Figure(float(found.std.max())),
     }
     if min(real.shape[1:3]) >= compressing.SMALLEST:
         figures["ssim"] = mean(compressing.ssim(originals, found.pictures), "higher", paired=True)
-    if against.lpips is not None:
-        figures["lpips"] = mean(compressing.perceptual(against.lpips, originals, found.pictures), "lower", paired=True)
-    pictures: list[Say] = []
+    if references.lpips is not None:
+        figures["lpips"] = mean(
+            compressing.perceptual(references.lpips, originals, found.pictures), "lower", paired=True
+        )
+    pictures: list[Labelled] = []
     for row in np.argsort(psnr)[: SHOWN // 2]:
         told = {"decoded": f"{psnr[row]:.1f} dB, one of the worst"}
         pictures += [(originals[row], {"original": ""}), (found.pictures[row], told)]
     channels = [f"{m:+.3f} / {s:.3f}" for m, s in zip(found.mean, found.std, strict=True)]
     table = Table("latents", ["channel", "mean / std"], [[str(n), told] for n, told in enumerate(channels)])
-    return Result(figures, {"pictures": len(real), **_extractor(against)}, tables=[table], pictures=pictures)
+    return Result(figures, {"pictures": len(real), **_extractor(references)}, tables=[table], pictures=pictures)
 
 
-def of_diversity(subject: Subject, against: Against, asked: Asked) -> Result:
+def of_diversity(subject: Subject, references: References, asked: Asked) -> Result:
     """Four pictures of a prompt beside each other, for a twentieth of the captions."""
-    count = max(4, len(against.captions) // 20)
-    prompts = [caption for caption in against.captions[:count] for _ in range(PICTURES_A_PROMPT)]
+    count = max(4, len(references.captions) // 20)
+    prompts = [caption for caption in references.captions[:count] for _ in range(PICTURES_A_PROMPT)]
     folder = subject.folder / "diversity"
-    drawn = draw(subject.pipe, prompts, seed=asked.seed, folder=folder, title="diversity", **asked.settings)
-    features = against.extractor.of(drawn)
+    drawn = drawn_pictures(
+        subject.painter, prompts, seed=asked.seed, folder=folder, title="diversity", **asked.settings
+    )
+    features = references.extractor.of(drawn)
     units = features / np.linalg.norm(features, axis=1, keepdims=True)
     groups = units.reshape(-1, PICTURES_A_PROMPT, units.shape[-1])
     upper = np.triu_indices(PICTURES_A_PROMPT, 1)
@@ -253,7 +257,7 @@ def of_diversity(subject: Subject, against: Against, asked: Asked) -> Result:
         "distance_within_a_prompt": mean(apart),
         "distance_between_prompts": jackknife(_between, units[::PICTURES_A_PROMPT]),
         "vendi": jackknife(vendi, features[::PICTURES_A_PROMPT]),
-        "vendi_of_real": jackknife(vendi, against.features[:count]),
+        "vendi_of_real": jackknife(vendi, references.features[:count]),
     }
     order = np.argsort(apart)
     chosen = [*order[:2], *order[-2:]]
@@ -261,7 +265,7 @@ def of_diversity(subject: Subject, against: Against, asked: Asked) -> Result:
         (np.concatenate(list(drawn[4 * row : 4 * row + 4]), 1), {f"{apart[row]:.3f}": prompts[4 * row]})
         for row in chosen
     ]
-    return Result(figures, {"prompts": count, "pictures a prompt": 4, **_extractor(against)}, pictures=pictures)
+    return Result(figures, {"prompts": count, "pictures a prompt": 4, **_extractor(references)}, pictures=pictures)
 
 
 def _between(units: np.ndarray) -> float:
@@ -269,7 +273,7 @@ def _between(units: np.ndarray) -> float:
     return float((1 - units @ units.T)[upper].mean())
 
 
-def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
+def of_memorisation(subject: Subject, references: References, asked: Asked) -> Result:
     """The training picture that every drawn one is nearest to, beside how near pictures are that were held out.
 
     A copy would be nearer than held-out pictures are. Of N held-out ones the k nearest, a hundredth of them, say what
@@ -277,22 +281,22 @@ def of_memorisation(subject: Subject, against: Against, asked: Asked) -> Result:
     was trained on after all, the nearest other one counts.
     """
     folder = subject.folder / "drawn"
-    drawn = draw(subject.pipe, against.captions, seed=asked.seed, folder=folder, **asked.settings)
-    trained = against.trained
-    training = against.extractor.of_known(trained)
-    where, near = nearest(against.extractor.of(drawn), training)
-    _, real = nearest(against.features, training, but=(_digests(against.pictures), _digests(trained)))
+    drawn = drawn_pictures(subject.painter, references.captions, seed=asked.seed, folder=folder, **asked.settings)
+    trained = references.trained
+    training = references.extractor.of_known(trained)
+    where, near = nearest(references.extractor.of(drawn), training)
+    _, real = nearest(references.features, training, but=(_digests(references.pictures), _digests(trained)))
     figures = {
         "cosine_to_nearest_training_picture": mean(near),
         "cosine_of_held_out_pictures": mean(real),
         "share_nearer_than_99_of_100_held_out": jackknife(_share_nearer, near, real),
         "share_by_chance": Figure(_hundredth(len(real)) / (len(real) + 1)),
     }
-    pictures: list[Say] = []
+    pictures: list[Labelled] = []
     for row in np.argsort(-near)[: SHOWN // 2]:
-        pictures.append((drawn[row], {f"drawn, {near[row]:.4f}": against.captions[row]}))
+        pictures.append((drawn[row], {f"drawn, {near[row]:.4f}": references.captions[row]}))
         pictures.append((trained[where[row]], {"trained on": ""}))
-    said = {"pictures": len(drawn), "training pictures": len(training), **_extractor(against)}
+    said = {"pictures": len(drawn), "training pictures": len(training), **_extractor(references)}
     return Result(figures, said, pictures=pictures)
 
 
@@ -310,15 +314,19 @@ def _digests(pictures: np.ndarray) -> np.ndarray:
     return np.array([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
 
 
-def of_geneval(subject: Subject, against: Against, asked: Asked) -> Result:
+def of_geneval(subject: Subject, references: References, asked: Asked) -> Result:
     """GenEval's own prompts, for its evaluator; nothing is scored here."""
     folder = subject.folder / "geneval"
-    grids = geneval.draw_prompts(subject.pipe, against.prompts, folder, seed=asked.seed, **asked.settings)
-    numbered = enumerate(zip(grids, against.prompts, strict=True))
+    grids = geneval.draw_geneval(subject.painter, references.prompts, folder, seed=asked.seed, **asked.settings)
+    numbered = enumerate(zip(grids, references.prompts, strict=True))
     pictures = [(grid, {"": row["prompt"]}) for number, (grid, row) in numbered if number < SHOWN]
-    said = {"prompts": len(against.prompts), "pictures a prompt": geneval.PICTURES, "layout": "NNNNN/samples/NNNN.png"}
+    said = {
+        "prompts": len(references.prompts),
+        "pictures a prompt": geneval.PICTURES,
+        "layout": "NNNNN/samples/NNNN.png",
+    }
     return Result({}, said, pictures=pictures)
 
 
-def _extractor(against: Against) -> dict[str, str]:
-    return {"features": against.extractor.name, "features sha256": against.extractor.hash}
+def _extractor(references: References) -> dict[str, str]:
+    return {"features": references.extractor.name, "features sha256": references.extractor.hash}

@@ -12,11 +12,11 @@ import numpy as np
 
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation.distances import frechet
-from latentdiff.evaluation.drawn import AT_ONCE, draw
+from latentdiff.evaluation.drawn import AT_ONCE, drawn_pictures
 from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.report.plots import Plot, Series
 from latentdiff.evaluation.result import Figure, Result, Table
-from latentdiff.evaluation.sections import Against, Asked, Subject, clip_scores
+from latentdiff.evaluation.sections import Asked, References, Subject, clip_scores
 
 GRID: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1.0, 2.0, 4.0),
@@ -30,41 +30,48 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def of_sweep(subject: Subject, against: Against, asked: Asked) -> Result:
+def of_sweep(subject: Subject, references: References, asked: Asked) -> Result:
     """Every combination of the grid on a fifth of the captions: Frechet distance, CLIP score, seconds a picture."""
-    count = max(16, len(against.captions) // 5)
-    captions, real = against.captions[:count], against.features
+    count = max(16, len(references.captions) // 5)
+    captions, real = references.captions[:count], references.features
     cells = []
     for chosen in combinations(asked.grid):
-        cells.append((chosen, _cell(subject, against, asked, captions, real, chosen)))
+        cells.append((chosen, _cell(subject, references, asked, captions, real, chosen)))
     best = pareto([(cell["seconds"], cell["frechet"]) for _, cell in cells])
     fastest = cells[best[0]][1]["seconds"]
     return Result(
         {"settings_on_the_front": Figure(len(best)), "seconds_of_the_fastest": Figure(fastest)},
-        {"pictures a setting": len(captions), "against": len(real), "features": against.extractor.name},
+        {"pictures a setting": len(captions), "against": len(real), "features": references.extractor.name},
         [_plot(cells, best)],
         [_table(cells, best)],
     )
 
 
 def _cell(
-    subject: Subject, against: Against, asked: Asked, captions: Sequence[str], real: np.ndarray, chosen: dict[str, Any]
+    subject: Subject,
+    references: References,
+    asked: Asked,
+    captions: Sequence[str],
+    real: np.ndarray,
+    chosen: dict[str, Any],
 ) -> dict[str, float]:
     """The figures of one combination, measured once."""
     name = " ".join(f"{key}={value}" for key, value in chosen.items())
     path = subject.folder / "sweep" / f"{hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]}.json"
-    rules = [chosen, asked.settings, len(captions), against.extractor.hash]
+    rules = [chosen, asked.settings, len(captions), references.extractor.hash]
     if kept := read_memo(path, rules):
         return dict(kept[0])
     settings = {"seed": asked.seed, **asked.settings, **chosen}
-    draw(subject.pipe, captions[:AT_ONCE], title=f"{name}, once before it is timed", **settings)  # it may compile
+    drawn_pictures(
+        subject.painter, captions[:AT_ONCE], title=f"{name}, once before it is timed", **settings
+    )  # it may compile
     began = time.perf_counter()
-    drawn = draw(subject.pipe, captions, title=name, **settings)
+    drawn = drawn_pictures(subject.painter, captions, title=name, **settings)
     seconds = (time.perf_counter() - began) / len(captions)
-    far = jackknife(frechet, against.extractor.of(drawn), real)
+    far = jackknife(frechet, references.extractor.of(drawn), real)
     found = {"seconds": seconds, "frechet": far.value, "frechet_error": far.error or 0.0}
-    if against.scorer is not None:
-        found["clip_score"] = float(clip_scores(against.scorer, captions, drawn).mean())
+    if references.scorer is not None:
+        found["clip_score"] = float(clip_scores(references.scorer, captions, drawn).mean())
     write_memo(path, rules, [found])
     return found
 

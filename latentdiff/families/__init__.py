@@ -1,1 +1,44 @@
-"""Kinds of models: which parts go together, how a model is read from a folder and written to one."""
+"""Kinds of models: which parts go together, how a model is read from a folder and written to one.
+
+A family is one file here and one entry of FAMILIES. Nothing of this module imports torch: a model that OpenVINO draws
+is checked and described without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.errors import ModelError, UnsafeError
+from latentdiff.families import own, stable_diffusion, stable_diffusion_xl
+from latentdiff.formats import folder
+from latentdiff.model import Family
+
+FAMILIES: tuple[Family, ...] = (own.FAMILY, stable_diffusion.FAMILY, stable_diffusion_xl.FAMILY)
+
+
+def check_folder(directory: Path) -> tuple[Family, dict[str, Any]]:
+    """The family of a model folder and its model_index, after all that must be refused is refused. Builds nothing.
+
+    Raises ModelError, UnsafeError.
+    """
+    index = folder.read_index(directory)
+    family = family_of(index, directory)
+    folder.check_index(index, directory, family.parts, family.optional)
+    return family, index
+
+
+def family_of(index: dict[str, Any], directory: Path) -> Family:
+    """By the pipeline class that the index names; a model trained here also by what lies in the folder."""
+    where, name = f"{directory}/model_index.json", index.get("_class_name", "StableDiffusionPipeline")
+    if not isinstance(name, str):
+        raise UnsafeError(f"model directory asks to run code (_class_name {name}, {where}). latentdiff never does this")
+    for family in FAMILIES:
+        if name in family.pipelines and (family is not own.FAMILY or own.made_here(directory)):
+            return family
+    raise ModelError(f"{name} is no model that can be drawn with ({where}). Stable Diffusion 1, 2 and XL are")
+
+
+def check_vae(path: Path) -> Path:
+    """The folder of a VAE, or the VAE's of a model folder, with the same refusals. Raises ModelError, UnsafeError."""
+    return folder.check_network(path, "vae", stable_diffusion.PARTS["vae"])

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -29,8 +29,8 @@ from latentdiff.core.files import let_others_read
 from latentdiff.formats.folder import read_json
 from latentdiff.formats.original import unet_name
 from latentdiff.formats.pickle import refuse_pickle
+from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 
-Networks = Mapping[str, nn.Module]  # unet, text_encoder, text_encoder_2: the libraries' own modules
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
 _FACTORS = {
@@ -40,55 +40,6 @@ _FACTORS = {
 }
 _HALVES = {"lora_A.weight", "lora_B.weight"}
 _METADATA = "lora_adapter_metadata"  # under which diffusers keeps PEFT's config, as JSON
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What an adapter adds to one layer, by PEFT's names of the factors; alpha is None where the file says nothing."""
-
-    factors: dict[str, Tensor]
-    alpha: float | None = None
-    rslora: bool = False
-
-    @property
-    def rank(self) -> int:
-        """The inner dimension."""
-        for name, axis in (("lora_A.weight", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
-            if name in self.factors:
-                return int(self.factors[name].shape[axis])
-        return 1
-
-    @property
-    def kind(self) -> str:
-        """Lora, loha or lokr."""
-        return next((kind for kind, mark in (("loha", "hada_"), ("lokr", "lokr_")) if self._has(mark)), "lora")
-
-    @property
-    def scale(self) -> float:
-        """Alpha / rank, or alpha / sqrt(rank) where it was trained so; 1 where alpha is the rank."""
-        return self.full_alpha / (self.rank**0.5 if self.rslora else self.rank)
-
-    @property
-    def full_alpha(self) -> float:
-        """Alpha, which is the rank where the file says nothing."""
-        return self.rank if self.alpha is None else self.alpha
-
-    def _has(self, mark: str) -> bool:
-        return any(name.startswith(mark) for name in self.factors)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Layers by part and module, and the names in the file that no layer of the model answers to."""
-
-    layers: dict[str, dict[str, Layer]]
-    unused: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    @property
-    def matched(self) -> int:
-        """How many layers it changes."""
-        return sum(map(len, self.layers.values()))
 
 
 def adapter_path(path: Path) -> Path:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,6 @@ from latentdiff.core.errors import ModelError, UnsafeError, loading
 from latentdiff.core.files import sha256_of
 from latentdiff.formats.pickle import is_pickle, named_safetensors
 
-KNOWN_CLASSES = {
-    "vae": {"AutoencoderKL", "AutoencoderTiny"},
-    "unet": {"UNet2DConditionModel"},
-    "text_encoder": {"CLIPTextModel"},
-    "text_encoder_2": {"CLIPTextModelWithProjection"},
-    "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"},
-    "tokenizer_2": {"CLIPTokenizer", "CLIPTokenizerFast"},
-}
-_OPTIONAL = {"vae", "text_encoder_2", "tokenizer_2"}  # without a vae it is a pixel-space model
-_TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
-_PIPELINES = {f"StableDiffusion{family}{task}" for family in ("", "XL") for task in _TASKS}
 _UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
 _MODULES = {"diffusers", "transformers", "stable_diffusion", None}
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
@@ -49,8 +38,8 @@ _SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensor
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(\w+))?\.json")
 
 
-def check_folder(directory: Path) -> dict[str, Any]:
-    """Refuse a folder that is not a model or asks to run code; returns its model_index. Builds nothing.
+def read_index(directory: Path) -> dict[str, Any]:
+    """The model_index of a folder, after everything in it that asks to run code or is absurd is refused.
 
     A pickle is refused where it stands for weights; beside safetensors, as many models have both, it is never opened.
     """
@@ -60,20 +49,22 @@ def check_folder(directory: Path) -> dict[str, Any]:
     if not (directory / "model_index.json").is_file():
         raise ModelError(f"no model_index.json ({directory}). Give a folder in diffusers' layout")
     _check_contents(directory)
-    index = read_json(directory / "model_index.json")
-    _check_index(index, directory)
-    return index
+    return read_json(directory / "model_index.json")
 
 
-def check_vae(path: Path) -> Path:
-    """The folder of a VAE, or the VAE's of a model folder, with the same refusals. Raises ModelError, UnsafeError."""
-    folder = (path / "vae" if (path / "model_index.json").is_file() else path).resolve()
+def check_network(path: Path, part: str, classes: Set[str]) -> Path:
+    """The folder of one network, or of that part of a model folder, with the same refusals.
+
+    Raises ModelError, UnsafeError.
+    """
+    folder = (path / part if (path / "model_index.json").is_file() else path).resolve()
+    what = part.upper()
     if not (folder / "config.json").is_file():
-        raise ModelError(f"no VAE ({path}). Give a folder with its config.json and safetensors weights")
+        raise ModelError(f"no {what} ({path}). Give a folder with its config.json and safetensors weights")
     _check_contents(folder, of_model=False)
     name = read_json(folder / "config.json").get("_class_name")
-    if name not in KNOWN_CLASSES["vae"]:
-        raise UnsafeError(f"a VAE of unknown class {name} ({path}). Known: {', '.join(sorted(KNOWN_CLASSES['vae']))}")
+    if name not in classes:
+        raise UnsafeError(f"a {what} of unknown class {name} ({path}). Known: {', '.join(sorted(classes))}")
     return folder
 
 
@@ -121,28 +112,27 @@ def _files(directory: Path) -> Iterator[Path]:
                 yield path
 
 
-def _check_index(index: dict[str, Any], directory: Path) -> None:
+def check_index(index: dict[str, Any], directory: Path, parts: Mapping[str, Set[str]], optional: Set[str]) -> None:
+    """Refuse a model_index whose parts are not exactly those of a family, of the classes that it lists.
+
+    Raises ModelError, UnsafeError.
+    """
     where = f"{directory}/model_index.json"
-    kind = index.get("_class_name", "StableDiffusionPipeline")
-    if not isinstance(kind, str):
-        raise UnsafeError(f"model directory asks to run code (_class_name {kind}, {where}). latentdiff never does this")
-    if kind not in _PIPELINES:
-        raise ModelError(f"{kind} is no model that can be drawn with ({where}). Stable Diffusion 1, 2 and XL are")
-    for part in sorted(KNOWN_CLASSES.keys() | {key for key, entry in index.items() if isinstance(entry, list)}):
+    for part in sorted(parts.keys() | {key for key, entry in index.items() if isinstance(entry, list)}):
         entry = index.get(part)
-        if part in _OPTIONAL | _UNREAD and entry in (None, [None, None]):
+        if part in optional | _UNREAD and entry in (None, [None, None]):
             continue
         module, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if part == "_class_name" or (part in _UNREAD and module in _MODULES):
             continue
         if part in _UNREAD:
             raise UnsafeError(f"{part} is of unknown module {module} ({where}). latentdiff never imports one")
-        if part not in KNOWN_CLASSES:
+        if part not in parts:
             if entry == [None, None]:
                 continue
             raise ModelError(f"a model with {part} cannot be drawn with ({where})")
-        if not (isinstance(name, str) and name in KNOWN_CLASSES[part] and module in _MODULES):
-            known = ", ".join(sorted(KNOWN_CLASSES[part]))
+        if not (isinstance(name, str) and name in parts[part] and module in _MODULES):
+            known = ", ".join(sorted(parts[part]))
             raise UnsafeError(f"{part} is of unknown class {name} ({where}). Known: {known}")
         _check_files(part, directory)
 

@@ -1,4 +1,4 @@
-"""A pipeline's weights under the names of Stable Diffusion's original layout: what `single_file` reads, written.
+"""The original layout of Stable Diffusion, in which single files are published: prefixes, and diffusers' names in it.
 
 The names are a table; diffusers' conversion, which goes the other way, is the proof of it.
 """
@@ -6,21 +6,15 @@ The names are a table; diffusers' conversion, which goes the other way, is the p
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+Kind = Literal["1", "2", "XL"]
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP = {"1": "cond_stage_model.transformer.", "XL": "conditioner.embedders.0.transformer."}
+OPEN_CLIP = {"2": "cond_stage_model.model.", "XL": "conditioner.embedders.1.model."}
+SCALING = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}
+VOCABULARY, POSITIONS = 49408, 77
 
-from latentdiff.core.errors import ConfigError, saving
-from latentdiff.formats.single_file import CLIP, OPEN_CLIP, SCALING, UNET, VAE, VOCABULARY, Family
-from latentdiff.networks.backbones.unet import UNet
-from latentdiff.networks.codecs.kl import Autoencoder, TinyAutoencoder
-from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.networks.encoders.two_clips import DualTextEncoder
-
-State = dict[str, Tensor]
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -68,67 +62,15 @@ _OPEN_CLIP = {
 }
 
 
-def save_single_file(
-    path: Path,
-    autoencoder: object,
-    text_encoder: TextEncoder | DualTextEncoder,
-    unet: UNet,
-    *,
-    prediction: str,
-    zero_terminal_snr: bool,
-) -> None:
-    """Write the three networks as one file. Raises ConfigError where the layout has no place for them."""
-    family = _family(autoencoder, text_encoder, unet)
-    if any(len(encoder.tokenizer) > VOCABULARY for encoder in text_encoder.encoders):
-        raise ConfigError("the text encoder has learnt words, which a single file has no place for. Use a folder")
-    assert isinstance(autoencoder, Autoencoder)
-    if prediction == "sample":
-        raise ConfigError("a single file cannot say that its U-Net predicts the sample. Use a folder")
-    state = {UNET + unet_name(name, unet.model.config): t for name, t in _weights(unet.model)}
-    levels = len(autoencoder.vae.config.block_out_channels)
-    state |= {VAE + vae_name(name, levels): _as_conv(name, t) for name, t in _weights(autoencoder.vae)}
-    if isinstance(text_encoder, DualTextEncoder):
-        state |= _clip_state(text_encoder.first, family) | _open_clip_state(text_encoder.second, family)
-    else:
-        state |= (_clip_state if family == "1" else _open_clip_state)(text_encoder, family)
-    if prediction == "v_prediction":
-        state["v_pred"] = torch.zeros(0)
-    if zero_terminal_snr:
-        state["ztsnr"] = torch.zeros(0)
-    metadata = {"modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction}  # one: else unordered
-    with saving(path.name, path.parent):
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
-
-
-def _family(autoencoder: object, text_encoder: TextEncoder | DualTextEncoder, unet: UNet) -> Family:
-    """Which of the families a model is of; others have no original layout."""
-    config = unet.model.config
-    if isinstance(text_encoder, DualTextEncoder):
-        family: Family = "XL"
-    else:
-        family = "2" if text_encoder.model.config.hidden_act == "gelu" else "1"
-    plain = config.addition_embed_type == ("text_time" if family == "XL" else None)
-    plain = plain and not isinstance(autoencoder, TinyAutoencoder)
-    if not (isinstance(autoencoder, Autoencoder) and plain and config.resnet_time_scale_shift == "default"):
-        raise ConfigError("this model is not of Stable Diffusion's shape, which a single file must have. Use a folder")
-    if autoencoder.scale != SCALING[family] or autoencoder.shift:
-        raise ConfigError(f"latents scaled by {autoencoder.scale}, not {SCALING[family]}, are for a folder to say")
-    return family
-
-
-def _weights(network: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    return list(network.state_dict().items())
-
-
 def unet_name(name: str, config: Any) -> str:
     """Diffusers' name of a U-Net's weight in the original layout, by the blocks that its config describes."""
     for theirs, ours in _UNET.items():
         if name.startswith(theirs + "."):
             rest = name.removeprefix(theirs)
             return ours + (_resnet(rest) if "resnets" in theirs else rest)
-    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(\..*)", name)
-    assert found, name
-    way, level, kind, place, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(\..*)", name)
+    assert match, name
+    way, level, kind, place, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     blocks = config.layers_per_block + 1  # going down with the downsampling, going up one residual block more
     if kind == "downsamplers":
         return f"input_blocks.{blocks * (level + 1)}.0.op{rest.removeprefix('.conv')}"
@@ -148,47 +90,14 @@ def vae_name(name: str, levels: int) -> str:
     """Diffusers' name of an autoencoder's weight in the original layout; going up, levels are counted from below."""
     name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
     name = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", name)
-    name = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda found: f"up.{levels - 1 - int(found[1])}.block.", name)
-    name = re.sub(r"up_blocks\.(\d+)\.", lambda found: f"up.{levels - 1 - int(found[1])}.", name)
+    name = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda match: f"up.{levels - 1 - int(match[1])}.block.", name)
+    name = re.sub(r"up_blocks\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", name)
     return _renamed(name, _VAE)
 
 
-def _as_conv(name: str, tensor: Tensor) -> Tensor:
-    """The autoencoder's attention was made of 1 x 1 convolutions."""
-    return tensor[..., None, None] if "attentions" in name and tensor.ndim == 2 else tensor
-
-
-def _clip_state(encoder: TextEncoder, family: Family) -> State:
-    return {f"{CLIP[family]}text_model.{_bare(name)}": tensor for name, tensor in _weights(encoder.model)}
-
-
-def _open_clip_state(encoder: TextEncoder, family: Family) -> State:
-    """OpenCLIP keeps query, key and value as one matrix, and a projection to be multiplied from the other side."""
-    state = {_renamed(_bare(name), _OPEN_CLIP): tensor for name, tensor in _weights(encoder.model)}
-    if family == "2":
-        state |= _silent_layer(state, encoder.layers)
-    merged: State = {}
-    for name, tensor in state.items():
-        if name == "text_projection.weight":
-            merged["text_projection"] = tensor.T
-        elif ".q_proj." in name:
-            parts = [state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
-            merged[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
-        elif ".k_proj." not in name and ".v_proj." not in name:
-            merged[name] = tensor
-    return {OPEN_CLIP[family] + name: tensor for name, tensor in merged.items()}
-
-
-def _silent_layer(state: State, layers: int) -> State:
-    """The last layer, which Stable Diffusion 2 does not read and folders leave out: one that adds nothing."""
-    before, last = (f"transformer.resblocks.{layer}." for layer in (layers - 1, layers))
-    copied = {name.replace(before, last): tensor for name, tensor in state.items() if name.startswith(before)}
-    silenced = ("attn.out_proj", "mlp.c_proj")
-    return {n: torch.zeros_like(t) if any(part in n for part in silenced) else t.clone() for n, t in copied.items()}
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix("text_model.")
+def open_clip_name(name: str) -> str:
+    """transformers' name of a text encoder's weight in OpenCLIP's, which keeps query, key and value as one matrix."""
+    return _renamed(name.removeprefix("text_model."), _OPEN_CLIP)
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:

@@ -1,81 +1,80 @@
-"""What a U-Net is told beside the noisy latents and the time."""
+"""Conditions: what a backbone is told beside the noisy data and the time, as named arrays.
+
+Only encoders and backbones know the names. Those in use:
+
+    tokens   (B, L, D)   a text, for cross-attention
+    pooled   (B, P)      one vector a text
+    sizes    (B, 6)      pixels, as Stable Diffusion XL reads them: original (height, width), the crop's (top, left),
+                         the target (height, width); always float32, in which 1023 is itself
+    label    (B,)        a class, whole numbers
+    ids      (B, L)      token ids that an encoder in the same module has still to read; of two encoders (B, 2, L)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.core.arrays import Array, library
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+EXACT = ("sizes", "label", "ids")  # keep their precision when a network computes in another
 
 
 @dataclass(frozen=True)
-class Context:
-    """The text of B pictures, in NumPy arrays or torch tensors; under K conditions at once all have K in front.
+class Conditions:
+    """Named arrays of NumPy or torch, batch first; of one picture without a batch.
 
-    tokens: (B, L, D), for cross-attention. Of SDXL alone: pooled (B, P), one vector a text, and sizes (B, 6) in pixels,
-    the original (height, width), the crop's (top, left) and the target (height, width). text: what a U-Net has made of
-    the tokens for each of its attentions, where it does so ahead.
+    count: K conditions of every picture at once; the arrays then have K in front. prepared: what a backbone has
+    computed of them ahead, once a picture (see protocols.PreparesConditions).
     """
 
-    tokens: Array
-    pooled: Array | None = None
-    sizes: Array | None = None
-    text: Any = None
+    arrays: Mapping[str, Array]
+    count: int = 0
+    prepared: Any = None
 
-    def mapped(self, change: Callable[[Array], Array]) -> Context:
-        """The same with every array changed."""
-        return self._mapped(change, change)
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
 
-    def to(self, device: torch.device) -> Context:
-        """The same elsewhere."""
+    def get(self, name: str) -> Array | None:
+        """The array of that name, None where there is none."""
+        return self.arrays.get(name)
+
+    def mapped(self, change: Callable[[Array], Array], names: Iterable[str] | None = None) -> Conditions:
+        """The same with every array changed, or those of some names."""
+        chosen = self.arrays.keys() if names is None else set(names)
+        arrays = {name: change(array) if name in chosen else array for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays)
+
+    def to(self, device: torch.device) -> Conditions:
+        """The same tensors elsewhere."""
         return self.mapped(lambda tensor: tensor.to(device))
 
-    def cast(self, dtype: torch.dtype) -> Context:
-        """The same in another precision; sizes keep their float32, in which 1023 is itself."""
-        return self._mapped(lambda tensor: tensor.to(dtype), lambda sizes: sizes)
+    def cast(self, dtype: torch.dtype) -> Conditions:
+        """The same in another precision, but for those that are exact."""
+        return self.mapped(lambda tensor: tensor.to(dtype), self.arrays.keys() - EXACT)
 
-    def flattened(self) -> Context:
+    def flattened(self) -> Conditions:
         """K conditions of B pictures as K B pictures."""
-        return self.mapped(lambda array: array.reshape(-1, *array.shape[2:]))
+        return replace(self.mapped(lambda array: array.reshape(-1, *array.shape[2:])), count=0)
 
-    def zeros(self) -> Context:
-        """What says nothing to a model that was trained with zeros for it."""
-        return self._mapped(lambda array: library(array).zeros_like(array), lambda sizes: sizes)
-
-    def _mapped(self, of_text: Callable[[Array], Array], of_sizes: Callable[[Array], Array]) -> Context:
-        pooled = None if self.pooled is None else of_text(self.pooled)
-        return replace(
-            self,
-            tokens=of_text(self.tokens),
-            pooled=pooled,
-            sizes=None if self.sizes is None else of_sizes(self.sizes),
-        )
+    def joined(self, more: Mapping[str, Array]) -> Conditions:
+        """With more arrays."""
+        return replace(self, arrays={**self.arrays, **more})
 
 
-class Words(NamedTuple):
-    """What becomes a Context once a text encoder has read it: token ids (B, L), of two (B, 2, L), and sizes (B, 6)."""
-
-    ids: Tensor
-    sizes: Tensor | None = None
+def stacked(each: Sequence[Conditions]) -> Conditions:
+    """Conditions of single pictures as those of a batch: one more dimension in front."""
+    return Conditions({name: _stack([one[name] for one in each]) for name in each[0].arrays})
 
 
-def stacked(contexts: Sequence[Context]) -> Context:
-    """One more dimension in front: pictures of a batch, or conditions of a picture."""
-
-    def stack(arrays: list[Array | None]) -> Array | None:
-        known = [array for array in arrays if array is not None]
-        return library(known[0]).stack(known) if known else None
-
-    tokens = stack([context.tokens for context in contexts])
-    return Context(tokens, stack([c.pooled for c in contexts]), stack([c.sizes for c in contexts]))
+def together(each: Sequence[Conditions]) -> Conditions:
+    """Several conditions of the same batch at once."""
+    return replace(stacked(each), count=len(each))
 
 
-def side_by_side(first: Context, second: Context) -> Context:
-    """What SDXL's two text encoders say, (L, D1 + D2); the pooled text is the second's."""
-    tokens = library(first.tokens).concatenate([first.tokens, second.tokens], -1)
-    return Context(tokens, second.pooled)
+def _stack(arrays: list[Array]) -> Array:
+    return library(arrays[0]).stack(arrays)

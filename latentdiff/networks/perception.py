@@ -1,7 +1,8 @@
-"""Networks that only look at pictures, so that pictures can be compared: Inception and LPIPS, from safetensors files.
+"""Networks that only look at pictures, so that pictures can be compared: Inception and LPIPS.
 
-Both are read under the names of their public weights: `pt_inception-2015-12-05-6726825d` (torch-fidelity: converted
-from the network that published FIDs are measured with) and the whole `lpips.LPIPS` module (Zhang et al. 2018).
+Both are filled from tensors under the names of their public weights: `pt_inception-2015-12-05-6726825d`
+(torch-fidelity: converted from the network that published FIDs are measured with) and the whole `lpips.LPIPS` module
+(Zhang et al. 2018).
 """
 
 from __future__ import annotations
@@ -12,21 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from latentdiff.core.errors import ModelError, loading
-from latentdiff.formats.pickle import refuse_pickle
 
 _BACKBONES = {"alex": 256, "squeeze": 384, "vgg": 512}  # by how many channels the fourth part of LPIPS weighs
 
 
-def load_inception(file: Path) -> Callable[[Tensor], Tensor]:
+def inception(state: dict[str, Tensor], file: Path) -> Callable[[Tensor], Tensor]:
     """uint8 (B, 3, H, W) -> pooled features (B, 2048), float32, resized as TensorFlow 1 did.
 
-    Raises ModelError, UnsafeError.
+    file: where the weights lie, for messages. Raises ModelError.
     """
-    state = _weights(file)
     with loading("Inception", file):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -43,12 +41,11 @@ def load_inception(file: Path) -> Callable[[Tensor], Tensor]:
     return features
 
 
-def load_lpips(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
+def lpips(state: dict[str, Tensor], file: Path) -> Callable[[Tensor, Tensor], Tensor]:
     """Two batches of images (B, 3, H, W) in [-1, 1] -> their perceptual distances (B,).
 
-    Of AlexNet, SqueezeNet or VGG, whichever the weights are of. Raises ModelError, UnsafeError.
+    Of AlexNet, SqueezeNet or VGG, whichever the weights are of. Raises ModelError.
     """
-    state = _weights(file)
     with loading("LPIPS", file):
         from torchmetrics.functional.image.lpips import _LPIPS
 
@@ -66,9 +63,3 @@ def load_lpips(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
         return network(first, second).flatten()
 
     return distance
-
-
-def _weights(file: Path) -> dict[str, Tensor]:
-    with loading(file.name, file.parent):
-        refuse_pickle(file)
-        return load_file(file)

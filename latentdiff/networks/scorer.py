@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentdiff.core.errors import ModelError, loading
-from latentdiff.formats.folder import check_json
-from latentdiff.formats.weights import load_clip
 from latentdiff.networks.clip import Clip
-from latentdiff.networks.encoders.clip import Tokenizer, clip_tokenizer, tokenize
-
-WEIGHTS = "open_clip_model.safetensors"
+from latentdiff.networks.encoders.clip import Tokenizer, tokenize
 
 OURS = ((0.5,) * 3, (0.5,) * 3)  # in [0, 1]: the towers trained here see [-1, 1]
 
@@ -68,26 +61,3 @@ class Scorer(nn.Module):
             return found
 
         return gradient
-
-
-def load_own_scorer(folder: Path, text_encoder: Path | None = None) -> Scorer:
-    """The CLIP of a model folder, which has the token embeddings of the model's text encoder. Raises ModelError."""
-    clip = load_clip(folder, text_encoder)
-    return Scorer(clip, clip_tokenizer(int(clip.config["text_cfg"]["context_length"])))
-
-
-def load_scorer(directory: Path) -> Scorer:
-    """CLIP in open_clip's format: a folder of open_clip_config.json and open_clip_model.safetensors.
-
-    Raises ModelError, UnsafeError.
-    """
-    path = directory / "open_clip_config.json"
-    if not path.is_file():
-        raise ModelError(f"no CLIP in open_clip's format there ({directory}). It is a folder with {path.name}")
-    with loading("clip", directory):
-        check_json(path, directory)
-        told = json.loads(path.read_text(encoding="utf-8"))
-        clip = Clip.load(directory)
-        normalisation = told.get("preprocess_cfg", {})
-        tokenizer = clip_tokenizer(int(clip.config["text_cfg"]["context_length"]))
-        return Scorer(clip, tokenizer, (normalisation.get("mean", OURS[0]), normalisation.get("std", OURS[1])))

@@ -10,23 +10,23 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from latentdiff.core.errors import ConfigError, ModelError
-from latentdiff.families.pretrained import Located, card_of, load_pipeline, located
+from latentdiff.families import check_folder
+from latentdiff.families.loading import Located, card_of, located
 from latentdiff.families.scheduler import read_scheduler
-from latentdiff.formats.folder import check_folder
-from latentdiff.pipeline import Compiled, LatentDiffusionPipeline
+from latentdiff.model import Model, ModelCard, NumPyPlace, Speed
 
 if TYPE_CHECKING:
     import torch
 
-    from latentdiff.pipeline import Networks
     from latentdiff.runtime.graphs import Exported
-    from latentdiff.runtime.speed import Speed
 
 SPEEDS = ("exact", "fast", "max")
 RUNTIMES = ("auto", "torch", "openvino")
@@ -45,12 +45,13 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     speed: str | None = None,
-) -> LatentDiffusionPipeline:
-    """See LatentDiffusionPipeline.from_pretrained."""
+) -> tuple[Model, Speed]:
+    """A model, and the speed at which torch is to draw it; see LatentDiffusionPipeline.from_pretrained."""
     if runtime not in RUNTIMES:
         raise ConfigError(f"unknown runtime {str(runtime)[:40]!r}; one of {', '.join(RUNTIMES)}")
     if speed not in (None, *SPEEDS):
         raise ConfigError(f"unknown speed {str(speed)[:40]!r}; one of {', '.join(SPEEDS)}")
+    chosen = cast("Speed", speed or "exact")
     precision = None if dtype is None else str(dtype).removeprefix("torch.")
     if precision is None and speed == "exact":
         precision = "float32"
@@ -60,19 +61,24 @@ def load(
     if wanted or (runtime == "auto" and not _lacks(device, precision)):
         source = located(path, variant, revision)
         if (export := _export(source, variant, wanted=wanted)) is not None:
-            return _compiled(source, export, precision, variant, cast("Speed | None", speed), wanted=wanted)
-    return _by_torch(path, device, dtype, speed, variant, revision)
+            return _compiled(source, export, precision, variant, chosen, wanted=wanted), chosen
+    return _by_torch(path, device, dtype, chosen, variant, revision), chosen
 
 
 def _by_torch(
-    path: str | Path | None, device: Any, dtype: Any, speed: str | None, variant: str | None, revision: str | None
-) -> LatentDiffusionPipeline:
+    path: str | Path | None, device: Any, dtype: Any, speed: Speed, variant: str | None, revision: str | None
+) -> Model:
+    import torch
+
+    from latentdiff.families.loading import stored_model
+    from latentdiff.runtime.device import check_dtype, moved, usable_device
     from latentdiff.runtime.speed import narrow_dtype
 
-    dtype = _torch_dtype(dtype)
-    pipe = load_pipeline(path, device=device, dtype=dtype, variant=variant, revision=revision)
-    pipe.speed = cast("Speed", speed or "exact")
-    return pipe.to(dtype=narrow_dtype(pipe.device)) if speed == "max" and dtype is None else pipe
+    where, chosen = usable_device(device), _torch_dtype(dtype)
+    check_dtype(chosen)
+    if chosen is None:
+        chosen = narrow_dtype(where) if speed == "max" else torch.float32
+    return moved(stored_model(path, variant, revision), where, chosen)
 
 
 def _lacks(device: object, precision: str | None) -> str | None:
@@ -123,27 +129,31 @@ def _export(source: Located, variant: str | None, *, wanted: bool) -> Exported |
 
 
 def _compiled(
-    source: Located, export: Exported, precision: str | None, variant: str | None, speed: Speed | None, *, wanted: bool
-) -> LatentDiffusionPipeline:
-    """A pipeline on an export's networks; unless it is `wanted`, it may take torch's when asked for more.
+    source: Located, export: Exported, precision: str | None, variant: str | None, speed: Speed, *, wanted: bool
+) -> Model:
+    """A model on an export's networks; unless OpenVINO is `wanted` by name, torch's may take over.
 
-    torch's are of the precision and the speed that were asked for, as if they had been taken at once.
+    torch's then have the precision and the speed that were asked for, as if they had been chosen at once.
     """
     from latentdiff.runtime.compiling import Compiler, has_bfloat16
-    from latentdiff.runtime.openvino import begin, networks_of
+    from latentdiff.runtime.openvino import begin, compiled_networks
 
-    schedule, prediction, _ = read_scheduler(source.path)
-    card = card_of(source, schedule, variant)
+    family, _ = check_folder(source.path)
+    path, prediction, _ = read_scheduler(source.path)
+    card = card_of(source, path.T, variant)
     compiler = Compiler(export, precision or ("bfloat16" if has_bfloat16() else "float32"), card.hash)
+    networks = compiled_networks(export, compiler)
+    ready = partial(begin, *networks)
+    other = None if wanted else partial(_by_torch, source.path, "cpu", precision, speed, variant, None)
+    backbone, encoder, codec = networks
+    return Model(
+        backbone, encoder, codec, path, prediction, card, NumPyPlace(), family, other=_named(other, card), ready=ready
+    )
 
-    def torch_networks() -> Networks:
-        pipe = _by_torch(source.path, "cpu", precision, speed, variant, None)
-        return pipe.autoencoder, pipe.text_encoder, pipe.unet
 
-    # typed as torch's, they answer to what drawing asks of those
-    networks = networks_of(export, compiler)
-    compiled = Compiled(partial(begin, *networks), None if wanted else torch_networks, speed or "exact")
-    return LatentDiffusionPipeline(*cast("Networks", networks), schedule, prediction, card, compiled=compiled)
+def _named(other: Callable[[], Model] | None, card: ModelCard) -> Callable[[], Model] | None:
+    """The same with the card by which the user asked for the model."""
+    return None if other is None else lambda: replace(other(), card=card)
 
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> Any:

@@ -1,10 +1,13 @@
-"""Where networks compute."""
+"""Where networks compute, and models moved there."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from latentdiff.core.errors import ConfigError
+from latentdiff.model import Model, TorchPlace
 
 _PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,3 +26,12 @@ def check_dtype(dtype: object) -> None:
     """Raises ConfigError for what no network computes in; None is its own."""
     if dtype is not None and dtype not in _PRECISIONS:
         raise ConfigError(f"torch_dtype must be a floating-point torch.dtype of 16 bits or more (got {dtype!r})")
+
+
+def moved(model: Model, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
+    """A model of torch's on another device, in another precision; its modules move. Raises ConfigError."""
+    place = model.place if device is None else TorchPlace(usable_device(device))
+    check_dtype(dtype)
+    for network in model.modules():
+        network.to(device=None if device is None else place.device, dtype=dtype)
+    return replace(model, place=place)

@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from latentdiff.core.errors import ConfigError, ModelError, raised_as, saving
 from latentdiff.core.files import whole, write_json
 from latentdiff.diffusion.noise import normal
-from latentdiff.networks.codecs.kl import Autoencoder
-from latentdiff.networks.conditions import Context
+from latentdiff.model import Model
+from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.codecs.autoencoder import Autoencoder
+from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.networks.encoders.two_clips import DualTextEncoder
+from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 from latentdiff.runtime.compiling import Compiler, openvino
+from latentdiff.runtime.device import moved
 from latentdiff.runtime.graphs import (
     CONSTANTS,
     FOLDER,
@@ -35,10 +38,6 @@ from latentdiff.runtime.graphs import (
     config_hash,
     exported,
 )
-
-if TYPE_CHECKING:
-    from latentdiff.networks.backbones.unet import UNet
-    from latentdiff.pipeline import LatentDiffusionPipeline
 
 LARGEST_DIFFERENCE = 1e-3  # of a graph's largest value; rounding makes about 1e-6
 
@@ -58,33 +57,36 @@ class _Texts(nn.Module):
 
 
 class _Denoised(nn.Module):
-    """(x, t, tokens, and of SDXL pooled, sizes) -> output."""
+    """(x, t, and the conditions that the U-Net reads, in their order) -> output."""
 
     def __init__(self, unet: UNet):
         super().__init__()
         self.network, self._unet = unet.model, [unet]
 
-    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor:
-        output: Tensor = self._unet[0](x, t, Context(*told))
+    def _output(self, x: Tensor, t: Tensor, *arrays: Tensor) -> Tensor:
+        (unet,) = self._unet
+        output: Tensor = unet(x, t, Conditions(dict(zip(unet.spec.reads, arrays, strict=True))))
         return output
+
+    def forward(self, x: Tensor, t: Tensor, *arrays: Tensor) -> Tensor:
+        return self._output(x, t, *arrays)
 
 
 class _Deep(_Denoised):
     """(x, t, tokens, ...) -> output and deep features; see UNet.predict_from."""
 
-    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        with self._unet[0].deep(None) as found:
-            output: Tensor = self._unet[0](x, t, Context(*told))
-        return output, found[0]
+    def forward(self, x: Tensor, t: Tensor, *arrays: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        with self._unet[0].deep(None) as features:
+            output = self._output(x, t, *arrays)
+        return output, features[0]
 
 
 class _Shallow(_Denoised):
     """(x, t, deep features, tokens, ...) -> output."""
 
-    def forward(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor:
-        with self._unet[0].deep(told[0]):
-            output: Tensor = self._unet[0](x, t, Context(*told[1:]))
-        return output
+    def forward(self, x: Tensor, t: Tensor, *arrays: Tensor) -> Tensor:
+        with self._unet[0].deep(arrays[0]):
+            return self._output(x, t, *arrays[1:])
 
 
 class _Coded(nn.Module):
@@ -98,52 +100,55 @@ class _Coded(nn.Module):
         return self._code[0](x)
 
 
-def export(pipe: LatentDiffusionPipeline, directory: Path, variant: str | None = None) -> dict[str, float]:
-    """Write `directory`/openvino for the model of the pipeline, which lies there.
+def export(model: Model, directory: Path, variant: str | None = None) -> dict[str, float]:
+    """Write `directory`/openvino for a model of torch's, which lies there.
 
     Returns, for each graph, how far it is from torch's network on other shapes: the largest difference over the largest
-    value. Raises ConfigError for a model with learnt words, ModelError where the tracer gives another network.
+    value. Raises ConfigError for a model with learnt words or other networks than Stable Diffusion's, ModelError where
+    the tracer gives another network.
     """
-    pipe.to("cpu", torch.float32)
-    parts = _parts(pipe)
+    unet, encoder = model.backbone, model.encoder
+    if not (isinstance(unet, UNet) and isinstance(encoder, TextEncoder | TwoTextEncoders)):
+        raise ConfigError("only models with a U-Net and CLIP's text encoders can be exported to OpenVINO")
+    model = moved(model, "cpu", torch.float32)
+    parts = _parts(model, unet, encoder)
     with raised_as(ModelError, "cannot export"):
         graphs = {part: _traced(module, inputs) for part, (module, inputs) in parts.items()}
     with saving("the graphs", directory), whole(directory / FOLDER) as made:
         made.mkdir()
         constants = {part: _write(graph, made / f"{part}.xml") for part, graph in graphs.items()}
         save_file(constants, made / CONSTANTS)
-        write_json(made / RECORD, _record(pipe, directory, made))
+        write_json(made / RECORD, _record(model, directory, made))
         return _differences(exported(directory, variant, made), parts)
 
 
-def _parts(pipe: LatentDiffusionPipeline) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+def _parts(model: Model, unet: UNet, texts: TextEncoder | TwoTextEncoders) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     """The module of each graph, and inputs of shapes that no size is equal to by chance."""
-    unet, autoencoder = pipe.unet, pipe.autoencoder
+    autoencoder, spec = model.codec, unet.spec
     parts: dict[str, tuple[nn.Module, list[Tensor]]] = {}
-    pooled = 0
-    for name, encoder in zip(("text_encoder", "text_encoder_2"), pipe.text_encoder.encoders, strict=False):
-        ids = torch.arange(encoder.max_length).expand(2, -1) % encoder.reader.end
+    for name, encoder in zip(("text_encoder", "text_encoder_2"), texts.encoders, strict=False):
+        ids = torch.arange(encoder.length).expand(2, -1) % encoder.reader.end
         parts[name] = _Texts(encoder), [ids]
-        pooled = int(getattr(encoder.model.config, "projection_dim", 0))
-    latents = _drawn(3, unet.in_channels, 2 * unet.factor, 3 * unet.factor)
-    told = [_drawn(3, pipe.text_encoder.max_length, unet.context_width)]
-    if unet.reads_sizes:
-        told += [_drawn(3, pooled), torch.arange(18.0).reshape(3, 6) * 64]
-    asked = [latents, torch.tensor([501.0]), *told]
-    parts["unet"] = _Denoised(unet), asked
-    if unet.has_deep:
-        parts["unet_deep"] = _Deep(unet), asked
+    latents = _normal(3, spec.inputs, 2 * spec.multiple, 3 * spec.multiple)
+    lengths = {"tokens": (texts.length, spec.reads["tokens"][1])}
+    arrays = [_normal(3, *(int(side or 0) for side in lengths.get(name, shape))) for name, shape in spec.reads.items()]
+    if model.reads_sizes:
+        arrays[-1] = torch.arange(18.0).reshape(3, 6) * 64
+    inputs = [latents, torch.tensor([501.0]), *arrays]
+    parts["unet"] = _Denoised(unet), inputs
+    if unet.deep_levels:
+        parts["unet_deep"] = _Deep(unet), inputs
         with torch.no_grad():
-            _, deep = _Deep(unet)(*asked)
-        parts["unet_shallow"] = _Shallow(unet), [*asked[:2], deep, *told]
+            _, deep = _Deep(unet)(*inputs)
+        parts["unet_shallow"] = _Shallow(unet), [*inputs[:2], deep, *arrays]
     if isinstance(autoencoder, Autoencoder):
-        pixels = _drawn(3, autoencoder.image_channels, *(side * autoencoder.factor for side in latents.shape[2:]))
+        pixels = _normal(3, autoencoder.image_channels, *(side * autoencoder.factor for side in latents.shape[2:]))
         parts["vae_decoder"] = _Coded(autoencoder, autoencoder.decode), [latents[:, : autoencoder.latent_channels]]
         parts["vae_encoder"] = _Coded(autoencoder, lambda images: autoencoder.encode(images)[0]), [pixels]
     return parts
 
 
-def _drawn(*shape: int) -> Tensor:
+def _normal(*shape: int) -> Tensor:
     return torch.from_numpy(normal(shape, 0, "export"))
 
 
@@ -207,9 +212,11 @@ def _write(graph: Any, file: Path) -> np.ndarray:
     return content
 
 
-def _record(pipe: LatentDiffusionPipeline, directory: Path, made: Path) -> dict[str, Any]:
-    """See runtime/graphs.py; what the networks in runtime/openvino.py must know."""
-    autoencoder, unet, texts = pipe.autoencoder, pipe.unet, pipe.text_encoder
+def _record(model: Model, directory: Path, made: Path) -> dict[str, Any]:
+    """See runtime/graphs.py: what the networks in runtime/openvino.py must know."""
+    autoencoder, unet, texts = model.codec, model.backbone, model.encoder
+    assert isinstance(unet, UNet)
+    assert isinstance(texts, TextEncoder | TwoTextEncoders)
     encoders = dict(zip(("text_encoder", "text_encoder_2"), texts.encoders, strict=False))
     parts = ["unet", *encoders, *(["vae"] if isinstance(autoencoder, Autoencoder) else [])]
     return {
@@ -217,11 +224,11 @@ def _record(pipe: LatentDiffusionPipeline, directory: Path, made: Path) -> dict[
         "openvino": openvino().__version__,
         "configs": {part: config_hash(directory / part) for part in parts},
         "unet": {
-            "factor": unet.factor,
-            "in_channels": unet.in_channels,
-            "context_width": unet.context_width,
-            "reads_sizes": unet.reads_sizes,
-            "has_deep": unet.has_deep,
+            "inputs": unet.spec.inputs,
+            "outputs": unet.spec.outputs,
+            "multiple": unet.spec.multiple,
+            "reads": {name: list(shape) for name, shape in unet.spec.reads.items()},
+            "deep_levels": unet.deep_levels,
         },
         "vae": {
             "factor": autoencoder.factor,
@@ -229,12 +236,12 @@ def _record(pipe: LatentDiffusionPipeline, directory: Path, made: Path) -> dict[
             "image_channels": autoencoder.image_channels,
         },
         **{part: _words(encoder, part, directory, made) for part, encoder in encoders.items()},
-        "zero_empty": isinstance(texts, DualTextEncoder) and texts.zero_empty,
+        "zero_empty": isinstance(texts, TwoTextEncoders) and texts.zero_empty,
     }
 
 
 def _words(encoder: TextEncoder, part: str, directory: Path, made: Path) -> dict[str, Any]:
-    """What is told of a text encoder; its tokenizer's file is written where the model has none of the same content."""
+    """The record of a text encoder; its tokenizer's file is written unless the model has one of the same content."""
     if encoder.learnt_words:
         raise ConfigError(f"a model with learnt words cannot be exported ({', '.join(encoder.learnt_words)})")
     reader, words, name = encoder.reader, encoder.tokenizer_json(), TOKENIZER[part]
@@ -243,19 +250,19 @@ def _words(encoder: TextEncoder, part: str, directory: Path, made: Path) -> dict
     if not same:
         (made / name).mkdir()
         (made / name / "tokenizer.json").write_text(words, encoding="utf-8")
-    told = {"layers": encoder.layers, "length": reader.length, "tokenizer": "model" if same else "export"}
-    return told | {"start": reader.start, "end": reader.end, "pad": reader.pad}
+    record = {"layers": encoder.layers, "length": reader.length, "tokenizer": "model" if same else "export"}
+    return record | {"start": reader.start, "end": reader.end, "pad": reader.pad}
 
 
 def _vocabulary(words: str) -> dict[str, Any]:
-    """A tokenizer's file without what is said there of cutting and padding, which are the caller's."""
+    """A tokenizer's file without its settings for cutting and padding, which are the caller's."""
     return json.loads(words) | {"truncation": None, "padding": None}
 
 
-def _differences(model: Exported | None, parts: dict[str, tuple[nn.Module, list[Tensor]]]) -> dict[str, float]:
+def _differences(exported_model: Exported | None, parts: dict[str, tuple[nn.Module, list[Tensor]]]) -> dict[str, float]:
     """Of each graph, read again as drawing does, from its module, on one row instead of several."""
-    assert model is not None
-    compiler, found = Compiler(model, "float32"), {}
+    assert exported_model is not None
+    compiler, found = Compiler(exported_model, "float32"), {}
     for part, (module, inputs) in parts.items():
         rows = [tensor if tensor.ndim == 1 else tensor[:1] for tensor in inputs]  # the time is one number for all
         with torch.no_grad():
@@ -265,6 +272,6 @@ def _differences(model: Exported | None, parts: dict[str, tuple[nn.Module, list[
         found[part] = max(float(np.abs(a - b.numpy()).max() / b.abs().max()) for a, b in pairs)
         if not found[part] <= LARGEST_DIFFERENCE:
             raise ModelError(
-                f"cannot export: {part} differs by {found[part]:.1e} of its largest value ({model.directory})"
+                f"cannot export: {part} differs by {found[part]:.1e} of its largest value ({exported_model.directory})"
             )
     return found

@@ -23,7 +23,7 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import read_json, weight_files
 
 FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
-FORMAT = 1
+FORMAT = 2
 TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 NETWORKS = {"unet_deep": "unet", "unet_shallow": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}  # of graphs
 WEIGHT = "weight:"  # begins the name of an input that is a weight

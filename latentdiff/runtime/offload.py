@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
+from latentdiff.model import Model, TorchPlace
 from latentdiff.runtime.device import usable_device
 
 
-def offload(
-    text_encoder: nn.Module, unet: nn.Module, autoencoder: nn.Module, device: str | torch.device, *, layers: bool
-) -> torch.device:
-    """Move each network to `device` when it computes, and back when the next one does; with `layers` each layer.
+def offloaded(model: Model, device: str | torch.device, *, layers: bool) -> Model:
+    """A model whose networks move to `device` when they compute and back when the next one does.
 
-    The order is that of drawing: the text encoder gives way to the U-Net, the U-Net to the autoencoder. Returns the
-    device. Raises ConfigError where that cannot compute.
+    layers: each layer by itself, slower, for the least memory. The order is that of drawing: the encoder gives way to
+    the backbone, the backbone to the codec. Raises ConfigError where the device cannot compute.
     """
     from accelerate import cpu_offload, cpu_offload_with_hook
 
     place = usable_device(device)
-    modules = [child for network in (text_encoder, unet, autoencoder) for child in networks_in(network)]
+    backbone, encoder, codec = model.modules()
     hook = None
-    for module in modules:
+    for module in [child for network in (encoder, backbone, codec) for child in networks_in(network)]:
         if layers:
             cpu_offload(module, place, offload_buffers=True)
         else:
             _, hook = cpu_offload_with_hook(module, place, hook)
-    return place
+    return replace(model, place=TorchPlace(place))
 
 
 def networks_in(adapter: nn.Module) -> list[nn.Module]:
-    """The libraries' own modules within an adapter of ours; they are what is called."""
-    from latentdiff.networks.encoders.two_clips import DualTextEncoder
-
-    if isinstance(adapter, DualTextEncoder):
-        return [adapter.first.model, adapter.second.model]
-    return list(adapter.children())
+    """The libraries' own modules within an adapter of ours: the ones that are called."""
+    encoders = getattr(adapter, "encoders", None)
+    return [encoder.model for encoder in encoders] if encoders else list(adapter.children())

@@ -1,13 +1,13 @@
 """How far torch's networks are changed to be faster: `exact`, `fast` or `max`.
 
-    exact   nothing is: operations run one by one, in the order and the precision in which they are written
-    fast    same precision, other order of sums: channels last, one product for queries, keys and values, those of the
-            text once a picture, and the U-Net compiled; on a GPU its repeated blocks alone, in seconds
-    max     as fast, in 16 bits unless told otherwise: the whole U-Net and the decoder compiled, on a GPU with kernels
-            that are tried out and launched as CUDA graphs
+    exact   unchanged: operations run one by one, in the order and the precision in which they are written
+    fast    same precision, sums in another order: channels last, one product for queries, keys and values, the text's
+            keys and values once a picture, the backbone compiled; on a GPU only its repeated blocks, in seconds
+    max     as fast, in 16 bits by default: the whole backbone and the decoder compiled, on a GPU with kernels that are
+            tuned and launched as CUDA graphs
 
-Faster networks must be changed by the pipeline's own methods only: of what is done to their modules past it, fused
-projections and texts that were encoded before know nothing.
+Change the modules of a faster model only through the pipeline's methods: fused projections and cached prompts do not
+notice other changes.
 
 Compiling takes a minute for a new size or number of pictures, once a process, and less with torch's own cache.
 """
@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 
-from latentdiff.networks.codecs.kl import Autoencoder
+from latentdiff.model import Model
+from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.codecs.autoencoder import Autoencoder
 
-if TYPE_CHECKING:
-    from latentdiff.pipeline import LatentDiffusionPipeline
-
-Speed = Literal["exact", "fast", "max"]
 _GPU_MODE = "max-autotune"
 
 
@@ -36,26 +35,30 @@ def narrow_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def speed_up(pipe: LatentDiffusionPipeline, speed: Literal["fast", "max"]) -> None:
-    """Change the networks of a pipeline; `slow_down` undoes it."""
-    warnings.filterwarnings("ignore", "Dynamo detected a call", UserWarning)  # of how the networks' library caches
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
-    gpu = pipe.device.type == "cuda"
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.unet.fuse()
-    if gpu and speed == "fast":
-        pipe.unet.model.compile_repeated_blocks(fullgraph=True)
-    else:
-        pipe.unet.model.compile(mode=_GPU_MODE if gpu else None)
-    if isinstance(pipe.autoencoder, Autoencoder):
-        pipe.autoencoder.to(memory_format=torch.channels_last)
+def sped_up(model: Model, speed: Literal["fast", "max"]) -> Model:
+    """A model whose modules are changed; `slowed_down` undoes it."""
+    warnings.filterwarnings("ignore", "Dynamo detected a call", UserWarning)  # about how the networks' library caches
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says that there is no GPU
+    gpu = model.place.device.type == "cuda"
+    if isinstance(model.backbone, UNet):
+        model.backbone.to(memory_format=torch.channels_last)
+        model.backbone.fuse()
+        if gpu and speed == "fast":
+            model.backbone.model.compile_repeated_blocks(fullgraph=True)
+        else:
+            model.backbone.model.compile(mode=_GPU_MODE if gpu else None)
+    if isinstance(model.codec, Autoencoder):
+        model.codec.to(memory_format=torch.channels_last)
         if speed == "max":
-            pipe.autoencoder.vae.decoder.compile(mode=_GPU_MODE if gpu else None)
+            model.codec.vae.decoder.compile(mode=_GPU_MODE if gpu else None)
+    return replace(model, speed=speed)
 
 
-def slow_down(pipe: LatentDiffusionPipeline) -> None:
-    """The networks as they were written, so that others may be put into them; their weights' order in memory stays."""
-    pipe.unet.unfuse()
-    modules = [*pipe.unet.modules(), *pipe.autoencoder.modules()]
-    for module in modules:
-        module._compiled_call_impl = None  # what Module.compile sets, and nothing unsets
+def slowed_down(model: Model) -> Model:
+    """The networks as they were written, ready for changes; the order of their weights in memory stays."""
+    if isinstance(model.backbone, UNet):
+        model.backbone.unfuse()
+    backbone, _, codec = model.modules()
+    for module in [*backbone.modules(), *codec.modules()]:
+        module._compiled_call_impl = None  # set by Module.compile, and never unset by torch
+    return replace(model, speed="exact")

@@ -54,7 +54,7 @@ class Training(Section):
     validation_steps: int = Field(1000, ge=1)
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Captions(Section):
@@ -103,7 +103,7 @@ class Data(Section):
     kind: Literal["scenes", "pictures"] = "scenes"
     grey: bool = Field(False, description="one channel of luminance instead of three of colour")
     count: int = Field(50_000, ge=1, le=10**8, description="distinct scenes that the denoiser is trained on")
-    mix: tuple[Share, Share, Share, Share, Share, Share] = Field(
+    mix: tuple[Fraction, Fraction, Fraction, Fraction, Fraction, Fraction] = Field(
         (0.24, 0.12, 0.18, 0.04, 0.3, 0.12),
         description="shares of single, two, counting, colors, position, binding",
     )

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.data.dataset import DataSet
+from latentdiff.families.own import check_networks
 from latentdiff.settings.config import Config
-from latentdiff.stages.build import check_networks
-from latentdiff.stages.cache import Share, contexts_store, fill_contexts, fill_latents, latents_store
+from latentdiff.stages.cache import Shard, conditions_store, fill_conditions, fill_latents, latents_store
 from latentdiff.stages.denoiser import networks_before
 from latentdiff.stages.run import new_accelerator
 
 
-def parse_shard(text: str) -> Share:
+def parse_shard(text: str) -> Shard:
     """(i, n) of "i/n". Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not int(match[1]) < int(match[2]):
@@ -22,7 +22,7 @@ def parse_shard(text: str) -> Share:
     return int(match[1]), int(match[2])
 
 
-def cache_ahead(config: Config, folder: Path, data: DataSet, share: Share) -> tuple[int, int]:
+def cache_ahead(config: Config, folder: Path, data: DataSet, share: Shard) -> tuple[int, int]:
     """Encode one share of what is missing: how many pictures and captions. Raises ConfigError, DataError."""
     if not config.denoiser.cache:
         raise ConfigError("denoiser.cache is false: nothing of this run is cached")
@@ -30,12 +30,12 @@ def cache_ahead(config: Config, folder: Path, data: DataSet, share: Share) -> tu
     device = new_accelerator(config).device
     autoencoder, text_encoder = networks_before(config, folder)
     cache, latents, contexts = folder / "cache", 0, 0
-    of_pictures, of_captions = latents_store(config.denoiser, autoencoder, cache), contexts_store(text_encoder, cache)
+    of_pictures, of_captions = latents_store(config.denoiser, autoencoder, cache), conditions_store(text_encoder, cache)
     autoencoder.to(device)
     text_encoder.to(device)
     for examples in (data.training, data.validation):
         latents += fill_latents(config.denoiser, of_pictures, examples, autoencoder, device, share)
         captions = None if config.denoiser.tune_text_encoder else examples.every_caption()
         if captions is not None:
-            contexts += fill_contexts(of_captions, captions, text_encoder, device, share)
+            contexts += fill_conditions(of_captions, captions, text_encoder, device, share)
     return latents, contexts

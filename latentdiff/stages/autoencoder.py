@@ -19,12 +19,13 @@ from latentdiff.data import oracle
 from latentdiff.data.dataset import VALIDATION, readable
 from latentdiff.data.examples import Examples
 from latentdiff.data.scene_set import Scenes
-from latentdiff.families.pretrained import located
-from latentdiff.formats.folder import check_vae
-from latentdiff.formats.weights import load_vae, weights_hash
-from latentdiff.networks.codecs.kl import Autoencoder, TinyAutoencoder, misfit
+from latentdiff.families import check_vae
+from latentdiff.families.loading import located
+from latentdiff.families.own import laid_out_for, new_codec, seeded
+from latentdiff.families.weights import load_vae, weights_hash
+from latentdiff.networks.codecs.autoencoder import Autoencoder, misfit
+from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.settings.config import Config
-from latentdiff.stages.build import laid_out_for, new_autoencoder, seeded
 from latentdiff.stages.encoding import in_batches
 from latentdiff.stages.run import Run
 from latentdiff.training.autoencoder import AutoencoderStage, TinyAutoencoderStage, psnr
@@ -36,7 +37,7 @@ def autoencoder_stage(config: Config, examples: Examples, device: torch.device) 
     """The stage with random weights."""
     settings = config.autoencoder
     with seeded(config.seed):
-        module = new_autoencoder(config)
+        module = new_codec(config)
     assert isinstance(module, Autoencoder)
     laid_out_for(module, device)
     crop = min(settings.crop, *(side for size in examples.pictures.buckets() for side in size))
@@ -89,7 +90,7 @@ def train_autoencoder(run: Run[Config]) -> None:
     settings = config.autoencoder.training
     run_stage(accelerator, stage, settings, run.folder / "autoencoder", report, start, run.interruption)
     if accelerator.is_main_process:
-        if not isinstance(module, TinyAutoencoder):
+        if isinstance(module, KLAutoencoder):
             module.fold_statistics(*latent_statistics(module, config, run.data.training, accelerator.device))
         with saving("the autoencoder", run.folder / "model" / "vae"):
             module.save(run.folder / "model" / "vae")

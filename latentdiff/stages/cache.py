@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +20,14 @@ from latentdiff.core.errors import DataError
 from latentdiff.core.images import to_images
 from latentdiff.data.examples import Examples
 from latentdiff.data.store import Store
-from latentdiff.networks.conditions import Context, Words
+from latentdiff.networks.conditions import Conditions
 from latentdiff.settings.config import Learning
-from latentdiff.stages.build import AnyAutoencoder
-from latentdiff.stages.encoding import AT_ONCE, AnyTextEncoder, contexts_of, finite, identity_of, moments_of
-from latentdiff.training.denoiser import Key, Latents, Texts
+from latentdiff.stages.encoding import AT_ONCE, AnyCodec, AnyTextEncoder, encoded, finite, identity_of, moments_of
+from latentdiff.training.denoiser import Captions, Key, Latents
 
 ROWS_A_FILE = 256  # what a kill can cost
-Share = tuple[int, int]  # (i, n): the i-th of n jobs
-ALL: Share = (0, 1)
+Shard = tuple[int, int]  # (i, n): the i-th of n jobs
+ALL: Shard = (0, 1)
 _Taken = tuple[str, int, np.ndarray]  # key, row, pixels
 _Moments = tuple[Tensor, Tensor]
 
@@ -37,7 +35,7 @@ _Moments = tuple[Tensor, Tensor]
 class CachedLatents:
     """Moments that were computed once."""
 
-    def __init__(self, store: Store, examples: Examples, autoencoder: AnyAutoencoder):
+    def __init__(self, store: Store, examples: Examples, autoencoder: AnyCodec):
         self._store, self._examples, self._shape = store, examples, _shape_of(examples, autoencoder)
 
     def shape(self, row: int) -> tuple[int, ...]:
@@ -57,7 +55,7 @@ class CachedLatents:
 class EncodedLatents:
     """Moments computed anew in every step."""
 
-    def __init__(self, examples: Examples, autoencoder: AnyAutoencoder, dtype: str = "float32"):
+    def __init__(self, examples: Examples, autoencoder: AnyCodec, dtype: str = "float32"):
         self._examples, self._autoencoder, self._dtype = examples, autoencoder, dtype
         self._shape = _shape_of(examples, autoencoder)
 
@@ -76,57 +74,58 @@ class EncodedLatents:
 
 
 class TokenIds:
-    """Captions for a text encoder that is trained too; `sized` for a network that reads sizes, SDXL's."""
+    """Captions for a text encoder that is trained too; `sized` for a backbone that reads sizes, SDXL's."""
 
     def __init__(self, examples: Examples, text_encoder: AnyTextEncoder, *, sized: bool = False):
         self._examples, self._tokenize, self._sized = examples, text_encoder.tokenize, sized
-        examples.caption(0, 0)  # scenes draw all their captions at the first: once, before workers are forked
+        examples.caption(0, 0)  # scenes make all their captions at the first: once, before workers are forked
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
         """Token ids (B, L), of two encoders (B, 2, L), and sizes (B, 6)."""
-        return {
-            "texts": self._tokenize(_words(self._examples, keys, kept)),
-            **_sizes(self._examples, keys, self._sized),
-        }
+        ids = self._tokenize(_captions(self._examples, keys, kept))
+        return {"ids": ids, **_sizes(self._examples, keys, self._sized)}
 
-    def texts(self, batch: dict[str, Tensor]) -> Words | Context:
-        """As they are."""
-        return Words(batch["texts"], batch.get("sizes"))
+    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
+        """The ids, and sizes where they are read."""
+        return Conditions({name: batch[name] for name in ("ids", "sizes") if name in batch})
 
 
-class EncodedTexts(TokenIds):
-    """Contexts computed anew in every step."""
+class EncodedCaptions(TokenIds):
+    """Conditions computed anew in every step."""
 
     def __init__(self, examples: Examples, text_encoder: AnyTextEncoder, *, sized: bool = False):
         super().__init__(examples, text_encoder, sized=sized)
         self._text_encoder = text_encoder
 
-    def texts(self, batch: dict[str, Tensor]) -> Words | Context:
-        """Of the token ids."""
-        context = contexts_of(self._text_encoder, batch["texts"]).cast(torch.float32)
-        return replace(context, sizes=batch.get("sizes"))
+    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
+        """The conditions of the token ids."""
+        return _with_sizes(encoded(self._text_encoder, batch["ids"]).cast(torch.float32), batch)
 
 
-class CachedTexts:
-    """Contexts that were computed once."""
+class CachedCaptions:
+    """Conditions that were computed once."""
 
     def __init__(self, store: Store, examples: Examples, *, sized: bool = False):
         self._store, self._examples, self._sized = store, examples, sized
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """`context` (B, L, D) and for SDXL `pooled` (B, P) as they are stored, in half precision, and sizes (B, 6)."""
-        words = _words(self._examples, keys, kept)
-        stored = self._store.rows([_key_of(caption) for caption in words])
+        """`tokens` (B, L, D) and for SDXL `pooled` (B, P) as they are stored, in half precision, and sizes (B, 6)."""
+        captions = _captions(self._examples, keys, kept)
+        stored = self._store.rows([_key_of(caption) for caption in captions])
         return stored | _sizes(self._examples, keys, self._sized)
 
-    def texts(self, batch: dict[str, Tensor]) -> Context:
-        """What was stored."""
-        pooled = batch["pooled"].float() if "pooled" in batch else None
-        return Context(batch["context"].float(), pooled, batch.get("sizes"))
+    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
+        """What was stored, in float32."""
+        stored = Conditions({name: batch[name] for name in ("tokens", "pooled") if name in batch})
+        return _with_sizes(stored.cast(torch.float32), batch)
+
+
+def _with_sizes(conditions: Conditions, batch: dict[str, Tensor]) -> Conditions:
+    return conditions.joined({"sizes": batch["sizes"]} if "sizes" in batch else {})
 
 
 def latents_of(
-    learning: Learning, sets: Sequence[Examples], autoencoder: AnyAutoencoder, cache: Path, accelerator: Accelerator
+    learning: Learning, sets: Sequence[Examples], autoencoder: AnyCodec, cache: Path, accelerator: Accelerator
 ) -> list[Latents]:
     """Of each set: cached, where the config says so; what is missing is encoded now, by all processes together."""
     autoencoder.to(accelerator.device)
@@ -139,7 +138,7 @@ def latents_of(
     return [CachedLatents(store, examples, autoencoder) for examples in sets]
 
 
-def texts_of(
+def captions_of(
     learning: Learning,
     sets: Sequence[Examples],
     text_encoder: AnyTextEncoder,
@@ -147,43 +146,43 @@ def texts_of(
     accelerator: Accelerator,
     *,
     sized: bool = False,
-) -> list[Texts]:
-    """Of each set: token ids where the text encoder is trained, else contexts, cached unless tags are shuffled."""
+) -> list[Captions]:
+    """Of each set: token ids where the text encoder is trained, else conditions, cached unless tags are shuffled."""
     if learning.tune_text_encoder:
         return [TokenIds(examples, text_encoder, sized=sized) for examples in sets]
     text_encoder.to(accelerator.device).requires_grad_(False)
     if not learning.cache:
-        return [EncodedTexts(examples, text_encoder, sized=sized) for examples in sets]
+        return [EncodedCaptions(examples, text_encoder, sized=sized) for examples in sets]
     captions = [examples.every_caption() for examples in sets]
-    store = contexts_store(text_encoder, cache)
+    store = conditions_store(text_encoder, cache)
     for words in captions:
-        fill_contexts(store, words or [], text_encoder, accelerator.device, _own_share(accelerator))
+        fill_conditions(store, words or [], text_encoder, accelerator.device, _own_share(accelerator))
     _take_in_all(accelerator, store)
     return [
-        EncodedTexts(examples, text_encoder, sized=sized)
+        EncodedCaptions(examples, text_encoder, sized=sized)
         if words is None
-        else CachedTexts(store, examples, sized=sized)
+        else CachedCaptions(store, examples, sized=sized)
         for examples, words in zip(sets, captions, strict=True)
     ]
 
 
-def latents_store(learning: Learning, autoencoder: AnyAutoencoder, cache: Path) -> Store:
+def latents_store(learning: Learning, autoencoder: AnyCodec, cache: Path) -> Store:
     """Rows `mean` and `log_variance` of one autoencoder, in one arithmetic."""
     return Store(cache / f"latents-{identity_of(autoencoder)[:16]}-{learning.encode_dtype}")
 
 
-def contexts_store(text_encoder: AnyTextEncoder, cache: Path) -> Store:
-    """Rows `context`, and for SDXL `pooled`, of one text encoder with its tokenizer."""
-    return Store(cache / f"contexts-{identity_of(text_encoder)[:16]}")
+def conditions_store(text_encoder: AnyTextEncoder, cache: Path) -> Store:
+    """Rows `tokens`, and for SDXL `pooled`, of one text encoder with its tokenizer."""
+    return Store(cache / f"conditions-{identity_of(text_encoder)[:16]}")
 
 
 def fill_latents(
     learning: Learning,
     store: Store,
     examples: Examples,
-    autoencoder: AnyAutoencoder,
+    autoencoder: AnyCodec,
     device: torch.device,
-    share: Share = ALL,
+    share: Shard = ALL,
 ) -> int:
     """Encode what is missing of one share; how many. Raises DataError naming a picture that has no finite latents."""
     views = ((row, shown) for row in range(len(examples)) for shown in examples.every_view(row))
@@ -198,8 +197,8 @@ def fill_latents(
     return len(items)
 
 
-def fill_contexts(
-    store: Store, captions: Sequence[str], text_encoder: AnyTextEncoder, device: torch.device, share: Share = ALL
+def fill_conditions(
+    store: Store, captions: Sequence[str], text_encoder: AnyTextEncoder, device: torch.device, share: Shard = ALL
 ) -> int:
     """Encode what is missing of one share, the empty caption too; how many."""
     words = {_key_of(caption): caption for caption in ("", *captions)}
@@ -208,9 +207,7 @@ def fill_contexts(
     for first in tqdm(firsts, "encoding captions", unit="file", disable=not missing):
         some = missing[first : first + ROWS_A_FILE]
         ids = text_encoder.tokenize([words[key] for key in some]).to(device)
-        found = contexts_of(text_encoder, ids)
-        pooled = {} if found.pooled is None else {"pooled": found.pooled.cpu()}
-        store.add(some, {"context": found.tokens.cpu(), **pooled})
+        store.add(some, {name: array.cpu() for name, array in encoded(text_encoder, ids).arrays.items()})
     return len(missing)
 
 
@@ -247,7 +244,7 @@ class _Writer:
 def _named_moments(
     learning: Learning,
     examples: Examples,
-    autoencoder: AnyAutoencoder,
+    autoencoder: AnyCodec,
     device: torch.device,
     taken: list[_Taken],
 ) -> list[_Moments]:
@@ -262,7 +259,7 @@ def _named_moments(
     return list(zip(mean.cpu(), log_variance.cpu(), strict=True))
 
 
-def _own_share(accelerator: Accelerator) -> Share:
+def _own_share(accelerator: Accelerator) -> Shard:
     return accelerator.process_index, accelerator.num_processes
 
 
@@ -271,13 +268,13 @@ def _take_in_all(accelerator: Accelerator, store: Store) -> None:
     store.refresh()
 
 
-def _shared(keys: list[str], share: Share) -> list[str]:
+def _shared(keys: list[str], share: Shard) -> list[str]:
     """Keys are hashes: their remainders share them out alike for any number of jobs."""
     number, jobs = share
     return [key for key in keys if int(key[:8], 16) % jobs == number]
 
 
-def _words(examples: Examples, keys: Sequence[Key], kept: Sequence[bool]) -> list[str]:
+def _captions(examples: Examples, keys: Sequence[Key], kept: Sequence[bool]) -> list[str]:
     return [examples.caption(*key) if keep else "" for key, keep in zip(keys, kept, strict=True)]
 
 
@@ -293,7 +290,7 @@ def _key_of(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
-def _shape_of(examples: Examples, autoencoder: AnyAutoencoder) -> Callable[[int], tuple[int, ...]]:
+def _shape_of(examples: Examples, autoencoder: AnyCodec) -> Callable[[int], tuple[int, ...]]:
     channels, factor = autoencoder.latent_channels, autoencoder.factor
 
     def shape(row: int) -> tuple[int, ...]:

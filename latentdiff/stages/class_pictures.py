@@ -12,8 +12,9 @@ from typing import Any
 
 from latentdiff.core.errors import DataError
 from latentdiff.core.files import sha256_of, write_json, write_new
+from latentdiff.drawing.draw import draw, jobs_of, requested
 from latentdiff.drawing.files import encoded
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.drawing.painter import Painter
 from latentdiff.settings.config import Captions, Data
 from latentdiff.settings.finetuning import FineTuning
 
@@ -33,7 +34,7 @@ def class_data(config: FineTuning, folder: Path) -> Data:
     return config.data.model_copy(update={"pictures": config.data.pictures.model_copy(update=own)})
 
 
-def draw_class(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, model: str) -> None:
+def draw_class(painter: Painter, config: FineTuning, folder: Path, model: str) -> None:
     """Draw what is not there yet; `model` is the identity of what draws. Raises DataError."""
     prior = config.prior
     asked = {
@@ -50,7 +51,7 @@ def draw_class(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, 
     for first in range(0, prior.pictures, _AT_ONCE):
         numbers = range(first, min(first + _AT_ONCE, prior.pictures))
         if not all(_path(folder, number).is_file() for number in numbers):
-            _draw(pipe, config, folder, numbers)
+            _draw(painter, config, folder, numbers)
     sums = {path.name: sha256_of(path) for path in (_path(folder, number) for number in range(prior.pictures))}
     _say(folder, {**asked, "pictures": sums})
 
@@ -79,11 +80,11 @@ def _say(folder: Path, tree: dict[str, Any]) -> None:
     write_json(folder / _SAID, tree, indent=1)
 
 
-def _draw(pipe: LatentDiffusionPipeline, config: FineTuning, folder: Path, numbers: range) -> None:
-    side, prompt = config.image_size, config.prior.prompt
-    settings: dict[str, Any] = {"height": side, "width": side, "seed": config.seed + numbers.start}
-    drawn = pipe(prompt, num_images_per_prompt=len(numbers), **settings)
-    for number, image, record in zip(numbers, drawn.images, drawn.metadata, strict=True):
+def _draw(painter: Painter, config: FineTuning, folder: Path, numbers: range) -> None:
+    settings: dict[str, Any] = {"height": config.image_size, "width": config.image_size, "num_images": len(numbers)}
+    request = requested(painter, str(config.prior.prompt), seed=config.seed + numbers.start, **settings)
+    made = draw(painter, jobs_of(painter.model, request))
+    for number, image, record in zip(numbers, made.images, made.metadata, strict=True):
         _path(folder, number).unlink(missing_ok=True)
         write_new(_path(folder, number), encoded(image, ".png", record))
 

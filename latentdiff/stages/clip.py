@@ -15,10 +15,10 @@ from latentdiff.data import scenes
 from latentdiff.data.dataset import VALIDATION
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion import noise
+from latentdiff.families.own import new_clip, seeded
 from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer, tokenize
 from latentdiff.settings.config import Config
-from latentdiff.stages.build import new_clip, seeded
 from latentdiff.stages.run import Run
 from latentdiff.training.clip import CaptionedPicture, ClipStage
 from latentdiff.training.order import Order

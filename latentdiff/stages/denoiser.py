@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,27 +17,22 @@ from latentdiff.data.dataset import readable
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
+from latentdiff.drawing.draw import draw_prompts
+from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
-from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.drawn import drawn_pictures
 from latentdiff.evaluation.features import of_model
-from latentdiff.evaluation.held_out import held_out, shown
-from latentdiff.evaluation.sections import Against, measured
-from latentdiff.formats.weights import load_autoencoder, load_text_encoder, weights_hash
+from latentdiff.evaluation.held_out import held_out, pictures_of
+from latentdiff.evaluation.sections import References, measured
+from latentdiff.families.loading import save_model
+from latentdiff.families.own import laid_out_for, new_codec, new_model, new_path, new_unet, seeded, times_of
+from latentdiff.families.weights import load_codec, load_text_encoder, weights_hash
+from latentdiff.model import TorchPlace
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.settings.config import Config, Learning
-from latentdiff.stages.build import (
-    AnyAutoencoder,
-    laid_out_for,
-    new_autoencoder,
-    new_path,
-    new_pipeline,
-    new_unet,
-    seeded,
-    times_of,
-)
-from latentdiff.stages.cache import latents_of, texts_of
+from latentdiff.stages.cache import captions_of, latents_of
+from latentdiff.stages.encoding import AnyCodec
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import (
     TIME_BINS,
@@ -54,53 +50,53 @@ from latentdiff.training.run import run_stage
 def train_denoiser(run: Run[Config]) -> None:
     """Train the U-Net (and the text encoder, by choice) on latents; completes `run/model`."""
     config, accelerator = run.config, run.accelerator
-    autoencoder, text_encoder = networks_before(config, run.folder)
-    made_from = f"{weights_hash(autoencoder)} {weights_hash(text_encoder)}"
-    unet = _unet(config, autoencoder, accelerator.device)
+    codec, text_encoder = networks_before(config, run.folder)
+    made_from = f"{weights_hash(codec)} {weights_hash(text_encoder)}"
+    unet = _unet(config, codec, accelerator.device)
     network: nn.Module = unet
     parts: dict[str, nn.Module] = {"unet": unet}
     if config.denoiser.tune_text_encoder:
         thaw(text_encoder)
         network, parts["text_encoder"] = ConditionedNetwork(unet, text_encoder), text_encoder
-    trained, validated = _samples(run, autoencoder, text_encoder)
+    trained, validated = _samples(run, codec, text_encoder)
     loss, draws, order = _training(config, run.data.training, accelerator.num_processes)
     stage = DenoiserStage(network, parts, loss, trained, draws, order)
     loss, draws, order = _validation(config, run.data.validation)
     validation = DenoiserStage(network, parts, loss, validated, draws, order)
-    pipe = new_pipeline(config, autoencoder, text_encoder, unet)
-    against = _measures(run) if config.denoiser.distance_pictures and accelerator.is_main_process else None
-    report = partial(_report, run, pipe, validation, against)
+    model = new_model(config, codec, text_encoder, unet)
+    references = _references(run) if config.denoiser.distance_pictures and accelerator.is_main_process else None
+    report = partial(_report, run, Painter(model), validation, references)
     start = run.start("denoiser", made_from=made_from)
     settings = config.denoiser.training
     run_stage(accelerator, stage, settings, run.folder / "denoiser", report, start, run.interruption)
     if accelerator.is_main_process:
         with saving("the model", run.folder / "model"):
-            pipe.save_pretrained(run.folder / "model")
+            save_model(model, run.folder / "model")
     accelerator.wait_for_everyone()
 
 
-def _samples(run: Run[Config], autoencoder: AnyAutoencoder, text_encoder: TextEncoder) -> list[Samples]:
+def _samples(run: Run[Config], codec: AnyCodec, text_encoder: TextEncoder) -> list[Samples]:
     """Of the training and the validation set."""
     sets = (run.data.training, run.data.validation)
-    latents = latents_of(run.config.denoiser, sets, autoencoder, run.cache, run.accelerator)
-    texts = texts_of(run.config.denoiser, sets, text_encoder, run.cache, run.accelerator)
+    latents = latents_of(run.config.denoiser, sets, codec, run.cache, run.accelerator)
+    captions = captions_of(run.config.denoiser, sets, text_encoder, run.cache, run.accelerator)
     names = [examples.pictures.name for examples in sets]
-    return [Samples(*of_set) for of_set in zip(latents, texts, names, strict=True)]
+    return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
 
 
-def networks_before(config: Config, folder: Path) -> tuple[AnyAutoencoder, TextEncoder]:
+def networks_before(config: Config, folder: Path) -> tuple[AnyCodec, TextEncoder]:
     """What the stages before left in the run folder. Raises ConfigError."""
     identity = config.autoencoder.kind == "identity"
     for stage_before, part in (("autoencoder", folder / "model" / "vae"), ("clip", folder / "clip" / "text_encoder")):
         if not part.is_dir() and not (stage_before == "autoencoder" and identity):
             raise ConfigError(f"the denoiser needs the {stage_before} of the same run ({part}). Train that stage first")
-    autoencoder = new_autoencoder(config) if identity else load_autoencoder(folder / "model")
-    return autoencoder, load_text_encoder(folder / "clip")
+    codec = new_codec(config) if identity else load_codec(folder / "model")
+    return codec, load_text_encoder(folder / "clip")
 
 
-def _unet(config: Config, autoencoder: AnyAutoencoder, device: torch.device) -> UNet:
+def _unet(config: Config, codec: AnyCodec, device: torch.device) -> UNet:
     with seeded(config.seed):
-        unet = new_unet(config, autoencoder.latent_channels, config.image_size // autoencoder.factor)
+        unet = new_unet(config, codec.latent_channels, config.image_size // codec.factor)
     prepare_unet(unet, config.denoiser, device)
     return unet
 
@@ -132,36 +128,39 @@ def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draw
     return DiffusionLoss(path, config.denoiser.prediction), draws, order
 
 
-def _measures(run: Run[Config]) -> Against:
-    """What the distances are measured by: as `latentdiff evaluate` measures the finished model, to the last digit."""
+def _references(run: Run[Config]) -> References:
+    """The pictures that distances are measured by: as `latentdiff evaluate` measures the finished model, to the bit."""
     held, _ = held_out(run.config, run.config.denoiser.distance_pictures, run.data.found)
     if not (run.folder / "model" / "clip").is_dir():
-        raise ConfigError(f"distance_pictures needs the CLIP of the same run ({run.folder}). Train that stage first")
+        raise ConfigError(f"distance_pictures requires the CLIP of the same run ({run.folder}). Train that stage first")
     extractor = of_model(run.folder / "model", run.folder / "clip")
     assert extractor.scorer is not None
     extractor.scorer.to(run.accelerator.device)
-    return Against(partial(shown, held), extractor, extractor.scorer)
+    return References(partial(pictures_of, held), extractor, extractor.scorer)
 
 
 def _report(
-    run: Run[Config], pipe: LatentDiffusionPipeline, validation: DenoiserStage, against: Against | None, step: int
+    run: Run[Config], painter: Painter, validation: DenoiserStage, references: References | None, step: int
 ) -> dict[str, float]:
     """The validation loss; pictures at fixed prompts and seeds in `samples`, a row a category or of captions, and
     their composition scores where the oracle can read them; by choice their distances from pictures held out.
     """
     config, examples, directory = run.config, run.data.validation, run.folder / "denoiser" / "samples"
+    unet = painter.model.backbone
+    assert isinstance(unet, UNet)
+    painter = replace(painter, model=replace(painter.model, place=TorchPlace(run.accelerator.device)))
     timesteps = config.denoiser.schedule.num_train_timesteps
     numbers = validation_losses(validation, TIME_BINS, timesteps, config.denoiser.training.train_batch_size)
     if readable(config):
-        score = evaluate_composition(pipe, pictures=config.denoiser.preview_pictures, seed=config.seed)
+        score = evaluate_composition(painter, pictures=config.denoiser.preview_pictures, seed=config.seed)
         rows = [pictures[:8] for pictures in score.pictures.values()]
         numbers |= {"composition": score.overall} | {name: share.mean for name, share in score.categories.items()}
     else:
-        rows = [_drawn(config, pipe, prompts) for prompts in _prompts(config, examples)]
-    if against is not None:
-        with pipe.unet.as_loaded():
-            drawn = draw(pipe, against.captions, seed=config.seed)
-        numbers |= {name: figure.value for name, figure in measured(drawn, against).items()}
+        rows = [draw_prompts(painter, prompts, seed=config.seed) for prompts in _prompts(config, examples)]
+    if references is not None:
+        with unet.as_loaded():
+            pictures = drawn_pictures(painter, references.captions, seed=config.seed)
+        numbers |= {name: figure.value for name, figure in measured(pictures, references).items()}
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")
@@ -175,8 +174,3 @@ def _prompts(config: Config, examples: Examples) -> list[list[str]]:
         return [[scene.caption for scene in chosen] for chosen in scenes_of]
     captions = [examples.caption(row % len(examples), 0) for row in range(max(8, config.denoiser.preview_pictures))]
     return [captions[first : first + 8] for first in range(0, len(captions) // 8 * 8, 8)]
-
-
-def _drawn(config: Config, pipe: LatentDiffusionPipeline, prompts: list[str]) -> np.ndarray:
-    pictures: np.ndarray = pipe(prompts, seed=config.seed, output_type="np").images
-    return pictures

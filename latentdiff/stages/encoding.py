@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.formats.weights import weights_hash
-from latentdiff.networks.codecs.kl import Autoencoder
-from latentdiff.networks.conditions import Context
+from latentdiff.families.weights import weights_hash
+from latentdiff.networks.codecs.autoencoder import Autoencoder
+from latentdiff.networks.codecs.identity import IdentityCodec
+from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.codecs.tiny import TinyAutoencoder
+from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.networks.encoders.two_clips import DualTextEncoder
-from latentdiff.stages.build import AnyAutoencoder
+from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
 AT_ONCE = 8
-AnyTextEncoder = TextEncoder | DualTextEncoder
+AnyTextEncoder = TextEncoder | TwoTextEncoders
+AnyCodec = KLAutoencoder | TinyAutoencoder | IdentityCodec
 _NOT_ITS_OWN = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 
@@ -39,7 +42,7 @@ def in_batches(function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -
 
 
 @torch.no_grad()
-def moments_of(autoencoder: AnyAutoencoder, images: Tensor, dtype: str = "float32") -> tuple[Tensor, Tensor]:
+def moments_of(autoencoder: AnyCodec, images: Tensor, dtype: str = "float32") -> tuple[Tensor, Tensor]:
     """Posterior mean and log-variance (B, C, h, w) of images (B, 3, H, W), in half precision.
 
     Rows that are not finite in a narrower `dtype` are computed again in float32; see `finite`.
@@ -50,7 +53,7 @@ def moments_of(autoencoder: AnyAutoencoder, images: Tensor, dtype: str = "float3
     return mean, log_variance
 
 
-def _moments(autoencoder: AnyAutoencoder, images: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+def _moments(autoencoder: AnyCodec, images: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     kind = images.device.type
     narrow = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32")
     with torch.autocast(kind, enabled=False), narrow:
@@ -64,15 +67,15 @@ def finite(mean: Tensor, log_variance: Tensor) -> Tensor:
     return good.flatten(1).all(1)
 
 
-def identity_of(network: AnyAutoencoder | AnyTextEncoder) -> str:
+def identity_of(network: AnyCodec | AnyTextEncoder) -> str:
     """sha256 of all that its results depend on: weights, configuration, and the tokenizer of a text encoder."""
-    said = [weights_hash(network)]
-    if isinstance(network, TextEncoder | DualTextEncoder):
+    parts = [weights_hash(network)]
+    if isinstance(network, TextEncoder | TwoTextEncoders):
         for encoder in network.encoders:
-            said += [_settings(encoder.model.config.to_dict()), encoder.tokenizer_json(), str(encoder.max_length)]
+            parts += [_settings(encoder.model.config.to_dict()), encoder.tokenizer_json(), str(encoder.length)]
     elif isinstance(network, Autoencoder):
-        said.append(_settings(dict(network.vae.config)))
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+        parts.append(_settings(dict(network.vae.config)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _settings(config: dict[str, Any]) -> str:
@@ -83,12 +86,15 @@ def _settings(config: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def contexts_of(text_encoder: AnyTextEncoder, ids: Tensor) -> Context:
-    """The context of token ids (B, L), of two encoders (B, 2, L), in half precision."""
+def encoded(text_encoder: AnyTextEncoder, ids: Tensor) -> Conditions:
+    """The conditions of token ids (B, L), of two encoders (B, 2, L), in half precision."""
+    names: list[str] = []
 
     def tensors(part: Tensor) -> tuple[Tensor, ...]:
-        found: Context = text_encoder(part)
-        return (found.tokens,) if found.pooled is None else (found.tokens, found.pooled)
+        conditions: Conditions = text_encoder(part)
+        names[:] = conditions.arrays
+        return tuple(conditions.arrays.values())
 
     with torch.autocast(ids.device.type, enabled=False):
-        return Context(*in_batches(tensors, ids)).cast(torch.float16)
+        arrays = in_batches(tensors, ids)
+    return Conditions(dict(zip(names, arrays, strict=True))).cast(torch.float16)

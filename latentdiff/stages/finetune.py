@@ -17,19 +17,23 @@ from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
-from latentdiff.families.pretrained import load_pipeline
-from latentdiff.formats.weights import weights_hash
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.drawing.draw import requested
+from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.plan import plan as plan_picture
+from latentdiff.families.loading import DEFAULT_MODEL, stored_model
+from latentdiff.families.own import times_of
+from latentdiff.families.weights import weights_hash
+from latentdiff.model import Model
+from latentdiff.runtime.device import moved
 from latentdiff.settings.config import Override, save_config
 from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
-from latentdiff.stages.build import times_of
-from latentdiff.stages.cache import latents_of, texts_of
+from latentdiff.stages.cache import captions_of, latents_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
 from latentdiff.stages.plan import Weights, plan_text
 from latentdiff.stages.run import Run
 from latentdiff.stages.shown import keep_rows_apart, report, write_page
-from latentdiff.stages.taught import Taught, begin
+from latentdiff.stages.taught import Taught, begin, trainable
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, Draws, Samples
 from latentdiff.training.loop import Stage
 from latentdiff.training.order import Order
@@ -37,49 +41,50 @@ from latentdiff.training.prior import PriorStage
 from latentdiff.training.run import peak_memory, run_stage
 
 
-def finetune(run: Run[FineTuning], pipe: LatentDiffusionPipeline, say: Callable[[str], None]) -> list[Path]:
-    """Teach the model of a pipeline; returns what was written. Goes on where an earlier start stopped."""
+def finetune(run: Run[FineTuning], model: Model, say: Callable[[str], None]) -> list[Path]:
+    """Teach a model; returns what was written. Goes on where an earlier start stopped."""
     config, accelerator = run.config, run.accelerator
-    made_from = identity_of_model(pipe)
-    prior = _prior(run, pipe, made_from)
-    taught = begin(pipe, config)
-    say(plan(run, pipe, taught))
-    prepare_unet(pipe.unet, config.finetune, accelerator.device)
+    made_from = identity_of_model(model)
+    prior = _prior(run, model, made_from)
+    taught = begin(model, config)
+    say(plan(run, model, taught))
+    unet, text_encoder, _ = trainable(model)
+    prepare_unet(unet, config.finetune, accelerator.device)
     if config.mixed_precision == "bf16":
-        narrow_frozen(pipe.unet)
-    pipe.to(accelerator.device)
-    stage, validation = _stages(run, pipe, taught, prior)
+        narrow_frozen(unet)
+    model = moved(model, accelerator.device)
+    stage, validation = _stages(run, model, taught, prior)
     if config.finetune.cache and not (taught.reads or config.data.pictures.captions.shuffle_tags):
-        pipe.text_encoder.to("cpu")  # every caption is encoded: of SDXL three gigabytes
+        text_encoder.to("cpu")  # every caption is encoded: of SDXL three gigabytes
     if accelerator.is_main_process:
         keep_rows_apart(run.folder / STAGE / "samples", config, run.data.validation)
         if not (run.folder / FILE).is_file():  # of a run that goes on, once it has been accepted
             save_config(config, run.folder / FILE)
     start = run.start(STAGE, made_from=made_from + (f" {prior.fingerprint['sha256']}" if prior else ""))
     folder = run.folder / STAGE
-    told = partial(report, pipe, config, run.data.validation, validation, folder / "samples")
+    reported = partial(report, Painter(model), config, run.data.validation, validation, folder / "samples")
     settings = config.finetune.training
-    run_stage(accelerator, stage, settings, folder, told, start, run.interruption, from_the_start=True)
+    run_stage(accelerator, stage, settings, folder, reported, start, run.interruption, from_the_start=True)
     paths: list[Path] = []
     if accelerator.is_main_process:
         save_config(config, run.folder / FILE)
         with saving("what was learnt", run.folder):
-            paths = taught.write(run.folder, said_of(run, pipe))
+            paths = taught.write(run.folder, said_of(run, model))
         paths += write_page(run, paths)
     accelerator.wait_for_everyone()
     return paths
 
 
-def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuning, LatentDiffusionPipeline]:
+def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuning, Model]:
     """The settings, with the defaults of the model's size, and the model in float32. Raises ConfigError, ModelError."""
     config = load_finetuning(path, overrides)
-    pipe = load_pipeline(config.model or None, device="cpu", variant=config.variant, revision=config.revision)
-    size = sum(parameter.numel() for parameter in pipe.unet.parameters())
+    model = moved(stored_model(config.model or None, config.variant, config.revision), "cpu", torch.float32)
+    size = sum(parameter.numel() for parameter in model.modules()[0].parameters())
     config = load_finetuning(path, overrides, size)
-    return config.model_copy(update={"image_size": config.image_size or pipe.card.size[0]}), pipe
+    return config.model_copy(update={"image_size": config.image_size or model.card.size[0]}), model
 
 
-def plan(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught) -> str:
+def plan(run: Run[FineTuning], model: Model, taught: Taught) -> str:
     """What this start will do."""
     config = run.config
     what = f"{config.model or 'the default model'} by {config.method}"
@@ -90,38 +95,38 @@ def plan(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught) ->
         lines.append(
             f"beside {f'those of {config.prior.source}' if config.prior.source else drawn} of {config.prior.prompt!r}"
         )
-    return "\n".join([*lines, plan_text(run, {STAGE: weights_of(pipe, taught)})])
+    return "\n".join([*lines, plan_text(run, {STAGE: weights_of(model, taught)})])
 
 
-def rehearse(run: Run[FineTuning], pipe: LatentDiffusionPipeline) -> str:
+def rehearse(run: Run[FineTuning], model: Model) -> str:
     """The plan, with the time and the memory that a step takes; nothing is written. The model is spent."""
     if run.config.prior.source:
-        _prior(run, pipe, "")  # sound, or refused
-    taught = begin(pipe, run.config)
-    lines = plan(run, pipe, taught)
-    prepare_unet(pipe.unet, run.config.finetune, run.accelerator.device)
-    pipe.to(run.accelerator.device)
-    seconds = timed_step(run, pipe, taught) * (2 if run.config.prior.prompt else 1)
+        _prior(run, model, "")  # sound, or refused
+    taught = begin(model, run.config)
+    lines = plan(run, model, taught)
+    prepare_unet(trainable(model)[0], run.config.finetune, run.accelerator.device)
+    model = moved(model, run.accelerator.device)
+    seconds = timed_step(run, model, taught) * (2 if run.config.prior.prompt else 1)
     hours = seconds * run.config.finetune.training.max_train_steps / 3600
     total = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    told = f"a step takes {seconds:.2g} s here, all of them {total}"
-    return f"{lines}\n{told}; {peak_memory() / 1e9:.1f} GB in use at most so far"
+    memory = f"{peak_memory() / 1e9:.1f} GB in use at most so far"
+    return f"{lines}\na step takes {seconds:.2g} s here, all of them {total}; {memory}"
 
 
-def identity_of_model(pipe: LatentDiffusionPipeline) -> str:
+def identity_of_model(model: Model) -> str:
     """By the weights that are there, whatever file they came from."""
-    return " ".join(weights_hash(network) for network in (pipe.autoencoder, pipe.text_encoder, pipe.unet))
+    return " ".join(weights_hash(network) for network in reversed(model.modules()))
 
 
-def _prior(run: Run[FineTuning], pipe: LatentDiffusionPipeline, made_from: str) -> DataSet | None:
+def _prior(run: Run[FineTuning], model: Model, made_from: str) -> DataSet | None:
     """The class pictures, drawn now where they are not there."""
     if run.config.prior.prompt is None:
         return None
     folder = run.folder / "classes"
     with run.accelerator.main_process_first():
         if run.accelerator.is_main_process and not run.config.prior.source:
-            pipe.to(run.accelerator.device)
-            draw_class(pipe, run.config, folder, made_from)
+            painter = Painter(moved(model, run.accelerator.device))
+            draw_class(painter, run.config, folder, made_from)
     return open_data(run.config.model_copy(update={"data": class_data(run.config, folder)}))
 
 
@@ -135,20 +140,18 @@ def narrow_frozen(unet: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _stages(
-    run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught, prior: DataSet | None
-) -> tuple[Stage, DenoiserStage]:
+def _stages(run: Run[FineTuning], model: Model, taught: Taught, prior: DataSet | None) -> tuple[Stage, DenoiserStage]:
     """What is trained, and what the validation looks at: fixed times and noise, every caption, no weights."""
     config = run.config
-    learning, times = config.finetune, times_of(config.finetune, pipe.path)
+    learning, times = config.finetune, times_of(config.finetune, model.path)
     sets = [run.data.training, run.data.validation, *([prior.training] if prior else [])]
-    trained, validated, *others = _samples(run, pipe, taught, sets)
-    loss = DiffusionLoss(pipe.path, pipe.prediction, learning.weighting, learning.snr_gamma)
+    trained, validated, *others = _samples(run, model, taught, sets)
+    loss = DiffusionLoss(model.path, model.prediction, learning.weighting, learning.snr_gamma)
     rates = learning.caption_dropout, learning.noise_offset, learning.input_perturbation
     made = partial(DenoiserStage, taught.module, taught.parts)
     own = made(loss, trained, Draws(config.seed, times, *rates), _order(run, run.data.training, "training"))
-    plain = DiffusionLoss(pipe.path, pipe.prediction)
-    draws = Draws(config.seed, Times(pipe.path, bins=TIME_BINS), purpose="validation")
+    plain = DiffusionLoss(model.path, model.prediction)
+    draws = Draws(config.seed, Times(model.path, bins=TIME_BINS), purpose="validation")
     validation = made(plain, validated, draws, _order(run, run.data.validation, "validation"))
     if prior is None:
         return own, validation
@@ -164,24 +167,23 @@ def _order(run: Run[FineTuning], examples: Examples, purpose: str) -> Order:
     return Order(run.config.seed, purpose, buckets, 1 if purpose == "validation" else step)
 
 
-def _samples(
-    run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught, sets: list[Examples]
-) -> list[Samples]:
+def _samples(run: Run[FineTuning], model: Model, taught: Taught, sets: list[Examples]) -> list[Samples]:
     learning = run.config.finetune.model_copy(update={"tune_text_encoder": taught.reads})
-    latents = latents_of(learning, sets, pipe.autoencoder, run.cache, run.accelerator)
-    sized = pipe.unet.reads_sizes
-    texts = texts_of(learning, sets, pipe.text_encoder, run.cache, run.accelerator, sized=sized)
+    _, text_encoder, codec = trainable(model)
+    latents = latents_of(learning, sets, codec, run.cache, run.accelerator)
+    captions = captions_of(learning, sets, text_encoder, run.cache, run.accelerator, sized=model.reads_sizes)
     names = [examples.pictures.name for examples in sets]
-    return [Samples(*of_set) for of_set in zip(latents, texts, names, strict=True)]
+    return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
 
 
-def check_fits(pipe: LatentDiffusionPipeline, config: FineTuning, data: DataSet) -> None:
+def check_fits(model: Model, config: FineTuning, data: DataSet) -> None:
     """Refuse before anything is trained what the model cannot take. Raises ConfigError."""
     for size in data.training.pictures.buckets():
-        if any(side % pipe.multiple for side in size):
-            told = f"{size[1]}x{size[0]}, not of multiples of {pipe.multiple}"
-            raise ConfigError(f"pictures would be {told}: change --resolution or data.pictures.bucket_step")
-    pipe.size(pipe.request("-", height=config.image_size, width=config.image_size))  # what a validation draws
+        if any(side % model.multiple for side in size):
+            shape = f"{size[1]}x{size[0]}, not of multiples of {model.multiple}"
+            raise ConfigError(f"pictures would be {shape}: change --resolution or data.pictures.bucket_step")
+    request = requested(Painter(model), "-", height=config.image_size, width=config.image_size)
+    plan_picture(request, model)  # what a validation draws
     _check_captions(config, data)
     if data.found and data.found.listing.streamed:
         raise ConfigError(
@@ -194,24 +196,23 @@ def _check_captions(config: FineTuning, data: DataSet) -> None:
     instance, captions = config.data.pictures.instance_prompt, data.training.every_caption()
     own = data.found and instance is not None and all(p.captions != (instance,) for p in data.found.pictures)
     if own:
-        told = "the instance prompt is of pictures without captions, and all have their own"
-        raise ConfigError(f"{told}. Leave it out, or --set data.pictures.layout=uncaptioned")
+        why = "the instance prompt is the caption of pictures that have none, and all of these have their own"
+        raise ConfigError(f"{why}. Leave it out, or --set data.pictures.layout=uncaptioned")
     if config.method == "textual-inversion" and captions and not any(config.word.token in c for c in captions):
         raise ConfigError(f"no caption holds the word {config.word.token}: it would learn nothing")
 
 
-def weights_of(pipe: LatentDiffusionPipeline, taught: Taught) -> Weights:
+def weights_of(model: Model, taught: Taught) -> Weights:
     """Bytes that are trained and bytes that are not."""
     trained = sum(p.nbytes for p in taught.module.parameters() if p.requires_grad)
-    networks = (pipe.unet, pipe.text_encoder, pipe.autoencoder)
-    return Weights(trained, sum(p.nbytes for network in networks for p in network.parameters()) - trained)
+    return Weights(trained, sum(p.nbytes for network in model.modules() for p in network.parameters()) - trained)
 
 
-def timed_step(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taught) -> float:
+def timed_step(run: Run[FineTuning], model: Model, taught: Taught) -> float:
     """Seconds of a step's forward and backward pass, the second of two on the first samples."""
     learning = run.config.finetune.model_copy(update={"cache": False})
     uncached = run.config.model_copy(update={"finetune": learning})
-    stage, _ = _stages(Run(uncached, run.folder, run.accelerator, run.data, run.checkpoints), pipe, taught, None)
+    stage, _ = _stages(Run(uncached, run.folder, run.accelerator, run.data, run.checkpoints), model, taught, None)
     module = taught.module.to(run.accelerator.device)
     batch: Any = send_to_device(stage.batch(range(learning.training.train_batch_size)), run.accelerator.device)
     for _ in range(2):
@@ -223,19 +224,20 @@ def timed_step(run: Run[FineTuning], pipe: LatentDiffusionPipeline, taught: Taug
     return (time.monotonic() - began) * learning.training.gradient_accumulation_steps
 
 
-def said_of(run: Run[FineTuning], pipe: LatentDiffusionPipeline) -> Mapping[str, str]:
+def said_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
     """Of the training, as kohya's and modelspec's tools read it."""
     config, training = run.config, run.config.finetune.training
-    family = {768: "v1", 1024: "v2-768-v" if pipe.prediction == "v_prediction" else "v2-512", 2048: "xl-v1-base"}
+    width = model.backbone.spec.reads["tokens"][-1]
+    family = {768: "v1", 1024: "v2-768-v" if model.prediction == "v_prediction" else "v2-512", 2048: "xl-v1-base"}
     said = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-{family.get(pipe.unet.context_width, 'of-its-own')}/lora",
+        "modelspec.architecture": f"stable-diffusion-{family.get(width or 0, 'of-its-own')}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": "v" if pipe.prediction == "v_prediction" else pipe.prediction,
+        "modelspec.prediction_type": "v" if model.prediction == "v_prediction" else model.prediction,
         "modelspec.title": config.name,
         "modelspec.resolution": f"{config.image_size}x{config.image_size}",
         "ss_output_name": config.name,
-        "ss_base_model": config.model or "scenes-64",
+        "ss_base_model": config.model or DEFAULT_MODEL,
         "ss_num_train_images": str(len(run.data.training)),
         "ss_steps": str(training.max_train_steps),
         "ss_learning_rate": str(training.learning_rate),

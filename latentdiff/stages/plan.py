@@ -11,8 +11,8 @@ from torch import nn
 
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.source import shown
+from latentdiff.families.own import new_clip, new_codec, new_unet
 from latentdiff.settings.config import Config, Training
-from latentdiff.stages.build import new_autoencoder, new_clip, new_unet
 from latentdiff.stages.run import Run
 from latentdiff.training.checkpoint import label, load_state
 from latentdiff.training.loop import Batching
@@ -104,7 +104,7 @@ def _weights(config: Config, stage: str) -> Weights | None:
 def _module(config: Config, stage: str) -> nn.Module | None:
     """What a stage trains, without memory."""
     with torch.device("meta"):
-        autoencoder = new_autoencoder(config)
+        autoencoder = new_codec(config)
         if stage == "autoencoder":
             return autoencoder if config.autoencoder.kind != "identity" else None
         if stage == "clip":

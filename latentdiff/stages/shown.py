@@ -13,14 +13,15 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.core.errors import DataError
+from latentdiff.core.files import recorded
 from latentdiff.core.images import coloured, to_images
 from latentdiff.data.examples import Examples
 from latentdiff.data.source import shown
-from latentdiff.drawing.extras import load_clip
-from latentdiff.drawing.record import recorded
+from latentdiff.drawing.draw import draw_prompts
+from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.report.page import Section, as_html
 from latentdiff.evaluation.report.plots import Plot, Series, as_figure
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.families.clip import load_own_scorer
 from latentdiff.settings.config import flat
 from latentdiff.settings.finetuning import STAGE, FineTuning
 from latentdiff.stages.run import Run
@@ -30,7 +31,7 @@ PAGE, CARD, STRIP = "report.html", "README.md", "strip.png"
 
 
 def report(
-    pipe: LatentDiffusionPipeline,
+    painter: Painter,
     config: FineTuning,
     examples: Examples,
     validation: DenoiserStage,
@@ -41,15 +42,15 @@ def report(
 
     Where the model has a CLIP of its own and the prompts are of words that it knows, their score too.
     """
-    numbers = validation_losses(validation, TIME_BINS, pipe.path.T, config.finetune.training.train_batch_size)
+    numbers = validation_losses(validation, TIME_BINS, painter.model.path.T, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
-    pictures = _drawn(pipe, config, prompts)
+    pictures = _drawn(painter, config, prompts)
     _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png")
-    if config.method in ("full", "lora") and _has_clip(pipe):
-        scorer = pipe.extras.scorer
-        assert scorer is not None
-        images = to_images(coloured(pictures))
-        numbers["clip_score"] = float(scorer.score(prompts, images.to(pipe.device)).mean())
+    folder = painter.model.card.folder
+    if config.method in ("full", "lora") and folder and (folder / "clip").is_dir():
+        device = painter.model.place.device
+        images = to_images(coloured(pictures)).to(device)
+        numbers["clip_score"] = float(load_own_scorer(folder).to(device).score(prompts, images).mean())
     return numbers
 
 
@@ -73,18 +74,10 @@ def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
     return captions + [config.prior.prompt] * len(captions) if config.prior.prompt else captions
 
 
-def _drawn(pipe: LatentDiffusionPipeline, config: FineTuning, prompts: list[str]) -> np.ndarray:
+def _drawn(painter: Painter, config: FineTuning, prompts: list[str]) -> np.ndarray:
     """uint8 (N, H, W, C), always from the same noise."""
-    side = config.image_size
-    settings: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": config.shown.num_inference_steps}
-    pictures: np.ndarray = pipe(prompts, seed=config.shown.seed, output_type="np", **settings).images
-    return pictures
-
-
-def _has_clip(pipe: LatentDiffusionPipeline) -> bool:
-    if pipe.extras.scorer is None and pipe.card.folder and (pipe.card.folder / "clip").is_dir():
-        load_clip(pipe)
-    return pipe.extras.scorer is not None
+    side, steps = config.image_size, config.shown.num_inference_steps
+    return draw_prompts(painter, prompts, seed=config.shown.seed, height=side, width=side, num_inference_steps=steps)
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:

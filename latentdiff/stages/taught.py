@@ -9,14 +9,17 @@ from pathlib import Path
 from torch import nn
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.drawing.extras import networks_of
-from latentdiff.formats import adapter_file
-from latentdiff.networks.adapters import trained as taught_adapter
-from latentdiff.networks.adapters import words as textual_inversion
+from latentdiff.drawing.extras import adapted
+from latentdiff.families.loading import save_model
+from latentdiff.families.own import seeded
+from latentdiff.formats import adapter_file, words_file
+from latentdiff.model import Model
+from latentdiff.networks.adapters import trained
 from latentdiff.networks.adapters.trained import Factors
-from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.networks.adapters.words import begin_word
+from latentdiff.networks.backbones.unet import UNet
 from latentdiff.settings.finetuning import RANK, FineTuning
-from latentdiff.stages.build import seeded
+from latentdiff.stages.encoding import AnyCodec, AnyTextEncoder
 from latentdiff.training.denoiser import ConditionedNetwork, thaw
 
 Write = Callable[[Path, Mapping[str, str]], list[Path]]
@@ -36,64 +39,76 @@ class Taught:
     write: Write
 
 
-def begin(pipe: LatentDiffusionPipeline, config: FineTuning) -> Taught:
+def begin(model: Model, config: FineTuning) -> Taught:
     """Make a model ready to be taught: what is trained stands where it will be. Raises ConfigError."""
-    if pipe.unet.in_channels != pipe.autoencoder.latent_channels:
+    if model.inpaints:
         raise ConfigError("an inpainting model is not taught here: give the plain model it was made of")
-    pipe.autoencoder.requires_grad_(False)
-    pipe.text_encoder.requires_grad_(False)
+    _, text_encoder, codec = trainable(model)
+    codec.requires_grad_(False)
+    text_encoder.requires_grad_(False)
     if config.method == "textual-inversion":
-        return _word(pipe, config)
-    return _factors(pipe, config) if config.low_rank else _weights(pipe, config)
+        return _word(model, config)
+    return _factors(model, config) if config.low_rank else _weights(model, config)
 
 
-def _weights(pipe: LatentDiffusionPipeline, config: FineTuning) -> Taught:
+def trainable(model: Model) -> tuple[UNet, AnyTextEncoder, AnyCodec]:
+    """The networks of a model of torch's, of those kinds that fine-tuning knows. Raises ConfigError for others."""
+    backbone, encoder, codec = model.backbone, model.encoder, model.codec
+    if not (isinstance(backbone, UNet) and isinstance(encoder, AnyTextEncoder) and isinstance(codec, AnyCodec)):
+        raise ConfigError(f"fine-tuning requires a U-Net, CLIP and an autoencoder with a posterior ({model.card.name})")
+    return backbone, encoder, codec
+
+
+def _weights(model: Model, config: FineTuning) -> Taught:
     """All of the U-Net's, and of the text encoder's by choice."""
-    parts: dict[str, nn.Module] = {"unet": pipe.unet}
+    unet, text_encoder, _ = trainable(model)
+    parts: dict[str, nn.Module] = {"unet": unet}
 
     def write(folder: Path, said: Mapping[str, str]) -> list[Path]:
-        pipe.save_pretrained(folder / "model")
+        save_model(model, folder / "model")
         return [folder / "model"]
 
     if not config.finetune.tune_text_encoder:
-        return Taught(pipe.unet, parts, False, write)
-    for encoder, name in zip(pipe.text_encoder.encoders, ("text_encoder", "text_encoder_2"), strict=False):
+        return Taught(unet, parts, False, write)
+    for encoder, name in zip(text_encoder.encoders, ("text_encoder", "text_encoder_2"), strict=False):
         thaw(encoder)
         parts[name] = encoder
-    return Taught(ConditionedNetwork(pipe.unet, pipe.text_encoder), parts, True, write)
+    return Taught(ConditionedNetwork(unet, text_encoder), parts, True, write)
 
 
-def _factors(pipe: LatentDiffusionPipeline, config: FineTuning) -> Taught:
+def _factors(model: Model, config: FineTuning) -> Taught:
     """LoRA's, beside the U-Net's attention, and the text encoder's by choice."""
-    known, reads = networks_of(pipe), config.finetune.tune_text_encoder
+    unet, text_encoder, _ = trainable(model)
+    known, reads = adapted(model), config.finetune.tune_text_encoder
     networks = known if reads else {"unet": known["unet"]}
     settings = config.lora
     rank = settings.rank or RANK
     factors = Factors(rank, settings.alpha or rank, settings.rslora, settings.dora, settings.convolutions)
     with seeded(config.seed):
-        taught_adapter.begin(networks, factors)
-    parts: dict[str, nn.Module] = {"adapter": taught_adapter.alone(taught_adapter.parameters_of(networks))}
+        trained.begin(networks, factors)
+    parts: dict[str, nn.Module] = {"adapter": trained.alone(trained.parameters_of(networks))}
 
     def write(folder: Path, said: Mapping[str, str]) -> list[Path]:
-        adapter, paths = taught_adapter.taken(networks), [folder / adapter_file.NAMES[0]]
+        adapter, paths = trained.taken(networks), [folder / adapter_file.NAMES[0]]
         adapter_file.save_peft(adapter, paths[0], said)
         if settings.kohya:
             paths.append(folder / f"{config.name}-kohya.safetensors")
             adapter_file.save_kohya(adapter, paths[1], known, said)
         return paths
 
-    module = ConditionedNetwork(pipe.unet, pipe.text_encoder) if reads else pipe.unet
+    module = ConditionedNetwork(unet, text_encoder) if reads else unet
     return Taught(module, parts, reads, write)
 
 
-def _word(pipe: LatentDiffusionPipeline, config: FineTuning) -> Taught:
+def _word(model: Model, config: FineTuning) -> Taught:
     """The vectors of one new word."""
-    pipe.unet.requires_grad_(False)
+    unet, text_encoder, _ = trainable(model)
+    unet.requires_grad_(False)
     word = config.word
-    vectors = textual_inversion.begin_word(pipe.text_encoder, word.token, word.initial, word.vectors)
-    parts: dict[str, nn.Module] = {"word": taught_adapter.alone(vectors)}
+    vectors = begin_word(text_encoder, word.token, word.initial, word.vectors)
+    parts: dict[str, nn.Module] = {"word": trained.alone(vectors)}
 
     def write(folder: Path, said: Mapping[str, str]) -> list[Path]:
-        return [textual_inversion.save_word(vectors, folder, word.token)]
+        return [words_file.save_word(vectors, folder, word.token)]
 
-    return Taught(ConditionedNetwork(pipe.unet, pipe.text_encoder), parts, True, write)
+    return Taught(ConditionedNetwork(unet, text_encoder), parts, True, write)

@@ -13,7 +13,7 @@ from latentdiff.core.images import to_images
 from latentdiff.diffusion import noise
 
 if TYPE_CHECKING:
-    from latentdiff.networks.codecs.kl import Autoencoder
+    from latentdiff.networks.codecs.autoencoder import Autoencoder
 
 Picture = Callable[[int], tuple[np.ndarray, str]]  # uint8 (H, W, C) and its name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
+from latentdiff.networks.conditions import Conditions
 from latentdiff.training.order import Order
 
 Key = tuple[int, int]  # (row, epoch): a sample
@@ -35,38 +36,38 @@ class Latents(Protocol):
         ...
 
 
-class Texts(Protocol):
+class Captions(Protocol):
     """Captions as the denoiser's module takes them."""
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """What `texts` needs of these samples, on the CPU; of those not kept the empty caption."""
+        """What `conditions` needs of these samples, on the CPU; of those not kept the empty caption."""
         ...
 
-    def texts(self, batch: dict[str, Tensor]) -> Any:
-        """The context, or the words that a text encoder has to read in the module that is trained."""
+    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
+        """The conditions, or the `ids` that an encoder in the module that is trained has still to read."""
         ...
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is learnt from, and what the user calls a row."""
+    """The training set: latents and captions by row, and what the user calls a row."""
 
     latents: Latents
-    texts: Texts
+    captions: Captions
     name: Callable[[int], str]
 
 
 class ConditionedNetwork(nn.Module):
-    """U-Net and text encoder as one module."""
+    """Backbone and text encoder as one module."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+    def __init__(self, backbone: nn.Module, text_encoder: nn.Module):
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
+        self.backbone, self.text_encoder = backbone, text_encoder
 
-    def forward(self, x: Tensor, t: Tensor, words: Any) -> Tensor:
-        """x_t (B, C, h, w), times (B,), token ids (B, L) with sizes -> output like x_t."""
-        context = self.text_encoder(words.ids)
-        output: Tensor = self.unet(x, t, replace(context, sizes=words.sizes))
+    def forward(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """x_t (B, C, h, w), times (B,), `ids` (B, L) and other conditions -> output like x_t."""
+        others = {name: array for name, array in conditions.arrays.items() if name != "ids"}
+        output: Tensor = self.backbone(x, t, self.text_encoder(conditions["ids"]).joined(others))
         return output
 
 
@@ -132,18 +133,18 @@ class DenoiserStage:
 
     def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
         """Rows and times (B,), noise and posterior noise (B, C, h, w), and what latents and texts need."""
-        latents, texts = self._samples.latents, self._samples.texts
+        latents, captions = self._samples.latents, self._samples.captions
         drawn = [self._draws.of(row, epoch, latents.shape(row)) for row, epoch in keys]
         kept = [bool(sample.pop("kept")) for sample in drawn]
         stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in drawn])) for name in drawn[0]}
-        return stacked | latents.batch(keys) | texts.batch(keys, kept)
+        return stacked | latents.batch(keys) | captions.batch(keys, kept)
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Losses (B,)."""
         mean, log_variance = self._samples.latents.moments(batch)
         x0 = mean + (0.5 * log_variance).exp() * batch["posterior"]
-        texts = self._samples.texts.texts(batch)
-        return self._diffusion_loss(module, x0, batch["noise"], batch["t"], texts, batch.get("perturbation"))
+        conditions = self._samples.captions.conditions(batch)
+        return self._diffusion_loss(module, x0, batch["noise"], batch["t"], conditions, batch.get("perturbation"))
 
     def sample_ids(self, positions: range) -> list[str]:
         """What the user calls the pictures."""

@@ -24,8 +24,9 @@ from latentdiff.evaluation.meaning import MEANING
 from latentdiff.evaluation.report import page
 from latentdiff.evaluation.report.plots import Plot, as_figure
 from latentdiff.evaluation.result import Figure, Result, as_tree, finite, from_tree
-from latentdiff.evaluation.sections import Against, Asked, Subject
+from latentdiff.evaluation.sections import Asked, References, Subject
 from latentdiff.evaluation.sweep import of_sweep
+from latentdiff.networks.protocols import Posterior
 
 PAGE, METRICS = "report.html", "metrics.json"
 
@@ -34,7 +35,7 @@ PAGE, METRICS = "report.html", "metrics.json"
 class Section:
     """How a section is measured, and what its figures mean; headline: the figures that the page begins with."""
 
-    measure: Callable[[Subject, Against, Asked], Result]
+    measure: Callable[[Subject, References, Asked], Result]
     said: str
     headline: tuple[str, ...] = ()
 
@@ -108,15 +109,15 @@ SECTIONS = {
 }
 
 
-def lacking(name: str, subject: Subject, against: Against) -> str | None:
+def lacking(name: str, subject: Subject, references: References) -> str | None:
     """Why a section cannot be measured, None where it can."""
-    if name == "composition" and not (against.scenes and readable(subject.pipe)):
+    if name == "composition" and not (references.scenes and readable(subject.painter.model)):
         return "the oracle reads scenes of 64x64 pixels in colour alone"
-    if name == "memorisation" and against.training is None:
+    if name == "memorisation" and references.training is None:
         return "no pictures are known that the model was trained on (--training)"
-    if name == "geneval" and not against.prompts:
+    if name == "geneval" and not references.prompts:
         return "no prompts were given (--geneval)"
-    if name == "likelihood" and not subject.exact().autoencoder.has_posterior:
+    if name == "likelihood" and not isinstance(subject.exact().model.codec, Posterior):
         return "a tiny VAE has no posterior, so pixels have no likelihood"
     return None
 
@@ -149,12 +150,12 @@ def _shown(name: str, subject: Subject, number: int) -> Path:
     return subject.folder / name / "shown" / f"{number:02d}.png"
 
 
-def measure(name: str, subject: Subject, against: Against, asked: Asked, rules: Mapping[str, Any]) -> Result:
+def measure(name: str, subject: Subject, references: References, asked: Asked, rules: Mapping[str, Any]) -> Result:
     """One section of one model; what an earlier start measured under the same rules is not measured again."""
     if found := _kept(name, subject, rules):
         return found
     began = time.monotonic()
-    found = SECTIONS[name].measure(subject, against, asked)
+    found = SECTIONS[name].measure(subject, references, asked)
     said = {**found.said, "seconds": round(time.monotonic() - began, 1)}
     tree = {**as_tree(found), "said": said, "shown": [dict(told) for _, told in found.pictures]}
     for number, (picture, _) in enumerate(found.pictures):
@@ -178,7 +179,7 @@ def write_report(
     found = {name: found[name] for name in SECTIONS if name in found}
     for number, subject in enumerate(subjects):
         own = {name: _metrics(results[number]) for name, results in found.items()}
-        tree["models"].append({"name": subject.name, "hash": subject.pipe.card.hash, "sections": own})
+        tree["models"].append({"name": subject.name, "hash": subject.painter.model.card.hash, "sections": own})
     write_json(folder / METRICS, finite(tree))
     told = [page.Section(key, "", tuple(_lines(value))) for key, value in settings.items()]
     titles = [*found, *(["not measured"] if skipped else []), "settings"]

@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from latentdiff.core.errors import ModelError, raised_as
-from latentdiff.formats.adapter_file import Adapter, Layer, Networks
+from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 
 _PREFIX = "adapter_"  # PEFT keeps them as attributes, which cannot be called "half" or "to"
 

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.formats.adapter_file import Adapter, Layer, Networks
+from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 
 NAME = "adapter_taught"
 _ATTENTION = re.compile(r"(.*\.)?attn\d\.to_(q|k|v|out\.0)|(.*\.)?self_attn\.(q|k|v|out)_proj")

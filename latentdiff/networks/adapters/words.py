@@ -1,39 +1,31 @@
 """Learnt words (Gal et al. 2022): a file of embeddings, and the tokens that stand for them.
 
-`learned_embeds.safetensors` holds {word: (D,) or (n, D)}; A1111's files hold `emb_params`, those of SDXL `clip_l` and
-`clip_g`, and the word is the file's name. A word of n vectors is n tokens: word, word_1, word_2, ...
+A file holds {word: (D,) or (n, D)}; A1111's files hold `emb_params`, those of SDXL `clip_l` and `clip_g`, and the word
+is the file's name. A word of n vectors is n tokens: word, word_1, word_2, ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentdiff.core.errors import ConfigError, ModelError, loading, saving
-from latentdiff.core.files import let_others_read
-from latentdiff.formats.pickle import refuse_pickle
+from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.networks.encoders.two_clips import DualTextEncoder
+from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
 _OF_SDXL = ("clip_l", "clip_g")
-FILE = "learned_embeds.safetensors"
 
 
-def load_words(path: Path, text_encoder: TextEncoder | DualTextEncoder, word: str | None = None) -> list[str]:
-    """Teach the encoder the words of a file, or of a folder with learned_embeds.safetensors; returns them.
+def teach(
+    state: dict[str, Tensor], file: Path, text_encoder: TextEncoder | TwoTextEncoders, word: str | None = None
+) -> list[str]:
+    """Teach the encoder the words of a file, {name: vectors}; returns them.
 
     word: what to call it instead. Raises ModelError where the vectors do not fit, or a word is known already.
     """
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ModelError(f"no embeddings there ({path}). Give a .safetensors file, or a folder with {FILE}")
-    refuse_pickle(file)
-    with loading(file):
-        state = load_file(file)
     encoders = text_encoder.encoders
     words = _by_word(state, file.stem, encoders, file)
     if word is not None and len(words) > 1:
@@ -80,7 +72,7 @@ def _check(encoder: TextEncoder, word: str, vectors: Tensor, file: Path) -> None
     width = encoder.model.get_input_embeddings().weight.shape[1]
     if vectors.shape[1] != width:
         raise ModelError(f"{word} has vectors of {vectors.shape[1]}, this model's have {width} ({file})")
-    if not (vectors.is_floating_point() and bool(torch.isfinite(vectors).all())) or len(vectors) >= encoder.max_length:
+    if not (vectors.is_floating_point() and bool(torch.isfinite(vectors).all())) or len(vectors) >= encoder.length:
         raise ModelError(f"{word} is not of finite vectors, or of too many ({file})")
     if not word.strip() or word != word.strip():
         raise ModelError(f"{word!r} is no word ({file}). Give another name")
@@ -127,7 +119,7 @@ class LearntEmbedding(nn.Module):
 
 @torch.no_grad()
 def begin_word(
-    text_encoder: TextEncoder | DualTextEncoder, word: str, initial: str, count: int
+    text_encoder: TextEncoder | TwoTextEncoders, word: str, initial: str, count: int
 ) -> dict[str, nn.Parameter]:
     """Add a word of `count` vectors that begin as those of the initial words in turn; returns what is trained.
 
@@ -154,14 +146,5 @@ def begin_word(
     return found
 
 
-def save_word(vectors: Mapping[str, Tensor], folder: Path, word: str) -> Path:
-    """Write learned_embeds.safetensors, {word: (n, D)}; of SDXL clip_l and clip_g, in a file called by the word."""
-    path = folder / (FILE if word in vectors else f"{word}.safetensors")
-    with saving(path.name, folder):
-        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}, path)
-        let_others_read(path)
-    return path
-
-
-def _keys(word: str, text_encoder: TextEncoder | DualTextEncoder) -> Sequence[str]:
+def _keys(word: str, text_encoder: TextEncoder | TwoTextEncoders) -> Sequence[str]:
     return (word,) if len(text_encoder.encoders) == 1 else _OF_SDXL

@@ -1,4 +1,4 @@
-"""The noise predictor: diffusers.UNet2DConditionModel behind the Network protocol of `diffusion.denoiser`."""
+"""The U-Net: diffusers.UNet2DConditionModel behind the protocols of `networks.protocols`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latentdiff.networks.conditions import Context
+from latentdiff.core.turn import Turn
+from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
 
 
 class UNet(nn.Module):
-    """(x_t, t, context) -> output, with x_t (B, C, h, w), t a time or (B,) times, context (B, L, D) or a Context.
+    """(x_t, t, conditions) -> output, with x_t (B, C, h, w), t a time or (B,) times, conditions `tokens` (B, L, D).
 
-    A context (K, B, L, D) runs x_t under K conditions in one batch and gives (K, B, C, h, w).
+    Stable Diffusion XL's also reads `pooled` and `sizes`. Under K conditions x_t runs K times in one batch and the
+    output is (K, B, C, h, w).
     """
 
     def __init__(self, model: UNet2DConditionModel):
         super().__init__()
-        self.model, self._fused = model, False
-        self.factor = 2 ** (len(model.config.block_out_channels) - 1)  # sides of latents must be multiples of it
+        self.model, self._fused, self._turn = model, False, Turn()
 
     @classmethod
     def create(
@@ -66,45 +68,41 @@ class UNet(nn.Module):
         return cls(model)
 
     @property
-    def in_channels(self) -> int:
-        """Of its input: the latents', or for inpainting the latents', a mask's and the masked latents'."""
-        return int(self.model.config.in_channels)
+    def spec(self) -> Spec:
+        """See Spec; sides of latents halve at every level but the last."""
+        config = self.model.config
+        width = config.cross_attention_dim
+        width = int(width if isinstance(width, int) else width[0])  # of every level
+        reads: dict[str, tuple[int | None, ...]] = {"tokens": (None, width)}
+        if config.addition_embed_type == "text_time":
+            sizes = 6 * int(config.addition_time_embed_dim)
+            reads |= {"pooled": (int(config.projection_class_embeddings_input_dim) - sizes,), "sizes": (6,)}
+        multiple = 2 ** (len(config.block_out_channels) - 1)
+        return Spec(int(config.in_channels), int(config.out_channels), multiple, reads)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of its weights."""
         return next(self.parameters()).dtype
 
-    @property
-    def context_width(self) -> int:
-        """D of the contexts that it attends to."""
-        width = self.model.config.cross_attention_dim
-        return int(width if isinstance(width, int) else width[0])  # of every level
-
-    @property
-    def reads_sizes(self) -> bool:
-        """Whether the context must hold pooled text and sizes, as for SDXL."""
-        return bool(self.model.config.addition_embed_type == "text_time")
-
-    def forward(self, x: Tensor, t: Tensor | float, context: Tensor | Context) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
         """See the class."""
-        told = (context if isinstance(context, Context) else Context(context)).cast(self.dtype)
-        x = x.to(self.dtype)
-        if told.tokens.ndim == 3:
-            return self._predict(x, t, told)
-        conditions = len(told.tokens)
-        output = self._predict(x.repeat(conditions, 1, 1, 1), t, told.flattened())
-        return output.reshape(conditions, len(x), *output.shape[1:])
+        conditions, x, count = conditions.cast(self.dtype), x.to(self.dtype), conditions.count
+        if not count:
+            return self._output(x, t, conditions)
+        output = self._output(x.repeat(count, 1, 1, 1), t, conditions.flattened())
+        return output.reshape(count, len(x), *output.shape[1:])
 
     @torch.no_grad()
-    def prepared(self, context: Context) -> Context:
-        """A context as `predict` takes it at every step; once `fuse`d with the keys and values of its text."""
-        told = context.cast(self.dtype)
+    def prepared(self, conditions: Conditions) -> Conditions:
+        """In the network's precision; once `fuse`d, with the keys and values of the text for each attention."""
+        conditions = conditions.cast(self.dtype)
         if not self._fused:
-            return told
-        rows = told.tokens.flatten(0, -3)
-        heads = {name: (each.to_k(rows), each.to_v(rows)) for name, each in self._attentions("attn2")}
-        return replace(told, text=heads)
+            return conditions
+        rows = conditions["tokens"].flatten(0, -3)
+        with self._turn:
+            heads = {name: (each.to_k(rows), each.to_v(rows)) for name, each in self._attentions("attn2")}
+        return replace(conditions, prepared=heads)
 
     def fuse(self) -> None:
         """Attention with one product for queries, keys and values, and with those of the text given by `prepared`.
@@ -133,32 +131,30 @@ class UNet(nn.Module):
         return [(name, module) for name, module in self.model.named_modules() if name.endswith(f".{kind}")]
 
     @torch.no_grad()
-    def predict(self, x: Tensor, t: Tensor | float, context: Context) -> Tensor:
-        """The output as drawing asks for it: float32 whatever the network's precision, without gradients.
-
-        They are off around the network alone: a mode entered in a generator would leak to whoever iterates.
-        """
-        output: Tensor = self(x, t, context)
+    def predict(self, x: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+        """See Backbone. Gradients are off here alone: a mode that is entered in a generator leaks to its caller."""
+        with self._turn:
+            output: Tensor = self(x, t, conditions)
         return output.float()
 
     @torch.no_grad()
-    def predict_from(self, x: Tensor, t: float, context: Context, deep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def predict_from(self, x: Tensor, t: float, conditions: Conditions, deep: Tensor | None) -> tuple[Tensor, Tensor]:
         """`predict`, and the features that reach its last level: everything but the finest.
 
         Given those of an earlier step, only the finest level is computed (DeepCache, Ma et al. 2024, section 3.2).
         """
-        with self.deep(deep) as found:
-            output = self.predict(x, t, context)
-        return output, found[0]
+        with self._turn, self.deep(deep) as features:
+            output = self.predict(x, t, conditions)
+        return output, features[0]
 
     @contextmanager
     def deep(self, given: Tensor | None) -> Iterator[list[Tensor]]:
-        """Notes what the blocks below the finest level give, or lets them give that without being computed."""
+        """Collect what the blocks below the finest level give, or let them give that without being computed."""
         downs, ups = list(self.model.down_blocks)[1:], list(self.model.up_blocks)[:-1]
-        found: list[Tensor] = [] if given is None else [given]
+        features: list[Tensor] = [] if given is None else [given]
         changed: dict[nn.Module, Any] = {}
         if given is None:
-            changed[ups[-1]] = _noting(ups[-1].forward, found)
+            changed[ups[-1]] = _collecting(ups[-1].forward, features)
         else:
             for block in downs:  # as many skip connections as they would make, for those above to take off
                 changed[block] = _passing(len(block.resnets) + (block.downsamplers is not None))
@@ -169,7 +165,7 @@ class UNet(nn.Module):
         try:
             for block, forward in changed.items():
                 block.forward = forward
-            yield found
+            yield features
         finally:
             self.model._compiled_call_impl = compiled
             for block, forward in own.items():
@@ -179,30 +175,37 @@ class UNet(nn.Module):
                     block.forward = forward
 
     @property
-    def has_deep(self) -> bool:
-        """Whether there are levels below the finest."""
-        return len(self.model.down_blocks) > 1
+    def deep_levels(self) -> int:
+        """How many levels there are below the finest."""
+        return len(self.model.down_blocks) - 1
 
-    def predict_perturbed(self, x: Tensor, t: float, context: Context) -> Tensor:
+    def predict_perturbed(self, x: Tensor, t: float, conditions: Conditions) -> Tensor:
         """`predict` with the identity for the self-attention maps of the middle block (Ahn et al. 2024, eq. 13)."""
-        processors = self.model.attn_processors
-        own = {name: _Identity() for name in processors if name.startswith("mid_block") and ".attn1." in name}
-        self.model.set_attn_processor({**processors, **own})
-        try:
-            return self.predict(x, t, context)
-        finally:
-            self.model.set_attn_processor(processors)
+        with self._turn:
+            processors = self.model.attn_processors
+            self.model.set_attn_processor({**processors, **{name: _Identity() for name in self._perturbed()}})
+            try:
+                return self.predict(x, t, conditions)
+            finally:
+                self.model.set_attn_processor(processors)
 
     @property
-    def can_be_perturbed(self) -> bool:
-        """Whether there is self-attention in the middle block."""
-        return any(name.startswith("mid_block") and ".attn1." in name for name in self.model.attn_processors)
+    def perturbed_blocks(self) -> int:
+        """How many self-attentions the middle block has."""
+        return len(self._perturbed())
 
-    def _predict(self, x: Tensor, t: Tensor | float, told: Context) -> Tensor:
-        added = {"text_embeds": told.pooled, "time_ids": told.sizes} if self.reads_sizes else None
-        time, text = torch.as_tensor(t, device=x.device), None if told.text is None else {"text": told.text}
+    def _perturbed(self) -> list[str]:
+        names = self.model.attn_processors
+        return [name for name in names if name.startswith("mid_block") and ".attn1." in name]
+
+    def _output(self, x: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+        added = None
+        if "sizes" in conditions.arrays:
+            added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"]}
+        text = None if conditions.prepared is None else {"text": conditions.prepared}
+        time = torch.as_tensor(t, device=x.device)
         output: Tensor = self.model(
-            x, time, told.tokens, added_cond_kwargs=added, cross_attention_kwargs=text, return_dict=False
+            x, time, conditions["tokens"], added_cond_kwargs=added, cross_attention_kwargs=text, return_dict=False
         )[0]
         return output
 
@@ -233,19 +236,19 @@ class UNet(nn.Module):
         save_network(self.model, directory)
 
 
-def _noting(forward: Callable[..., Tensor], found: list[Tensor]) -> Callable[..., Tensor]:
-    """A block's forward that notes what it gives."""
+def _collecting(forward: Callable[..., Tensor], features: list[Tensor]) -> Callable[..., Tensor]:
+    """A block's forward that also appends its output to a list."""
 
-    def noting(*args: Any, **settings: Any) -> Tensor:
+    def collecting(*args: Any, **settings: Any) -> Tensor:
         output = forward(*args, **settings)
-        found.append(output)
+        features.append(output)
         return output
 
-    return noting
+    return collecting
 
 
 def _passing(skips: int) -> Callable[..., Any]:
-    """A block's forward that computes nothing; what it passes on is taken by none that computes."""
+    """A block's forward that computes nothing; no block that computes reads what it passes on."""
 
     def passing(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return (hidden_states, (hidden_states,) * skips) if skips else hidden_states
@@ -254,7 +257,7 @@ def _passing(skips: int) -> Callable[..., Any]:
 
 
 class _Plain(AttnProcessor2_0):
-    """Self-attention to which the text's keys and values are nothing."""
+    """Self-attention that ignores the keys and values of the text."""
 
     def __call__(self, *args: Any, text: object = None, **settings: Any) -> Any:
         return super().__call__(*args, **settings)

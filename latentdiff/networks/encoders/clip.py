@@ -1,4 +1,4 @@
-"""Prompts to context: CLIP's tokenizer and text transformer (Radford et al. 2021), from transformers.
+"""Prompts to conditions: CLIP's tokenizer and text transformer (Radford et al. 2021), from transformers.
 
 The vocabulary is CLIP's own byte-pair encoding, which open_clip ships as a file, so no hub is needed.
 """
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentdiff.networks.conditions import Context
-from latentdiff.networks.encoders.prompt import EMPTY, Chunk, Reader, Reading, Style, check_clip_skip, weighted
+from latentdiff.core.turn import Turn
+from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.encoders.prompt import EMPTY, Chunk, Reader, Reading, Style, Wanted, check_clip_skip, weighted
 from latentdiff.networks.saving import save_network
 
 Tokenizer = CLIPTokenizer
@@ -23,7 +24,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class TextEncoder(nn.Module):
-    """token ids (B, L) -> Context (B, L, D): the last hidden states after the final layer norm.
+    """Token ids (B, L) -> conditions `tokens` (B, L, D): the last hidden states after the final layer norm.
 
     penultimate: those of the layer before, without the norm, as SDXL reads its two.
     """
@@ -36,58 +37,55 @@ class TextEncoder(nn.Module):
         penultimate: bool = False,
     ):
         super().__init__()
-        self.tokenizer, self.model, self.penultimate = tokenizer, model, penultimate
+        self.tokenizer, self.model, self.penultimate, self._turn = tokenizer, model, penultimate, Turn()
         self.layers = int(model.config.num_hidden_layers) - penultimate  # that can be read
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, max_length), cut and padded with the end token as Stable Diffusion does."""
-        if not self.learnt_words:
-            return tokenize(self.tokenizer, prompts)
-        chunks = [Chunk(self._ids_of(prompt)[: self.max_length - 2], []) for prompt in prompts]
-        return torch.from_numpy(self.reader.ids(chunks))
+        """Token ids (B, length), cut and padded with the end token as Stable Diffusion does."""
+        with self._turn:  # the tokenizer keeps how it cut and padded last
+            if not self.learnt_words:
+                return tokenize(self.tokenizer, prompts)
+            chunks = [Chunk(self._ids_of(prompt)[: self.length - 2], []) for prompt in prompts]
+            return torch.from_numpy(self.reader.ids(chunks))
 
     @property
     def encoders(self) -> list[TextEncoder]:
-        """Itself: there is one."""
+        """A list of itself; TwoTextEncoders has two."""
         return [self]
 
     @property
-    def max_length(self) -> int:
+    def length(self) -> int:
         """The number of tokens read at once, with start and end."""
         return int(self.tokenizer.model_max_length)
 
-    def forward(self, ids: Tensor) -> Context:
-        """See the class; pooled (B, P) of an encoder with a projection."""
+    def forward(self, ids: Tensor) -> Conditions:
+        """See the class; also `pooled` (B, P) of an encoder with a projection."""
         output = self.model(ids, output_hidden_states=self.penultimate)
         tokens = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
-        return Context(tokens, getattr(output, "text_embeds", None))
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The context (B, L, D) of prompts as training reads them: no weights, cut, on the model's device."""
-        context: Context = self(self.tokenize(prompts).to(self.model.device))
-        return context.tokens
+        return conditions_of(tokens, getattr(output, "text_embeds", None))
 
     def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
-        """What `context` would make of a prompt, without computing it. Raises ConfigError for bad brackets."""
-        return self.reader.read(prompt, style)
+        """See Encoder. Raises ConfigError for bad brackets."""
+        with self._turn:
+            return self.reader.read(prompt, style)
 
     @torch.no_grad()
-    def context(self, prompt: str, style: Style = Style(), *, least: int = 1) -> Context:  # noqa: B008 - frozen
-        """The context (n L, D) of one prompt in n chunks; empty ones are added up to `least`.
+    def encode(self, wanted: Wanted) -> Conditions:
+        """`tokens` (n L, D) of a prompt in n chunks; empty chunks are added up to those that are wanted.
 
-        A word of weight w moves the context w times as far from the empty prompt's as it would by itself
-        (`prompt.weighted`).
+        A word of weight w moves the tokens w times as far from the empty prompt's as it would by itself
+        (`prompt.weighted`). Sizes are ignored: Stable Diffusion XL alone reads them.
         """
-        check_clip_skip(style, self.layers)
-        reader = self.reader
-        found = reader.filled(prompt, style, least)
-        hidden, pooled = self._hidden(found, style)
-        weights = reader.weights(found)
-        if (weights != 1).any():
-            empty, _ = self._hidden([EMPTY], style)
-            hidden = weighted(hidden, empty, torch.from_numpy(weights).to(hidden))
-        return Context(hidden.flatten(0, 1), None if pooled is None else pooled[0])
+        check_clip_skip(wanted.style, self.layers)
+        with self._turn:
+            reader = self.reader
+            chunks = reader.filled(wanted.prompt, wanted.style, wanted.chunks)
+            hidden, pooled = self._hidden(chunks, wanted.style)
+            weights = reader.weights(chunks)
+            if (weights != 1).any():
+                empty, _ = self._hidden([EMPTY], wanted.style)
+                hidden = weighted(hidden, empty, torch.from_numpy(weights).to(hidden))
+            return conditions_of(hidden.flatten(0, 1), None if pooled is None else pooled[0])
 
     def outputs(self, ids: Tensor) -> Any:
         """All that the model says of token ids (n, L)."""
@@ -100,9 +98,9 @@ class TextEncoder(nn.Module):
             return states[-2 - skipped]
         return self.model.final_layer_norm(states[-1 - skipped]) if skipped else outputs.last_hidden_state
 
-    def _hidden(self, found: Sequence[Chunk], style: Style) -> tuple[Tensor, Tensor | None]:
+    def _hidden(self, chunks: Sequence[Chunk], style: Style) -> tuple[Tensor, Tensor | None]:
         """Hidden states (n, L, D) of chunks, and the pooled text (n, P) of an encoder with a projection."""
-        ids, place = torch.from_numpy(self.reader.ids(found)), self.model.device
+        ids, place = torch.from_numpy(self.reader.ids(chunks)), self.model.device
         if place.type != "meta":  # offloaded layers fetch their input
             ids = ids.to(place)
         outputs = self.outputs(ids)
@@ -112,21 +110,21 @@ class TextEncoder(nn.Module):
     def reader(self) -> Reader:
         """Its words, those learnt included."""
         start, end, pad = (self.tokenizer.convert_tokens_to_ids(t) for t in (START, END, self.tokenizer.pad_token))
-        return Reader(self._ids_of, start, end, pad, self.max_length)
+        return Reader(self._ids_of, start, end, pad, self.length)
 
     def _ids_of(self, text: str) -> list[int]:
         """The ids of a text, with all vectors of each learnt word: `word` stands for word, word_1, word_2, ..."""
         ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         learnt = self.learnt_words
         words = {index: word for word, index in learnt.items()}
-        found: list[int] = []
+        expanded: list[int] = []
         for index in ids:
-            found.append(index)
+            expanded.append(index)
             number = 1
             while index in words and (further := learnt.get(f"{words[index]}_{number}")) is not None:
-                found.append(further)
+                expanded.append(further)
                 number += 1
-        return found
+        return expanded
 
     @property
     def learnt_words(self) -> dict[str, int]:
@@ -151,6 +149,11 @@ class TextEncoder(nn.Module):
         # the same file again without white space, which is half of it
         (tokenizer / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
         save_network(self.model, text_encoder)
+
+
+def conditions_of(tokens: Tensor, pooled: Tensor | None = None) -> Conditions:
+    """Conditions of a text; an encoder without a projection has no pooled text."""
+    return Conditions({"tokens": tokens} | ({} if pooled is None else {"pooled": pooled}))
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,20 @@ class Style:
     weights: bool = True
     chunked: bool = True
     clip_skip: int | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an encoder is asked for: the prompt of one picture and how it is read.
+
+    chunks: the least number of chunks, for prompts whose conditions must be equally long. sizes: see
+    `networks.conditions`; None where nothing is known of them.
+    """
+
+    prompt: str
+    style: Style = field(default_factory=Style)
+    chunks: int = 1
+    sizes: tuple[float, ...] | None = None
 
 
 class Piece(NamedTuple):

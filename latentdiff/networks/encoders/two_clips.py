@@ -1,6 +1,6 @@
-"""SDXL's text: two encoders read the same prompt (Podell et al. 2023, section 2.1).
+"""Stable Diffusion XL's text: two encoders read the same prompt (Podell et al. 2023, section 2.1).
 
-Their penultimate hidden states stand side by side in the context; the second's pooled text goes in by itself.
+Their penultimate hidden states stand side by side in `tokens`; the second's pooled text is `pooled`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from latentdiff.networks.conditions import Context, side_by_side
+from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import END, TextEncoder
-from latentdiff.networks.encoders.prompt import Reading, Style
+from latentdiff.networks.encoders.joined import side_by_side, with_both
+from latentdiff.networks.encoders.prompt import Reading, Style, Wanted
 
 
-class DualTextEncoder(nn.Module):
-    """A prompt -> context (n L, D1 + D2) with pooled text (P,).
+class TwoTextEncoders(nn.Module):
+    """A prompt -> `tokens` (n L, D1 + D2), `pooled` (P,) and, where sizes are known, `sizes` (6,).
 
-    zero_empty: the empty negative prompt is zeros, as the model was trained (`force_zeros_for_empty_prompt`).
+    zero_empty: the empty prompt is zeros, as the model was trained (`force_zeros_for_empty_prompt`).
     """
 
     def __init__(self, first: TextEncoder, second: TextEncoder, *, zero_empty: bool):
@@ -37,34 +38,30 @@ class DualTextEncoder(nn.Module):
         return self.first.tokenizer
 
     @property
-    def max_length(self) -> int:
+    def length(self) -> int:
         """The number of tokens read at once, with start and end."""
-        return self.first.max_length
+        return self.first.length
 
     def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
-        """See TextEncoder.read; both have the same vocabulary."""
+        """See Encoder; both have the same vocabulary."""
         return self.first.read(prompt, style)
 
-    @torch.no_grad()
-    def context(self, prompt: str, style: Style = Style(), *, least: int = 1) -> Context:  # noqa: B008 - frozen
-        """See TextEncoder.context; the pooled text is the second's, of the first chunk."""
-        first, second = (encoder.context(prompt, style, least=least) for encoder in (self.first, self.second))
-        context = side_by_side(first, second)
-        return context.zeros() if self.zero_empty and not prompt else context
+    def encode(self, wanted: Wanted) -> Conditions:
+        """See Encoder and `with_both`."""
+        return with_both(self.first.encode(wanted), self.second.encode(wanted), wanted, zero_empty=self.zero_empty)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, 2, max_length): the two pad with tokens of their own."""
+        """Token ids (B, 2, length): the two pad with tokens of their own."""
         return torch.stack([encoder.tokenize(prompts) for encoder in self.encoders], 1)
 
-    def forward(self, ids: Tensor) -> Context:
-        """Token ids (B, 2, L) -> Context, as training reads them: no weights, cut."""
+    def forward(self, ids: Tensor) -> Conditions:
+        """Token ids (B, 2, L) -> conditions, as training reads them: no weights, cut."""
         first, second = (encoder(own) for encoder, own in zip(self.encoders, ids.unbind(1), strict=True))
-        context = side_by_side(first, second)
+        both = side_by_side(first, second)
         if not self.zero_empty:
-            return context
-        says = (ids[:, 0, 1] != self.first.tokenizer.convert_tokens_to_ids(END)).to(context.tokens)
-        assert context.pooled is not None
-        return Context(context.tokens * says[:, None, None], context.pooled * says[:, None])
+            return both
+        says = (ids[:, 0, 1] != self.first.tokenizer.convert_tokens_to_ids(END)).to(both["tokens"])
+        return both.mapped(lambda tensor: tensor * says.reshape(-1, *[1] * (tensor.ndim - 1)))
 
     def save(self, directory: Path) -> None:
         """Write tokenizer/, text_encoder/, tokenizer_2/ and text_encoder_2/."""

@@ -19,9 +19,11 @@ from transformers.utils import logging as transformers_logging
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import check_depth, numbers_in, read_json, variant_of, weight_files
 from latentdiff.networks.backbones.unet import UNet
-from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder, TinyAutoencoder
+from latentdiff.networks.codecs.identity import IdentityCodec
+from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
-from latentdiff.networks.encoders.two_clips import DualTextEncoder
+from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
 if TYPE_CHECKING:
     from latentdiff.networks.clip import Clip
@@ -29,20 +31,12 @@ if TYPE_CHECKING:
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
 
 
-def load_networks(
-    directory: Path, variant: str | None = None
-) -> tuple[Autoencoder | IdentityAutoencoder, TextEncoder | DualTextEncoder, UNet]:
-    """The networks of a checked model folder, in the precision in which they are stored."""
-    autoencoder = load_autoencoder(directory, variant)
-    return autoencoder, load_text_encoders(directory, variant), load_unet(directory, variant)
-
-
-def load_autoencoder(directory: Path, variant: str | None = None) -> Autoencoder | IdentityAutoencoder:
+def load_codec(directory: Path, variant: str | None = None) -> KLAutoencoder | TinyAutoencoder | IdentityCodec:
     """The VAE of a model folder, or the identity where it has none."""
     return load_vae(directory / "vae", variant) if (directory / "vae").is_dir() else _identity(directory)
 
 
-def load_vae(folder: Path, variant: str | None = None) -> Autoencoder:
+def load_vae(folder: Path, variant: str | None = None) -> KLAutoencoder | TinyAutoencoder:
     """The VAE of a checked folder."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
@@ -50,17 +44,17 @@ def load_vae(folder: Path, variant: str | None = None) -> Autoencoder:
     tiny = read_json(folder / "config.json").get("_class_name") == "AutoencoderTiny"
     vae = _pretrained(AutoencoderTiny if tiny else AutoencoderKL, directory, part, variant)
     with loading(part, directory):
-        autoencoder = TinyAutoencoder(vae) if tiny else Autoencoder(vae)
+        autoencoder = TinyAutoencoder(vae) if tiny else KLAutoencoder(vae)
         if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
             raise ModelError(f"{part}/config.json: scaling_factor or shift_factor is no positive number ({directory})")
     return autoencoder.eval()
 
 
-def _identity(directory: Path) -> IdentityAutoencoder:
+def _identity(directory: Path) -> IdentityCodec:
     channels = read_json(directory / "unet" / "config.json").get("in_channels")
     if channels not in (1, 3):
         raise ModelError(f"no vae, and a U-Net of {channels} channels draws no picture ({directory})")
-    return IdentityAutoencoder(channels)
+    return IdentityCodec(channels)
 
 
 def load_text_encoder(directory: Path, variant: str | None = None) -> TextEncoder:
@@ -70,7 +64,7 @@ def load_text_encoder(directory: Path, variant: str | None = None) -> TextEncode
     return _text_encoder(CLIPTextModel, directory, variant, "", penultimate=False)
 
 
-def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncoder | DualTextEncoder:
+def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncoder | TwoTextEncoders:
     """The text encoder of a model folder, or both of SDXL."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -79,7 +73,7 @@ def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncod
     first = _text_encoder(CLIPTextModel, directory, variant, "", penultimate=True)
     second = _text_encoder(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
     zero_empty = read_json(directory / "model_index.json").get("force_zeros_for_empty_prompt", True)
-    return DualTextEncoder(first, second, zero_empty=bool(zero_empty)).eval()
+    return TwoTextEncoders(first, second, zero_empty=bool(zero_empty)).eval()
 
 
 def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool) -> TextEncoder:
@@ -131,7 +125,7 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
         kinds = {name: kind for file in files for name, kind in _kinds(file).items()}
         check_depth(config, len(kinds), part, directory)
         _check_size(network, directory, part, sum(map(numbers_in, files)))
-        model, told = network.from_pretrained(
+        model, report = network.from_pretrained(
             directory / part,
             local_files_only=True,
             use_safetensors=True,
@@ -139,12 +133,12 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
             variant=variant_of(directory / part, variant),
             torch_dtype=_stored_dtype(kinds, directory / part),
         )
-        absent = sorted(told["missing_keys"])
+        absent = sorted(report["missing_keys"])
         if absent:
             raise ModelError(f"{part}: {len(absent)} weights are missing, the first is {absent[0]} ({directory})")
-        if told["unexpected_keys"]:
-            first = sorted(told["unexpected_keys"])[0]
-            count = len(told["unexpected_keys"])
+        if report["unexpected_keys"]:
+            first = sorted(report["unexpected_keys"])[0]
+            count = len(report["unexpected_keys"])
             warnings.warn(
                 f"{part}: {count} weights are used by nothing, the first is {first} ({directory})", stacklevel=2
             )

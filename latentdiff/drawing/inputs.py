@@ -1,4 +1,4 @@
-"""What callers give beside a request, checked before anything is computed: prompts, noise, contexts, margins."""
+"""What callers give beside a request, checked before anything is computed: prompts, noise, embeddings, margins."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from latentdiff.core.arrays import Put
 from latentdiff.core.errors import ConfigError
-from latentdiff.drawing.job import NOTHING, Own
+from latentdiff.drawing.batch import NO_NOISE, GivenNoise
 from latentdiff.drawing.request import SIDES
 
 if TYPE_CHECKING:
     from latentdiff.drawing.canvas import Margins
-    from latentdiff.networks.conditions import Context
+    from latentdiff.networks.conditions import Conditions
 
 Shape = tuple[int, ...]
 
@@ -41,10 +41,10 @@ def margins_of(outpaint: Any) -> Margins:
     return Margins(*outpaint)
 
 
-def contexts_of(
+def embeds_of(
     tokens: Any, negative: Any, pooled: Any, negative_pooled: Any, *, width: int, with_pooled: bool
-) -> list[tuple[Context, Context | None]]:
-    """The caller's own contexts, one pair for each prompt that they stand for; none without `tokens`.
+) -> list[tuple[Conditions, Conditions | None]]:
+    """The caller's own conditions, one pair for each prompt that they stand for; none without `tokens`.
 
     tokens, negative: (B, L, D), D = `width`; pooled ones (B, P), for a network that reads them. Raises ConfigError.
     """
@@ -54,8 +54,6 @@ def contexts_of(
             raise ConfigError("negative_prompt_embeds and pooled embeds go with prompt_embeds")
         return []
     import torch
-
-    from latentdiff.networks.conditions import Context
 
     given = [torch.from_numpy(tensor) if isinstance(tensor, np.ndarray) else tensor for tensor in given]
     tokens, negative, pooled, negative_pooled = given
@@ -73,17 +71,23 @@ def contexts_of(
         raise ConfigError("pooled embeds are for SDXL, which needs them: one with each of the others")
     rows: list[Any] = [[None] * len(tokens) if tensor is None else list(tensor) for tensor in given]
     return [
-        (Context(cond, vector), None if uncond is None else Context(uncond, uncond_vector))
+        (_conditions(cond, vector), None if uncond is None else _conditions(uncond, uncond_vector))
         for cond, uncond, vector, uncond_vector in zip(*rows, strict=True)
     ]
 
 
-def own_of(latents: Any, generator: Any, shape: Shape, put: Put) -> Own:
+def _conditions(tokens: Any, pooled: Any) -> Conditions:
+    from latentdiff.networks.conditions import Conditions
+
+    return Conditions({"tokens": tokens} | ({} if pooled is None else {"pooled": pooled}))
+
+
+def noise_of(latents: Any, generator: Any, shape: Shape, put: Put) -> GivenNoise:
     """The caller's own noise: `latents` of this shape, (N, C, h, w), and generators, one or N. Raises ConfigError."""
     if latents is None and generator is None:
-        return NOTHING
+        return NO_NOISE
     if generator is None and isinstance(latents, np.ndarray) and latents.shape == shape and latents.dtype == np.float32:
-        return Own(put(latents))
+        return GivenNoise(put(latents))
     import torch
 
     listed = generator if isinstance(generator, list | tuple) else [generator]
@@ -93,11 +97,11 @@ def own_of(latents: Any, generator: Any, shape: Shape, put: Put) -> Own:
     if generators is not None and len(generators) not in (1, shape[0]):
         raise ConfigError(f"{len(generators)} generators for {shape[0]} pictures")
     if latents is None:
-        return Own(None, generators)
+        return GivenNoise(None, generators)
     try:
         own = torch.as_tensor(latents).float()
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"latents must be a tensor of shape {shape} (got {type(latents).__name__})") from None
     if tuple(own.shape) != shape:
         raise ConfigError(f"latents must be of shape {shape} (got {tuple(own.shape)})")
-    return Own(put(own), generators)
+    return GivenNoise(put(own), generators)

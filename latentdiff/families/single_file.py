@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -25,52 +24,51 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentdiff.core.errors import ModelError, UnsafeError, loading
 from latentdiff.core.files import sha256_of
+from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.families.stable_diffusion import assembled
+from latentdiff.formats.original import CLIP, OPEN_CLIP, POSITIONS, SCALING, UNET, VAE, VOCABULARY, Kind
 from latentdiff.formats.pickle import is_pickle
+from latentdiff.model import Model, ModelCard
 from latentdiff.networks.backbones.unet import UNet
-from latentdiff.networks.codecs.kl import Autoencoder
-from latentdiff.networks.conditions import Context
+from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
-from latentdiff.networks.encoders.two_clips import DualTextEncoder
+from latentdiff.networks.encoders.prompt import Wanted
+from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
-Family = Literal["1", "2", "XL"]
 State = dict[str, Tensor]
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP = {"1": "cond_stage_model.transformer.", "XL": "conditioner.embedders.0.transformer."}
-OPEN_CLIP = {"2": "cond_stage_model.model.", "XL": "conditioner.embedders.1.model."}
-SCALING = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}
 SIDES = {"1": 64, "2": 64, "XL": 128}  # of latents; Stable Diffusion 2 of velocity: 96
-VOCABULARY, POSITIONS = 49408, 77
 OPEN_CLIP_H = (1024, 23)  # width, and the layers of its 24 that are read; some files leave the last out
 
 
-@dataclass(frozen=True)
-class SingleFile:
-    """The networks of a file, and what else it says of itself."""
-
-    family: Family
-    autoencoder: Autoencoder
-    text_encoder: TextEncoder | DualTextEncoder
-    unet: UNet
-    prediction: str
-    zero_terminal_snr: bool
+_PLAIN = {"sampler": "dpmpp_2m", "spacing": "trailing"}  # recommended, for a file says nothing of it
 
 
-def load_single_file(path: Path) -> SingleFile:
-    """Networks in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
+def load_single_file(path: Path) -> Model:
+    """A model in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
     check_file(path)
     with loading(path):
         state = load_file(path)
-        family = _family(state, path)
-        config = unet_config(state, family)
-        unet = UNet(_filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config)))
-        config = vae_config(state, family)
+        kind = _kind_of(state, path)
+        config = unet_config(state, kind)
+        unet = UNet(_filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config))).eval()
+        config = vae_config(state, kind)
         vae = _filled(AutoencoderKL, config, conversion.convert_ldm_vae_checkpoint(state, config))
-        autoencoder = Autoencoder(vae)
-        text_encoder = _text_encoder(state, family)
-    prediction, marked = _prediction(path, state, family, unet, text_encoder)
-    if family == "2" and prediction == "v_prediction":
+        codec, texts = KLAutoencoder(vae).eval(), _text_encoder(state, kind).eval()
+    prediction, zero_terminal_snr = _prediction(path, state, kind, unet, texts)
+    if kind == "2" and prediction == "v_prediction":
         unet.model.register_to_config(sample_size=96)
-    return SingleFile(family, autoencoder.eval(), text_encoder.eval(), unet.eval(), prediction, marked)
+    schedule = VariancePreserving.scaled_linear()
+    side = int(unet.model.config.sample_size) * codec.factor
+    return assembled(
+        unet,
+        texts,
+        codec,
+        path=schedule.zero_terminal_snr() if zero_terminal_snr else schedule,
+        prediction=prediction,
+        card=ModelCard(path.stem, sha256_of(path), (side, side), dict(_PLAIN)),
+        where=path,
+    )
 
 
 def check_file(path: Path) -> None:
@@ -105,7 +103,7 @@ def described(path: Path) -> dict[str, Any]:
 def _kind(names: Sequence[str], path: Path) -> str:
     """A family of models, or a format of adapters."""
     if any(name.startswith(UNET) for name in names):
-        return f"Stable Diffusion {_family(names, path)}, original layout"
+        return f"Stable Diffusion {_kind_of(names, path)}, original layout"
     if not _of_adapter(names):
         return "weights"
     return "adapter, " + (
@@ -117,7 +115,7 @@ def _of_adapter(names: Sequence[str]) -> bool:
     return any("lora" in name for name in names) and not any(name.startswith(UNET) for name in names)
 
 
-def _family(state: Iterable[str], path: Path) -> Family:
+def _kind_of(state: Iterable[str], path: Path) -> Kind:
     state = list(state)
     if _of_adapter(state):
         raise ModelError(f"{path} is an adapter, drawn with by --lora and converted by --to, not a model")
@@ -126,17 +124,17 @@ def _family(state: Iterable[str], path: Path) -> Family:
     if not any(name.startswith(VAE) for name in state):
         raise ModelError(f"no autoencoder under {VAE}* ({path}). A whole Stable Diffusion checkpoint is needed")
     held = {prefix for prefix in (*CLIP.values(), *OPEN_CLIP.values()) if any(n.startswith(prefix) for n in state)}
-    families: dict[frozenset[str], Family] = {
+    kinds: dict[frozenset[str], Kind] = {
         frozenset({CLIP["1"]}): "1",
         frozenset({OPEN_CLIP["2"]}): "2",
         frozenset({CLIP["XL"], OPEN_CLIP["XL"]}): "XL",
     }
-    if frozenset(held) not in families:
+    if frozenset(held) not in kinds:
         raise ModelError(f"no Stable Diffusion 1, 2 or XL by its text encoders ({path}: {sorted(held) or 'none'})")
-    return families[frozenset(held)]
+    return kinds[frozenset(held)]
 
 
-def unet_config(state: State, family: Family) -> dict[str, Any]:
+def unet_config(state: State, kind: Kind) -> dict[str, Any]:
     """The U-Net's config by the shapes of its input blocks: a downsampling begins the next level."""
     weights = {name.removeprefix(UNET): tensor for name, tensor in state.items() if name.startswith(UNET)}
     levels: list[list[tuple[int, int]]] = [[]]  # of each residual block its channels and its depth of attention
@@ -151,9 +149,9 @@ def unet_config(state: State, family: Family) -> dict[str, Any]:
     channels, depths = [level[0][0] for level in levels], [level[0][1] for level in levels]
     middle = _count(weights, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     keys = [name for name in weights if name.endswith("attn2.to_k.weight")]
-    later = family != "1"
+    later = kind != "1"
     config: dict[str, Any] = {
-        "sample_size": SIDES[family],
+        "sample_size": SIDES[kind],
         "in_channels": weights["input_blocks.0.0.weight"].shape[1],
         "out_channels": weights["out.2.weight"].shape[0],
         "block_out_channels": tuple(channels),
@@ -165,14 +163,14 @@ def unet_config(state: State, family: Family) -> dict[str, Any]:
         "attention_head_dim": tuple(max(c // 64, 1) for c in channels) if later else 8,  # diffusers' name for heads
         "use_linear_projection": later,
     }
-    if family == "XL":
+    if kind == "XL":
         config["addition_embed_type"] = "text_time"
         config["addition_time_embed_dim"] = 256
         config["projection_class_embeddings_input_dim"] = weights["label_emb.0.0.weight"].shape[1]
     return config
 
 
-def vae_config(state: State, family: Family) -> dict[str, Any]:
+def vae_config(state: State, kind: Kind) -> dict[str, Any]:
     """The autoencoder's config by the shapes of its encoder."""
     levels = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
     return {
@@ -183,37 +181,37 @@ def vae_config(state: State, family: Family) -> dict[str, Any]:
         ),
         "layers_per_block": _count(state, rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
         "latent_channels": state[f"{VAE}decoder.conv_in.weight"].shape[1],
-        "scaling_factor": SCALING[family],
-        "sample_size": 8 * SIDES[family],
+        "scaling_factor": SCALING[kind],
+        "sample_size": 8 * SIDES[kind],
     }
 
 
-def _text_encoder(state: State, family: Family) -> TextEncoder | DualTextEncoder:
-    if family == "1":
-        return _clip(state, family)
-    if family == "2":
-        return _open_clip(state, family)
-    return DualTextEncoder(_clip(state, family), _open_clip(state, family), zero_empty=True)
+def _text_encoder(state: State, kind: Kind) -> TextEncoder | TwoTextEncoders:
+    if kind == "1":
+        return _clip(state, kind)
+    if kind == "2":
+        return _open_clip(state, kind)
+    return TwoTextEncoders(_clip(state, kind), _open_clip(state, kind), zero_empty=True)
 
 
-def _clip(state: State, family: Family) -> TextEncoder:
+def _clip(state: State, kind: Kind) -> TextEncoder:
     """OpenAI's ViT-L, which the file holds under transformers' names."""
-    names = conversion.convert_ldm_clip_checkpoint(state, CLIP[family])
+    names = conversion.convert_ldm_clip_checkpoint(state, CLIP[kind])
     weights = _bare(names)
     weights.pop("embeddings.position_ids", None)
     weights.pop("text_projection.weight", None)
     model = _filled_text(CLIPTextModel, text_config(weights, "quick_gelu"), weights)
-    return TextEncoder(clip_tokenizer(77), model, penultimate=family == "XL")
+    return TextEncoder(clip_tokenizer(77), model, penultimate=kind == "XL")
 
 
-def _open_clip(state: State, family: Family) -> TextEncoder:
+def _open_clip(state: State, kind: Kind) -> TextEncoder:
     """OpenCLIP's H of Stable Diffusion 2, read to the last layer but one, and bigG of XL with its projection."""
-    prefix = OPEN_CLIP[family]
+    prefix = OPEN_CLIP[kind]
     width = state[f"{prefix}ln_final.weight"].shape[0]
     weights = conversion.convert_open_clip_checkpoint(
         SimpleNamespace(config=SimpleNamespace(hidden_size=width)), state, prefix=prefix
     )
-    if family == "XL":
+    if kind == "XL":
         config = text_config(_bare(weights), "gelu", projection_dim=weights["text_projection.weight"].shape[0])
         model = _filled_text(CLIPTextModelWithProjection, config, weights)
         return TextEncoder(clip_tokenizer(77, pad="!"), model, penultimate=True)
@@ -282,7 +280,7 @@ def _count(weights: State, pattern: str) -> int:
 
 
 def _prediction(
-    path: Path, state: State, family: Family, unet: UNet, text_encoder: TextEncoder | DualTextEncoder
+    path: Path, state: State, kind: Kind, unet: UNet, text_encoder: TextEncoder | TwoTextEncoders
 ) -> tuple[str, bool]:
     """What the U-Net predicts, and whether it was trained to zero terminal SNR.
 
@@ -292,13 +290,13 @@ def _prediction(
         told = (file.metadata() or {}).get("modelspec.prediction_type", "")
     if "v_pred" in state or told in ("v", "v_prediction"):
         return "v_prediction", "ztsnr" in state
-    if told or family != "2":
+    if told or kind != "2":
         return "epsilon", "ztsnr" in state
     return ("epsilon" if predicts_noise(unet, text_encoder) else "v_prediction"), "ztsnr" in state
 
 
 @torch.no_grad()
-def predicts_noise(unet: UNet, text_encoder: TextEncoder | DualTextEncoder, t: int = 999) -> bool:
+def predicts_noise(unet: UNet, text_encoder: TextEncoder | TwoTextEncoders, t: int = 999) -> bool:
     """Whether the output at the last time follows the input.
 
     There x_t is all but noise, which a network of noise gives back; a velocity is then about -x0, of which noise
@@ -308,7 +306,6 @@ def predicts_noise(unet: UNet, text_encoder: TextEncoder | DualTextEncoder, t: i
     model = unet.model
     side = 2 ** (len(model.config.block_out_channels) - 1) * 2
     x = torch.randn(1, model.config.in_channels, side, side, generator=generator).to(model.dtype)
-    context = text_encoder.context("").tokens[None].to(model.dtype)
-    output = unet(x, t, Context(context)).float()
+    output = unet(x, t, stacked([text_encoder.encode(Wanted(""))])).float()
     noise = x[:, : output.shape[1]].float()
     return bool(torch.corrcoef(torch.stack([output.flatten(), noise.flatten()]))[0, 1] > 0.5)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from latentdiff.core.errors import ConfigError, loading, saving
 from latentdiff.core.files import whole
-from latentdiff.formats.folder import check_folder
+from latentdiff.families import check_folder
 
 _TEXTS = (".json", ".txt", ".md", ".xml")
 

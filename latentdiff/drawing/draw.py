@@ -1,0 +1,190 @@
+"""The one road from a question to pictures, whoever asks: request -> jobs -> batches -> passes -> pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentdiff.core.arrays import Array, as_tensor, library, to_numpy
+from latentdiff.core.errors import ConfigError, NonFiniteError
+from latentdiff.core.images import to_uint8
+from latentdiff.diffusion.samplers import Step
+from latentdiff.drawing import pixels
+from latentdiff.drawing.batch import NO_NOISE, Batch, GivenNoise, Job
+from latentdiff.drawing.canvas import Canvas, Margins, canvas
+from latentdiff.drawing.output import Output, joined
+from latentdiff.drawing.painter import Painter, check
+from latentdiff.drawing.passes import steps
+from latentdiff.drawing.plan import lowest_side, plan
+from latentdiff.drawing.prompts import chunks_of
+from latentdiff.drawing.record import ImageMetadata, installed_versions
+from latentdiff.drawing.request import Request, check_size, request
+from latentdiff.model import Model
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
+
+
+def requested(painter: Painter, prompt: str, **settings: Any) -> Request:
+    """A validated request with the model's recommended settings where none are given. Raises ConfigError."""
+    made = request(prompt=prompt, **{**painter.model.card.defaults, **settings})
+    check(made, painter)
+    return made
+
+
+def canvas_of(
+    model: Model,
+    request: Request,
+    image: Any,
+    mask: Any = None,
+    *,
+    margins: Margins = Margins(),  # noqa: B008 - frozen
+    names: tuple[str | None, str | None] = (None, None),
+) -> Canvas | None:
+    """The picture that a request starts from, if one is given; see `drawing.canvas`. Raises ConfigError."""
+    if image is None:
+        if mask is not None or any(margins):
+            raise ConfigError("a mask and outpainting require an image")
+        if request.strength is not None:
+            raise ConfigError("strength requires an image")
+        return None
+    if request.hires_scale:
+        raise ConfigError("hires_scale has no effect with an image; width and height enlarge it")
+    for name, side in (("height", request.height), ("width", request.width)):
+        if side is not None:
+            check_size(name, side, model.multiple, lowest_side(model))
+    size = request.height, request.width
+    return canvas(image, mask, size=size, multiple=model.multiple, margins=margins, names=names)
+
+
+def jobs_of(model: Model, request: Request, given: Canvas | None = None, embeds: Any = None) -> list[Job]:
+    """A request's pictures, one by one. Raises ConfigError for sizes that the model cannot draw."""
+    planned = plan(request, model, given)
+    return [Job(request, index, planned, given, embeds) for index in range(request.num_images)]
+
+
+def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
+    """Jobs in batches, in their order; a batch's pictures differ in prompt, seed and given picture only."""
+
+    def alike(job: Job) -> tuple[Any, ...]:
+        given = job.canvas and (job.canvas.pixels.shape, job.canvas.size, job.canvas.mask is None)
+        return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None
+
+    first = 0
+    for _, group in groupby(jobs, alike):
+        same = list(group)
+        size = same[0].request.batch_size
+        for start in range(0, len(same), size):
+            some = same[start : start + size]
+            yield Batch(some, noise.of(first, len(some)))
+            first += len(some)
+
+
+class Drawing:
+    """A batch being drawn: iterate over its steps, then `finish`. notes: what the user should know of it."""
+
+    def __init__(self, painter: Painter, batch: Batch):
+        self._painter, self.batch, self.notes = painter, batch, list[str]()
+
+    def __iter__(self) -> Iterator[Step]:
+        """Every step of every pass."""
+        request = self.batch.request
+        codec = self._painter.model.codec
+        walk = steps(self.batch, self._painter, self.notes)
+        while True:
+            # entered for each step by itself: a block that is open in a generator would be open for its caller too
+            with codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
+                step = next(walk, None)
+            if step is None:
+                return
+            yield step
+
+    def finish(self, latents: Array, output_type: str = "pil") -> Output:
+        """Decode final latents and record how each picture was made. Raises NonFiniteError."""
+        model, jobs, request = self._painter.model, self.batch.jobs, self.batch.request
+        seeds = [job.seed for job in jobs]
+        images: Any = latents
+        if output_type != "latent":
+            with model.codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
+                images = pixels.decode(model, latents, self.notes)
+        if not (pixels.all_finite(latents) and pixels.all_finite(images)):
+            what = "sampling" if not pixels.all_finite(latents) else "decoding"
+            raise NonFiniteError(f"{what} gave non-finite numbers (seeds {seeds}). Try float32 or less guidance")
+        if output_type != "latent":
+            images = _kept(model, images, [job.canvas for job in jobs])
+        own = bool(self.batch.noise)
+        records = [record_of(self._painter, job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
+        return Output(_as_type(model, images, output_type), seeds, records, self.notes)
+
+    def drawn(self, output_type: str = "pil") -> Output:
+        """All steps, then `finish`."""
+        for step in self:
+            final = step.x
+        return self.finish(final, output_type)
+
+
+def _kept(model: Model, images: Array, canvases: Sequence[Canvas | None]) -> Array:
+    """Images (B, C, H, W) with the given pixels outside the masks, without what was padded."""
+    if all(given is None for given in canvases):
+        return images
+    rows = [i if given is None else given.kept(i, model.array) for i, given in zip(images, canvases, strict=True)]
+    return library(images).stack(rows)
+
+
+def _as_type(model: Model, images: Array, output_type: str) -> Any:
+    if output_type == "latent":
+        return images if model.runtime == "torch" else as_tensor(images)
+    if output_type == "pt":
+        tensor = images if model.runtime == "torch" else as_tensor(images)
+        return (tensor + 1) / 2
+    drawn = to_uint8(images)
+    if output_type == "uint8":
+        return drawn
+    if output_type == "np":
+        return np.ascontiguousarray(to_numpy((images + 1) / 2).transpose(0, 2, 3, 1))
+    return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in drawn]
+
+
+def draw(painter: Painter, jobs: Sequence[Job], output_type: str = "pil", noise: GivenNoise = NO_NOISE) -> Output:
+    """All pictures of jobs, batch by batch."""
+    return joined([Drawing(painter, batch).drawn(output_type) for batch in batches_of(painter, jobs, noise)])
+
+
+def draw_prompts(painter: Painter, prompts: Sequence[str], *, seed: int, **settings: Any) -> np.ndarray:
+    """A picture of each prompt with seeds that count up from `seed`, uint8 (N, H, W, C)."""
+    jobs: list[Job] = []
+    for prompt in prompts:
+        made = requested(painter, prompt, seed=seed + len(jobs), **settings)
+        jobs += jobs_of(painter.model, made)
+    pictures: np.ndarray = draw(painter, jobs, "uint8").images
+    return pictures
+
+
+def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[int, int] = (0, 1)) -> ImageMetadata:
+    """What a picture records of itself; `place` is its place in its batch, and the batch's size."""
+    model, card = painter.model, painter.model.card
+    height, width = job.plan.final if job.canvas is None else job.canvas.size
+    return ImageMetadata(
+        request=job.request.model_dump(),
+        index=job.index,
+        seed=job.seed,
+        width=width,
+        height=height,
+        steps=job.plan.steps,
+        model=card.name,
+        model_hash=card.hash,
+        model_source=card.source,
+        variant=card.variant,
+        sources=tuple(painter.sources.values()),
+        canvas=None if job.canvas is None else job.canvas.record(),
+        runtime=model.runtime,
+        device=getattr(model.place.device, "type", "cpu"),
+        dtype=model.dtype,
+        speed=model.speed,
+        versions=installed_versions(model.runtime),
+        batch=place,
+        own_noise=own_noise or job.embeds is not None,
+    )

@@ -1,0 +1,61 @@
+"""The pictures of a call, and what is known of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.arrays import library
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.record import ImageMetadata
+
+
+@dataclass(frozen=True)
+class Output:
+    """Pictures in the order of their seeds, a record of each, and notes for the user.
+
+    images: PIL images, or an array; see `LatentDiffusionPipeline.__call__`.
+    """
+
+    images: Any
+    seeds: list[int]
+    metadata: list[ImageMetadata]
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, target: str | Path) -> list[Path]:
+        """Write PIL images as the command line does, each with its record: into a folder, or a single one to a file.
+
+        Returns the paths. Raises ConfigError for a file that exists, and for other output types.
+        """
+        from latentdiff.drawing.files import check_target, write_pictures
+
+        if not isinstance(self.images, list):
+            raise ConfigError('only PIL images can be saved (output_type="pil")')
+        path = as_path(target)
+        check_target(path, len(self.images))
+        return [written for written, _ in write_pictures(self.images, self.metadata, path, ".png", metadata=True)]
+
+
+def as_path(value: object) -> Path:
+    """A path given as text or as a Path. Raises ConfigError for anything else."""
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise ConfigError(f"a path is needed (got {str(value)[:40]!r})")
+    return Path(value)
+
+
+def joined(outputs: Sequence[Output]) -> Output:
+    """Batches of pictures as one."""
+    seeds = [seed for output in outputs for seed in output.seeds]
+    records = [record for output in outputs for record in output.metadata]
+    notes = list(dict.fromkeys(note for output in outputs for note in output.notes))
+    return Output(_together([output.images for output in outputs]), seeds, records, notes)
+
+
+def _together(batches: list[Any]) -> Any:
+    if isinstance(batches[0], list):
+        return [image for batch in batches for image in batch]
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        raise ConfigError('pictures of several sizes cannot be one array; use output_type="pil"')
+    return library(batches[0]).concatenate(batches)

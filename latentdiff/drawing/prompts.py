@@ -1,0 +1,106 @@
+"""The conditions of a batch of pictures, with and without their prompts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import NamedTuple
+
+from latentdiff.core.errors import ConfigError
+from latentdiff.core.turn import Turn
+from latentdiff.drawing.batch import Batch, Job
+from latentdiff.drawing.plan import Size
+from latentdiff.drawing.request import Request
+from latentdiff.model import Model
+from latentdiff.networks.conditions import Conditions, stacked
+from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.protocols import Encoder
+
+MOST = 256  # kept prompts; the conditions of one of Stable Diffusion take a quarter of a megabyte
+
+
+class Memory:
+    """The conditions of the prompts used last; threads may share it."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Wanted, Conditions] = OrderedDict()
+        self._turn = Turn()
+
+    def encoded(self, encoder: Encoder, wanted: Wanted) -> Conditions:
+        """What the encoder gives, computed once."""
+        with self._turn:
+            if wanted not in self._known:
+                self._known[wanted] = encoder.encode(wanted)
+                while len(self._known) > MOST:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(wanted)
+            return self._known[wanted]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+class Prompted(NamedTuple):
+    """Conditions of the prompts and, only where guidance needs them, of the negative prompts."""
+
+    cond: Conditions
+    uncond: Conditions | None
+
+
+def style_of(request: Request) -> Style:
+    """How the prompt is read."""
+    return Style(request.prompt_weights, request.long_prompts, request.clip_skip)
+
+
+def chunks_of(job: Job, encoder: Encoder) -> int:
+    """In how many chunks both of a picture's prompts are read: their conditions are made equally long."""
+    if job.embeds is not None:
+        return len(job.embeds[0]["tokens"]) // encoder.length
+    style = style_of(job.request)
+    prompts = [job.request.prompt] + [job.request.negative_prompt] * (job.request.guidance_scale > 1)
+    return max(encoder.read(prompt, style).chunks for prompt in prompts)
+
+
+def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = None) -> Prompted:
+    """The conditions of a batch whose pictures are of one size and one length.
+
+    Equal prompts are encoded once and by themselves, so that none depends on the batch's size. As in diffusers,
+    clip_skip applies to the prompt only. memory: prompts of earlier batches.
+    """
+    request, encoder = batch.request, model.encoder
+    style, least = style_of(request), max(chunks_of(job, encoder) for job in batch.jobs)
+    known = Memory() if memory is None else memory
+    sizes = tuple(map(float, (*(request.original_size or size), *request.crop, *size))) if model.reads_sizes else None
+
+    def encoded(prompt: str, style: Style) -> Conditions:
+        return known.encoded(encoder, Wanted(prompt, style, least, sizes))
+
+    def of(job: Job) -> Conditions:
+        if job.embeds is None:
+            return encoded(job.request.prompt, style)
+        return _sized(job.embeds[0], sizes)
+
+    cond = stacked([of(job) for job in batch.jobs]).mapped(model.array)
+    if request.guidance_scale <= 1:
+        return Prompted(cond, None)
+    plain = replace(style, clip_skip=None)
+    negative = []
+    for job in batch.jobs:
+        own = None if job.embeds is None else job.embeds[1]
+        negative.append(encoded(job.request.negative_prompt, plain) if own is None else _sized(own, sizes))
+    uncond = stacked(negative).mapped(model.array)
+    _check_shapes(cond, uncond)
+    return Prompted(cond, uncond)
+
+
+def _sized(embeds: Conditions, sizes: tuple[float, ...] | None) -> Conditions:
+    import numpy as np
+
+    return embeds if sizes is None else embeds.joined({"sizes": np.array(sizes, np.float32)})
+
+
+def _check_shapes(cond: Conditions, uncond: Conditions) -> None:
+    for name, array in cond.arrays.items():
+        if array.shape != uncond[name].shape:
+            shapes = f"{tuple(array.shape[1:])}, the empty prompt's {tuple(uncond[name].shape[1:])}"
+            raise ConfigError(f"prompt_embeds are of {shapes}: give negative_prompt_embeds with them")

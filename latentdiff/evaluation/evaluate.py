@@ -1,0 +1,185 @@
+"""What an evaluation is made of: models, what they are measured by, and all that figures depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.errors import DataError
+from latentdiff.core.files import sha256_of
+from latentdiff.data.dataset import look
+from latentdiff.data.examples import Examples
+from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.record import installed_versions
+from latentdiff.evaluation import features as extractors
+from latentdiff.evaluation.features import Extractor
+from latentdiff.evaluation.geneval import read_prompts
+from latentdiff.evaluation.held_out import held_out, pictures_of
+from latentdiff.evaluation.sections import Asked, References
+from latentdiff.families.loading import default_model
+from latentdiff.formats.folder import settings_hash
+from latentdiff.formats.tensors import read_tensors
+from latentdiff.networks.perception import lpips
+from latentdiff.settings.config import Config, load_config, own_pictures
+
+LEAST = 16  # pictures
+MOST_TRAINED = 50_000
+Overrides = Sequence[tuple[str, Any]]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is measured, opened when it is first needed.
+
+    open: the painter that draws; open_exact: the same model by torch in float32, for what is no drawing.
+    """
+
+    path: str | None
+    open: Callable[[], Painter]
+    open_exact: Callable[[], Painter]
+
+    @cached_property
+    def painter(self) -> Painter:
+        """What draws."""
+        return self.open()
+
+    def exact(self) -> Painter:
+        """See `open_exact`; the painter itself where it computes so."""
+        return self._exact
+
+    @cached_property
+    def _exact(self) -> Painter:
+        model = self.painter.model
+        return self.painter if (model.runtime, model.dtype) == ("torch", "float32") else self.open_exact()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the references of an evaluation come from; None is the default of each.
+
+    data: captioned pictures, or the config of a run. training: pictures that the model was trained on. features, lpips,
+    geneval: files and folders. lenient: settings under which pictures that cannot be used are left out.
+    """
+
+    data: str | None = None
+    training: str | None = None
+    features: Path | None = None
+    lpips: Path | None = None
+    geneval: Path | None = None
+    lenient: Overrides = ()
+
+
+def sized(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Pictures are drawn as large as those that they are compared with: squares of the first model's size."""
+    side = candidates[0].painter.model.card.size[0]
+    own = {candidate.painter.model.card.size for candidate in candidates}
+    return {} if own == {(side, side)} else {"height": side, "width": side}
+
+
+def titles(candidates: Sequence[Candidate]) -> list[str]:
+    """Their names; of one name by where they lie too, or by a letter."""
+    names = [candidate.painter.model.card.name for candidate in candidates]
+    if len(set(names)) < len(names):
+        places = [Path(candidate.path or "").name for candidate in candidates]
+        marks = places if len(set(places)) == len(places) else "AB"
+        names = [f"{name} ({place or 'the default'})" for name, place in zip(names, marks, strict=False)]
+    return names
+
+
+def references_of(
+    candidate: Candidate, sources: Sources, count: int, report: Path, say: Say
+) -> tuple[References, dict[str, Any]]:
+    """What models are measured by, and what identifies it. report: has room for pictures. Raises DataError."""
+    prompts = read_prompts(sources.geneval) if sources.geneval else []
+    distance = lpips(read_tensors(sources.lpips), sources.lpips) if sources.lpips else None
+    model = candidate.painter.model
+    side = model.card.size[0]
+    config = _config(sources.data, side, sources.lenient)
+    survey = None if config.data.kind == "scenes" else look(config).sound(config.data.pictures.skip_bad)
+    held, trained = held_out(config, count, survey)
+    if len(held) < LEAST:
+        raise DataError(f"{len(held)} different pictures are too few to measure by. At least {LEAST} are needed")
+    if sources.training is not None:
+        trained = held_out(_config(sources.training, side, sources.lenient), MOST_TRAINED)[0]
+    extractor = _extractor(candidate, sources.features, say)
+    if extractor.scorer is not None:
+        extractor.scorer.to(model.place.device)
+    references = References(
+        partial(pictures_of, held, report),
+        extractor,
+        extractor.scorer,
+        partial(pictures_of, trained, report) if trained else None,
+        distance,
+        prompts,
+        scenes=config.data.kind == "scenes",
+    )
+    name = "scenes" if sources.data is None else sources.data
+    identity = {"data": name, "pictures": len(held), "data sha256": _identity(config, held)}
+    if survey and survey.left_out:
+        identity["left out"] = len(survey.quarantined) + len(survey.listing.orphans)
+        say(f"left out: {identity['left out']} that cannot be used (`latentdiff data` lists them)")
+    if trained:
+        identity |= {"training pictures": len(trained), "training sha256": trained.pictures.identity()}
+    files = (("lpips", sources.lpips), ("geneval", sources.geneval))
+    return references, identity | {f"{name} sha256": sha256_of(file) for name, file in files if file}
+
+
+def _identity(config: Config, held: Examples) -> str:
+    """sha256 of the pictures, their captions, and all settings by which they are shown."""
+    settings = config.data.model_dump(mode="json", exclude={"pictures": {"source"}})
+    tree = json.dumps([held.pictures.identity(), config.image_size, settings], sort_keys=True)
+    return hashlib.sha256(tree.encode()).hexdigest()
+
+
+def _config(data: str | None, side: int, lenient: Overrides) -> Config:
+    """Of a run's config, of pictures, or of the scenes of the default config, at the model's size."""
+    overrides = [*lenient, ("image_size", side)]
+    if data is not None and data.endswith(".toml") and not Path(data).is_dir():
+        return load_config(Path(data), overrides)
+    return load_config(None, [*(own_pictures(data) if data is not None else ()), *overrides])
+
+
+def _extractor(candidate: Candidate, features: Path | None, say: Say) -> Extractor:
+    """As it is named, or the model's own CLIP, or the default model's."""
+    if features is not None:
+        return extractors.named(features)
+    card = candidate.painter.model.card
+    if card.folder and (card.folder / "clip").is_dir():
+        return extractors.of_model(card.folder, name=f"the CLIP of {card.name}")
+    say(f"features: {card.name} has no CLIP, so the default model's is taken, which knows scenes alone")
+    return extractors.of_model(default_model(), name="the CLIP of the default model")
+
+
+def rules_of(
+    candidates: Sequence[Candidate], identity: dict[str, Any], references: References, asked: Asked
+) -> dict[str, Any]:
+    """All that figures depend on, as JSON gives it back."""
+    painters = [candidate.painter for candidate in candidates]
+    models = [painter.model for painter in painters]
+    rules = {
+        "models": [model.card.source or model.card.name for model in models],
+        "model sha256": [model.card.hash for model in models],
+        "model settings sha256": [_settings_hash(model.card.folder) for model in models],
+        "beside": [[asdict(source) for source in painter.sources.values()] for painter in painters],
+        **identity,
+        "features": references.extractor.name,
+        "features sha256": references.extractor.hash,
+        "seed": asked.seed,
+        "times": asked.times,
+        "drawing": [{**model.card.defaults, **asked.settings} for model in models],
+        "sweep": asked.grid,
+        "runtime": [f"{model.runtime}, {model.backbone.dtype}" for model in models],
+        "device": str(models[0].place.device),
+        "versions": installed_versions(models[0].runtime) | installed_versions(),
+    }
+    return dict(json.loads(json.dumps(rules)))
+
+
+def _settings_hash(folder: Path | None) -> str | None:
+    return settings_hash(folder) if folder and folder.is_dir() else None

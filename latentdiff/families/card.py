@@ -1,0 +1,49 @@
+"""`latentdiff.json`: what diffusers' layout has no place for, the model's name, size and recommended settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentdiff.core.errors import ModelError
+from latentdiff.families.scheduler import read_json_as, read_scheduler
+from latentdiff.formats.folder import folder_hash, picture_geometry
+from latentdiff.model import ModelCard
+from latentdiff.settings.recommended import Recommended
+
+FILE = "latentdiff.json"
+Side = Annotated[int, Field(ge=8, le=2048)]
+
+
+class _Card(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200)
+    size: tuple[Side, Side]
+    defaults: Recommended | None
+
+
+def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard:
+    """The card of a checked folder; without latentdiff.json the scheduler's config says what is recommended.
+
+    T: the model's number of times. Raises ModelError.
+    """
+    multiple, side = picture_geometry(directory)
+    path, sha256 = directory / FILE, folder_hash(directory, variant)
+    if not path.is_file():
+        usual = read_scheduler(directory).recommended
+        return ModelCard(directory.resolve().name, sha256, side, usual, folder=directory)
+    card = read_json_as(_Card, path)
+    if any(length % multiple for length in card.size):
+        raise ModelError(f"size {card.size} is not of multiples of {multiple} ({path})")
+    defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}
+    if defaults.get("num_inference_steps", 1) > T:
+        raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {T} times ({path})")
+    return ModelCard(card.name, sha256, card.size, defaults, folder=directory)
+
+
+def card_tree(card: ModelCard) -> dict[str, Any]:
+    """What latentdiff.json holds of a card."""
+    return {"name": card.name, "size": list(card.size), "defaults": card.defaults or None}

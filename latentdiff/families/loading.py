@@ -1,0 +1,114 @@
+"""Models by path, single file or hub id, and models written to folders."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latentdiff.core.errors import ConfigError, ModelError, saving
+from latentdiff.core.files import recorded, whole, write_json
+from latentdiff.families import check_folder
+from latentdiff.families.card import FILE as CARD_FILE
+from latentdiff.families.card import card_tree, model_card
+from latentdiff.families.scheduler import FILE as SCHEDULER_FILE
+from latentdiff.families.scheduler import scheduler_config
+from latentdiff.model import Model, ModelCard
+
+DEFAULT_MODEL = "scenes-64"
+
+
+class Located(NamedTuple):
+    """A model on this disk: its file or folder, its name, and how the user named it (None: the default model)."""
+
+    path: Path
+    name: str
+    source: str | None
+
+
+def default_model() -> Path:
+    """The folder of the default model: inside the package, or in `assets/` of a source checkout."""
+    package = Path(str(files("latentdiff")))
+    for folder in (package / "assets" / DEFAULT_MODEL, package.parent / "assets" / DEFAULT_MODEL):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise ModelError(f"the default model {DEFAULT_MODEL} is not in this installation ({package}). Name a model folder")
+
+
+def located(path: str | Path | None, variant: str | None = None, revision: str | None = None) -> Located:
+    """The default model, a path, or a hub id, fetched where it is not in the cache yet. Raises ModelError."""
+    from latentdiff.formats.hub import fetched, is_hub_id
+
+    if revision is not None and (path is None or not is_hub_id(str(path))):
+        what = "the default model" if path is None else f"a path ({path})"
+        raise ConfigError(f"revision applies to hub ids, not to {what}")
+    if path is None:
+        return Located(default_model(), DEFAULT_MODEL, None)
+    if not isinstance(path, str | Path) or not _possible(Path(path)):
+        raise ModelError(f"no such model ({str(path)[:80]!r}). Give a folder, a file or a hub id")
+    if is_hub_id(str(path)):
+        folder = fetched(str(path), revision, variant)
+        return Located(folder, str(path), f"{path}@{folder.name}")  # the folder of a commit has its name
+    place = Path(path)
+    name = place.stem if place.is_file() else place.resolve().name
+    return Located(place, name, recorded(place))
+
+
+def _possible(path: Path) -> bool:
+    """Whether a path can exist: not longer than names may be, and without NUL."""
+    try:
+        path.exists()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def stored_model(path: str | Path | None, variant: str | None = None, revision: str | None = None) -> Model:
+    """A model by torch on the CPU in the precision in which it is stored. Raises ModelError, UnsafeError."""
+    source = located(path, variant, revision)
+    if source.path.is_file():
+        from latentdiff.families.single_file import load_single_file
+
+        model = load_single_file(source.path)
+    else:
+        family, _ = check_folder(source.path)
+        model = family.load(source.path, variant)
+    return replace(model, card=_named(model.card, source, variant))
+
+
+def card_of(source: Located, T: int, variant: str | None) -> ModelCard:
+    """The card of a checked folder, under the name and from the place by which the user named it."""
+    return _named(model_card(source.path, T, variant), source, variant)
+
+
+def _named(card: ModelCard, source: Located, variant: str | None) -> ModelCard:
+    name = source.name if card.name == source.path.resolve().name else card.name
+    return replace(card, name=name, source=source.source, variant=variant)
+
+
+def save_model(model: Model, directory: Path) -> None:
+    """Write a folder: networks, tokenizer, scheduler, model_index, latentdiff.json, and the CLIP it came with.
+
+    Raises ConfigError for a model of no family or a path that is a file.
+    """
+    if model.family is None:
+        raise ConfigError("this model belongs to no family, so there is no layout to save it in")
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file; a model is a folder")
+    networks: Any = model
+    with saving("the model", directory.parent), whole(directory) as made:
+        clip = None if model.card.folder is None else model.card.folder / "clip"
+        if clip is not None and clip.is_dir() and not (directory / "clip").exists():
+            shutil.copytree(clip, made / "clip")
+        networks.backbone.save(made / "unet")
+        networks.encoder.save(made)
+        networks.codec.save(made / "vae")
+        spacing = model.card.defaults.get("spacing", "leading")
+        write_json(made / SCHEDULER_FILE, scheduler_config(model.path, model.prediction, spacing))
+        index = model.family.index(model)
+        if model.path.whole is False:
+            index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        write_json(made / "model_index.json", index)
+        write_json(made / CARD_FILE, card_tree(model.card))

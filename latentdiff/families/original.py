@@ -1,0 +1,129 @@
+"""A Stable Diffusion model written as one .safetensors file in the original layout; `single_file` reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentdiff.core.errors import ConfigError, saving
+from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.families.scheduler import same_schedule
+from latentdiff.formats.original import (
+    CLIP,
+    OPEN_CLIP,
+    SCALING,
+    UNET,
+    VAE,
+    VOCABULARY,
+    Kind,
+    open_clip_name,
+    unet_name,
+    vae_name,
+)
+from latentdiff.model import Model
+from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.encoders.clip import TextEncoder
+from latentdiff.networks.encoders.two_clips import TwoTextEncoders
+
+State = dict[str, Tensor]
+
+
+def save_single_file(model: Model, path: Path) -> None:
+    """Write a model. Raises ConfigError for one whose shape, schedule or scale the layout cannot hold."""
+    zero_terminal_snr = _schedule(model)
+    unet, texts, autoencoder = model.backbone, model.encoder, model.codec
+    if not (isinstance(unet, UNet) and isinstance(texts, TextEncoder | TwoTextEncoders)):
+        raise _another_shape()
+    if not isinstance(autoencoder, KLAutoencoder):
+        raise _another_shape()
+    kind = _kind(autoencoder, texts, unet)
+    if any(len(encoder.tokenizer) > VOCABULARY for encoder in texts.encoders):
+        raise ConfigError("the text encoder has learnt words, which a single file has no place for. Use a folder")
+    if model.prediction not in ("epsilon", "v_prediction"):
+        raise ConfigError(f"a single file cannot say that its U-Net predicts {model.prediction}. Use a folder")
+    state = {UNET + unet_name(name, unet.model.config): t for name, t in _weights(unet.model)}
+    levels = len(autoencoder.vae.config.block_out_channels)
+    state |= {VAE + vae_name(name, levels): _as_conv(name, t) for name, t in _weights(autoencoder.vae)}
+    if isinstance(texts, TwoTextEncoders):
+        state |= _clip_state(texts.first, kind) | _open_clip_state(texts.second, kind)
+    else:
+        state |= (_clip_state if kind == "1" else _open_clip_state)(texts, kind)
+    if model.prediction == "v_prediction":
+        state["v_pred"] = torch.zeros(0)
+    if zero_terminal_snr:
+        state["ztsnr"] = torch.zeros(0)
+    predicts = "v" if model.prediction == "v_prediction" else model.prediction
+    with saving(path.name, path.parent):  # one entry of metadata: several would be in no order
+        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(contiguous, path, {"modelspec.prediction_type": predicts})
+
+
+def _schedule(model: Model) -> bool:
+    """Whether the model's schedule, which must be Stable Diffusion's, is rescaled to zero terminal SNR."""
+    own, plain = model.path, VariancePreserving.scaled_linear()
+    for zero, kind in ((False, plain), (True, plain.zero_terminal_snr())):
+        if isinstance(own, VariancePreserving) and same_schedule(kind, own):
+            return zero
+    raise ConfigError("the noise schedule is not Stable Diffusion's, which a single file implies. Use a folder")
+
+
+def _another_shape() -> ConfigError:
+    return ConfigError("this model is not of Stable Diffusion's shape, which a single file must have. Use a folder")
+
+
+def _kind(autoencoder: KLAutoencoder, texts: TextEncoder | TwoTextEncoders, unet: UNet) -> Kind:
+    """Which Stable Diffusion a model is."""
+    config = unet.model.config
+    if isinstance(texts, TwoTextEncoders):
+        kind: Kind = "XL"
+    else:
+        kind = "2" if texts.model.config.hidden_act == "gelu" else "1"
+    plain = config.addition_embed_type == ("text_time" if kind == "XL" else None)
+    if not (plain and config.resnet_time_scale_shift == "default"):
+        raise _another_shape()
+    if autoencoder.scale != SCALING[kind] or autoencoder.shift:
+        raise ConfigError(f"a single file implies latents scaled by {SCALING[kind]}, not {autoencoder.scale}")
+    return kind
+
+
+def _weights(network: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    return list(network.state_dict().items())
+
+
+def _as_conv(name: str, tensor: Tensor) -> Tensor:
+    """The autoencoder's attention was made of 1 x 1 convolutions."""
+    return tensor[..., None, None] if "attentions" in name and tensor.ndim == 2 else tensor
+
+
+def _clip_state(encoder: TextEncoder, kind: Kind) -> State:
+    prefix = f"{CLIP[kind]}text_model."
+    return {prefix + name.removeprefix("text_model."): tensor for name, tensor in _weights(encoder.model)}
+
+
+def _open_clip_state(encoder: TextEncoder, kind: Kind) -> State:
+    """OpenCLIP keeps query, key and value as one matrix, and a projection to be multiplied from the other side."""
+    state = {open_clip_name(name): tensor for name, tensor in _weights(encoder.model)}
+    if kind == "2":
+        state |= _silent_layer(state, encoder.layers)
+    merged: State = {}
+    for name, tensor in state.items():
+        if name == "text_projection.weight":
+            merged["text_projection"] = tensor.T
+        elif ".q_proj." in name:
+            parts = [state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            merged[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            merged[name] = tensor
+    return {OPEN_CLIP[kind] + name: tensor for name, tensor in merged.items()}
+
+
+def _silent_layer(state: State, layers: int) -> State:
+    """The last layer, which Stable Diffusion 2 does not read and folders leave out: one that adds nothing."""
+    before, last = (f"transformer.resblocks.{layer}." for layer in (layers - 1, layers))
+    copied = {name.replace(before, last): tensor for name, tensor in state.items() if name.startswith(before)}
+    silenced = ("attn.out_proj", "mlp.c_proj")
+    return {n: torch.zeros_like(t) if any(part in n for part in silenced) else t.clone() for n, t in copied.items()}

@@ -1,0 +1,186 @@
+"""Models trained here from nothing: built from a config, in Stable Diffusion's layout, with or without a VAE.
+
+They are read and written as Stable Diffusion's; beside it they may be pixel-space models, which have no VAE, and carry
+the CLIP that their text encoder comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.core.errors import ConfigError, raised_as
+from latentdiff.diffusion.path import Path, Straight, schedule_named
+from latentdiff.diffusion.times import Times
+from latentdiff.families import stable_diffusion
+from latentdiff.model import Family, Model, ModelCard
+from latentdiff.settings.config import Config, Learning
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from latentdiff.networks.backbones.unet import UNet
+    from latentdiff.networks.clip import Clip
+    from latentdiff.networks.codecs.identity import IdentityCodec
+    from latentdiff.networks.codecs.kl import KLAutoencoder
+    from latentdiff.networks.codecs.tiny import TinyAutoencoder
+    from latentdiff.networks.encoders.clip import TextEncoder
+
+    AnyCodec = KLAutoencoder | TinyAutoencoder | IdentityCodec
+
+
+def made_here(directory: FilePath) -> bool:
+    """Whether a folder holds what only models trained here have: a CLIP, or no VAE."""
+    return (directory / "clip").is_dir() or not (directory / "vae").is_dir()
+
+
+def load(directory: FilePath, variant: str | None) -> Model:
+    """See Family."""
+    return replace(stable_diffusion.load(directory, variant), family=FAMILY)
+
+
+FAMILY = Family(
+    "latentdiff",
+    frozenset({"StableDiffusionPipeline", "StableDiffusionInpaintPipeline"}),
+    stable_diffusion.PARTS,
+    frozenset({"vae"}),
+    load,
+    stable_diffusion.index,
+)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block in which modules draw initial weights from a seed.
+
+    They draw from torch's global generator and no other; its state is restored.
+    """
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def laid_out_for(module: nn.Module, device: torch.device) -> None:
+    """Lay out a module's weights for a device.
+
+    Channels last on a GPU, whose tensor cores want it; on a CPU bfloat16 convolutions take 1.4 times as long so.
+    """
+    import torch
+
+    if device.type != "cpu":
+        module.to(memory_format=torch.channels_last)
+
+
+def image_channels(config: Config) -> int:
+    """3 for colour, 1 for grey."""
+    return 1 if config.data.grey else 3
+
+
+def new_codec(config: Config) -> AnyCodec:
+    """An codec with random weights, or the identity, which has none."""
+    from latentdiff.networks.codecs.identity import IdentityCodec
+    from latentdiff.networks.codecs.kl import KLAutoencoder
+    from latentdiff.networks.codecs.tiny import TinyAutoencoder
+
+    settings = config.autoencoder
+    if settings.kind == "identity":
+        return IdentityCodec(image_channels(config))
+    kind = TinyAutoencoder if settings.kind == "tiny" else KLAutoencoder
+    return kind.create(
+        settings.block_out_channels,
+        settings.layers_per_block,
+        settings.latent_channels,
+        settings.norm_num_groups,
+        image_channels(config),
+    )
+
+
+def new_clip(config: Config) -> Clip:
+    """Both towers with random weights."""
+    from latentdiff.networks.clip import Clip
+
+    return Clip.create(image_size=config.image_size, **config.clip.model_dump(exclude={"training"}))
+
+
+def new_unet(config: Config, channels: int, side: int) -> UNet:
+    """A U-Net with random weights for latents (channels, side, side) and the text encoder's tokens."""
+    from latentdiff.networks.backbones.unet import UNet
+
+    settings = config.denoiser
+    return UNet.create(
+        sample_size=side,
+        channels=channels,
+        context_dim=config.clip.text_width,
+        block_out_channels=settings.block_out_channels,
+        attention=settings.attention,
+        layers_per_block=settings.layers_per_block,
+        num_heads=settings.num_heads,
+        norm_num_groups=settings.norm_num_groups,
+        pooled_text=settings.pooled_text,
+    )
+
+
+def new_path(config: Config) -> Path:
+    """The noise levels between pictures and noise."""
+    settings = config.denoiser.schedule
+    if config.denoiser.path == "straight":
+        return Straight(config.denoiser.shift, T=settings.num_train_timesteps)
+    schedule = schedule_named(settings.kind, settings.num_train_timesteps)
+    return schedule.zero_terminal_snr() if settings.zero_terminal_snr else schedule
+
+
+def times_of(learning: Learning, path: Path) -> Times:
+    """Which times a training draws."""
+    return Times(path, learning.times, learning.logit_mean, learning.logit_std)
+
+
+def new_model(config: Config, codec: AnyCodec, text_encoder: TextEncoder, unet: UNet) -> Model:
+    """The model of trained networks, with the config's name, size and recommended settings."""
+    size = (config.image_size, config.image_size)
+    card = ModelCard(name=config.name, size=size, defaults=config.recommended.model_dump())
+    networks: Any = (unet.eval(), text_encoder.eval(), codec)
+    path, prediction = new_path(config), config.denoiser.prediction
+    model = stable_diffusion.assembled(
+        *networks, path=path, prediction=prediction, card=card, where=FilePath(config.name)
+    )
+    return replace(model, family=FAMILY)
+
+
+def check_networks(config: Config) -> None:
+    """Build every network and run it once, without memory or arithmetic, so that sizes that do not fit together are
+    known before hours of training. Raises ConfigError.
+    """
+    import torch
+
+    from latentdiff.networks.conditions import Conditions
+
+    side, crop = config.image_size, min(config.autoencoder.crop, config.image_size)
+    with torch.device("meta"):
+        with _described("autoencoder"):
+            codec = new_codec(config)
+            if side % codec.factor or crop % codec.factor:
+                raise ConfigError(f"image_size and autoencoder.crop must be multiples of {codec.factor}")
+            codec.decode(codec.encode(torch.zeros(1, image_channels(config), crop, crop))[0])
+        with _described("clip"):
+            new_clip(config)(torch.zeros(2, 3, side, side), torch.zeros(2, config.clip.max_length, dtype=torch.long))
+        with _described("denoiser"):
+            latents = torch.zeros(1, codec.latent_channels, side // codec.factor, side // codec.factor)
+            unet = new_unet(config, latents.shape[1], latents.shape[2])
+            own, step = unet.spec.multiple, config.data.pictures.bucket_step
+            if latents.shape[2] % own:
+                raise ConfigError(f"latents of side {latents.shape[2]} must be a multiple of the U-Net's {own}")
+            multiple = codec.factor * own
+            if step and step % multiple:
+                raise ConfigError(f"data.pictures.bucket_step must be a multiple of {multiple} (got {step})")
+            tokens = torch.zeros(1, config.clip.max_length, config.clip.text_width)
+            unet(latents, 0, Conditions({"tokens": tokens}))
+
+
+def _described(section: str) -> AbstractContextManager[None]:
+    return raised_as(ConfigError, f"{section}: no network can be built as the config describes it")

@@ -1,0 +1,97 @@
+"""Stable Diffusion 1 and 2, and their inpainting models: a U-Net, a KL autoencoder and one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from latentdiff.core.errors import ModelError
+from latentdiff.families.card import model_card
+from latentdiff.families.scheduler import read_scheduler
+from latentdiff.model import Family, Model, TorchPlace
+
+TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
+_TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
+PARTS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
+        "unet": frozenset({"UNet2DConditionModel"}),
+        "text_encoder": frozenset({"CLIPTextModel"}),
+        "tokenizer": _TOKENIZERS,
+    }
+)
+PARTS_OF_TWO: Mapping[str, frozenset[str]] = MappingProxyType(
+    {**PARTS, "text_encoder_2": frozenset({"CLIPTextModelWithProjection"}), "tokenizer_2": _TOKENIZERS}
+)
+
+
+def load(directory: Path, variant: str | None) -> Model:
+    """See Family."""
+    from latentdiff.families.weights import load_codec, load_text_encoders, load_unet
+
+    path, prediction, _ = read_scheduler(directory)
+    codec, texts = load_codec(directory, variant), load_text_encoders(directory, variant)
+    unet = load_unet(directory, variant)
+    card = model_card(directory, path.T, variant)
+    return assembled(unet, texts, codec, path=path, prediction=prediction, card=card, where=directory)
+
+
+def assembled(unet: Any, texts: Any, codec: Any, *, path: Any, prediction: str, card: Any, where: Path) -> Model:
+    """A model of networks that fit together. Raises ModelError for others."""
+    from latentdiff.networks.encoders.two_clips import TwoTextEncoders
+
+    latents, inputs = codec.latent_channels, unet.spec.inputs
+    if inputs not in (latents, 2 * latents + 1):
+        raise ModelError(f"a U-Net that reads {inputs} channels does not fit latents of {latents} ({where})")
+    two = isinstance(texts, TwoTextEncoders)
+    if ("sizes" in unet.spec.reads) != two:
+        raise ModelError(f"a U-Net of SDXL requires two text encoders, others require one ({where})")
+    family = _family_of(two)
+    return Model(unet, texts, codec, path, prediction, card, TorchPlace("cpu"), family, parts_of(unet, texts, codec))
+
+
+def _family_of(two: bool) -> Family:
+    from latentdiff.families import stable_diffusion_xl
+
+    return stable_diffusion_xl.FAMILY if two else FAMILY
+
+
+def parts_of(unet: Any, texts: Any, codec: Any) -> dict[str, Any]:
+    """diffusers' names -> the libraries' modules and tokenizers."""
+    parts = {"vae": getattr(codec, "vae", None), "unet": unet.model}
+    for encoder, suffix in zip(texts.encoders, ("", "_2"), strict=False):
+        parts |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def index(model: Model) -> dict[str, Any]:
+    """See Family."""
+    return {
+        "_class_name": f"StableDiffusion{'Inpaint' if model.inpaints else ''}Pipeline",
+        **shared_index(model),
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+    }
+
+
+def shared_index(model: Model) -> dict[str, Any]:
+    """The entries that Stable Diffusion and Stable Diffusion XL have in common."""
+    vae = model.parts.get("vae")
+    return {
+        "_diffusers_version": version("diffusers"),
+        "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+
+
+FAMILY = Family(
+    "Stable Diffusion", frozenset(f"StableDiffusion{task}" for task in TASKS), PARTS, frozenset({"vae"}), load, index
+)

@@ -1,0 +1,29 @@
+"""Stable Diffusion XL: a U-Net that is told sizes, a KL autoencoder and two CLIP text encoders (Podell et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentdiff.families.stable_diffusion import PARTS_OF_TWO, TASKS, load, shared_index
+from latentdiff.model import Family, Model
+
+
+def index(model: Model) -> dict[str, Any]:
+    """See Family."""
+    return {
+        "_class_name": f"StableDiffusionXL{'Inpaint' if model.inpaints else ''}Pipeline",
+        **shared_index(model),
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "force_zeros_for_empty_prompt": getattr(model.encoder, "zero_empty", True),
+    }
+
+
+FAMILY = Family(
+    "Stable Diffusion XL",
+    frozenset(f"StableDiffusionXL{task}" for task in TASKS),
+    PARTS_OF_TWO,
+    frozenset({"vae"}),
+    load,
+    index,
+)

@@ -1,0 +1,99 @@
+"""diffusers' autoencoders as codecs, with unit-variance latents on this side of the border."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from latentdiff.core.turn import Turn
+from latentdiff.networks.saving import save_network
+
+SMALLEST_TILE = 512  # pixels; diffusers takes the size a model was trained for, which may be tiny
+
+
+class Autoencoder(nn.Module):
+    """images (B, C, H, W) in [-1, 1] <-> latents (B, L, H/f, W/f) of about unit variance.
+
+    Scale and shift of the latents live in this folder and nowhere else. Models trained here have them folded into the
+    1 x 1 convolutions around the latents (`KLAutoencoder.fold_statistics`), so that their scaling_factor is 1.
+    """
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny):
+        super().__init__()
+        self.vae, self._turn = vae, Turn()
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_channels, self.image_channels = int(vae.config.latent_channels), int(vae.config.out_channels)
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.shift_factor or 0.0)
+        vae.tile_sample_min_size = max(int(vae.config.get("sample_size", 0)), SMALLEST_TILE)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // self.factor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
+        return next(self.parameters()).dtype
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """See Codec."""
+        return self.latent_channels, size[0] // self.factor, size[1] // self.factor
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """A block with its weights widened; they are narrowed again to the very bits they were."""
+        with self._turn:
+            dtype = self.dtype
+            self.to(dtype=torch.float32)
+            try:
+                yield
+            finally:
+                self.to(dtype=dtype)
+
+    @contextmanager
+    def piecewise(self, *, tiles: bool, slices: bool) -> Iterator[None]:
+        """See Codec; tiles are blended where they overlap."""
+        with self._turn:
+            before = self.vae.use_tiling, self.vae.use_slicing
+            self.vae.use_tiling, self.vae.use_slicing = tiles, slices
+            try:
+                yield
+            finally:
+                self.vae.use_tiling, self.vae.use_slicing = before
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents of images, (B, L, H/f, W/f) each, with gradients."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, C, H, W), about in [-1, 1], with gradients."""
+        images: Tensor = self.vae.decode(latents / self.scale + self.shift).sample
+        return images
+
+    @torch.no_grad()
+    def latents_of(self, images: Tensor) -> Tensor:
+        """The mean of the latents, float32, computed in the weights' precision without gradients."""
+        with self._turn:
+            return self.encode(images.to(self.dtype))[0].float()
+
+    @torch.no_grad()
+    def images_of(self, latents: Tensor) -> Tensor:
+        """`decode` in the weights' precision without gradients; float32."""
+        with self._turn:
+            return self.decode(latents.to(self.dtype)).float()
+
+    def save(self, directory: Path) -> None:
+        """Write config.json and safetensors weights."""
+        save_network(self.vae, directory)
+
+
+def misfit(autoencoder: Any, another: Any) -> str | None:
+    """Why another autoencoder has no latents of the same shape, None where it has."""
+    for what in ("factor", "latent_channels", "image_channels"):
+        if (theirs := getattr(another, what)) != (ours := getattr(autoencoder, what)):
+            return f"its {what} is {theirs}, not {ours}"
+    return None
