@@ -31,7 +31,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     cells = []
     for number, prompt in enumerate(PROMPTS, 1):
-        a, b, c, d = pipe(prompt, seed=1, num_images_per_prompt=4, output_type="np").images
+        a, b, c, d = pipe(prompt, seed=1, num_images_per_prompt=4, output_type="uint8").images
         sheet = Image.fromarray(np.vstack([np.hstack([a, b]), np.hstack([c, d])]))
         path = FOLDER / f"{number}.png"
         sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path, optimize=True)

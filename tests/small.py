@@ -10,6 +10,7 @@ from torch import nn
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.diffusion.times import Times
+from latentdiff.networks.conditions import Conditions
 from latentdiff.settings.config import Training
 from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
 from latentdiff.training.interruption import Interruption
@@ -53,20 +54,20 @@ class PictureStage(LineStage):
 
 
 class TinyNetwork(nn.Module):
-    """x, t, context -> like x; enough of a U-Net to have gradients everywhere."""
+    """x, t, conditions -> like x; enough of a U-Net to have gradients everywhere."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.context = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(3, 4)
 
-    def forward(self, x, t, context):
-        shift = self.context(context.float()).mean(1) + t[:, None] / 1000
+    def forward(self, x, t, conditions):
+        shift = self.context(conditions["tokens"].float()).mean(1) + t[:, None] / 1000
         return self.conv(x) * (1 + shift[:, :, None, None])
 
 
 class Given:
-    """Latents and texts that a test gives, row by row; the text of a dropped caption is 99."""
+    """Latents and conditions that a test gives, row by row; that of a dropped caption is 99."""
 
     def __init__(self, mean, log_variance):
         self.mean, self.log_variance = mean, log_variance
@@ -84,8 +85,8 @@ class Given:
     def moments(self, batch):
         return batch["mean"].float(), batch["log_variance"].float()
 
-    def texts(self, batch):
-        return batch["texts"]
+    def conditions(self, batch):
+        return Conditions({"tokens": batch["texts"]})
 
 
 def denoiser_stage(count=10, network=None, buckets=None, group=1, bins=0, **draws):

@@ -15,6 +15,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.families.loading import stored_model
 from latentdiff.networks.encoders.clip import clip_tokenizer
 
 FAMILIES = ("1", "2", "XL")
@@ -93,6 +94,11 @@ def text_encoder(encoder, tiny):
         pad_token_id=49407 if encoder == "L" else 0,
     )
     return (CLIPTextModelWithProjection if encoder == "bigG" else CLIPTextModel)(config)
+
+
+def stored(path, variant=None):
+    """Our pipeline of a folder or file, in the precision in which it is stored."""
+    return LatentDiffusionPipeline(stored_model(path, variant))
 
 
 def load(folder):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
-from latentdiff.drawing.extras import load_adapter, networks_of
+from latentdiff.drawing.extras import adapted
 from latentdiff.formats.adapter_file import read_adapter, save_kohya, save_peft
-from latentdiff.networks.encoders.prompt import Style
+from latentdiff.networks.encoders.prompt import Style, Wanted
 
 from . import stable_diffusion
 from .stable_diffusion import load
@@ -38,7 +38,7 @@ def adapter_state(folder, family, rank=4):
     """What PEFT itself makes of these layers, under diffusers' names; ranks differ from layer to layer."""
     pipe = load(folder)
     state = {}
-    for part, network in networks_of(pipe).items():
+    for part, network in adapted(pipe.model).items():
         targets, odd = (TARGETS, {"conv1": 3}) if part == "unet" else (["q_proj", "fc1"], {"fc1": 2})
         config = LoraConfig(r=rank, target_modules=targets, rank_pattern=odd)
         inject_adapter_in_model(config, network, "made")
@@ -59,7 +59,7 @@ def files(folders, tmp_path_factory):
         parts = sorted({name.partition(".")[0] for name in state})
         config = {f"{part}.{key}": value for part in parts for key, value in (("r", 4), ("lora_alpha", 6.0))}
         save_file(state, place / "peft.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-        networks = networks_of(load(folder))
+        networks = adapted(load(folder).model)
         save_kohya(read_adapter(place / "peft.safetensors", networks), place / "kohya.safetensors", networks)
         made[family] = place
     return made
@@ -72,7 +72,7 @@ FAMILIES = pytest.mark.parametrize("family", ["1", "XL"])
 def test_by_the_formula(folders, files, family):
     """W + weight * alpha / rank * B A, layer by layer, in the network that PEFT changes."""
     pipe, plain = load(folders[family]), load(folders[family])
-    fit = load_adapter(pipe, files[family] / "peft.safetensors", weight=0.5, merged=True)
+    fit = pipe.load_lora_weights(files[family] / "peft.safetensors", weight=0.5, fuse=True)
     state = load_file(files[family] / "peft.safetensors")
     downs = [name for name in state if name.endswith("lora_A.weight")]
     assert (fit.matched, fit.unused, fit.missing) == (len(downs), [], [])
@@ -80,7 +80,7 @@ def test_by_the_formula(folders, files, family):
         part, _, module = name.removesuffix(".lora_A.weight").partition(".")
         down, up = state[name], state[name.replace("lora_A", "lora_B")]
         delta = 0.5 * 6 / len(down) * torch.einsum("or,r...->o...", up.flatten(1), down)
-        before, after = (networks_of(p)[part].get_submodule(module).weight for p in (plain, pipe))
+        before, after = (adapted(p.model)[part].get_submodule(module).weight for p in (plain, pipe))
         torch.testing.assert_close(after, before + delta.reshape(before.shape), rtol=1e-5, atol=1e-6)
 
 
@@ -103,7 +103,7 @@ def test_kohya_s_twin_draws_the_same_picture(folders, files, family):
 @FAMILIES
 def test_files_round_trip(folders, files, family, tmp_path):
     """PEFT -> kohya -> PEFT -> kohya: the same tensors and alphas, to the bit."""
-    networks = networks_of(load(folders[family]))
+    networks = adapted(load(folders[family]).model)
     save_peft(read_adapter(files[family] / "kohya.safetensors", networks), tmp_path / "peft.safetensors")
     first, again = load_file(files[family] / "peft.safetensors"), load_file(tmp_path / "peft.safetensors")
     assert first.keys() == again.keys()
@@ -118,10 +118,10 @@ def test_diffusers_reads_both_as_we_do(folders, files, family, tmp_path):
     """The U-Net's layers of our PEFT file and of our kohya file, in diffusers' own pipeline."""
     kind = StableDiffusionXLPipeline if family == "XL" else StableDiffusionPipeline
     pipe = load(folders[family])
-    networks = networks_of(pipe)
+    networks = adapted(pipe.model)
     adapter = read_adapter(files[family] / "kohya.safetensors", networks)
     save_peft(adapter, tmp_path / "peft.safetensors")
-    load_adapter(pipe, files[family] / "peft.safetensors", merged=True)
+    pipe.load_lora_weights(files[family] / "peft.safetensors", fuse=True)
     for file in (tmp_path / "peft.safetensors", files[family] / "kohya.safetensors"):
         theirs = kind.from_pretrained(folders[family])
         state = {name: tensor for name, tensor in load_file(file).items() if "unet" in name}
@@ -136,7 +136,7 @@ def test_diffusers_reads_both_as_we_do(folders, files, family, tmp_path):
         theirs.unet.fuse_lora()
         for module, layer in theirs.unet.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d) and module.endswith(".base_layer"):
-                own = pipe.unet.model.get_submodule(module.removesuffix(".base_layer"))
+                own = pipe.model.backbone.model.get_submodule(module.removesuffix(".base_layer"))
                 torch.testing.assert_close(own.weight, layer.weight, rtol=1e-5, atol=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_earlier_names_of_diffusers(folders, files, tmp_path):
             old = name.replace(".attn1.to_q.lora_A", ".attn1.processor.to_q_lora.down")
             state[old.replace(".attn1.to_q.lora_B", ".attn1.processor.to_q_lora.up")] = tensor
     save_file(state, tmp_path / "old.safetensors")
-    found = read_adapter(tmp_path / "old.safetensors", networks_of(load(folders["1"])))
+    found = read_adapter(tmp_path / "old.safetensors", adapted(load(folders["1"]).model))
     assert found.matched == len(state) / 2
     assert all(layer.scale == 1 for layer in found.layers["unet"].values())
 
@@ -172,7 +172,7 @@ def test_a_peft_folder(folders, files, tmp_path):
     unet = {f"base_model.model.{n.removeprefix('unet.')}": t for n, t in state.items() if n.startswith("unet.")}
     save_file(unet, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True}))
-    found = read_adapter(tmp_path, networks_of(load(folders["1"])))
+    found = read_adapter(tmp_path, adapted(load(folders["1"]).model))
     assert found.layers.keys() == {"unet"}
     for layer in found.layers["unet"].values():
         assert layer.scale == pytest.approx(8 / layer.rank**0.5)
@@ -188,19 +188,19 @@ def test_several_at_once(folders, files, tmp_path):
     pipe.load_lora_weights(tmp_path / "other.safetensors")
     pipe.set_adapters(["one", "other"], [0.6, -0.3])
     both = drawn(pipe)
-    assert [(s.path, s.weight) for s in pipe.extras.sources.values()] == [
+    assert [(s.path, s.weight) for s in pipe.painter.sources.values()] == [
         ("peft.safetensors", 0.6),
         ("other.safetensors", -0.3),
     ]
     merged = load(folders["1"])
-    load_adapter(merged, files["1"] / "peft.safetensors", weight=0.6, merged=True)
-    load_adapter(merged, tmp_path / "other.safetensors", weight=-0.3, merged=True)
+    merged.load_lora_weights(files["1"] / "peft.safetensors", weight=0.6, fuse=True)
+    merged.load_lora_weights(tmp_path / "other.safetensors", weight=-0.3, fuse=True)
     torch.testing.assert_close(drawn(merged), both, rtol=1e-3, atol=1e-3)
     pipe.set_adapters("one", 0.6)
     assert (drawn(pipe) - both).abs().max() > 1e-3
     pipe.unload_lora_weights()
     assert torch.equal(drawn(pipe), plain)
-    assert not pipe.extras.sources
+    assert not pipe.painter.sources
 
 
 def lycoris(kind, folder, tmp_path):
@@ -233,13 +233,13 @@ def lycoris(kind, folder, tmp_path):
 def test_lycoris_is_merged_as_peft_does(folders, tmp_path, kind):
     theirs = lycoris(kind, folders["1"], tmp_path)
     pipe = load(folders["1"])
-    fit = load_adapter(pipe, tmp_path / f"{kind}.safetensors", merged=True)
+    fit = pipe.load_lora_weights(tmp_path / f"{kind}.safetensors", fuse=True)
     assert fit.matched > 4
     assert not fit.unused
     changed = 0
     for name, layer in theirs.named_modules():
         if name.endswith(".base_layer"):
-            own = pipe.unet.model.get_submodule(name.removesuffix(".base_layer"))
+            own = pipe.model.backbone.model.get_submodule(name.removesuffix(".base_layer"))
             torch.testing.assert_close(own.weight, layer.weight, rtol=1e-4, atol=1e-5)
             changed += 1
     assert changed == fit.matched
@@ -265,7 +265,7 @@ def test_dora(folders, tmp_path):
     assert fit.matched == len(state) / 3
     x, context = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 77, 64)
     with torch.no_grad():
-        torch.testing.assert_close(pipe.unet(x, 10.0, context), theirs(x, torch.tensor(10.0), context).sample)
+        torch.testing.assert_close(pipe.model.backbone(x, 10.0, context), theirs(x, torch.tensor(10.0), context).sample)
 
 
 # what does not fit
@@ -329,7 +329,7 @@ def test_adapters_that_are_broken_change_nothing(folders, tmp_path, changes, fus
         pipe.load_lora_weights(tmp_path / "broken.safetensors", fuse=fuse)
     assert len(str(caught.value)) < 400
     assert torch.equal(drawn(pipe), before)
-    assert not pipe.extras.sources
+    assert not pipe.painter.sources
 
 
 PATTERN = {"alpha_pattern": {"(([a-z0-9_.]+)+)+!": 1}}
@@ -363,7 +363,7 @@ def test_an_adapter_of_any_name_is_recorded(folders, tmp_path):
         save_file(PLAIN, tmp_path / f"{name}.safetensors")
         pipe.load_lora_weights(tmp_path / f"{name}.safetensors", weight=0.1)
     pipe.load_weaker(folders["1"])
-    assert [source.kind for source in pipe.extras.sources.values()] == ["lora", "lora", "weaker"]
+    assert [source.kind for source in pipe.painter.sources.values()] == ["lora", "lora", "weaker"]
     pipe.set_adapters([])
     with pytest.raises(ModelError, match="adapters are attached"):
         pipe.load_lora_weights(tmp_path / "clip.safetensors", "other", fuse=True)
@@ -421,21 +421,22 @@ def test_learnt_words(folders, family, count, tmp_path):
     names = ["<castle>"] if family == "1" else ["clip_l", "clip_g"]
     file = tmp_path / ("learned_embeds.safetensors" if family == "1" else "<castle>.safetensors")
     save_file(dict(zip(names, vectors, strict=True)), file)
-    before = pipe.text_encoder.context(PROMPT)
+    before = pipe.model.encoder.encode(Wanted(PROMPT))
     assert pipe.load_textual_inversion(file) == ["<castle>"]
-    after = pipe.text_encoder.context(PROMPT)
-    assert torch.equal(before.tokens, after.tokens)
+    after = pipe.model.encoder.encode(Wanted(PROMPT))
+    assert torch.equal(before["tokens"], after["tokens"])
     if family == "XL":
         assert torch.equal(before.pooled, after.pooled)
-    assert pipe.text_encoder.read("a <castle> here").tokens == 4 + count
-    for encoder, own in zip(pipe.text_encoder.encoders, vectors, strict=True):
+    assert pipe.model.encoder.read("a <castle> here").tokens == 4 + count
+    for encoder, own in zip(pipe.model.encoder.encoders, vectors, strict=True):
         (chunk,) = encoder.reader.chunks("a <castle> here", Style())
         read = encoder.model.get_input_embeddings().weight[chunk.ids]
         torch.testing.assert_close(read[1 : 1 + count], own)
     pipe.save_pretrained(tmp_path / "model")
     again = load(tmp_path / "model")
     torch.testing.assert_close(
-        again.text_encoder.context("a <castle> here").tokens, pipe.text_encoder.context("a <castle> here").tokens
+        again.model.encoder.encode(Wanted("a <castle> here"))["tokens"],
+        pipe.model.encoder.encode(Wanted("a <castle> here"))["tokens"],
     )
 
 
@@ -443,23 +444,23 @@ def test_words_in_capitals(folders, tmp_path):
     """CLIP's tokenizer knows none: the word is learnt, not its end token overwritten."""
     save_file({"<InkStyle>": torch.full((2, 64), 3.0)}, tmp_path / "learned_embeds.safetensors")
     pipe = load(folders["1"])
-    plain = pipe.text_encoder.context(PROMPT).tokens
+    plain = pipe.model.encoder.encode(Wanted(PROMPT))["tokens"]
     pipe.load_textual_inversion(tmp_path)
-    assert torch.equal(pipe.text_encoder.context(PROMPT).tokens, plain)
+    assert torch.equal(pipe.model.encoder.encode(Wanted(PROMPT))["tokens"], plain)
     for prompt in ("a <InkStyle> castle", "a <inkstyle> castle"):
-        assert pipe.text_encoder.read(prompt).tokens == 6
-        (chunk,) = pipe.text_encoder.reader.chunks(prompt, Style())
-        assert (pipe.text_encoder.model.get_input_embeddings().weight[chunk.ids[1:3]] == 3).all()
+        assert pipe.model.encoder.read(prompt).tokens == 6
+        (chunk,) = pipe.model.encoder.reader.chunks(prompt, Style())
+        assert (pipe.model.encoder.model.get_input_embeddings().weight[chunk.ids[1:3]] == 3).all()
 
 
 def test_what_fails_to_load_changes_nothing(folders, tmp_path):
     """Neither the words before the one that does not fit, nor the layers before it."""
     pipe = load(folders["1"])
-    before, size = drawn(pipe), len(pipe.text_encoder.tokenizer)
+    before, size = drawn(pipe), len(pipe.model.encoder.tokenizer)
     save_file({"<a>": torch.ones(64), "<b>": torch.ones(63)}, tmp_path / "words.safetensors")
     with pytest.raises(ModelError, match="has vectors of 63"):
         pipe.load_textual_inversion(tmp_path / "words.safetensors")
-    assert len(pipe.text_encoder.tokenizer) == size
+    assert len(pipe.model.encoder.tokenizer) == size
     flat = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
     factors = {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32)}
     state = {f"{flat}q.{name}": torch.ones(shape) for name, shape in factors.items()}
@@ -469,15 +470,15 @@ def test_what_fails_to_load_changes_nothing(folders, tmp_path):
         with pytest.raises(ModelError):
             pipe.load_lora_weights(tmp_path / "loha.safetensors", **settings)
     assert torch.equal(drawn(pipe), before)
-    assert not pipe.extras.sources
+    assert not pipe.painter.sources
 
 
 def test_a1111_s_embeddings(folders, tmp_path):
     save_file({"emb_params": torch.ones(2, 64)}, tmp_path / "ink.safetensors")
     pipe = load(folders["1"])
     assert pipe.load_textual_inversion(tmp_path / "ink.safetensors", token="<ink>") == ["<ink>"]
-    assert pipe.text_encoder.read("<ink>").tokens == 4
-    assert pipe.extras.sources["embedding <ink>"].word == "<ink>"
+    assert pipe.model.encoder.read("<ink>").tokens == 4
+    assert pipe.painter.sources["embedding <ink>"].word == "<ink>"
 
 
 @pytest.mark.parametrize(
@@ -502,13 +503,13 @@ def test_words_that_do_not_fit(folders, tmp_path, state, message):
 
 def test_learnt_words_are_not_lost(folders, tmp_path):
     """A folder keeps them; a single file has no place, and says so."""
-    from latentdiff.families.pretrained import save_single_file
+    from latentdiff.families.original import save_single_file
 
     save_file({"<a>": torch.ones(64)}, tmp_path / "x.safetensors")
     pipe = load(folders["1"])
     pipe.load_textual_inversion(tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="has learnt words, which a single file"):
-        save_single_file(pipe, tmp_path / "model.safetensors")
+        save_single_file(pipe.model, tmp_path / "model.safetensors")
 
 
 def test_two_encoders_need_two_embeddings(folders, tmp_path):

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from latentdiff.cli.batches import Share
+from latentdiff.cli.batches import Process
 from latentdiff.core.errors import ConfigError
 
 from .conftest import ROOT
@@ -164,16 +164,16 @@ def test_several_processes_find_their_files_there(generate, tmp_path, monkeypatc
 def test_shares(monkeypatch):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    share = Share.of_process()
-    assert share == Share(3, 4, 1)
+    share = Process.of_launcher()
+    assert share == Process(3, 4, 1)
     monkeypatch.setattr("latentdiff.runtime.choice.gpu_is_there", lambda: True)
     assert [share.device(name) for name in (None, "cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:1", "cuda:3", "cpu"]
-    assert Share().device(None) is None, "alone it is torch's to choose"
+    assert Process().device(None) is None, "alone it is torch's to choose"
     monkeypatch.setattr("latentdiff.runtime.choice.gpu_is_there", lambda: False)
     assert share.device(None) is None
     monkeypatch.setenv("RANK", "4")
     with pytest.raises(ConfigError, match="RANK, WORLD_SIZE and LOCAL_RANK are 4, 4, 1, which no launcher sets"):
-        Share.of_process()
+        Process.of_launcher()
     monkeypatch.setenv("RANK", "9" * 5000)
     with pytest.raises(ConfigError, match="which no launcher sets"):
-        Share.of_process()
+        Process.of_launcher()

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.data.dataset import open_data
 from latentdiff.data.store import Store
-from latentdiff.formats.weights import load_autoencoder, load_text_encoder
-from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder
+from latentdiff.families.weights import load_codec, load_text_encoder
+from latentdiff.networks.codecs.identity import IdentityCodec
+from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 from latentdiff.settings.config import parse_config
 from latentdiff.stages import cache, encoding
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def autoencoder():
     torch.manual_seed(0)
-    return Autoencoder.create((8, 16), 1, 4, 4, 3).eval()
+    return KLAutoencoder.create((8, 16), 1, 4, 4, 3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +107,12 @@ def test_contexts_are_the_text_encoders(folder, tmp_path, text_encoder):
     """Cached and encoded anew the same bits; of a dropped caption the empty one's."""
     config, accelerator = config_of(folder), Accelerator(cpu=True)
     examples = open_data(config).training
-    (cached,) = cache.texts_of(config.denoiser, [examples], text_encoder, tmp_path, accelerator)
-    (anew,) = cache.texts_of(config_of(folder, cached=False).denoiser, [examples], text_encoder, tmp_path, accelerator)
+    (cached,) = cache.captions_of(config.denoiser, [examples], text_encoder, tmp_path, accelerator)
+    (anew,) = cache.captions_of(
+        config_of(folder, cached=False).denoiser, [examples], text_encoder, tmp_path, accelerator
+    )
     keys, kept = [(row, 0) for row in range(11)], [row != 3 for row in range(11)]
-    one, other = cached.texts(cached.batch(keys, kept)).tokens, anew.texts(anew.batch(keys, kept)).tokens
+    one, other = (each.conditions(each.batch(keys, kept))["tokens"] for each in (cached, anew))
     assert torch.equal(one, other)
     words = [examples.caption(row, 0) if row != 3 else "" for row in range(11)]
     torch.testing.assert_close(one, text_encoder.encode(words), rtol=1e-3, atol=2e-3)
@@ -148,10 +151,10 @@ def test_keys_hold_all_that_changes_the_pixels(folder):
 
 def test_another_network_is_another_folder(folder, tmp_path, autoencoder):
     torch.manual_seed(1)
-    other = Autoencoder.create((8, 16), 1, 4, 4, 3).eval()
+    other = KLAutoencoder.create((8, 16), 1, 4, 4, 3).eval()
     stores = [cache.latents_store(config_of(folder).denoiser, network, tmp_path) for network in (autoencoder, other)]
     assert stores[0]._directory != stores[1]._directory
-    rescaled = Autoencoder.create((8, 16), 1, 4, 4, 3).eval()
+    rescaled = KLAutoencoder.create((8, 16), 1, 4, 4, 3).eval()
     rescaled.load_state_dict(autoencoder.state_dict())
     assert encoding.identity_of(rescaled) == encoding.identity_of(autoencoder)
     rescaled.vae.register_to_config(scaling_factor=0.5)
@@ -162,7 +165,7 @@ def test_where_a_network_lies_is_not_what_it_is(tmp_path, autoencoder, text_enco
     """Loaded by another spelling of its path, or used before: the same identity."""
     autoencoder.save(tmp_path / "one" / "vae")
     monkeypatch.chdir(tmp_path)
-    spelled = [load_autoencoder(Path("one")), load_autoencoder(tmp_path / "one")]
+    spelled = [load_codec(Path("one")), load_codec(tmp_path / "one")]
     assert len({encoding.identity_of(network) for network in spelled}) == 1
     text_encoder.save(tmp_path / "one")
     loaded = load_text_encoder(tmp_path / "one")
@@ -179,7 +182,7 @@ def test_where_a_network_lies_is_not_what_it_is(tmp_path, autoencoder, text_enco
 def _job(folder, root, share, kill_after):
     torch.set_num_threads(1)  # forked after others began
     torch.manual_seed(0)
-    autoencoder = Autoencoder.create((8, 16), 1, 4, 4, 3).eval()
+    autoencoder = KLAutoencoder.create((8, 16), 1, 4, 4, 3).eval()
     cache.ROWS_A_FILE = 2
     if kill_after:
         add, calls = Store.add, [0]
@@ -229,7 +232,7 @@ def test_shards_that_are_none(text):
 def overflowing(autoencoder, factor):
     """The same network with a first layer whose outputs are `factor` times as large: normalised away by the next."""
     torch.manual_seed(0)
-    copy = Autoencoder.create((8, 16), 1, 4, 4, 3).eval()
+    copy = KLAutoencoder.create((8, 16), 1, 4, 4, 3).eval()
     with torch.no_grad():
         copy.vae.encoder.conv_in.weight *= factor
         copy.vae.encoder.conv_in.bias *= factor
@@ -272,7 +275,7 @@ def test_a_picture_without_finite_latents_is_named(folder, tmp_path, autoencoder
 
 def test_pixels_have_no_variance(folder, tmp_path):
     """The identity's log-variance is minus infinity, which is no fault."""
-    store, count = fill(config_of(folder), tmp_path, IdentityAutoencoder())
+    store, count = fill(config_of(folder), tmp_path, IdentityCodec())
     assert count == 20
     (keys,) = list(keys_by_name(config_of(folder)).values())[:1]
     assert store.rows(keys)["log_variance"].isneginf().all()

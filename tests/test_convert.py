@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
-from latentdiff.formats.convert import convert_folder
+from latentdiff.families.convert import convert_folder
 
 from . import stable_diffusion
 
@@ -51,8 +51,8 @@ def test_drawn_with_in_float32_here_and_in_diffusers(half_model):
     theirs.set_progress_bar_config(disable=True)
     latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0}
-    expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="np", **settings).images
-    drawn = ours(PROMPT, num_images_per_prompt=2, latents=latents, output_type="np", **settings).images
+    expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="uint8", **settings).images
+    drawn = ours(PROMPT, num_images_per_prompt=2, latents=latents, output_type="uint8", **settings).images
     assert np.abs(drawn / 255 - expected).max() <= 1.01 / 255 / 2 + 2e-3
 
 

@@ -9,9 +9,9 @@ from latentdiff.core.images import to_images
 from latentdiff.data import oracle, scenes
 from latentdiff.diffusion import noise
 from latentdiff.evaluation.composition import ceiling, evaluate_composition
-from latentdiff.families.pretrained import default_model
+from latentdiff.families.loading import default_model
+from latentdiff.families.weights import load_clip, load_text_encoder
 from latentdiff.formats.folder import parameter_counts
-from latentdiff.formats.weights import load_clip, load_text_encoder
 from latentdiff.networks.encoders.clip import tokenize
 
 PROMPT = "a red circle above a blue square"
@@ -42,14 +42,14 @@ def test_equal_to_diffusers(pipe, model):
     theirs.set_progress_bar_config(disable=True)
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0}
-    expected = theirs([PROMPT] * 4, latents=latents.clone(), output_type="np", **settings).images
+    expected = theirs([PROMPT] * 4, latents=latents.clone(), output_type="uint8", **settings).images
     drawn = pipe(
         PROMPT,
         num_images_per_prompt=4,
         latents=latents,
         sampler="ddim",
         spacing="trailing",
-        output_type="np",
+        output_type="uint8",
         **settings,
     ).images
     assert np.abs(drawn.astype(int) - (expected * 255).round()).max() <= 1
@@ -58,12 +58,12 @@ def test_equal_to_diffusers(pipe, model):
 def test_draws_what_it_is_asked_for(pipe):
     """Six pictures of which at least four satisfy the prompt: chance is far below one in a hundred."""
     wanted = scenes.Description("position", (scenes.Group("circle", "red"), scenes.Group("square", "blue")), "above")
-    pictures = pipe(PROMPT, num_images_per_prompt=6, seed=1, output_type="np").images
+    pictures = pipe(PROMPT, num_images_per_prompt=6, seed=1, output_type="uint8").images
     assert sum(oracle.satisfies(oracle.read(picture), wanted) for picture in pictures) >= 4
 
 
 def test_the_autoencoder_loses_nothing_the_oracle_reads(pipe):
-    assert ceiling(pipe, pictures=16, seed=1).overall >= 0.99
+    assert ceiling(pipe.model, pictures=16, seed=1).overall >= 0.99
 
 
 @torch.no_grad()
@@ -79,4 +79,4 @@ def test_its_clip_knows_pictures_by_their_captions(model):
 
 @pytest.mark.slow
 def test_composition(pipe):
-    assert evaluate_composition(pipe, pictures=48, seed=1).overall > 0.8
+    assert evaluate_composition(pipe.painter, pictures=48, seed=1).overall > 0.8

@@ -1,5 +1,6 @@
 """The ways of asking, on a model that is trained in a minute: what is kept, what is drawn, what is refused."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,12 +12,16 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, NonFiniteError
 from latentdiff.core.images import to_uint8
 from latentdiff.diffusion import noise
+from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.canvas import Margins, canvas
-from latentdiff.drawing.job import Job, jobs_of
-from latentdiff.drawing.start import turned
-from latentdiff.formats.weights import load_unet
+from latentdiff.drawing.draw import batches_of, canvas_of, jobs_of
+from latentdiff.drawing.passes import passes_of
+from latentdiff.drawing.pixels import differentiable_decode, reconstruct
+from latentdiff.drawing.plan import plan
+from latentdiff.drawing.start import keyed, turned
+from latentdiff.families.weights import load_unet
 from latentdiff.networks.clip import Clip
-from latentdiff.networks.conditions import Context
+from latentdiff.networks.conditions import Conditions
 
 from . import stable_diffusion
 
@@ -45,13 +50,11 @@ def inpainter(pipe, tiny_model):
     old = unet.model.conv_in
     unet.model.conv_in = torch.nn.Conv2d(9, old.out_channels, 3, padding=1)
     unet.model.register_to_config(in_channels=9)
-    return LatentDiffusionPipeline(
-        pipe.autoencoder, pipe.text_encoder, unet.eval(), pipe.path, pipe.prediction, pipe.card
-    )
+    return LatentDiffusionPipeline(replace(pipe.model, backbone=unet.eval()))
 
 
 def drawn(pipe, **settings):
-    return pipe(PROMPT, output_type="np", **QUICK | settings).images
+    return pipe(PROMPT, output_type="uint8", **QUICK | settings).images
 
 
 # from a picture
@@ -59,27 +62,26 @@ def drawn(pipe, **settings):
 
 def test_strength_is_how_much_is_drawn_over(pipe, photo):
     """Nearer to the given picture the less; what is left of it is what the autoencoder leaves."""
-    kept = pipe.reconstruct(photo[None])[0].astype(int)
+    kept = reconstruct(pipe.model, photo[None])[0].astype(int)
     settings = {"image": photo, "num_inference_steps": 20, "guidance_scale": 1.0}
     apart = [np.abs(drawn(pipe, strength=strength, **settings)[0] - kept).mean() for strength in (0.05, 0.3, 1.0)]
     assert apart[0] < apart[1] < apart[2]
     assert pipe(PROMPT, image=photo, num_inference_steps=7, strength=0.5).metadata[0].steps == (3,)
     with pytest.raises(ConfigError, match=r"strength 0.1 of 4 steps is not one step"):
         drawn(pipe, image=photo, strength=0.1)
-    with pytest.raises(ConfigError, match="strength is of a given image"):
+    with pytest.raises(ConfigError, match="strength requires an image"):
         drawn(pipe, strength=0.5)
 
 
 def test_the_start_is_the_closed_form(pipe, photo):
     """alpha x0 + sigma noise, x0 the posterior's mean, the noise that of the seed."""
-    level = pipe.path.levels(4, "trailing")[2]
+    level = pipe.model.path.levels(4, "trailing")[2]
     known = pipe.encode(photo[None])
     own = torch.from_numpy(noise.normal((4, 32, 48), 1, "initial latents"))
-    from latentdiff.drawing.passes import NOTHING, _draw, _first
-
-    asked = pipe.request(PROMPT, strength=0.5, **QUICK)
-    jobs = jobs_of(asked, pipe.canvas(asked, photo))
-    start = _first(pipe, jobs, _draw(pipe, jobs, (64, 96), NOTHING), NOTHING)
+    request = pipe.request(PROMPT, strength=0.5, **QUICK)
+    batch = Batch(jobs_of(pipe.model, request, canvas_of(pipe.model, request, photo)))
+    (only,) = passes_of(batch, pipe.painter, [])
+    start = only.start(None, keyed(batch.jobs, pipe.model.codec.shape((64, 96)), pipe.model.array))
     torch.testing.assert_close(start.x, level.alpha * known + level.sigma * own)
     assert len(start.levels) == 3
 
@@ -88,7 +90,7 @@ def test_the_start_is_the_closed_form(pipe, photo):
 def test_a_picture_keeps_its_size(pipe, size):
     """Of sides that cannot be drawn the edge is padded and cut off again."""
     image = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
-    out = pipe(PROMPT, image=image, strength=0.5, output_type="np", **QUICK)
+    out = pipe(PROMPT, image=image, strength=0.5, output_type="uint8", **QUICK)
     assert out.images.shape == (1, *size, 3)
     assert (out.metadata[0].height, out.metadata[0].width) == size
 
@@ -215,7 +217,7 @@ def test_hires_is_two_passes(pipe, monkeypatch):
     asked = {"num_inference_steps": 10, "seed": 1, "hires_scale": 1.5, "hires_strength": 0.1}
     steps = list(pipe.stream(PROMPT, **asked))
     assert [step.number for step in steps] == [*range(1, 11), 1]
-    out = pipe(PROMPT, output_type="np", **asked)
+    out = pipe(PROMPT, output_type="uint8", **asked)
     assert out.images.shape == (1, 96, 96, 3)
     assert (out.metadata[0].width, out.metadata[0].steps) == (96, (10, 1))
     encoded = []
@@ -261,8 +263,16 @@ def test_batches_are_of_what_is_alike(pipe, photo):
     long = pipe.request("red " * 50, seed=4)
     large = pipe.request(PROMPT, seed=5, width=96)
     given = pipe.request(PROMPT, seed=6)
-    jobs = [*jobs_of(plain), *jobs_of(long), *jobs_of(large), *jobs_of(given, pipe.canvas(given, photo))]
-    assert [[job.seed for job in batch] for batch in pipe.grouped(jobs)] == [[1, 2], [3], [4], [5], [6]]
+    model = pipe.model
+    jobs = [job for request in (plain, long, large) for job in jobs_of(model, request)]
+    jobs += jobs_of(model, given, canvas_of(model, given, photo))
+    assert [[job.seed for job in batch.jobs] for batch in batches_of(pipe.painter, jobs)] == [
+        [1, 2],
+        [3],
+        [4],
+        [5],
+        [6],
+    ]
 
 
 def test_a_long_prompt_does_not_change_its_neighbours(pipe):
@@ -278,7 +288,7 @@ def test_generators(pipe):
     out = pipe(PROMPT, num_images_per_prompt=2, generator=[seeded(1), torch.Generator().manual_seed(2)], **QUICK)
     assert out.metadata[0].own_noise
     first = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(2))
-    same = pipe(PROMPT, latents=first[None], output_type="np", **QUICK).images[0]
+    same = pipe(PROMPT, latents=first[None], output_type="uint8", **QUICK).images[0]
     assert np.abs(np.asarray(out.images[1]).astype(int) - same).max() <= 1
     with pytest.raises(ConfigError, match="3 generators for 2 pictures"):
         pipe(PROMPT, num_images_per_prompt=2, generator=[seeded(1)] * 3, **QUICK)
@@ -315,11 +325,12 @@ def test_each_guidance_changes_the_picture_and_not_its_neighbours(pipe, settings
 def test_perturbed_attention_is_the_identity(pipe):
     """With the middle block's self-attention maps set to the identity by hand: values, projected."""
     x, context = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)), torch.randn(2, 5, 32)
-    context = torch.randn(2, 32, pipe.unet.model.config.cross_attention_dim)
-    found = pipe.unet.predict_perturbed(x, 10.0, Context(context))
+    context = torch.randn(2, 32, pipe.model.backbone.model.config.cross_attention_dim)
+    conditions = Conditions({"tokens": context})
+    found = pipe.model.backbone.predict_perturbed(x, 10.0, conditions)
     attentions = [
         module
-        for name, module in pipe.unet.model.named_modules()
+        for name, module in pipe.model.backbone.model.named_modules()
         if name.startswith("mid_block") and name.endswith("attn1")
     ]
     assert attentions
@@ -327,48 +338,47 @@ def test_perturbed_attention_is_the_identity(pipe):
     for module in attentions:
         module.forward = lambda hidden, *_, module=module, **__: module.to_out[0](module.to_v(hidden))
     try:
-        expected = pipe.unet(x, 10.0, context)
+        expected = pipe.model.backbone(x, 10.0, conditions)
     finally:
         for module, forward in zip(attentions, before, strict=True):
             module.forward = forward
     assert torch.equal(found, expected)
-    assert not torch.equal(pipe.unet(x, 10.0, context), expected), "and afterwards attention is its own again"
+    assert not torch.equal(pipe.model.backbone(x, 10.0, conditions), expected), (
+        "and afterwards attention is its own again"
+    )
 
 
-def test_autoguidance(pipe, tiny_model):
+def test_autoguidance(tiny_model):
     """By itself it changes nothing; a weaker one that says zero pushes away from zero."""
-    pipe.load_weaker(tiny_model)
-    try:
-        plain, guided = (
-            pipe(PROMPT, output_type="latent", guidance_scale=1.0, autoguidance_scale=scale, **QUICK).images
-            for scale in (1.0, 3.0)
-        )
-        torch.testing.assert_close(plain, guided, rtol=1e-3, atol=1e-3)
-        worse = pipe.extras.weaker.unet
-        for parameter in worse.parameters():
-            parameter.data.mul_(0.9)
-        other = pipe(PROMPT, output_type="latent", guidance_scale=1.0, autoguidance_scale=3.0, **QUICK).images
-        assert (other - plain).abs().max() > 1e-2
-        assert "weaker" in pipe.extras.sources
-    finally:
-        pipe.extras.weaker = None
-        del pipe.extras.sources["weaker"]
-    with pytest.raises(ConfigError, match="autoguidance_scale needs a weaker model"):
+    pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")
+    with pytest.raises(ConfigError, match="autoguidance_scale requires a weaker model"):
         drawn(pipe, autoguidance_scale=2.0)
+    pipe.load_weaker(tiny_model)
+    plain, guided = (
+        pipe(PROMPT, output_type="latent", guidance_scale=1.0, autoguidance_scale=scale, **QUICK).images
+        for scale in (1.0, 3.0)
+    )
+    torch.testing.assert_close(plain, guided, rtol=1e-3, atol=1e-3)
+    worse = pipe.painter.weaker.backbone
+    for parameter in worse.parameters():
+        parameter.data.mul_(0.9)
+    other = pipe(PROMPT, output_type="latent", guidance_scale=1.0, autoguidance_scale=3.0, **QUICK).images
+    assert (other - plain).abs().max() > 1e-2
+    assert "weaker" in pipe.painter.sources
 
 
 def test_the_gradient_of_clip_is_that_of_its_score(pipe):
     """Against finite differences of temperature times cosine, along a random direction."""
     pipe.load_clip()
-    scorer = pipe.extras.scorer
+    scorer = pipe.painter.scorer
     temperature = float(scorer.clip.towers.logit_scale.exp())
     latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     towards = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
-    gradient = scorer.gradient([PROMPT, "a green star"], pipe.differentiable_decode)(latents)
+    gradient = scorer.gradient([PROMPT, "a green star"], partial(differentiable_decode, pipe.model))(latents)
 
     def score(step):
         with torch.no_grad():
-            images = pipe.differentiable_decode(latents + step * towards)
+            images = differentiable_decode(pipe.model, latents + step * towards)
             return temperature * scorer.score([PROMPT, "a green star"], images).double()
 
     slope = (score(1e-2) - score(-1e-2)) / 2e-2
@@ -383,7 +393,7 @@ def test_clip_of_ones_own(pipe, tmp_path):
     import open_clip
     from safetensors.torch import save_file
 
-    from latentdiff.networks.scorer import load_scorer
+    from latentdiff.families.clip import load_scorer
 
     settings = {
         "embed_dim": 16,
@@ -425,7 +435,7 @@ def test_offloaded_networks_draw_the_same(tiny_model, pipe, layers):
     """The CPU stands for the device: accelerate's hooks move networks, or layers, and change no bit."""
     other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu").offload("cpu", layers=layers)
     if layers:
-        assert next(other.unet.parameters()).device.type == "meta"
+        assert next(other.model.backbone.parameters()).device.type == "meta"
     settings = {"image": np.zeros((64, 64, 3), np.uint8), "strength": 0.9}
     np.testing.assert_array_equal(drawn(other), drawn(pipe))
     np.testing.assert_array_equal(drawn(other, **settings), drawn(pipe, **settings))
@@ -440,7 +450,7 @@ def test_in_pieces(pipe, pieces):
 
 def test_tiles_of_a_large_picture(pipe, monkeypatch):
     """Blended where they overlap: near to the whole, and it is tiles that are decoded."""
-    vae = pipe.autoencoder.vae
+    vae = pipe.model.codec.vae
     monkeypatch.setattr(vae, "tile_sample_min_size", 64)
     monkeypatch.setattr(vae, "tile_latent_min_size", 32)
     whole, tiled = (drawn(pipe, width=128, height=128, vae_tiling=tiling).astype(int) for tiling in (False, True))
@@ -450,8 +460,8 @@ def test_tiles_of_a_large_picture(pipe, monkeypatch):
 def test_a_half_precision_autoencoder_that_overflows(tiny_model):
     """float16 gives NaN: again in float32, and said; the weights are float16 as before, to the bit."""
     other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", torch_dtype=torch.bfloat16)
-    other.autoencoder.to(torch.float16)
-    vae = other.autoencoder.vae
+    other.model.codec.to(torch.float16)
+    vae = other.model.codec.vae
     with torch.no_grad():
         vae.decoder.conv_in.weight.mul_(300.0)
         vae.decoder.conv_in.bias.mul_(300.0)
@@ -474,12 +484,12 @@ def test_half_precision_draws_nearly_the_same(tiny_model, pipe, dtype):
     assert np.abs(drawn(other).astype(int) - drawn(pipe)).mean() < 6
 
 
-def test_jobs_count_seeds_on():
-    from latentdiff.drawing.request import request
-
-    asked = request(prompt=PROMPT, seed=5, num_images=3)
-    assert [job.seed for job in jobs_of(asked)] == [5, 6, 7]
-    assert Job(asked, 1).settings == Job(request(prompt="other", seed=9), 0).settings
+def test_jobs_count_seeds_on(pipe):
+    request = pipe.request(PROMPT, seed=5, num_images=3)
+    jobs = jobs_of(pipe.model, request)
+    assert [job.seed for job in jobs] == [5, 6, 7]
+    other = pipe.request("other", seed=9)
+    assert jobs[1].settings == Job(other, 0, plan(other, pipe.model)).settings
 
 
 @torch.no_grad()
@@ -489,10 +499,12 @@ def test_deep_features_are_the_network_s_own(folders):
     generator = torch.Generator().manual_seed(0)
     x, told = (
         torch.randn(2, 4, 8, 8, generator=generator),
-        Context(
-            torch.randn(2, 77, unet.context_width, generator=generator),
-            torch.randn(2, 128, generator=generator),
-            torch.full((2, 6), 64.0),
+        Conditions(
+            {
+                "tokens": torch.randn(2, 77, unet.spec.reads["tokens"][-1], generator=generator),
+                "pooled": torch.randn(2, 128, generator=generator),
+                "sizes": torch.full((2, 6), 64.0),
+            }
         ),
     )
     plain = unet.predict(x, 500.0, told)
@@ -514,9 +526,9 @@ def test_deep_features_are_the_network_s_own(folders):
 def test_every_so_many_evaluations(pipe, monkeypatch):
     """With an interval of 3, steps 1, 4 and 7 compute all; pairs and single evaluations are counted apart."""
     full = []
-    inner = type(pipe.unet).predict_from
+    inner = type(pipe.model.backbone).predict_from
     monkeypatch.setattr(
-        type(pipe.unet),
+        type(pipe.model.backbone),
         "predict_from",
         lambda self, x, t, c, deep: full.append(deep is None) or inner(self, x, t, c, deep),
     )

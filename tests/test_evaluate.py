@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import DataError
 from latentdiff.diffusion import noise
+from latentdiff.drawing.pixels import reconstruct
 from latentdiff.evaluation.autoencoder import decoded, psnr, ssim
-from latentdiff.evaluation.drawn import draw
+from latentdiff.evaluation.drawn import drawn_pictures
 from latentdiff.evaluation.features import Extractor, of_model
 from latentdiff.evaluation.geneval import read_prompts
-from latentdiff.evaluation.held_out import held_out, shown
+from latentdiff.evaluation.held_out import held_out, pictures_of
 from latentdiff.evaluation.meaning import MEANING
 from latentdiff.evaluation.report.plots import Plot, Series, as_figure
 from latentdiff.evaluation.report.report import as_lines, compared
@@ -144,11 +145,11 @@ def test_geneval_reads_what_was_drawn(whole_report):
 def test_pictures_are_those_of_the_pipeline(whole_report, tiny_model, pipe):
     """Each drawn from its caption, with seeds that count."""
     folder, _ = whole_report
-    _, captions = shown(held_out(load_config(None), 16)[0])
-    drawn = draw(pipe, captions, seed=0, num_inference_steps=2)
+    _, captions = pictures_of(held_out(load_config(None), 16)[0])
+    drawn = drawn_pictures(pipe.painter, captions, seed=0, num_inference_steps=2)
     kept = [np.asarray(Image.open(path)) for path in sorted((folder / "A" / "drawn").iterdir())]
     assert np.array_equal(drawn, np.stack(kept))
-    one = pipe(captions[3], seed=3, num_inference_steps=2, output_type="np").images[0]
+    one = pipe(captions[3], seed=3, num_inference_steps=2, output_type="uint8").images[0]
     assert np.abs(one.astype(int) - kept[3]).max() <= 1
 
 
@@ -435,18 +436,18 @@ def test_networks_that_are_not_finite(call, tiny_model, tmp_path):
 
 def test_captions_that_are_empty_are_drawn(pipe):
     """As the unconditional model draws: guidance between the same two contexts changes nothing."""
-    empty = draw(pipe, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=90.0)
-    plain = draw(pipe, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=1.0)
+    empty = drawn_pictures(pipe.painter, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=90.0)
+    plain = drawn_pictures(pipe.painter, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=1.0)
     assert np.abs(empty[0].astype(int) - plain[0]).max() <= 1
     assert np.abs(empty[1].astype(int) - plain[1]).max() > 1
 
 
 def test_kept_pictures_of_another_size(pipe, tmp_path):
     prompts = ["a red star"] * 2
-    draw(pipe, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
+    drawn_pictures(pipe.painter, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
     Image.new("RGB", (32, 32)).save(tmp_path / "00001.png")
     with pytest.raises(DataError, match="is no picture that was drawn here"):
-        draw(pipe, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
+        drawn_pictures(pipe.painter, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
 
 
 def test_a_folder_of_one_that_was_killed_at_once(call, tiny_model):
@@ -489,12 +490,12 @@ def test_psnr_and_ssim():
 
 
 def test_statistics_of_latents(pipe):
-    pictures, _ = shown(held_out(load_config(None), 20)[0])
-    found = decoded(pipe, pictures)
+    pictures, _ = pictures_of(held_out(load_config(None), 20)[0])
+    found = decoded(pipe.model, pictures)
     latents = np.concatenate([np.asarray(pipe.encode(pictures[n : n + 1])) for n in range(20)])
     np.testing.assert_allclose(found.mean, latents.mean((0, 2, 3)), atol=1e-5)
     np.testing.assert_allclose(found.std, latents.std((0, 2, 3)), rtol=1e-5)
-    assert np.abs(found.pictures[:2].astype(int) - pipe.reconstruct(pictures[:2])).max() <= 1
+    assert np.abs(found.pictures[:2].astype(int) - reconstruct(pipe.model, pictures[:2])).max() <= 1
 
 
 def test_pareto():
@@ -571,17 +572,17 @@ def test_held_out_pictures(tmp_path):
     base = [("data.kind", "pictures"), ("data.pictures.source", str(tmp_path)), ("image_size", 16)]
     held, trained = held_out(load_config(None, [*base, ("data.pictures.validation_pictures", 5)]), 100)
     assert (len(held), len(trained)) == (5, 7)
-    captions = [shown(each)[1] for each in (held, trained)]
+    captions = [pictures_of(each)[1] for each in (held, trained)]
     assert sorted(captions[0] + captions[1]) == sorted(f"number {n}" for n in range(12))
     whole, none = held_out(load_config(None, base), 100)
     assert none is None
-    assert shown(whole)[1][:5] == captions[0]
-    pixels, _ = shown(held_out(load_config(None, base), 3)[0])
+    assert pictures_of(whole)[1][:5] == captions[0]
+    pixels, _ = pictures_of(held_out(load_config(None, base), 3)[0])
     assert pixels.shape == (3, 16, 16, 3)
 
 
 def test_features_do_not_depend_on_the_batch(tiny_model):
-    pictures, _ = shown(held_out(load_config(None), 40)[0])
+    pictures, _ = pictures_of(held_out(load_config(None), 40)[0])
     extractor = of_model(tiny_model)
     whole = extractor.of(pictures)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, rtol=1e-5)
@@ -627,5 +628,5 @@ def test_composition_of_the_tiny_model_is_read_from_its_pictures(whole_report, t
 
     folder, _ = whole_report
     pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
-    score = evaluate_composition(pipe, pictures=4, seed=0, num_inference_steps=2)
+    score = evaluate_composition(pipe.painter, pictures=4, seed=0, num_inference_steps=2)
     assert figures(folder, "composition")["composition"] == score.overall

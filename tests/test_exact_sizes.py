@@ -17,8 +17,9 @@ from diffusers import (
 )
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.families.pretrained import save_single_file, stored_pipeline
+from latentdiff.families.original import save_single_file
 from latentdiff.formats.folder import parameter_counts
+from latentdiff.networks.encoders.prompt import Wanted
 
 from . import stable_diffusion
 
@@ -71,13 +72,13 @@ def computed(source, family):
     from latentdiff.networks.conditions import stacked
 
     ours = LatentDiffusionPipeline.from_pretrained(source, device="cpu")
-    context = stacked([ours.text_encoder.context(PROMPT)])
-    found = {"context": context.tokens}
+    context = stacked([ours.model.encoder.encode(Wanted(PROMPT))])
+    found = {"context": context["tokens"]}
     if family == "XL":
         found["pooled"] = context.pooled
-        context = type(context)(context.tokens, context.pooled, torch.tensor([[64.0, 128, 0, 0, 64, 128]]))
-    found["unet"] = ours.unet(noise(1, 4, 8, 16), 500.0, context)
-    found["vae"] = ours.autoencoder.decode(noise(1, 4, 8, 16))
+        context = context.joined({"sizes": torch.tensor([[64.0, 128, 0, 0, 64, 128]])})
+    found["unet"] = ours.model.backbone(noise(1, 4, 8, 16), 500.0, context)
+    found["vae"] = ours.model.codec.decode(noise(1, 4, 8, 16))
     for solver in SOLVERS:
         settings = {"latents": noise(1, 4, 8, 16), "sampler": solver, "spacing": "trailing", **SETTINGS}
         drawn = ours(PROMPT, negative_prompt=NEGATIVE, output_type="pt", **settings).images
@@ -101,7 +102,7 @@ def test_exact_size(family, tmp_path):
     for part, value in theirs.items():
         print(f"\n{family:>2} {part:<9} largest difference {far(ours[part], value):.1e} of the largest value", end="")
         assert far(ours[part], value) < 2e-5
-    save_single_file(stored_pipeline(folder), file)
+    save_single_file(stable_diffusion.stored(folder).model, file)
     gc.collect()
     again = computed(file, family)
     same = all(torch.equal(again[part], value) for part, value in ours.items())

@@ -303,7 +303,7 @@ def test_the_loss_is_diffusers(pictures, tmp_path, family, reads):
     stage, _ = _stages(run, pipe, taught, None)
     batch = stage.batch(range(6))
     found = stage.loss(taught.module, batch)
-    texts = stage._samples.texts.texts(batch)
+    texts = stage._samples.captions.conditions(batch)
     mean, log_variance = stage._samples.latents.moments(batch)
     x0 = mean + (0.5 * log_variance).exp() * batch["posterior"]
     noisy = theirs.scheduler.add_noise(x0, batch["noise"], batch["t"])
@@ -315,7 +315,7 @@ def test_the_loss_is_diffusers(pictures, tmp_path, family, reads):
         context, pooled = _sdxl_texts(theirs, captions)
         sizes = torch.tensor([_sizes(run.data.training, *key) for key in keys])
         added = {"text_embeds": pooled, "time_ids": sizes}
-        assert torch.equal(texts.sizes, sizes.float())
+        assert torch.equal(texts["sizes"], sizes.float())
     else:
         context = theirs.encode_prompt(captions, "cpu", 1, False)[0]
         added = None

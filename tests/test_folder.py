@@ -70,8 +70,8 @@ def test_pickles_beside_safetensors_are_never_opened(folder, tmp_path):
     (folder / ".metadata").write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     after = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
     assert after.card == before.card
-    for name, tensor in before.unet.state_dict().items():
-        assert torch.equal(after.unet.state_dict()[name], tensor)
+    for name, tensor in before.model.backbone.state_dict().items():
+        assert torch.equal(after.model.backbone.state_dict()[name], tensor)
     assert not (tmp_path / "canary").exists()
 
 

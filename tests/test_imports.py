@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from latentdiff.cli import main
-from latentdiff.families.pretrained import default_model
+from latentdiff.families.loading import default_model
 
 from .conftest import ROOT
 

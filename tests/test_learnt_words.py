@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.networks.adapters.words import LearntEmbedding, begin_word, save_word
+from latentdiff.formats.words_file import save_word
+from latentdiff.networks.adapters.words import LearntEmbedding, begin_word
+from latentdiff.networks.encoders.prompt import Wanted
 
 from .stable_diffusion import load
 
@@ -31,29 +33,29 @@ def test_an_embedding_with_rows_of_its_own():
 def test_a_word_begins_as_known_ones(folders, family):
     """Of three vectors from two words in turn: `<ink>` reads as "old castle old" does."""
     pipe = load(folders[family])
-    expected = pipe.text_encoder(pipe.text_encoder.tokenize(["a old castle old hill"]))
-    vectors = begin_word(pipe.text_encoder, "<ink>", "old castle", 3)
+    expected = pipe.model.encoder(pipe.model.encoder.tokenize(["a old castle old hill"]))
+    vectors = begin_word(pipe.model.encoder, "<ink>", "old castle", 3)
     assert list(vectors) == (["<ink>"] if family == "1" else ["clip_l", "clip_g"])
-    trained = [p for p in pipe.text_encoder.parameters() if p.requires_grad]
+    trained = [p for p in pipe.model.encoder.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in vectors.values()}
-    ids = pipe.text_encoder.tokenize(["a <ink> hill"])
-    torch.testing.assert_close(pipe.text_encoder(ids).tokens, expected.tokens)
-    assert pipe.text_encoder.read("a <ink> hill").tokens == 2 + 5
+    ids = pipe.model.encoder.tokenize(["a <ink> hill"])
+    torch.testing.assert_close(pipe.model.encoder(ids)["tokens"], expected["tokens"])
+    assert pipe.model.encoder.read("a <ink> hill").tokens == 2 + 5
 
 
 @pytest.mark.parametrize("family", ["1", "XL"])
 @torch.no_grad()
 def test_what_is_learnt_is_read_everywhere(folders, tmp_path, family):
     pipe = load(folders[family])
-    vectors = begin_word(pipe.text_encoder, "<ink>", "castle", 2)
+    vectors = begin_word(pipe.model.encoder, "<ink>", "castle", 2)
     for parameter in vectors.values():
         parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    expected = pipe.text_encoder.context("a <ink> hill").tokens
+    expected = pipe.model.encoder.encode(Wanted("a <ink> hill"))["tokens"]
     path = save_word(vectors, tmp_path, "<ink>")
     assert path.name == ("learned_embeds.safetensors" if family == "1" else "<ink>.safetensors")
     again = load(folders[family])
     assert again.load_textual_inversion(path) == ["<ink>"]
-    torch.testing.assert_close(again.text_encoder.context("a <ink> hill").tokens, expected)
+    torch.testing.assert_close(again.model.encoder.encode(Wanted("a <ink> hill"))["tokens"], expected)
     if family == "1":
         theirs = StableDiffusionPipeline.from_pretrained(folders["1"])
         theirs.load_textual_inversion(tmp_path, weight_name=path.name)

@@ -14,19 +14,20 @@ from latentdiff.core.images import to_images
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Terms, bits, mean_and_error, noised
 from latentdiff.diffusion.path import VariancePreserving
-from latentdiff.evaluation.held_out import held_out, shown
-from latentdiff.evaluation.likelihood import _contexts, likelihood
-from latentdiff.networks.codecs.kl import IdentityAutoencoder
-from latentdiff.networks.conditions import Context
-from latentdiff.networks.encoders.prompt import Style
-from latentdiff.pipeline import ModelCard
+from latentdiff.evaluation.held_out import held_out, pictures_of
+from latentdiff.evaluation.likelihood import _conditions, likelihood
+from latentdiff.model import Model, ModelCard, TorchPlace
+from latentdiff.networks.codecs.identity import IdentityCodec
+from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.protocols import Spec
 from latentdiff.settings.config import load_config
 
 
 @pytest.fixture(scope="module")
 def pictures():
     """Twenty held-out scenes with their captions."""
-    return shown(held_out(load_config(None), 20)[0])
+    return pictures_of(held_out(load_config(None), 20)[0])
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,13 @@ def exact(tiny_model):
 
 @pytest.fixture(scope="module")
 def found(exact, pictures):
-    return likelihood(exact, *pictures, times=4, seed=1)
+    return likelihood(exact.model, *pictures, times=4, seed=1)
 
 
 def sampled(pipe, pixels, seed):
     """Samples of the posterior, and its deviations, (N, C, h, w)."""
     with torch.no_grad():
-        posterior = pipe.autoencoder.vae.encode(to_images(pixels)).latent_dist
+        posterior = pipe.model.codec.vae.encode(to_images(pixels)).latent_dist
     draws = [noise.normal(tuple(posterior.mean.shape[1:]), seed, "bound posterior", n) for n in range(len(pixels))]
     return posterior.mean + posterior.std * torch.from_numpy(np.stack(draws)), posterior.std
 
@@ -52,7 +53,7 @@ def test_the_autoencoders_terms(exact, found, pictures):
     pixels, _ = pictures
     z, std = sampled(exact, pixels, 1)
     with torch.no_grad():
-        decoded = exact.autoencoder.decode(z).double().numpy()
+        decoded = exact.model.codec.decode(z).double().numpy()
     values = to_images(pixels).double().numpy()
     off = np.abs(values - decoded).mean((1, 2, 3))
     for row in range(len(pixels)):
@@ -71,13 +72,13 @@ def test_the_latents_terms(exact, found, pictures):
     """L_0 by a normal density; the drawn times' sum against every time's, of one picture."""
     pixels, captions = pictures
     z, _ = sampled(exact, pixels, 1)
-    schedule = exact.path
-    context = torch.cat([exact.text_encoder.context(caption).tokens[None] for caption in captions])
+    schedule = exact.model.path
+    context = torch.cat([exact.model.encoder.encode(Wanted(caption))["tokens"][None] for caption in captions])
     first = np.zeros(len(z), np.int64)
     x = noised(schedule, z, first, 1, range(len(z)))
-    level = schedule.level(0)
+    level = schedule.numbered(0)
     with torch.no_grad():
-        x0 = level.alpha * x - level.sigma * exact.unet.model(x, 0, context).sample
+        x0 = level.alpha * x - level.sigma * exact.model.backbone.model(x, 0, context).sample
     wanted = -torch.distributions.Normal(x0.double(), level.sigma).log_prob(z.double()).flatten(1).sum(1)
     np.testing.assert_allclose(found.cond.reconstruction, wanted, rtol=1e-4)
     times = np.arange(1, schedule.T)
@@ -85,11 +86,11 @@ def test_the_latents_terms(exact, found, pictures):
     x = noised(schedule, row, times, 1, [0] * len(times))
     a = torch.from_numpy(schedule.alphas_cumprod[times]).float()[:, None, None, None]
     with torch.no_grad():
-        v = exact.unet.model(x, torch.from_numpy(times), context[:1].expand(len(times), -1, -1)).sample
+        v = exact.model.backbone.model(x, torch.from_numpy(times), context[:1].expand(len(times), -1, -1)).sample
     squared = ((a.sqrt() * x - (1 - a).sqrt() * v - row) ** 2).flatten(1).sum(1).double().numpy()
     terms = Terms.of(schedule)
     each = terms.weight[1:] * squared + z[0].numel() * terms.constant[1:]
-    drawn = likelihood(exact, pixels[:2], captions[:2], times=150, seed=1).cond.denoising()
+    drawn = likelihood(exact.model, pixels[:2], captions[:2], times=150, seed=1).cond.denoising()
     assert drawn[0] == pytest.approx(each.sum(), rel=0.05)
 
 
@@ -104,12 +105,12 @@ def test_the_same_draws(exact, found, pictures):
     """With captions and without, of another model, and of fewer pictures; a picture without a caption gains nothing."""
     pixels, captions = pictures
     assert np.array_equal(found.cond.times, found.uncond.times)
-    part = likelihood(exact, pixels[:3], ["", *captions[1:3]], times=4, seed=1)
+    part = likelihood(exact.model, pixels[:3], ["", *captions[1:3]], times=4, seed=1)
     assert np.array_equal(part.cond.times, found.cond.times[:3])
     np.testing.assert_allclose(part.cond.squared[1:], found.cond.squared[1:3], rtol=1e-3)
     np.testing.assert_array_equal(part.cond.squared[0], part.uncond.squared[0])
     assert part.gain()[0] == 0
-    silent = likelihood(exact, pixels[:3], [""] * 3, times=4, seed=1)
+    silent = likelihood(exact.model, pixels[:3], [""] * 3, times=4, seed=1)
     np.testing.assert_array_equal(silent.cond.squared, part.uncond.squared)
     assert not np.array_equal(silent.cond.squared[1:], part.cond.squared[1:])
 
@@ -118,7 +119,7 @@ def test_batches_are_kept(exact, found, pictures, tmp_path):
     """One that was killed after its first batch ends in the same bits; other draws do not use what is there."""
 
     def once(seed=1):
-        return likelihood(exact, *pictures, times=4, seed=seed, folder=tmp_path)
+        return likelihood(exact.model, *pictures, times=4, seed=seed, folder=tmp_path)
 
     def same(made):
         return np.array_equal(made.bits(made.cond), found.bits(found.cond)) and np.array_equal(
@@ -138,24 +139,23 @@ def test_batches_are_kept(exact, found, pictures, tmp_path):
 
 def test_brackets_are_words(exact):
     """A caption is read as training reads it."""
-    weighed, plain = (exact.text_encoder.context("a (red:1.5) circle", Style(weights)) for weights in (True, False))
-    assert not torch.equal(weighed.tokens, plain.tokens)
-    asked = _contexts(exact, ["a (red:1.5) circle"] * 2, (64, 64))
-    assert torch.equal(asked.tokens[1], plain.tokens)
+    weighed, plain = (
+        exact.model.encoder.encode(Wanted("a (red:1.5) circle", Style(weights))) for weights in (True, False)
+    )
+    assert not torch.equal(weighed["tokens"], plain["tokens"])
+    asked = _conditions(exact.model, ["a (red:1.5) circle"] * 2, (64, 64))
+    assert torch.equal(asked["tokens"][1], plain["tokens"])
 
 
 class Exact:
     """The posterior mean of pixels N(0, s^2), as a network that predicts it; it reads no text."""
 
-    reads_sizes = False
+    dtype, spec = torch.float32, Spec(3, 3)
 
     def __init__(self, schedule, s):
         self.schedule, self.s = schedule, s
 
-    def prepared(self, context):
-        return context
-
-    def predict(self, x, t, context):
+    def predict(self, x, t, conditions):
         a = torch.from_numpy(self.schedule.alphas_cumprod[t.long().numpy()]).to(x)[:, None, None, None]
         return a.sqrt() * self.s**2 / (a * self.s**2 + 1 - a) * x
 
@@ -163,15 +163,11 @@ class Exact:
 def test_a_model_of_pixels(pictures):
     """Gaussian 8-bit pixels under the exact denoiser: the bound is near their entropy, which it cannot be below."""
     s, schedule = 0.25, VariancePreserving.linear(1000)
-    text = SimpleNamespace(context=lambda *_, **__: Context(torch.zeros(1, 2)))
-    pipe = LatentDiffusionPipeline(IdentityAutoencoder(), text, Exact(schedule, s), schedule, "sample", ModelCard())
-    type(pipe).device, kept = property(lambda self: torch.device("cpu")), type(pipe).device
-    try:
-        values = np.random.default_rng(0).normal(0, s, (40, 8, 8, 3))
-        pixels = np.rint((values.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-        found = likelihood(pipe, pixels, [""] * 40, times=32)
-    finally:
-        type(pipe).device = kept
+    encoder = SimpleNamespace(encode=lambda wanted: Conditions({"tokens": torch.zeros(1, 2)}))
+    model = Model(Exact(schedule, s), encoder, IdentityCodec(), schedule, "sample", ModelCard(), TorchPlace())
+    values = np.random.default_rng(0).normal(0, s, (40, 8, 8, 3))
+    pixels = np.rint((values.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+    found = likelihood(model, pixels, [""] * 40, times=32)
     a, terms = schedule.alphas_cumprod, Terms.of(schedule)
     nats = (terms.weight * s**2 * (1 - a) / (a * s**2 + 1 - a) + terms.constant).sum()
     density = bits(nats + 0.5 * (a[-1] * (s**2 - 1) - math.log1p(-a[-1])), 1) - math.log2(2 / 255)
@@ -183,19 +179,16 @@ def test_a_model_of_pixels(pictures):
 
 
 def test_what_has_no_likelihood(exact, pictures):
-    class Tiny:
-        has_posterior = False
-
     pixels, captions = pictures
     with pytest.raises(ModelError, match="a tiny VAE has no posterior, so pixels have no likelihood"):
-        likelihood(SimpleNamespace(autoencoder=Tiny()), pixels, captions, times=1)
-    weight = exact.unet.model.conv_out.weight
+        likelihood(SimpleNamespace(codec=object()), pixels, captions, times=1)
+    weight = exact.model.backbone.model.conv_out.weight
     with torch.no_grad():
         before = weight.clone()
         weight[0] = float("nan")
     try:
         with pytest.raises(NonFiniteError, match="the likelihood is not finite"):
-            likelihood(exact, pixels[:2], captions[:2], times=1)
+            likelihood(exact.model, pixels[:2], captions[:2], times=1)
     finally:
         with torch.no_grad():
             weight.copy_(before)
@@ -205,13 +198,13 @@ def test_what_has_no_likelihood(exact, pictures):
 def test_captions_lower_that_of_the_default_model(pictures):
     """By far more than the error, under both variances; and noise in the weights raises it."""
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    found = likelihood(pipe, *pictures, times=4)
+    found = likelihood(pipe.model, *pictures, times=4)
     for variance in ("small", "large"):
         mean, error = mean_and_error(found.gain(variance))
         assert mean > 5 * error
     with torch.no_grad():
-        for parameter in pipe.unet.parameters():
+        for parameter in pipe.model.backbone.parameters():
             parameter += 0.05 * parameter.std() * torch.from_numpy(noise.normal(tuple(parameter.shape), 0, "damage"))
-    worse = likelihood(pipe, *pictures, times=4)
+    worse = likelihood(pipe.model, *pictures, times=4)
     mean, error = mean_and_error(worse.bits(worse.cond) - found.bits(found.cond))
     assert mean > 5 * error

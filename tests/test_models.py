@@ -6,10 +6,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from latentdiff.core.images import luminance, to_images, to_uint8
-from latentdiff.formats.weights import load_clip
+from latentdiff.families.weights import load_clip
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
-from latentdiff.networks.codecs.kl import Autoencoder, IdentityAutoencoder
+from latentdiff.networks.codecs.identity import IdentityCodec
+from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 
 PROMPTS = ["a red circle above a blue square", "", "Ein Größenwahn, 猫 & \U0001f600!", "3 green stars " * 20]
@@ -17,7 +19,7 @@ PROMPTS = ["a red circle above a blue square", "", "Ein Größenwahn, 猫 & \U00
 
 def autoencoder():
     torch.manual_seed(0)
-    return Autoencoder.create((8, 16), 1, 4, 4).eval()
+    return KLAutoencoder.create((8, 16), 1, 4, 4).eval()
 
 
 def random_images(count=3, side=16):
@@ -57,7 +59,7 @@ def test_folding_whitens_and_changes_no_picture():
 def test_scale_and_shift_stay_inside():
     """A Stable Diffusion style scaling_factor is applied on the way in and out."""
     plain, scaled = autoencoder(), autoencoder()
-    scaled = Autoencoder(scaled.vae)
+    scaled = KLAutoencoder(scaled.vae)
     scaled.scale, scaled.shift = 0.18215, 0.1
     images = random_images()
     (mean, log_variance), (latents, latents_log_variance) = plain.encode(images), scaled.encode(images)
@@ -68,7 +70,7 @@ def test_scale_and_shift_stay_inside():
 
 def test_identity_is_pixel_space():
     images = random_images()
-    mean, log_variance = IdentityAutoencoder(3).encode(images)
+    mean, log_variance = IdentityCodec(3).encode(images)
     assert torch.equal(mean, images)
     assert (log_variance.exp() == 0).all()
 
@@ -148,10 +150,10 @@ def test_clip_loss_at_chance_is_log_of_the_batch():
 def test_several_contexts_are_one_batch():
     unet = small_unet()
     x, contexts = torch.randn(3, 4, 8, 8), torch.randn(2, 3, 5, 16)
-    both = unet(x, 10.0, contexts)
+    both = unet(x, 10.0, Conditions({"tokens": contexts}, count=2))
     assert both.shape == (2, 3, 4, 8, 8)
     for k in range(2):
-        torch.testing.assert_close(both[k], unet(x, 10.0, contexts[k]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both[k], unet(x, 10.0, Conditions({"tokens": contexts[k]})), rtol=1e-4, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 1e-3
 
 
@@ -160,21 +162,22 @@ def test_pooled_text_scales_and_shifts_and_loads_in_diffusers(tmp_path):
     """With attention's own answer taken away, the text still moves the output; diffusers computes the same."""
     plain, unet = small_unet(), small_unet(pooled_text=True)
     x, contexts = torch.randn(3, 4, 8, 8), torch.randn(2, 3, 5, 16)
+    first, second = (Conditions({"tokens": context}) for context in contexts)
     for model in (plain, unet):
         for name, parameter in model.named_parameters():
             if "attn2.to_out" in name:
                 parameter.zero_()
-    assert torch.equal(plain(x, 10.0, contexts[0]), plain(x, 10.0, contexts[1]))
-    assert (unet(x, 10.0, contexts[0]) - unet(x, 10.0, contexts[1])).abs().max() > 1e-3
+    assert torch.equal(plain(x, 10.0, first), plain(x, 10.0, second))
+    assert (unet(x, 10.0, first) - unet(x, 10.0, second)).abs().max() > 1e-3
     unet.save(tmp_path)
     theirs = UNet2DConditionModel.from_pretrained(tmp_path)(x, 10.0, contexts[0]).sample
-    assert torch.equal(theirs, unet(x, 10.0, contexts[0]))
+    assert torch.equal(theirs, unet(x, 10.0, first))
 
 
 @torch.no_grad()
 def test_plain_attention_computes_the_same():
     unet = small_unet()
-    x, context = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16)
+    x, context = torch.randn(3, 4, 8, 8), Conditions({"tokens": torch.randn(3, 5, 16)})
     fused = unet(x, 10.0, context)
     unet.use_plain_attention()
     torch.testing.assert_close(unet(x, 10.0, context), fused, rtol=1e-4, atol=1e-5)

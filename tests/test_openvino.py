@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core import cache as user_cache
 from latentdiff.core.errors import ConfigError, ModelError, ResourceError
-from latentdiff.families.pretrained import default_model, load_pipeline
+from latentdiff.families.loading import default_model, stored_model
 from latentdiff.runtime import compiling
 from latentdiff.runtime.export import export
 from latentdiff.runtime.graphs import exported, named
@@ -51,7 +51,7 @@ def families(folders, tmp_path_factory):
                 stable_diffusion.pipeline("1", inpainting=True).save_pretrained(made[family])
             else:
                 shutil.copytree(folders[family], made[family])
-            export(load_pipeline(made[family], device="cpu"), made[family])
+            export(stored_model(made[family]), made[family])
         return made[family]
 
     return of
@@ -94,7 +94,7 @@ ASKED = {
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
 def test_as_torch_draws(default, asked):
-    settings = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 5, "output_type": "np"} | asked
+    settings = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 5, "output_type": "uint8"} | asked
     ours, theirs = (pipe(**settings).images for pipe in default)
     alike(ours, theirs)
 
@@ -103,7 +103,12 @@ def test_as_torch_draws(default, asked):
 def test_from_a_picture(default, photo, masked):
     """Kept pixels keep their bits."""
     pixels, mask = photo
-    settings = {"image": pixels, "mask_image": mask if masked else None, "num_inference_steps": 5, "output_type": "np"}
+    settings = {
+        "image": pixels,
+        "mask_image": mask if masked else None,
+        "num_inference_steps": 5,
+        "output_type": "uint8",
+    }
     ours, theirs = (pipe(PROMPT, seed=7, **settings).images[0] for pipe in default)
     alike(ours, theirs)
     assert not masked or (ours[mask == 0] == pixels[mask == 0]).all()
@@ -115,19 +120,19 @@ def test_other_kinds_of_output(default):
         ours, theirs = (pipe(PROMPT, output_type=kind, **settings).images for pipe in default)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (pipe(PROMPT, latents=noise, output_type="np", **settings).images for pipe in default)
+    ours, theirs = (pipe(PROMPT, latents=noise, output_type="uint8", **settings).images for pipe in default)
     alike(ours, theirs)
     context = default[1].text_encoder.encode([PROMPT, ""])
     embeds = {"prompt_embeds": context[:1], "negative_prompt_embeds": context[1:]}
     arrays = {name: tensor.numpy() for name, tensor in embeds.items()}
     alike(
-        default[0](**arrays, output_type="np", **settings).images,
-        default[0](**embeds, output_type="np", **settings).images,
+        default[0](**arrays, output_type="uint8", **settings).images,
+        default[0](**embeds, output_type="uint8", **settings).images,
         0,
     )
     alike(
-        default[0](**embeds, output_type="np", **settings).images,
-        default[1](PROMPT, output_type="np", **settings).images,
+        default[0](**embeds, output_type="uint8", **settings).images,
+        default[1](PROMPT, output_type="uint8", **settings).images,
     )
 
 
@@ -144,7 +149,9 @@ def test_steps_can_be_watched(default):
 def test_bfloat16_is_near(default):
     narrow = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
     assert narrow.unet.dtype == "bfloat16"
-    ours, theirs = (p(PROMPT, seed=7, num_images_per_prompt=4, output_type="np").images for p in (narrow, default[1]))
+    ours, theirs = (
+        p(PROMPT, seed=7, num_images_per_prompt=4, output_type="uint8").images for p in (narrow, default[1])
+    )
     assert 0 < np.abs(ours.astype(int) - theirs).mean() < 2, "of 255"
 
 
@@ -153,7 +160,7 @@ def test_bfloat16_is_near(default):
 def test_families(families, photo, family):
     """Two text encoders and sizes, nine channels, a scale of latents: all within the graphs."""
     ours, theirs = both(families(family))
-    settings = {"seed": 7, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    settings = {"seed": 7, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "uint8"}
     sizes = {"original_size": (96, 64), "crop": (8, 0)} if family == "XL" else {}
     for asked in (
         {"negative_prompt": "blue", "clip_skip": 1, **sizes},
@@ -174,7 +181,7 @@ def test_large_in_bfloat16(families, family):
     """Where kernels are generated, which small pictures and float32 do without."""
     ours = LatentDiffusionPipeline.from_pretrained(families(family), runtime="openvino")
     theirs = LatentDiffusionPipeline.from_pretrained(families(family), runtime="torch", device="cpu")
-    settings = {"seed": 7, "num_inference_steps": 4, "output_type": "np", "width": 256, "height": 256}
+    settings = {"seed": 7, "num_inference_steps": 4, "output_type": "uint8", "width": 256, "height": 256}
     drawn = [pipe(PROMPT, **settings).images.astype(int) for pipe in (ours, theirs)]
     assert np.abs(drawn[0] - drawn[1]).mean() < 3, "of 255"
 
@@ -189,7 +196,7 @@ def test_weights_of_any_precision(default, tmp_path, dtype):
         changed = {name: (tensor.float() * 1.01).to(dtype) for name, tensor in load_file(file).items()}
         save_file(changed, file, {"format": "pt"})
     ours, theirs = both(folder)
-    images = [p(PROMPT, seed=7, num_inference_steps=5, output_type="np").images for p in (ours, theirs, default[1])]
+    images = [p(PROMPT, seed=7, num_inference_steps=5, output_type="uint8").images for p in (ours, theirs, default[1])]
     alike(*images[:2])
     assert np.abs(images[0].astype(int) - images[2]).max() > 1, "other weights draw another picture"
 
@@ -210,7 +217,7 @@ def cached(tmp_path, monkeypatch):
 
     def draw():
         pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino", torch_dtype="float32")
-        return pipe(PROMPT, seed=7, num_inference_steps=2, output_type="np").images
+        return pipe(PROMPT, seed=7, num_inference_steps=2, output_type="uint8").images
 
     return draw, tmp_path / "cache"
 
@@ -291,7 +298,7 @@ def test_saved_by_torch(tmp_path):
         warnings.simplefilter("error")
         again = LatentDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
     assert again.runtime == "torch", "it has no export"
-    alike(*(p(PROMPT, seed=1, num_inference_steps=2, output_type="np").images for p in (pipe, again)), tolerance=0)
+    alike(*(p(PROMPT, seed=1, num_inference_steps=2, output_type="uint8").images for p in (pipe, again)), tolerance=0)
 
 
 @pytest.mark.parametrize(
@@ -380,28 +387,28 @@ def test_speed_of_the_networks_that_take_over():
     assert pipe.runtime == "openvino"
     with pytest.warns(UserWarning, match="moving is not in what was exported"):
         pipe.change("moving")
-    assert (pipe.runtime, pipe.speed, pipe.unet.dtype) == ("torch", "max", torch.bfloat16)
+    assert (pipe.runtime, pipe.model.speed, pipe.model.backbone.dtype) == ("torch", "max", torch.bfloat16)
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", torch_dtype="bfloat16")
     with pytest.warns(UserWarning, match="moving"):
         pipe.change("moving")
-    assert (pipe.speed, pipe.unet.dtype) == ("exact", torch.bfloat16)
+    assert (pipe.model.speed, pipe.model.backbone.dtype) == ("exact", torch.bfloat16)
 
 
 def test_another_network_is_put_in(default):
     """Texts of the one before are let go; a torch one takes the others with it."""
     compiled, plain = both(None)
-    asked = {"seed": 3, "num_inference_steps": 2, "output_type": "np"}
+    asked = {"seed": 3, "num_inference_steps": 2, "output_type": "uint8"}
     before = compiled(PROMPT, **asked).images
     silent = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu").text_encoder
     torch.nn.init.zeros_(silent.model.get_input_embeddings().weight)
     with pytest.raises(ConfigError, match="another network needs the torch runtime"):
-        compiled.text_encoder = silent
+        compiled.model.encoder = silent
     assert np.array_equal(compiled(PROMPT, **asked).images, before)
     auto = LatentDiffusionPipeline.from_pretrained(device="cpu", torch_dtype="float32")
     alike(auto(PROMPT, **asked).images, before)
     with pytest.warns(UserWarning, match="another network is not in what was exported"):
         auto.text_encoder = silent
-    plain.text_encoder = silent
+    plain.model.encoder = silent
     assert np.array_equal(auto(PROMPT, **asked).images, plain(PROMPT, **asked).images)
     assert np.abs(auto(PROMPT, **asked).images.astype(int) - before).mean() > 1
 
@@ -411,13 +418,13 @@ def test_threads_and_copies(default):
     pipe = default[0]
 
     def draw(seed):
-        return pipe(PROMPT, seed=seed, num_inference_steps=2, output_type="np").images
+        return pipe(PROMPT, seed=seed, num_inference_steps=2, output_type="uint8").images
 
     expected = [draw(seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(draw, range(8)))
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    again = copy.deepcopy(pipe)(PROMPT, seed=0, num_inference_steps=2, output_type="np").images
+    again = copy.deepcopy(pipe)(PROMPT, seed=0, num_inference_steps=2, output_type="uint8").images
     assert np.array_equal(again, expected[0])
 
 
@@ -447,10 +454,10 @@ def test_shapes_in_memory(monkeypatch):
     """The oldest goes, and is made again when it is asked for."""
     monkeypatch.setattr(compiling, "SHAPES", 2)
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino", torch_dtype="float32")
-    settings = {"seed": 1, "num_inference_steps": 1, "output_type": "np"}
+    settings = {"seed": 1, "num_inference_steps": 1, "output_type": "uint8"}
     drawn = [pipe(PROMPT, width=width, **settings).images for width in (64, 80, 96, 64)]
     assert (drawn[0] == drawn[3]).all()
-    kept = [shapes for part, shapes in pipe.unet._compiler._ready if part == "unet"]
+    kept = [shapes for part, shapes in pipe.model.backbone._compiler._ready if part == "unet"]
     assert [shapes[0][3] for shapes in kept] == [24, 16]
 
 

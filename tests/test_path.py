@@ -8,7 +8,7 @@ import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
-from latentdiff.diffusion.grids import GRIDS, karras
+from latentdiff.diffusion.grids import AYS_SD, GRIDS, karras
 from latentdiff.diffusion.level import CLEAN, NoiseLevel
 from latentdiff.diffusion.path import Straight, VariancePreserving, schedule_named
 from latentdiff.diffusion.times import Times

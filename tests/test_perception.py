@@ -13,13 +13,18 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from latentdiff.core.errors import ModelError, UnsafeError
 from latentdiff.evaluation.autoencoder import perceptual
 from latentdiff.evaluation.features import named
-from latentdiff.networks.perception import load_inception, load_lpips
+from latentdiff.formats.tensors import read_tensors
+from latentdiff.networks.perception import inception, lpips
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), np.uint8)
 
 
+def read_as(network, file):
+    return network(read_tensors(file), file)
+
+
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory):
+def fid(tmp_path_factory):
     """Weights as FID's are called, random, in both formats."""
     folder = tmp_path_factory.mktemp("inception")
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
@@ -36,16 +41,16 @@ def inception(tmp_path_factory):
     return folder
 
 
-def test_inception_as_torchmetrics_has_it(inception):
-    theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception / "inception.pth"))
+def test_inception_as_torchmetrics_has_it(fid):
+    theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(fid / "inception.pth"))
     theirs.use_antialias = False  # published FIDs are of TensorFlow 1's resizing
     pictures = torch.from_numpy(PICTURES.transpose(0, 3, 1, 2).copy())
     wanted = theirs(pictures)
     assert wanted.shape == (3, 2048)
-    found = load_inception(inception / "inception.safetensors")(pictures)
+    found = read_as(inception, fid / "inception.safetensors")(pictures)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
     assert float((found[0] - found[1]).abs().max()) > 0.01 * float(wanted.max())
-    extractor = named(inception / "inception.safetensors")
+    extractor = named(fid / "inception.safetensors")
     assert extractor.name == "Inception v3, pool 2048"
     assert len(extractor.hash) == 64
     np.testing.assert_allclose(extractor.of(PICTURES), found, rtol=1e-3, atol=1e-3 * float(wanted.max()))
@@ -63,7 +68,7 @@ def test_lpips_as_torchmetrics_has_it(kind, tmp_path):
                 parameter.abs_()  # as trained ones are
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     save_file(state, tmp_path / "lpips.safetensors")
-    distance = load_lpips(tmp_path / "lpips.safetensors")
+    distance = read_as(lpips, tmp_path / "lpips.safetensors")
     other = 255 - PICTURES
     images, others = (torch.from_numpy(each.transpose(0, 3, 1, 2).copy()) / 127.5 - 1 for each in (PICTURES, other))
     np.testing.assert_allclose(
@@ -72,19 +77,19 @@ def test_lpips_as_torchmetrics_has_it(kind, tmp_path):
     assert perceptual(distance, PICTURES, PICTURES).tolist() == [0, 0, 0]
     assert (perceptual(distance, PICTURES, other) > 0).all()
     save_file({k: v for k, v in state.items() if not k.startswith("lins")}, tmp_path / "short.safetensors")
-    assert torch.equal(load_lpips(tmp_path / "short.safetensors")(images, others), distance(images, others))
+    assert torch.equal(read_as(lpips, tmp_path / "short.safetensors")(images, others), distance(images, others))
 
 
-def test_what_is_no_such_network(tmp_path, inception):
+def test_what_is_no_such_network(tmp_path, fid):
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=r"these are no weights of LPIPS \(.*a\.safetensors\)"):
-        load_lpips(tmp_path / "a.safetensors")
+        read_as(lpips, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=r"cannot load Inception \(.*a\.safetensors\): "):
-        load_inception(tmp_path / "a.safetensors")
+        read_as(inception, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match="cannot load nothing"):
-        load_lpips(tmp_path / "nothing.safetensors")
+        read_as(lpips, tmp_path / "nothing.safetensors")
     with pytest.raises(UnsafeError, match="is a pickle file; latentdiff loads safetensors only"):
-        named(inception / "inception.pth")
+        named(fid / "inception.pth")
     (tmp_path / "hidden.safetensors").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UnsafeError):
-        load_lpips(tmp_path / "hidden.safetensors")
+        read_as(lpips, tmp_path / "hidden.safetensors")

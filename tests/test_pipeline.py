@@ -14,7 +14,7 @@ PROMPT = "a red circle above a blue square"
 
 
 def numpy_images(pipe, prompt=PROMPT, **settings):
-    return pipe(prompt, output_type="np", **settings).images
+    return pipe(prompt, output_type="uint8", **settings).images
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -26,7 +26,7 @@ def test_equal_to_diffusers(pipe, tiny_model, guidance_scale):
     theirs.set_progress_bar_config(disable=True)
     latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 20, "guidance_scale": guidance_scale}
-    expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="np", **settings).images
+    expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="uint8", **settings).images
     drawn = numpy_images(pipe, num_images_per_prompt=2, latents=latents, spacing="trailing", **settings)
     assert np.abs(drawn / 255 - expected).max() <= 1.01 / 255 / 2 + 2e-3
 
@@ -54,9 +54,9 @@ def test_step_noise_is_keyed_by_seed_too(pipe, sampler):
 
 
 def test_several_prompts_count_on(pipe):
-    out = pipe([PROMPT, "three green stars"], seed=10, num_images_per_prompt=2, output_type="np", batch_size=4)
+    out = pipe([PROMPT, "three green stars"], seed=10, num_images_per_prompt=2, output_type="uint8", batch_size=4)
     assert out.seeds == [10, 11, 12, 13]
-    alone = pipe("three green stars", seed=12, output_type="np").images
+    alone = pipe("three green stars", seed=12, output_type="uint8").images
     assert np.abs(out.images[2].astype(int) - alone[0]).max() <= 1
 
 
@@ -88,7 +88,7 @@ def test_output_types_agree(pipe):
     latents = pipe(PROMPT, seed=1, output_type="latent").images
     images = pipe(PROMPT, seed=1, output_type="pt").images
     torch.testing.assert_close(pipe.decode(latents), images)
-    pictures = pipe(PROMPT, seed=1, output_type="np").images
+    pictures = pipe(PROMPT, seed=1, output_type="uint8").images
     np.testing.assert_array_equal(
         pictures[0], ((images[0].permute(1, 2, 0) + 1) * 127.5).round().numpy().astype(np.uint8)
     )
@@ -107,7 +107,7 @@ def test_save_and_load_round_trip(pipe, tmp_path):
     np.testing.assert_array_equal(numpy_images(again, seed=2), numpy_images(pipe, seed=2))
     assert again.card.hash == pipe.card.hash
     again.load_clip()
-    np.testing.assert_allclose(again.path.alphas_cumprod, pipe.path.alphas_cumprod, rtol=1e-12)
+    np.testing.assert_allclose(again.model.path.alphas_cumprod, pipe.model.path.alphas_cumprod, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine", "sigmoid"])
@@ -115,20 +115,18 @@ def test_save_and_load_round_trip(pipe, tmp_path):
 def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
     """Both readings of the written scheduler, ours and diffusers', give the schedule back."""
     import json
-    from types import SimpleNamespace
 
     from diffusers import DDIMScheduler
 
     from latentdiff.diffusion.path import schedule_named
-    from latentdiff.families.pretrained import read_scheduler, scheduler_config
+    from latentdiff.families.scheduler import read_scheduler, scheduler_config
 
     schedule = schedule_named(kind, 1000)
     schedule = schedule.zero_terminal_snr() if terminal else schedule
-    card = SimpleNamespace(defaults={"spacing": "trailing"})
-    config = scheduler_config(SimpleNamespace(schedule=schedule, prediction="v_prediction", card=card))
+    config = scheduler_config(schedule, "v_prediction", "trailing")
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    ours, prediction = read_scheduler(tmp_path)
+    ours, prediction, _ = read_scheduler(tmp_path)
     assert prediction == "v_prediction"
     np.testing.assert_allclose(ours.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-9, atol=1e-15)
     theirs = DDIMScheduler.from_config(config)
@@ -178,7 +176,12 @@ def test_refused_prompts(pipe, prompt):
 
 def test_more_steps_than_the_model_has(pipe):
     short = LatentDiffusionPipeline(
-        pipe.autoencoder, pipe.text_encoder, pipe.unet, VariancePreserving.cosine(100), pipe.prediction, pipe.card
+        pipe.model.codec,
+        pipe.model.encoder,
+        pipe.model.backbone,
+        VariancePreserving.cosine(100),
+        pipe.model.prediction,
+        pipe.card,
     )
     with pytest.raises(ConfigError, match="the model has 100"):
         short(PROMPT, num_inference_steps=200)
@@ -232,7 +235,7 @@ def test_saved_pictures_say_how_they_were_made(pipe, tmp_path):
     with pytest.raises(ConfigError, match="2 pictures do not go into one file"):
         drawn.save(tmp_path / "one.png")
     with pytest.raises(ConfigError, match="only PIL images"):
-        pipe(PROMPT, num_inference_steps=1, output_type="np").save(tmp_path / "drawn")
+        pipe(PROMPT, num_inference_steps=1, output_type="uint8").save(tmp_path / "drawn")
 
 
 @pytest.mark.parametrize(("move", "message"), [("to", "device 'bogus'"), ("offload", "device 'bogus'")])
@@ -241,7 +244,7 @@ def test_nothing_is_moved_to_no_place(pipe, move, message):
         getattr(pipe, move)("bogus")
     with pytest.raises(ConfigError, match="torch_dtype must be"):
         pipe.to(dtype=torch.int64)
-    assert (pipe.device.type, pipe.unet.dtype) == ("cpu", torch.float32)
+    assert (pipe.device.type, pipe.model.backbone.dtype) == ("cpu", torch.float32)
 
 
 @pytest.mark.parametrize("options", [{"device": "bogus"}, {"device": "meta"}, {"torch_dtype": "int8"}])

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.cli import main
 from latentdiff.core.errors import ConfigError, DataError, ModelError
-from latentdiff.drawing.extras import load_adapter, networks_of
+from latentdiff.drawing.extras import adapted
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import read_metadata
 from latentdiff.drawing.reproduce import Likeness, reproduce
@@ -33,7 +33,7 @@ def place(tiny_model, tmp_path_factory):
     mask = np.zeros((64, 96), np.uint8)
     mask[8:40, 16:48] = 255
     Image.fromarray(mask).save(folder / "mask.png")
-    networks = networks_of(LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu"))
+    networks = adapted(LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu").model)
     name = next(n for n, _ in networks["unet"].named_modules() if n.endswith("attn2.to_q"))
     wide = networks["unet"].get_submodule(name).weight.shape
     seeded = torch.Generator().manual_seed(0)
@@ -264,7 +264,7 @@ def test_other_formats(place, monkeypatch, tmp_path):
     """WebP without loss is equal; a JPEG is compared with what JPEG makes of the picture drawn again."""
     monkeypatch.chdir(place)
     pipe = LatentDiffusionPipeline.from_pretrained("models/tiny", device="cpu")
-    load_adapter(pipe, place / "ink.safetensors", merged=True)
+    pipe.load_lora_weights(place / "ink.safetensors", fuse=True)
     out = pipe(PROMPT, **QUICK)
     for suffix in (".webp", ".jpg"):
         (tmp_path / f"a{suffix}").write_bytes(encoded(out.images[0], suffix, out.metadata[0]))

@@ -8,12 +8,11 @@ from safetensors.torch import save_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.reproduce import read_record
-from latentdiff.families.pretrained import load_pipeline
-from latentdiff.networks.conditions import Context
+from latentdiff.networks.conditions import Conditions
 from latentdiff.runtime import speed as speeds
 
 PROMPT = "a red circle above a blue square"
-QUICK = {"num_inference_steps": 3, "seed": 1, "output_type": "np"}
+QUICK = {"num_inference_steps": 3, "seed": 1, "output_type": "uint8"}
 
 
 @pytest.fixture
@@ -28,19 +27,18 @@ def uncompiled(monkeypatch):
 @torch.no_grad()
 def test_attention_in_one_product(folders, family):
     """The text's keys and values ahead and one product for the rest: the same output, and undone to the bit."""
-    pipe = load_pipeline(folders[family], device="cpu")
-    unet, generator = pipe.unet, torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 8, 8, generator=generator)
-    pooled, sizes = (
-        (torch.randn(2, 3, 128, generator=generator), torch.full((2, 3, 6), 64.0)) if family == "XL" else (None, None)
-    )
-    told = Context(torch.randn(2, 3, 77, unet.context_width, generator=generator), pooled, sizes)
+    pipe = LatentDiffusionPipeline.from_pretrained(folders[family], device="cpu", runtime="torch")
+    unet, generator = pipe.model.backbone, torch.Generator().manual_seed(0)
+    shapes = {"tokens": (77, unet.spec.reads["tokens"][-1])} | ({"pooled": (128,)} if family == "XL" else {})
+    arrays = {name: torch.randn(2, 3, *shape, generator=generator) for name, shape in shapes.items()}
+    arrays |= {"sizes": torch.full((2, 3, 6), 64.0)} if family == "XL" else {}
+    told = Conditions(arrays, count=2)
     x = torch.randn(3, 4, 8, 8, generator=generator)
     plain = unet.predict(x, 500.0, unet.prepared(told))
     narrow = unet.predict_perturbed(x, 500.0, unet.prepared(told))
     unet.fuse()
     prepared = unet.prepared(told)
-    assert len(prepared.text) == sum(name.endswith("attn2") for name, _ in unet.named_modules())
+    assert len(prepared.prepared) == sum(name.endswith("attn2") for name, _ in unet.named_modules())
     torch.testing.assert_close(unet.predict(x, 500.0, prepared), plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unet.predict_perturbed(x, 500.0, prepared), narrow, rtol=1e-4, atol=1e-5)
     unet.unfuse()
@@ -58,7 +56,7 @@ def test_attention_in_one_product(folders, family):
 def test_what_a_speed_does(uncompiled, speed, compiled, dtype):
     plain = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", torch_dtype=dtype)
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", speed=speed)
-    assert (pipe.unet.dtype, uncompiled) == (dtype, []), "when the first picture is drawn"
+    assert (pipe.model.backbone.dtype, uncompiled) == (dtype, []), "when the first picture is drawn"
     drawn = [p(PROMPT, **QUICK).images.astype(int) for p in (pipe, plain)]
     assert uncompiled == compiled
     assert np.abs(drawn[0] - drawn[1]).max() <= (0 if speed == "exact" else 1 if speed == "fast" else 40)
@@ -71,7 +69,7 @@ def test_compiled(speed, tmp_path):
     exact = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", speed=speed)
     ours, theirs = (
-        p(PROMPT, seed=1, num_images_per_prompt=2, output_type="np").images.astype(int) for p in (pipe, exact)
+        p(PROMPT, seed=1, num_images_per_prompt=2, output_type="uint8").images.astype(int) for p in (pipe, exact)
     )
     assert np.abs(ours - theirs).mean() < (0.01 if speed == "fast" else 2)
     (path,) = pipe(PROMPT, num_inference_steps=3, seed=1).save(tmp_path)
@@ -82,8 +80,8 @@ def test_adapters_after_the_first_picture(uncompiled, folders, tmp_path):
     """What is put into networks that were fused counts, and leaves no old text behind."""
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
-    trained = load_pipeline(folders["1"], device="cpu")
-    parts = {"unet": trained.unet.model, "text_encoder": trained.text_encoder.model}
+    trained = LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu", runtime="torch")
+    parts = {"unet": trained.model.backbone.model, "text_encoder": trained.model.encoder.model}
     for part in parts.values():
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_k", "to_q", "q_proj"]), part, "made")
         for module in part.modules():
@@ -111,9 +109,9 @@ def test_adapters_after_the_first_picture(uncompiled, folders, tmp_path):
 def test_text_is_encoded_once(monkeypatch, uncompiled, settings):
     """By networks that are not open to others."""
     pipe, read = LatentDiffusionPipeline.from_pretrained(**settings), []
-    context = type(pipe.text_encoder).context
+    context = type(pipe.model.encoder).context
     monkeypatch.setattr(
-        type(pipe.text_encoder),
+        type(pipe.model.encoder),
         "context",
         lambda self, prompt, *a, **k: read.append(prompt) or context(self, prompt, *a, **k),
     )
@@ -131,7 +129,7 @@ def test_text_is_encoded_once(monkeypatch, uncompiled, settings):
 def test_networks_as_written_may_be_trained_between_two_pictures():
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
     before = pipe(PROMPT, **QUICK).images.astype(int)
-    for parameter in pipe.text_encoder.parameters():
+    for parameter in pipe.model.encoder.parameters():
         parameter.data *= 1.2
     assert np.abs(pipe(PROMPT, **QUICK).images - before).max() > 5
 

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
-from latentdiff.families.pretrained import save_single_file, stored_pipeline
+from latentdiff.families.original import save_single_file
+from latentdiff.families.single_file import load_single_file, predicts_noise
 from latentdiff.formats.folder import folder_hash, weight_files
-from latentdiff.formats.single_file import load_single_file, predicts_noise
-from latentdiff.networks.encoders.prompt import Style
+from latentdiff.networks.conditions import stacked
+from latentdiff.networks.encoders.prompt import Style, Wanted
 
 from . import stable_diffusion
 
@@ -57,22 +58,21 @@ def largest(ours, theirs):
 def test_networks(both):
     """Text encoder, U-Net and autoencoder by themselves: rounding only, relative to the largest value."""
     ours, theirs, family = both
-    context = ours.text_encoder.context(PROMPT)
+    alone = ours.model.encoder.encode(Wanted(PROMPT))
     encoded = theirs.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
-    assert largest(context.tokens, encoded[0][0]) < 1e-6
+    assert largest(alone["tokens"], encoded[0][0]) < 1e-6
     x = latents(1, 4, 8, 8)
     added = None
     if family == "XL":
-        assert largest(context.pooled, encoded[2][0]) < 1e-6
+        assert largest(alone["pooled"], encoded[2][0]) < 1e-6
         sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
         added = {"text_embeds": encoded[2], "time_ids": sizes}
-        context = type(context)(context.tokens[None], context.pooled[None], sizes)
-    else:
-        context = context.tokens[None]
+        alone = alone.joined({"sizes": sizes[0]})
+    conditions = stacked([alone])
     expected = theirs.unet(x, 500, encoded[0], added_cond_kwargs=added).sample
-    assert largest(ours.unet(x, 500.0, context), expected) < 1e-5
+    assert largest(ours.model.backbone(x, 500.0, conditions), expected) < 1e-5
     scale = theirs.vae.config.scaling_factor
-    assert largest(ours.autoencoder.decode(x), theirs.vae.decode(x / scale).sample) < 1e-5
+    assert largest(ours.model.codec.decode(x), theirs.vae.decode(x / scale).sample) < 1e-5
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -89,7 +89,7 @@ def test_pictures(both, solver):
     asked = {"height": 128, "width": 64, "num_inference_steps": 8, "guidance_scale": 5.0}
     start = x / ours.path.level(999).sigma if solver == "euler" else x
     prompts = {"prompt": [PROMPT] * 2, "negative_prompt": [NEGATIVE] * 2}
-    expected = theirs(**prompts, **asked, latents=start, output_type="np").images
+    expected = theirs(**prompts, **asked, latents=start, output_type="uint8").images
     drawn = ours(
         PROMPT,
         negative_prompt=NEGATIVE,
@@ -121,8 +121,8 @@ def test_default_negative_prompt(both):
 def test_clip_skip(both):
     """One layer fewer, after the final norm but for SDXL; in the picture too, where the prompt alone skips."""
     ours, theirs, family = both
-    context = ours.text_encoder.context(PROMPT, Style(clip_skip=1)).tokens
-    ids = [encoder.tokenize([PROMPT]) for encoder in ours.text_encoder.encoders]
+    context = ours.model.encoder.encode(Wanted(PROMPT, Style(clip_skip=1)))["tokens"]
+    ids = [encoder.tokenize([PROMPT]) for encoder in ours.model.encoder.encoders]
     texts = [theirs.text_encoder, getattr(theirs, "text_encoder_2", None)]
     hidden = [text(i, output_hidden_states=True).hidden_states for text, i in zip(texts, ids, strict=False)]
     if family == "XL":
@@ -142,15 +142,15 @@ def test_clip_skip(both):
 def test_training_reads_as_drawing_does(folders):
     """A batch of token ids under no gradient: the contexts of the prompts one by one, of XL zeros for the empty one."""
     for family, folder in folders.items():
-        encoder = LatentDiffusionPipeline.from_pretrained(folder, device="cpu").text_encoder
+        encoder = LatentDiffusionPipeline.from_pretrained(folder, device="cpu").model.encoder
         read = encoder(encoder.tokenize([PROMPT, ""]))
         for row, prompt in enumerate([PROMPT, ""]):
-            alone = encoder.context(prompt)
-            torch.testing.assert_close(read.tokens[row], alone.tokens, rtol=0, atol=1e-5)
-            assert (read.pooled is None) == (alone.pooled is None) == (family != "XL")
+            alone = encoder.encode(Wanted(prompt))
+            torch.testing.assert_close(read["tokens"][row], alone["tokens"], rtol=0, atol=1e-5)
+            assert ("pooled" in read.arrays) == ("pooled" in alone.arrays) == (family == "XL")
             if family == "XL":
-                torch.testing.assert_close(read.pooled[row], alone.pooled, rtol=0, atol=1e-5)
-                assert bool(read.tokens[row].any()) == bool(read.pooled[row].any()) == bool(prompt)
+                torch.testing.assert_close(read["pooled"][row], alone["pooled"], rtol=0, atol=1e-5)
+                assert bool(read["tokens"][row].any()) == bool(read["pooled"][row].any()) == bool(prompt)
 
 
 def test_sdxl_is_told_sizes(folders):
@@ -162,7 +162,7 @@ def test_sdxl_is_told_sizes(folders):
     expected = theirs(PROMPT, latents=x, output_type="latent", crops_coords_top_left=(16, 8), **asked).images
     drawn = ours(PROMPT, latents=x, sampler="ddim", spacing="trailing", output_type="latent", crop=(16, 8), **asked)
     assert largest(drawn.images, expected) < 1e-4
-    with pytest.raises(ConfigError, match="told to SDXL alone"):
+    with pytest.raises(ConfigError, match="original_size and crop require SDXL"):
         LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu")(PROMPT, crop=(1, 1))
 
 
@@ -224,22 +224,22 @@ def same_networks(first, second):
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 def test_single_file_round_trip(folders, family, dtype, tmp_path):
     """Folder -> file -> folder -> file: the same bits each time, by diffusers' conversion, and the same picture."""
-    pipe = stored_pipeline(folders[family]).to(dtype=dtype)
-    save_single_file(pipe, tmp_path / "model.safetensors")
-    read = stored_pipeline(tmp_path / "model.safetensors")
-    assert (read.unet.dtype, read.prediction) == (dtype, pipe.prediction)
+    pipe = stable_diffusion.stored(folders[family]).to(dtype=dtype)
+    save_single_file(pipe.model, tmp_path / "model.safetensors")
+    read = stable_diffusion.stored(tmp_path / "model.safetensors")
+    assert (read.unet.dtype, read.prediction) == (dtype, pipe.model.prediction)
     same_networks(pipe, read)
     read.save_pretrained(tmp_path / "folder")
-    again = stored_pipeline(tmp_path / "folder")
-    assert again.unet.dtype == dtype
+    again = stable_diffusion.stored(tmp_path / "folder")
+    assert again.model.backbone.dtype == dtype
     same_networks(pipe, again)
-    save_single_file(again, tmp_path / "again.safetensors")
+    save_single_file(again.model, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     asked = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "sampler": "euler", "spacing": "trailing"}
     sources = (folders[family], tmp_path / "model.safetensors", tmp_path / "folder")
     pictures = [
         LatentDiffusionPipeline.from_pretrained(source, device="cpu", torch_dtype=torch.float32)(
-            PROMPT, output_type="np", **asked
+            PROMPT, output_type="uint8", **asked
         ).images
         for source in (sources if dtype == torch.float32 else sources[1:])
     ]
@@ -251,9 +251,12 @@ def test_a_single_file_loads_in_diffusers(folders, family, tmp_path):
     """diffusers reads what we wrote, given the folder's configs: the same U-Net and autoencoder."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    pipe = stored_pipeline(folders[family])
-    save_single_file(pipe, tmp_path / "model.safetensors")
-    for kind, part, own in ((UNet2DConditionModel, "unet", pipe.unet), (AutoencoderKL, "vae", pipe.autoencoder)):
+    pipe = stable_diffusion.stored(folders[family])
+    save_single_file(pipe.model, tmp_path / "model.safetensors")
+    for kind, part, own in (
+        (UNet2DConditionModel, "unet", pipe.model.backbone),
+        (AutoencoderKL, "vae", pipe.model.codec),
+    ):
         theirs = kind.from_single_file(str(tmp_path / "model.safetensors"), config=str(folders[family]), subfolder=part)
         for key, tensor in next(own.children()).state_dict().items():
             assert torch.equal(theirs.state_dict()[key], tensor)
@@ -261,7 +264,7 @@ def test_a_single_file_loads_in_diffusers(folders, family, tmp_path):
 
 def test_inferred_configs_are_the_published_ones(folders, tmp_path):
     for family, folder in folders.items():
-        save_single_file(stored_pipeline(folder), tmp_path / f"{family}.safetensors")
+        save_single_file(stable_diffusion.stored(folder).model, tmp_path / f"{family}.safetensors")
         found = load_single_file(tmp_path / f"{family}.safetensors")
         assert found.family == family
         for part, network in (("unet", found.unet.model), ("vae", found.autoencoder.vae)):
@@ -273,12 +276,12 @@ def test_inferred_configs_are_the_published_ones(folders, tmp_path):
 
 @pytest.mark.parametrize("family", ["1", "XL"])
 def test_a_single_file_that_says_what_it_predicts(folders, family, tmp_path):
-    pipe = stored_pipeline(folders[family])
-    pipe.prediction, pipe.path = "v_prediction", pipe.path.zero_terminal_snr()
-    save_single_file(pipe, tmp_path / "v.safetensors")
-    read = stored_pipeline(tmp_path / "v.safetensors")
+    pipe = stable_diffusion.stored(folders[family])
+    pipe.model.prediction, pipe.model.path = "v_prediction", pipe.model.path.zero_terminal_snr()
+    save_single_file(pipe.model, tmp_path / "v.safetensors")
+    read = stable_diffusion.stored(tmp_path / "v.safetensors")
     assert read.prediction == "v_prediction"
-    np.testing.assert_array_equal(read.path.alphas_cumprod, pipe.path.alphas_cumprod)
+    np.testing.assert_array_equal(read.path.alphas_cumprod, pipe.model.path.alphas_cumprod)
 
 
 class GivesBack(torch.nn.Module):
@@ -297,24 +300,24 @@ class GivesBack(torch.nn.Module):
 @pytest.mark.parametrize(("share", "noise"), [(0.95, True), (0.6, True), (0.05, False), (-0.1, False)])
 def test_what_stable_diffusion_2_predicts_is_measured(folders, share, noise):
     """A network that gives its input back at the last time predicts noise; one that does not, velocity."""
-    encoder = stored_pipeline(folders["2"]).text_encoder
+    encoder = stable_diffusion.stored(folders["2"]).text_encoder
     assert predicts_noise(GivesBack(share), encoder) == noise
 
 
 def test_stable_diffusion_2_without_a_mark(folders, tmp_path):
     """Random weights follow nothing: velocity, and so 768 pixels."""
-    save_single_file(stored_pipeline(folders["2"]), tmp_path / "marked.safetensors")
+    save_single_file(stable_diffusion.stored(folders["2"]).model, tmp_path / "marked.safetensors")
     state = load_file(tmp_path / "marked.safetensors")
     del state["v_pred"]
     save_file(state, tmp_path / "bare.safetensors")
-    read = stored_pipeline(tmp_path / "bare.safetensors")
+    read = stable_diffusion.stored(tmp_path / "bare.safetensors")
     assert (read.prediction, read.unet.model.config.sample_size) == ("v_prediction", 96)
 
 
 def test_a_trained_network_shows_what_it_predicts(tiny_model):
     """The rule on a network that was trained, if briefly: this one predicts velocity."""
-    pipe = stored_pipeline(tiny_model)
-    assert not predicts_noise(pipe.unet, pipe.text_encoder)
+    pipe = stable_diffusion.stored(tiny_model)
+    assert not predicts_noise(pipe.model.backbone, pipe.model.encoder)
 
 
 # what is refused
@@ -323,7 +326,7 @@ def test_a_trained_network_shows_what_it_predicts(tiny_model):
 @pytest.fixture(scope="module")
 def single_file(folders, tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "model.safetensors"
-    save_single_file(stored_pipeline(folders["1"]), path)
+    save_single_file(stable_diffusion.stored(folders["1"]).model, path)
     return path
 
 
@@ -340,7 +343,7 @@ def test_a_file_with_a_part_missing(single_file, tmp_path, prefix, message):
     state = {name: tensor for name, tensor in load_file(single_file).items() if not name.startswith(prefix)}
     save_file(state, tmp_path / "part.safetensors")
     with pytest.raises(ModelError, match=message):
-        stored_pipeline(tmp_path / "part.safetensors")
+        stable_diffusion.stored(tmp_path / "part.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -356,21 +359,21 @@ def test_a_file_with_a_part_missing(single_file, tmp_path, prefix, message):
 def test_a_name_alone_makes_no_layers(single_file, tmp_path, name):
     save_file(load_file(single_file) | {name: torch.zeros(1)}, tmp_path / "many.safetensors")
     with pytest.raises(ModelError, match="its names are numbered up to"):
-        stored_pipeline(tmp_path / "many.safetensors")
+        stable_diffusion.stored(tmp_path / "many.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8 + b"{}" * 50])
 def test_a_file_that_is_none(tmp_path, content):
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises((ModelError, UnsafeError)):
-        stored_pipeline(tmp_path / "bad.safetensors")
+        stable_diffusion.stored(tmp_path / "bad.safetensors")
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "model.SafeTensors"])
 def test_a_pickle_is_refused(tmp_path, name):
     torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / name)
     with pytest.raises(UnsafeError, match="is a pickle file; latentdiff loads safetensors only"):
-        stored_pipeline(tmp_path / name)
+        stable_diffusion.stored(tmp_path / name)
 
 
 def edit(path, **changes):
@@ -396,10 +399,10 @@ def test_model_index(folders, tmp_path, changes, kind, message):
     folder = shutil.copytree(folders["XL"], tmp_path / "model")
     edit(folder / "model_index.json", **changes)
     if kind is None:
-        stored_pipeline(folder)
+        stable_diffusion.stored(folder)
         return
     with pytest.raises(kind, match=message):
-        stored_pipeline(folder)
+        stable_diffusion.stored(folder)
 
 
 def test_a_network_of_other_channels(folders, tmp_path):
@@ -407,7 +410,7 @@ def test_a_network_of_other_channels(folders, tmp_path):
     folder = shutil.copytree(folders["1"], tmp_path / "model")
     stable_diffusion.unet("1", tiny=True, in_channels=7).save_pretrained(folder / "unet")
     with pytest.raises(ModelError, match="reads 7 channels does not fit latents of 4"):
-        stored_pipeline(folder)
+        stable_diffusion.stored(folder)
 
 
 def test_info_of_single_files(single_file, tmp_path, monkeypatch, capsys):
@@ -436,22 +439,22 @@ def test_variants_and_shards(folders, tmp_path):
     folder = tmp_path / "model"
     theirs.save_pretrained(folder, max_shard_size="300KB")
     assert len(weight_files(folder / "unet")) > 2
-    plain = stored_pipeline(folder)
-    same_networks(plain, stored_pipeline(folders["1"]))
+    plain = stable_diffusion.stored(folder)
+    same_networks(plain, stable_diffusion.stored(folders["1"]))
     theirs.to(torch.float16).save_pretrained(folder, variant="fp16", max_shard_size="300KB")
-    half, again = stored_pipeline(folder, variant="fp16"), stored_pipeline(folder)
-    assert (half.unet.dtype, again.unet.dtype) == (torch.float16, torch.float32)
+    half, again = stable_diffusion.stored(folder, variant="fp16"), stable_diffusion.stored(folder)
+    assert (half.unet.dtype, again.model.backbone.dtype) == (torch.float16, torch.float32)
     same_networks(again, plain)
     same_networks(half, plain.to(dtype=torch.float16))
     assert folder_hash(folder) != folder_hash(folder, "fp16")
     with pytest.raises(ModelError, match=r"no weights of variant bf16 .* There are: fp16, the plain one"):
-        stored_pipeline(folder, variant="bf16")
+        stable_diffusion.stored(folder, variant="bf16")
     for part in ("unet", "vae", "text_encoder"):
         for file in weight_files(folder / part):
             file.unlink()
         for index in (folder / part).glob("*.index.json"):
             index.unlink()
-    same_networks(stored_pipeline(folder), half)
+    same_networks(stable_diffusion.stored(folder), half)
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors"])
@@ -463,7 +466,7 @@ def test_shards_that_leave_the_folder(tmp_path, name):
     tree["weight_map"]["conv_in.bias"] = name
     index.write_text(json.dumps(tree))
     with pytest.raises(UnsafeError, match="names shards outside its folder"):
-        stored_pipeline(folder)
+        stable_diffusion.stored(folder)
 
 
 def test_a_shard_that_is_not_there(tmp_path):
@@ -471,4 +474,4 @@ def test_a_shard_that_is_not_there(tmp_path):
     stable_diffusion.pipeline("1").save_pretrained(folder, max_shard_size="300KB")
     weight_files(folder / "unet")[1].unlink()
     with pytest.raises(ModelError, match="is missing"):
-        stored_pipeline(folder)
+        stable_diffusion.stored(folder)

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from latentdiff.core.errors import ConfigError, DataError, ModelError
 from latentdiff.data.dataset import open_data
-from latentdiff.formats.weights import load_autoencoder
+from latentdiff.families import own
+from latentdiff.families.weights import load_codec
 from latentdiff.settings.config import load_config
-from latentdiff.stages import build
 from latentdiff.stages.autoencoder import latent_statistics
 from latentdiff.stages.cache import latents_of
 from latentdiff.stages.denoiser import train_denoiser
@@ -45,7 +45,7 @@ def test_latents_are_white(tiny_run):
     """The folded VAE gives latents of mean 0 and deviation 1 in every channel."""
     config = load_config(ROOT / "configs" / "scenes-tiny.toml")
     center, std = latent_statistics(
-        load_autoencoder(tiny_run / "model"), config, open_data(config).training, torch.device("cpu")
+        load_codec(tiny_run / "model"), config, open_data(config).training, torch.device("cpu")
     )
     torch.testing.assert_close(center, torch.zeros(4), rtol=0, atol=1e-3)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-3)
@@ -61,7 +61,7 @@ def test_a_finished_run_is_not_run_again(tiny_run):
 
 @pytest.mark.parametrize("name", ["scenes-64", "scenes-tiny", "pixels-32", "pictures-64"])
 def test_shipped_configs_describe_networks(name):
-    build.check_networks(load_config(ROOT / "configs" / f"{name}.toml"))
+    own.check_networks(load_config(ROOT / "configs" / f"{name}.toml"))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_shipped_configs_describe_networks(name):
 )
 def test_networks_that_cannot_be_are_refused_before_training(change):
     with pytest.raises(ConfigError, match=change.split("=")[0].split(".")[0]):
-        build.check_networks(load_config(ROOT / "configs" / "scenes-tiny.toml", [change]))
+        own.check_networks(load_config(ROOT / "configs" / "scenes-tiny.toml", [change]))
 
 
 @pytest.mark.slow
@@ -223,6 +223,6 @@ def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path, cut):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content[:-10] if cut else content)
-    examples, autoencoder = open_data(config).training, load_autoencoder(tiny_run / "model")
+    examples, autoencoder = open_data(config).training, load_codec(tiny_run / "model")
     with pytest.raises(DataError, match=f"cached rows are damaged .*{file.name}"):
         latents_of(config.denoiser, [examples], autoencoder, tmp_path / "cache", Accelerator(cpu=True))

@@ -7,11 +7,11 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.drawing.extras import networks_of
+from latentdiff.drawing.extras import adapted
+from latentdiff.families.own import seeded
 from latentdiff.formats.adapter_file import save_kohya, save_peft
 from latentdiff.networks.adapters import trained as taught_adapter
 from latentdiff.networks.adapters.trained import Factors
-from latentdiff.stages.build import seeded
 
 from .stable_diffusion import load
 
@@ -31,7 +31,7 @@ def drawn(pipe):
 
 def begun(folder, factors):
     pipe = load(folder)
-    networks = networks_of(pipe)
+    networks = adapted(pipe.model)
     with seeded(0):
         taught_adapter.begin(networks, factors)
     return pipe, networks
@@ -68,8 +68,8 @@ def test_it_begins_as_nothing_and_is_all_that_is_trained(folders, kind):
     assert len(text) == 4 * 4 * per_layer, "four layers of four projections"
     with seeded(0):
         again = load(folders["1"])
-        taught_adapter.begin(networks_of(again), KINDS[kind])
-    others = taught_adapter.parameters_of(networks_of(again))
+        taught_adapter.begin(adapted(again.model), KINDS[kind])
+    others = taught_adapter.parameters_of(adapted(again.model))
     assert all(torch.equal(parameters[name], others[name]) for name in parameters), "a function of the seed"
 
 

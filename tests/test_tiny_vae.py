@@ -12,10 +12,11 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.diffusion.noise import normal
 from latentdiff.drawing.reproduce import reproduce
-from latentdiff.families.pretrained import default_model
-from latentdiff.formats.folder import check_vae
-from latentdiff.formats.weights import load_vae
-from latentdiff.networks.codecs.kl import Autoencoder, TinyAutoencoder
+from latentdiff.families import check_vae
+from latentdiff.families.loading import default_model
+from latentdiff.families.weights import load_vae
+from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.settings.config import load_config
 from latentdiff.training.autoencoder import TinyAutoencoderStage
 
@@ -65,7 +66,7 @@ def test_as_diffusers_draws(model):
     assert ours.multiple == 16
     noise = torch.from_numpy(normal((2, 4, 8, 8), 0, "test"))
     asked = ASKED | {"num_inference_steps": 4}
-    expected = theirs([PROMPT] * 2, latents=noise, output_type="np", **asked).images
+    expected = theirs([PROMPT] * 2, latents=noise, output_type="uint8", **asked).images
     settings = {"sampler": "ddim", "spacing": "trailing", "num_images_per_prompt": 2, "output_type": "pt"}
     drawn = ours(PROMPT, latents=noise, **settings, **asked).images
     assert np.abs(drawn.permute(0, 2, 3, 1).numpy() / 2 + 0.5 - expected).max() < 1e-5
@@ -79,12 +80,12 @@ def test_saved_and_loaded(model, tmp_path):
     ours.save_pretrained(tmp_path / "saved")
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     assert isinstance(again.vae, AutoencoderTiny)
-    for name, weight in ours.autoencoder.vae.state_dict().items():
+    for name, weight in ours.model.codec.vae.state_dict().items():
         assert torch.equal(again.vae.state_dict()[name], weight)
-    from latentdiff.families.pretrained import save_single_file
+    from latentdiff.families.original import save_single_file
 
     with pytest.raises(ConfigError, match="not of Stable Diffusion's shape"):
-        save_single_file(ours, tmp_path / "one.safetensors")
+        save_single_file(ours.model, tmp_path / "one.safetensors")
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_by_openvino(call, model, vae, tmp_path):
     code, _, err = call("convert", default_model(), tmp_path / "made", "--vae", vae, "--to", "openvino")
     assert code == 0, err
     assert "vae_decoder: differs from torch by" in err
-    asked = {"seed": 3, "output_type": "np"} | ASKED
+    asked = {"seed": 3, "output_type": "uint8"} | ASKED
     ours, theirs, plain = (
         LatentDiffusionPipeline.from_pretrained(folder, runtime=runtime, torch_dtype="float32")(PROMPT, **asked).images
         for folder, runtime in ((tmp_path / "made", "openvino"), (tmp_path / "made", "torch"), (None, "torch"))
@@ -147,9 +148,9 @@ def test_a_models_own_is_found_in_it(model):
     """Of a model folder its VAE, a larger one too."""
     assert check_vae(model) == (model / "vae").resolve()
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    before = pipe(PROMPT, seed=1, output_type="np", **ASKED).images
+    before = pipe(PROMPT, seed=1, output_type="uint8", **ASKED).images
     pipe.load_vae(default_model())
-    assert np.array_equal(pipe(PROMPT, seed=1, output_type="np", **ASKED).images, before)
+    assert np.array_equal(pipe(PROMPT, seed=1, output_type="uint8", **ASKED).images, before)
 
 
 def damaged(folder, change):
@@ -179,11 +180,11 @@ def test_what_is_refused(vae, tmp_path, change, kind, message):
     folder = shutil.copytree(vae, tmp_path / "vae")
     change(folder)
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    before = pipe.autoencoder
+    before = pipe.model.codec
     with pytest.raises(kind, match=message):
         pipe.load_vae(folder)
-    assert pipe.autoencoder is before
-    assert "vae" not in pipe.extras.sources
+    assert pipe.model.codec is before
+    assert "vae" not in pipe.painter.sources
 
 
 def test_not_in_what_was_exported(vae):
@@ -196,7 +197,7 @@ def test_not_in_what_was_exported(vae):
 
 def test_the_loss():
     """By hand: the teacher's posterior decoded, in value and in edges, and the distance of the latents."""
-    teacher, tiny = Autoencoder.create((8, 8), 1, 4, 4), TinyAutoencoder.create((8, 8), 1, 4)
+    teacher, tiny = KLAutoencoder.create((8, 8), 1, 4, 4), TinyAutoencoder.create((8, 8), 1, 4)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 24, 20, 3), np.uint8)
     stage = TinyAutoencoderStage(
         tiny,

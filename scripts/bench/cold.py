@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from latentdiff.families.pretrained import default_model
+from latentdiff.families.loading import default_model
 
 PROMPT = "a red circle above a blue square"
 PEER = """

@@ -64,7 +64,7 @@ def ours(folder: Path, side: int, workers: int):
     import torch
 
     from latentdiff.data.dataset import open_data
-    from latentdiff.networks.codecs.kl import IdentityAutoencoder
+    from latentdiff.networks.codecs.identity import IdentityCodec
     from latentdiff.settings.config import parse_config
     from latentdiff.stages.cache import EncodedLatents
     from latentdiff.training.loader import batches_of
@@ -73,7 +73,7 @@ def ours(folder: Path, side: int, workers: int):
     data = {"kind": "pictures", "pictures": {"source": str(folder)}}
     examples = open_data(parse_config({"image_size": side, "data": data})).training
     order, words = Order(0, "bench", [*examples.pictures.buckets().values()]), tokenizer()
-    latents = EncodedLatents(examples, IdentityAutoencoder())
+    latents = EncodedLatents(examples, IdentityCodec())
 
     def batch(positions: range):
         keys = [order.key(position) for position in positions]
@@ -103,13 +103,13 @@ def filling(folder: Path, side: int, scratch: Path) -> None:
     from accelerate import Accelerator
 
     from latentdiff.data.dataset import open_data
-    from latentdiff.families.pretrained import default_model
-    from latentdiff.formats.weights import load_autoencoder
+    from latentdiff.families.loading import default_model
+    from latentdiff.families.weights import load_codec
     from latentdiff.settings.config import parse_config
     from latentdiff.stages.cache import latents_of
 
     config = parse_config({"image_size": side, "data": {"kind": "pictures", "pictures": {"source": str(folder)}}})
-    autoencoder, accelerator = load_autoencoder(default_model()).float(), Accelerator(cpu=True)
+    autoencoder, accelerator = load_codec(default_model()).float(), Accelerator(cpu=True)
     for what in ("encoded", "found again"):
         examples, began = open_data(config, scratch).training, time.perf_counter()
         latents_of(config.denoiser, [examples], autoencoder, scratch, accelerator)

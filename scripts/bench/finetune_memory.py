@@ -29,10 +29,10 @@ def measured(family: str, method: str, side: int, checkpointing: bool) -> tuple[
     """Parameters trained and not, and gigabytes of a step."""
     import torch
 
+    from latentdiff.families.own import seeded
     from latentdiff.networks.adapters import trained as taught_adapter
     from latentdiff.networks.backbones.unet import UNet
-    from latentdiff.networks.conditions import Context
-    from latentdiff.stages.build import seeded
+    from latentdiff.networks.conditions import Conditions
     from tests import stable_diffusion
 
     torch.set_default_dtype(torch.bfloat16 if method == "lora" else torch.float32)
@@ -43,13 +43,14 @@ def measured(family: str, method: str, side: int, checkpointing: bool) -> tuple[
     if checkpointing:
         unet.save_memory()
     unet.train()
-    sizes = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])
-    more = (torch.randn(1, 1280), sizes) if family == "XL" else ()
-    context = Context(torch.randn(1, 77, unet.context_width), *more)
+    arrays = {"tokens": torch.randn(1, 77, unet.spec.reads["tokens"][-1])}
+    if family == "XL":
+        arrays |= {"pooled": torch.randn(1, 1280), "sizes": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])}
+    conditions = Conditions(arrays)
     x = torch.randn(1, 4, side // 8, side // 8)
     before = _resident()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = unet(x, 500, context).float().square().mean()
+        loss = unet(x, 500, conditions).float().square().mean()
     loss.backward()
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in unet.parameters()) - trained, _peak() - before

@@ -31,7 +31,7 @@ def measure(
     prompts = [scene.caption for scene in chosen]
     images = pipe(prompts, seed=seed, output_type="pt", batch_size=25, **settings).images
     seconds = time.perf_counter() - start
-    scores = torch.cat([pipe.extras.scorer.score([p], i[None]) for p, i in zip(prompts, images, strict=True)]).numpy()
+    scores = torch.cat([pipe.painter.scorer.score([p], i[None]) for p, i in zip(prompts, images, strict=True)]).numpy()
     pictures = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
     right = [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(pictures, chosen, strict=True)]
     root = np.sqrt(len(chosen))

@@ -50,7 +50,7 @@ def ours(kind, model, device):
                 sampler="ddim",
                 spacing="trailing",
                 latents=latents,
-                output_type="np",
+                output_type="uint8",
             ).images.astype("float32")
             / 255
         )
@@ -73,7 +73,7 @@ def called(pipe, before=lambda asked, count: None):
             height=asked["height"],
             width=asked["width"],
             latents=torch.from_numpy(latents).to(pipe.device, getattr(pipe, "dtype", torch.float32)),
-            output_type="np",
+            output_type="uint8",
         ).images
 
     return draw

@@ -33,7 +33,7 @@ def given(paths: list[Path], side: int) -> np.ndarray:
 @torch.no_grad()
 def likeness(pipe: LatentDiffusionPipeline, pictures: np.ndarray, subject: np.ndarray) -> np.ndarray:
     """The mean cosine of each picture with those of the subject, by CLIP's image tower."""
-    embedded, known = (pipe.extras.scorer.images(to_images(images)) for images in (pictures, subject))
+    embedded, known = (pipe.painter.scorer.images(to_images(images)) for images in (pictures, subject))
     return (embedded @ known.T).mean(1).numpy()
 
 
@@ -41,7 +41,7 @@ def class_read_right(pipe: LatentDiffusionPipeline, shape: str, each: int) -> fl
     """The share of pictures of the class in every colour that show one such thing."""
     right = []
     for color in scenes.COLORS:
-        pictures = pipe(f"a {color} {shape}", num_images_per_prompt=each, seed=0, output_type="np").images
+        pictures = pipe(f"a {color} {shape}", num_images_per_prompt=each, seed=0, output_type="uint8").images
         for picture in pictures:
             things = oracle.read(picture).things
             right.append([(thing.shape, thing.color) for thing in things] == [(shape, color)])
@@ -89,14 +89,14 @@ def main() -> None:
     found = {}
     for name, pipe in (("before", before), ("after", after)):
         pipe.load_clip()
-        drawn = pipe(prompt, num_images_per_prompt=4 * asked.each, seed=0, output_type="np").images
+        drawn = pipe(prompt, num_images_per_prompt=4 * asked.each, seed=0, output_type="uint8").images
         Image.fromarray(np.concatenate(list(drawn[:8]), 1)).save(folder / f"{name}.png")
-        cosines = likeness(before if pipe.extras.scorer is None else pipe, drawn, subject)
+        cosines = likeness(before if pipe.painter.scorer is None else pipe, drawn, subject)
         found[name] = {
             "the word's likeness to the subject": f"{cosines.mean():.3f} ± {cosines.std() / len(cosines) ** 0.5:.3f}",
             "the class read right": f"{class_read_right(pipe, asked.shape, asked.each):.3f}",
         }
-    among = likeness(before if before.extras.scorer else after, subject, subject)
+    among = likeness(before if before.painter.scorer else after, subject, subject)
     found["the subject's pictures among each other"] = f"{among.mean():.3f}"
     print(json.dumps(found, indent=1))
 

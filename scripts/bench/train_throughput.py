@@ -160,13 +160,13 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
     from latentdiff.diffusion.objective import DiffusionLoss
     from latentdiff.diffusion.path import VariancePreserving
     from latentdiff.diffusion.times import Times
+    from latentdiff.families.own import laid_out_for
     from latentdiff.networks.backbones.unet import UNet
-    from latentdiff.networks.codecs.kl import Autoencoder
+    from latentdiff.networks.codecs.kl import KLAutoencoder
     from latentdiff.networks.encoders.clip import TextEncoder
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.settings.config import Training, parse_config
-    from latentdiff.stages.build import laid_out_for
-    from latentdiff.stages.cache import latents_of, texts_of
+    from latentdiff.stages.cache import captions_of, latents_of
     from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
     from latentdiff.training.ema import Ema, constant_decay
     from latentdiff.training.loop import Batching, Optimisation, train_steps
@@ -175,7 +175,7 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
 
     accelerator = Accelerator(mixed_precision=precision)
     vae, text, tokenizer, network, scheduler = networks(model)
-    unet, autoencoder, text_encoder = UNet(network), Autoencoder(vae).eval(), TextEncoder(tokenizer, text).eval()
+    unet, autoencoder, text_encoder = UNet(network), KLAutoencoder(vae).eval(), TextEncoder(tokenizer, text).eval()
     keep_freed_memory()
     laid_out_for(unet, accelerator.device)
     autoencoder.requires_grad_(False)
@@ -185,7 +185,7 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
     config = parse_config({"image_size": side, "data": data, "denoiser": {"cache": cached}})
     examples, cache = open_data(config).training, folder.parent / "cache"
     (latents,) = latents_of(config.denoiser, [examples], autoencoder, cache, accelerator)
-    (texts,) = texts_of(config.denoiser, [examples], text_encoder, cache, accelerator)
+    (texts,) = captions_of(config.denoiser, [examples], text_encoder, cache, accelerator)
     if cached:
         del autoencoder, text_encoder, vae, text  # what is cached needs them no more
     schedule = VariancePreserving.scaled_linear()

@@ -22,7 +22,7 @@ PROMPT = "a red circle above a blue square"
 def asked_of(arguments, folder):
     """What all are told, and the file of their latents."""
     from latentdiff.diffusion.noise import normal
-    from latentdiff.families.pretrained import default_model
+    from latentdiff.families.loading import default_model
     from latentdiff.formats.folder import picture_geometry
 
     model = arguments.model or default_model()
