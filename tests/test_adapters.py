@@ -12,6 +12,7 @@ from torch import nn
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.drawing.extras import adapted
 from latentdiff.formats.adapter_file import read_adapter, save_kohya, save_peft
+from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.prompt import Style, Wanted
 
 from . import stable_diffusion
@@ -209,7 +210,7 @@ def lycoris(kind, folder, tmp_path):
         "loha": LoHaConfig(r=3, alpha=5, target_modules=["to_q", "conv1"], use_effective_conv2d=True),
         "lokr": LoKrConfig(r=2, alpha=3, target_modules=["to_q", "conv1"], use_effective_conv2d=True),
     }[kind]
-    theirs = load(folder).unet.model
+    theirs = load(folder).model.backbone.model
     inject_adapter_in_model(config, theirs, "made")
     state = get_peft_model_state_dict(theirs, adapter_name="made")
     drawn_anew = filled(state)
@@ -249,7 +250,7 @@ def test_lycoris_is_merged_as_peft_does(folders, tmp_path, kind):
 
 def test_dora(folders, tmp_path):
     """Weight-decomposed: PEFT's own layer, in PEFT's names and in kohya's."""
-    theirs = load(folders["1"]).unet.model
+    theirs = load(folders["1"]).model.backbone.model
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"], use_dora=True), theirs, "made")
     state = get_peft_model_state_dict(theirs, adapter_name="made")
     state = {
@@ -265,7 +266,9 @@ def test_dora(folders, tmp_path):
     assert fit.matched == len(state) / 3
     x, context = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 77, 64)
     with torch.no_grad():
-        torch.testing.assert_close(pipe.model.backbone(x, 10.0, context), theirs(x, torch.tensor(10.0), context).sample)
+        torch.testing.assert_close(
+            pipe.model.backbone(x, 10.0, Conditions({"tokens": context})), theirs(x, torch.tensor(10.0), context).sample
+        )
 
 
 # what does not fit
@@ -514,5 +517,5 @@ def test_learnt_words_are_not_lost(folders, tmp_path):
 
 def test_two_encoders_need_two_embeddings(folders, tmp_path):
     save_file({"<a>": torch.ones(64)}, tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match="two text encoders need embeddings clip_l and clip_g"):
+    with pytest.raises(ModelError, match="two text encoders require embeddings clip_l and clip_g"):
         load(folders["XL"]).load_textual_inversion(tmp_path / "x.safetensors")

@@ -131,7 +131,7 @@ def test_one_file(generate):
 
 
 def test_a_seed_is_needed(generate, monkeypatch):
-    told = "needs --seed: at random each start would draw other pictures\n"
+    told = "requires --seed: at random each start would draw other pictures\n"
     assert generate("generate", "a red circle", "--resume") == (2, f"error: --resume {told}")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert generate("generate", "a red circle") == (2, f"error: a command of several processes {told}")
@@ -143,7 +143,7 @@ def test_a_seed_is_needed(generate, monkeypatch):
 def test_null_is_not_said(generate, tmp_path, lines):
     (tmp_path / "null.jsonl").write_text("\n".join(lines))
     code, err = generate("generate", "--prompts-file", "null.jsonl", "--resume")
-    assert (code, "--resume needs --seed" in err) == (2, True)
+    assert (code, "--resume requires --seed" in err) == (2, True)
     words = ("generate", "--prompts-file", "null.jsonl", "--steps", "1", "-s", "4", "-o", "out")
     assert generate(*words, "--resume")[0] == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

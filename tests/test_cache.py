@@ -285,7 +285,7 @@ def test_pixels_have_no_variance(folder, tmp_path):
     ("change", "told"),
     [
         ({"crop": "random"}, "random crops cannot be cached"),
-        ({"streaming": True, "cached": False}, "a streamed data set is read in its own order only"),
+        ({"streaming": True, "cached": False}, "a streamed data set requires denoiser.cache = true"),
     ],
 )
 def test_what_cannot_be_cached_is_refused(folder, change, told):

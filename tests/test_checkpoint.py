@@ -144,7 +144,7 @@ def test_stopped_at_every_boundary_of_its_files(tmp_path, monkeypatch, boundary)
     """
     save(tmp_path, 20)
     calls = [0]
-    flush = checkpoint._flush
+    flush = checkpoint.flush
 
     def flush_or_die(path):
         calls[0] += 1
@@ -152,7 +152,7 @@ def test_stopped_at_every_boundary_of_its_files(tmp_path, monkeypatch, boundary)
             raise KilledError
         flush(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", flush_or_die)
+    monkeypatch.setattr(checkpoint, "flush", flush_or_die)
     if boundary < 7:
         with pytest.raises(KilledError):
             save(tmp_path, 30)
@@ -193,7 +193,7 @@ def test_a_disk_that_fails_otherwise_is_told(tmp_path, monkeypatch):
     def flush(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(checkpoint, "flush", flush)
     with pytest.raises(ResourceError, match=r"cannot write step-30 .*Input/output error"):
         save(tmp_path, 30)
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,7 @@ def test_drawn_with_in_float32_here_and_in_diffusers(half_model):
     theirs.set_progress_bar_config(disable=True)
     latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0}
-    expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="uint8", **settings).images
+    expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="np", **settings).images
     drawn = ours(PROMPT, num_images_per_prompt=2, latents=latents, output_type="uint8", **settings).images
     assert np.abs(drawn / 255 - expected).max() <= 1.01 / 255 / 2 + 2e-3
 

@@ -131,7 +131,7 @@ def test_the_preview_is_what_the_network_sees(sound, tmp_path):
             'error: config: key "data.pictures.back',
         ),
         (("cache", "configs/scenes-tiny.toml", "--shard", "2/2"), 2, "error: --shard must be i/n"),
-        (("cache", "configs/scenes-tiny.toml", "-o", "{sound}"), 2, "error: the denoiser needs the autoencoder"),
+        (("cache", "configs/scenes-tiny.toml", "-o", "{sound}"), 2, "error: the denoiser requires the autoencoder"),
     ],
 )
 def test_wrong_arguments(words, code, told, sound, monkeypatch):

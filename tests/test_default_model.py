@@ -42,7 +42,7 @@ def test_equal_to_diffusers(pipe, model):
     theirs.set_progress_bar_config(disable=True)
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0}
-    expected = theirs([PROMPT] * 4, latents=latents.clone(), output_type="uint8", **settings).images
+    expected = theirs([PROMPT] * 4, latents=latents.clone(), output_type="np", **settings).images
     drawn = pipe(
         PROMPT,
         num_images_per_prompt=4,

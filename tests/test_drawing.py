@@ -10,8 +10,8 @@ from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, NonFiniteError
-from latentdiff.core.images import to_uint8
 from latentdiff.diffusion import noise
+from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.canvas import Margins, canvas
 from latentdiff.drawing.draw import batches_of, canvas_of, jobs_of
@@ -110,7 +110,9 @@ def test_what_is_not_masked_keeps_its_bits(pipe, inpainter, photo, mask, kind, s
     image, marked = photo[: shape[0], : shape[1]], mask[: shape[0], : shape[1]]
     settings = {"image": image, "mask_image": Image.fromarray(marked), "output_type": output_type}
     images = model(PROMPT, num_images_per_prompt=2, **QUICK, **settings).images
-    pictures = to_uint8(images) if output_type == "pt" else [np.asarray(picture) for picture in images]
+    if output_type != "pil":
+        images = np.rint(255 * (images.permute(0, 2, 3, 1).numpy() if output_type == "pt" else images)).astype(np.uint8)
+    pictures = [np.asarray(picture) for picture in images]
     for picture in pictures:
         assert np.array_equal(picture[marked == 0], image[marked == 0])
         assert (picture[marked == 255] != image[marked == 255]).mean() > 0.5
@@ -126,8 +128,10 @@ def test_what_is_kept_steers_what_is_drawn(pipe, photo, mask):
 def test_nine_channels(inpainter, photo, mask, monkeypatch):
     """The network reads latents, the mask, and the latents of the picture that is grey where it is masked."""
     seen = []
-    forward = inpainter.unet.model.forward
-    monkeypatch.setattr(inpainter.unet.model, "forward", lambda x, *a, **k: (seen.append(x), forward(x, *a, **k))[1])
+    forward = inpainter.model.backbone.model.forward
+    monkeypatch.setattr(
+        inpainter.model.backbone.model, "forward", lambda x, *a, **k: (seen.append(x), forward(x, *a, **k))[1]
+    )
     drawn(inpainter, image=photo, mask_image=mask, guidance_scale=1.0)
     read = seen[0][0]
     assert read.shape == (9, 32, 48)
@@ -169,8 +173,8 @@ def test_outpainting(pipe, photo):
             {"mask_image": np.full((64, 64), 255, np.uint8)},
             "mask_image must be of the image's size: 64x64, the image is 96x64",
         ),
-        ({"image": None, "mask_image": np.full((64, 96), 255, np.uint8)}, "needs an image"),
-        ({"image": None, "outpaint": (8, 8, 8, 8)}, "needs an image"),
+        ({"image": None, "mask_image": np.full((64, 96), 255, np.uint8)}, "require an image"),
+        ({"image": None, "outpaint": (8, 8, 8, 8)}, "require an image"),
         ({"image": np.zeros((64, 96, 3))}, r"image must be a PIL image or uint8 \(H, W, 3\) \(got ndarray, float64"),
         ({"image": "photo.png"}, "image must be a PIL image"),
         ({"image": Image.new("F", (96, 64))}, "image: colour mode F"),
@@ -178,7 +182,7 @@ def test_outpainting(pipe, photo):
         ({"image": Image.new("RGB", (96, 20))}, "the image is of 96x20 pixels, less than 64. Enlarge it"),
         ({"outpaint": (1, 2, 3)}, "outpaint is pixels on the left, top, right and bottom"),
         ({"outpaint": (0, 0, 0, 4096)}, "outpaint is pixels on the left, top, right and bottom"),
-        ({"hires_scale": 2.0}, "hires_scale is of pictures from noise"),
+        ({"hires_scale": 2.0}, "hires_scale has no effect with an image"),
         ({"width": 0}, "width must be a multiple of 8"),
         ({"width": 2**31}, "width must be a multiple of 8"),
         ({"image": [[1], [2, 3]]}, "image must be a PIL image or an array"),
@@ -221,8 +225,8 @@ def test_hires_is_two_passes(pipe, monkeypatch):
     assert out.images.shape == (1, 96, 96, 3)
     assert (out.metadata[0].width, out.metadata[0].steps) == (96, (10, 1))
     encoded = []
-    encode = pipe.encode
-    monkeypatch.setattr(pipe, "encode", lambda pictures: (encoded.append(pictures), encode(pictures))[1])
+    encode = pixels.encode
+    monkeypatch.setattr(pixels, "encode", lambda model, given, *_: (encoded.append(given), encode(model, given))[1])
     pipe(PROMPT, **asked)
     plain = pipe(PROMPT, num_inference_steps=10, seed=1).images[0]
     np.testing.assert_array_equal(encoded[0][0], np.asarray(plain.resize((96, 96), Image.Resampling.LANCZOS)))
@@ -253,7 +257,7 @@ def test_variations_of_one_picture(pipe):
         assert np.abs(small[one] - base[0].astype(int)).mean() < np.abs(large[one] - base[0].astype(int)).mean()
     assert (small[0] != small[1]).any()
     for alone in ({"variation_strength": 0.5}, {"variation_seed": 9}):
-        with pytest.raises(ConfigError, match="a variation needs both"):
+        with pytest.raises(ConfigError, match="a variation requires both"):
             drawn(pipe, **alone)
 
 

@@ -272,8 +272,8 @@ def test_own_pictures(call, tmp_path, folders):
         (("--sweep", "steps_=1,2"), "steps_"),
         (("--set", "seed=3"), "seed is the evaluation's own, and no setting of drawing"),
         (("--set", "hires_scale=2"), "hires_scale is the evaluation's own, and no setting of drawing"),
-        (("--set", "autoguidance_scale=2"), "autoguidance_scale needs what an evaluation does not have"),
-        (("--set", "eta=0.5"), "eta is of ddim and euler_ancestral, not of unipc"),
+        (("--set", "autoguidance_scale=2"), "autoguidance_scale requires what an evaluation does not have"),
+        (("--set", "eta=0.5"), "eta has no effect on unipc; it applies to"),
         (
             ("--sweep", f"num_inference_steps={','.join(['5'] * 40)}", "--sweep", f"seed_={','.join(['1'] * 30)}"),
             "1,200",

@@ -81,8 +81,7 @@ def computed(source, family):
     found["vae"] = ours.model.codec.decode(noise(1, 4, 8, 16))
     for solver in SOLVERS:
         settings = {"latents": noise(1, 4, 8, 16), "sampler": solver, "spacing": "trailing", **SETTINGS}
-        drawn = ours(PROMPT, negative_prompt=NEGATIVE, output_type="pt", **settings).images
-        found[solver] = (drawn + 1) / 2
+        found[solver] = ours(PROMPT, negative_prompt=NEGATIVE, output_type="pt", **settings).images
     return found
 
 

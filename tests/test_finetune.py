@@ -225,12 +225,16 @@ def test_a_class_picture_that_is_missing(finetune, pictures, tmp_path):
     [
         (("{bare}", "--method", "lora"), 3, "5 images have no caption: 000.png, 001.jpg"),
         (("{captioned}", "--rank", 0), 2, 'finetune: key "lora.rank": must be at least 1 (got 0)'),
-        (("{captioned}", "--method", "dreambooth"), 2, "dreambooth needs prior.prompt (--class-prompt)"),
+        (("{captioned}", "--method", "dreambooth"), 2, "dreambooth requires prior.prompt (--class-prompt)"),
         (("{captioned}", "--method", "textual-inversion"), 2, "needs word.token"),
         (("{bare}", "--method", "textual-inversion", "--token", "star"), 2, "the initial words are no words"),
         (("none",), 3, "none"),
         (("",), 2, "the data is empty"),
-        (("{captioned}", "--instance-prompt", "a star"), 2, "the instance prompt is of pictures without captions"),
+        (
+            ("{captioned}", "--instance-prompt", "a star"),
+            2,
+            "the instance prompt is the caption of pictures that have none",
+        ),
         (("{captioned}", "--resolution", 32), 2, "height must be a multiple of 8 from 64"),
         (("{bare}", "--method", "textual-inversion", "--token", "a b"), 2, "hold no space and no slash (got 'a b')"),
         (("{captioned}", "--resolution", 60), 2, "pictures would be 60x60, not of multiples of 8"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core import cache as user_cache
 from latentdiff.core.errors import ConfigError, ModelError, ResourceError
 from latentdiff.families.loading import default_model, stored_model
+from latentdiff.networks.encoders.prompt import Wanted
 from latentdiff.runtime import compiling
 from latentdiff.runtime.export import export
 from latentdiff.runtime.graphs import exported, named
@@ -122,8 +124,8 @@ def test_other_kinds_of_output(default):
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     ours, theirs = (pipe(PROMPT, latents=noise, output_type="uint8", **settings).images for pipe in default)
     alike(ours, theirs)
-    context = default[1].text_encoder.encode([PROMPT, ""])
-    embeds = {"prompt_embeds": context[:1], "negative_prompt_embeds": context[1:]}
+    encoded = [default[1].model.encoder.encode(Wanted(prompt))["tokens"][None] for prompt in (PROMPT, "")]
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), encoded, strict=True))
     arrays = {name: tensor.numpy() for name, tensor in embeds.items()}
     alike(
         default[0](**arrays, output_type="uint8", **settings).images,
@@ -148,7 +150,7 @@ def test_steps_can_be_watched(default):
 @pytest.mark.skipif(not compiling.has_bfloat16(), reason="the CPU has no bfloat16")
 def test_bfloat16_is_near(default):
     narrow = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
-    assert narrow.unet.dtype == "bfloat16"
+    assert narrow.model.backbone.dtype == "bfloat16"
     ours, theirs = (
         p(PROMPT, seed=7, num_images_per_prompt=4, output_type="uint8").images for p in (narrow, default[1])
     )
@@ -286,7 +288,7 @@ def test_what_only_torch_has(what, tmp_path):
         except ModelError:  # of what is nowhere
             assert "nowhere" in FALLBACKS[what].__code__.co_consts
     assert pipe.runtime == "torch"
-    with pytest.raises(ConfigError, match=f"{what} needs the torch runtime; openvino was asked for by name"):
+    with pytest.raises(ConfigError, match=f"{what} requires the torch runtime; openvino was requested by name"):
         FALLBACKS[what](LatentDiffusionPipeline.from_pretrained(runtime="openvino"))
 
 
@@ -332,10 +334,10 @@ def test_an_export_of_another_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("export.json", "{}", "an export of format None, not 1 .* Export it again: latentdiff convert"),
-        ("export.json", '{"format": 1}', "does not say what it is of"),
-        ("export.json", '{"format": 1, "configs": {}}', "does not say what it is of"),
-        ("export.json", '{"format": 1, "configs": {"unet": 1, "text_encoder": 1}}', "does not say what it is of"),
+        ("export.json", "{}", "an export of format None, not 2 .* Export it again: latentdiff convert"),
+        ("export.json", '{"format": 2}', "does not say what it is of"),
+        ("export.json", '{"format": 2, "configs": {}}', "does not say what it is of"),
+        ("export.json", '{"format": 2, "configs": {"unet": 1, "text_encoder": 1}}', "does not say what it is of"),
         ("unet.xml", "<net", "cannot load openvino/unet.xml"),
         ("constants.safetensors", "x", "cannot load openvino/"),
         ("text_encoder.xml", None, "cannot load openvino/text_encoder.xml"),
@@ -385,32 +387,29 @@ def test_speed_of_the_networks_that_take_over():
     """torch draws as it would have if it had been taken at once."""
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", speed="max")
     assert pipe.runtime == "openvino"
-    with pytest.warns(UserWarning, match="moving is not in what was exported"):
-        pipe.change("moving")
-    assert (pipe.runtime, pipe.model.speed, pipe.model.backbone.dtype) == ("torch", "max", torch.bfloat16)
+    with pytest.warns(UserWarning, match="vae_tiling is not in what was exported"):
+        pipe.request(PROMPT, vae_tiling=True)
+    assert (pipe.runtime, pipe.painter.model.speed, pipe.model.backbone.dtype) == ("torch", "max", torch.bfloat16)
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", torch_dtype="bfloat16")
-    with pytest.warns(UserWarning, match="moving"):
-        pipe.change("moving")
-    assert (pipe.model.speed, pipe.model.backbone.dtype) == ("exact", torch.bfloat16)
+    with pytest.warns(UserWarning, match="vae_tiling"):
+        pipe.request(PROMPT, vae_tiling=True)
+    assert (pipe.painter.model.speed, pipe.model.backbone.dtype) == ("exact", torch.bfloat16)
 
 
-def test_another_network_is_put_in(default):
-    """Texts of the one before are let go; a torch one takes the others with it."""
-    compiled, plain = both(None)
+def test_another_network_is_another_model(default):
+    """A pipeline's model is a value: another network is another pipeline, and this one draws as before."""
+    plain = default[1]
     asked = {"seed": 3, "num_inference_steps": 2, "output_type": "uint8"}
-    before = compiled(PROMPT, **asked).images
-    silent = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu").text_encoder
+    before = plain(PROMPT, **asked).images
+    with pytest.raises(AttributeError):
+        plain.model = None
+    with pytest.raises(FrozenInstanceError):
+        plain.model.encoder = None
+    silent = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu").model.encoder
     torch.nn.init.zeros_(silent.model.get_input_embeddings().weight)
-    with pytest.raises(ConfigError, match="another network needs the torch runtime"):
-        compiled.model.encoder = silent
-    assert np.array_equal(compiled(PROMPT, **asked).images, before)
-    auto = LatentDiffusionPipeline.from_pretrained(device="cpu", torch_dtype="float32")
-    alike(auto(PROMPT, **asked).images, before)
-    with pytest.warns(UserWarning, match="another network is not in what was exported"):
-        auto.text_encoder = silent
-    plain.model.encoder = silent
-    assert np.array_equal(auto(PROMPT, **asked).images, plain(PROMPT, **asked).images)
-    assert np.abs(auto(PROMPT, **asked).images.astype(int) - before).mean() > 1
+    other = LatentDiffusionPipeline(replace(plain.model, encoder=silent))
+    assert np.abs(other(PROMPT, **asked).images.astype(int) - before).mean() > 1
+    assert np.array_equal(plain(PROMPT, **asked).images, before)
 
 
 def test_threads_and_copies(default):

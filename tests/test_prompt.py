@@ -78,7 +78,7 @@ def test_breaks_and_chunks():
 def test_weight_one_is_no_weight(encoder):
     """To the bit, on one word, on all, nested, and written as 1.0."""
     plain = encoder.encode(Wanted("a red circle above a blue square"))["tokens"]
-    assert torch.equal(plain, encoder.encode(["a red circle above a blue square"])[0])
+    assert torch.equal(plain, encoder(encoder.tokenize(["a red circle above a blue square"]))["tokens"][0])
     for prompt in ("a (red:1.0) circle above a blue square", "(a red circle above a (blue:1) square:1)"):
         assert torch.equal(encoder.encode(Wanted(prompt))["tokens"], plain)
     assert torch.equal(encoder.encode(Wanted("a red circle above a blue square", PLAIN))["tokens"], plain)
@@ -109,7 +109,7 @@ def test_all_of_a_long_prompt_is_read(encoder):
     assert (encoder.encode(Wanted(other))["tokens"] - context).abs().max() > 1e-3
     cut = Style(chunked=False)
     assert encoder.read(prompt, cut) == (202, 1, 125)
-    assert torch.equal(encoder.encode(Wanted(prompt, cut))["tokens"], encoder.encode([prompt])[0])
+    assert torch.equal(encoder.encode(Wanted(prompt, cut))["tokens"], encoder(encoder.tokenize([prompt]))["tokens"][0])
 
 
 def test_chunks_are_filled_up_with_empty_ones(encoder):

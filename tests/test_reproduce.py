@@ -18,6 +18,12 @@ from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import read_metadata
 from latentdiff.drawing.reproduce import Likeness, reproduce
 
+
+def again(path, *words):
+    """The picture in the file, drawn again."""
+    return reproduce(path, LatentDiffusionPipeline.from_pretrained, *words)
+
+
 PROMPT = "a red circle above a blue square"
 QUICK = {"num_inference_steps": 3, "seed": 1}
 
@@ -94,7 +100,7 @@ def pictures(place, tiny_model):
 def test_every_kind_of_picture_is_made_again(pictures, place, monkeypatch):
     """To the bit, in the folder where they were made."""
     monkeypatch.chdir(place)
-    likes = {name: reproduce(path)[1] for name, path in pictures.items()}
+    likes = {name: again(path)[1] for name, path in pictures.items()}
     print(f"{sum(like.equal for like in likes.values())} of {len(likes)} reproduced bitwise equal")
     assert len(likes) == len(COMMANDS) + 5
     assert {name: str(like) for name, like in likes.items() if not like.equal} == {}
@@ -111,23 +117,23 @@ def test_from_elsewhere(pictures, place, tmp_path, monkeypatch):
     (picture,) = (path for name, path in pictures.items() if name.parts[0] == "mask")
     alone = shutil.copy(picture, tmp_path / "alone.png")
     with pytest.raises(ConfigError, match=r"its model scenes-tiny is not at 'models/tiny' here"):
-        reproduce(alone)
+        again(alone)
     model = place / "models" / "tiny"
     with pytest.raises(ConfigError, match=r"photo.png is not here"):
-        reproduce(alone, model)
-    assert reproduce(alone, model, [place])[1].equal
-    assert reproduce(alone, model, [place / "photo.png", place / "mask.png"])[1].equal
+        again(alone, model)
+    assert again(alone, model, [place])[1].equal
+    assert again(alone, model, [place / "photo.png", place / "mask.png"])[1].equal
     (tmp_path / "other").mkdir()
     Image.new("RGB", (96, 64)).save(tmp_path / "other" / "photo.png")
     with pytest.raises(DataError, match=r"photo.png or its mask is another picture now"):
-        reproduce(alone, model, [tmp_path / "other", place])
+        again(alone, model, [tmp_path / "other", place])
 
 
 def test_another_model_or_adapter(pictures, place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     (picture,) = (path for name, path in pictures.items() if name.parts[0] == "lora")
     with pytest.raises(ModelError, match="another model: scenes-64"):
-        reproduce(picture, LatentDiffusionPipeline.from_pretrained(device="cpu").card.folder)
+        again(picture, LatentDiffusionPipeline.from_pretrained(device="cpu").card.folder)
     (tmp_path / "other").mkdir()
     wide = json.loads((place / "models/tiny/unet/config.json").read_text())["block_out_channels"][0]
     state = {
@@ -136,7 +142,7 @@ def test_another_model_or_adapter(pictures, place, tmp_path, monkeypatch):
     }
     save_file(state, tmp_path / "other" / "ink.safetensors")
     with pytest.raises(ModelError, match=r"ink.safetensors is another file now"):
-        reproduce(picture, None, [tmp_path / "other"])
+        again(picture, None, [tmp_path / "other"])
 
 
 def test_likeness_is_told():
@@ -157,7 +163,7 @@ def test_a_picture_that_was_changed(pictures, place, tmp_path, monkeypatch):
     info = PngInfo()
     info.add_itxt("latentdiff", record)
     Image.fromarray(pixels).save(tmp_path / "changed.png", pnginfo=info)
-    like = reproduce(tmp_path / "changed.png", "models/tiny")[1]
+    like = again(tmp_path / "changed.png", "models/tiny")[1]
     assert (like.differing, like.largest) == (1, 8)
     for path, code in ((tmp_path / "changed.png", 1), (picture, 0)):
         monkeypatch.setattr("sys.argv", ["latentdiff", "reproduce", str(path), "-m", "models/tiny"])
@@ -234,7 +240,7 @@ def forged(path, place, **changes):
 def test_records_from_outside(pictures, place, tmp_path, monkeypatch, changes, kind, message):
     monkeypatch.chdir(place)
     with pytest.raises(kind, match=message) as caught:
-        reproduce(forged(tmp_path / "forged.png", place, **changes))
+        again(forged(tmp_path / "forged.png", place, **changes))
     assert len(str(caught.value)) < 400
 
 
@@ -244,20 +250,20 @@ def test_a_pipe_is_not_waited_for(pictures, place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     os.mkfifo(tmp_path / "ours.png")
     with pytest.raises(ConfigError, match=r"ours.png is not here"):
-        reproduce(forged(tmp_path / "forged.png", place, canvas=from_picture("ours.png")))
+        again(forged(tmp_path / "forged.png", place, canvas=from_picture("ours.png")))
 
 
 def test_other_decoders_are_not_asked(tmp_path):
     """EPS is drawn by a program of the system: no picture of ours is one."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
     with pytest.raises(DataError, match="not a readable picture"):
-        reproduce(tmp_path / "a.png")
+        again(tmp_path / "a.png")
 
 
 def test_pictures_that_say_nothing(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="says nothing of how it was made"):
-        reproduce(tmp_path / "a.png")
+        again(tmp_path / "a.png")
 
 
 def test_other_formats(place, monkeypatch, tmp_path):
@@ -269,9 +275,9 @@ def test_other_formats(place, monkeypatch, tmp_path):
     for suffix in (".webp", ".jpg"):
         (tmp_path / f"a{suffix}").write_bytes(encoded(out.images[0], suffix, out.metadata[0]))
         assert read_metadata(tmp_path / f"a{suffix}")["latentdiff"]["seed"] == 1
-        like = reproduce(tmp_path / f"a{suffix}")[1]
+        like = again(tmp_path / f"a{suffix}")[1]
         assert str(like) == "equal: all 12,288 values" + (", both as JPEGs" if suffix == ".jpg" else "")
     with Image.open(tmp_path / "a.jpg") as image:
         image.save(tmp_path / "b.jpg", quality=50, exif=image.getexif())
-    like = reproduce(tmp_path / "b.jpg")[1]
+    like = again(tmp_path / "b.jpg")[1]
     assert (like.equal, like.jpeg, like.psnr > 25) == (False, True, True)

@@ -209,7 +209,7 @@ def test_the_denoiser_needs_the_stages_before(tiny_run, tmp_path, stage):
     shutil.copytree(tiny_run / "model" / "vae", tmp_path / "model" / "vae")
     shutil.copytree(tiny_run / "clip", tmp_path / "clip")
     shutil.rmtree(tmp_path / ("model" if stage == "autoencoder" else "clip"))
-    with pytest.raises(ConfigError, match=f"the denoiser needs the {stage} of the same run"):
+    with pytest.raises(ConfigError, match=f"the denoiser requires the {stage} of the same run"):
         train_denoiser(
             Run(load_config(TINY), tmp_path, Accelerator(cpu=True), open_data(load_config(TINY)), {"denoiser": None})
         )

@@ -107,7 +107,7 @@ def _sharded(rank, path):
 
 
 def test_shards_are_gathered_and_scattered(tmp_path):
-    """FSDP2 on two processes, to the bit: a checkpoint holds whole tensors, and what is exported is whole too."""
+    """FSDP2 on two processes, to the bit: a checkpoint has whole tensors, and what is exported is whole too."""
     forked.in_two_processes(_sharded, tmp_path / "out")
     outs = [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in range(2)]
     for saved, whole, parts, exported in outs:

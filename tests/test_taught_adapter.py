@@ -60,7 +60,7 @@ def test_it_begins_as_nothing_and_is_all_that_is_trained(folders, kind):
     per_layer = 3 if kind == "dora" else 2
     unet, text = ([n for n in parameters if n.startswith(part)] for part in ("unet.", "text_encoder."))
     attention = 8 * sum(
-        "attn1.to_q" in n for n in dict(load(folders["1"]).unet.model.named_parameters()) if "weight" in n
+        "attn1.to_q" in n for n in dict(load(folders["1"]).model.backbone.model.named_parameters()) if "weight" in n
     )
     convolved = sum("conv" in name for name in unet)
     assert len(unet) - convolved == attention * per_layer

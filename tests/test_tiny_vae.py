@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.diffusion.noise import normal
+from latentdiff.drawing.pixels import encode_images
 from latentdiff.drawing.reproduce import reproduce
 from latentdiff.families import check_vae
 from latentdiff.families.loading import default_model
@@ -21,6 +22,12 @@ from latentdiff.settings.config import load_config
 from latentdiff.training.autoencoder import TinyAutoencoderStage
 
 from .conftest import ROOT
+
+
+def again(path, *words):
+    """The picture in the file, drawn again."""
+    return reproduce(path, LatentDiffusionPipeline.from_pretrained, *words)
+
 
 PROMPT = "a red circle above a blue square"
 ASKED = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 64, "height": 64}
@@ -63,15 +70,17 @@ def test_as_diffusers_draws(model):
     (model / "vae" / "config.json").write_text(json.dumps(config))
     theirs, ours = StableDiffusionPipeline.from_pretrained(model), LatentDiffusionPipeline.from_pretrained(model)
     theirs.set_progress_bar_config(disable=True)
-    assert ours.multiple == 16
+    assert ours.model.multiple == 16
     noise = torch.from_numpy(normal((2, 4, 8, 8), 0, "test"))
     asked = ASKED | {"num_inference_steps": 4}
-    expected = theirs([PROMPT] * 2, latents=noise, output_type="uint8", **asked).images
-    settings = {"sampler": "ddim", "spacing": "trailing", "num_images_per_prompt": 2, "output_type": "pt"}
+    expected = theirs([PROMPT] * 2, latents=noise, output_type="np", **asked).images
+    settings = {"sampler": "ddim", "spacing": "trailing", "num_images_per_prompt": 2, "output_type": "np"}
     drawn = ours(PROMPT, latents=noise, **settings, **asked).images
-    assert np.abs(drawn.permute(0, 2, 3, 1).numpy() / 2 + 0.5 - expected).max() < 1e-5
+    assert np.abs(drawn - expected).max() < 1e-5
     images = torch.rand(1, 3, 64, 64) * 2 - 1
-    torch.testing.assert_close(ours.encode_images(images), theirs.vae.encode(images).latents * 0.8, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        encode_images(ours.model, images), theirs.vae.encode(images).latents * 0.8, rtol=0, atol=1e-6
+    )
 
 
 def test_saved_and_loaded(model, tmp_path):
@@ -133,15 +142,15 @@ def test_put_in_a_model(call, vae, tmp_path):
 
     a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
     assert np.array_equal(a, b)
-    assert reproduce(tmp_path / "a.png")[1].equal
+    assert again(tmp_path / "a.png")[1].equal
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(
         (tiny_vae(tmp_path / "other", 3, 0.9) / "diffusion_pytorch_model.safetensors").read_bytes()
     )
-    assert reproduce(tmp_path / "a.png")[1].equal, "the same weights"
+    assert again(tmp_path / "a.png")[1].equal, "the same weights"
     tiny = TinyAutoencoder.create((8, 8, 8), 1, 4)
     tiny.save(tmp_path / "vae")
     with pytest.raises(ModelError, match="vae is another file now"):
-        reproduce(tmp_path / "a.png")
+        again(tmp_path / "a.png")
 
 
 def test_a_models_own_is_found_in_it(model):
@@ -191,7 +200,7 @@ def test_not_in_what_was_exported(vae):
     """torch takes over, and says so; where OpenVINO was asked for by name it is refused."""
     with pytest.warns(UserWarning, match="another VAE is not in what was exported"):
         LatentDiffusionPipeline.from_pretrained(device="cpu").load_vae(vae)
-    with pytest.raises(ConfigError, match="another VAE needs the torch runtime"):
+    with pytest.raises(ConfigError, match="another VAE requires the torch runtime"):
         LatentDiffusionPipeline.from_pretrained(runtime="openvino").load_vae(vae)
 
 

@@ -63,7 +63,7 @@ def convert(
     if to is Form.openvino and (trust_pickle or output.suffix.lower() == ".safetensors"):
         raise ConfigError(f"--to openvino writes a model folder, with graphs in it (got {output})")
     if (trust_pickle or adapter) and of_models:
-        raise ConfigError(f"{of_models} is of models; an adapter and a pickle keep their own")
+        raise ConfigError(f"{of_models} applies to models; an adapter and a pickle keep their own")
     if trust_pickle:
         _pickle(source, output)
     elif adapter:
@@ -78,7 +78,7 @@ def _pickle(source: Path, output: Path) -> None:
     from latentdiff.formats.unpickle import unpickled
 
     if not source.is_file() or not is_pickle(source):
-        raise ConfigError(f"--trust-pickle is for pickles, which this is not ({source})")
+        raise ConfigError(f"--trust-pickle requires a pickle, and this is none ({source})")
     with whole(output) as made:
         unpickled(source, made)
 

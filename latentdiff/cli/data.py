@@ -52,8 +52,8 @@ def check(
     from latentdiff.core.errors import ConfigError, DataError
     from latentdiff.data.buckets import bucket_table
     from latentdiff.data.dataset import look, picture_data
-    from latentdiff.data.report import as_text, sections
     from latentdiff.data.survey import QUARANTINED
+    from latentdiff.evaluation.report.data_set import as_text, sections
     from latentdiff.evaluation.report.page import PAGE, as_html
 
     if skip_bad:

@@ -258,7 +258,7 @@ def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:
     """Of the pictures' files: by the output's name, or as chosen for a folder. Raises ConfigError for both."""
     own = suffix_of(output)
     if own and chosen is not None:
-        raise ConfigError(f"--format is of the pictures in a folder, and {output} is a file")
+        raise ConfigError(f"--format applies to the pictures in a folder; {output} is a file")
     suffix = own or f".{(chosen or Format.png).value}"
     if loses_pixels(suffix) and any(wish.mask or wish.outpaint for wish in wishes):
         print("warning: JPEG changes the pixels that a mask keeps; PNG and WebP do not", file=sys.stderr)

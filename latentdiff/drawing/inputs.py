@@ -51,7 +51,7 @@ def embeds_of(
     given = [tokens, negative, pooled, negative_pooled]
     if tokens is None:
         if any(tensor is not None for tensor in given):
-            raise ConfigError("negative_prompt_embeds and pooled embeds go with prompt_embeds")
+            raise ConfigError("negative_prompt_embeds and pooled embeds require prompt_embeds")
         return []
     import torch
 
@@ -68,7 +68,7 @@ def embeds_of(
     if negative is not None and negative.shape != tokens.shape:
         raise ConfigError(f"prompt_embeds are {tuple(tokens.shape)}, negative_prompt_embeds {tuple(negative.shape)}")
     if (pooled is not None) != with_pooled or (negative_pooled is not None) != (with_pooled and negative is not None):
-        raise ConfigError("pooled embeds are for SDXL, which needs them: one with each of the others")
+        raise ConfigError("SDXL requires pooled embeds, one with each of the others; other models take none")
     rows: list[Any] = [[None] * len(tokens) if tensor is None else list(tensor) for tensor in given]
     return [
         (_conditions(cond, vector), None if uncond is None else _conditions(uncond, uncond_vector))

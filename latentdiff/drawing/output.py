@@ -41,7 +41,7 @@ class Output:
 def as_path(value: object) -> Path:
     """A path given as text or as a Path. Raises ConfigError for anything else."""
     if not isinstance(value, str | Path) or "\0" in str(value):
-        raise ConfigError(f"a path is needed (got {str(value)[:40]!r})")
+        raise ConfigError(f"a path must be text or a Path (got {str(value)[:40]!r})")
     return Path(value)
 
 

@@ -25,7 +25,7 @@ from latentdiff.drawing.draw import Drawing, canvas_of
 from latentdiff.drawing.files import encoded, open_picture
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.plan import plan
-from latentdiff.drawing.record import installed_versions, read_metadata
+from latentdiff.drawing.record import VERSION, installed_versions, read_metadata
 from latentdiff.drawing.request import SIDES, Pixels, Request
 from latentdiff.settings.validation import first_fault
 
@@ -52,7 +52,7 @@ class _Data(BaseModel):
 
 
 class SourceRecord(_Data):
-    """See metadata.Source."""
+    """See record.Source."""
 
     kind: Literal["lora", "merged", "embedding", "weaker", "clip", "vae"]
     path: Name
@@ -71,7 +71,7 @@ class CanvasRecord(_Data):
 
 
 class Record(_Data):
-    """See metadata.ImageMetadata."""
+    """See record.ImageMetadata."""
 
     request: Request
     index: int = Field(ge=0, lt=10_000)
@@ -92,6 +92,24 @@ class Record(_Data):
     batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)
     own_noise: bool = False
     speed: Literal["exact", "fast", "max"] = "exact"
+    version: int = Field(VERSION, ge=1, le=VERSION)
+
+
+_RENAMED = {  # what records of version 1 call otherwise
+    "sampler": {"heun": "heun_exponential"},
+    "spacing": {"uniform": "exponential"},
+}
+
+
+def _of_this_version(record: Any) -> Any:
+    """A record as it would be written now."""
+    if not isinstance(record, dict) or "version" in record or not isinstance(record.get("request"), dict):
+        return record
+    request = dict(record["request"])
+    for key, names in _RENAMED.items():
+        if isinstance(request.get(key), str):
+            request[key] = names.get(request[key], request[key])
+    return {**record, "request": request, "version": VERSION}
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ def read_record(path: Path) -> Record:
     if "latentdiff" not in metadata:
         raise DataError(f"this picture says nothing of how it was made, or not by latentdiff ({path})")
     try:
-        record = Record.model_validate_json(json.dumps(metadata["latentdiff"]))
+        record = Record.model_validate_json(json.dumps(_of_this_version(metadata["latentdiff"])))
     except ValidationError as error:
         fault = first_fault(error)
         raise DataError(f"its record is not valid: {fault.key}: {fault.message[:100]} ({path})") from None

@@ -110,14 +110,14 @@ class Request(BaseModel):
                 takers = [sampler for sampler, row in SAMPLERS.items() if name in row.options]
                 raise ValueError(f"{name} has no effect on {self.sampler}; it applies to {', '.join(takers)}")
         if self.apg and self.guidance_scale <= 1:
-            raise ValueError("apg changes guidance; it needs a guidance_scale over 1")
+            raise ValueError("apg requires a guidance_scale over 1")
         if not self.apg and (self.apg_eta or self.apg_norm is not None or self.apg_momentum):
-            raise ValueError("apg_eta, apg_norm and apg_momentum are of apg, which is off")
+            raise ValueError("apg_eta, apg_norm and apg_momentum require apg = true")
         told = self.variation_strength or "variation_strength" in self.model_fields_set
         if (self.variation_strength and self.variation_seed is None) or (self.variation_seed is not None and not told):
-            raise ValueError("a variation needs both variation_seed and variation_strength")
+            raise ValueError("a variation requires both variation_seed and variation_strength")
         if self.hires_strength is not None and self.hires_scale is None:
-            raise ValueError("hires_strength is of a second pass; it needs a hires_scale")
+            raise ValueError("hires_strength requires hires_scale")
         if self.variation_seed is not None and self.variation_seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"variation_seed: the last picture's is over {MAX_SEED}")
         return self

@@ -104,7 +104,7 @@ def references_of(
     survey = None if config.data.kind == "scenes" else look(config).sound(config.data.pictures.skip_bad)
     held, trained = held_out(config, count, survey)
     if len(held) < LEAST:
-        raise DataError(f"{len(held)} different pictures are too few to measure by. At least {LEAST} are needed")
+        raise DataError(f"{len(held)} different pictures are too few: an evaluation requires at least {LEAST}")
     if sources.training is not None:
         trained = held_out(_config(sources.training, side, sources.lenient), MOST_TRAINED)[0]
     extractor = _extractor(candidate, sources.features, say)

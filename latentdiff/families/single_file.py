@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from latentdiff.core.errors import ModelError, UnsafeError, loading
 from latentdiff.core.files import sha256_of
 from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.families import stable_diffusion, stable_diffusion_xl
 from latentdiff.families.stable_diffusion import assembled
 from latentdiff.formats.original import CLIP, OPEN_CLIP, POSITIONS, SCALING, UNET, VAE, VOCABULARY, Kind
 from latentdiff.formats.pickle import is_pickle
@@ -60,7 +62,7 @@ def load_single_file(path: Path) -> Model:
         unet.model.register_to_config(sample_size=96)
     schedule = VariancePreserving.scaled_linear()
     side = int(unet.model.config.sample_size) * codec.factor
-    return assembled(
+    model = assembled(
         unet,
         texts,
         codec,
@@ -69,6 +71,8 @@ def load_single_file(path: Path) -> Model:
         card=ModelCard(path.stem, sha256_of(path), (side, side), dict(_PLAIN)),
         where=path,
     )
+    family = stable_diffusion_xl if isinstance(texts, TwoTextEncoders) else stable_diffusion
+    return replace(model, family=family.FAMILY)
 
 
 def check_file(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,11 @@ PARTS_OF_TWO: Mapping[str, frozenset[str]] = MappingProxyType(
 
 def load(directory: Path, variant: str | None) -> Model:
     """See Family."""
+    return replace(read(directory, variant), family=FAMILY)
+
+
+def read(directory: Path, variant: str | None) -> Model:
+    """The networks of a checked folder as a model of no family yet."""
     from latentdiff.families.weights import load_codec, load_text_encoders, load_unet
 
     path, prediction, _ = read_scheduler(directory)
@@ -40,7 +46,7 @@ def load(directory: Path, variant: str | None) -> Model:
 
 
 def assembled(unet: Any, texts: Any, codec: Any, *, path: Any, prediction: str, card: Any, where: Path) -> Model:
-    """A model of networks that fit together. Raises ModelError for others."""
+    """A model of no family yet, of networks that fit together. Raises ModelError for others."""
     from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
     latents, inputs = codec.latent_channels, unet.spec.inputs
@@ -49,14 +55,8 @@ def assembled(unet: Any, texts: Any, codec: Any, *, path: Any, prediction: str, 
     two = isinstance(texts, TwoTextEncoders)
     if ("sizes" in unet.spec.reads) != two:
         raise ModelError(f"a U-Net of SDXL requires two text encoders, others require one ({where})")
-    family = _family_of(two)
-    return Model(unet, texts, codec, path, prediction, card, TorchPlace("cpu"), family, parts_of(unet, texts, codec))
-
-
-def _family_of(two: bool) -> Family:
-    from latentdiff.families import stable_diffusion_xl
-
-    return stable_diffusion_xl.FAMILY if two else FAMILY
+    parts = parts_of(unet, texts, codec)
+    return Model(unet, texts, codec, path, prediction, card, TorchPlace("cpu"), parts=parts)
 
 
 def parts_of(unet: Any, texts: Any, codec: Any) -> dict[str, Any]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from latentdiff.families.stable_diffusion import PARTS_OF_TWO, TASKS, load, shared_index
+from latentdiff.families.stable_diffusion import PARTS_OF_TWO, TASKS, read, shared_index
 from latentdiff.model import Family, Model
+
+
+def load(directory: Path, variant: str | None) -> Model:
+    """See Family."""
+    return replace(read(directory, variant), family=FAMILY)
 
 
 def index(model: Model) -> dict[str, Any]:

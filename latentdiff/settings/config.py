@@ -255,7 +255,7 @@ class Config(Settings):
                 'random crops cannot be cached: set denoiser.cache = false, or data.pictures.crop = "content"'
             )
         if self.data.kind == "pictures" and pictures.streaming and not self.denoiser.cache:
-            raise ValueError("a streamed data set is read in its own order only: it needs denoiser.cache = true")
+            raise ValueError("a streamed data set requires denoiser.cache = true: it is read in its own order")
         return self
 
     @model_validator(mode="after")

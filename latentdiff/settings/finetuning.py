@@ -94,15 +94,15 @@ class FineTuning(Settings):
     def _methods_have_what_they_need(self) -> FineTuning:
         """What would change nothing is a mistake, and so is what a method cannot do without."""
         if self.method == "dreambooth" and self.prior.prompt is None:
-            raise ValueError('dreambooth needs prior.prompt (--class-prompt), the class in a few words, "a dog"')
+            raise ValueError('dreambooth requires prior.prompt (--class-prompt), the class in a few words, "a dog"')
         if self.method == "textual-inversion" and not self.word.token:
-            raise ValueError("textual-inversion needs word.token (--token), the new word")
+            raise ValueError("textual-inversion requires word.token (--token), the new word")
         if self.method == "textual-inversion" and (self.prior.prompt or self.finetune.tune_text_encoder):
             raise ValueError("textual-inversion trains a word's vectors alone: no prior, no text encoder")
         if self.method != "textual-inversion" and self.word != Word():
-            raise ValueError("word is of textual-inversion")
+            raise ValueError('word has no effect without method = "textual-inversion"')
         if not self.low_rank and self.lora != Lora():
-            raise ValueError(f"lora is of the methods that train factors, not of {self.method} without a rank")
+            raise ValueError(f"lora has no effect on {self.method} without a rank")
         if self.lora.rslora and self.lora.kohya:
             raise ValueError("kohya's format cannot say rslora: its scale is alpha / rank")
         return self
@@ -111,9 +111,9 @@ class FineTuning(Settings):
     def _all_of_it_is_used(self) -> FineTuning:
         """As above, of what goes with every method."""
         if self.prior.prompt is None and self.prior != Prior():
-            raise ValueError("prior is of a class: it needs prior.prompt (--class-prompt)")
+            raise ValueError("prior requires prior.prompt (--class-prompt), the class")
         if self.finetune.snr_gamma is not None and self.finetune.weighting == "uniform":
-            raise ValueError("finetune.snr_gamma is of a weighting, and finetune.weighting is uniform")
+            raise ValueError('finetune.snr_gamma requires finetune.weighting = "min_snr"')
         if self.prior.source and self.prior.pictures != Prior().pictures:  # by value: a saved config says all of them
             raise ValueError("prior.pictures is how many are drawn, and prior.source has its own")
         instance = self.data.pictures.instance_prompt

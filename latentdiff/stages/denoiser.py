@@ -89,7 +89,7 @@ def networks_before(config: Config, folder: Path) -> tuple[AnyCodec, TextEncoder
     identity = config.autoencoder.kind == "identity"
     for stage_before, part in (("autoencoder", folder / "model" / "vae"), ("clip", folder / "clip" / "text_encoder")):
         if not part.is_dir() and not (stage_before == "autoencoder" and identity):
-            raise ConfigError(f"the denoiser needs the {stage_before} of the same run ({part}). Train that stage first")
+            raise ConfigError(f"the denoiser requires the {stage_before} of the same run ({part}). Train it first")
     codec = new_codec(config) if identity else load_codec(folder / "model")
     return codec, load_text_encoder(folder / "clip")
 

@@ -62,12 +62,12 @@ class ConditionedNetwork(nn.Module):
 
     def __init__(self, backbone: nn.Module, text_encoder: nn.Module):
         super().__init__()
-        self.backbone, self.text_encoder = backbone, text_encoder
+        self.unet, self.text_encoder = backbone, text_encoder  # `unet` as checkpoints call it, whatever it is
 
     def forward(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """x_t (B, C, h, w), times (B,), `ids` (B, L) and other conditions -> output like x_t."""
         others = {name: array for name, array in conditions.arrays.items() if name != "ids"}
-        output: Tensor = self.backbone(x, t, self.text_encoder(conditions["ids"]).joined(others))
+        output: Tensor = self.unet(x, t, self.text_encoder(conditions["ids"]).joined(others))
         return output
 
 

@@ -75,7 +75,7 @@ def restore(trained: Trained, tensors: Tensors) -> None:
     """Put gathered tensors where they came from. Raises ModelError where they are of another network."""
     expected = {*trained.parts, "ema", "optimizer"}
     if set(tensors) != expected:
-        raise ModelError(f"checkpoint holds {', '.join(sorted(tensors))}; the run needs {', '.join(sorted(expected))}")
+        raise ModelError(f"checkpoint has {', '.join(sorted(tensors))}; the run requires {', '.join(sorted(expected))}")
     for part, module in trained.parts.items():
         _fill(module.state_dict(), tensors[part], part)
     _fill(trained.ema.averaged, tensors["ema"], "ema")

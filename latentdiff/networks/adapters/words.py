@@ -52,7 +52,7 @@ def _by_word(
         found = {word: [vectors] for word, vectors in named.items()}
     else:
         raise ModelError(
-            f"two text encoders need embeddings clip_l and clip_g ({file}: {', '.join(sorted(state)[:3])})"
+            f"two text encoders require embeddings clip_l and clip_g ({file}: {', '.join(sorted(state)[:3])})"
         )
     if not found:
         raise ModelError(f"there is nothing in it ({file})")
