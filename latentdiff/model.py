@@ -88,7 +88,7 @@ class Family:
 
     parts: for each part of a folder the classes that it may have, the safety list; optional: parts that may be absent.
     pipelines: diffusers' pipeline classes. load: a checked folder and the variant of its weights -> the model on the
-    CPU in the precision in which it is stored. index: model_index.json of a model.
+    CPU in the precision in which it is stored. save: a model's networks into a new folder. index: its model_index.json.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Family:
     parts: Mapping[str, frozenset[str]]
     optional: frozenset[str]
     load: Callable[[FilePath, str | None], Model]
+    save: Callable[[Model, FilePath], None]
     index: Callable[[Model], dict[str, Any]]
 
 

@@ -327,7 +327,7 @@ class LatentDiffusionPipeline:
         """
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         self._check_call(output_type, settings, prompt, negative_prompt, embeds)
-        width = self.model.backbone.spec.reads["tokens"][1] or 0
+        width = self.model.backbone.spec.reads.get("tokens", (None, None))[-1] or 0
         own = inputs.embeds_of(*embeds, width=width, with_pooled=self.model.reads_sizes)
         prompts = ["(embeddings)"] * len(own) if own else inputs.prompts_of(prompt)
         fields = {**settings, "num_images": num_images_per_prompt, "negative_prompt": negative_prompt or ""}

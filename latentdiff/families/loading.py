@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from latentdiff.core.errors import ConfigError, ModelError, saving
 from latentdiff.core.files import recorded, whole, write_json
@@ -97,14 +97,11 @@ def save_model(model: Model, directory: Path) -> None:
         raise ConfigError("this model belongs to no family, so there is no layout to save it in")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file; a model is a folder")
-    networks: Any = model
     with saving("the model", directory.parent), whole(directory) as made:
         clip = None if model.card.folder is None else model.card.folder / "clip"
         if clip is not None and clip.is_dir() and not (directory / "clip").exists():
             shutil.copytree(clip, made / "clip")
-        networks.backbone.save(made / "unet")
-        networks.encoder.save(made)
-        networks.codec.save(made / "vae")
+        model.family.save(model, made)
         spacing = model.card.defaults.get("spacing", "leading")
         write_json(made / SCHEDULER_FILE, scheduler_config(model.path, model.prediction, spacing))
         index = model.family.index(model)

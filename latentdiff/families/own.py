@@ -49,6 +49,7 @@ FAMILY = Family(
     stable_diffusion.PARTS,
     frozenset({"vae"}),
     load,
+    stable_diffusion.save,
     stable_diffusion.index,
 )
 

@@ -67,6 +67,14 @@ def parts_of(unet: Any, texts: Any, codec: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
+def save(model: Model, directory: Path) -> None:
+    """See Family."""
+    networks: Any = model
+    networks.backbone.save(directory / "unet")
+    networks.encoder.save(directory)
+    networks.codec.save(directory / "vae")
+
+
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
     return {
@@ -93,5 +101,11 @@ def shared_index(model: Model) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "Stable Diffusion", frozenset(f"StableDiffusion{task}" for task in TASKS), PARTS, frozenset({"vae"}), load, index
+    "Stable Diffusion",
+    frozenset(f"StableDiffusion{task}" for task in TASKS),
+    PARTS,
+    frozenset({"vae"}),
+    load,
+    save,
+    index,
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latentdiff.families.stable_diffusion import PARTS_OF_TWO, TASKS, read, shared_index
+from latentdiff.families.stable_diffusion import PARTS_OF_TWO, TASKS, read, save, shared_index
 from latentdiff.model import Family, Model
 
 
@@ -32,5 +32,6 @@ FAMILY = Family(
     PARTS_OF_TWO,
     frozenset({"vae"}),
     load,
+    save,
     index,
 )

@@ -20,7 +20,7 @@ from latentdiff.formats.pickle import is_pickle, named_safetensors
 
 _UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
 _MODULES = {"diffusers", "transformers", "stable_diffusion", None}
-NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
+NETWORKS = ("text_encoder", "text_encoder_2", "transformer", "unet", "vae")
 LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
 LONGEST_LIST = 64  # of what a network has one of at each of its levels
 LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
@@ -280,14 +280,16 @@ def numbers_in(file: Path) -> int:
 def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
     """What sides in pixels must be multiples of, and the model's own (height, width), from its configs alone."""
     with loading("the configs", directory):
-        unet = read_json(directory / "unet" / "config.json")
+        part = "unet" if (directory / "unet").is_dir() else "transformer"
+        backbone = read_json(directory / part / "config.json")
         vae = directory / "vae" / "config.json"
         factor = 2 ** (len(_levels(read_json(vae))) - 1) if vae.is_file() else 1
-        sample = unet["sample_size"]
+        sample = backbone["sample_size"]
         if type(sample) is not int or sample < 1:
-            raise ModelError(f"unet/config.json: sample_size must be a whole number of latents (got {sample!r})")
+            raise ModelError(f"{part}/config.json: sample_size must be a whole number of latents (got {sample!r})")
         side = sample * factor
-        return factor * 2 ** (len(unet["block_out_channels"]) - 1), (side, side)
+        multiple = 2 ** (len(backbone["block_out_channels"]) - 1) if part == "unet" else int(backbone["patch_size"])
+        return factor * multiple, (side, side)
 
 
 def _levels(vae: dict[str, Any]) -> list[Any]:

@@ -1,0 +1,105 @@
+"""A family that the package does not know, of one file, trained, drawn, written and read by all that is there."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from latentdiff import LatentDiffusionPipeline, families
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.core.images import to_images
+from latentdiff.diffusion.objective import DiffusionLoss
+from latentdiff.diffusion.path import Straight
+from latentdiff.diffusion.times import Times
+from latentdiff.families.loading import save_model
+from latentdiff.model import ModelCard
+from latentdiff.networks.conditions import Conditions
+from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
+from latentdiff.training.order import Order
+
+from . import digits, small
+
+
+def glyph(digit, across=0, down=0):
+    """A digit in white on black, uint8 (16, 16, 3)."""
+    image = Image.new("RGB", (digits.SIDE, digits.SIDE))
+    ImageDraw.Draw(image).text((4 + across, 0 + down), str(digit), fill="white", font=ImageFont.load_default(14))
+    return np.asarray(image)
+
+
+class Glyphs:
+    """Every digit in nine places."""
+
+    def __init__(self):
+        places = [(across, down) for across in (-1, 0, 1) for down in (-1, 0, 1)]
+        self.labels = torch.arange(digits.CLASSES).repeat_interleave(len(places))
+        pictures = [glyph(digit, *place) for digit in range(digits.CLASSES) for place in places]
+        self.images = to_images(np.stack(pictures))
+
+    def shape(self, row):
+        return tuple(self.images.shape[1:])
+
+    def batch(self, keys, kept=None):
+        rows = [row for row, _ in keys]
+        if kept is None:
+            return {"x0": self.images[rows]}
+        return {"label": torch.where(torch.tensor(kept), self.labels[rows], digits.CLASSES)[:, None]}
+
+    def moments(self, batch):
+        return batch["x0"], torch.full_like(batch["x0"], -np.inf)
+
+    def conditions(self, batch):
+        return Conditions({"label": batch["label"]})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """200 steps on a straight path, written as a folder of the family."""
+    place, path, data = tmp_path_factory.mktemp("digits"), Straight(), Glyphs()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = digits.DiT.create()
+    draws, order = Draws(0, Times(path), caption_dropout=0.1), Order(0, "training", [np.arange(len(data.images))])
+    samples = Samples(data, data, str)
+    stage = DenoiserStage(network, {"transformer": network}, DiffusionLoss(path, "flow"), samples, draws, order)
+    settings = {"max_train_steps": 200, "train_batch_size": 90, "learning_rate": 2e-3, "checkpointing_steps": 200}
+    small.run(place / "run", stage, **settings, ema_decay=0.95)
+    defaults = {"sampler": "euler", "spacing": "trailing", "num_inference_steps": 20, "guidance_scale": 2.0}
+    card = ModelCard("digits", size=(digits.SIDE, digits.SIDE), defaults=defaults)
+    save_model(digits.assembled(network.eval(), path, "flow", card), place / "model")
+    return place / "model"
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, digits.FAMILY))
+
+
+def test_a_folder_of_an_unknown_family_is_refused(folder):
+    with pytest.raises(ModelError, match="DigitPipeline is no model that can be drawn with"):
+        LatentDiffusionPipeline.from_pretrained(folder)
+
+
+def test_what_was_learnt_is_drawn(known, folder, tmp_path):
+    """Read from the folder, guided, by the pipeline: most digits are nearest to their own glyph of all ten."""
+    pipe = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+    assert (pipe.model.family, pipe.card.name, pipe.card.size) == (digits.FAMILY, "digits", (16, 16))
+    prompts = [str(digit) for digit in range(digits.CLASSES)] * 4
+    drawn = pipe(prompts, seed=1, output_type="np").images
+    glyphs = np.stack([glyph(d, a, b) for d in range(10) for a in (-1, 0, 1) for b in (-1, 0, 1)]) / 255
+    apart = ((drawn[:, None] - glyphs[None]) ** 2).mean((2, 3, 4))
+    right = apart.argmin(1) // 9 == np.tile(np.arange(digits.CLASSES), 4)
+    assert right.mean() > 0.8, "of chance 0.1"
+    pipe.save_pretrained(tmp_path / "again")
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path / "again", device="cpu")
+    assert np.array_equal(again(prompts, seed=1, output_type="np").images, drawn)
+
+
+def test_its_own_rules_hold(known, folder):
+    pipe = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+    with pytest.raises(ConfigError, match="prompt must be a digit"):
+        pipe("a cat")
+    with pytest.raises(ConfigError, match="width must be a multiple of 4"):
+        pipe("3", width=65)
+    with pytest.raises(ConfigError, match="pag_scale requires self-attention"):
+        pipe("3", pag_scale=2.0)

@@ -1,0 +1,73 @@
+"""A model trained from nothing on a straight path, by the command line, as diffusers' flow-matching models are."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.path import Straight
+from latentdiff.settings.config import load_config
+
+from .conftest import ROOT, made_once
+
+CONFIG = ROOT / "configs" / "scenes-tiny.toml"
+PROMPT = "a red circle above a blue square"
+STRAIGHT = (
+    *('denoiser.path="straight"', 'denoiser.prediction="flow"', "denoiser.shift=2.0", 'denoiser.times="logit_normal"'),
+    "denoiser.schedule.zero_terminal_snr=false",
+    *('recommended.sampler="euler"', 'recommended.spacing="trailing"'),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, command):
+    def make(run):
+        command("train", CONFIG, "-o", run, *(word for change in STRAIGHT for word in ("--set", change)))
+
+    return made_once(tmp_path_factory, "straight", make) / "model"
+
+
+def test_it_is_a_model_of_a_straight_path(model):
+    pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
+    assert (pipe.model.path, pipe.model.prediction) == (Straight(2.0, T=1000), "flow")
+    index = json.loads((model / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    assert (config["_class_name"], config["shift"]) == ("FlowMatchEulerDiscreteScheduler", 2.0)
+
+
+def test_it_learns(model):
+    """The validation loss falls from that of a network that says nothing."""
+    lines = [json.loads(line) for line in (model.parent / "denoiser" / "log.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert losses[-1] < 0.9 * losses[0] or losses[-1] < 0.9
+
+
+@torch.no_grad()
+def test_diffusers_scheduler_steps_as_euler_does(model):
+    """The same network under diffusers' own scheduler, loaded from the folder: the same latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
+    x = torch.randn(1, *pipe.model.codec.shape(pipe.card.size), generator=torch.Generator().manual_seed(0))
+    asked = {"num_inference_steps": 6, "sampler": "euler", "spacing": "trailing", "guidance_scale": 1.0}
+    ours = pipe(PROMPT, latents=x, output_type="latent", **asked).images
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
+    times = np.linspace(1000, 0, 7)[:-1] / 1000
+    scheduler.set_timesteps(sigmas=times)
+    backbone = pipe.model.backbone
+    from latentdiff.networks.conditions import stacked
+    from latentdiff.networks.encoders.prompt import Wanted
+
+    conditions = stacked([pipe.model.encoder.encode(Wanted(PROMPT))])
+    for t in scheduler.timesteps:
+        x = scheduler.step(backbone.predict(x, float(t), conditions), t, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
+
+
+def test_predictions_that_a_path_does_not_have():
+    with pytest.raises(ConfigError, match="prediction"):
+        load_config(CONFIG, ('denoiser.path="straight"', 'denoiser.prediction="v_prediction"'))
