@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from latentdiff.core.arrays import Array, to_numpy
@@ -117,7 +116,7 @@ class Model:
     card: ModelCard
     place: Place
     family: Family | None = None
-    parts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    parts: Mapping[str, Any] = field(default_factory=dict)
     speed: Speed = "exact"
     other: Callable[[], Model] | None = None
     ready: Ready | None = None

@@ -46,7 +46,7 @@ class DiT(nn.Module):
 
     @classmethod
     def create(cls):
-        size = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 3, "norm_num_groups": 1}
+        size = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 2, "norm_num_groups": 1}
         shape = {"sample_size": SIDE, "patch_size": 4, "in_channels": 3, "out_channels": 3}
         return cls(DiTTransformer2DModel(**size, **shape, num_embeds_ada_norm=CLASSES))
 

@@ -187,7 +187,7 @@ def in_save(number, act=KILL):
     """`act` at a boundary of the files of a checkpoint: each is flushed once, the manifest and the folders too."""
     from latentdiff.training import checkpoint
 
-    at_call(checkpoint, "_flush", number, act)
+    at_call(checkpoint, "flush", number, act)
 
 
 def in_caching(act):
@@ -205,7 +205,7 @@ def in_validation(act):
 
 
 def recording(path, then=None):
-    """Write what each process learns from, a line a batch: rows and a hash of noise, times and texts."""
+    """Write what each process learns from, a line a batch: rows and a hash of noise, times and conditions."""
     import hashlib
 
     from latentdiff.training.denoiser import DenoiserStage
@@ -217,7 +217,7 @@ def recording(path, then=None):
             hashes = []
             for row in range(len(batch["rows"])):
                 digest = hashlib.sha256()
-                for name in ("noise", "posterior", "t", "context"):
+                for name in ("noise", "posterior", "t", "tokens"):
                     digest.update(batch[name][row].numpy().tobytes())
                 hashes.append(digest.hexdigest()[:16])
             with Path(path).open("a") as file:

@@ -156,7 +156,7 @@ def test_several_processes_find_their_files_there(generate, tmp_path, monkeypatc
     assert generate(*WORDS, "-o", "out")[0] == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("latentdiff.pipeline.LatentDiffusionPipeline.steps", None)
+    monkeypatch.setattr("latentdiff.drawing.draw.Drawing.__iter__", None)
     code, err = generate(*WORDS, "-o", "out", "--batch-size", "1")
     assert (code, err) == (2, "error: file exists (out/00002-6.png). Go on by --resume, or name another folder\n")
 

@@ -94,7 +94,7 @@ def call(call):
         (("--set", "seed=3", "-s", 4), "seed is given twice"),
         (("--weaker", "nowhere"), "--weaker changes nothing without --set autoguidance_scale"),
         (("--clip", "nowhere"), "--clip changes nothing without --clip-guidance-scale"),
-        (("--format", "jpg", "-o", "a.png"), "--format applies to the pictures in a folder, and a.png is a file"),
+        (("--format", "jpg", "-o", "a.png"), "--format applies to the pictures in a folder; a.png is a file"),
         (("--hires-strength", 0.5), "hires_strength requires hires_scale"),
         (("--set", "variation_seed=3"), "a variation requires both variation_seed and variation_strength"),
         (("--outpaint", "0,0,0,0"), "outpaint adds no pixels"),

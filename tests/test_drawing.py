@@ -138,7 +138,7 @@ def test_nine_channels(inpainter, photo, mask, monkeypatch):
     small = mask[::2, ::2] == 255
     np.testing.assert_array_equal(read[4].numpy() == 1, small)
     hidden = np.where(mask[..., None] == 255, 127.5, photo) / 127.5 - 1
-    expected = inpainter.encode_images(torch.from_numpy(hidden).permute(2, 0, 1)[None].float())
+    expected = pixels.encode_images(inpainter.model, torch.from_numpy(hidden).permute(2, 0, 1)[None].float())
     torch.testing.assert_close(read[5:], expected[0])
     seen.clear()
     drawn(inpainter, guidance_scale=1.0)
@@ -179,7 +179,7 @@ def test_outpainting(pipe, photo):
         ({"image": "photo.png"}, "image must be a PIL image"),
         ({"image": Image.new("F", (96, 64))}, "image: colour mode F"),
         ({"image": Image.new("RGB", (5000, 64))}, "width must be from 64 to 2048"),
-        ({"image": Image.new("RGB", (96, 20))}, "the image is of 96x20 pixels, less than 64. Enlarge it"),
+        ({"image": Image.new("RGB", (96, 20))}, "the image has 96x20 pixels, less than 64. Enlarge it"),
         ({"outpaint": (1, 2, 3)}, "outpaint is pixels on the left, top, right and bottom"),
         ({"outpaint": (0, 0, 0, 4096)}, "outpaint is pixels on the left, top, right and bottom"),
         ({"hires_scale": 2.0}, "hires_scale has no effect with an image"),

@@ -76,4 +76,4 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, family):
 )
 def test_refused_words(folders, word, initial, count, message):
     with pytest.raises(ConfigError, match=message):
-        begin_word(load(folders["1"]).text_encoder, word, initial, count)
+        begin_word(load(folders["1"]).model.encoder, word, initial, count)

@@ -44,7 +44,7 @@ def config():
 
 def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
     """The model's own of seeds that count on, in fixed company: a kill on the way changes none of them."""
-    draw_class(pipe, config, tmp_path / "whole", "m")
+    draw_class(pipe.painter, config, tmp_path / "whole", "m")
     names = sorted(path.name for path in (tmp_path / "whole").glob("*.png"))
     assert names == [f"{number:05d}.png" for number in range(10)]
     expected = pipe("a star", seed=13, num_images_per_prompt=2, height=64, width=64).images
@@ -58,8 +58,8 @@ def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
     (tmp_path / "cut" / "classes.json").write_text(json.dumps(said))
     other = config.model_copy(update={"prior": config.prior.model_copy(update={"prompt": "a ring"})})
     with pytest.raises(DataError, match="of other settings"):
-        draw_class(pipe, other, tmp_path / "cut", "m")
-    draw_class(pipe, config, tmp_path / "cut", "m")
+        draw_class(pipe.painter, other, tmp_path / "cut", "m")
+    draw_class(pipe.painter, config, tmp_path / "cut", "m")
     for name in (*names, "classes.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     data = open_data(config.model_copy(update={"data": class_data(config, tmp_path / "cut")}))
@@ -73,7 +73,7 @@ def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, faul
     folder = tmp_path / "classes"
     folder.mkdir()
     short = config.model_copy(update={"prior": config.prior.model_copy(update={"pictures": 2})})
-    draw_class(pipe, short, folder, "m")
+    draw_class(pipe.painter, short, folder, "m")
     said = json.loads((folder / "classes.json").read_text())
     assert list(said["pictures"]) == ["00000.png", "00001.png"]
     if fault == "missing":
@@ -88,7 +88,7 @@ def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, faul
     expected = {**messages, "mine": "something else"}.get(fault, "of other settings")
     asked = config if fault == "settings" else short
     with pytest.raises(DataError, match=expected):
-        draw_class(pipe, asked, folder, "other" if fault == "model" else "m")
+        draw_class(pipe.painter, asked, folder, "other" if fault == "model" else "m")
 
 
 def test_class_pictures_of_one_s_own(config, tmp_path):

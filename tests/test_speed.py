@@ -109,12 +109,9 @@ def test_adapters_after_the_first_picture(uncompiled, folders, tmp_path):
 def test_text_is_encoded_once(monkeypatch, uncompiled, settings):
     """By networks that are not open to others."""
     pipe, read = LatentDiffusionPipeline.from_pretrained(**settings), []
-    context = type(pipe.model.encoder).context
-    monkeypatch.setattr(
-        type(pipe.model.encoder),
-        "context",
-        lambda self, prompt, *a, **k: read.append(prompt) or context(self, prompt, *a, **k),
-    )
+    kind = type(pipe.model.encoder)
+    encode = kind.encode
+    monkeypatch.setattr(kind, "encode", lambda self, wanted: read.append(wanted.prompt) or encode(self, wanted))
     for _ in range(2):
         pipe(PROMPT, **QUICK)
     assert read == [PROMPT, ""]
@@ -138,4 +135,4 @@ def test_unknown(tmp_path):
     with pytest.raises(ConfigError, match="unknown speed 'light'; one of exact, fast, max"):
         LatentDiffusionPipeline.from_pretrained(speed="light")
     assert speeds.narrow_dtype(torch.device("cpu")) == torch.bfloat16
-    assert LatentDiffusionPipeline.from_pretrained(runtime="openvino", speed="exact").unet.dtype == "float32"
+    assert LatentDiffusionPipeline.from_pretrained(runtime="openvino", speed="exact").model.dtype == "float32"

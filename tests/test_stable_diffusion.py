@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.families import FAMILIES
 from latentdiff.families.original import save_single_file
 from latentdiff.families.single_file import load_single_file, predicts_noise
 from latentdiff.formats.folder import folder_hash, weight_files
@@ -213,8 +214,8 @@ def test_picture_to_picture(folders):
 
 
 def same_networks(first, second):
-    for name in ("unet", "text_encoder", "autoencoder"):
-        ours, theirs = getattr(first, name).state_dict(), getattr(second, name).state_dict()
+    for name in ("backbone", "encoder", "codec"):
+        ours, theirs = getattr(first.model, name).state_dict(), getattr(second.model, name).state_dict()
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), f"{name}.{key}"
@@ -266,8 +267,8 @@ def test_inferred_configs_are_the_published_ones(folders, tmp_path):
     for family, folder in folders.items():
         save_single_file(stable_diffusion.stored(folder).model, tmp_path / f"{family}.safetensors")
         found = load_single_file(tmp_path / f"{family}.safetensors")
-        assert found.family == family
-        for part, network in (("unet", found.model.backbone.model), ("vae", found.model.codec.vae)):
+        assert found.family == FAMILIES[1 + (family == "XL")]
+        for part, network in (("unet", found.backbone.model), ("vae", found.codec.vae)):
             told = json.loads((folder / part / "config.json").read_text())
             built = json.loads(network.to_json_string())
             differing = {k for k, v in told.items() if built.get(k) != v and not k.startswith("_")}

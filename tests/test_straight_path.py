@@ -40,10 +40,10 @@ def test_it_is_a_model_of_a_straight_path(model):
 
 
 def test_it_learns(model):
-    """The validation loss falls from that of a network that says nothing."""
+    """The loss falls from that of a network that says nothing."""
     lines = [json.loads(line) for line in (model.parent / "denoiser" / "log.jsonl").read_text().splitlines()]
-    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    assert losses[-1] < 0.9 * losses[0] or losses[-1] < 0.9
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from latentdiff.core.errors import DataError, ResourceError
 from latentdiff.data import survey as module
 from latentdiff.data.layouts import find
 from latentdiff.data.source import Options
-from latentdiff.data.survey import retold, survey, told
+from latentdiff.data.survey import as_values, from_values, survey
 
 from .pictures import as_jsonl, broken_pictures, encoded, some_pictures, write_pictures
 
@@ -213,7 +213,7 @@ def test_names_do_not_order_the_set(tmp_path):
 
 def test_a_survey_is_retold(broken):
     found = surveyed(broken)
-    again = retold(found.listing, json.loads(json.dumps(told(found))))
+    again = from_values(found.listing, json.loads(json.dumps(as_values(found))))
     assert [(p.id, p.name, p.facts, p.captions, p.repeats) for p in again.pictures] == [
         (p.id, p.name, p.facts, p.captions, p.repeats) for p in found.pictures
     ]

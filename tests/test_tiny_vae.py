@@ -118,15 +118,18 @@ def test_tiles(model, vae, tmp_path):
         network = load_vae(check_vae(place))
         latents = torch.from_numpy(normal((1, 4, 12, 8), 0, "test"))
         whole = network.images_of(latents)
-        network.piecewise(tiles=True, slices=False)
-        torch.testing.assert_close(network.images_of(latents), whole, rtol=0, atol=1e-6)
+        with network.piecewise(tiles=True, slices=False):
+            torch.testing.assert_close(network.images_of(latents), whole, rtol=0, atol=1e-6)
         images = torch.from_numpy(normal((1, 3, 12 * network.factor, 8 * network.factor), 0, "images"))
-        tiled = network.latents_of(images)
-        network.piecewise(tiles=False, slices=False)
+        with network.piecewise(tiles=True, slices=False):
+            tiled = network.latents_of(images)
         torch.testing.assert_close(tiled, network.latents_of(images), rtol=0, atol=1e-6)
     grey = TinyAutoencoder.create((8, 8), 1, 4, image_channels=1)
-    with pytest.raises(ConfigError, match="does not work in tiles"):
-        grey.piecewise(tiles=True, slices=False)
+    with (
+        pytest.raises(ConfigError, match="vae_tiling requires a tiny VAE of 3 image channels"),
+        grey.piecewise(tiles=True, slices=False),
+    ):
+        pass
 
 
 def test_put_in_a_model(call, vae, tmp_path):

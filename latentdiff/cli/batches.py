@@ -50,10 +50,10 @@ class Process:
     def of_launcher(cls) -> Process:
         """As the environment tells it. Raises ConfigError for what no launcher says."""
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        told = [os.environ.get(name, default) for name, default in defaults.items()]
-        if not all(number.isdecimal() and len(number) < 10 for number in told) or int(told[0]) >= int(told[1]):
-            raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are {', '.join(told)}, which no launcher sets")
-        return cls(*map(int, told))
+        values = [os.environ.get(name, default) for name, default in defaults.items()]
+        if not all(number.isdecimal() and len(number) < 10 for number in values) or int(values[0]) >= int(values[1]):
+            raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are {', '.join(values)}, which no launcher sets")
+        return cls(*map(int, values))
 
     def device(self, named: str | None) -> str | None:
         """Of several processes each takes a GPU of its own, where there are any."""

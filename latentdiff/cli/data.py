@@ -75,21 +75,21 @@ def check(
     if config.data.kind == "scenes":
         raise ConfigError(f"{source} is of procedural scenes: there is nothing to check")
     table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
-    found = look(config)
+    survey = look(config)
     tokenizer = _tokenizer(config)
     limit = config.clip.max_length
-    report = sections(found, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
-    said = {section.title: {"said": section.said, "lines": section.lines} for section in report}
-    typer.echo(printable(json.dumps(said, indent=1) if json_ else as_text(report)))
-    data = picture_data(config, found) if found.pictures else None  # refuses what training would
+    report = sections(survey, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
+    tree = {section.title: {"said": section.said, "lines": section.lines} for section in report}
+    typer.echo(printable(json.dumps(tree, indent=1) if json_ else as_text(report)))
+    data = picture_data(config, survey) if survey.pictures else None  # refuses what training would
     if html:
         page = as_html(settings.source, report, _sheet(data, SHEET, 0, tokenizer) if data else [])
         html.write_text(page, encoding="utf-8")
         typer.echo(html, err=True)
-    if skip_bad and found.left_out and found.pictures:
-        found.write_quarantine(quarantine)
-        typer.echo(f"{len(found.quarantined):,} images left out: {quarantine}", err=True)
-    elif refusal := found.refusal():
+    if skip_bad and survey.left_out and survey.pictures:
+        survey.write_quarantine(quarantine)
+        typer.echo(f"{len(survey.quarantined):,} images left out: {quarantine}", err=True)
+    elif refusal := survey.refusal():
         raise DataError(refusal)
 
 
@@ -112,9 +112,9 @@ def preview(
     check_page(output, PAGE)
     config = _config(source, set_, {"image_size": resolution})
     data = open_data(config)
-    said = f"{min(count, len(data.training)):,} of {len(data.training):,} samples, epoch {epoch}"
+    tree = f"{min(count, len(data.training)):,} of {len(data.training):,} samples, epoch {epoch}"
     sheet = _sheet(data, count, epoch, _tokenizer(config))
-    page = as_html(config.data.pictures.source or config.name, [Section("preview", said)], sheet)
+    page = as_html(config.data.pictures.source or config.name, [Section("preview", tree)], sheet)
     output.write_text(page, encoding="utf-8")
     typer.echo(output)
 
@@ -176,6 +176,6 @@ def _sheet(data: DataSet, count: int, epoch: int, tokenizer: Tokenizer) -> list[
         words = examples.caption(row, epoch)
         ids = tokenizer(words, truncation=True, verbose=False).input_ids
         read = tokenizer.decode(ids, skip_special_tokens=True)
-        said = {"": examples.pictures.name(row), "caption": words, "read": read}
-        sheet.append((examples.toned(pixels[number]), said))
+        tree = {"": examples.pictures.name(row), "caption": words, "read": read}
+        sheet.append((examples.toned(pixels[number]), tree))
     return sheet

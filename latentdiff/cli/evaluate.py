@@ -161,16 +161,16 @@ def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str,
     """Settings of drawing, validated before anything is loaded. Raises ConfigError."""
     from latentdiff.drawing.request import request
 
-    found = common_settings(given, settings or [])
-    del found["num_images"]
+    values = common_settings(given, settings or [])
+    del values["num_images"]
     for name in OWN:
-        if name in found:
+        if name in values:
             raise ConfigError(f"{name} is the evaluation's own, and no setting of drawing")
     for name in LACKING:
-        if name in found:
+        if name in values:
             raise ConfigError(f"{name} requires what an evaluation does not have")
-    request(prompt="checked before anything is loaded", seed=0, **found)
-    return found
+    request(prompt="checked before anything is loaded", seed=0, **values)
+    return values
 
 
 def _grid(wanted: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
@@ -194,9 +194,9 @@ def _grid(wanted: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[Any
 
 def _setting(name: str, value: str) -> dict[str, Any]:
     """One setting by itself, which may mean something only beside others."""
-    found = common_settings({}, [f"{name}={value}"])
-    del found["num_images"]
-    return found
+    values = common_settings({}, [f"{name}={value}"])
+    del values["num_images"]
+    return values
 
 
 def _names(only: str | None) -> list[str]:

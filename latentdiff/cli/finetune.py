@@ -240,11 +240,11 @@ def _finetune(
         with accelerator.main_process_first():
             data = open_data(config, None if dry_run else folder / "cache")
         check_fits(model, config, data)
-        checkpoints, told = checkpoints_to_resume(folder, [STAGE], resume)
+        checkpoints, notes = checkpoints_to_resume(folder, [STAGE], resume)
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
-            for line in [*told, *(f"warning: going on although {change}" for change in changed)]:
+            for line in [*notes, *(f"warning: going on although {change}" for change in changed)]:
                 typer.echo(line, err=True)
         if dry_run:
             typer.echo(rehearse(run, model), err=True)

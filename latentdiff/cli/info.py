@@ -21,8 +21,8 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
     weights = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
     if not path.exists():
         raise ConfigError(f"no such file or folder ({path})")
-    told = _of_model(path) if path.is_dir() else _of_weights(path) if weights else _of_picture(path)
-    typer.echo(printable(json.dumps(told, indent=1, ensure_ascii=False)))  # a prompt may hold half a surrogate pair
+    facts = _of_model(path) if path.is_dir() else _of_weights(path) if weights else _of_picture(path)
+    typer.echo(printable(json.dumps(facts, indent=1, ensure_ascii=False)))  # a prompt may hold half a surrogate pair
 
 
 def _of_model(path: Path) -> dict[str, object]:
@@ -56,7 +56,7 @@ def _of_picture(path: Path) -> dict[str, object]:
     from latentdiff.core.errors import DataError
     from latentdiff.drawing.record import read_metadata
 
-    found = read_metadata(path)
-    if not found:
+    metadata = read_metadata(path)
+    if not metadata:
         raise DataError(f"this picture says nothing of how it was made ({path})")
-    return found
+    return metadata

@@ -46,8 +46,8 @@ def claim(report: Path, rules: dict[str, Any]) -> None:
         old, new = (_flat(nameless(each)) for each in (before, rules))
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if changed:
-            told = "; ".join(f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed[:3])
-            raise ConfigError(f"{path.parent} is a report of something else ({told}). Name another folder")
+            changes = "; ".join(f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed[:3])
+            raise ConfigError(f"{path.parent} is a report of something else ({changes}). Name another folder")
     write_json(path, rules)
     for left in filter(_left, report.iterdir()):
         shutil.rmtree(left)

@@ -108,11 +108,11 @@ def _train(
         with accelerator.main_process_first():
             data = open_data(config, None if dry_run else folder / "cache")
         check_trainable(config, data, stages, accelerator.num_processes)
-        checkpoints, told = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
+        checkpoints, notes = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
-            for line in [*told, *(f"warning: going on although {change}" for change in changed), plan_of(run)]:
+            for line in [*notes, *(f"warning: going on although {change}" for change in changed), plan_of(run)]:
                 typer.echo(line, err=True)
         if dry_run:
             return

@@ -122,7 +122,7 @@ def _what_else(data: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
-    told = " ".join(str(error).split())
-    if "truncated" in told or "Truncated" in told or isinstance(error, EOFError):
+    text = " ".join(str(error).split())
+    if "truncated" in text or "Truncated" in text or isinstance(error, EOFError):
         return "truncated"
-    return f"broken: {told[:80] or type(error).__name__}"
+    return f"broken: {text[:80] or type(error).__name__}"

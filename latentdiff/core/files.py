@@ -163,6 +163,5 @@ def sha256_of(*files: Path, named_in: Path | None = None) -> str:
         with path.open("rb") as file:
             if named_in is not None:
                 digest.update(path.relative_to(named_in).as_posix().encode())
-            while block := file.read(1 << 24):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # by small blocks, whatever the file's size
     return digest.hexdigest()

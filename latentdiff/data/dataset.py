@@ -19,7 +19,7 @@ from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.scene_set import Scenes
 from latentdiff.data.source import Options
-from latentdiff.data.survey import Picture, Survey, retold, survey, told
+from latentdiff.data.survey import Picture, Survey, as_values, from_values, survey
 from latentdiff.data.table import state_of
 from latentdiff.settings.config import Config, Settings
 
@@ -77,7 +77,7 @@ def look(config: Settings, cache: Path | None = None) -> Survey:
     whole = cache / "streamed.jsonl" if cache and listing.streamed else None
     rules = [settings.model_dump(), state_of(settings.source)]
     if whole and (values := read_memo(whole, rules)):
-        return retold(listing, values)
+        return from_values(listing, values)
     found = survey(
         listing,
         instance_prompt=settings.instance_prompt,
@@ -86,7 +86,7 @@ def look(config: Settings, cache: Path | None = None) -> Survey:
         memo=None if listing.streamed or not cache else cache / "decoded.jsonl",
     )
     if whole:
-        write_memo(whole, rules, told(found))
+        write_memo(whole, rules, as_values(found))
     return found
 
 

@@ -113,10 +113,10 @@ class Examples:
 
     def every_caption(self) -> list[str] | None:
         """All that `caption` can return, or None where tags are shuffled."""
-        found: dict[str, None] = {}
+        distinct: dict[str, None] = {}
         for row in range(len(self)):
             possible = self.rule.possible(self.pictures.captions(row))
             if possible is None:
                 return None
-            found |= dict.fromkeys(possible)
-        return list(found)
+            distinct |= dict.fromkeys(possible)
+        return list(distinct)

@@ -39,16 +39,16 @@ def listing(root: Path, options: Options) -> Listing:
     if layout == "auto":
         layout = "metadata" if metadata else "sidecars" if has_sidecars else "uncaptioned"
     if layout == "metadata":
-        found, read = _by_metadata(root, files, pictures, metadata, options), {*metadata}
+        paths, read = _by_metadata(root, files, pictures, metadata, options), {*metadata}
     elif layout == "sidecars":
-        found, read = _by_sidecars(root, pictures, beside), {*beside}
+        paths, read = _by_sidecars(root, pictures, beside), {*beside}
     else:
         records = (Record(name, _reader(root, name), *_of_folder_name(name)) for name in pictures)
-        found, read = Listing("uncaptioned", list(records)), set()
-    if not found.records:
+        paths, read = Listing("uncaptioned", list(records)), set()
+    if not paths.records:
         raise DataError(f"no pictures in {root}. Known suffixes: {', '.join(sorted(SUFFIXES))}")
-    others = sorted(set(files) - read - {record.name for record in found.records})
-    return Listing(found.layout, found.records, found.orphans, (*found.notes, *_note(others)))
+    others = sorted(set(files) - read - {record.name for record in paths.records})
+    return Listing(paths.layout, paths.records, paths.orphans, (*paths.notes, *_note(others)))
 
 
 def has_pictures(root: Path) -> bool:

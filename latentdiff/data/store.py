@@ -54,10 +54,10 @@ class Store:
     def rows(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Tensors (len(keys), ...) by name; the rows must be of one shape. Raises DataError for a key without a row."""
         try:
-            found = [(self._files[path], row) for path, row in map(self._where.__getitem__, keys)]
+            places = [(self._files[path], row) for path, row in map(self._where.__getitem__, keys)]
         except KeyError as error:
             raise DataError(f"{self._directory} has no row {error.args[0]}. The same command makes it again") from None
-        return {name: torch.stack([tensors[name][row] for tensors, row in found]) for name in found[0][0]}
+        return {name: torch.stack([tensors[name][row] for tensors, row in places]) for name in places[0][0]}
 
     def add(self, keys: Sequence[str], tensors: dict[str, Tensor]) -> None:
         """Write rows (N, ...), whole or not at all. Raises ResourceError where there is no room."""

@@ -104,11 +104,11 @@ class Survey:
             _named(self.ambiguous, 5, f"{_images(len(self.ambiguous))} captions that nothing tells apart"),
             _named(self.listing.orphans, 5, f"{len(self.listing.orphans)} captions have no image"),
         ]
-        told = [reason for reason in reasons if reason]
-        if not told:
+        texts = [reason for reason in reasons if reason]
+        if not texts:
             return None if self.pictures else "no images can be used"
         advice = "Add rows or pass --allow-missing-captions" if self.uncaptioned else "Mend them or pass --skip-bad"
-        return f"{'; '.join(told)}. {advice}"
+        return f"{'; '.join(texts)}. {advice}"
 
     def sound(self, skip_bad: bool) -> Survey:
         """The set itself where training may use it; `skip_bad` leaves out what cannot be used. Raises DataError."""
@@ -142,7 +142,7 @@ def survey(
     What decoding said is remembered in `memo` by identity, so that the next time bytes are only hashed.
     """
     rules = {"rules": _RULES, "max_pixels": max_pixels}
-    known = {key: facts_of(told) for key, told in (read_memo(memo, rules) if memo else ())}
+    known = {key: facts_of(texts) for key, texts in (read_memo(memo, rules) if memo else ())}
     pictures: list[Picture] = []
     faults: dict[str, list[Fault]] = {"unreadable": [], "ambiguous": [], "uncaptioned": []}
     for record, key, facts in _opened(listing.records, known, max_pixels):
@@ -189,10 +189,10 @@ def _opened(
             bar.update(len(some))
 
 
-def facts_of(told: dict[str, Any]) -> Facts:
+def facts_of(texts: dict[str, Any]) -> Facts:
     """Facts as JSON gives them back."""
-    height, width = told["size"]
-    return Facts(**{**told, "size": (height, width)})
+    height, width = texts["size"]
+    return Facts(**{**texts, "size": (height, width)})
 
 
 def _facts(data: bytes, max_pixels: int) -> Facts:
@@ -204,18 +204,18 @@ def _facts(data: bytes, max_pixels: int) -> Facts:
     return Facts((height, width), decoded.mode, decoded.format, decoded.frames)
 
 
-def told(found: Survey) -> list[Any]:
+def as_values(survey: Survey) -> list[Any]:
     """A survey as JSON values, for a stream that nobody wants to go through again only to look."""
     values: list[Any] = [
         [picture.id, picture.name, asdict(picture.facts), picture.captions, picture.repeats]
-        for picture in found.pictures
+        for picture in survey.pictures
     ]
-    kinds = {"unreadable": found.unreadable, "ambiguous": found.ambiguous, "uncaptioned": found.uncaptioned}
+    kinds = {"unreadable": survey.unreadable, "ambiguous": survey.ambiguous, "uncaptioned": survey.uncaptioned}
     return values + [[kind, asdict(fault)] for kind, faults in kinds.items() for fault in faults]
 
 
-def retold(listing: Listing, values: list[Any]) -> Survey:
-    """What `told` was told of."""
+def from_values(listing: Listing, values: list[Any]) -> Survey:
+    """The survey that `as_values` wrote."""
     pictures = []
     faults: dict[str, list[Fault]] = {"unreadable": [], "ambiguous": [], "uncaptioned": []}
     for first, *rest in values:

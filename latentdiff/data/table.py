@@ -32,8 +32,8 @@ def state_of(source: str) -> list[Any]:
     """Of a table on this machine its files with their sizes and times: another list is another state."""
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = ((str(file), file.stat()) for file in files if file.is_file())
-    return [[name, said.st_size, said.st_mtime_ns, said.st_ctime_ns] for name, said in found]
+    stats = ((str(file), file.stat()) for file in files if file.is_file())
+    return [[name, said.st_size, said.st_mtime_ns, said.st_ctime_ns] for name, said in stats]
 
 
 def listing(source: str, options: Options) -> Listing:

@@ -67,9 +67,9 @@ def align_your_steps(steps: int, lowest: float, highest: float, published: Seque
     """
     logs = [math.log(ratio) for ratio in published]
     places = _even(0, len(logs) - 1, steps + 1)[:-1]
-    found = [_between(logs, place) for place in places]
+    times = [_between(logs, place) for place in places]
     stretch = (math.log(highest) - math.log(lowest)) / (logs[0] - logs[-1])
-    return [math.exp(math.log(highest) + (value - logs[0]) * stretch) for value in found]
+    return [math.exp(math.log(highest) + (value - logs[0]) * stretch) for value in times]
 
 
 def align_your_steps_xl(steps: int, lowest: float, highest: float) -> list[float]:

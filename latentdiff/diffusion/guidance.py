@@ -87,9 +87,9 @@ def rescaled(guided: Denoiser, cond: Denoiser, share: float) -> Denoiser:
     def denoise(x: Array, level: NoiseLevel) -> Array:
         drawn = guided(x, level)
         flat = (len(x), -1)
-        wanted, found = cond(x, level).reshape(flat).std(1), drawn.reshape(flat).std(1)
-        constant = found == 0  # as where an epsilon network says nothing of x0, at zero SNR: nothing to rescale
-        ratio = (wanted + constant) / (found + constant)
+        wanted, actual = cond(x, level).reshape(flat).std(1), drawn.reshape(flat).std(1)
+        constant = actual == 0  # as where an epsilon network says nothing of x0, at zero SNR: nothing to rescale
+        ratio = (wanted + constant) / (actual + constant)
         return drawn * _each(share * ratio + (1 - share), x)
 
     return denoise
@@ -105,8 +105,8 @@ def thresholded(guided: Denoiser, cond: Denoiser, quantile: float) -> Denoiser:
     def denoise(x: Array, level: NoiseLevel) -> Array:
         drawn = guided(x, level)
         wanted = _each(_quantiles(abs(cond(x, level)), quantile), x)
-        found = _each(_quantiles(abs(drawn), quantile), x)
-        excess = ((found + TINY) / (wanted + TINY)).clip(1, math.inf)
+        actual = _each(_quantiles(abs(drawn), quantile), x)
+        excess = ((actual + TINY) / (wanted + TINY)).clip(1, math.inf)
         return drawn.clip(-excess * wanted, excess * wanted) / excess
 
     return denoise

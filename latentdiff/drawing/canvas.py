@@ -126,12 +126,12 @@ def _pixels(image: Any) -> np.ndarray:
     """Raises ConfigError for what is no picture."""
     if isinstance(image, Image.Image):
         return _decoded(image, "image", WHITE)
-    found = _array(image, "image")
-    if found.dtype != np.uint8 or found.ndim != 3 or found.shape[-1] != 3 or not found.size:
+    array = _array(image, "image")
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
         raise ConfigError(
-            f"image must be a PIL image or uint8 (H, W, 3) (got {type(image).__name__}, {found.dtype} {found.shape})"
+            f"image must be a PIL image or uint8 (H, W, 3) (got {type(image).__name__}, {array.dtype} {array.shape})"
         )
-    return found
+    return array
 
 
 def _decoded(image: Image.Image, name: str, background: Color) -> np.ndarray:
@@ -153,10 +153,10 @@ def _marked(mask: Any, size: tuple[int, int]) -> np.ndarray:
     """True from half grey up. Raises ConfigError for another size than the picture's."""
     if isinstance(mask, Image.Image):
         mask = luminance(_decoded(mask, "mask_image", BLACK)[None])[0, ..., 0]
-    found = _array(mask, "mask_image")
-    if found.ndim != 2 or found.dtype not in (np.uint8, bool):
-        raise ConfigError(f"mask_image must be a picture, or (H, W) of uint8 or bool (got {found.dtype} {found.shape})")
-    if found.shape != size:
-        sizes = [f"{width}x{height}" for height, width in (found.shape, size)]
+    array = _array(mask, "mask_image")
+    if array.ndim != 2 or array.dtype not in (np.uint8, bool):
+        raise ConfigError(f"mask_image must be a picture, or (H, W) of uint8 or bool (got {array.dtype} {array.shape})")
+    if array.shape != size:
+        sizes = [f"{width}x{height}" for height, width in (array.shape, size)]
         raise ConfigError(f"mask_image must be of the image's size: {sizes[0]}, the image is {sizes[1]}")
-    return found if found.dtype == bool else found >= 128
+    return array if array.dtype == bool else array >= 128

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.core.errors import ConfigError, ModelError
@@ -100,7 +99,7 @@ def unloaded(painter: Painter) -> Painter:
 
     attached.detach(adapted(painter.model))
     kept = {name: source for name, source in painter.sources.items() if source.kind != "lora"}
-    return replace(painter, sources=MappingProxyType(kept))
+    return replace(painter, sources=kept)
 
 
 def _with_live(painter: Painter, change: Any) -> Painter:
@@ -109,7 +108,7 @@ def _with_live(painter: Painter, change: Any) -> Painter:
         name: change(name.removeprefix("adapter "), source) if source.kind == "lora" else source
         for name, source in painter.sources.items()
     }
-    return replace(painter, sources=MappingProxyType(sources))
+    return replace(painter, sources=sources)
 
 
 def check_merged(painter: Painter) -> None:

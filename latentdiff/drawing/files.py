@@ -122,5 +122,5 @@ def open_picture(path: Path, background: Color = (255, 255, 255)) -> Image.Image
     except DataError as error:
         raise DataError(f"{printable(path)[:200]}: {error}") from None
     except (OSError, ValueError) as error:  # of names that cannot be, too
-        told = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{printable(path)[:200]}: {told.lower()}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{printable(path)[:200]}: {reason.lower()}") from None

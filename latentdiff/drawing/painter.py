@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from latentdiff.core.errors import ConfigError
@@ -25,12 +24,12 @@ class Painter:
     model: Model
     weaker: Model | None = None
     scorer: Scorer | None = None
-    sources: Mapping[str, Source] = field(default_factory=lambda: MappingProxyType({}))
+    sources: Mapping[str, Source] = field(default_factory=dict)
     memory: Memory | None = None
 
     def with_source(self, name: str, source: Source) -> Painter:
         """One more source."""
-        return replace(self, sources=MappingProxyType({**self.sources, name: source}))
+        return replace(self, sources={**self.sources, name: source})
 
 
 def torch_only(request: Request, model: Model) -> str | None:

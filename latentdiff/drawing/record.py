@@ -78,13 +78,13 @@ _COMPUTE = {"torch": ("torch", "diffusers", "transformers"), "openvino": ("openv
 @cache
 def installed_versions(runtime: str = "torch") -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("latentdiff", *_COMPUTE[runtime], "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def parameters_text(record: ImageMetadata) -> str:
@@ -176,28 +176,28 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with silent_decoders(), Image.open(path, formats=FORMATS) as image:
             image.load()
-            found: dict[str, Any] = _texts(image)
+            tags: dict[str, Any] = _texts(image)
     except FileNotFoundError:
         raise DataError(f"no such file ({path})") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"not a readable picture ({path}): {error}") from None
-    if "latentdiff" in found:
+    if "latentdiff" in tags:
         try:
-            found["latentdiff"] = json.loads(found["latentdiff"])
+            tags["latentdiff"] = json.loads(tags["latentdiff"])
         except (ValueError, RecursionError):
             raise DataError(f"its latentdiff record is not JSON ({path})") from None
-    return found
+    return tags
 
 
 def _texts(image: Image.Image) -> dict[str, Any]:
     """A PNG's chunks, or another picture's EXIF; a description that is no record of ours is the camera's."""
     if image.format == "PNG":
         return {k: v for k, v in image.info.items() if k in ("parameters", "latentdiff") and isinstance(v, str)}
-    exif, found = image.getexif(), dict[str, Any]()
+    exif, tags = image.getexif(), dict[str, Any]()
     comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if isinstance(comment, bytes) and comment.startswith(_UNICODE):
-        found["parameters"] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+        tags["parameters"] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
     description = exif.get(ExifTags.Base.ImageDescription)
     if isinstance(description, str) and description.startswith('{"request"'):
-        found["latentdiff"] = description
-    return found
+        tags["latentdiff"] = description
+    return tags

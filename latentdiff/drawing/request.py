@@ -113,8 +113,10 @@ class Request(BaseModel):
             raise ValueError("apg requires a guidance_scale over 1")
         if not self.apg and (self.apg_eta or self.apg_norm is not None or self.apg_momentum):
             raise ValueError("apg_eta, apg_norm and apg_momentum require apg = true")
-        told = self.variation_strength or "variation_strength" in self.model_fields_set
-        if (self.variation_strength and self.variation_seed is None) or (self.variation_seed is not None and not told):
+        has_strength = self.variation_strength or "variation_strength" in self.model_fields_set
+        if (self.variation_strength and self.variation_seed is None) or (
+            self.variation_seed is not None and not has_strength
+        ):
             raise ValueError("a variation requires both variation_seed and variation_strength")
         if self.hires_strength is not None and self.hires_scale is None:
             raise ValueError("hires_strength requires hires_scale")

@@ -44,11 +44,11 @@ def frechet_extrapolated(first: Array, second: Array, seed: int = 0) -> float:
     """What the Frechet distance goes towards with more pictures: its intercept over 1 / N (Chong & Forsyth 2020)."""
     count = min(len(first), len(second))
     sizes = [int(share * count) for share in SHARES]
-    found = []
+    matches = []
     for size in sizes:
         chosen = noise.permutation(count, seed, "frechet", size)[:size]  # of both: rows of one caption go together
-        found.append(frechet(first[chosen], second[chosen]))
-    return float(np.polyfit(1 / np.array(sizes), found, 1)[1])
+        matches.append(frechet(first[chosen], second[chosen]))
+    return float(np.polyfit(1 / np.array(sizes), matches, 1)[1])
 
 
 def kernel(first: Array, second: Array) -> float:
@@ -105,8 +105,8 @@ def inside(points: Array, others: Array) -> float:
 
     a, b = (torch.as_tensor(each, dtype=torch.float64) for each in (points, others))
     radii = torch.cat([torch.cdist(some, b).kthvalue(NEIGHBOURS + 1).values for some in torch.split(b, AT_ONCE)])
-    found = torch.cat([(torch.cdist(some, b) <= radii).any(1) for some in torch.split(a, AT_ONCE)])
-    return float(found.double().mean())
+    matches = torch.cat([(torch.cdist(some, b) <= radii).any(1) for some in torch.split(a, AT_ONCE)])
+    return float(matches.double().mean())
 
 
 def vendi(features: Array) -> float:
@@ -125,15 +125,15 @@ def nearest(
     but: names of the rows (N,) and of the others (M,): those of its own name do not count.
     """
     a, b = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (features, others))
-    found, cosines = [], []
+    matches, cosines = [], []
     for start in range(0, len(a), AT_ONCE):
         rows = slice(start, start + AT_ONCE)
         alike = a[rows] @ b.T
         if but is not None:
             alike[but[0][rows, None] == but[1]] = -1
-        found.append(alike.argmax(1))
+        matches.append(alike.argmax(1))
         cosines.append(alike.max(1))
-    return np.concatenate(found), np.concatenate(cosines)
+    return np.concatenate(matches), np.concatenate(cosines)
 
 
 def distances(drawn: Array, real: Array, *, unit: bool) -> dict[str, Figure]:

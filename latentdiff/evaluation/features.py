@@ -44,10 +44,10 @@ class Extractor:
             lacking = self.at_once - len(some)
             filled = np.concatenate([some, np.zeros((lacking, *some.shape[1:]), np.uint8)]) if lacking else some
             rows.append(self.features(filled)[: len(some)])
-        found = np.concatenate(rows)
-        if not np.isfinite(found).all():
+        result = np.concatenate(rows)
+        if not np.isfinite(result).all():
             raise NonFiniteError(f"features are not finite ({self.name}). Its weights may be damaged")
-        return found
+        return result
 
     def of_known(self, pictures: np.ndarray) -> Floats:
         """The same of pictures that many evaluations compare with: kept in the user's cache for the next.
@@ -55,19 +55,19 @@ class Extractor:
         The first batch is looked at again; where a bit of it is another (of another device, setting or library), so
         are all.
         """
-        said = hashlib.sha256(f"{self.name} {self.hash} {pictures.shape}".encode())
-        said.update(np.ascontiguousarray(pictures).data)
-        file, first = user_cache.file(f"{said.hexdigest()}.features"), self.of(pictures[: self.at_once])
+        digest = hashlib.sha256(f"{self.name} {self.hash} {pictures.shape}".encode())
+        digest.update(np.ascontiguousarray(pictures).data)
+        file, first = user_cache.file(f"{digest.hexdigest()}.features"), self.of(pictures[: self.at_once])
         if file and (kept := user_cache.kept(file)) and kept.is_whole():
             known: Floats = np.load(io.BytesIO(kept.content.data), allow_pickle=False)
             if np.array_equal(known[: self.at_once], first):
                 return known
-        found = np.concatenate([first, self.of(pictures[self.at_once :])]) if len(pictures) > len(first) else first
+        result = np.concatenate([first, self.of(pictures[self.at_once :])]) if len(pictures) > len(first) else first
         if file:
             content = io.BytesIO()
-            np.save(content, found, allow_pickle=False)
+            np.save(content, result, allow_pickle=False)
             user_cache.keep(file, content.getvalue())
-        return found
+        return result
 
 
 def of_clip(scorer: Scorer, name: str, sha256: str) -> Extractor:
@@ -116,7 +116,7 @@ def _of_inception(network: Callable[..., object], sha256: str) -> Extractor:
     import torch
 
     def features(pictures: np.ndarray) -> Floats:
-        found = network(torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))))
-        return np.asarray(found)
+        result = network(torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))))
+        return np.asarray(result)
 
     return Extractor("Inception v3, pool 2048", sha256, features, at_once=8)  # it enlarges them to 299 pixels

@@ -32,7 +32,7 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not valid UTF-8'})") from None
-    found = []
+    rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -48,10 +48,10 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
             raise DataError(f"{file.name} line {number}: {error}") from None
         if row.get("tag") not in TAGS:
             raise DataError(f'{file.name} line {number}: "tag" is none of {", ".join(TAGS)} (got {row.get("tag")!r})')
-        found.append(row)
-    if not found:
+        rows.append(row)
+    if not rows:
         raise DataError(f"{file} has no prompts")
-    return found
+    return rows
 
 
 def draw_geneval(
@@ -82,9 +82,9 @@ def _no_number(text: str) -> float:
 
 
 def _note(file: Path, row: dict[str, Any]) -> None:
-    said = (json.dumps(row) + "\n").encode()
+    content = (json.dumps(row) + "\n").encode()
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_new(file, said)
-    elif file.read_bytes() != said:
+        write_new(file, content)
+    elif file.read_bytes() != content:
         raise DataError(f"{file} is of another prompt. Name another folder")

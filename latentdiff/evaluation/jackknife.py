@@ -47,5 +47,5 @@ def parts(count: int, number: int = PARTS) -> list[slice]:
 def jackknifed(value: float, without: Sequence[float], better: Better = "neither") -> Figure:
     """Of a statistic, and of what it is without each part."""
     left = np.array(without)
-    found = mean(value + (len(left) - 1) * (left.mean() - left), better, paired=True)
-    return replace(found, value=value)
+    figure = mean(value + (len(left) - 1) * (left.mean() - left), better, paired=True)
+    return replace(figure, value=value)

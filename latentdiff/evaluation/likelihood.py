@@ -90,11 +90,11 @@ def likelihood(
         raise ValueError("a likelihood is of two pictures at least: each has the other's width")
     plain = isinstance(model.codec, IdentityCodec)
     dimensions = math.prod(pictures.shape[1:3]) * model.codec.image_channels
-    found: list[tuple[Errors, Errors]] = []
+    pairs: list[tuple[Errors, Errors]] = []
     for rows in tqdm(list(_batches(pictures)), "likelihood", disable=None):
         file, rules = folder and folder / f"{rows[0]:05d}.json", [times, seed, len(rows)]
         if file and (kept := read_memo(file, rules)):
-            found.append((Errors.from_tree(kept[0], model.path), Errors.from_tree(kept[1], model.path)))
+            pairs.append((Errors.from_tree(kept[0], model.path), Errors.from_tree(kept[1], model.path)))
             continue
         x0 = _sampled(*_posterior(model, pictures[rows]), seed, rows)
         asked: dict[str, Any] = {"count": times, "seed": seed, "samples": rows, "pixels": plain}
@@ -103,10 +103,10 @@ def likelihood(
             for words in ([captions[row] for row in rows], [""] * len(rows))
         )
         both = [errors_of(_predict(model, conditions), x0, model.path, **asked) for conditions in (own, empty)]
-        found.append((both[0], both[1]))
+        pairs.append((both[0], both[1]))
         if file:
             write_memo(file, rules, [errors.as_tree() for errors in both])
-    cond, uncond = (Errors.joined(parts) for parts in zip(*found, strict=True))
+    cond, uncond = (Errors.joined(parts) for parts in zip(*pairs, strict=True))
     decoder, entropy = np.zeros((2, len(pictures))) if plain else _autoencoder(model, pictures, seed)
     made = Likelihood(cond, uncond, decoder, entropy, dimensions)
     for errors in (cond, uncond):
@@ -139,14 +139,14 @@ def _autoencoder(model: Model, pictures: np.ndarray, seed: int) -> tuple[Floats,
     """-log p(x | z) and H(q(z | x)), (N,) nats each."""
     halves = np.arange(len(pictures)) % 2
     errors, entropy = [], []
-    for found, entropies in _decoded(model, pictures, seed):
-        errors += [np.abs(x - mean).mean() for x, mean in found]
+    for pairs, entropies in _decoded(model, pictures, seed):
+        errors += [np.abs(x - mean).mean() for x, mean in pairs]
         entropy += entropies
     off = np.array(errors)
     widths = [off[halves != half].mean() for half in halves]  # the best of a Laplace density is the mean error
     decoder: list[float] = []
-    for found, _ in _decoded(model, pictures, seed):
-        for x, mean in found:
+    for pairs, _ in _decoded(model, pictures, seed):
+        for x, mean in pairs:
             decoder.append(-discretised(x, mean, widths[len(decoder)], "laplace").sum())
     return np.array(decoder), np.array(entropy)
 

@@ -91,8 +91,8 @@ class References:
         if self.training is None or len(self.trained) < count:
             return {}
         trained = self.extractor.of_known(self.trained[:count])
-        found = distances(trained, self.features, unit=self.extractor.scorer is not None)
-        return {f"{name}_floor": replace(figure, better="neither") for name, figure in found.items()}
+        figures = distances(trained, self.features, unit=self.extractor.scorer is not None)
+        return {f"{name}_floor": replace(figure, better="neither") for name, figure in figures.items()}
 
     @property
     def captions(self) -> list[str]:
@@ -114,39 +114,39 @@ def of_likelihood(subject: Subject, references: References, asked: Asked) -> Res
     """Bits per dimension of a quarter of the pictures."""
     count = min(len(references.pictures), max(16, len(references.pictures) // 4))
     pictures, captions, folder = references.pictures[:count], references.captions[:count], subject.folder / "likelihood"
-    found = likelihood(subject.exact().model, pictures, captions, times=asked.times, seed=asked.seed, folder=folder)
+    result = likelihood(subject.exact().model, pictures, captions, times=asked.times, seed=asked.seed, folder=folder)
     figures = {}
     for variance in ("small", "large"):
         suffix = "" if variance == "small" else "_large_variance"
-        for name, errors in (("with_captions", found.cond), ("without_captions", found.uncond)):
-            figures[f"bits_per_dimension_{name}{suffix}"] = mean(found.bits(errors, variance), "lower", paired=True)
-        figures[f"gain_by_captions{suffix}"] = mean(found.gain(variance), "higher", paired=True)
-    said = {"pictures": count, "times": asked.times, "arithmetic": "torch in float32"}
-    said |= {"dimensions": found.dimensions, "latent dimensions": found.cond.dimensions}
-    return Result(figures | _terms(found), said, [_curve(found, subject.exact().model.path.T)])
+        for name, errors in (("with_captions", result.cond), ("without_captions", result.uncond)):
+            figures[f"bits_per_dimension_{name}{suffix}"] = mean(result.bits(errors, variance), "lower", paired=True)
+        figures[f"gain_by_captions{suffix}"] = mean(result.gain(variance), "higher", paired=True)
+    facts = {"pictures": count, "times": asked.times, "arithmetic": "torch in float32"}
+    facts |= {"dimensions": result.dimensions, "latent dimensions": result.cond.dimensions}
+    return Result(figures | _terms(result), facts, [_curve(result, subject.exact().model.path.T)])
 
 
-def _terms(found: Likelihood) -> dict[str, Figure]:
+def _terms(result: Likelihood) -> dict[str, Figure]:
     """What the bound with captions is the sum of, in bits per dimension of a picture."""
     terms = {
-        "term_prior": found.cond.prior,
-        "term_denoising": found.cond.denoising(),
-        "term_denoising_without_captions": found.uncond.denoising(),
-        "term_reconstruction": found.cond.reconstruction,
-        "term_decoder": found.decoder,
-        "term_posterior": -found.entropy,
+        "term_prior": result.cond.prior,
+        "term_denoising": result.cond.denoising(),
+        "term_denoising_without_captions": result.uncond.denoising(),
+        "term_reconstruction": result.cond.reconstruction,
+        "term_decoder": result.decoder,
+        "term_posterior": -result.entropy,
     }
-    figures = {name: mean(bits(nats, found.dimensions)) for name, nats in terms.items()}
-    per_latent = mean(bits(found.cond.total(), found.cond.dimensions))
+    figures = {name: mean(bits(nats, result.dimensions)) for name, nats in terms.items()}
+    per_latent = mean(bits(result.cond.total(), result.cond.dimensions))
     return figures | {"latents_bits_per_latent_dimension": per_latent}
 
 
-def _curve(found: Likelihood, timesteps: int) -> Plot:
+def _curve(result: Likelihood, timesteps: int) -> Plot:
     edges = np.unique(np.linspace(1, timesteps, CURVE_BINS + 1).astype(int)).tolist()
     middles = [(low + high) / 2 for low, high in pairwise(edges)]
     series = [
-        Series(name, middles, bits(errors.curve(edges), found.dimensions).tolist())
-        for name, errors in (("with captions", found.cond), ("without", found.uncond))
+        Series(name, middles, bits(errors.curve(edges), result.dimensions).tolist())
+        for name, errors in (("with captions", result.cond), ("without", result.uncond))
     ]
     return Plot("the denoising term at each time", "t", "bits per dimension", series, log="y")
 
@@ -175,11 +175,11 @@ def measured(drawn: np.ndarray, references: References) -> dict[str, Figure]:
 
 def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -> np.ndarray:
     """100 max(cosine, 0) (Hessel et al. 2021, eq. 1, with w = 100), (N,)."""
-    found = []
+    scores = []
     for first in range(0, len(pictures), AT_ONCE):
         images = to_images(coloured(pictures[first : first + AT_ONCE])).to(scorer.mean.device)
-        found.append(scorer.score(captions[first : first + AT_ONCE], images).cpu().numpy())
-    cosines = np.concatenate(found)
+        scores.append(scorer.score(captions[first : first + AT_ONCE], images).cpu().numpy())
+    cosines = np.concatenate(scores)
     if not np.isfinite(cosines).all():
         raise NonFiniteError("CLIP's scores are not finite. Its weights may be damaged")
     return np.asarray(100 * cosines.clip(0, None))
@@ -192,11 +192,11 @@ def of_composition(subject: Subject, references: References, asked: Asked) -> Re
     score = partial(evaluate_composition, subject.painter, pictures=count, seed=asked.seed, **kept)
     scores = {"": score(), "held_out": score(held_out=True), "ceiling": ceiling(subject.exact().model, pictures=count)}
     figures: dict[str, Figure] = {}
-    for title, found in scores.items():
+    for title, outcome in scores.items():
         suffix = f"_{title}" if title else ""
-        every = [right for share in found.categories.values() for right in share.each]
-        figures[f"composition{suffix}"] = _share(found.overall, found.error, every)
-        for name, share in found.categories.items():
+        every = [right for share in outcome.categories.values() for right in share.each]
+        figures[f"composition{suffix}"] = _share(outcome.overall, outcome.error, every)
+        for name, share in outcome.categories.items():
             figures[f"{name}{suffix}"] = _share(share.mean, share.error, share.each)
     pictures = [
         (row, {"right" if right else "wrong": f"{name}: {caption}"})
@@ -213,30 +213,32 @@ def _share(value: float, error: float, each: Sequence[float]) -> Figure:
 def of_autoencoder(subject: Subject, references: References, asked: Asked) -> Result:
     """The pictures encoded and decoded, by torch in float32."""
     real = references.pictures
-    found = compressing.decoded(subject.exact().model, real, subject.folder)
-    in_colour = found.pictures.shape[-1] == 3
+    result = compressing.decoded(subject.exact().model, real, subject.folder)
+    in_colour = result.pictures.shape[-1] == 3
     originals = real if in_colour else luminance(real)
     features = references.features if in_colour else references.extractor.of_known(originals)
-    psnr = compressing.psnr(originals, found.pictures)
+    psnr = compressing.psnr(originals, result.pictures)
     figures = {
         "psnr": mean(psnr, "higher", paired=True),
-        "reconstruction_frechet": jackknife(frechet, references.extractor.of(found.pictures), features, better="lower"),
-        "latent_mean": Figure(float(np.abs(found.mean).max())),
-        "latent_std_least": Figure(float(found.std.min())),
-        "latent_std_most": Figure(float(found.std.max())),
+        "reconstruction_frechet": jackknife(
+            frechet, references.extractor.of(result.pictures), features, better="lower"
+        ),
+        "latent_mean": Figure(float(np.abs(result.mean).max())),
+        "latent_std_least": Figure(float(result.std.min())),
+        "latent_std_most": Figure(float(result.std.max())),
     }
     if min(real.shape[1:3]) >= compressing.SMALLEST:
-        figures["ssim"] = mean(compressing.ssim(originals, found.pictures), "higher", paired=True)
+        figures["ssim"] = mean(compressing.ssim(originals, result.pictures), "higher", paired=True)
     if references.lpips is not None:
         figures["lpips"] = mean(
-            compressing.perceptual(references.lpips, originals, found.pictures), "lower", paired=True
+            compressing.perceptual(references.lpips, originals, result.pictures), "lower", paired=True
         )
     pictures: list[Labelled] = []
     for row in np.argsort(psnr)[: SHOWN // 2]:
-        told = {"decoded": f"{psnr[row]:.1f} dB, one of the worst"}
-        pictures += [(originals[row], {"original": ""}), (found.pictures[row], told)]
-    channels = [f"{m:+.3f} / {s:.3f}" for m, s in zip(found.mean, found.std, strict=True)]
-    table = Table("latents", ["channel", "mean / std"], [[str(n), told] for n, told in enumerate(channels)])
+        label = {"decoded": f"{psnr[row]:.1f} dB, one of the worst"}
+        pictures += [(originals[row], {"original": ""}), (result.pictures[row], label)]
+    channels = [f"{m:+.3f} / {s:.3f}" for m, s in zip(result.mean, result.std, strict=True)]
+    table = Table("latents", ["channel", "mean / std"], [[str(n), label] for n, label in enumerate(channels)])
     return Result(figures, {"pictures": len(real), **_extractor(references)}, tables=[table], pictures=pictures)
 
 
@@ -296,8 +298,8 @@ def of_memorisation(subject: Subject, references: References, asked: Asked) -> R
     for row in np.argsort(-near)[: SHOWN // 2]:
         pictures.append((drawn[row], {f"drawn, {near[row]:.4f}": references.captions[row]}))
         pictures.append((trained[where[row]], {"trained on": ""}))
-    said = {"pictures": len(drawn), "training pictures": len(training), **_extractor(references)}
-    return Result(figures, said, pictures=pictures)
+    facts = {"pictures": len(drawn), "training pictures": len(training), **_extractor(references)}
+    return Result(figures, facts, pictures=pictures)
 
 
 def _hundredth(count: int) -> int:
@@ -320,12 +322,12 @@ def of_geneval(subject: Subject, references: References, asked: Asked) -> Result
     grids = geneval.draw_geneval(subject.painter, references.prompts, folder, seed=asked.seed, **asked.settings)
     numbered = enumerate(zip(grids, references.prompts, strict=True))
     pictures = [(grid, {"": row["prompt"]}) for number, (grid, row) in numbered if number < SHOWN]
-    said = {
+    facts = {
         "prompts": len(references.prompts),
         "pictures a prompt": geneval.PICTURES,
         "layout": "NNNNN/samples/NNNN.png",
     }
-    return Result({}, said, pictures=pictures)
+    return Result({}, facts, pictures=pictures)
 
 
 def _extractor(references: References) -> dict[str, str]:

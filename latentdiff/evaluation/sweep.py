@@ -69,20 +69,20 @@ def _cell(
     drawn = drawn_pictures(subject.painter, captions, title=name, **settings)
     seconds = (time.perf_counter() - began) / len(captions)
     far = jackknife(frechet, references.extractor.of(drawn), real)
-    found = {"seconds": seconds, "frechet": far.value, "frechet_error": far.error or 0.0}
+    cell = {"seconds": seconds, "frechet": far.value, "frechet_error": far.error or 0.0}
     if references.scorer is not None:
-        found["clip_score"] = float(clip_scores(references.scorer, captions, drawn).mean())
-    write_memo(path, rules, [found])
-    return found
+        cell["clip_score"] = float(clip_scores(references.scorer, captions, drawn).mean())
+    write_memo(path, rules, [cell])
+    return cell
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """The numbers of the points that no other is as low as in both and lower in one, by their first coordinate."""
-    found: list[int] = []
+    front: list[int] = []
     for number in sorted(range(len(points)), key=lambda n: points[n]):
-        if not found or points[number][1] < points[found[-1]][1]:
-            found.append(number)
-    return found
+        if not front or points[number][1] < points[front[-1]][1]:
+            front.append(number)
+    return front
 
 
 def _plot(cells: Sequence[tuple[dict[str, Any], dict[str, float]]], best: Sequence[int]) -> Plot:

@@ -80,8 +80,8 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise ModelError(f"no such file ({path})")
     if is_pickle(path):
-        told = "latentdiff loads safetensors only. `latentdiff convert --trust-pickle` makes one of it"
-        raise UnsafeError(f"{path} is a pickle file; {told}")
+        hint = "latentdiff loads safetensors only. `latentdiff convert --trust-pickle` makes one of it"
+        raise UnsafeError(f"{path} is a pickle file; {hint}")
     with loading(path), safe_open(path, "pt"):
         pass
 
@@ -233,8 +233,8 @@ def _bare(weights: State) -> State:
 
 
 def _layer(name: str) -> int:
-    found = re.match(r"encoder\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else -1
+    match = re.match(r"encoder\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def text_config(weights: State, activation: str, **more: Any) -> CLIPTextConfig:
@@ -277,7 +277,7 @@ def _filled_text(network: Any, config: CLIPTextConfig, state: State) -> Any:
 
 def _count(weights: State, pattern: str) -> int:
     """How many numbers the names hold at that place. Raises ModelError where one is left out."""
-    numbers = {int(found[1]) for name in weights if (found := re.match(pattern, name))}
+    numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
     if numbers and max(numbers) != len(numbers) - 1:
         raise ModelError(f"its names are numbered up to {max(numbers)}, of which there are {len(numbers)} ({pattern})")
     return len(numbers)
@@ -291,10 +291,10 @@ def _prediction(
     Files that are not of their family's usual kind say so by an empty weight of that name, or in their metadata.
     """
     with safe_open(path, "pt") as file:
-        told = (file.metadata() or {}).get("modelspec.prediction_type", "")
-    if "v_pred" in state or told in ("v", "v_prediction"):
+        hint = (file.metadata() or {}).get("modelspec.prediction_type", "")
+    if "v_pred" in state or hint in ("v", "v_prediction"):
         return "v_prediction", "ztsnr" in state
-    if told or kind != "2":
+    if hint or kind != "2":
         return "epsilon", "ztsnr" in state
     return ("epsilon" if predicts_noise(unet, text_encoder) else "v_prediction"), "ztsnr" in state
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from latentdiff.core.errors import ModelError
@@ -16,17 +15,17 @@ from latentdiff.model import Family, Model, TorchPlace
 
 TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
 _TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
-PARTS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
-        "unet": frozenset({"UNet2DConditionModel"}),
-        "text_encoder": frozenset({"CLIPTextModel"}),
-        "tokenizer": _TOKENIZERS,
-    }
-)
-PARTS_OF_TWO: Mapping[str, frozenset[str]] = MappingProxyType(
-    {**PARTS, "text_encoder_2": frozenset({"CLIPTextModelWithProjection"}), "tokenizer_2": _TOKENIZERS}
-)
+PARTS: Mapping[str, frozenset[str]] = {
+    "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
+    "unet": frozenset({"UNet2DConditionModel"}),
+    "text_encoder": frozenset({"CLIPTextModel"}),
+    "tokenizer": _TOKENIZERS,
+}
+PARTS_OF_TWO: Mapping[str, frozenset[str]] = {
+    **PARTS,
+    "text_encoder_2": frozenset({"CLIPTextModelWithProjection"}),
+    "tokenizer_2": _TOKENIZERS,
+}
 
 
 def load(directory: Path, variant: str | None) -> Model:

@@ -44,11 +44,11 @@ _METADATA = "lora_adapter_metadata"  # under which diffusers keeps PEFT's config
 
 def adapter_path(path: Path) -> Path:
     """The file itself, or that of a folder under one of its usual names. Raises ModelError, UnsafeError."""
-    found = next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path
-    if not found.is_file():
+    match = next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path
+    if not match.is_file():
         raise ModelError(f"no adapter there ({path}). Give a .safetensors file, or a folder with {NAMES[0]}")
-    refuse_pickle(found)
-    return found
+    refuse_pickle(match)
+    return match
 
 
 def read_adapter(path: Path, networks: Networks) -> Adapter:
@@ -109,10 +109,10 @@ def _of_peft(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[
     unused = []
     modules = {part: set(_adaptable(network)) for part, network in networks.items()}
     for name, tensor in _modern(state).items():
-        found = re.fullmatch(r"(.*?)\.((?:lora_|hada_|lokr_)\w+(?:\.weight|\.bias)?|alpha)", name)
-        place = found and _placed(found[1], modules)
-        if found and place:
-            factor = found[2].replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        match = re.fullmatch(r"(.*?)\.((?:lora_|hada_|lokr_)\w+(?:\.weight|\.bias)?|alpha)", name)
+        place = match and _placed(match[1], modules)
+        if match and place:
+            factor = match[2].replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
             named.setdefault(place, {})[factor] = tensor
         else:
             unused.append(name)
@@ -244,16 +244,16 @@ def _told(config: dict[str, Any], part: str, key: str) -> Any:
 def _config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """PEFT's config: in the file's metadata, or adapter_config.json beside it. Raises ModelError."""
     if _METADATA in metadata:
-        found = json.loads(metadata[_METADATA])
+        match = json.loads(metadata[_METADATA])
     else:
         beside = file.parent / "adapter_config.json"
-        found = read_json(beside) if file.name == NAMES[1] and beside.is_file() else {}
-    if not isinstance(found, dict):
+        match = read_json(beside) if file.name == NAMES[1] and beside.is_file() else {}
+    if not isinstance(match, dict):
         raise ModelError(f"its config is no JSON object ({file})")
-    return found
+    return match
 
 
-def save_peft(adapter: Adapter, path: Path, said: Mapping[str, str] = MappingProxyType({})) -> None:
+def save_peft(adapter: Adapter, path: Path, about: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write an adapter under PEFT's names, with its alphas where diffusers reads them, and what else is said of it."""
     state: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
@@ -269,7 +269,7 @@ def save_peft(adapter: Adapter, path: Path, said: Mapping[str, str] = MappingPro
             config[f"{part}.use_rslora"] = True
         if any("lora_magnitude_vector" in layer.factors for layer in layers.values()):
             config[f"{part}.use_dora"] = True
-    _save(state, path, {_METADATA: json.dumps(config | ({"said": dict(said)} if said else {}), sort_keys=True)})
+    _save(state, path, {_METADATA: json.dumps(config | ({"said": dict(about)} if about else {}), sort_keys=True)})
 
 
 def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, A
 
 
 def save_kohya(
-    adapter: Adapter, path: Path, networks: Networks, said: Mapping[str, str] = MappingProxyType({})
+    adapter: Adapter, path: Path, networks: Networks, about: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Write an adapter under kohya's names, with alpha in the precision of its factors. Raises ModelError."""
     back = {factor: name for name, factor in _FACTORS.items()}
@@ -299,7 +299,7 @@ def save_kohya(
             state |= {f"{names[module]}.{back.get(name, name)}": tensor for name, tensor in layer.factors.items()}
             first = next(iter(layer.factors.values()))
             state[f"{names[module]}.alpha"] = torch.tensor(layer.full_alpha, dtype=first.dtype)
-    _save(state, path, {"ss_network_module": "networks.lora", **said})
+    _save(state, path, {"ss_network_module": "networks.lora", **about})
 
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -203,17 +203,17 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     variant: fp16, non_ema, ... of those that stand side by side; without it the plain ones, or the only ones there
     are. Raises ModelError.
     """
-    found = _variants(folder)
-    if variant is None and None not in found and len(found) == 1:
-        (variant,) = found
-    if variant not in found:
-        known = ", ".join(sorted(name or "the plain one" for name in found)) or "none"
+    variants = _variants(folder)
+    if variant is None and None not in variants and len(variants) == 1:
+        (variant,) = variants
+    if variant not in variants:
+        known = ", ".join(sorted(name or "the plain one" for name in variants)) or "none"
         raise ModelError(f"{folder.name} has no weights of variant {variant} ({folder.parent}). There are: {known}")
-    if not found[variant].name.endswith(".json"):
-        return [found[variant]]
-    shards = read_json(found[variant]).get("weight_map")
+    if not variants[variant].name.endswith(".json"):
+        return [variants[variant]]
+    shards = read_json(variants[variant]).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ModelError(f"{folder.name}/{found[variant].name} maps no weights ({folder.parent})")
+        raise ModelError(f"{folder.name}/{variants[variant].name} maps no weights ({folder.parent})")
     files = [folder / str(name) for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():
@@ -223,18 +223,18 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 def variant_of(folder: Path, variant: str | None) -> str | None:
     """The variant that `weight_files` takes, by the name under which libraries load it."""
-    found = _variants(folder)
-    return next(iter(found)) if variant is None and None not in found and len(found) == 1 else variant
+    variants = _variants(folder)
+    return next(iter(variants)) if variant is None and None not in variants and len(variants) == 1 else variant
 
 
 def _variants(folder: Path) -> dict[str | None, Path]:
     """The single file or the index of each variant of a network's weights."""
-    found: dict[str | None, Path] = {}
+    variants: dict[str | None, Path] = {}
     for file in sorted(folder.iterdir()):
         single, index = _SINGLE.fullmatch(file.name), _INDEX.fullmatch(file.name)
         if named := index or single:
-            found.setdefault(named[1], file)
-    return found
+            variants.setdefault(named[1], file)
+    return variants
 
 
 def folder_hash(directory: Path, variant: str | None = None) -> str:
@@ -294,5 +294,5 @@ def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
 
 def _levels(vae: dict[str, Any]) -> list[Any]:
     """What a VAE's config has for each level; a tiny one's may be of two kinds, and the older ones lack the first."""
-    found: list[Any] = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
-    return found
+    levels: list[Any] = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+    return levels

@@ -42,8 +42,8 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     try:
         return Path(str(snapshot_download(**settings)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        told = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ModelError(f"cannot fetch {name}{f' at {revision}' if revision else ''} from the hub: {told}") from None
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise ModelError(f"cannot fetch {name}{f' at {revision}' if revision else ''} from the hub: {reason}") from None
 
 
 def _whole(folder: Path, named: str) -> Path:

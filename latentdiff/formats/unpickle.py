@@ -28,11 +28,11 @@ def unpickled(source: Path, target: Path) -> None:
     # -P: else a module of the folder in which one stands would be imported for one of ours
     words = [sys.executable, "-P", "-m", "latentdiff.formats.unpickle", str(source.absolute()), str(target.absolute())]
     done = subprocess.run(words, capture_output=True, text=True, timeout=3600, check=False)
-    told = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    lines = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
     if done.returncode == _REFUSED:
-        raise UnsafeError(f"{source} asks for more than tensors ({told[0]}). latentdiff never loads that")
+        raise UnsafeError(f"{source} asks for more than tensors ({lines[0]}). latentdiff never loads that")
     if done.returncode:
-        raise ModelError(f"cannot read the pickle {source}: {told[0][:200]}")
+        raise ModelError(f"cannot read the pickle {source}: {lines[0][:200]}")
 
 
 def tensors_of(tree: Any) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from latentdiff.core.arrays import Array
@@ -29,7 +28,7 @@ class Spec:
     inputs: int
     outputs: int
     multiple: int = 1
-    reads: Mapping[str, tuple[int | None, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    reads: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
 
 
 @runtime_checkable

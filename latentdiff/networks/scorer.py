@@ -57,7 +57,7 @@ class Scorer(nn.Module):
             with torch.enable_grad():
                 latents = x0.detach().requires_grad_()
                 logits = temperature * (self.images(decode(latents)) * wanted).sum(-1)
-                (found,) = torch.autograd.grad(logits.sum(), latents)
-            return found
+                (slope,) = torch.autograd.grad(logits.sum(), latents)
+            return slope
 
         return gradient

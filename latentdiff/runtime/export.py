@@ -193,14 +193,14 @@ def _weights_in(graph: Any, module: nn.Module) -> list[tuple[Any, str]]:
     """The graph's constants that are weights, with their names. Raises ModelError for one that has lost its name."""
     known = dict(module.named_parameters(remove_duplicate=False))
     numbers = {parameter.detach().numpy().tobytes() for parameter in known.values()}
-    found = []
+    results = []
     for constant in [node for node in graph.get_ops() if node.get_type_name() == "Constant"]:
         name = constant.get_friendly_name().removeprefix("self.")
         if name in known:
-            found.append((constant, name.removeprefix("network.")))
+            results.append((constant, name.removeprefix("network.")))
         elif constant.get_element_type().is_real() and constant.data.size > 1 and constant.data.tobytes() in numbers:
             raise ModelError(f"cannot export: a weight has lost its name ({name})")
-    return found
+    return results
 
 
 def _write(graph: Any, file: Path) -> np.ndarray:
@@ -262,16 +262,15 @@ def _vocabulary(words: str) -> dict[str, Any]:
 def _differences(exported_model: Exported | None, parts: dict[str, tuple[nn.Module, list[Tensor]]]) -> dict[str, float]:
     """Of each graph, read again as drawing does, from its module, on one row instead of several."""
     assert exported_model is not None
-    compiler, found = Compiler(exported_model, "float32"), {}
+    compiler, results = Compiler(exported_model, "float32"), {}
     for part, (module, inputs) in parts.items():
         rows = [tensor if tensor.ndim == 1 else tensor[:1] for tensor in inputs]  # the time is one number for all
         with torch.no_grad():
             theirs = module(*rows)
         theirs = theirs if isinstance(theirs, tuple) else (theirs,)
         pairs = zip(compiler.run(part, *(row.numpy() for row in rows)), theirs, strict=True)
-        found[part] = max(float(np.abs(a - b.numpy()).max() / b.abs().max()) for a, b in pairs)
-        if not found[part] <= LARGEST_DIFFERENCE:
-            raise ModelError(
-                f"cannot export: {part} differs by {found[part]:.1e} of its largest value ({exported_model.directory})"
-            )
-    return found
+        results[part] = max(float(np.abs(a - b.numpy()).max() / b.abs().max()) for a, b in pairs)
+        if not results[part] <= LARGEST_DIFFERENCE:
+            apart = f"{part} differs by {results[part]:.1e} of its largest value"
+            raise ModelError(f"cannot export: {apart} ({exported_model.directory})")
+    return results

@@ -306,13 +306,13 @@ def parsed(kind: type[AnySettings], tree: dict[str, Any], source: str = "config"
     try:
         config = kind.model_validate(_with_tuples(tree))
     except ValidationError as error:
-        found = first_fault(error)
-        if found.unknown:
-            raise ConfigError(f'{source}: unknown key "{found.key}"{_suggestion(kind, found.path)}') from None
-        if not found.path:
-            raise ConfigError(f"{source}: {found.message}") from None
-        told = f'{source}: key "{found.key}": {found.message}'
-        raise ConfigError(told if found.missing else f"{told} (got {repr(found.got)[:60]})") from None
+        fault = first_fault(error)
+        if fault.unknown:
+            raise ConfigError(f'{source}: unknown key "{fault.key}"{_suggestion(kind, fault.path)}') from None
+        if not fault.path:
+            raise ConfigError(f"{source}: {fault.message}") from None
+        text = f'{source}: key "{fault.key}": {fault.message}'
+        raise ConfigError(text if fault.missing else f"{text} (got {repr(fault.got)[:60]})") from None
     _check_text(config, source)
     return config
 
@@ -328,17 +328,17 @@ def _check_text(config: Settings, source: str) -> None:
 
 def flat(config: Settings) -> dict[str, Any]:
     """Every value by its dotted key."""
-    found: dict[str, Any] = {}
+    fault: dict[str, Any] = {}
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
         for key, value in tree.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
             else:
-                found[prefix + key] = value
+                fault[prefix + key] = value
 
     walk(config.model_dump(), "")
-    return found
+    return fault
 
 
 def parsed_override(override: str) -> tuple[str, Any]:

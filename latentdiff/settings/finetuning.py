@@ -142,9 +142,9 @@ def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
         "dreambooth": (1e-4, 2e-4) if factors else (2e-6, 2e-5),
         "textual-inversion": (5e-4, 5e-3),
     }
-    said = asked.finetune.training
+    own = asked.finetune.training
     steps = {"full": 2000, "lora": 2000, "dreambooth": 400, "textual-inversion": 1000}[asked.method]
-    steps = said.max_train_steps if "max_train_steps" in said.model_fields_set else steps
+    steps = own.max_train_steps if "max_train_steps" in own.model_fields_set else steps
     training: dict[str, Any] = {
         "learning_rate": rates[asked.method][small],
         "max_train_steps": steps,

@@ -282,8 +282,8 @@ def _sizes(examples: Examples, keys: Sequence[Key], sized: bool) -> dict[str, Te
     """What SDXL is told of each sample, (B, 6): the original (height, width), the crop's (top, left), the target."""
     if not sized:
         return {}
-    told = [examples.sizes(row, epoch) for row, epoch in keys]
-    return {"sizes": torch.tensor(told, dtype=torch.float32)}
+    sizes = [examples.sizes(row, epoch) for row, epoch in keys]
+    return {"sizes": torch.tensor(sizes, dtype=torch.float32)}
 
 
 def _key_of(caption: str) -> str:

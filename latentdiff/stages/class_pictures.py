@@ -44,9 +44,9 @@ def draw_class(painter: Painter, config: FineTuning, folder: Path, model: str) -
         "count": prior.pictures,
         "model": model,
     }
-    said = _said(folder, asked)
-    if said is not None:
-        _check(folder, said)
+    record = _said(folder, asked)
+    if record is not None:
+        _check(folder, record)
         return
     for first in range(0, prior.pictures, _AT_ONCE):
         numbers = range(first, min(first + _AT_ONCE, prior.pictures))
@@ -66,11 +66,11 @@ def _said(folder: Path, asked: dict[str, Any]) -> dict[str, str] | None:
         _say(folder, asked)
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        sums = said.pop("pictures", None)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        sums = record.pop("pictures", None)
     except (ValueError, AttributeError, RecursionError):
         raise DataError(f"{_SAID} is damaged ({folder}). Move the folder away to have new pictures drawn") from None
-    if said != asked or not isinstance(sums, dict | None):
+    if record != asked or not isinstance(sums, dict | None):
         raise DataError(f"the class pictures are of other settings ({folder}). Move them away to have new ones drawn")
     return sums
 

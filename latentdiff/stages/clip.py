@@ -95,11 +95,11 @@ def _report(
     image_features, text_features, scale = module(images, to_ids(captions).to(device))
     similarity = image_features @ text_features.T
     rows_of = torch.arange(len(images), device=device)
-    found = {
+    numbers = {
         "validation_loss": float(contrastive_loss()(image_features, text_features, scale)),
         "found_of_all": float((similarity.argmax(1) == rows_of).float().mean()),
     }
     if twins:
         own, twin = similarity[rows_of, rows_of], similarity[rows_of, rows_of ^ 1]
-        found["found_of_twins"] = float((own > twin).float().mean())
-    return found
+        numbers["found_of_twins"] = float((own > twin).float().mean())
+    return numbers

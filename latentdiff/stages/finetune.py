@@ -229,7 +229,7 @@ def said_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
     config, training = run.config, run.config.finetune.training
     width = model.backbone.spec.reads["tokens"][-1]
     family = {768: "v1", 1024: "v2-768-v" if model.prediction == "v_prediction" else "v2-512", 2048: "xl-v1-base"}
-    said = {
+    metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"stable-diffusion-{family.get(width or 0, 'of-its-own')}/lora",
         "modelspec.implementation": "diffusers",
@@ -248,5 +248,5 @@ def said_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
         "ss_min_snr_gamma": str(config.finetune.snr_gamma or 5) if config.finetune.weighting == "min_snr" else "None",
     }
     if config.low_rank:
-        said |= {"ss_network_dim": str(config.lora.rank), "ss_network_alpha": str(config.lora.alpha)}
-    return said
+        metadata |= {"ss_network_dim": str(config.lora.rank), "ss_network_alpha": str(config.lora.alpha)}
+    return metadata

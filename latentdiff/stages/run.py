@@ -137,12 +137,12 @@ def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> t
     `latest` is the newest whole checkpoint of a stage, and there must be one; `auto` starts fresh where there is
     none; anything else is a checkpoint's path, for its stage, and never falls back. Raises ModelError.
     """
-    stages, told = tuple(stages), []
-    found: dict[str, Path | None] = {}
+    stages, notes = tuple(stages), []
+    checkpoints: dict[str, Path | None] = {}
     for stage in stages:
-        found[stage], warnings = newest_whole(folder / stage / "checkpoints")
-        told += [f"warning: {warning}" for warning in warnings]
-        if warnings and not found[stage]:
+        checkpoints[stage], warnings = newest_whole(folder / stage / "checkpoints")
+        notes += [f"warning: {warning}" for warning in warnings]
+        if warnings and not checkpoints[stage]:
             raise ModelError(f"{warnings[0]} and none of {folder / stage / 'checkpoints'} is whole. Move them away")
     if resume not in ("auto", "latest"):
         path = Path(resume)
@@ -150,13 +150,13 @@ def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> t
         own = load_state(path).get("stage")
         if own not in stages:
             raise ModelError(f"checkpoint {path} is of stage {own}, which is not trained now ({', '.join(stages)})")
-        return {**found, own: path}, []
-    if not any(found.values()):
+        return {**checkpoints, own: path}, []
+    if not any(checkpoints.values()):
         where = folder / (stages[0] if len(stages) == 1 else "*") / "checkpoints"
         if resume == "latest":
             raise ModelError(f"no checkpoint in {where}. Use --resume auto to start fresh")
-        told.append(f"no checkpoint in {where}: starting fresh")
-    return found, told
+        notes.append(f"no checkpoint in {where}: starting fresh")
+    return checkpoints, notes
 
 
 def check_unchanged(
@@ -169,8 +169,8 @@ def check_unchanged(
     changes: list[str] = []
     for stage, path in checkpoints.items():
         if path:
-            found = _changes(load_state(path), config, data, stage, processes)
-            changes += [change for change in found if change not in changes]
+            here = _changes(load_state(path), config, data, stage, processes)
+            changes += [change for change in here if change not in changes]
     if changes and not allow:
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. Use --allow-changed to accept, or another run folder")
     return changes

@@ -57,13 +57,13 @@ def report(
 def keep_rows_apart(directory: Path, config: FineTuning, examples: Examples) -> None:
     """Rows of other prompts, seeds or sizes than are drawn now go into a folder beside: a page compares equals."""
     shown_now = config.shown.model_dump(mode="json") | {"size": config.image_size}
-    said = json.dumps(shown_now | {"prompts": prompts_of(config, examples)}, sort_keys=True) + "\n"
+    content = json.dumps(shown_now | {"prompts": prompts_of(config, examples)}, sort_keys=True) + "\n"
     path = directory / "prompts.json"
-    if directory.is_dir() and not (path.is_file() and path.read_text(encoding="utf-8") == said):
+    if directory.is_dir() and not (path.is_file() and path.read_text(encoding="utf-8") == content):
         number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}-{n}").exists())
         directory.rename(directory.with_name(f"{directory.name}-{number}"))
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(said, encoding="utf-8")
+    path.write_text(content, encoding="utf-8")
 
 
 def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
@@ -126,8 +126,8 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[n
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
-    told = [line for line in lines if name in line]
-    return Series(name.replace("_", " "), [line["step"] for line in told], [line[name] for line in told])
+    points = [line for line in lines if name in line]
+    return Series(name.replace("_", " "), [line["step"] for line in points], [line[name] for line in points])
 
 
 def _model(config: FineTuning) -> str:
@@ -136,9 +136,9 @@ def _model(config: FineTuning) -> str:
 
 def _differing(config: FineTuning) -> dict[str, Any]:
     plain = flat(FineTuning.model_construct())
-    found = {key: value for key, value in flat(config).items() if plain.get(key) != value}
+    settings = {key: value for key, value in flat(config).items() if plain.get(key) != value}
     places = ("data.pictures.source", "model", "prior.source")  # of which pages do not tell the folders
-    return {key: shown(Path(value).name) if key in places else value for key, value in found.items()}
+    return {key: shown(Path(value).name) if key in places else value for key, value in settings.items()}
 
 
 def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:

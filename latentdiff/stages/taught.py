@@ -64,7 +64,7 @@ def _weights(model: Model, config: FineTuning) -> Taught:
     unet, text_encoder, _ = trainable(model)
     parts: dict[str, nn.Module] = {"unet": unet}
 
-    def write(folder: Path, said: Mapping[str, str]) -> list[Path]:
+    def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         save_model(model, folder / "model")
         return [folder / "model"]
 
@@ -88,12 +88,12 @@ def _factors(model: Model, config: FineTuning) -> Taught:
         trained.begin(networks, factors)
     parts: dict[str, nn.Module] = {"adapter": trained.alone(trained.parameters_of(networks))}
 
-    def write(folder: Path, said: Mapping[str, str]) -> list[Path]:
+    def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         adapter, paths = trained.taken(networks), [folder / adapter_file.NAMES[0]]
-        adapter_file.save_peft(adapter, paths[0], said)
+        adapter_file.save_peft(adapter, paths[0], metadata)
         if settings.kohya:
             paths.append(folder / f"{config.name}-kohya.safetensors")
-            adapter_file.save_kohya(adapter, paths[1], known, said)
+            adapter_file.save_kohya(adapter, paths[1], known, metadata)
         return paths
 
     module = ConditionedNetwork(unet, text_encoder) if reads else unet
@@ -108,7 +108,7 @@ def _word(model: Model, config: FineTuning) -> Taught:
     vectors = begin_word(text_encoder, word.token, word.initial, word.vectors)
     parts: dict[str, nn.Module] = {"word": trained.alone(vectors)}
 
-    def write(folder: Path, said: Mapping[str, str]) -> list[Path]:
+    def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         return [words_file.save_word(vectors, folder, word.token)]
 
     return Taught(ConditionedNetwork(unet, text_encoder), parts, True, write)

@@ -104,8 +104,8 @@ def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
     warnings: list[str] = []
     for path in reversed(checkpoints(directory)):
         if not (fault := damage(path)):
-            told = [f"{warning}; using {label(path)}" for warning in warnings]
-            return path, told
+            notes = [f"{warning}; using {label(path)}" for warning in warnings]
+            return path, notes
         warnings.append(f"checkpoint {label(path)} is damaged ({fault})")
     return None, warnings
 
@@ -188,5 +188,5 @@ def _disk_watched(directory: Path, partial: Path, need: int) -> Iterator[None]:
 
 def _os_error(error: SafetensorError) -> int | None:
     """The number of the system's error, which safetensors tells in words only."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None

@@ -193,8 +193,8 @@ def _told(accelerator: Accelerator, losses: list[Tensor], norm: Tensor) -> list[
     """
     mean = accelerator.reduce(torch.cat(losses).float().mean(), "mean")
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    told: list[float] = torch.stack([mean, norm.to(mean)]).tolist()
-    return told
+    numbers: list[float] = torch.stack([mean, norm.to(mean)]).tolist()
+    return numbers
 
 
 def _not_finite(

@@ -51,8 +51,8 @@ class Order:
         for bucket, rows in enumerate(self.buckets):
             first, last = (when * len(rows) // self._group for when in (epoch, epoch + 1))
             groups.append([(bucket, number) for number in range(first, last)])
-        labels = [bucket for bucket, found in enumerate(groups) for _ in found]
-        iterators = [iter(found) for found in groups]
+        labels = [bucket for bucket, group in enumerate(groups) for _ in group]
+        iterators = [iter(group) for group in groups]
         shuffled = noise.permutation(len(labels), self._seed, f"{self._purpose} buckets", epoch)
         return [next(iterators[labels[place]]) for place in shuffled]  # each bucket's own in their order
 

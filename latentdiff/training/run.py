@@ -75,8 +75,8 @@ def run_stage(
             run.train(progress)
     except NonFiniteError as error:
         if accelerator.is_main_process:
-            told = {"message": str(error), "samples": error.samples}
-            (directory / "non-finite.json").write_text(json.dumps(told, indent=1) + "\n")
+            facts = {"message": str(error), "samples": error.samples}
+            (directory / "non-finite.json").write_text(json.dumps(facts, indent=1) + "\n")
         raise
     run.trained.ema.apply()
     unshard(stage.module)

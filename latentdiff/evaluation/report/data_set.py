@@ -15,29 +15,29 @@ _NAMED = 8  # of what is not wrong; what is wrong is listed whole
 
 
 def sections(
-    found: Survey, source: str, table: Sequence[Size], max_tokens: int, tokens: Callable[[list[str]], list[int]]
+    survey: Survey, source: str, table: Sequence[Size], max_tokens: int, tokens: Callable[[list[str]], list[int]]
 ) -> list[Section]:
     """All that is said of a survey; `tokens` counts those of captions, with start and end."""
-    left = len(found.quarantined)
-    images = f"{found.found:,} = {len(found.pictures):,} that can be used + {left:,} that cannot"
-    rows = sum(picture.repeats for picture in found.pictures)
+    left = len(survey.quarantined)
+    images = f"{survey.found:,} = {len(survey.pictures):,} that can be used + {left:,} that cannot"
+    rows = sum(picture.repeats for picture in survey.pictures)
     return [
-        Section("data set", f"{shown(source)}: {found.listing.layout}", tuple(found.listing.notes)),
-        Section("images", images + (f"; {rows:,} samples an epoch" if rows != len(found.pictures) else "")),
-        *_faults(found),
-        _captions(found, max_tokens, tokens),
-        _duplicates(found),
-        *_kinds(found),
-        *_geometry(found.pictures, table),
+        Section("data set", f"{shown(source)}: {survey.listing.layout}", tuple(survey.listing.notes)),
+        Section("images", images + (f"; {rows:,} samples an epoch" if rows != len(survey.pictures) else "")),
+        *_faults(survey),
+        _captions(survey, max_tokens, tokens),
+        _duplicates(survey),
+        *_kinds(survey),
+        *_geometry(survey.pictures, table),
     ]
 
 
-def _faults(found: Survey) -> list[Section]:
+def _faults(survey: Survey) -> list[Section]:
     kinds: dict[str, Iterable[Any]] = {
-        "cannot be read": found.unreadable,
-        "no caption": found.uncaptioned,
-        "captions that nothing tells apart": found.ambiguous,
-        "captions without an image": found.listing.orphans,
+        "cannot be read": survey.unreadable,
+        "no caption": survey.uncaptioned,
+        "captions that nothing tells apart": survey.ambiguous,
+        "captions without an image": survey.listing.orphans,
     }
     return [
         Section(title, f"{len(lines):,}", lines)
@@ -46,21 +46,21 @@ def _faults(found: Survey) -> list[Section]:
     ]
 
 
-def _captions(found: Survey, max_tokens: int, tokens: Callable[[list[str]], list[int]]) -> Section:
-    distinct = list(dict.fromkeys(caption for picture in found.pictures for caption in picture.captions))
+def _captions(survey: Survey, max_tokens: int, tokens: Callable[[list[str]], list[int]]) -> Section:
+    distinct = list(dict.fromkeys(caption for picture in survey.pictures for caption in picture.captions))
     lengths = dict(zip(distinct, tokens(distinct), strict=True))
-    cut = [p for p in found.pictures if any(lengths[caption] > max_tokens for caption in p.captions)]
-    several, empty = (sum(test(p) for p in found.pictures) for test in (_has_several, _has_none))
-    said = f"{len(distinct):,} distinct"
+    cut = [p for p in survey.pictures if any(lengths[caption] > max_tokens for caption in p.captions)]
+    several, empty = (sum(test(p) for p in survey.pictures) for test in (_has_several, _has_none))
+    text = f"{len(distinct):,} distinct"
     if lengths:
         ordered = sorted(lengths.values())
-        said += f", {ordered[0]} to {ordered[-1]} tokens, median {ordered[len(ordered) // 2]}"
-    said += f"; {len(cut):,} images with a caption cut at {max_tokens} tokens"
-    said += f"; {several:,} images with several" if several else ""
-    said += f"; {empty:,} images with none" if empty else ""
+        text += f", {ordered[0]} to {ordered[-1]} tokens, median {ordered[len(ordered) // 2]}"
+    text += f"; {len(cut):,} images with a caption cut at {max_tokens} tokens"
+    text += f"; {several:,} images with several" if several else ""
+    text += f"; {empty:,} images with none" if empty else ""
     longest = sorted(cut, key=lambda picture: -max(lengths[caption] for caption in picture.captions))
     lines = [f"{shown(p.name)}: {max(lengths[caption] for caption in p.captions):,} tokens" for p in longest]
-    return Section("captions", said, _first(lines))
+    return Section("captions", text, _first(lines))
 
 
 def _has_several(picture: Picture) -> bool:
@@ -71,17 +71,17 @@ def _has_none(picture: Picture) -> bool:
     return picture.captions == ("",)
 
 
-def _duplicates(found: Survey) -> Section:
-    groups = found.duplicates
-    said = (
+def _duplicates(survey: Survey) -> Section:
+    groups = survey.duplicates
+    text = (
         f"{sum(map(len, groups.values())):,} images in {len(groups):,} groups of the same bytes" if groups else "none"
     )
-    return Section("duplicates", said, _first([", ".join(map(shown, names)) for names in groups.values()]))
+    return Section("duplicates", text, _first([", ".join(map(shown, names)) for names in groups.values()]))
 
 
-def _kinds(found: Survey) -> list[Section]:
-    facts = [picture.facts for picture in found.pictures]
-    moving = [shown(picture.name) for picture in found.pictures if picture.facts.frames > 1]
+def _kinds(survey: Survey) -> list[Section]:
+    facts = [picture.facts for picture in survey.pictures]
+    moving = [shown(picture.name) for picture in survey.pictures if picture.facts.frames > 1]
     kinds = [
         Section("colour modes", _counted(fact.mode for fact in facts)),
         Section("formats", _counted(fact.format for fact in facts)),
@@ -131,11 +131,11 @@ def _first(lines: Sequence[str]) -> tuple[str, ...]:
     return (*lines[:_NAMED], *more)
 
 
-def as_text(found: Sequence[Section]) -> str:
+def as_text(survey: Sequence[Section]) -> str:
     """For a terminal."""
-    width = max(len(section.title) for section in found) + 2
+    width = max(len(section.title) for section in survey) + 2
     lines = []
-    for section in found:
+    for section in survey:
         lines.append(f"{section.title:<{width}}{section.said}")
         lines += [f"{'':<{width}}  {line}" for line in section.lines]
     return "\n".join(lines)

@@ -124,12 +124,12 @@ def lacking(name: str, subject: Subject, references: References) -> str | None:
 
 def known(subjects: Sequence[Subject], rules: Mapping[str, Any]) -> dict[str, list[Result]]:
     """The sections that earlier starts measured of every model under the same rules."""
-    found = {}
+    by_section = {}
     for name in SECTIONS:
         results = [result for subject in subjects if (result := _kept(name, subject, rules))]
         if len(results) == len(subjects):
-            found[name] = results
-    return found
+            by_section[name] = results
+    return by_section
 
 
 def _kept(name: str, subject: Subject, rules: Mapping[str, Any]) -> Result | None:
@@ -152,42 +152,42 @@ def _shown(name: str, subject: Subject, number: int) -> Path:
 
 def measure(name: str, subject: Subject, references: References, asked: Asked, rules: Mapping[str, Any]) -> Result:
     """One section of one model; what an earlier start measured under the same rules is not measured again."""
-    if found := _kept(name, subject, rules):
-        return found
+    if result := _kept(name, subject, rules):
+        return result
     began = time.monotonic()
-    found = SECTIONS[name].measure(subject, references, asked)
-    said = {**found.said, "seconds": round(time.monotonic() - began, 1)}
-    tree = {**as_tree(found), "said": said, "shown": [dict(told) for _, told in found.pictures]}
-    for number, (picture, _) in enumerate(found.pictures):
+    result = SECTIONS[name].measure(subject, references, asked)
+    said = {**result.said, "seconds": round(time.monotonic() - began, 1)}
+    tree = {**as_tree(result), "said": said, "shown": [dict(told) for _, told in result.pictures]}
+    for number, (picture, _) in enumerate(result.pictures):
         file = _shown(name, subject, number)
         file.unlink(missing_ok=True)
         write(picture, file)
     write_memo(_memo(name, subject), rules, [tree])
-    return from_tree(tree, found.pictures)
+    return from_tree(tree, result.pictures)
 
 
 def write_report(
     folder: Path,
     subjects: Sequence[Subject],
-    found: Mapping[str, Sequence[Result]],
+    by_section: Mapping[str, Sequence[Result]],
     skipped: Mapping[str, str],
     settings: Mapping[str, Any],
 ) -> None:
     """`found` has of each section a result for each model."""
     names = [subject.name for subject in subjects]
     tree: dict[str, Any] = {"settings": dict(settings), "skipped": dict(skipped), "models": []}
-    found = {name: found[name] for name in SECTIONS if name in found}
+    by_section = {name: by_section[name] for name in SECTIONS if name in by_section}
     for number, subject in enumerate(subjects):
-        own = {name: _metrics(results[number]) for name, results in found.items()}
+        own = {name: _metrics(results[number]) for name, results in by_section.items()}
         tree["models"].append({"name": subject.name, "hash": subject.painter.model.card.hash, "sections": own})
     write_json(folder / METRICS, finite(tree))
-    told = [page.Section(key, "", tuple(_lines(value))) for key, value in settings.items()]
-    titles = [*found, *(["not measured"] if skipped else []), "settings"]
-    parts = [page.contents(titles), _summary(names, found)]
-    parts += [_chapter(name, names, results) for name, results in found.items()]
+    entries = [page.Section(key, "", tuple(_lines(value))) for key, value in settings.items()]
+    titles = [*by_section, *(["not measured"] if skipped else []), "settings"]
+    parts = [page.contents(titles), _summary(names, by_section)]
+    parts += [_chapter(name, names, results) for name, results in by_section.items()]
     left = [page.Section(name, why) for name, why in skipped.items()]
     parts += [page.heading("not measured"), page.listed(left)] if left else []
-    parts += [page.heading("settings"), page.listed(told)]
+    parts += [page.heading("settings"), page.listed(entries)]
     title = " beside ".join(names)
     with whole(folder / PAGE) as made:
         made.write_text(page.document(title, *parts), encoding="utf-8")
@@ -200,12 +200,12 @@ def _metrics(result: Result) -> dict[str, Any]:
     return {"figures": figures, "said": dict(result.said), "tables": [asdict(table) for table in result.tables]}
 
 
-def _summary(names: Sequence[str], found: Mapping[str, Sequence[Result]]) -> str:
+def _summary(names: Sequence[str], by_section: Mapping[str, Sequence[Result]]) -> str:
     """The headline figures of all sections."""
     models = [
         {
             name: figures[number][name]
-            for section, figures in ((section, _comparable(results)) for section, results in found.items())
+            for section, figures in ((section, _comparable(results)) for section, results in by_section.items())
             for name in SECTIONS[section].headline
             if name in figures[number]
         }

@@ -51,9 +51,9 @@ def _inject(layers: Mapping[str, Layer], network: nn.Module, name: str) -> None:
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are meant
         # made empty: nothing is drawn from a global generator
         inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
-    told: Any = set_peft_model_state_dict(network, state, name, low_cpu_mem_usage=True)
-    if told.unexpected_keys:
-        raise ModelError(f"adapter {name}: no place for {told.unexpected_keys[0]}")
+    loaded: Any = set_peft_model_state_dict(network, state, name, low_cpu_mem_usage=True)
+    if loaded.unexpected_keys:
+        raise ModelError(f"adapter {name}: no place for {loaded.unexpected_keys[0]}")
     first = next(network.parameters())
     nn.Module.to(network, device=first.device, dtype=first.dtype)  # diffusers' own warns of every cast
 
@@ -65,12 +65,12 @@ def _carriers(networks: Networks) -> list[Any]:
 
 def weights_of(networks: Networks) -> dict[str, float]:
     """The adapters that are attached and active, with their weights."""
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for carrier in _carriers(networks):
         for name in carrier.active_adapters:
             if name in carrier.scaling and carrier.lora_alpha[name]:
-                found[name.removeprefix(_PREFIX)] = carrier.scaling[name] * carrier.r[name] / carrier.lora_alpha[name]
-    return found
+                weights[name.removeprefix(_PREFIX)] = carrier.scaling[name] * carrier.r[name] / carrier.lora_alpha[name]
+    return weights
 
 
 def weigh(networks: Networks, weights: Mapping[str, float]) -> None:
@@ -143,13 +143,13 @@ def _numbers(layer: Layer) -> int:
         core = shapes["hada_t1"][2:].numel() if "hada_t1" in shapes else 1
         outer = shapes["hada_w1_a"][-1 if "hada_t1" in shapes else 0]
         return outer * shapes["hada_w1_b"][1] * core
-    found = 1
+    weights = 1
     for name in ("lokr_w1", "lokr_w2"):
         core = shapes["lokr_t2"][2:].numel() if name == "lokr_w2" and "lokr_t2" in shapes else 1
         first = shapes.get(f"{name}_a", torch.Size())
         outer = first[-1 if core > 1 else 0] if first else 0
-        found *= shapes[name].numel() if name in shapes else outer * shapes[f"{name}_b"][1] * core
-    return found
+        weights *= shapes[name].numel() if name in shapes else outer * shapes[f"{name}_b"][1] * core
+    return weights
 
 
 def _product(layer: Layer) -> Tensor:

@@ -90,9 +90,9 @@ def taken(networks: Networks) -> Adapter:
 
 def _layer(layer: LoraLayer) -> Layer:
     kept: dict[str, Any] = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
-    found = {name: modules[NAME].weight for name, modules in kept.items()}
+    tensors = {name: modules[NAME].weight for name, modules in kept.items()}
     if NAME in layer.lora_magnitude_vector:
         vector: Any = layer.lora_magnitude_vector[NAME]
-        found["lora_magnitude_vector"] = vector.weight
-    factors = {name: tensor.detach().float().cpu().clone() for name, tensor in found.items()}
+        tensors["lora_magnitude_vector"] = vector.weight
+    factors = {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
     return Layer(factors, float(layer.lora_alpha[NAME]), bool(layer.use_rslora[NAME]))

@@ -46,19 +46,19 @@ def _by_word(
 ) -> dict[str, list[Tensor]]:
     """For each word the vectors (n, D) of each encoder."""
     if set(_OF_SDXL) <= state.keys() and len(encoders) == 2:
-        found = {stem: [state[name] for name in _OF_SDXL]}
+        embeddings = {stem: [state[name] for name in _OF_SDXL]}
     elif len(encoders) == 1:
         named = {stem: state["emb_params"]} if "emb_params" in state else state
-        found = {word: [vectors] for word, vectors in named.items()}
+        embeddings = {word: [vectors] for word, vectors in named.items()}
     else:
         raise ModelError(
             f"two text encoders require embeddings clip_l and clip_g ({file}: {', '.join(sorted(state)[:3])})"
         )
-    if not found:
+    if not embeddings:
         raise ModelError(f"there is nothing in it ({file})")
-    if any(vectors.ndim not in (1, 2) or not vectors.numel() for each in found.values() for vectors in each):
+    if any(vectors.ndim not in (1, 2) or not vectors.numel() for each in embeddings.values() for vectors in each):
         raise ModelError(f"embeddings are of shape (D,) or (n, D) ({file})")
-    return {word: [vectors.reshape(-1, vectors.shape[-1]) for vectors in each] for word, each in found.items()}
+    return {word: [vectors.reshape(-1, vectors.shape[-1]) for vectors in each] for word, each in embeddings.items()}
 
 
 def _tokens(word: str, vectors: Tensor) -> list[str]:
@@ -126,7 +126,7 @@ def begin_word(
     By the name that a file of embeddings gives each encoder's. Raises ConfigError for a word that is known already, or
     initial words that are not.
     """
-    found: dict[str, nn.Parameter] = {}
+    embeddings: dict[str, nn.Parameter] = {}
     for name, encoder in zip(_keys(word, text_encoder), text_encoder.encoders, strict=True):
         encoder.requires_grad_(False)
         embedding = encoder.model.get_input_embeddings()
@@ -142,8 +142,8 @@ def begin_word(
         _remember(encoder, tokens)
         learnt = LearntEmbedding(embedding, begun.float().clone(), encoder.tokenizer.convert_tokens_to_ids(tokens[0]))
         encoder.model.set_input_embeddings(learnt)
-        found[name] = learnt.vectors
-    return found
+        embeddings[name] = learnt.vectors
+    return embeddings
 
 
 def _keys(word: str, text_encoder: TextEncoder | TwoTextEncoders) -> Sequence[str]:

@@ -94,27 +94,27 @@ class Reader:
 
     def filled(self, prompt: str, style: Style, least: int) -> list[Chunk]:
         """The chunks that are encoded: the first alone where the style cuts, and empty ones up to `least`."""
-        found = self.chunks(prompt, style)
-        found = found if style.chunked else found[:1]
-        return found + [EMPTY] * (least - len(found))
+        parts = self.chunks(prompt, style)
+        parts = parts if style.chunked else parts[:1]
+        return parts + [EMPTY] * (least - len(parts))
 
     def read(self, prompt: str, style: Style) -> Reading:
         """What would be made of a prompt. Raises ConfigError for bad brackets."""
-        found = self.chunks(prompt, style)
-        tokens = 2 + sum(len(chunk.ids) for chunk in found)
+        parts = self.chunks(prompt, style)
+        tokens = 2 + sum(len(chunk.ids) for chunk in parts)
         if style.chunked:
-            return Reading(tokens, len(found), 0)
-        return Reading(tokens, 1, tokens - 2 - len(found[0].ids))
+            return Reading(tokens, len(parts), 0)
+        return Reading(tokens, 1, tokens - 2 - len(parts[0].ids))
 
-    def ids(self, found: Sequence[Chunk]) -> NDArray[np.int64]:
+    def ids(self, parts: Sequence[Chunk]) -> NDArray[np.int64]:
         """Token ids (n, L) of chunks, with start, end and padding."""
-        rows = [[self.start, *chunk.ids, self.end] + [self.pad] * (self.length - 2 - len(chunk.ids)) for chunk in found]
+        rows = [[self.start, *chunk.ids, self.end] + [self.pad] * (self.length - 2 - len(chunk.ids)) for chunk in parts]
         return np.array(rows, np.int64)
 
-    def weights(self, found: Sequence[Chunk]) -> NDArray[np.float32]:
+    def weights(self, parts: Sequence[Chunk]) -> NDArray[np.float32]:
         """Of each place, (n, L, 1); start, end and padding have 1."""
-        weights = np.ones((len(found), self.length, 1), np.float32)
-        for row, chunk in zip(weights, found, strict=True):
+        weights = np.ones((len(parts), self.length, 1), np.float32)
+        for row, chunk in zip(weights, parts, strict=True):
             row[1 : 1 + len(chunk.weights), 0] = chunk.weights
         return weights
 
@@ -193,12 +193,12 @@ def _sections(pieces: Sequence[Piece]) -> list[list[Piece]]:
 def chunks(prompt: str, style: Style, ids_of: Callable[[str], list[int]], size: int) -> list[Chunk]:
     """The chunks of a prompt, of at most `size` tokens each; a section's last may be short. At least one."""
     sections = parse(prompt) if style.weights else [[Piece(prompt, 1.0)]]
-    found: list[Chunk] = []
+    parts: list[Chunk] = []
     for section in sections:
         ids, weights = [], []
         for piece in section:
             some = ids_of(piece.text)
             ids += some
             weights += [piece.weight] * len(some)
-        found += [Chunk(ids[i : i + size], weights[i : i + size]) for i in range(0, max(len(ids), 1), size)]
-    return found
+        parts += [Chunk(ids[i : i + size], weights[i : i + size]) for i in range(0, max(len(ids), 1), size)]
+    return parts
