@@ -15,7 +15,7 @@ from latentdiff.settings.config import Training
 from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
 from latentdiff.training.interruption import Interruption
 from latentdiff.training.order import Order
-from latentdiff.training.run import Start, run_stage
+from latentdiff.training.run import Origin, run_stage
 
 
 class LineStage:
@@ -117,7 +117,7 @@ def run(directory, stage=None, report=None, checkpoint=None, signals=False, iden
     """Train; the stage with averaged weights in its module."""
     stage = stage or LineStage()
     settings = SETTINGS.model_copy(update=changes)
-    start = Start(checkpoint, identity)
+    start = Origin(checkpoint, identity)
     accelerator = Accelerator(cpu=True)
     if signals:
         with Interruption() as interruption:

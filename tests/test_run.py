@@ -174,7 +174,7 @@ def test_a_stage_knows_what_it_was_trained_on(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        (PictureStage, "checkpoint has ema, line, optimizer; the run needs ema, network, optimizer"),
+        (PictureStage, "checkpoint has ema, line, optimizer; the run requires ema, network, optimizer"),
         (lambda: widened(LineStage()), r"checkpoint is of another network: line weight is \(1, 1\), not \(2, 1\)"),
     ],
 )

@@ -92,12 +92,12 @@ def trained(request, tmp_path_factory):
     draws, order = Draws(0, Times(path), caption_dropout=0.1), Order(0, "training", [np.arange(2048)])
     samples = Samples(data, data, str)
     stage = DenoiserStage(network, {"network": network}, DiffusionLoss(path, prediction), samples, draws, order)
-    settings = {"max_train_steps": 600, "train_batch_size": 128, "learning_rate": 4e-3, "checkpointing_steps": 600}
+    settings = {"max_train_steps": 400, "train_batch_size": 128, "learning_rate": 4e-3, "checkpointing_steps": 400}
     small.run(tmp_path_factory.mktemp(kind), stage, **settings, ema_decay=0.99)
     return kind, network.eval(), path, prediction
 
 
-def sampled(trained, sampler, label, count=1000, steps=40):
+def sampled(trained, sampler, label, count=600, steps=25):
     kind, network, path, prediction = trained
     assert isinstance(network, Backbone)
     labels = torch.eye(LABELS)[[label]].expand(count, -1)
@@ -112,7 +112,7 @@ def sampled(trained, sampler, label, count=1000, steps=40):
     return x.reshape(-1, SHAPES[kind][-1]).numpy()
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc", "heun", "ddpm", "euler_ancestral", "deis"])
+@pytest.mark.parametrize("sampler", ["ddim", "unipc", "heun", "ddpm", "euler_ancestral"])
 def test_samples_are_of_the_distribution(trained, sampler):
     """The mean and the deviation of each coordinate under each label, within what so short a training leaves."""
     kind = trained[0]

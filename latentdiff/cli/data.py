@@ -79,7 +79,7 @@ def check(
     tokenizer = _tokenizer(config)
     limit = config.clip.max_length
     report = sections(survey, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
-    tree = {section.title: {"said": section.said, "lines": section.lines} for section in report}
+    tree = {section.title: {"said": section.text, "lines": section.lines} for section in report}
     typer.echo(printable(json.dumps(tree, indent=1) if json_ else as_text(report)))
     data = picture_data(config, survey) if survey.pictures else None  # refuses what training would
     if html:
@@ -107,14 +107,14 @@ def preview(
     Samples of an epoch as they are cropped, with the words the text encoder reads.
     """
     from latentdiff.data.dataset import open_data
-    from latentdiff.evaluation.report.page import PAGE, Section, as_html
+    from latentdiff.evaluation.report.page import PAGE, Entry, as_html
 
     check_page(output, PAGE)
     config = _config(source, set_, {"image_size": resolution})
     data = open_data(config)
     tree = f"{min(count, len(data.training)):,} of {len(data.training):,} samples, epoch {epoch}"
     sheet = _sheet(data, count, epoch, _tokenizer(config))
-    page = as_html(config.data.pictures.source or config.name, [Section("preview", tree)], sheet)
+    page = as_html(config.data.pictures.source or config.name, [Entry("preview", tree)], sheet)
     output.write_text(page, encoding="utf-8")
     typer.echo(output)
 

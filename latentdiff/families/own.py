@@ -17,7 +17,6 @@ from latentdiff.diffusion.path import Path, Straight, schedule_named
 from latentdiff.diffusion.times import Times
 from latentdiff.families import stable_diffusion
 from latentdiff.model import Family, Model, ModelCard
-from latentdiff.settings.config import Config, Learning
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from latentdiff.networks.codecs.kl import KLAutoencoder
     from latentdiff.networks.codecs.tiny import TinyAutoencoder
     from latentdiff.networks.encoders.clip import TextEncoder
+    from latentdiff.settings.config import Config, Learning
 
     AnyCodec = KLAutoencoder | TinyAutoencoder | IdentityCodec
 

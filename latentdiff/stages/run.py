@@ -17,7 +17,7 @@ from latentdiff.data.dataset import DataSet
 from latentdiff.settings.config import STAGES, AnySettings, Config, Settings, flat
 from latentdiff.training.checkpoint import check_whole, load_state, newest_whole
 from latentdiff.training.interruption import Interruption
-from latentdiff.training.run import Start
+from latentdiff.training.run import Origin
 
 FREE = (
     "max_train_steps",
@@ -82,9 +82,9 @@ class Run(Generic[AnySettings]):
         """Those that this start trains, in their order."""
         return list(self.checkpoints)
 
-    def start(self, stage: str, **more: str) -> Start:
+    def start(self, stage: str, **more: str) -> Origin:
         """Where a stage begins, and what its checkpoints say of the run they belong to."""
-        return Start(self.checkpoints[stage], {**identity(self.config, stage, self.data), **more})
+        return Origin(self.checkpoints[stage], {**identity(self.config, stage, self.data), **more})
 
 
 def new_accelerator(config: Settings) -> Accelerator:

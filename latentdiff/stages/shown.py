@@ -19,7 +19,7 @@ from latentdiff.data.examples import Examples
 from latentdiff.data.source import shown
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
-from latentdiff.evaluation.report.page import Section, as_html
+from latentdiff.evaluation.report.page import Entry, as_html
 from latentdiff.evaluation.report.plots import Plot, Series, as_figure
 from latentdiff.families.clip import load_own_scorer
 from latentdiff.settings.config import flat
@@ -116,10 +116,10 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[n
         sheet += [(first, {"before": prompt}), (last, {"after": prompt})]
     settings = tuple(f"{key} = {value}" for key, value in _differing(config).items())
     sections = [
-        Section("model", _model(config)),
-        Section("pictures", f"{len(run.data.training):,} of {shown(Path(config.data.pictures.source).name)}"),
-        Section("validation", "before and after", tuple(_compared(lines))),
-        Section("settings", "that are not the defaults of every run", settings),
+        Entry("model", _model(config)),
+        Entry("pictures", f"{len(run.data.training):,} of {shown(Path(config.data.pictures.source).name)}"),
+        Entry("validation", "before and after", tuple(_compared(lines))),
+        Entry("settings", "that are not the defaults of every run", settings),
     ]
     curves = as_figure(Plot("losses", "step", "loss", (_curve(lines, "loss"), _curve(lines, "validation_loss"))))
     return as_html(f"{config.name}: {config.method}", sections, sheet, curves)

@@ -33,7 +33,7 @@ Report = Callable[[int], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Start:
+class Origin:
     """Where a run begins: the checkpoint it goes on from, if any, and what identifies the run in its checkpoints."""
 
     checkpoint: Path | None = None
@@ -55,7 +55,7 @@ def run_stage(
     settings: Training,
     directory: Path,
     report: Report | None = None,
-    start: Start | None = None,
+    start: Origin | None = None,
     interruption: Interruption | None = None,
     *,
     from_the_start: bool = False,
@@ -66,7 +66,7 @@ def run_stage(
     and at the end, with the averaged weights in the module, `from_the_start` before the first step too; what it returns
     is a line of the log. On a signal the step in hand is finished and saved, then Interrupted is raised.
     """
-    start, interruption = start or Start(), interruption or Interruption()
+    start, interruption = start or Origin(), interruption or Interruption()
     run = _Run(accelerator, stage, settings, directory, report, start, interruption, from_the_start)
     progress = run.resume(start.checkpoint)
     accelerator.wait_for_everyone()
@@ -94,7 +94,7 @@ class _Run:
         settings: Training,
         directory: Path,
         report: Report | None,
-        start: Start,
+        start: Origin,
         interruption: Interruption,
         from_the_start: bool,
     ):

@@ -9,21 +9,21 @@ from typing import Any
 from latentdiff.data.buckets import Size, cropped_share, nearest
 from latentdiff.data.source import shown
 from latentdiff.data.survey import Picture, Survey
-from latentdiff.evaluation.report.page import Section
+from latentdiff.evaluation.report.page import Entry
 
 _NAMED = 8  # of what is not wrong; what is wrong is listed whole
 
 
 def sections(
     survey: Survey, source: str, table: Sequence[Size], max_tokens: int, tokens: Callable[[list[str]], list[int]]
-) -> list[Section]:
+) -> list[Entry]:
     """All that is said of a survey; `tokens` counts those of captions, with start and end."""
     left = len(survey.quarantined)
     images = f"{survey.found:,} = {len(survey.pictures):,} that can be used + {left:,} that cannot"
     rows = sum(picture.repeats for picture in survey.pictures)
     return [
-        Section("data set", f"{shown(source)}: {survey.listing.layout}", tuple(survey.listing.notes)),
-        Section("images", images + (f"; {rows:,} samples an epoch" if rows != len(survey.pictures) else "")),
+        Entry("data set", f"{shown(source)}: {survey.listing.layout}", tuple(survey.listing.notes)),
+        Entry("images", images + (f"; {rows:,} samples an epoch" if rows != len(survey.pictures) else "")),
         *_faults(survey),
         _captions(survey, max_tokens, tokens),
         _duplicates(survey),
@@ -32,7 +32,7 @@ def sections(
     ]
 
 
-def _faults(survey: Survey) -> list[Section]:
+def _faults(survey: Survey) -> list[Entry]:
     kinds: dict[str, Iterable[Any]] = {
         "cannot be read": survey.unreadable,
         "no caption": survey.uncaptioned,
@@ -40,13 +40,13 @@ def _faults(survey: Survey) -> list[Section]:
         "captions without an image": survey.listing.orphans,
     }
     return [
-        Section(title, f"{len(lines):,}", lines)
+        Entry(title, f"{len(lines):,}", lines)
         for title, lines in ((title, tuple(map(str, faults))) for title, faults in kinds.items())
         if lines
     ]
 
 
-def _captions(survey: Survey, max_tokens: int, tokens: Callable[[list[str]], list[int]]) -> Section:
+def _captions(survey: Survey, max_tokens: int, tokens: Callable[[list[str]], list[int]]) -> Entry:
     distinct = list(dict.fromkeys(caption for picture in survey.pictures for caption in picture.captions))
     lengths = dict(zip(distinct, tokens(distinct), strict=True))
     cut = [p for p in survey.pictures if any(lengths[caption] > max_tokens for caption in p.captions)]
@@ -60,7 +60,7 @@ def _captions(survey: Survey, max_tokens: int, tokens: Callable[[list[str]], lis
     text += f"; {empty:,} images with none" if empty else ""
     longest = sorted(cut, key=lambda picture: -max(lengths[caption] for caption in picture.captions))
     lines = [f"{shown(p.name)}: {max(lengths[caption] for caption in p.captions):,} tokens" for p in longest]
-    return Section("captions", text, _first(lines))
+    return Entry("captions", text, _first(lines))
 
 
 def _has_several(picture: Picture) -> bool:
@@ -71,27 +71,27 @@ def _has_none(picture: Picture) -> bool:
     return picture.captions == ("",)
 
 
-def _duplicates(survey: Survey) -> Section:
+def _duplicates(survey: Survey) -> Entry:
     groups = survey.duplicates
     text = (
         f"{sum(map(len, groups.values())):,} images in {len(groups):,} groups of the same bytes" if groups else "none"
     )
-    return Section("duplicates", text, _first([", ".join(map(shown, names)) for names in groups.values()]))
+    return Entry("duplicates", text, _first([", ".join(map(shown, names)) for names in groups.values()]))
 
 
-def _kinds(survey: Survey) -> list[Section]:
+def _kinds(survey: Survey) -> list[Entry]:
     facts = [picture.facts for picture in survey.pictures]
     moving = [shown(picture.name) for picture in survey.pictures if picture.facts.frames > 1]
     kinds = [
-        Section("colour modes", _counted(fact.mode for fact in facts)),
-        Section("formats", _counted(fact.format for fact in facts)),
+        Entry("colour modes", _counted(fact.mode for fact in facts)),
+        Entry("formats", _counted(fact.format for fact in facts)),
     ]
     if moving:
-        kinds.append(Section("animations", f"{len(moving):,}, of which the first frame is used", _first(moving)))
+        kinds.append(Entry("animations", f"{len(moving):,}, of which the first frame is used", _first(moving)))
     return kinds
 
 
-def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Section]:
+def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Entry]:
     """Sizes, the bucket table, and the share of all pixels that is cropped away: once every picture is on one scale."""
     if not pictures:
         return []
@@ -112,9 +112,9 @@ def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Sectio
             lines.append(f"{_size(size):>9}  {len(shares):>7,} images, {away:6.1%} cropped away")
     used = f"{len(lines)} of {len(table)} used; {sum(lost) / len(lost):.1%} cropped away"
     return [
-        Section("sizes", sizes),
-        Section("tiny", f"{len(tiny):,} smaller than they are shown: enlarged", _first(tiny)),
-        Section("buckets", used, tuple(lines)),
+        Entry("sizes", sizes),
+        Entry("tiny", f"{len(tiny):,} smaller than they are shown: enlarged", _first(tiny)),
+        Entry("buckets", used, tuple(lines)),
     ]
 
 
@@ -131,11 +131,11 @@ def _first(lines: Sequence[str]) -> tuple[str, ...]:
     return (*lines[:_NAMED], *more)
 
 
-def as_text(survey: Sequence[Section]) -> str:
+def as_text(survey: Sequence[Entry]) -> str:
     """For a terminal."""
     width = max(len(section.title) for section in survey) + 2
     lines = []
     for section in survey:
-        lines.append(f"{section.title:<{width}}{section.said}")
+        lines.append(f"{section.title:<{width}}{section.text}")
         lines += [f"{'':<{width}}  {line}" for line in section.lines]
     return "\n".join(lines)

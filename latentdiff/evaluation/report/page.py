@@ -18,11 +18,11 @@ SCREEN = '<meta name="viewport" content="width=device-width">'
 
 
 @dataclass(frozen=True)
-class Section:
+class Entry:
     """A heading, what is said under it in a line, and the lines that list it."""
 
     title: str
-    said: str
+    text: str
     lines: tuple[str, ...] = ()
 
 
@@ -39,7 +39,7 @@ STYLE = (
 
 
 def as_html(
-    title: str, found: Sequence[Section], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = ""
+    title: str, found: Sequence[Entry], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = ""
 ) -> str:
     """A page of sections, figures in HTML, then pictures uint8 (H, W, C) with what is said of each."""
     return document(title, listed(found), gallery(sheet, figures))
@@ -51,12 +51,12 @@ def document(title: str, *parts: str) -> str:
     return f"{head}<h1>{escaped(title)}</h1>{''.join(parts)}\n"
 
 
-def listed(found: Sequence[Section]) -> str:
+def listed(found: Sequence[Entry]) -> str:
     """Sections as the rows of a table."""
     rows = []
     for section in found:
         lines = "".join(f"<li>{escaped(line)}</li>" for line in section.lines)
-        rows.append(f"<tr><th>{escaped(section.title)}</th><td>{escaped(section.said)}<ul>{lines}</ul></td></tr>")
+        rows.append(f"<tr><th>{escaped(section.title)}</th><td>{escaped(section.text)}<ul>{lines}</ul></td></tr>")
     return f"<table>{''.join(rows)}</table>"
 
 

@@ -32,7 +32,7 @@ PAGE, METRICS = "report.html", "metrics.json"
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     """How a section is measured, and what its figures mean; headline: the figures that the page begins with."""
 
     measure: Callable[[Subject, References, Asked], Result]
@@ -41,7 +41,7 @@ class Section:
 
 
 SECTIONS = {
-    "likelihood": Section(
+    "likelihood": Chapter(
         sections.of_likelihood,
         "How many bits a value of a held-out picture takes: an upper bound on -log2 p(x) by the diffusion's three terms"
         " and the autoencoder's two. Captions that the model understands lower it. Without the suffix, under the"
@@ -51,7 +51,7 @@ SECTIONS = {
             "gain_by_captions",
         ),
     ),
-    "distances": Section(
+    "distances": Chapter(
         sections.of_distances,
         "How far pictures drawn from the captions are from the real ones, by a network's features. All but the kernel"
         " distance depend on the number of pictures: compare only equal ones. floor: other real pictures in place of"
@@ -64,7 +64,7 @@ SECTIONS = {
             "clip_score",
         ),
     ),
-    "composition": Section(
+    "composition": Chapter(
         sections.of_composition,
         "The share of pictures that show what their prompt says, in GenEval's six categories, as an oracle reads them."
         " held_out: pairs of shape and colour that were never trained on. ceiling: rendered scenes through the"
@@ -74,7 +74,7 @@ SECTIONS = {
             "composition_held_out",
         ),
     ),
-    "autoencoder": Section(
+    "autoencoder": Chapter(
         sections.of_autoencoder,
         "What is lost by the autoencoder alone: held-out pictures encoded and decoded. Latents should have a standard"
         " deviation near 1.",
@@ -84,25 +84,25 @@ SECTIONS = {
             "reconstruction_frechet",
         ),
     ),
-    "diversity": Section(
+    "diversity": Chapter(
         sections.of_diversity,
         "How different pictures of one prompt are, 1 minus the cosine of their features, beside those of different"
         " prompts; and the number of different pictures, as it were (Vendi score), beside that of as many real ones."
         " The rows shown are the least and the most diverse prompts.",
         ("distance_within_a_prompt",),
     ),
-    "memorisation": Section(
+    "memorisation": Chapter(
         sections.of_memorisation,
         "Whether drawn pictures are copies: how near the nearest training picture is, beside how near it is to pictures"
         " that were held out.",
         ("share_nearer_than_99_of_100_held_out",),
     ),
-    "sweep": Section(
+    "sweep": Chapter(
         of_sweep,
         "Guidance, steps and samplers against each other on the same captions and seeds; the time is of whole batches"
         " on this machine, now.",
     ),
-    "geneval": Section(
+    "geneval": Chapter(
         sections.of_geneval,
         "Pictures of GenEval's own prompts, in the folders that its evaluator reads. Nothing of them is scored here.",
     ),
@@ -181,11 +181,11 @@ def write_report(
         own = {name: _metrics(results[number]) for name, results in by_section.items()}
         tree["models"].append({"name": subject.name, "hash": subject.painter.model.card.hash, "sections": own})
     write_json(folder / METRICS, finite(tree))
-    entries = [page.Section(key, "", tuple(_lines(value))) for key, value in settings.items()]
+    entries = [page.Entry(key, "", tuple(_lines(value))) for key, value in settings.items()]
     titles = [*by_section, *(["not measured"] if skipped else []), "settings"]
     parts = [page.contents(titles), _summary(names, by_section)]
     parts += [_chapter(name, names, results) for name, results in by_section.items()]
-    left = [page.Section(name, why) for name, why in skipped.items()]
+    left = [page.Entry(name, why) for name, why in skipped.items()]
     parts += [page.heading("not measured"), page.listed(left)] if left else []
     parts += [page.heading("settings"), page.listed(entries)]
     title = " beside ".join(names)
