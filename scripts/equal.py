@@ -166,7 +166,7 @@ def _adapter(folder: Path) -> Path:
     """A LoRA of the tiny Stable Diffusion 1 in PEFT's names, of alpha = rank = 4."""
     made = stable_diffusion.pipeline("1")
     generator, state = torch.Generator().manual_seed(0), {}
-    for part, network in (("unet", made.model.backbone), ("text_encoder", made.model.encoder)):
+    for part, network in (("unet", made.unet), ("text_encoder", made.text_encoder)):
         for name, layer in network.named_modules():
             if name.endswith((".to_q", ".to_v", ".q_proj", ".fc1")):
                 rows, columns = layer.weight.shape
