@@ -281,3 +281,24 @@ def test_other_formats(place, monkeypatch, tmp_path):
         image.save(tmp_path / "b.jpg", quality=50, exif=image.getexif())
     like = again(tmp_path / "b.jpg")[1]
     assert (like.equal, like.jpeg, like.psnr > 25) == (False, True, True)
+
+
+def test_records_of_version_1(tmp_path):
+    """What they call heun and uniform has another name since, and is drawn as it was; a later version is refused."""
+    pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
+    (path,) = pipe(PROMPT, sampler="heun_exponential", spacing="exponential", **QUICK).save(tmp_path)
+    tree = read_metadata(path)["latentdiff"]
+    assert tree["version"] == 2
+
+    def written(name, record):
+        info = PngInfo()
+        info.add_itxt("latentdiff", json.dumps(record))
+        Image.open(path).save(tmp_path / name, pnginfo=info)
+        return tmp_path / name
+
+    request = {name: value for name, value in tree["request"].items() if name != "churn"}
+    old = {name: value for name, value in tree.items() if name != "version"}
+    old["request"] = request | {"sampler": "heun", "spacing": "uniform"}
+    assert again(written("old.png", old))[1].equal
+    with pytest.raises(DataError, match="version"):
+        again(written("later.png", tree | {"version": 3}))
