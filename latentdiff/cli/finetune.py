@@ -15,7 +15,7 @@ from latentdiff.core.files import check_writable
 
 
 class Method(StrEnum):
-    """See latentdiff/finetuning.py."""
+    """See settings/finetuning.py."""
 
     full = "full"
     lora = "lora"

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Runtime(StrEnum):
-    """What networks compute with; see latentdiff/runtimes.py."""
+    """What networks compute with; see runtime/choice.py."""
 
     auto = "auto"
     torch = "torch"

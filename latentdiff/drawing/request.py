@@ -54,7 +54,7 @@ class Request(BaseModel):
     num_images: int = Field(1, ge=1, le=10_000)
     batch_size: int = Field(8, ge=1, le=1024)
 
-    # how the prompt is read, see models/prompt.py
+    # how the prompt is read, see networks/encoders/prompt.py
     prompt_weights: bool = True
     long_prompts: bool = True
     clip_skip: int | None = Field(None, ge=0, le=100)
