@@ -204,7 +204,7 @@ def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
         (("{sd1}/model_index.json", "copy"), 4, "cannot load"),
         (("{tiny}", "one.safetensors"), 2, "which a single file"),
         (("{sd1}", "there.safetensors"), 2, "exists; nothing is overwritten"),
-        (("{sd1}", "x.safetensors", "--trust-pickle"), 2, "--trust-pickle is for pickles"),
+        (("{sd1}", "x.safetensors", "--trust-pickle"), 2, "--trust-pickle requires a pickle"),
         (("there.safetensors", "x", "--to", "kohya"), 2, "the output is a file: name it x.safetensors"),
     ],
     ids=str,
