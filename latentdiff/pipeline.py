@@ -21,9 +21,9 @@ from latentdiff.core.turn import Turn
 from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import inputs, pixels
 from latentdiff.drawing.batch import Job
-from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, batches_of, canvas_of, draw, jobs_of, requested
+from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, batches_of, canvas_of, draw, jobs_of
 from latentdiff.drawing.output import Output, as_path
-from latentdiff.drawing.painter import Painter, torch_only
+from latentdiff.drawing.painter import Painter, check, torch_only
 from latentdiff.drawing.plan import plan
 from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
@@ -287,7 +287,8 @@ class LatentDiffusionPipeline:
             self._in_torch(what)
         if made.clip_guidance_scale and self._painter.scorer is None:
             self.load_clip()
-        return requested(self._painter, prompt, **{**settings, "seed": made.seed})
+        check(made, self._painter)
+        return made
 
     def begin(self, request: Request, pictures: int = 1) -> None:
         """Let compiled networks get ready for a request's first batch while its prompts are read."""
