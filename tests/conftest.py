@@ -70,10 +70,11 @@ def made_once(factory, name, make):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory, command):
-    """The run folder of configs/scenes-tiny.toml: all three stages."""
-    config = ROOT / "configs" / "scenes-tiny.toml"
-    return made_once(tmp_path_factory, "scenes-tiny", lambda run: command("train", config, "-o", run))
+def tiny_run(tmp_path_factory):
+    """The run folder of configs/scenes-tiny.toml at 32 pixels: all three stages."""
+    from .forked import SMALL
+
+    return made_once(tmp_path_factory, "scenes-tiny", lambda run: _train(run, short=False, changes=SMALL))
 
 
 @pytest.fixture(scope="session")
@@ -105,13 +106,14 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A short run of the tiny config that nothing happens to: how others must end that are killed and go on."""
+    return made_once(tmp_path_factory, "whole", _train)
+
+
+def _train(run, **options):
     from .forked import train
 
-    def make(run):
-        code, err = train(run).ended()
-        assert code == 0, err
-
-    return made_once(tmp_path_factory, "whole", make)
+    code, err = train(run, **options).ended()
+    assert code == 0, err
 
 
 @pytest.fixture

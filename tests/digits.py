@@ -30,9 +30,9 @@ class LabelEncoder(nn.Module):
             raise ConfigError(f"prompt must be a digit (got {prompt[:20]!r})")
         return Reading(1, 1, 0)
 
-    def encode(self, wanted):
-        self.read(wanted.prompt, wanted.style)
-        return Conditions({"label": torch.tensor([int(wanted.prompt or CLASSES)])})
+    def encode(self, prompt):
+        self.read(prompt.text, prompt.style)
+        return Conditions({"label": torch.tensor([int(prompt.text or CLASSES)])})
 
 
 class DiT(nn.Module):

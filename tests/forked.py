@@ -3,6 +3,7 @@
 What a test does to such a process is a hook: a function of this module, run there before the command line.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -29,8 +30,11 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 
-# configs/scenes-tiny.toml, shorter: every stage with checkpoints on the way
+SMALL = ("image_size=32", "autoencoder.crop=16")  # a quarter of the pixels
+
+# configs/scenes-tiny.toml, smaller and shorter: every stage with checkpoints on the way
 SHORT = (
+    *SMALL,
     "data.count=40",
     "recommended.num_inference_steps=2",  # previews are not what is tested
     "autoencoder.training.max_train_steps=9",
@@ -73,6 +77,7 @@ def _command_line(words, out, err, hook, env):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     os.environ.update(env)
     os.setpgid(0, 0)  # a group of its own
+    gc.freeze()  # or every collection visits all that the server has imported
     if hook:
         hook()
     from latentdiff.cli import main

@@ -13,7 +13,7 @@ from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.drawing.extras import adapted
 from latentdiff.formats.adapter_file import read_adapter, save_kohya, save_peft
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Style
 
 from . import stable_diffusion
 from .stable_diffusion import load
@@ -244,7 +244,7 @@ def test_lycoris_is_merged_as_peft_does(folders, tmp_path, kind):
             torch.testing.assert_close(own.weight, layer.weight, rtol=1e-4, atol=1e-5)
             changed += 1
     assert changed == fit.matched
-    with pytest.raises(ModelError, match="cannot be kept beside the weights"):
+    with pytest.raises(ModelError, match="require fuse=True"):
         load(folders["1"]).load_lora_weights(tmp_path / f"{kind}.safetensors")
 
 
@@ -276,11 +276,11 @@ def test_dora(folders, tmp_path):
 
 def test_nothing_matched_is_an_error(folders, files, tmp_path):
     save_file({"something.else": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match="nothing in it is of this model"):
+    with pytest.raises(ModelError, match="no name in the adapter is a layer of this model"):
         load(folders["1"]).load_lora_weights(tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match=r"the adapter is of another model|nothing in it"):
+    with pytest.raises(ModelError, match=r"the adapter belongs to another model|no name in the adapter"):
         load(folders["1"]).load_lora_weights(files["XL"] / "peft.safetensors")
-    with pytest.raises(ModelError, match=r"the adapter is of another model|nothing in it"):
+    with pytest.raises(ModelError, match=r"the adapter belongs to another model|no name in the adapter"):
         load(folders["XL"]).load_lora_weights(files["1"] / "kohya.safetensors")
 
 
@@ -355,7 +355,7 @@ def test_products_of_absurd_size_are_not_made(folders, tmp_path):
     save_file({f"{flat}.{name}": torch.ones(shape) for name, shape in huge.items()}, tmp_path / "loha.safetensors")
     save_file({f"{flat}.lokr_w{n}": torch.ones(600, 600) for n in (1, 2)}, tmp_path / "lokr.safetensors")
     for name in ("loha", "lokr"):
-        with pytest.raises(ModelError, match="is of another model"):
+        with pytest.raises(ModelError, match="belongs to another model"):
             load(folders["1"]).load_lora_weights(tmp_path / f"{name}.safetensors", fuse=True)
 
 
@@ -382,13 +382,13 @@ def test_a_pickle_is_refused(folders, tmp_path, name):
 
 def test_refused(folders, files, tmp_path):
     pipe = load(folders["1"])
-    with pytest.raises(ModelError, match="no adapter there"):
+    with pytest.raises(ModelError, match="no adapter at"):
         pipe.load_lora_weights(tmp_path / "none.safetensors")
     for weight in (11.0, float("nan")):
         with pytest.raises(ConfigError, match="weight must be from -10 to 10"):
             pipe.load_lora_weights(files["1"] / "peft.safetensors", weight=weight)
     pipe.load_lora_weights(files["1"] / "peft.safetensors")
-    with pytest.raises(ConfigError, match="is loaded already"):
+    with pytest.raises(ConfigError, match="is in use"):
         pipe.load_lora_weights(files["1"] / "peft.safetensors")
     with pytest.raises(ModelError, match="no adapter 'x' is loaded; there are peft"):
         pipe.set_adapters("x")
@@ -424,9 +424,9 @@ def test_learnt_words(folders, family, count, tmp_path):
     names = ["<castle>"] if family == "1" else ["clip_l", "clip_g"]
     file = tmp_path / ("learned_embeds.safetensors" if family == "1" else "<castle>.safetensors")
     save_file(dict(zip(names, vectors, strict=True)), file)
-    before = pipe.model.encoder.encode(Wanted(PROMPT))
+    before = pipe.model.encoder.encode(Prompt(PROMPT))
     assert pipe.load_textual_inversion(file) == ["<castle>"]
-    after = pipe.model.encoder.encode(Wanted(PROMPT))
+    after = pipe.model.encoder.encode(Prompt(PROMPT))
     assert torch.equal(before["tokens"], after["tokens"])
     if family == "XL":
         assert torch.equal(before["pooled"], after["pooled"])
@@ -438,8 +438,8 @@ def test_learnt_words(folders, family, count, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = load(tmp_path / "model")
     torch.testing.assert_close(
-        again.model.encoder.encode(Wanted("a <castle> here"))["tokens"],
-        pipe.model.encoder.encode(Wanted("a <castle> here"))["tokens"],
+        again.model.encoder.encode(Prompt("a <castle> here"))["tokens"],
+        pipe.model.encoder.encode(Prompt("a <castle> here"))["tokens"],
     )
 
 
@@ -447,9 +447,9 @@ def test_words_in_capitals(folders, tmp_path):
     """CLIP's tokenizer knows none: the word is learnt, not its end token overwritten."""
     save_file({"<InkStyle>": torch.full((2, 64), 3.0)}, tmp_path / "learned_embeds.safetensors")
     pipe = load(folders["1"])
-    plain = pipe.model.encoder.encode(Wanted(PROMPT))["tokens"]
+    plain = pipe.model.encoder.encode(Prompt(PROMPT))["tokens"]
     pipe.load_textual_inversion(tmp_path)
-    assert torch.equal(pipe.model.encoder.encode(Wanted(PROMPT))["tokens"], plain)
+    assert torch.equal(pipe.model.encoder.encode(Prompt(PROMPT))["tokens"], plain)
     for prompt in ("a <InkStyle> castle", "a <inkstyle> castle"):
         assert pipe.model.encoder.read(prompt).tokens == 6
         (chunk,) = pipe.model.encoder.reader.chunks(prompt, Style())
@@ -488,13 +488,13 @@ def test_a1111_s_embeddings(folders, tmp_path):
     ("state", "message"),
     [
         ({"<a>": torch.ones(63)}, "has vectors of 63, this model's have 64"),
-        ({"castle</w>": torch.ones(64)}, "is known already"),
-        ({}, "there is nothing in it|cannot load"),
-        ({"<a>": torch.ones(0, 64)}, "embeddings are of shape"),
-        ({"<a>": torch.tensor(1.0)}, "embeddings are of shape"),
-        ({"<a>": torch.full((64,), float("nan"))}, "is not of finite vectors"),
-        ({"<a>": torch.ones(64, dtype=torch.int8)}, "is not of finite vectors"),
-        ({"": torch.ones(64)}, "is no word"),
+        ({"castle</w>": torch.ones(64)}, "exists already"),
+        ({}, "the file is empty|cannot load"),
+        ({"<a>": torch.ones(0, 64)}, "embeddings must have the shape"),
+        ({"<a>": torch.tensor(1.0)}, "embeddings must have the shape"),
+        ({"<a>": torch.full((64,), float("nan"))}, "must have finite vectors"),
+        ({"<a>": torch.ones(64, dtype=torch.int8)}, "must have finite vectors"),
+        ({"": torch.ones(64)}, "is not a word"),
         ({"<a>": torch.ones(3, 64), "<a>_1": torch.ones(64)}, "have the same tokens"),
     ],
 )

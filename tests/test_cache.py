@@ -21,7 +21,7 @@ from latentdiff.families.weights import load_codec, load_text_encoder
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
-from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Style
 from latentdiff.settings.config import parse_config
 from latentdiff.stages import cache, encoding
 from latentdiff.stages.ahead import parse_shard
@@ -116,7 +116,7 @@ def test_contexts_are_the_text_encoders(folder, tmp_path, text_encoder):
     one, other = (each.conditions(each.batch(keys, kept))["tokens"] for each in (cached, anew))
     assert torch.equal(one, other)
     words = [examples.caption(row, 0) if row != 3 else "" for row in range(11)]
-    alone = torch.stack([text_encoder.encode(Wanted(caption, Style(False, False)))["tokens"] for caption in words])
+    alone = torch.stack([text_encoder.encode(Prompt(caption, Style(False, False)))["tokens"] for caption in words])
     torch.testing.assert_close(one, alone, rtol=1e-3, atol=2e-3)
     assert not torch.equal(one[3], one[4])
 

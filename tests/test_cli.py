@@ -97,7 +97,7 @@ def call(call):
         (("--format", "jpg", "-o", "a.png"), "--format applies to the pictures in a folder; a.png is a file"),
         (("--hires-strength", 0.5), "hires_strength requires hires_scale"),
         (("--set", "variation_seed=3"), "a variation requires both variation_seed and variation_strength"),
-        (("--outpaint", "0,0,0,0"), "outpaint adds no pixels"),
+        (("--outpaint", "0,0,0,0"), "outpaint must add at least one pixel"),
         (("--dtype", "int8"), "'int8' is not one of 'float16', 'bfloat16', 'float32'"),
         (("--hires-scale", "inf"), "hires_scale"),
         (("-o", "/proc/one.png"), "cannot write to /proc/one.png"),

@@ -185,7 +185,7 @@ def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
         (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Canary()))
     code, _, err = convert("evil.ckpt", "out.safetensors", "--trust-pickle")
     assert (code, err.count("\n")) == (7, 1)
-    assert "asks for more than tensors" in err
+    assert "holds more than tensors" in err
     assert [path.name for path in tmp_path.iterdir()] == ["evil.ckpt"]
 
 
@@ -199,7 +199,7 @@ def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
         (
             ("there.safetensors", "copy"),
             4,
-            "there.safetensors is an adapter, drawn with by --lora and converted by --to",
+            "there.safetensors is an adapter, not a model. Load it with --lora, convert it with --to",
         ),
         (("{sd1}/model_index.json", "copy"), 4, "cannot load"),
         (("{tiny}", "one.safetensors"), 2, "which a single file"),

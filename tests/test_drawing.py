@@ -67,7 +67,7 @@ def test_strength_is_how_much_is_drawn_over(pipe, photo):
     apart = [np.abs(drawn(pipe, strength=strength, **settings)[0] - kept).mean() for strength in (0.05, 0.3, 1.0)]
     assert apart[0] < apart[1] < apart[2]
     assert pipe(PROMPT, image=photo, num_inference_steps=7, strength=0.5).metadata[0].steps == (3,)
-    with pytest.raises(ConfigError, match=r"strength 0.1 of 4 steps is not one step"):
+    with pytest.raises(ConfigError, match=r"strength 0.1 of 4 steps is less than one step"):
         drawn(pipe, image=photo, strength=0.1)
     with pytest.raises(ConfigError, match="strength requires an image"):
         drawn(pipe, strength=0.5)
@@ -180,8 +180,8 @@ def test_outpainting(pipe, photo):
         ({"image": Image.new("F", (96, 64))}, "image: colour mode F"),
         ({"image": Image.new("RGB", (5000, 64))}, "width must be from 64 to 2048"),
         ({"image": Image.new("RGB", (96, 20))}, "the image has 96x20 pixels, less than 64. Enlarge it"),
-        ({"outpaint": (1, 2, 3)}, "outpaint is pixels on the left, top, right and bottom"),
-        ({"outpaint": (0, 0, 0, 4096)}, "outpaint is pixels on the left, top, right and bottom"),
+        ({"outpaint": (1, 2, 3)}, "outpaint must be (left, top, right, bottom) pixels"),
+        ({"outpaint": (0, 0, 0, 4096)}, "outpaint must be (left, top, right, bottom) pixels"),
         ({"hires_scale": 2.0}, "hires_scale has no effect with an image"),
         ({"width": 0}, "width must be a multiple of 8"),
         ({"width": 2**31}, "width must be a multiple of 8"),

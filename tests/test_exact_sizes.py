@@ -19,7 +19,7 @@ from diffusers import (
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.families.original import save_single_file
 from latentdiff.formats.folder import parameter_counts
-from latentdiff.networks.encoders.prompt import Wanted
+from latentdiff.networks.encoders.prompt import Prompt
 
 from . import stable_diffusion
 
@@ -72,7 +72,7 @@ def computed(source, family):
     from latentdiff.networks.conditions import stacked
 
     ours = LatentDiffusionPipeline.from_pretrained(source, device="cpu")
-    context = stacked([ours.model.encoder.encode(Wanted(PROMPT))])
+    context = stacked([ours.model.encoder.encode(Prompt(PROMPT))])
     found = {"context": context["tokens"]}
     if family == "XL":
         found["pooled"] = context.pooled

@@ -192,7 +192,7 @@ def test_a_weight_that_is_not_there_is_not_made_up(folder, part, file, name):
 
 def test_weights_that_nothing_uses_are_told(folder):
     rewrite(folder / "unet" / "diffusion_pytorch_model.safetensors", lambda state: state.update(odd=torch.zeros(1)))
-    with pytest.warns(UserWarning, match="unet: 1 weights are used by nothing, the first is odd"):
+    with pytest.warns(UserWarning, match="unet: 1 weights are of no layer, the first is odd"):
         LatentDiffusionPipeline.from_pretrained(folder)
 
 
@@ -242,7 +242,7 @@ def test_dangling_link_is_refused(folder):
 def test_no_vae_and_latents_of_four_channels(folder):
     edit(folder / "model_index.json", vae=[None, None])
     shutil.rmtree(folder / "vae")
-    assert "a U-Net of 4 channels draws no picture" in refusal(folder, ModelError)
+    assert "a U-Net of 4 channels requires a vae" in refusal(folder, ModelError)
 
 
 @pytest.mark.parametrize("tree", [[], None, 3, "x"])

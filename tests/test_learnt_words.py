@@ -9,7 +9,7 @@ from torch import nn
 from latentdiff.core.errors import ConfigError
 from latentdiff.formats.words_file import save_word
 from latentdiff.networks.adapters.words import LearntEmbedding, begin_word
-from latentdiff.networks.encoders.prompt import Wanted
+from latentdiff.networks.encoders.prompt import Prompt
 
 from .stable_diffusion import load
 
@@ -50,12 +50,12 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, family):
     vectors = begin_word(pipe.model.encoder, "<ink>", "castle", 2)
     for parameter in vectors.values():
         parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    expected = pipe.model.encoder.encode(Wanted("a <ink> hill"))["tokens"]
+    expected = pipe.model.encoder.encode(Prompt("a <ink> hill"))["tokens"]
     path = save_word(vectors, tmp_path, "<ink>")
     assert path.name == ("learned_embeds.safetensors" if family == "1" else "<ink>.safetensors")
     again = load(folders[family])
     assert again.load_textual_inversion(path) == ["<ink>"]
-    torch.testing.assert_close(again.model.encoder.encode(Wanted("a <ink> hill"))["tokens"], expected)
+    torch.testing.assert_close(again.model.encoder.encode(Prompt("a <ink> hill"))["tokens"], expected)
     if family == "1":
         theirs = StableDiffusionPipeline.from_pretrained(folders["1"])
         theirs.load_textual_inversion(tmp_path, weight_name=path.name)
@@ -68,10 +68,10 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, family):
 @pytest.mark.parametrize(
     ("word", "initial", "count", "message"),
     [
-        ("dog", "cat", 1, "the word 'dog' is known already"),
+        ("dog", "cat", 1, "the word 'dog' exists already"),
         ("<ink>", "", 1, "the initial words are no words"),
         ("<ink>", "cat", 77, "of too many"),
-        (" ", "cat", 1, "is no word"),
+        (" ", "cat", 1, "is not a word"),
     ],
 )
 def test_refused_words(folders, word, initial, count, message):

@@ -19,7 +19,7 @@ from latentdiff.evaluation.likelihood import _conditions, likelihood
 from latentdiff.model import Model, ModelCard, TorchPlace
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Style
 from latentdiff.networks.protocols import Spec
 from latentdiff.settings.config import load_config
 
@@ -73,7 +73,7 @@ def test_the_latents_terms(exact, found, pictures):
     pixels, captions = pictures
     z, _ = sampled(exact, pixels, 1)
     schedule = exact.model.path
-    context = torch.cat([exact.model.encoder.encode(Wanted(caption))["tokens"][None] for caption in captions])
+    context = torch.cat([exact.model.encoder.encode(Prompt(caption))["tokens"][None] for caption in captions])
     first = np.zeros(len(z), np.int64)
     x = noised(schedule, z, first, 1, range(len(z)))
     level = schedule.numbered(0)
@@ -140,7 +140,7 @@ def test_batches_are_kept(exact, found, pictures, tmp_path):
 def test_brackets_are_words(exact):
     """A caption is read as training reads it."""
     weighed, plain = (
-        exact.model.encoder.encode(Wanted("a (red:1.5) circle", Style(weights))) for weights in (True, False)
+        exact.model.encoder.encode(Prompt("a (red:1.5) circle", Style(weights))) for weights in (True, False)
     )
     assert not torch.equal(weighed["tokens"], plain["tokens"])
     asked = _conditions(exact.model, ["a (red:1.5) circle"] * 2, (64, 64))

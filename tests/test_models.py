@@ -13,7 +13,7 @@ from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
-from latentdiff.networks.encoders.prompt import Wanted
+from latentdiff.networks.encoders.prompt import Prompt
 
 PROMPTS = ["a red circle above a blue square", "", "Ein Größenwahn, 猫 & \U0001f600!", "3 green stars " * 20]
 
@@ -122,7 +122,7 @@ def test_a_new_text_tower_tells_words_apart():
     """One other word moves the context at that word by most of its length (0.84; 0.54 as open_clip draws them)."""
     encoder = TextEncoder(clip_tokenizer(32), text_model_of(clip_towers()))
     left, right = (
-        encoder.encode(Wanted(f"a red circle {side} of a blue square"))["tokens"] for side in ("left", "right")
+        encoder.encode(Prompt(f"a red circle {side} of a blue square"))["tokens"] for side in ("left", "right")
     )
     assert torch.equal(left[:4], right[:4]), "what comes before is not changed: the transformer is causal"
     assert (left[4] - right[4]).norm() > 0.7 * left[4].norm()

@@ -75,7 +75,7 @@ def known(monkeypatch):
 
 
 def test_a_folder_of_an_unknown_family_is_refused(folder):
-    with pytest.raises(ModelError, match="DigitPipeline is no model that can be drawn with"):
+    with pytest.raises(ModelError, match="DigitPipeline is not supported"):
         LatentDiffusionPipeline.from_pretrained(folder)
 
 

@@ -19,7 +19,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core import cache as user_cache
 from latentdiff.core.errors import ConfigError, ModelError, ResourceError
 from latentdiff.families.loading import default_model, stored_model
-from latentdiff.networks.encoders.prompt import Wanted
+from latentdiff.networks.encoders.prompt import Prompt
 from latentdiff.runtime import compiling
 from latentdiff.runtime.export import export
 from latentdiff.runtime.graphs import exported, named
@@ -124,7 +124,7 @@ def test_other_kinds_of_output(default):
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     ours, theirs = (pipe(PROMPT, latents=noise, output_type="uint8", **settings).images for pipe in default)
     alike(ours, theirs)
-    encoded = [default[1].model.encoder.encode(Wanted(prompt))["tokens"][None] for prompt in (PROMPT, "")]
+    encoded = [default[1].model.encoder.encode(Prompt(prompt))["tokens"][None] for prompt in (PROMPT, "")]
     embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), encoded, strict=True))
     arrays = {name: tensor.numpy() for name, tensor in embeds.items()}
     alike(

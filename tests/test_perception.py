@@ -82,7 +82,7 @@ def test_lpips_as_torchmetrics_has_it(kind, tmp_path):
 
 def test_what_is_no_such_network(tmp_path, fid):
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(ModelError, match=r"these are no weights of LPIPS \(.*a\.safetensors\)"):
+    with pytest.raises(ModelError, match=r"not the weights of LPIPS \(.*a\.safetensors\)"):
         read_as(lpips, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=r"cannot load Inception \(.*a\.safetensors\): "):
         read_as(inception, tmp_path / "a.safetensors")

@@ -153,8 +153,8 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
         ({"num_images_per_prompt": 10**9}, "num_images"),
         ({"output_type": "jpg"}, "unknown output_type 'jpg'"),
         ({"stepps": 3}, "stepps"),
-        ({"num_inference_steps": 1000, "latents": torch.zeros(1, 4, 5, 5)}, "latents must be of shape (1, 4, 32, 32)"),
-        ({"latents": torch.zeros(5, 4, 32, 32), "batch_size": 1}, "latents must be of shape (1, 4, 32, 32)"),
+        ({"num_inference_steps": 1000, "latents": torch.zeros(1, 4, 5, 5)}, "latents must have the shape (1, 4, 32, 32)"),
+        ({"latents": torch.zeros(5, 4, 32, 32), "batch_size": 1}, "latents must have the shape (1, 4, 32, 32)"),
         ({"latents": "x"}, "latents must be a tensor of shape (1, 4, 32, 32) (got str)"),
         ({"num_images": 3}, "num_images is called num_images_per_prompt here"),
         ({"callback_on_step_end": print}, "`stream` yields every step"),
@@ -209,8 +209,8 @@ def test_eta_of_euler_ancestral(pipe):
     ("embeds", "message"),
     [
         ({"prompt_embeds": torch.zeros(1, 32, 9)}, "prompt_embeds are of 9 numbers a token, the model's of 32"),
-        ({"prompt_embeds": torch.zeros(1, 32, 32, device="meta")}, "hold no floating-point numbers"),
-        ({"prompt_embeds": torch.zeros(1, 32, 32, dtype=torch.int64)}, "hold no floating-point numbers"),
+        ({"prompt_embeds": torch.zeros(1, 32, 32, device="meta")}, "must be floating-point numbers"),
+        ({"prompt_embeds": torch.zeros(1, 32, 32, dtype=torch.int64)}, "must be floating-point numbers"),
         (
             {"prompt_embeds": torch.zeros(1, 32, 32)} | dict(negative_prompt_embeds=torch.zeros(1, 32, 32)),
             "negative_prompt_embeds replace the negative_prompt",

@@ -6,7 +6,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
-from latentdiff.networks.encoders.prompt import Chunk, Piece, Style, Wanted, chunks, parse
+from latentdiff.networks.encoders.prompt import Chunk, Piece, Prompt, Style, chunks, parse
 
 PLAIN = Style(weights=False)
 
@@ -77,18 +77,18 @@ def test_breaks_and_chunks():
 
 def test_weight_one_is_no_weight(encoder):
     """To the bit, on one word, on all, nested, and written as 1.0."""
-    plain = encoder.encode(Wanted("a red circle above a blue square"))["tokens"]
+    plain = encoder.encode(Prompt("a red circle above a blue square"))["tokens"]
     assert torch.equal(plain, encoder(encoder.tokenize(["a red circle above a blue square"]))["tokens"][0])
     for prompt in ("a (red:1.0) circle above a blue square", "(a red circle above a (blue:1) square:1)"):
-        assert torch.equal(encoder.encode(Wanted(prompt))["tokens"], plain)
-    assert torch.equal(encoder.encode(Wanted("a red circle above a blue square", PLAIN))["tokens"], plain)
+        assert torch.equal(encoder.encode(Prompt(prompt))["tokens"], plain)
+    assert torch.equal(encoder.encode(Prompt("a red circle above a blue square", PLAIN))["tokens"], plain)
 
 
 def test_weights_move_away_from_the_empty_prompt(encoder):
     """c_empty + w (c - c_empty) at the word alone: 0 leaves nothing of it, and it is linear in w."""
-    empty, plain = encoder.encode(Wanted(""))["tokens"], encoder.encode(Wanted("a red circle"))["tokens"]
+    empty, plain = encoder.encode(Prompt(""))["tokens"], encoder.encode(Prompt("a red circle"))["tokens"]
     for weight in (0.0, 0.5, 2.0, -1.0):
-        found = encoder.encode(Wanted(f"a (red:{weight}) circle"))["tokens"]
+        found = encoder.encode(Prompt(f"a (red:{weight}) circle"))["tokens"]
         torch.testing.assert_close(found[2], empty[2] + weight * (plain[2] - empty[2]))
         others = [index for index in range(77) if index != 2]
         assert torch.equal(found[others], plain[others])
@@ -99,20 +99,20 @@ def test_all_of_a_long_prompt_is_read(encoder):
     words = [f"{color} circle" for color in ("red", "green", "blue", "pink")] * 25
     prompt = " ".join(words)
     assert encoder.read(prompt) == (202, 3, 0)
-    context = encoder.encode(Wanted(prompt))["tokens"]
+    context = encoder.encode(Prompt(prompt))["tokens"]
     assert context.shape == (3 * 77, 32)
     first = " ".join(prompt.split()[:75])
-    torch.testing.assert_close(context[:77], encoder.encode(Wanted(first))["tokens"])
+    torch.testing.assert_close(context[:77], encoder.encode(Prompt(first))["tokens"])
     last = " ".join(prompt.split()[150:])
-    torch.testing.assert_close(context[154:], encoder.encode(Wanted(last))["tokens"])
+    torch.testing.assert_close(context[154:], encoder.encode(Prompt(last))["tokens"])
     other = prompt.removesuffix("circle") + "square"
-    assert (encoder.encode(Wanted(other))["tokens"] - context).abs().max() > 1e-3
+    assert (encoder.encode(Prompt(other))["tokens"] - context).abs().max() > 1e-3
     cut = Style(chunked=False)
     assert encoder.read(prompt, cut) == (202, 1, 125)
-    assert torch.equal(encoder.encode(Wanted(prompt, cut))["tokens"], encoder(encoder.tokenize([prompt]))["tokens"][0])
+    assert torch.equal(encoder.encode(Prompt(prompt, cut))["tokens"], encoder(encoder.tokenize([prompt]))["tokens"][0])
 
 
 def test_chunks_are_filled_up_with_empty_ones(encoder):
-    context = encoder.encode(Wanted("a red circle", chunks=3))["tokens"]
-    torch.testing.assert_close(context[77:154], encoder.encode(Wanted(""))["tokens"])
-    torch.testing.assert_close(context[:77], encoder.encode(Wanted("a red circle"))["tokens"])
+    context = encoder.encode(Prompt("a red circle", chunks=3))["tokens"]
+    torch.testing.assert_close(context[77:154], encoder.encode(Prompt(""))["tokens"])
+    torch.testing.assert_close(context[:77], encoder.encode(Prompt("a red circle"))["tokens"])

@@ -10,7 +10,7 @@ from latentdiff.core.arrays import to_numpy
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.conditions import stacked, together
-from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Style
 from latentdiff.networks.protocols import (
     Backbone,
     Codec,
@@ -45,7 +45,7 @@ def model(models, request):
 
 def conditions(model, prompts=PROMPTS):
     sizes = SIZES if model.reads_sizes else None
-    return stacked([model.encoder.encode(Wanted(prompt, sizes=sizes)) for prompt in prompts]).mapped(model.array)
+    return stacked([model.encoder.encode(Prompt(prompt, sizes=sizes)) for prompt in prompts]).mapped(model.array)
 
 
 def noise(model, rows=2):
@@ -122,13 +122,13 @@ def test_an_encoder_reads_chunks(model):
     assert isinstance(encoder, Encoder)
     for prompt in ("", *PROMPTS):
         assert encoder.read(prompt, Style()).chunks == 1
-        assert len(encoder.encode(Wanted(prompt))["tokens"]) == encoder.length
+        assert len(encoder.encode(Prompt(prompt))["tokens"]) == encoder.length
     long = "red " * (2 * encoder.length)
     reading = encoder.read(long, Style())
     assert (reading.tokens, reading.cut) == (2 * encoder.length + 2, 0)
-    assert len(encoder.encode(Wanted(long))["tokens"]) == reading.chunks * encoder.length
-    assert len(encoder.encode(Wanted("red", chunks=3))["tokens"]) == 3 * encoder.length
-    first, again = (encoder.encode(Wanted(PROMPTS[0])) for _ in range(2))
+    assert len(encoder.encode(Prompt(long))["tokens"]) == reading.chunks * encoder.length
+    assert len(encoder.encode(Prompt("red", chunks=3))["tokens"]) == 3 * encoder.length
+    first, again = (encoder.encode(Prompt(PROMPTS[0])) for _ in range(2))
     assert all(np.array_equal(first[name], again[name]) for name in first.arrays)
 
 
@@ -139,7 +139,7 @@ def test_a_trained_encoder_reads_as_the_other(model):
         return
     read = encoder(encoder.tokenize(list(PROMPTS)))
     for row, prompt in enumerate(PROMPTS):
-        alone = encoder.encode(Wanted(prompt))
+        alone = encoder.encode(Prompt(prompt))
         assert set(read.arrays) == set(alone.arrays)
         for name, array in alone.arrays.items():
             near(read[name][row].detach(), array)

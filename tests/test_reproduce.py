@@ -212,7 +212,7 @@ def forged(path, place, **changes):
         ({"model_source": "../models/tiny"}, ConfigError, "is not at"),
         ({"model_source": "owner/name@main"}, ConfigError, "Name it by --model owner/name"),
         ({"model_hash": "x"}, DataError, "model_hash"),
-        ({"own_noise": True}, ConfigError, "noise or embeddings of its maker's own"),
+        ({"own_noise": True}, ConfigError, "a caller's own noise or embeddings"),
         ({"more": 1}, DataError, "more"),
         ({"sources": [{"kind": "lora", "path": "/etc/passwd", "sha256": "0" * 64}]}, ConfigError, "not looked for"),
         ({"sources": [{"kind": "lora", "path": "../x", "sha256": "0" * 64}]}, ConfigError, "not looked for"),
@@ -262,7 +262,7 @@ def test_other_decoders_are_not_asked(tmp_path):
 
 def test_pictures_that_say_nothing(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="says nothing of how it was made"):
+    with pytest.raises(DataError, match="has no record of latentdiff"):
         again(tmp_path / "a.png")
 
 

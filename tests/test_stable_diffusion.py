@@ -26,7 +26,7 @@ from latentdiff.families.original import save_single_file
 from latentdiff.families.single_file import load_single_file, predicts_noise
 from latentdiff.formats.folder import folder_hash, weight_files
 from latentdiff.networks.conditions import stacked
-from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Style
 
 from . import stable_diffusion
 
@@ -60,7 +60,7 @@ def largest(ours, theirs):
 def test_networks(both):
     """Text encoder, U-Net and autoencoder by themselves: rounding only, relative to the largest value."""
     ours, theirs, family = both
-    alone = ours.model.encoder.encode(Wanted(PROMPT))
+    alone = ours.model.encoder.encode(Prompt(PROMPT))
     encoded = theirs.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
     assert largest(alone["tokens"], encoded[0][0]) < 1e-6
     x = latents(1, 4, 8, 8)
@@ -122,7 +122,7 @@ def test_default_negative_prompt(both):
 def test_clip_skip(both):
     """One layer fewer, after the final norm but for SDXL; in the picture too, where the prompt alone skips."""
     ours, theirs, family = both
-    context = ours.model.encoder.encode(Wanted(PROMPT, Style(clip_skip=1)))["tokens"]
+    context = ours.model.encoder.encode(Prompt(PROMPT, Style(clip_skip=1)))["tokens"]
     ids = [encoder.tokenize([PROMPT]) for encoder in ours.model.encoder.encoders]
     texts = [theirs.text_encoder, getattr(theirs, "text_encoder_2", None)]
     hidden = [text(i, output_hidden_states=True).hidden_states for text, i in zip(texts, ids, strict=False)]
@@ -146,7 +146,7 @@ def test_training_reads_as_drawing_does(folders):
         encoder = LatentDiffusionPipeline.from_pretrained(folder, device="cpu").model.encoder
         read = encoder(encoder.tokenize([PROMPT, ""]))
         for row, prompt in enumerate([PROMPT, ""]):
-            alone = encoder.encode(Wanted(prompt))
+            alone = encoder.encode(Prompt(prompt))
             torch.testing.assert_close(read["tokens"][row], alone["tokens"], rtol=0, atol=1e-5)
             assert ("pooled" in read.arrays) == ("pooled" in alone.arrays) == (family == "XL")
             if family == "XL":
@@ -384,7 +384,7 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"_class_name": "FluxPipeline"}, ModelError, "FluxPipeline is no model that can be drawn with"),
+        ({"_class_name": "FluxPipeline"}, ModelError, "FluxPipeline is not supported"),
         ({"_class_name": ["pipeline", "Mine"]}, UnsafeError, "asks to run code"),
         ({"text_encoder": ["evil", "CLIPTextModel"]}, UnsafeError, "text_encoder is of unknown class"),
         ({"text_encoder_2": ["transformers", "T5EncoderModel"]}, UnsafeError, "text_encoder_2 is of unknown class"),

@@ -60,9 +60,9 @@ def test_diffusers_scheduler_steps_as_euler_does(model):
     scheduler.set_timesteps(sigmas=times)
     backbone = pipe.model.backbone
     from latentdiff.networks.conditions import stacked
-    from latentdiff.networks.encoders.prompt import Wanted
+    from latentdiff.networks.encoders.prompt import Prompt
 
-    conditions = stacked([pipe.model.encoder.encode(Wanted(PROMPT))])
+    conditions = stacked([pipe.model.encoder.encode(Prompt(PROMPT))])
     for t in scheduler.timesteps:
         x = scheduler.step(backbone.predict(x, float(t), conditions), t, x).prev_sample
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)

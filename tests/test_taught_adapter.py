@@ -85,7 +85,7 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, kind, family):
     learnt(networks)
     expected = drawn(pipe)
     assert (expected - before).abs().max() > 1e-3
-    save_peft(taught_adapter.taken(networks), tmp_path / "peft.safetensors", {"modelspec.title": "x"})
+    save_peft(taught_adapter.as_adapter(networks), tmp_path / "peft.safetensors", {"modelspec.title": "x"})
     ours = load(folders[family])
     fit = ours.load_lora_weights(tmp_path / "peft.safetensors")
     assert (fit.unused, fit.missing) == ([], [])
@@ -103,7 +103,7 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, kind, family):
     )
     if kind == "rslora":
         return
-    save_kohya(taught_adapter.taken(networks), tmp_path / "kohya.safetensors", networks, {"ss_seed": "0"})
+    save_kohya(taught_adapter.as_adapter(networks), tmp_path / "kohya.safetensors", networks, {"ss_seed": "0"})
     again = load(folders[family])
     again.load_lora_weights(tmp_path / "kohya.safetensors")
     torch.testing.assert_close(drawn(again), expected, rtol=1e-5, atol=1e-5)

@@ -93,7 +93,7 @@ def test_saved_and_loaded(model, tmp_path):
         assert torch.equal(again.vae.state_dict()[name], weight)
     from latentdiff.families.original import save_single_file
 
-    with pytest.raises(ConfigError, match="not of Stable Diffusion's shape"):
+    with pytest.raises(ConfigError, match="requires the shape of a Stable Diffusion model"):
         save_single_file(ours.model, tmp_path / "one.safetensors")
 
 

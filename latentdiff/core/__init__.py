@@ -1,1 +1,1 @@
-"""What every room may use: errors, arrays, pictures as arrays and as files, writing, the user's cache."""
+"""Shared by every room: errors, arrays, pictures as arrays and as files, writing, the user's cache."""

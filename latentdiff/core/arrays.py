@@ -1,6 +1,6 @@
-"""Arrays of NumPy or of torch: what draws is written once, for both.
+"""Arrays of NumPy or of torch: sampling is written once, for both.
 
-Nearly all that is needed has one name in both: `library(x).where(...)`, `.concatenate`, `.stack`, `.isfinite`.
+Most functions have the same name in both: `library(x).where(...)`, `.concatenate`, `.stack`, `.isfinite`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 Array = Any  # a NumPy array or a torch tensor
-Put = Callable[[Array], Array]  # to the library and the device that the networks compute with
+Put = Callable[[Array], Array]  # moves an array to the library and the device of the networks
 
 
 def library(array: Array) -> Any:
-    """The module, numpy or torch, whose functions take this array."""
+    """The module whose functions take this array: numpy or torch."""
     if isinstance(array, np.ndarray | np.generic):
         return np
     import torch
@@ -24,14 +24,14 @@ def library(array: Array) -> Any:
 
 
 def as_tensor(array: Array) -> Array:
-    """As a torch tensor, in the same memory."""
+    """The same numbers as a torch tensor that shares their memory."""
     import torch
 
     return torch.as_tensor(array)
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """The same numbers as a NumPy array; what is narrower than float32 is widened to it."""
+    """The same numbers as a NumPy array; floats narrower than float32 become float32."""
     if library(array) is np:
         return np.asarray(array)
     tensor = array.detach().cpu()

@@ -1,7 +1,7 @@
-"""What was slow to make, kept in the user's cache directory for the next start.
+"""The user's cache directory: results that are slow to compute, for the next start.
 
-A file is called by a hash of all that it was made from. It begins with the CRC-32 of what follows: what is damaged is
-made anew. The least used are removed over LIMIT.
+A file is named by a hash of everything it was computed from. It begins with the CRC-32 of the rest, so that a damaged
+file is computed again. Above LIMIT the least recently used files are removed.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ import numpy as np
 
 from latentdiff.core.files import whole
 
-LIMIT = 20 * 2**30  # bytes of all that is kept
-KINDS = ("*.blob", "*.features")  # of our files
+LIMIT = 20 * 2**30  # bytes of all files together
+KINDS = ("*.blob", "*.features")  # names of our files
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What lies in a file, uint8 (N,), and the CRC-32 that it should have."""
+    """The content of a cached file, uint8 (N,), and the CRC-32 that it should have."""
 
     file: Path
     checksum: bytes
     content: np.ndarray
 
     def is_whole(self) -> bool:
-        """Whether it is what was written; a tenth of a second for 200 MB."""
+        """Whether the content has its CRC-32; this takes a tenth of a second for 200 MB."""
         return _checksum(self.content.data) == self.checksum
 
 
 def file(name: str) -> Path | None:
-    """Where something of that name is kept, by the system's custom; nowhere for who has no home."""
+    """The path of a cached file in the system's usual place. None if there is no home directory."""
     own = os.environ.get("LATENTDIFF_CACHE")
     try:
         return (Path(own) if own else _usual_folder()) / name
-    except RuntimeError:  # of expanduser
+    except RuntimeError:  # expanduser found no home
         return None
 
 
@@ -53,24 +53,24 @@ def _usual_folder() -> Path:
 
 
 def kept(path: Path) -> Kept | None:
-    """What was kept, mapped and not yet read."""
+    """A cached file, memory-mapped and not yet read. None if there is none."""
     try:
         content = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError):
         return None
-    with suppress(OSError):  # of a cache that can only be read
+    with suppress(OSError):  # the cache may be read-only
         os.utime(path)
     return Kept(path, content[:4].tobytes(), content[4:])
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; where nothing can be written the next start makes it again."""
+    """Write a file, whole or not at all. If it cannot be written, nothing happens: the next start computes it again."""
     try:
         with whole(path) as made, made.open("wb") as file:
             file.write(_checksum(content))
             file.write(content)
-        ours = [found for kind in KINDS for found in path.parent.glob(kind)]
-        _prune(sorted(ours, key=lambda found: found.stat().st_mtime, reverse=True))
+        ours = [file for kind in KINDS for file in path.parent.glob(kind)]
+        _prune(sorted(ours, key=lambda file: file.stat().st_mtime, reverse=True))
     except OSError:
         return
 

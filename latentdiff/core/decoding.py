@@ -1,15 +1,15 @@
-"""Encoded picture files to pixels: every byte is decoded, and what cannot be shown faithfully is refused.
+"""Encoded picture files to pixels: every byte is decoded, and a file without a faithful rendering is refused.
 
 The pixels of a picture are uint8 (H, W, 3), sRGB as stored (embedded colour profiles are not applied):
 
-    turned upright by its EXIF orientation
-    transparency (alpha channels, palette and key colours) composited: (a c + (255 - a) background) / 255, rounded
-    1-bit, grey, palette and CMYK as Pillow converts them to RGB
-    16-bit grey divided by 257 and rounded; 16 bits a channel of colour cut to the high byte
-    of an animation or several pages the first
-    floating point and 32-bit integers refused: nothing says which value is white
+    orientation     turned upright by EXIF
+    transparency    alpha channels, palette and key colours: (a c + (255 - a) background) / 255, rounded
+    colour modes    1-bit, grey, palette and CMYK as Pillow converts them to RGB
+    16 bits         grey is divided by 257 and rounded; colour keeps the high byte
+    several frames  the first one
+    float, int32    refused: nothing defines which value is white
 
-Only a few well-kept decoders are ever tried, whatever a file is called.
+Only a few well-maintained decoders are tried, whatever the file's name is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels, and what the file was: Pillow's name of its colour mode and format, and how many frames it has."""
+    """Pixels, with Pillow's names of the file's colour mode and format, and its number of frames."""
 
     pixels: np.ndarray
     mode: str
@@ -47,7 +47,7 @@ class Decoded:
 
 
 def decode(data: bytes, background: Color = WHITE, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """See the module. Raises DataError with the reason alone: "truncated", "empty", ..."""
+    """Decode a file's bytes as the module says. Raises DataError with only the reason: "truncated", "empty", ..."""
     if not data:
         raise DataError("empty")
     try:
@@ -63,11 +63,11 @@ def decode(data: bytes, background: Color = WHITE, max_pixels: int = MAX_PIXELS)
 
 @contextmanager
 def silent_decoders() -> Iterator[None]:
-    """Pillow warns of large pictures and logs of broken tags; what matters is told by `decode`, once a file.
+    """Silence Pillow's warnings and logs about large pictures and broken tags: `decode` reports each file once.
 
-    libtiff, a C library beneath it, writes of broken TIFFs to standard error by itself.
+    libtiff, a C library that Pillow calls, still writes about broken TIFFs to standard error.
     """
-    quiet = logging.NullHandler()  # else what has no handler is printed
+    quiet = logging.NullHandler()  # without any handler, logging prints
     logging.getLogger("PIL").addHandler(quiet)
     with closing(quiet), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
@@ -91,11 +91,11 @@ def _decoded(image: Image.Image, background: Color, max_pixels: int) -> Decoded:
 
 
 def rgb(image: Image.Image, background: Color = WHITE) -> np.ndarray:
-    """The pixels of a decoded picture that stands upright. Raises DataError for what has no white."""
+    """The pixels of a decoded, upright picture. Raises DataError for a colour mode without a defined white."""
     if image.mode.startswith("I;16"):
         return _grey16(np.asarray(image), image.info.get("transparency"), background)
     if image.mode in ("I", "F", "LAB", "HSV"):
-        raise DataError(f"colour mode {image.mode}, of which nothing says what is white")
+        raise DataError(f"colour mode {image.mode} defines no white")
     if image.has_transparency_data:
         rgba, shown = image.convert("RGBA"), Image.new("RGB", image.size, background)
         shown.paste(rgba, mask=rgba)
@@ -113,7 +113,7 @@ def _grey16(values: np.ndarray, transparent: object, background: Color) -> np.nd
 
 
 def _what_else(data: bytes) -> str:
-    """Of bytes that no decoder knows."""
+    """A message about bytes that no decoder knows."""
     head = data[:12].lstrip()
     if head[:1] == b"<":
         tag = data.lstrip()[:20].split(b">")[0].split(b" ")[0] + b">"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class LatentDiffError(Exception):
-    """One line: what was got, what to do. The command line prints it and exits with `exit_code`."""
+    """One line: what is wrong and what to do. The command line prints it and exits with `exit_code`."""
 
     exit_code = 2
 
@@ -21,7 +21,7 @@ class ConfigError(LatentDiffError):
 
 
 class DataError(LatentDiffError):
-    """A data set that cannot be read or does not hold what is asked of it."""
+    """A data set that cannot be read or lacks something that was requested."""
 
     exit_code = 3
 
@@ -33,7 +33,7 @@ class ModelError(LatentDiffError):
 
 
 class NonFiniteError(LatentDiffError):
-    """NaN or infinity where a number was needed; `samples` are those it came from, where that is known."""
+    """NaN or infinity where a number is required; `samples` names where it came from, if known."""
 
     exit_code = 5
 
@@ -49,13 +49,13 @@ class ResourceError(LatentDiffError):
 
 
 class UnsafeError(LatentDiffError):
-    """A file that asks to run code: a pickle, or a model folder with a program in it."""
+    """A file that would run code: a pickle, or a model folder with a program in it."""
 
     exit_code = 7
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; `saved` names the step that was saved for it, where one was in hand."""
+    """SIGINT or SIGTERM arrived; `saved` names the step that was saved because of it, if any."""
 
     def __init__(self, number: int, saved: str | None = None):
         name = signal.Signals(number).name
@@ -67,7 +67,7 @@ class Interrupted(BaseException):
 
 @contextmanager
 def raised_as(kind: type[LatentDiffError], what: str) -> Iterator[None]:
-    """Whatever a library raises inside becomes one line, `what: reason`; our own errors pass."""
+    """Turn any error of a library into one line, `what: reason`. Our own errors pass."""
     try:
         yield
     except LatentDiffError:
@@ -77,10 +77,10 @@ def raised_as(kind: type[LatentDiffError], what: str) -> Iterator[None]:
 
 
 def loading(part: str | Path, directory: Path | None = None) -> AbstractContextManager[None]:
-    """Whatever a library raises while it reads a file, or a part of a folder, becomes a ModelError of one line."""
+    """Turn any error of a library that reads a file, or a part of a folder, into a ModelError of one line."""
     return raised_as(ModelError, f"cannot load {part}" + (f" ({directory})" if directory else ""))
 
 
 def saving(part: str, directory: Path) -> AbstractContextManager[None]:
-    """Whatever a library raises while it writes a part, above all on a full disk, becomes a ResourceError."""
+    """Turn any error of a library that writes a part, often a full disk, into a ResourceError of one line."""
     return raised_as(ResourceError, f"cannot write {part} ({directory})")

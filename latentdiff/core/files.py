@@ -1,6 +1,6 @@
-"""Files on disk: written whole or not at all, readable by others, known by their sha256.
+"""Files on disk: written whole or not at all, readable by others, identified by their sha256.
 
-Every file of the package that replaces another, or that somebody else may read while it is written, goes through here.
+The package writes every file through here that replaces another, or that somebody may read while it is written.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _exists(path: Path) -> bool:
 
 
 def recorded(path: Path) -> str:
-    """A path as pictures record it: relative ones as typed, of absolute ones only the name."""
+    """A path as pictures record it: a relative path as typed, of an absolute path only the name."""
     return path.name if path.is_absolute() else path.as_posix()
 
 
@@ -122,7 +122,7 @@ def _write_new(path: Path, content: bytes) -> None:
     with open(unnamed, "wb") as file:  # noqa: PTH123 - a descriptor, no path
         file.write(content)
         file.flush()
-        # src_dir_fd, which an absolute source ignores, makes Python call linkat, which follows the link
+        # an absolute source ignores src_dir_fd, but with it Python calls linkat, which follows the link
         os.link(f"/proc/self/fd/{unnamed}", path, src_dir_fd=unnamed, follow_symlinks=True)
 
 

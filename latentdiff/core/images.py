@@ -23,20 +23,20 @@ def to_values(pictures: np.ndarray) -> NDArray[np.float32]:
 
 
 def to_images(pictures: np.ndarray) -> Tensor:
-    """See `to_values`; as a tensor."""
+    """`to_values` as a tensor."""
     import torch
 
     return torch.from_numpy(to_values(pictures))
 
 
 def to_uint8(images: Array) -> NDArray[np.uint8]:
-    """(B, C, H, W) about in [-1, 1] -> uint8 (B, H, W, C), clamped and rounded."""
+    """(B, C, H, W), clamped to [-1, 1] -> uint8 (B, H, W, C), rounded."""
     scaled = np.rint((to_numpy(images).clip(-1, 1) + np.float32(1)) * np.float32(127.5))
     return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1).astype(np.uint8))
 
 
 def coloured(pictures: np.ndarray) -> np.ndarray:
-    """Grey pictures with three channels that are the same."""
+    """Pictures with three channels: of grey ones the channel is repeated."""
     return pictures if pictures.shape[-1] == 3 else pictures.repeat(3, -1)
 
 

@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class Turn:
-    """A lock that is entered by one thread at a time, and again by the same one; a copied object gets its own."""
+    """A reentrant lock; a copy of an object that has one gets a lock of its own."""
 
     def __init__(self) -> None:
         self._lock = RLock()

@@ -1,4 +1,4 @@
-"""The bound on the likelihood of data that a denoiser gives, in its three terms (Ho et al. 2020, eq. 5):
+"""The bound on the likelihood of data under a denoiser, in its three terms (Ho et al. 2020, eq. 5):
 
     -log p(x0)  <=  L_T + sum of L_t over t = 1 .. T-1 + L_0
     L_T   prior           KL(q(x_T | x0) || N(0, I)), at the last time
@@ -10,8 +10,8 @@ p(x_s | x_t) is Gaussian, around the posterior's mean for the predicted clean da
 constant. L_0 has the forward variance, for the posterior's is zero there: a density for latents, which are continuous,
 and for 8-bit pixels the probability of their bin (eq. 13). All is in nats of whole samples; `bits` divides.
 
-Noise and times are keyed by the sample, and times are drawn by the path alone: two models, or one with its captions
-and without, are compared on the same draws.
+Noise and times are keyed by the sample, and times depend on the path alone: two models, or one model with and without
+captions, are compared on the same draws.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ Variance = Literal["small", "large"]
 VARIANCES: tuple[str, ...] = get_args(Variance)
 Predict = Callable[[Array, NDArray[np.int64]], Array]  # x (B, ...) and its times (B,) -> the clean data it stands for
 BIN = 2 / 255  # the width of an 8-bit value in [-1, 1]
-_ARRAYS = ("prior", "reconstruction", "times", "squared")  # of `Errors`, a row a sample
-_UNIFORM = 0.1  # share of times that are drawn whatever their term is thought to be
+_ARRAYS = ("prior", "reconstruction", "times", "squared")  # fields of `Errors` with a row a sample
+_UNIFORM = 0.1  # share of times that are drawn uniformly
 
 
 @dataclass(frozen=True)
 class Terms:
-    """L_t = weight_t |x0 - x0-hat|^2 + dimensions * constant_t at each time, (T,); at time 0 of a density."""
+    """L_t = weight_t |x0 - x0-hat|^2 + dimensions * constant_t at each time, (T,); time 0 is the density's L_0."""
 
     weight: Floats
     constant: Floats
 
     @classmethod
     def of(cls, path: Path, variance: str = "small") -> Terms:
-        """Under a variance of the reverse steps. Raises ValueError for an unknown one."""
+        """The terms for a variance of the reverse steps. Raises ValueError for an unknown one."""
         if variance not in VARIANCES:
             raise ValueError(f"unknown variance {variance!r}; one of {', '.join(VARIANCES)}")
         levels = [path.numbered(t) for t in range(path.T)]
@@ -65,15 +65,16 @@ class Terms:
         return cls(np.array(weights), np.array(constants))
 
     def at(self, times: NDArray[np.int64], squared: Floats, dimensions: int) -> Floats:
-        """L_t of squared errors, summed over the dimensions, at these times: all of one shape."""
+        """L_t from squared errors that are summed over the dimensions, at these times; arrays of one shape."""
         return np.asarray(self.weight[times] * squared + dimensions * self.constant[times])
 
 
 def proposal(path: Path) -> Floats:
-    """Probabilities of the times 1 .. T-1, (T,): as their terms for white data of variance 1, and a share alike.
+    """Probabilities of the times 1 .. T-1, (T,): proportional to their terms for white data of variance 1, and a share
+    that is uniform.
 
-    Data that can be told better than white noise has terms below those, at most times by much the same factor; where it
-    has not, the uniform share bounds what one draw can weigh.
+    Data that is easier to predict than white noise has smaller terms, at most times by about the same factor; where it
+    is not, the uniform share limits the weight of one draw.
     """
     alpha, sigma = _scales(path, np.arange(path.T))
     white = Terms.of(path).weight * sigma**2 / (alpha**2 + sigma**2)
@@ -82,11 +83,11 @@ def proposal(path: Path) -> Floats:
 
 
 def drawn_times(chances: Floats, count: int, seed: int, sample: int) -> NDArray[np.int64]:
-    """`count` times of one sample by their chances (T,), by systematic sampling: their quantiles at (i + u) / count."""
+    """`count` times of one sample by systematic sampling of their probabilities (T,): quantiles at (i + u) / count."""
     u = noise.generator(seed, "bound times", sample).random()
     quantiles = np.cumsum(chances)
-    wanted = (np.arange(count) + u) / count * quantiles[-1]
-    return np.minimum(np.searchsorted(quantiles, wanted, "right"), len(chances) - 1)
+    points = (np.arange(count) + u) / count * quantiles[-1]
+    return np.minimum(np.searchsorted(quantiles, points, "right"), len(chances) - 1)
 
 
 def prior(x0: Array, path: Path) -> Floats:
@@ -104,15 +105,14 @@ def noised(path: Path, x0: Array, times: NDArray[np.int64], seed: int, samples: 
 
 
 def _scales(path: Path, numbers: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """(alpha, sigma) of levels counted from 0."""
+    """(alpha, sigma) of levels by their numbers, from 0."""
     return path.scales(numbers.astype(np.float64) + path.numbered(0).t)
 
 
 @dataclass(frozen=True)
 class Errors:
-    """What the terms are made of, for N samples: their prior and reconstruction in nats, and squared errors at times.
-
-    times: (N, K), drawn from the proposal.
+    """What the terms are computed from, for N samples: prior and reconstruction in nats, and squared errors (N, K) at
+    times (N, K) drawn from the proposal.
     """
 
     prior: Floats
@@ -123,19 +123,19 @@ class Errors:
     dimensions: int
 
     def as_tree(self) -> dict[str, Any]:
-        """All but the path, as JSON takes it."""
+        """All fields but the path, for JSON."""
         arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
         return arrays | {"dimensions": self.dimensions}
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any], path: Path) -> Errors:
-        """What `as_tree` made, to the bit."""
+        """The inverse of `as_tree`, to the bit."""
         arrays = {name: np.array(tree[name]) for name in _ARRAYS}
         return cls(**arrays, path=path, dimensions=tree["dimensions"])
 
     @classmethod
     def joined(cls, parts: Sequence[Errors]) -> Errors:
-        """Of all the samples of several, which are of one path."""
+        """The samples of several, which share one path."""
         whole: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
         return replace(parts[0], **whole)
 
@@ -148,12 +148,12 @@ class Errors:
         return self.prior + self.denoising(variance) + self.reconstruction
 
     def curve(self, edges: Sequence[int], variance: str = "small") -> Floats:
-        """The mean L_t of a time in each bin [edges[i], edges[i + 1]), nats; NaN where none was drawn."""
-        weighed, found = self._weighed(variance), []
+        """The mean L_t of a time in each bin [edges[i], edges[i + 1]), nats; NaN in a bin without draws."""
+        weighed, means = self._weighed(variance), []
         for low, high in pairwise(edges):
             inside = (self.times >= low) & (self.times < high)
-            found.append((weighed * inside).mean() / (high - low) if inside.any() else np.nan)
-        return np.array(found)
+            means.append((weighed * inside).mean() / (high - low) if inside.any() else np.nan)
+        return np.array(means)
 
     def _weighed(self, variance: str) -> Floats:
         terms = Terms.of(self.path, variance).at(self.times, self.squared, self.dimensions)
@@ -176,16 +176,16 @@ def errors_of(
     """
     numbers = list(range(len(x0))) if samples is None else list(samples)
     chances = proposal(path)
-    drawn = np.stack([drawn_times(chances, count, seed, number) for number in numbers])
+    times = np.stack([drawn_times(chances, count, seed, number) for number in numbers])
     first = np.zeros(len(x0), np.int64)
-    found = predict(noised(path, x0, first, seed, numbers), first)
+    predicted = predict(noised(path, x0, first, seed, numbers), first)
     sigma = path.numbered(0).sigma
     if pixels:
-        reconstruction = -_summed(discretised(to_numpy(x0), to_numpy(found), sigma))
+        reconstruction = -_summed(discretised(to_numpy(x0), to_numpy(predicted), sigma))
     else:
-        reconstruction = Terms.of(path).at(first, _summed((x0 - found) ** 2), _dimensions(x0))
-    squared = [_summed((x0 - predict(noised(path, x0, times, seed, numbers), times)) ** 2) for times in drawn.T]
-    return Errors(prior(x0, path), reconstruction, drawn, np.stack(squared, 1), path, _dimensions(x0))
+        reconstruction = Terms.of(path).at(first, _summed((x0 - predicted) ** 2), _dimensions(x0))
+    squared = [_summed((x0 - predict(noised(path, x0, t, seed, numbers), t)) ** 2) for t in times.T]
+    return Errors(prior(x0, path), reconstruction, times, np.stack(squared, 1), path, _dimensions(x0))
 
 
 def bits(nats: Array, dimensions: int) -> Array:
@@ -202,7 +202,7 @@ def discretised(x: NDArray[Any], mean: NDArray[Any], scale: float, kind: str = "
     """Log-probabilities of 8-bit values x in [-1, 1] under a density around `mean`, integrated over their bins.
 
     The outermost bins are open (Ho et al. 2020, eq. 13). kind: gaussian, of standard deviation `scale`, or laplace, of
-    mean absolute deviation `scale`. Of the two tails the smaller difference is taken, so that nothing is lost far out.
+    mean absolute deviation `scale`. Bins in the upper tail are mirrored to the lower one, which keeps their digits.
     """
     log_cdf = {"gaussian": log_ndtr, "laplace": _log_laplace}[kind]
     off = x.astype(np.float64) - mean.astype(np.float64)
@@ -214,17 +214,17 @@ def discretised(x: NDArray[Any], mean: NDArray[Any], scale: float, kind: str = "
 
 
 def _log_laplace(x: Floats) -> Floats:
-    """The log of its distribution function."""
+    """The log of Laplace's distribution function."""
     return np.where(x < 0, np.minimum(x, 0) - math.log(2), np.log1p(-0.5 * np.exp(-np.maximum(x, 0))))
 
 
 def _like(values: NDArray[Any], x: Array) -> Array:
-    """In x's library, precision and place."""
+    """The values in x's library, precision and place."""
     return values.astype(x.dtype) if library(x) is np else library(x).as_tensor(values).to(x)
 
 
 def _summed(values: Array) -> Floats:
-    """Over all but the first axis, in float64."""
+    """The sum over all axes but the first, in float64."""
     return np.asarray(to_numpy(values).astype(np.float64).reshape(len(values), -1).sum(1))
 
 

@@ -17,7 +17,7 @@ TINY = 1e-30  # keeps 0 / 0 finite
 
 
 def once(denoise: Denoiser) -> Denoiser:
-    """The same denoiser, which remembers its last answer for whoever asks again at the same place."""
+    """The same denoiser with a memory of its last result, for a second call at the same x and level."""
     last: tuple[Array, NoiseLevel, Array] | None = None
 
     def remembering(x: Array, level: NoiseLevel) -> Array:
@@ -58,9 +58,9 @@ def classifier_free(both: Denoiser, scale: float) -> Denoiser:
 def apg(both: Denoiser, scale: float, *, eta: float = 0.0, norm: float = math.inf, momentum: float = 0.0) -> Denoiser:
     """Adaptive projected guidance (Sadat et al. 2024, algorithm 1), which does not oversaturate at large scales.
 
-    Of the difference of the conditions, what is parallel to cond counts `eta` times (1 is plain guidance), it is no
-    longer than `norm` a picture, and `momentum` times the steps before (negative pushes against them) is added. For
-    one walk through the levels: it remembers the last difference.
+    The difference of the conditions is added to `momentum` times the running sum of earlier ones (negative momentum
+    pushes against them) and cut to at most `norm` a picture; its part parallel to cond is multiplied by `eta` (1 is
+    plain guidance). One result serves one walk through the levels: it remembers the differences.
     """
     running: Array = 0.0
 
@@ -98,8 +98,8 @@ def rescaled(guided: Denoiser, cond: Denoiser, share: float) -> Denoiser:
 def thresholded(guided: Denoiser, cond: Denoiser, quantile: float) -> Denoiser:
     """Dynamic thresholding (Saharia et al. 2022, section 2.3): the largest of |x0| are cut, then all is scaled down.
 
-    What the quantile of |x0| may be is not 1, as for pixels, but what it is without guidance, picture by picture;
-    latents know no other bounds.
+    The limit is not 1, as for pixels, but the quantile of |x0| without guidance, picture by picture: latents have no
+    other bounds.
     """
 
     def denoise(x: Array, level: NoiseLevel) -> Array:
@@ -131,11 +131,11 @@ def within(guided: Denoiser, plain: Denoiser, lowest: float = -math.inf, highest
 def toward(
     denoise: Denoiser, gradient: Callable[[Array], Array], scale: float, *, radius: float = math.inf
 ) -> Denoiser:
-    """x0 + scale sigma^2 gradient(x0), for the gradient in x0 of the log-probability of what is wanted.
+    """x0 + scale sigma^2 gradient(x0), for the gradient in x0 of the log-probability of the target.
 
     Bayes' rule for the posterior mean: E[x0 | x_t, y] = E[x0 | x_t] + Cov[x0 | x_t] grad log p(y | x0) for a Gaussian
-    posterior, whose variance is sigma^2 for data of unit variance (Song et al. 2023, PiGDM, section 3.2). A gradient
-    is to be trusted only near x0: no picture is moved further than `radius`, root mean square over its values.
+    posterior, whose variance is sigma^2 for data of unit variance (Song et al. 2023, PiGDM, section 3.2). The gradient
+    is valid only near x0, so a picture moves by at most `radius`, root mean square over its values.
     """
 
     def steered(x: Array, level: NoiseLevel) -> Array:
@@ -152,7 +152,7 @@ def toward(
 def keep(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
     """Inpainting with any network: x0 is predicted where `mask` is 1, and `known` where it is 0.
 
-    Started from a diffused `known`, what is kept then walks the closed-form path alpha known + sigma noise.
+    From a start at diffused `known`, this region then follows the closed form alpha known + sigma noise.
     """
     return lambda x, level: mask * denoise(x, level) + (1 - mask) * known
 

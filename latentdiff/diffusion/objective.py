@@ -36,7 +36,7 @@ def weights(path: Path, prediction: str, weighting: str, gamma: float | None = N
 
 
 def weight(level: NoiseLevel, prediction: str, weighting: str, gamma: float | None = None) -> float:
-    """See `weights`; of one level. Raises ValueError for an unknown weighting."""
+    """The weight at one level; see `weights`. Raises ValueError for an unknown weighting."""
     if weighting == "uniform":
         return 1.0
     snr = level.snr
@@ -72,15 +72,15 @@ class DiffusionLoss:
     ) -> Tensor:
         """x0 and noise (B, ...), t (B,) times of the path, conditions as the network takes them -> losses (B,).
 
-        A perturbation like x0 is added to the noise that the network is shown, not to its target: input errors as
-        sampling makes them (Ning et al. 2023, alg. 2).
+        perturbation: like x0; it is added to the noise in the network's input but not to its target, which imitates the
+        input errors of sampling (Ning et al. 2023, alg. 2).
         """
         rows = self._rows(t).to(x0.device)
         alpha, sigma, scale, on_noise, on_x0 = rows[:, :5].T.reshape(5, -1, *[1] * (x0.ndim - 1))
 
-        shown = noise if perturbation is None else noise + perturbation
+        perturbed = noise if perturbation is None else noise + perturbation
         time = rows[:, 5] if self.prediction == "karras" else t
-        x_t = alpha * x0 + sigma * shown
+        x_t = alpha * x0 + sigma * perturbed
         output = network(scale * x_t if self.prediction == "karras" else x_t, time, conditions)
         error = (output.float() - (on_noise * noise + on_x0 * x0)) ** 2
         loss: Tensor = rows[:, 6] * error.flatten(1).mean(1)
@@ -98,6 +98,6 @@ class DiffusionLoss:
         rows = []
         for level in levels:
             c = coefficients(level)
-            made = weight(level, self.prediction, self._weighting, self._gamma)
-            rows.append((level.alpha, level.sigma, c.scale, *target(self.prediction, level), c.time, made))
+            w = weight(level, self.prediction, self._weighting, self._gamma)
+            rows.append((level.alpha, level.sigma, c.scale, *target(self.prediction, level), c.time, w))
         return torch.tensor(rows, dtype=torch.float64).float()

@@ -1,1 +1,1 @@
-"""What a batch of pictures is drawn with: its texts, where it starts, how it is guided, what is given and kept."""
+"""Drawing: from a request to pictures with their records, and back from a record to the same picture."""

@@ -1,4 +1,4 @@
-"""What is drawn: single pictures of requests, and batches of pictures that are drawn together."""
+"""Jobs, which are single pictures of requests, and batches of jobs that are drawn together."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ OF_ONE_PICTURE = {"prompt", "negative_prompt", "seed", "num_images", "variation_
 
 @dataclass(frozen=True)
 class Job:
-    """One picture of a request, whose `index`-th it is.
+    """The `index`-th picture of a request.
 
-    canvas: the picture that it starts from. embeds: the caller's own conditions instead of the prompts'.
+    canvas: the picture that it starts from. embeds: the caller's own conditions in place of the prompts'.
     """
 
     request: Request
@@ -38,13 +38,13 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What pictures of one batch must have in common: all but the prompts, the seeds and their number."""
+        """The settings that all pictures of a batch share: all but the prompts, the seeds and their number."""
         return self.request.model_dump(exclude=OF_ONE_PICTURE)
 
 
 @dataclass(frozen=True)
 class GivenNoise:
-    """What the caller draws with instead of the keyed noise: the first noise (N, C, h, w), or torch's generators."""
+    """The caller's own noise instead of keyed noise: the first noise (N, C, h, w), or torch's generators."""
 
     latents: torch.Tensor | None = None
     generators: Sequence[torch.Generator] | None = None
@@ -53,7 +53,7 @@ class GivenNoise:
         return self.latents is not None or self.generators is not None
 
     def of(self, first: int, count: int) -> GivenNoise:
-        """The part of some of the pictures; a single generator is shared by all."""
+        """The noise of some of the pictures; a single generator is shared by all."""
         latents = None if self.latents is None else self.latents[first : first + count]
         if self.generators is None:
             return GivenNoise(latents)
@@ -66,7 +66,7 @@ NO_NOISE = GivenNoise()
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures that differ in prompt, seed and given picture only, and the caller's noise for them."""
+    """Pictures that differ only in prompt, seed and input picture, and the caller's noise for them."""
 
     jobs: Sequence[Job]
     noise: GivenNoise = NO_NOISE
@@ -76,15 +76,15 @@ class Batch:
 
     @property
     def request(self) -> Request:
-        """The first picture's request, whose settings all have."""
+        """The first picture's request, whose settings all pictures share."""
         return self.jobs[0].request
 
     @property
     def plan(self) -> Plan:
-        """The sizes and steps of all."""
+        """The sizes and steps of all pictures."""
         return self.jobs[0].plan
 
     @property
     def canvases(self) -> list[Canvas]:
-        """The given pictures, of all jobs or of none."""
+        """The input pictures of all jobs; empty if there are none."""
         return [job.canvas for job in self.jobs if job.canvas is not None]

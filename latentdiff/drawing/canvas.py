@@ -1,7 +1,7 @@
-"""The picture that drawing starts from, and the part of it that is drawn anew.
+"""The picture that drawing starts from, and its masked part, which is redrawn.
 
-Sides that the networks cannot draw are padded by the edge's own pixels, and what was padded is cut off again: a picture
-keeps its size, and what is not masked keeps its bits.
+Sides that the networks cannot draw are padded with the edge's pixels, and the padding is cut off again: a picture keeps
+its size, and the part outside the mask keeps its bits.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ BLACK = (0, 0, 0)  # under a transparent mask: nothing is drawn there
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """pixels: uint8 (H, W, 3) in sides that can be drawn, of which `size`, (height, width) from the upper left, counts.
+    """pixels: uint8 (H, W, 3), padded; without padding it has `size`, (height, width) from the upper left.
 
-    mask: bool (H, W), True where it is drawn anew; None where all of it is drawn over.
+    mask: bool (H, W), True in the part to redraw; None to draw over the whole picture.
     """
 
     pixels: np.ndarray
     mask: np.ndarray | None
     size: tuple[int, int]
     margins: Margins
-    names: tuple[str | None, str | None] = (None, None)  # of the files of picture and mask, where they are known
+    names: tuple[str | None, str | None] = (None, None)  # file names of picture and mask, if known
 
     def kept(self, image: Array, put: Put) -> Array:
-        """A drawn image (C, H, W) with the given pixels where nothing was to be drawn, without what was padded."""
+        """A drawn image (C, H, W) with the input's pixels outside the mask, without padding."""
         if self.mask is not None:
             given = self.pixels if len(image) == 3 else luminance(self.pixels)
             image = library(image).where(put(self.mask), image, put(to_values(given[None])[0]))
@@ -55,14 +55,14 @@ class Canvas:
 
     @property
     def hash(self) -> str:
-        """sha256 of the pixels and the mask: which picture it was."""
+        """sha256 of the pixels and the mask, which identifies the picture."""
         digest = hashlib.sha256(repr((self.pixels.shape, self.size, self.mask is None)).encode())
         digest.update(self.pixels.tobytes())
         digest.update(b"" if self.mask is None else self.mask.tobytes())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What a picture that was made from it says of it."""
+        """The entry in the record of a picture that was made from it."""
         return {"image": self.names[0], "mask": self.names[1], "outpaint": self.margins, "sha256": self.hash}
 
 
@@ -75,9 +75,9 @@ def canvas(
     margins: Margins = NONE,
     names: tuple[str | None, str | None] = (None, None),
 ) -> Canvas:
-    """From a PIL image or uint8 (H, W, 3), and a mask of the same size, white or True where it is drawn anew.
+    """A canvas from a PIL image or uint8 (H, W, 3), and a mask of the same size, white or True in the part to redraw.
 
-    size: (height, width) to resize to, None for its own; margins: what is drawn around it. Raises ConfigError.
+    size: (height, width) to resize to, None for the image's; margins: pixels to add around it. Raises ConfigError.
     """
     pixels = _pixels(image)
     marked = None if mask is None else _marked(mask, pixels.shape[:2])
@@ -95,14 +95,14 @@ def canvas(
 
 
 def _check_sides(height: int, width: int) -> None:
-    """Before anything of that size is made. Raises ConfigError."""
+    """Check the sides before any allocation. Raises ConfigError."""
     for name, side in (("height", height), ("width", width)):
         if not 1 <= side <= SIDES[1]:
-            raise ConfigError(f"{name} must be from {SIDES[0]} to {SIDES[1]}, with what is added around (got {side})")
+            raise ConfigError(f"{name} with its margins must be from {SIDES[0]} to {SIDES[1]} (got {side})")
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Uint8 (H, W, 3) at another size, by Lanczos."""
+    """uint8 (H, W, 3) resized by Lanczos."""
     if pixels.shape[:2] == (height, width):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
@@ -123,7 +123,7 @@ def _padded(whole: Canvas, multiple: int) -> Canvas:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """Raises ConfigError for what is no picture."""
+    """The pixels of an image. Raises ConfigError for anything that is not a picture."""
     if isinstance(image, Image.Image):
         return _decoded(image, "image", WHITE)
     array = _array(image, "image")
@@ -135,7 +135,7 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def _decoded(image: Image.Image, name: str, background: Color) -> np.ndarray:
-    """Upright, and where it is transparent on a colour. Raises ConfigError."""
+    """Pixels turned upright, with a background under transparent parts. Raises ConfigError."""
     try:
         return rgb(ImageOps.exif_transpose(image), background)
     except (DataError, OSError, ValueError) as error:
@@ -150,7 +150,7 @@ def _array(values: Any, name: str) -> np.ndarray:
 
 
 def _marked(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """True from half grey up. Raises ConfigError for another size than the picture's."""
+    """A mask as bool, True from half grey up. Raises ConfigError unless it has the picture's size."""
     if isinstance(mask, Image.Image):
         mask = luminance(_decoded(mask, "mask_image", BLACK)[None])[0, ..., 0]
     array = _array(mask, "mask_image")

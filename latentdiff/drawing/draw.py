@@ -1,4 +1,4 @@
-"""The one road from a question to pictures, whoever asks: request -> jobs -> batches -> passes -> pictures."""
+"""The one road from a request to pictures, for every caller: request -> jobs -> batches -> passes -> pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
 
 
 def requested(painter: Painter, prompt: str, **settings: Any) -> Request:
-    """A validated request with the model's recommended settings where none are given. Raises ConfigError."""
+    """A validated request, completed with the model's recommended settings. Raises ConfigError."""
     made = request(prompt=prompt, **{**painter.model.card.defaults, **settings})
     check(made, painter)
     return made
@@ -44,7 +44,7 @@ def canvas_of(
     margins: Margins = Margins(),  # noqa: B008 - frozen
     names: tuple[str | None, str | None] = (None, None),
 ) -> Canvas | None:
-    """The picture that a request starts from, if one is given; see `drawing.canvas`. Raises ConfigError."""
+    """The picture that a request starts from, or None; see `drawing.canvas`. Raises ConfigError."""
     if image is None:
         if mask is not None or any(margins):
             raise ConfigError("a mask and outpainting require an image")
@@ -67,7 +67,7 @@ def jobs_of(model: Model, request: Request, given: Canvas | None = None, embeds:
 
 
 def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
-    """Jobs in batches, in their order; a batch's pictures differ in prompt, seed and given picture only."""
+    """Jobs in batches, in their order; a batch's pictures differ only in prompt, seed and input picture."""
 
     def alike(job: Job) -> tuple[Any, ...]:
         given = job.canvas and (job.canvas.pixels.shape, job.canvas.size, job.canvas.mask is None)
@@ -95,7 +95,7 @@ class Drawing:
         codec = self._painter.model.codec
         walk = steps(self.batch, self._painter, self.notes)
         while True:
-            # entered for each step by itself: a block that is open in a generator would be open for its caller too
+            # entered for each step: a block that stays open in a generator would be open for its caller too
             with codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
                 step = next(walk, None)
             if step is None:
@@ -127,7 +127,7 @@ class Drawing:
 
 
 def _kept(model: Model, images: Array, canvases: Sequence[Canvas | None]) -> Array:
-    """Images (B, C, H, W) with the given pixels outside the masks, without what was padded."""
+    """Images (B, C, H, W) with the inputs' pixels outside the masks, without padding."""
     if all(given is None for given in canvases):
         return images
     rows = [i if given is None else given.kept(i, model.array) for i, given in zip(images, canvases, strict=True)]
@@ -164,7 +164,7 @@ def draw_prompts(painter: Painter, prompts: Sequence[str], *, seed: int, **setti
 
 
 def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[int, int] = (0, 1)) -> ImageMetadata:
-    """What a picture records of itself; `place` is its place in its batch, and the batch's size."""
+    """The record of a picture. place: its index in its batch, and the batch's size."""
     model, card = painter.model, painter.model.card
     height, width = job.plan.final if job.canvas is None else job.canvas.size
     return ImageMetadata(

@@ -1,7 +1,7 @@
-"""What a painter draws with beside its model: adapters, learnt words, a weaker model, CLIP, another VAE.
+"""Things loaded beside a model: adapters, learnt words, a weaker model, CLIP, another VAE.
 
-Each function returns another painter, which also names the source, so that pictures can be drawn again. Adapters and
-words change the model's own modules.
+Each function returns another painter, which also names the source, so that pictures can be reproduced. Adapters and
+words change the model's modules in place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LARGEST_WEIGHT = 10.0
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter fits a model: layers that it changes, names that match none, factors without their other half."""
+    """How an adapter fits a model: layers that it changes, names that match none, factors without a partner."""
 
     name: str
     matched: int
@@ -52,7 +52,7 @@ def adapted(model: Model) -> dict[str, nn.Module]:
 def with_adapter(
     painter: Painter, path: Path, *, name: str | None = None, weight: float = 1.0, merged: bool = False
 ) -> tuple[Painter, Fit]:
-    """Put an adapter beside the networks, or add it to their weights. Raises ModelError, ConfigError."""
+    """Attach an adapter beside the networks, or merge it into their weights. Raises ModelError, ConfigError."""
     from latentdiff.formats import adapter_file
     from latentdiff.networks.adapters import attached
 
@@ -60,7 +60,7 @@ def with_adapter(
     file = adapter_file.adapter_path(path)
     called = re.sub(r"\W", "_", str(name or (path.name if path.is_dir() else path.stem)))
     if f"adapter {called}" in painter.sources:
-        raise ConfigError(f"an adapter {called!r} is loaded already. Give this one another name ({path})")
+        raise ConfigError(f"the adapter name {called!r} is in use. Give this one another name ({path})")
     networks = adapted(painter.model)
     adapter = adapter_file.read_adapter(path, networks)
     if merged:
@@ -73,7 +73,7 @@ def with_adapter(
 
 
 def weighed(painter: Painter, weights: Mapping[str, float]) -> Painter:
-    """Make these adapters the active ones, with these weights. Raises ModelError."""
+    """Make these adapters active, with these weights. Raises ModelError."""
     from latentdiff.networks.adapters import attached
 
     for weight in weights.values():
@@ -83,7 +83,7 @@ def weighed(painter: Painter, weights: Mapping[str, float]) -> Painter:
 
 
 def merged(painter: Painter, scale: float = 1.0) -> Painter:
-    """Add the active adapters to the weights, each by its weight times `scale`."""
+    """Add the active adapters to the networks, each times its weight and `scale`."""
     from latentdiff.networks.adapters import attached
 
     networks = adapted(painter.model)
@@ -94,7 +94,7 @@ def merged(painter: Painter, scale: float = 1.0) -> Painter:
 
 
 def unloaded(painter: Painter) -> Painter:
-    """Take off every adapter that is not merged."""
+    """Detach every adapter that is not merged."""
     from latentdiff.networks.adapters import attached
 
     attached.detach(adapted(painter.model))
@@ -103,7 +103,7 @@ def unloaded(painter: Painter) -> Painter:
 
 
 def _with_live(painter: Painter, change: Any) -> Painter:
-    """The sources of attached adapters changed."""
+    """A painter with changed sources of its attached adapters."""
     sources = {
         name: change(name.removeprefix("adapter "), source) if source.kind == "lora" else source
         for name, source in painter.sources.items()
@@ -112,20 +112,20 @@ def _with_live(painter: Painter, change: Any) -> Painter:
 
 
 def check_merged(painter: Painter) -> None:
-    """Raises ConfigError where adapters are beside the weights: no folder holds both."""
+    """Raises ConfigError for adapters beside the weights: a saved folder holds weights only."""
     live = [name.removeprefix("adapter ") for name, source in painter.sources.items() if source.kind == "lora"]
     if live:
         raise ConfigError(f"adapters are beside the weights ({', '.join(live)}): fuse_lora or unload_lora_weights")
 
 
 def with_words(painter: Painter, path: Path, word: str | None = None) -> tuple[Painter, list[str]]:
-    """Teach the text encoder the words of a textual-inversion file. Raises ModelError."""
+    """Add the words of a textual-inversion file to the text encoder. Raises ModelError."""
     from latentdiff.formats.words_file import FILE, read_words
     from latentdiff.networks.adapters.words import teach
 
     encoder: Any = painter.model.encoder
     if not hasattr(encoder, "encoders"):
-        raise ModelError(f"this model has no text encoder that could learn words ({path})")
+        raise ModelError(f"learnt words require a CLIP text encoder, which this model does not have ({path})")
     file, state = read_words(path)
     words = teach(state, file, encoder, word)
     source = Source("embedding", recorded(path), sha256_of(path / FILE if path.is_dir() else path), word=word)
@@ -133,12 +133,12 @@ def with_words(painter: Painter, path: Path, word: str | None = None) -> tuple[P
 
 
 def with_scorer(painter: Painter, scorer: Scorer, source: Source) -> Painter:
-    """CLIP for guidance and scores."""
+    """Load a CLIP for guidance and scores."""
     return replace(painter, scorer=scorer.to(painter.model.place.device)).with_source("clip", source)
 
 
 def with_weaker(painter: Painter, weaker: Model) -> Painter:
-    """A weaker model for autoguidance. Raises ModelError where its latents or its path differ."""
+    """Load a weaker model for autoguidance. Raises ModelError if its latents or its path differ."""
     same = weaker.path == painter.model.path
     if not same or weaker.codec.latent_channels != painter.model.codec.latent_channels:
         raise ModelError(f"the weaker model must have the same latents and noise schedule ({weaker.card.name})")
@@ -147,7 +147,7 @@ def with_weaker(painter: Painter, weaker: Model) -> Painter:
 
 
 def with_codec(painter: Painter, codec: Any, path: Path, folder: Path) -> Painter:
-    """Another VAE, which lies in `folder`, in place of the model's. Raises ModelError where its latents differ."""
+    """Replace the model's VAE by the one in `folder`. Raises ModelError if its latents differ."""
     from latentdiff.formats.folder import network_hash
     from latentdiff.networks.codecs.autoencoder import misfit
 
@@ -164,10 +164,10 @@ def _check_weight(weight: object) -> None:
 
 
 def names_and_weights(names: str | Sequence[str], weights: float | Sequence[float] | None) -> dict[str, float]:
-    """One name or several, with a weight for all or one each, as diffusers takes them. Raises ConfigError."""
+    """One or several names, with one weight for all or one each, like diffusers. Raises ConfigError."""
     listed = [names] if isinstance(names, str) else list(names) if isinstance(names, Sequence) else [names]
     if not all(isinstance(name, str) for name in listed):
-        raise ConfigError(f"adapters are called by names (got {str(names)[:40]!r})")
+        raise ConfigError(f"adapter names must be text (got {str(names)[:40]!r})")
     one = 1.0 if weights is None else weights
     each: list[Any] = list(one) if isinstance(one, list | tuple) else [one] * len(listed)
     for weight in each:

@@ -1,4 +1,4 @@
-"""Pictures as files: where they go, what they are called, what they say of themselves. None is ever overwritten."""
+"""Pictures as files: their folders, names and records. No file is ever overwritten."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpeg": ("JPEG", {"quality": 95}),
     ".webp": ("WEBP", {"lossless": True}),
 }
-_NEXT = Path()  # stands for the next number that is free in a folder
+_NEXT = Path()  # stands for the next free number of a folder
 _OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 def check_target(output: Path, count: int, *, resume: bool = False) -> None:
-    """The output checked before any work: a folder that can be written to, or a new file for a single picture.
+    """Check the output before any work: a folder that can be written to, or a new file for a single picture.
 
-    resume: the file may be there. Nothing is created yet. Raises ConfigError.
+    resume: the file may exist. Nothing is created yet. Raises ConfigError.
     """
     suffix = output.suffix.lower()
     if suffix in _OTHERS:
@@ -43,7 +43,7 @@ def check_target(output: Path, count: int, *, resume: bool = False) -> None:
     if single and os.path.lexists(output) and not resume:
         raise ConfigError(f"file exists ({output}). Pictures are never overwritten")
     if not single and output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file, and no {', '.join(_FORMATS)}. Name a folder")
+        raise ConfigError(f"{output} is a file, but not {', '.join(_FORMATS)}. Name a folder")
 
 
 def suffix_of(output: Path) -> str | None:
@@ -53,7 +53,7 @@ def suffix_of(output: Path) -> str | None:
 
 
 def check_file(output: Path) -> None:
-    """As `check_target`, for a file and no folder."""
+    """Like `check_target`, but only for a file."""
     if suffix_of(output) is None:
         raise ConfigError(f"a picture is written as {', '.join(_FORMATS)} ({output})")
     check_target(output, 1)
@@ -67,9 +67,9 @@ def write_pictures(
     metadata: bool,
     paths: Sequence[Path | None] | None = None,
 ) -> Iterator[tuple[Path, ImageMetadata]]:
-    """Each picture's file, as soon as it is there, and its record.
+    """Write each picture as soon as it is drawn; yield its file and its record.
 
-    paths: a file for each, None for one that is not to be written; without them a folder's next numbers.
+    paths: a file for each picture, None to skip it; without `paths` the next numbers of the folder.
     """
     given = paths or [target if suffix_of(target) else _NEXT] * len(images)
     for image, record, chosen in zip(images, records, given, strict=True):
@@ -82,7 +82,7 @@ def write_pictures(
 
 
 def encoded(image: Any, suffix: str, record: ImageMetadata | None) -> bytes:
-    """A PIL image as a file's bytes; JPEG at quality 95, WebP without loss."""
+    """A PIL image encoded as a file; JPEG at quality 95, WebP lossless."""
     from latentdiff.drawing.record import save_options
 
     kind, options = _FORMATS[suffix]
@@ -92,12 +92,12 @@ def encoded(image: Any, suffix: str, record: ImageMetadata | None) -> bytes:
 
 
 def loses_pixels(suffix: str) -> bool:
-    """Whether what is read from such a file is not, to the bit, what was written."""
+    """Whether such a file changes pixels."""
     return _FORMATS[suffix][0] == "JPEG"
 
 
 def _next_path(folder: Path, seed: int, suffix: str) -> Path:
-    """folder/NNNNN-SEED.png with the first number after all that are there."""
+    """folder/NNNNN-SEED.png with the next number after the existing files."""
     names = (re.match(r"(\d{5,9})-.*\.(png|jpe?g|webp)$", path.name) for path in folder.glob("*-*.*"))
     numbers = [int(name[1]) for name in names if name]
     return numbered(folder, max(numbers, default=0) + 1, seed, suffix)
@@ -109,18 +109,18 @@ def numbered(folder: Path, number: int, seed: int, suffix: str) -> Path:
 
 
 def open_picture(path: Path, background: Color = (255, 255, 255)) -> Image.Image:
-    """A picture that a user names, decoded whole, where it is transparent on a colour. Raises DataError."""
+    """A picture file of the user's, decoded completely, with a background under transparency. Raises DataError."""
     from PIL import Image
 
     from latentdiff.core.decoding import decode, silent_decoders
 
     try:
         if path.exists() and not path.is_file():
-            raise DataError("is no file")
+            raise DataError("is not a file")
         with silent_decoders():
             return Image.fromarray(decode(path.read_bytes(), background).pixels)
     except DataError as error:
         raise DataError(f"{printable(path)[:200]}: {error}") from None
-    except (OSError, ValueError) as error:  # of names that cannot be, too
+    except (OSError, ValueError) as error:  # also for names that no file can have
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{printable(path)[:200]}: {reason.lower()}") from None

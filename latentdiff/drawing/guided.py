@@ -15,19 +15,19 @@ from latentdiff.drawing.start import Start
 from latentdiff.networks.conditions import Conditions, together
 from latentdiff.networks.protocols import Backbone, DeepFeatures, PerturbedAttention, PreparesConditions
 
-TRUSTED = 0.05  # how far CLIP's gradient moves unit-variance latents in a step; unbounded, it draws for CLIP alone
+TRUSTED = 0.05  # how far CLIP's gradient moves unit-variance latents in a step; unbounded, it fools CLIP
 
 
 @dataclass(frozen=True)
 class Helpers:
-    """What guidance may need beside the backbone: a weaker denoiser, and the gradient of a score of x0."""
+    """The optional helpers of guidance: a weaker denoiser, and the gradient of a score of x0."""
 
     weaker: Denoiser | None = None
     gradient: Callable[[Array], Array] | None = None
 
 
 def network_of(backbone: Backbone, extra: Array | None = None) -> Network:
-    """The backbone as sampling sees it; for inpainting it reads `extra` channels beside x."""
+    """The backbone as a Network; for inpainting it also reads the channels `extra` beside x."""
 
     def network(x: Array, time: float, conditions: Conditions) -> Array:
         return backbone.predict(_with(x, extra), time, conditions)
@@ -36,7 +36,7 @@ def network_of(backbone: Backbone, extra: Array | None = None) -> Network:
 
 
 def perturbed(backbone: PerturbedAttention, extra: Array | None) -> Network:
-    """The backbone with perturbed attention."""
+    """The backbone with perturbed attention, as a Network."""
 
     def network(x: Array, time: float, conditions: Conditions) -> Array:
         return backbone.predict_perturbed(_with(x, extra), time, conditions)
@@ -45,9 +45,9 @@ def perturbed(backbone: PerturbedAttention, extra: Array | None) -> Network:
 
 
 def reusing(backbone: DeepFeatures, extra: Array | None, every: int) -> Network:
-    """The backbone with its deep features computed in one of so many evaluations, and used again in the others.
+    """The backbone as a Network that computes its deep features only in one of `every` evaluations and reuses them.
 
-    For one walk through the levels. Evaluations under other numbers of conditions are counted apart.
+    It serves one walk through the levels. Evaluations with other numbers of conditions are counted separately.
     """
     last: dict[int, tuple[int, Array]] = {}
 
@@ -66,14 +66,14 @@ def _with(x: Array, extra: Array | None) -> Array:
 
 
 def prepared(backbone: Backbone, conditions: Conditions) -> Conditions:
-    """What the backbone computes of its conditions once a picture, if it does."""
+    """The conditions with what the backbone computes from them once a picture."""
     return backbone.prepared(conditions) if isinstance(backbone, PreparesConditions) else conditions
 
 
 def guided(
     backbone: Backbone, prediction: str, prompts: Prompted, request: Request, start: Start, helpers: Helpers
 ) -> Denoiser:
-    """Guidance between the conditions, then away from worse models, then what is kept of a given picture."""
+    """The guided denoiser: guidance between conditions, then away from weaker models, then the unmasked input."""
     network = _network(backbone, start.extra, request.cache_interval)
     plain = denoiser(network, prediction, prepared(backbone, prompts.cond))
     cond = denoise = guidance.once(plain)

@@ -1,4 +1,4 @@
-"""What callers give beside a request, checked before anything is computed: prompts, noise, embeddings, margins."""
+"""Checks of the inputs beside a request, before anything is computed: prompts, noise, embeddings, margins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 def prompts_of(prompt: str | Sequence[str] | None) -> list[str]:
-    """One prompt or several as a list. Raises ConfigError for none, or for what is not text."""
+    """One prompt or several as a list. Raises ConfigError for an empty list, or for anything but text."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not prompts or not all(isinstance(one, str) for one in prompts):
         raise ConfigError(f"prompt must be text or a list of texts (got {str(prompt)[:40]!r})")
@@ -35,18 +35,18 @@ def margins_of(outpaint: Any) -> Margins:
         return NONE
     whole = isinstance(outpaint, Sequence) and len(outpaint) == 4
     if not whole or not all(type(side) is int and 0 <= side <= SIDES[1] for side in outpaint):
-        raise ConfigError(f"outpaint is pixels on the left, top, right and bottom, 0 to {SIDES[1]} (got {outpaint})")
+        raise ConfigError(f"outpaint must be (left, top, right, bottom) pixels from 0 to {SIDES[1]} (got {outpaint})")
     if not any(outpaint):
-        raise ConfigError("outpaint adds no pixels: nothing would be drawn")
+        raise ConfigError("outpaint must add at least one pixel")
     return Margins(*outpaint)
 
 
 def embeds_of(
     tokens: Any, negative: Any, pooled: Any, negative_pooled: Any, *, width: int, with_pooled: bool
 ) -> list[tuple[Conditions, Conditions | None]]:
-    """The caller's own conditions, one pair for each prompt that they stand for; none without `tokens`.
+    """The caller's own conditions, one pair for each prompt that they replace; an empty list without `tokens`.
 
-    tokens, negative: (B, L, D), D = `width`; pooled ones (B, P), for a network that reads them. Raises ConfigError.
+    tokens, negative: (B, L, D), D = `width`; pooled: (B, P), for a network that reads them. Raises ConfigError.
     """
     given = [tokens, negative, pooled, negative_pooled]
     if tokens is None:
@@ -60,11 +60,11 @@ def embeds_of(
     for tensor, dimensions in zip(given, (3, 3, 2, 2), strict=True):
         known = isinstance(tensor, torch.Tensor) and tensor.ndim == dimensions and len(tensor) == len(tokens)
         if tensor is not None and not known:
-            raise ConfigError("prompt_embeds must be tensors (B, L, D), pooled ones (B, P), all of the same B")
+            raise ConfigError("prompt_embeds must be tensors (B, L, D), pooled embeds (B, P), all with the same B")
         if tensor is not None and (tensor.is_meta or not tensor.is_floating_point()):
-            raise ConfigError("prompt_embeds hold no floating-point numbers")
+            raise ConfigError("prompt_embeds must be floating-point numbers")
     if tokens.shape[-1] != width:
-        raise ConfigError(f"prompt_embeds are of {tokens.shape[-1]} numbers a token, the model's of {width}")
+        raise ConfigError(f"prompt_embeds must have {width} numbers a token (got {tokens.shape[-1]})")
     if negative is not None and negative.shape != tokens.shape:
         raise ConfigError(f"prompt_embeds are {tuple(tokens.shape)}, negative_prompt_embeds {tuple(negative.shape)}")
     if (pooled is not None) != with_pooled or (negative_pooled is not None) != (with_pooled and negative is not None):
@@ -103,5 +103,5 @@ def noise_of(latents: Any, generator: Any, shape: Shape, put: Put) -> GivenNoise
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"latents must be a tensor of shape {shape} (got {type(latents).__name__})") from None
     if tuple(own.shape) != shape:
-        raise ConfigError(f"latents must be of shape {shape} (got {tuple(own.shape)})")
+        raise ConfigError(f"latents must have the shape {shape} (got {tuple(own.shape)})")
     return GivenNoise(put(own), generators)

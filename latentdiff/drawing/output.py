@@ -1,4 +1,4 @@
-"""The pictures of a call, and what is known of each."""
+"""The result of a call: pictures, their records, and notes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Output:
     notes: list[str] = field(default_factory=list)
 
     def save(self, target: str | Path) -> list[Path]:
-        """Write PIL images as the command line does, each with its record: into a folder, or a single one to a file.
+        """Write PIL images with their records, like the command line: into a folder, or a single one to a file.
 
         Returns the paths. Raises ConfigError for a file that exists, and for other output types.
         """
@@ -46,7 +46,7 @@ def as_path(value: object) -> Path:
 
 
 def joined(outputs: Sequence[Output]) -> Output:
-    """Batches of pictures as one."""
+    """One Output of several batches."""
     seeds = [seed for output in outputs for seed in output.seeds]
     records = [record for output in outputs for record in output.metadata]
     notes = list(dict.fromkeys(note for output in outputs for note in output.notes))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Painter:
-    """See the module. sources: by name, in the order in which they were loaded; memory: prompts encoded before."""
+    """See the module. sources: by name, in the order of loading; memory: conditions of earlier prompts."""
 
     model: Model
     weaker: Model | None = None
@@ -28,12 +28,12 @@ class Painter:
     memory: Memory | None = None
 
     def with_source(self, name: str, source: Source) -> Painter:
-        """One more source."""
+        """A painter with one more source."""
         return replace(self, sources={**self.sources, name: source})
 
 
 def torch_only(request: Request, model: Model) -> str | None:
-    """What a request needs that a compiled model does not have; None where nothing is."""
+    """The part of a request that requires torch; None if a compiled model can draw it."""
     if model.runtime == "torch":
         return None
     if request.pag_scale and not isinstance(model.backbone, PerturbedAttention):

@@ -1,8 +1,8 @@
-"""The passes of a batch: each starts from noise, from a given picture, or from the picture of the pass before.
+"""The passes of a batch: each starts from noise, from an input picture, or from the previous pass.
 
 TextToImage    from noise
-ImageToImage   from given pictures, of which all or a masked part is drawn over
-Hires          from the picture of the pass before, enlarged
+ImageToImage   from input pictures, of which all or a masked part is drawn over
+Hires          from the previous pass' picture, enlarged
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class Pass(Protocol):
 
     @property
     def planned(self) -> PlannedPass:
-        """Its size and steps."""
+        """The size and the steps of the pass."""
         ...
 
     @property
     def purpose(self) -> str:
-        """See the class."""
+        """The key of the noise that the pass' sampler adds."""
         ...
 
     def start(self, before: Array | None, draw: Draw) -> Start:
-        """Where it starts; `before`: the final latents of the pass before."""
+        """The start of the walk; before: the final latents of the previous pass."""
         ...
 
 
 def passes_of(batch: Batch, painter: Painter, notes: list[str]) -> list[Pass]:
-    """The passes that a batch is planned with."""
+    """The passes of a batch, from its plan."""
     first, *later = batch.plan.passes
     made: list[Pass] = [(ImageToImage if batch.canvases else TextToImage)(batch, painter.model, first, notes)]
     return made + [Hires(batch, painter.model, planned, notes) for planned in later]
@@ -64,7 +64,7 @@ def steps(batch: Batch, painter: Painter, notes: list[str]) -> Iterator[Step]:
 
 
 def _walked(each: Pass, batch: Batch, painter: Painter, before: Array | None) -> Generator[Step, None, Step]:
-    """One pass; returns its last step."""
+    """Sample one pass, yielding each step; returns the last step."""
     model, request, size = painter.model, batch.request, each.planned.size
     draw = _draw(batch, model, size)
     start = each.start(before, draw)
@@ -91,7 +91,7 @@ class _Planned:
     notes: list[str]
 
     def levels(self) -> tuple[NoiseLevel, ...]:
-        """The end of the request's grid that this pass walks."""
+        """The levels of this pass: the end of the request's grid."""
         request = self.batch.request
         tokens = self.model.codec.shape(self.planned.size)
         count = int(np.prod(tokens[1:])) // self.model.backbone.spec.multiple**2 if len(tokens) == 3 else 0
@@ -99,7 +99,7 @@ class _Planned:
         return shortened(levels, self.planned.steps)
 
     def noise(self, draw: Draw) -> Array:
-        """The first noise: the caller's own, or drawn."""
+        """The first noise: the caller's, or the keyed draw."""
         own = self.batch.noise.latents
         return draw("initial latents") if own is None else own
 
@@ -152,14 +152,14 @@ def _latent_mask(model: Model, canvas: Canvas) -> Array:
 
 
 def _each(canvases: Sequence[Canvas], compute: Callable[[Canvas], Array]) -> Array:
-    """Computed once for each canvas by itself, whatever else is in the batch."""
+    """Values for each canvas, computed one by one, so that they do not depend on the rest of the batch."""
     known = {id(canvas): compute(canvas) for canvas in canvases}
     rows = [known[id(canvas)] for canvas in canvases]
     return library(rows[0]).concatenate(rows)
 
 
 def with_extra(model: Model, start: Start, canvases: Sequence[Canvas] = (), *, notes: list[str] | None = None) -> Start:
-    """For an inpainting backbone: beside x a mask and the latents of what it hides; without a mask all is hidden."""
+    """A start for an inpainting backbone, with a mask (by default of everything) and the masked latents."""
     if not model.inpaints:
         return start
     if canvases:
@@ -176,7 +176,7 @@ def with_extra(model: Model, start: Start, canvases: Sequence[Canvas] = (), *, n
 
 
 def _hidden(model: Model, canvas: Canvas, notes: list[str] | None) -> Array:
-    """The latents of a picture that is grey where it is to be drawn."""
+    """The latents of a picture whose masked part is grey."""
     assert canvas.mask is not None
     visible = pixels.as_images(model, canvas.pixels[None]) * model.array(~canvas.mask)
     return pixels.encode_images(model, visible, notes)
@@ -193,7 +193,7 @@ def _helpers(batch: Batch, painter: Painter, size: Size, start: Start) -> Helper
 
 
 def _weaker(batch: Batch, painter: Painter, size: Size, start: Start) -> Denoiser:
-    """The weaker model under the same prompts, read by its own encoder."""
+    """The weaker model's denoiser under the same prompts, which its own encoder reads."""
     weaker = painter.weaker
     assert weaker is not None
     cond = prompted(batch, weaker, size).cond

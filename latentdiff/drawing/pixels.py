@@ -1,4 +1,4 @@
-"""Pictures to latents and back by a model's codec, where a precision that is too narrow for it is widened."""
+"""Pictures to latents and back by a model's codec, in float32 if its own precision overflows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Notes = list[str]
 
 
 def as_images(model: Model, pictures: np.ndarray) -> Array:
-    """uint8 (B, H, W, 3) -> (B, C, H, W) in [-1, 1] as the codec takes them, on its device."""
+    """uint8 (B, H, W, 3) -> (B, C, H, W) in [-1, 1] for the codec, on its device."""
     return model.array(to_values(luminance(pictures) if model.codec.image_channels == 1 else pictures))
 
 
@@ -39,7 +39,7 @@ def decode(model: Model, latents: Array, notes: Notes | None = None) -> Array:
 
 
 def _computed(model: Model, compute: Callable[[], Array], what: str, notes: Notes | None) -> Array:
-    """The codec's result in its own precision; where that is not finite, computed again in float32 and noted."""
+    """The codec's result in its own precision, or if that is not finite, in float32 with a note."""
     precision = str(model.codec.dtype).removeprefix("torch.")
     result = compute()
     if precision == "float32" or all_finite(result):

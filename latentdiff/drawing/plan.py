@@ -1,4 +1,4 @@
-"""How large a picture is and how many steps each pass takes: planned once, without any network."""
+"""The plan of a picture, its sizes and the steps of each pass, made once and without any network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class PlannedPass:
-    """The size of a pass, and which share of the steps it takes: the strength by which a picture is drawn over."""
+    """The size of a pass, and its share of the steps, which is the strength of drawing over a picture."""
 
     size: Size
     steps: int
@@ -27,28 +27,28 @@ class PlannedPass:
 
 @dataclass(frozen=True)
 class Plan:
-    """The passes of a picture, in their order."""
+    """The passes of a picture, in order."""
 
     passes: tuple[PlannedPass, ...]
 
     @property
     def size(self) -> Size:
-        """Of the first pass, for which a batch must agree."""
+        """The size of the first pass, which all pictures of a batch share."""
         return self.passes[0].size
 
     @property
     def final(self) -> Size:
-        """Of the last pass."""
+        """The size of the last pass."""
         return self.passes[-1].size
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Of each pass."""
+        """The number of steps of each pass."""
         return tuple(planned.steps for planned in self.passes)
 
 
 def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
-    """The plan of a picture of a request. Raises ConfigError for a size that the model cannot draw, or no steps."""
+    """The plan of a request's picture. Raises ConfigError for a size that the model cannot draw, or for no steps."""
     steps = request.num_inference_steps
     if steps > model.path.T:
         raise ConfigError(f"num_inference_steps: the model has {model.path.T} (got {steps})")
@@ -78,23 +78,23 @@ def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
 
 
 def lowest_side(model: Model) -> int:
-    """The smallest side in pixels: less than usual for models of small pictures."""
+    """The smallest side in pixels, which is smaller for models of small pictures."""
     return min(*SIDES, *model.card.size)
 
 
 def strength_of(request: Request, masked: bool) -> float:
-    """Which share of the noise a given picture gets; all of it in a mask by default."""
+    """The share of the noise that an input picture gets; by default all of it inside a mask."""
     return request.strength if request.strength is not None else 1.0 if masked else 0.8
 
 
 def kept_steps(steps: int, strength: float) -> int:
-    """int(steps * strength), as in SDEdit (Meng et al. 2022). Raises ConfigError where none is left."""
+    """int(steps * strength), as in SDEdit (Meng et al. 2022). Raises ConfigError if no step is left."""
     kept = min(int(steps * strength), steps)
     if kept < 1:
-        raise ConfigError(f"strength {strength:g} of {steps} steps is not one step. More of either")
+        raise ConfigError(f"strength {strength:g} of {steps} steps is less than one step. Raise either")
     return kept
 
 
 def shortened(levels: tuple[Item, ...], steps: int) -> tuple[Item, ...]:
-    """The end of a list of levels: so many steps."""
+    """The last levels of a list, for so many steps."""
     return levels[-(steps + 1) :]

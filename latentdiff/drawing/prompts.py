@@ -13,28 +13,28 @@ from latentdiff.drawing.plan import Size
 from latentdiff.drawing.request import Request
 from latentdiff.model import Model
 from latentdiff.networks.conditions import Conditions, stacked
-from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Style
 from latentdiff.networks.protocols import Encoder
 
-MOST = 256  # kept prompts; the conditions of one of Stable Diffusion take a quarter of a megabyte
+MOST = 256  # remembered prompts; the conditions of Stable Diffusion take a quarter of a megabyte a prompt
 
 
 class Memory:
     """The conditions of the prompts used last; threads may share it."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Wanted, Conditions] = OrderedDict()
+        self._known: OrderedDict[Prompt, Conditions] = OrderedDict()
         self._turn = Turn()
 
-    def encoded(self, encoder: Encoder, wanted: Wanted) -> Conditions:
-        """What the encoder gives, computed once."""
+    def encoded(self, encoder: Encoder, prompt: Prompt) -> Conditions:
+        """The encoder's conditions for a prompt, computed once."""
         with self._turn:
-            if wanted not in self._known:
-                self._known[wanted] = encoder.encode(wanted)
+            if prompt not in self._known:
+                self._known[prompt] = encoder.encode(prompt)
                 while len(self._known) > MOST:
                     self._known.popitem(last=False)
-            self._known.move_to_end(wanted)
-            return self._known[wanted]
+            self._known.move_to_end(prompt)
+            return self._known[prompt]
 
     def __len__(self) -> int:
         return len(self._known)
@@ -48,12 +48,12 @@ class Prompted(NamedTuple):
 
 
 def style_of(request: Request) -> Style:
-    """How the prompt is read."""
+    """The style in which a request's prompt is read."""
     return Style(request.prompt_weights, request.long_prompts, request.clip_skip)
 
 
 def chunks_of(job: Job, encoder: Encoder) -> int:
-    """In how many chunks both of a picture's prompts are read: their conditions are made equally long."""
+    """The number of chunks of a picture's longer prompt: both prompts get conditions of this length."""
     if job.embeds is not None:
         return len(job.embeds[0]["tokens"]) // encoder.length
     style = style_of(job.request)
@@ -62,7 +62,7 @@ def chunks_of(job: Job, encoder: Encoder) -> int:
 
 
 def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = None) -> Prompted:
-    """The conditions of a batch whose pictures are of one size and one length.
+    """The conditions of a batch, whose pictures have one size and whose conditions have one length.
 
     Equal prompts are encoded once and by themselves, so that none depends on the batch's size. As in diffusers,
     clip_skip applies to the prompt only. memory: prompts of earlier batches.
@@ -73,7 +73,7 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
     sizes = tuple(map(float, (*(request.original_size or size), *request.crop, *size))) if model.reads_sizes else None
 
     def encoded(prompt: str, style: Style) -> Conditions:
-        return known.encoded(encoder, Wanted(prompt, style, least, sizes))
+        return known.encoded(encoder, Prompt(prompt, style, least, sizes))
 
     def of(job: Job) -> Conditions:
         if job.embeds is None:
@@ -103,4 +103,4 @@ def _check_shapes(cond: Conditions, uncond: Conditions) -> None:
     for name, array in cond.arrays.items():
         if array.shape != uncond[name].shape:
             shapes = f"{tuple(array.shape[1:])}, the empty prompt's {tuple(uncond[name].shape[1:])}"
-            raise ConfigError(f"prompt_embeds are of {shapes}: give negative_prompt_embeds with them")
+            raise ConfigError(f"prompt_embeds of {shapes} require negative_prompt_embeds")

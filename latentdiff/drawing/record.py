@@ -1,8 +1,8 @@
-"""What a picture says about how it was made: A1111's `parameters` line and everything as JSON.
+"""The record in a picture of how it was made: A1111's `parameters` text, and everything as JSON.
 
-In a PNG two text chunks: `parameters` is what the tools of this field read; `latentdiff` is the whole request with its
-defaults, the model's hash, the versions, runtime and device, from which the picture can be made again. In JPEG and WebP
-the same two are EXIF's UserComment, where those tools look, and its ImageDescription.
+A PNG has two text chunks: `parameters`, which the tools of this field read, and `latentdiff`, the whole request with
+its defaults, the model's hash, the versions, runtime and device, from which the picture can be reproduced. In JPEG and
+WebP they are EXIF's UserComment, where those tools look, and its ImageDescription.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from latentdiff.core.errors import DataError
 from latentdiff.diffusion.grids import LABELS
 from latentdiff.diffusion.samplers import SAMPLERS
 
-_UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: what a user comment is written in
-VERSION = 2  # of the record: what its fields mean
-LARGEST_EXIF = 65_000  # bytes; a JPEG's segment holds no more
+_UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: the encoding of a user comment
+VERSION = 2  # of the record's fields
+LARGEST_EXIF = 65_000  # bytes of a JPEG's segment
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file that a picture was drawn with beside the model: what it was used as, where it was, what it was.
+    """A file that was used beside the model: its kind, its path, its hash.
 
-    path: relative ones as the user typed them, of absolute ones only the name: pictures do not reveal folders.
+    path: a relative path as typed, of an absolute path only the name: pictures do not reveal folders.
     """
 
     kind: str  # lora, merged (a lora too), embedding, weaker, clip, vae
@@ -44,10 +44,10 @@ class Source:
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """One picture's record. `request` is the call's, with defaults; `seed` and `index` are this picture's.
+    """One picture's record. `request` is the call's, with defaults; `seed` and `index` belong to this picture.
 
-    steps: those that each pass took. canvas: the picture it was drawn from. batch: its place in its batch, and the
-    batch's size. own_noise: noise or contexts were the caller's, not those of seed and prompt.
+    steps: the steps of each pass. canvas: the input picture. batch: its index in its batch, and the batch's size.
+    own_noise: whether noise or conditions were the caller's own, and not those of seed and prompt.
     """
 
     request: dict[str, Any]
@@ -77,7 +77,7 @@ _COMPUTE = {"torch": ("torch", "diffusers", "transformers"), "openvino": ("openv
 
 @cache
 def installed_versions(runtime: str = "torch") -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """The versions of the libraries that the pixels depend on."""
     versions = {"python": platform.python_version()}
     for name in ("latentdiff", *_COMPUTE[runtime], "numpy"):
         try:
@@ -90,7 +90,7 @@ def installed_versions(runtime: str = "torch") -> dict[str, str]:
 def parameters_text(record: ImageMetadata) -> str:
     """A1111's format: prompt, negative prompt, then one line of settings.
 
-    Every value is kept on its own line, so that no prompt can forge a field of another.
+    Every value stays on one line, so that no prompt can forge another field.
     """
     asked = record.request
     lines = [_one_line(asked["prompt"])]
@@ -113,7 +113,7 @@ def parameters_text(record: ImageMetadata) -> str:
 
 
 def _further_fields(record: ImageMetadata) -> dict[str, Any]:
-    """What A1111 writes only where it is used."""
+    """The fields that A1111 writes only if they are used."""
     asked, fields = record.request, dict[str, Any]()
     if asked.get("variation_seed") is not None:
         fields |= {"Variation seed": asked["variation_seed"], "Variation seed strength": asked["variation_strength"]}
@@ -133,7 +133,7 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
 
 
 def _one_line(text: str) -> str:
-    """Without line breaks; a text that opens like a field of the format is quoted."""
+    """The text without line breaks; a text that begins like a field of the format is quoted."""
     line = " ".join(text.split())
     return json.dumps(line) if line.startswith(("Negative prompt:", "Steps:")) else line
 
@@ -143,9 +143,9 @@ def _quoted(text: str) -> str:
 
 
 def save_options(record: ImageMetadata, suffix: str) -> dict[str, Any]:
-    """What Pillow's save takes to write a record into a picture of that suffix.
+    """The arguments of Pillow's save that write a record into a picture of that suffix.
 
-    Raises DataError where it is too long for a JPEG.
+    Raises DataError if the record is too long for a JPEG.
     """
     if suffix == ".png":
         return {"pnginfo": png_info(record)}
@@ -169,9 +169,9 @@ def png_info(record: ImageMetadata) -> PngInfo:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a picture says of itself: {"parameters": text, "latentdiff": tree}, what is there of it.
+    """The record in a picture: {"parameters": text, "latentdiff": tree}, as far as it has them.
 
-    Raises DataError for what is not a picture. The tree is data from outside: validate before use.
+    Raises DataError if the file is not a picture. The tree comes from outside: validate it before use.
     """
     try:
         with silent_decoders(), Image.open(path, formats=FORMATS) as image:
@@ -190,7 +190,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _texts(image: Image.Image) -> dict[str, Any]:
-    """A PNG's chunks, or another picture's EXIF; a description that is no record of ours is the camera's."""
+    """The texts of a PNG's chunks, or of EXIF, whose description may be a camera's instead of our record."""
     if image.format == "PNG":
         return {k: v for k, v in image.info.items() if k in ("parameters", "latentdiff") and isinstance(v, str)}
     exif, tags = image.getexif(), dict[str, Any]()

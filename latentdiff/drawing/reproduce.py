@@ -1,7 +1,7 @@
-"""A picture made again from what it says of itself, which is data from outside.
+"""A picture reproduced from its record, which is data from outside.
 
-The record is validated before anything is loaded. Files it names are looked for where the user says, beside the picture
-and in the current folder, never elsewhere, and are used only if their content is what the record says.
+The record is validated before anything is loaded. Its files are searched only in the user's places, beside the picture
+and in the current folder, and are used only if they have the hash of the record.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Margin = Annotated[int, Field(ge=0, le=SIDES[1])]
 
 
 class Opened(Protocol):
-    """What a picture is drawn again with: a pipeline, see `latentdiff.pipeline`."""
+    """The pipeline that draws the picture again; see `latentdiff.pipeline`."""
 
     @property
     def painter(self) -> Painter: ...  # noqa: D102 - see there
@@ -95,14 +95,14 @@ class Record(_Data):
     version: int = Field(VERSION, ge=1, le=VERSION)
 
 
-_RENAMED = {  # what records of version 1 call otherwise
+_RENAMED = {  # names in records of version 1 -> today's
     "sampler": {"heun": "heun_exponential"},
     "spacing": {"uniform": "exponential"},
 }
 
 
 def _of_this_version(record: Any) -> Any:
-    """A record as it would be written now."""
+    """A record in today's version."""
     if not isinstance(record, dict) or "version" in record or not isinstance(record.get("request"), dict):
         return record
     request = dict(record["request"])
@@ -114,9 +114,9 @@ def _of_this_version(record: Any) -> Any:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How equal two pictures are: values that differ, of how many, by at most how much; versions then and now.
+    """A comparison of two pictures: values that differ, of how many, by at most how much; versions then and now.
 
-    jpeg: both were compared as JPEGs, which one of them is.
+    jpeg: whether both were compared as JPEGs, because one of them is a JPEG.
     """
 
     differing: int
@@ -142,19 +142,19 @@ class Likeness:
 
 
 def read_record(path: Path) -> Record:
-    """What a picture says of itself, validated. Raises DataError."""
+    """The validated record of a picture. Raises DataError."""
     import json
 
     metadata = read_metadata(path)
     if "latentdiff" not in metadata:
-        raise DataError(f"this picture says nothing of how it was made, or not by latentdiff ({path})")
+        raise DataError(f"this picture has no record of latentdiff ({path})")
     try:
         record = Record.model_validate_json(json.dumps(_of_this_version(metadata["latentdiff"])))
     except ValidationError as error:
         fault = first_fault(error)
         raise DataError(f"its record is not valid: {fault.key}: {fault.message[:100]} ({path})") from None
     if record.own_noise:
-        raise ConfigError(f"drawn from noise or embeddings of its maker's own, which no record holds ({path})")
+        raise ConfigError(f"drawn from a caller's own noise or embeddings, which the record does not contain ({path})")
     place, size = record.batch
     if record.seed != record.request.seed + record.index or not place < size <= record.request.batch_size:
         raise DataError(f"its record contradicts itself ({path})")
@@ -169,12 +169,10 @@ def reproduce(
     device: str | None = None,
     runtime: str | None = None,
 ) -> tuple[Any, Likeness]:
-    """The picture drawn again, a PIL image, and how like it is.
+    """The picture drawn again, a PIL image, and its likeness to the file.
 
-    open_model: see `LatentDiffusionPipeline.from_pretrained`. model: where its model is, if not where it was.
-
-    runtime: with another than it was drawn with. Raises DataError for a record that is not valid, ModelError where the
-    model or a file is another now.
+    open_model: see `LatentDiffusionPipeline.from_pretrained`. model: the place of the model, by default the record's.
+    runtime: by default the record's. Raises DataError for an invalid record, ModelError for another model or file.
     """
     record = read_record(path)
     places = [*sources, path.parent, Path()]
@@ -197,12 +195,12 @@ def reproduce(
 
 
 def _model(record: Record, named: str | Path | None) -> str | Path | None:
-    """As the user names it, or as it was; a place that is not there is for the user to name."""
+    """The user's place of the model, or the record's. Raises ModelError if that does not exist here."""
     if named is not None or record.model_source is None:
         return named
     source = record.model_source
     if "@" in source and not _is_there(Path(source)):
-        raise ConfigError(f"drawn by {source} of the hub. Name it by --model {source.partition('@')[0]}, or a path")
+        raise ConfigError(f"drawn by {source} of the hub. Allow it with --model {source.partition('@')[0]}, or a path")
     if Path(source).is_absolute() or ".." in Path(source).parts or not _is_there(Path(source)):
         raise ConfigError(f"its model {record.model} is not at {source!r} here. Name it by --model")
     return source
@@ -230,10 +228,10 @@ def _load(pipe: Opened, source: SourceRecord, places: Sequence[Path]) -> None:
 
 
 def file_named(name: str, places: Sequence[Path]) -> Path:
-    """A file that a record names: one of the places itself, or in one. Raises ConfigError."""
+    """The file of a record's name: one of the places itself, or inside one. Raises ConfigError."""
     relative = Path(name)
     if not name or relative.is_absolute() or ".." in relative.parts:
-        raise ConfigError(f"the record names {name[:60]!r}, which is not looked for. Give its place by --source")
+        raise ConfigError(f"the record names {name[:60]!r}, which is not searched for. Give its place with --source")
     for place in places:
         candidates = [place / relative, place / relative.name]
         if place.name == relative.name:
@@ -245,15 +243,18 @@ def file_named(name: str, places: Sequence[Path]) -> Path:
 
 
 def _is_there(path: Path) -> bool:
-    """A file or a folder, and no pipe, which would be waited for."""
+    """Whether a file or a folder has this path; not a pipe, for which reading would wait."""
     try:
         return path.is_file() or path.is_dir()
-    except (OSError, ValueError):  # a name that cannot be
+    except (OSError, ValueError):  # no file can have this name
         return False
 
 
 def _draw_again(pipe: Opened, record: Record, places: Sequence[Path]) -> Any:
-    """Drawn at its place in a batch of its size: kernels add in another order in another. The rest are copies of it."""
+    """Draw the picture at its index in a batch of its size, since kernels add in another order for other sizes.
+
+    The other pictures of the batch are copies of it.
+    """
     request = pipe.request(**record.request.model_dump())
     painter = pipe.painter
     canvas = None if record.canvas is None else _canvas(painter, request, record.canvas, places)
@@ -264,7 +265,7 @@ def _draw_again(pipe: Opened, record: Record, places: Sequence[Path]) -> Any:
 
 def _canvas(painter: Painter, request: Request, record: CanvasRecord, places: Sequence[Path]) -> Any:
     if record.image is None:
-        raise ConfigError("the picture it started from has no name in its record")
+        raise ConfigError("the record does not name the picture that it started from")
     image = open_picture(file_named(record.image, places))
     mask = None if record.mask is None else open_picture(file_named(record.mask, places), BLACK)
     canvas = canvas_of(painter.model, request, image, mask, margins=Margins(*record.outpaint))
@@ -274,9 +275,9 @@ def _canvas(painter: Painter, request: Request, record: CanvasRecord, places: Se
 
 
 def likeness(path: Path, again: Image.Image, record: Record) -> Likeness:
-    """How like the picture in the file is to one drawn again. Raises DataError where their sizes differ.
+    """The likeness of the file's picture and one drawn again. Raises DataError if their sizes differ.
 
-    A JPEG is compared with what JPEG makes of the other.
+    If the file is a JPEG, the other is compared after JPEG's compression.
     """
     with silent_decoders(), Image.open(path, formats=FORMATS) as image:
         then, jpeg = np.asarray(image.convert(again.mode)).astype(int), image.format == "JPEG"

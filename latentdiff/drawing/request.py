@@ -1,4 +1,4 @@
-"""What is asked of the pipeline, validated as data before anything is allocated."""
+"""The request for pictures, validated as data before anything is allocated."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ Pixels = Annotated[int, Field(ge=0, le=65_536)]
 class Request(BaseModel):
     """One call: `num_images` pictures of one prompt; picture i has seed `seed + i`.
 
-    Sizes are None for the model's own, or the given picture's. Guidance is on where guidance_scale > 1. What is None
-    or 0 is off, or the model's own.
+    Sizes are None for the model's, or the input picture's. Guidance is on if guidance_scale > 1. Other settings of None
+    or 0 are off, or the model's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    prompt: str = Field(max_length=LONGEST_PROMPT)  # the empty one is the unconditional one
+    prompt: str = Field(max_length=LONGEST_PROMPT)  # the empty prompt is the unconditional one
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
     width: int | None = None
     height: int | None = None
     num_inference_steps: int = Field(50, ge=1, le=1000)
     sampler: str = "ddim"
     spacing: str = "trailing"
-    eta: Fraction | None = None  # noise that a stochastic sampler adds; None is the sampler's own
+    eta: Fraction | None = None  # noise that a stochastic sampler adds; None is the sampler's default
     churn: Annotated[Finite, Field(ge=0, le=1000)] | None = None  # of heun: Karras et al. 2022, algorithm 2
     seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
     num_images: int = Field(1, ge=1, le=10_000)
@@ -58,8 +58,8 @@ class Request(BaseModel):
     prompt_weights: bool = True
     long_prompts: bool = True
     clip_skip: int | None = Field(None, ge=0, le=100)
-    original_size: tuple[Pixels, Pixels] | None = None  # (height, width), told to SDXL; else the picture's
-    crop: tuple[Pixels, Pixels] = (0, 0)  # (top, left), told to SDXL
+    original_size: tuple[Pixels, Pixels] | None = None  # (height, width) for SDXL; None is the picture's
+    crop: tuple[Pixels, Pixels] = (0, 0)  # (top, left) for SDXL
 
     # guidance, see diffusion/guidance.py
     guidance_scale: Finite = Field(7.5, ge=0, le=100)
@@ -71,15 +71,15 @@ class Request(BaseModel):
     apg_norm: Annotated[Finite, Field(gt=0, le=1e6)] | None = None
     apg_momentum: Finite = Field(0.0, ge=-1, le=1)
     pag_scale: Finite = Field(0.0, ge=0, le=100)  # perturbed attention
-    autoguidance_scale: Finite = Field(1.0, ge=0, le=100)  # 1 is none; needs a weaker model
+    autoguidance_scale: Finite = Field(1.0, ge=0, le=100)  # 1 is off; requires a weaker model
     clip_guidance_scale: Finite = Field(0.0, ge=0, le=10_000)
 
-    cache_interval: int = Field(1, ge=1, le=100)  # deep features are computed every so many evaluations; 1 is always
+    cache_interval: int = Field(1, ge=1, le=100)  # deep features are computed in one of so many evaluations
 
     # where sampling starts and ends
-    strength: Fraction | None = None  # with a picture: 0.8, or 1 with a mask
-    hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # of a second pass, times the first's size
-    hires_strength: Fraction | None = None  # 0.5
+    strength: Fraction | None = None  # with an image; default 0.8, or 1 with a mask
+    hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # the second pass' size over the first's
+    hires_strength: Fraction | None = None  # default 0.5
     variation_seed: Seed | None = None
     variation_strength: Fraction = 0.0
     vae_tiling: bool = False
@@ -104,7 +104,7 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _each_has_a_meaning(self) -> Request:
-        """What would change nothing is a mistake."""
+        """Refuse settings without effect."""
         for name in ("eta", "churn"):
             if getattr(self, name) is not None and name not in SAMPLERS[self.sampler].options:
                 takers = [sampler for sampler, row in SAMPLERS.items() if name in row.options]
@@ -154,7 +154,7 @@ def _refusal(fault: Fault) -> ConfigError:
 
 
 def check_size(name: str, value: int, multiple: int, lowest: int = SIDES[0]) -> int:
-    """A side in pixels that the networks can draw; `lowest` is less for models of small pictures."""
+    """Raises ConfigError for a side in pixels that the networks cannot draw."""
     low, high = lowest, SIDES[1]
     if not (low <= value <= high and value % multiple == 0):
         raise ConfigError(f"{name} must be a multiple of {multiple} from {low} to {high} (got {value})")

@@ -1,7 +1,7 @@
-"""Where sampling starts: the noise, the levels that are walked, and what of the picture is given.
+"""The start of sampling: the noise, the levels of the walk, and the part of an input picture that stays.
 
-Every draw is keyed by the picture's own seed, that of a step by (seed, step): neither depends on what else is in the
-batch, or on the device.
+Every draw is keyed by the picture's own seed, draws of steps by (seed, step): they do not depend on the rest of the
+batch or on the device.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a pass starts: x at levels[0]; where a part of a given picture is kept, its latents and their mask.
+    """The start of a pass: x at levels[0], and the latents and the mask of an input picture of which a part stays.
 
-    known: (B, C, h, w); mask: (B, 1, h, w), 1 where it is drawn. extra: what an inpainting network reads beside x.
+    known: (B, C, h, w); mask: (B, 1, h, w), 1 in the part to draw. extra: channels that an inpainting network reads.
     """
 
     x: Array
@@ -46,7 +46,7 @@ class Start:
 
 
 def keyed(jobs: Sequence[Job], shape: tuple[int, ...], put: Put) -> Draw:
-    """Noise by the seeds of the jobs; that of the start may be turned towards a variation's."""
+    """Draws keyed by the seeds of the jobs; the first noise may be turned towards a variation's."""
 
     def draw(purpose: str, step: int = 0) -> Array:
         return put(np.stack([_noise(job, shape, purpose, step) for job in jobs]))
@@ -55,7 +55,7 @@ def keyed(jobs: Sequence[Job], shape: tuple[int, ...], put: Put) -> Draw:
 
 
 def generated(generators: Sequence[torch.Generator], shape: tuple[int, ...], put: Put) -> Draw:
-    """Noise by the caller's own generators, one for each picture or one for all, in the order in which it is needed."""
+    """Draws from the caller's generators, one for each picture or one for all, in the order of use."""
     import torch
 
     def draw(purpose: str, step: int = 0) -> Array:
@@ -88,9 +88,9 @@ def turned(base: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
 def from_latents(
     levels: Levels, noise: Array, known: Array, mask: Array | None = None, *, fresh: bool = False
 ) -> Start:
-    """A given picture, noised to the first level.
+    """A start from an input picture, noised to the first level.
 
-    mask: (B, 1, h, w), 1 where it is drawn, None for all of it; with `fresh` that part starts from noise alone.
+    mask: (B, 1, h, w), 1 in the part to draw, None for all of it. fresh: that part starts from noise alone.
     """
     x = diffuse(known, noise, levels[0])
     if mask is None:
@@ -99,7 +99,7 @@ def from_latents(
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
-    """(H, W) bool -> float32 (1, 1, h, w): 1 where any of the pixels under a latent is drawn."""
+    """bool (H, W) -> float32 (1, 1, h, w): 1 if any pixel under a latent is to be drawn."""
     height, width = mask.shape
     blocks = mask.reshape(height // factor, factor, width // factor, factor)
     return np.asarray(blocks.any((1, 3)), np.float32)[None, None]

@@ -34,7 +34,7 @@ from latentdiff.drawing import pixels
 from latentdiff.evaluation.room import CODED, at_once
 from latentdiff.model import Model
 from latentdiff.networks.conditions import Conditions, stacked
-from latentdiff.networks.encoders.prompt import Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Style
 from latentdiff.networks.protocols import Posterior, PreparesConditions
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _conditions(model: Model, captions: Sequence[str], size: tuple[int, ...]) ->
     """Captions as training reads them: no weights in them, cut where the text encoder ends."""
     style = Style(False, False, model.card.defaults.get("clip_skip"))
     sizes = tuple(map(float, (*size, 0, 0, *size))) if model.reads_sizes else None
-    rows = {caption: model.encoder.encode(Wanted(caption, style, sizes=sizes)) for caption in dict.fromkeys(captions)}
+    rows = {caption: model.encoder.encode(Prompt(caption, style, sizes=sizes)) for caption in dict.fromkeys(captions)}
     return stacked([rows[caption] for caption in captions]).mapped(model.array)
 
 

@@ -1,7 +1,7 @@
-"""Kinds of models: which parts go together, how a model is read from a folder and written to one.
+"""Families of models: their parts, and how a model is read from a folder and written to one.
 
-A family is one file here and one entry of FAMILIES. Nothing of this module imports torch: a model that OpenVINO draws
-is checked and described without it.
+A family is one file in this folder and one entry of FAMILIES. This module does not import torch: OpenVINO's models are
+checked and described without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FAMILIES: tuple[Family, ...] = (own.FAMILY, stable_diffusion.FAMILY, stable_diff
 
 
 def check_folder(directory: Path) -> tuple[Family, dict[str, Any]]:
-    """The family of a model folder and its model_index, after all that must be refused is refused. Builds nothing.
+    """Check a model folder without building a network; return its family and its model_index.
 
     Raises ModelError, UnsafeError.
     """
@@ -29,16 +29,16 @@ def check_folder(directory: Path) -> tuple[Family, dict[str, Any]]:
 
 
 def family_of(index: dict[str, Any], directory: Path) -> Family:
-    """By the pipeline class that the index names; a model trained here also by what lies in the folder."""
+    """The family of the pipeline class in the index; models trained here are recognised by their files."""
     where, name = f"{directory}/model_index.json", index.get("_class_name", "StableDiffusionPipeline")
     if not isinstance(name, str):
         raise UnsafeError(f"model directory asks to run code (_class_name {name}, {where}). latentdiff never does this")
     for family in FAMILIES:
         if name in family.pipelines and (family is not own.FAMILY or own.made_here(directory)):
             return family
-    raise ModelError(f"{name} is no model that can be drawn with ({where}). Stable Diffusion 1, 2 and XL are")
+    raise ModelError(f"{name} is not supported ({where}). Stable Diffusion 1, 2 and XL are")
 
 
 def check_vae(path: Path) -> Path:
-    """The folder of a VAE, or the VAE's of a model folder, with the same refusals. Raises ModelError, UnsafeError."""
+    """The folder of a VAE, or the VAE in a model folder, checked likewise. Raises ModelError, UnsafeError."""
     return folder.check_network(path, "vae", stable_diffusion.PARTS["vae"])

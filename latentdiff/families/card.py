@@ -1,4 +1,4 @@
-"""`latentdiff.json`: what diffusers' layout has no place for, the model's name, size and recommended settings."""
+"""`latentdiff.json`: the model's name, size and recommended settings, which diffusers' layout does not contain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Card(BaseModel):
 
 
 def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard:
-    """The card of a checked folder; without latentdiff.json the scheduler's config says what is recommended.
+    """The card of a checked folder. Without latentdiff.json the scheduler's config gives the recommended settings.
 
     T: the model's number of times. Raises ModelError.
     """
@@ -37,7 +37,7 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
         return ModelCard(directory.resolve().name, sha256, side, usual, folder=directory)
     card = read_json_as(_Card, path)
     if any(length % multiple for length in card.size):
-        raise ModelError(f"size {card.size} is not of multiples of {multiple} ({path})")
+        raise ModelError(f"size must be multiples of {multiple} (got {card.size} in {path})")
     defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}
     if defaults.get("num_inference_steps", 1) > T:
         raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {T} times ({path})")
@@ -45,5 +45,5 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
 
 
 def card_tree(card: ModelCard) -> dict[str, Any]:
-    """What latentdiff.json holds of a card."""
+    """The content of latentdiff.json for a card."""
     return {"name": card.name, "size": list(card.size), "defaults": card.defaults or None}

@@ -1,4 +1,4 @@
-"""CLIP read from folders: the one that a model trained here carries, and open_clip's."""
+"""CLIP read from folders: the one beside a model trained here, and open_clip's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS = "open_clip_model.safetensors"
 
 
 def load_own_scorer(folder: Path, text_encoder: Path | None = None) -> Scorer:
-    """The CLIP of a model folder, which has the token embeddings of the model's text encoder. Raises ModelError."""
+    """The CLIP of a model folder, with the token embeddings of the model's text encoder. Raises ModelError."""
     clip = load_clip(folder, text_encoder)
     return Scorer(clip, clip_tokenizer(int(clip.config["text_cfg"]["context_length"])))
 
@@ -29,7 +29,7 @@ def load_scorer(directory: Path) -> Scorer:
     """
     path = directory / "open_clip_config.json"
     if not path.is_file():
-        raise ModelError(f"no CLIP in open_clip's format there ({directory}). It is a folder with {path.name}")
+        raise ModelError(f"no CLIP in open_clip's format at {directory}. It is a folder with {path.name}")
     with loading("clip", directory):
         check_json(path, directory)
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -40,9 +40,9 @@ def load_scorer(directory: Path) -> Scorer:
 
 
 def scorer_of(directory: Path | None, model: Path | None) -> tuple[Scorer, str]:
-    """CLIP of a folder in open_clip's format, or without one that of a model folder, and the sha256 of its weights.
+    """A CLIP and the sha256 of its weights: from a folder in open_clip's format, or by default from the model's folder.
 
-    The model's own has no words that the text encoder has learnt since. Raises ConfigError, ModelError, UnsafeError.
+    The model's CLIP lacks words that the text encoder has learnt since. Raises ConfigError, ModelError, UnsafeError.
     """
     if directory is not None:
         return load_scorer(directory), sha256_of(directory / WEIGHTS)

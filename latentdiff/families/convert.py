@@ -1,4 +1,4 @@
-"""A model folder in another precision: every safetensors file rewritten, its texts copied."""
+"""A model folder in another precision: every safetensors file is rewritten, other files are copied."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ _TEXTS = (".json", ".txt", ".md", ".xml")
 def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Write the model folder `source` to `target` with its floating-point weights in `dtype`.
 
-    Half the bytes in float16; networks are loaded as float32 again unless told otherwise. `target` appears whole or
-    not at all. Raises ConfigError where it exists or a weight is too large for `dtype`, ModelError and UnsafeError
-    for a bad `source`.
+    float16 halves the bytes. `target` appears whole or not at all. Raises ConfigError if it exists or a weight is too
+    large for `dtype`, ModelError and UnsafeError for a bad `source`.
     """
     check_folder(source)
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; nothing is overwritten")
     if target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"{target} lies inside {source}. Choose another place")
+        raise ConfigError(f"{target} lies inside {source}. Choose another folder")
     with whole(target) as made:
         for file in sorted(file for file in source.rglob("*") if file.is_file()):
             copy = made / file.relative_to(source)

@@ -1,4 +1,4 @@
-"""Models by path, single file or hub id, and models written to folders."""
+"""Models read by path, single file or hub id, and written to folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_MODEL = "scenes-64"
 
 
 class Located(NamedTuple):
-    """A model on this disk: its file or folder, its name, and how the user named it (None: the default model)."""
+    """A model on this disk: its file or folder, its name, and the user's words for it (None: the default model)."""
 
     path: Path
     name: str
@@ -38,7 +38,7 @@ def default_model() -> Path:
 
 
 def located(path: str | Path | None, variant: str | None = None, revision: str | None = None) -> Located:
-    """The default model, a path, or a hub id, fetched where it is not in the cache yet. Raises ModelError."""
+    """The model at a path or of a hub id, which is fetched unless cached; None is the default. Raises ModelError."""
     from latentdiff.formats.hub import fetched, is_hub_id
 
     if revision is not None and (path is None or not is_hub_id(str(path))):
@@ -50,14 +50,14 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
         raise ModelError(f"no such model ({str(path)[:80]!r}). Give a folder, a file or a hub id")
     if is_hub_id(str(path)):
         folder = fetched(str(path), revision, variant)
-        return Located(folder, str(path), f"{path}@{folder.name}")  # the folder of a commit has its name
+        return Located(folder, str(path), f"{path}@{folder.name}")  # a snapshot is named after its commit
     place = Path(path)
     name = place.stem if place.is_file() else place.resolve().name
     return Located(place, name, recorded(place))
 
 
 def _possible(path: Path) -> bool:
-    """Whether a path can exist: not longer than names may be, and without NUL."""
+    """Whether a path can exist: its names are not too long and have no NUL."""
     try:
         path.exists()
     except (OSError, ValueError):
@@ -66,7 +66,7 @@ def _possible(path: Path) -> bool:
 
 
 def stored_model(path: str | Path | None, variant: str | None = None, revision: str | None = None) -> Model:
-    """A model by torch on the CPU in the precision in which it is stored. Raises ModelError, UnsafeError."""
+    """A torch model on the CPU in its stored precision. Raises ModelError, UnsafeError."""
     source = located(path, variant, revision)
     if source.path.is_file():
         from latentdiff.families.single_file import load_single_file
@@ -79,7 +79,7 @@ def stored_model(path: str | Path | None, variant: str | None = None, revision: 
 
 
 def card_of(source: Located, T: int, variant: str | None) -> ModelCard:
-    """The card of a checked folder, under the name and from the place by which the user named it."""
+    """The card of a checked folder, with the user's name and source of it."""
     return _named(model_card(source.path, T, variant), source, variant)
 
 
@@ -89,12 +89,12 @@ def _named(card: ModelCard, source: Located, variant: str | None) -> ModelCard:
 
 
 def save_model(model: Model, directory: Path) -> None:
-    """Write a folder: networks, tokenizer, scheduler, model_index, latentdiff.json, and the CLIP it came with.
+    """Write a folder: networks, tokenizer, scheduler, model_index, latentdiff.json, and its CLIP if it has one.
 
-    Raises ConfigError for a model of no family or a path that is a file.
+    Raises ConfigError for a model without a family and for a path that is a file.
     """
     if model.family is None:
-        raise ConfigError("this model belongs to no family, so there is no layout to save it in")
+        raise ConfigError("saving requires a model that belongs to a family, which defines the layout")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file; a model is a folder")
     with saving("the model", directory.parent), whole(directory) as made:

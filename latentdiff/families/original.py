@@ -33,7 +33,7 @@ State = dict[str, Tensor]
 
 
 def save_single_file(model: Model, path: Path) -> None:
-    """Write a model. Raises ConfigError for one whose shape, schedule or scale the layout cannot hold."""
+    """Write a model. Raises ConfigError if the layout cannot express its shape, schedule or scale."""
     zero_terminal_snr = _schedule(model)
     unet, texts, autoencoder = model.backbone, model.encoder, model.codec
     if not (isinstance(unet, UNet) and isinstance(texts, TextEncoder | TwoTextEncoders)):
@@ -42,7 +42,7 @@ def save_single_file(model: Model, path: Path) -> None:
         raise _another_shape()
     kind = _kind(autoencoder, texts, unet)
     if any(len(encoder.tokenizer) > VOCABULARY for encoder in texts.encoders):
-        raise ConfigError("the text encoder has learnt words, which a single file has no place for. Use a folder")
+        raise ConfigError("a single file cannot hold learnt words. Use a folder")
     if model.prediction not in ("epsilon", "v_prediction"):
         raise ConfigError(f"a single file cannot say that its U-Net predicts {model.prediction}. Use a folder")
     state = {UNET + unet_name(name, unet.model.config): t for name, t in _weights(unet.model)}
@@ -57,13 +57,13 @@ def save_single_file(model: Model, path: Path) -> None:
     if zero_terminal_snr:
         state["ztsnr"] = torch.zeros(0)
     predicts = "v" if model.prediction == "v_prediction" else model.prediction
-    with saving(path.name, path.parent):  # one entry of metadata: several would be in no order
+    with saving(path.name, path.parent):  # one entry of metadata, since safetensors writes several in random order
         contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(contiguous, path, {"modelspec.prediction_type": predicts})
 
 
 def _schedule(model: Model) -> bool:
-    """Whether the model's schedule, which must be Stable Diffusion's, is rescaled to zero terminal SNR."""
+    """Whether the schedule is rescaled to zero terminal SNR. Raises ConfigError unless it is Stable Diffusion's."""
     own, plain = model.path, VariancePreserving.scaled_linear()
     for zero, kind in ((False, plain), (True, plain.zero_terminal_snr())):
         if isinstance(own, VariancePreserving) and same_schedule(kind, own):
@@ -72,7 +72,7 @@ def _schedule(model: Model) -> bool:
 
 
 def _another_shape() -> ConfigError:
-    return ConfigError("this model is not of Stable Diffusion's shape, which a single file must have. Use a folder")
+    return ConfigError("a single file requires the shape of a Stable Diffusion model. Use a folder")
 
 
 def _kind(autoencoder: KLAutoencoder, texts: TextEncoder | TwoTextEncoders, unet: UNet) -> Kind:
@@ -95,7 +95,7 @@ def _weights(network: torch.nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _as_conv(name: str, tensor: Tensor) -> Tensor:
-    """The autoencoder's attention was made of 1 x 1 convolutions."""
+    """Attention weights of the autoencoder as 1 x 1 convolutions, which the original layout has."""
     return tensor[..., None, None] if "attentions" in name and tensor.ndim == 2 else tensor
 
 
@@ -105,7 +105,7 @@ def _clip_state(encoder: TextEncoder, kind: Kind) -> State:
 
 
 def _open_clip_state(encoder: TextEncoder, kind: Kind) -> State:
-    """OpenCLIP keeps query, key and value as one matrix, and a projection to be multiplied from the other side."""
+    """The text encoder in OpenCLIP's layout: query, key and value as one matrix, and a transposed projection."""
     state = {open_clip_name(name): tensor for name, tensor in _weights(encoder.model)}
     if kind == "2":
         state |= _silent_layer(state, encoder.layers)
@@ -122,7 +122,7 @@ def _open_clip_state(encoder: TextEncoder, kind: Kind) -> State:
 
 
 def _silent_layer(state: State, layers: int) -> State:
-    """The last layer, which Stable Diffusion 2 does not read and folders leave out: one that adds nothing."""
+    """A last layer that adds nothing. Stable Diffusion 2 does not read its last layer, and folders omit it."""
     before, last = (f"transformer.resblocks.{layer}." for layer in (layers - 1, layers))
     copied = {name.replace(before, last): tensor for name, tensor in state.items() if name.startswith(before)}
     silenced = ("attn.out_proj", "mlp.c_proj")

@@ -1,7 +1,7 @@
-"""Models trained here from nothing: built from a config, in Stable Diffusion's layout, with or without a VAE.
+"""Models trained here from nothing, built from a config.
 
-They are read and written as Stable Diffusion's; beside it they may be pixel-space models, which have no VAE, and carry
-the CLIP that their text encoder comes from.
+They have Stable Diffusion's layout. In addition they may have no VAE, which makes them pixel-space models, and they may
+contain the CLIP of their text encoder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def made_here(directory: FilePath) -> bool:
-    """Whether a folder holds what only models trained here have: a CLIP, or no VAE."""
+    """Whether a folder has what only models trained here have: a CLIP, or no VAE."""
     return (directory / "clip").is_dir() or not (directory / "vae").is_dir()
 
 
@@ -56,9 +56,9 @@ FAMILY = Family(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A block in which modules draw initial weights from a seed.
+    """A block in which the initial weights of modules depend on a seed.
 
-    They draw from torch's global generator and no other; its state is restored.
+    Modules use torch's global generator, whose state is restored afterwards.
     """
     import torch
 
@@ -68,9 +68,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def laid_out_for(module: nn.Module, device: torch.device) -> None:
-    """Lay out a module's weights for a device.
+    """Give a module's weights the memory layout that suits a device.
 
-    Channels last on a GPU, whose tensor cores want it; on a CPU bfloat16 convolutions take 1.4 times as long so.
+    That is channels last on a GPU, for its tensor cores; on a CPU it makes bfloat16 convolutions 1.4 times slower.
     """
     import torch
 
@@ -84,7 +84,7 @@ def image_channels(config: Config) -> int:
 
 
 def new_codec(config: Config) -> AnyCodec:
-    """An codec with random weights, or the identity, which has none."""
+    """A codec with random weights, or the identity."""
     from latentdiff.networks.codecs.identity import IdentityCodec
     from latentdiff.networks.codecs.kl import KLAutoencoder
     from latentdiff.networks.codecs.tiny import TinyAutoencoder
@@ -137,7 +137,7 @@ def new_path(config: Config) -> Path:
 
 
 def times_of(learning: Learning, path: Path) -> Times:
-    """Which times a training draws."""
+    """The distribution of training times."""
     return Times(path, learning.times, learning.logit_mean, learning.logit_std)
 
 
@@ -154,8 +154,9 @@ def new_model(config: Config, codec: AnyCodec, text_encoder: TextEncoder, unet: 
 
 
 def check_networks(config: Config) -> None:
-    """Build every network and run it once, without memory or arithmetic, so that sizes that do not fit together are
-    known before hours of training. Raises ConfigError.
+    """Build every network and run it once on the meta device, to find sizes that do not fit before hours of training.
+
+    Raises ConfigError.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""diffusers' scheduler configs and paths: which noise levels a folder describes, and how ours are written there."""
+"""diffusers' scheduler configs: the path that a folder describes, and the config that describes a path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Scheduler(NamedTuple):
-    """What a scheduler config says: the path, the prediction, and the sampler and grid that diffusers would take."""
+    """The content of a scheduler config: the path, the prediction, and diffusers' sampler and grid."""
 
     path: Path
     prediction: str
@@ -31,7 +31,7 @@ class Scheduler(NamedTuple):
 
 
 class _Config(BaseModel):
-    """The keys that are read; the others belong to samplers, which are chosen by the call."""
+    """The keys that are read. The others are settings of samplers, which each call chooses."""
 
     model_config = ConfigDict(strict=True)
 
@@ -56,7 +56,7 @@ class _Config(BaseModel):
 
     @property
     def recommended(self) -> dict[str, Any]:
-        """Where we have no such sampler, dpmpp_2m."""
+        """Recommended settings; dpmpp_2m if we do not have the config's sampler."""
         sampler = sampler_of(self.class_name) or "dpmpp_2m"
         if sampler == "dpmpp_2m" and (self.algorithm_type or "").startswith("sde"):
             sampler = "dpmpp_2m_sde"
@@ -102,7 +102,7 @@ def _straight(config: _Config) -> Straight:
 
 
 def _variance_preserving(config: _Config, path: FilePath) -> VariancePreserving:
-    """`trained_betas` is how schedules are written that diffusers has no name for."""
+    """The path of betas. `trained_betas` lists those of schedules that diffusers has no name for."""
     T, kind = config.num_train_timesteps, config.beta_schedule
     if config.trained_betas is not None:
         if len(config.trained_betas) != T:
@@ -119,9 +119,9 @@ def _variance_preserving(config: _Config, path: FilePath) -> VariancePreserving:
 
 
 def scheduler_config(path: Path, prediction: str, spacing: str = "leading") -> dict[str, Any]:
-    """diffusers' config of a path.
+    """diffusers' config of a path: DDIM's for a variance-preserving path, flow matching's for a straight one.
 
-    Of a variance-preserving one DDIM's, with betas in full where no kind of theirs describes it; else flow matching's.
+    Betas are listed if none of diffusers' kinds describes them.
     """
     if isinstance(path, Straight):
         return _flow_config(path, prediction)
@@ -148,7 +148,7 @@ def _flow_config(path: Straight, prediction: str) -> dict[str, Any]:
 
 
 def _described(path: VariancePreserving) -> dict[str, Any]:
-    """The kind and flags under which diffusers computes the same schedule, or its betas."""
+    """The kind and flags that make diffusers compute the same schedule, or its betas."""
     known = {
         "linear": (VariancePreserving.linear(path.T), 0.0001, 0.02),
         "scaled_linear": (VariancePreserving.scaled_linear(path.T), 0.00085, 0.012),
@@ -163,5 +163,5 @@ def _described(path: VariancePreserving) -> dict[str, Any]:
 
 
 def same_schedule(first: VariancePreserving, second: VariancePreserving) -> bool:
-    """Whether two schedules are equal but for rounding."""
+    """Whether two schedules are equal up to rounding."""
     return first.T == second.T and np.allclose(first.alphas_cumprod, second.alphas_cumprod, rtol=1e-9, atol=1e-12)

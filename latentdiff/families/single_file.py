@@ -1,8 +1,8 @@
-"""One .safetensors file in the layout in which Stable Diffusion 1, 2 and XL were published.
+"""One .safetensors file in the original layout of Stable Diffusion 1, 2 and XL.
 
-Every config is inferred from the names and shapes of the weights; diffusers' own functions convert the names. What
-shapes cannot say: the number of heads (8 in Stable Diffusion 1, channels / 64 later), which of an OpenCLIP's layers is
-read (the last but one), and for Stable Diffusion 2 whether it predicts noise or velocity, which is measured.
+Every config is inferred from the names and shapes of the weights; diffusers' own functions convert the names. Shapes do
+not show the number of heads (8 in Stable Diffusion 1, channels / 64 later), the layer of OpenCLIP that is read (the
+last but one), and whether a Stable Diffusion 2 predicts noise or velocity, which is measured.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
-from latentdiff.networks.encoders.prompt import Wanted
+from latentdiff.networks.encoders.prompt import Prompt
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
 State = dict[str, Tensor]
 SIDES = {"1": 64, "2": 64, "XL": 128}  # of latents; Stable Diffusion 2 of velocity: 96
-OPEN_CLIP_H = (1024, 23)  # width, and the layers of its 24 that are read; some files leave the last out
+OPEN_CLIP_H = (1024, 23)  # width -> the layers that are read, of 24; some files omit the last
 
 
-_PLAIN = {"sampler": "dpmpp_2m", "spacing": "trailing"}  # recommended, for a file says nothing of it
+_PLAIN = {"sampler": "dpmpp_2m", "spacing": "trailing"}  # recommended settings, which a file does not contain
 
 
 def load_single_file(path: Path) -> Model:
@@ -80,14 +80,14 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise ModelError(f"no such file ({path})")
     if is_pickle(path):
-        hint = "latentdiff loads safetensors only. `latentdiff convert --trust-pickle` makes one of it"
+        hint = "latentdiff loads safetensors only. `latentdiff convert --trust-pickle` converts it"
         raise UnsafeError(f"{path} is a pickle file; {hint}")
     with loading(path), safe_open(path, "pt"):
         pass
 
 
 def described(path: Path) -> dict[str, Any]:
-    """What a safetensors file is, from its header: names, sizes, its own metadata. Raises ModelError, UnsafeError."""
+    """A description of a safetensors file from its header: kind, sizes, metadata. Raises ModelError, UnsafeError."""
     check_file(path)
     with loading(path), safe_open(path, "pt") as file:
         names, metadata = list(file.keys()), dict(file.metadata() or {})
@@ -105,7 +105,7 @@ def described(path: Path) -> dict[str, Any]:
 
 
 def _kind(names: Sequence[str], path: Path) -> str:
-    """A family of models, or a format of adapters."""
+    """The kind of file: a family of models, or a format of adapters."""
     if any(name.startswith(UNET) for name in names):
         return f"Stable Diffusion {_kind_of(names, path)}, original layout"
     if not _of_adapter(names):
@@ -122,11 +122,11 @@ def _of_adapter(names: Sequence[str]) -> bool:
 def _kind_of(state: Iterable[str], path: Path) -> Kind:
     state = list(state)
     if _of_adapter(state):
-        raise ModelError(f"{path} is an adapter, drawn with by --lora and converted by --to, not a model")
+        raise ModelError(f"{path} is an adapter, not a model. Load it with --lora, convert it with --to")
     if not any(name.startswith(UNET) for name in state):
-        raise ModelError(f"no U-Net under {UNET}* ({path}). A whole Stable Diffusion checkpoint is needed")
+        raise ModelError(f"no U-Net under {UNET}* ({path}). Give a complete Stable Diffusion checkpoint")
     if not any(name.startswith(VAE) for name in state):
-        raise ModelError(f"no autoencoder under {VAE}* ({path}). A whole Stable Diffusion checkpoint is needed")
+        raise ModelError(f"no autoencoder under {VAE}* ({path}). Give a complete Stable Diffusion checkpoint")
     held = {prefix for prefix in (*CLIP.values(), *OPEN_CLIP.values()) if any(n.startswith(prefix) for n in state)}
     kinds: dict[frozenset[str], Kind] = {
         frozenset({CLIP["1"]}): "1",
@@ -139,9 +139,9 @@ def _kind_of(state: Iterable[str], path: Path) -> Kind:
 
 
 def unet_config(state: State, kind: Kind) -> dict[str, Any]:
-    """The U-Net's config by the shapes of its input blocks: a downsampling begins the next level."""
+    """The U-Net's config, from the shapes of its input blocks: a downsampling begins the next level."""
     weights = {name.removeprefix(UNET): tensor for name, tensor in state.items() if name.startswith(UNET)}
-    levels: list[list[tuple[int, int]]] = [[]]  # of each residual block its channels and its depth of attention
+    levels: list[list[tuple[int, int]]] = [[]]  # channels and depth of attention of each residual block
     for block in range(1, _count(weights, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{block}.0.op.weight" in weights:
             levels.append([])
@@ -175,7 +175,7 @@ def unet_config(state: State, kind: Kind) -> dict[str, Any]:
 
 
 def vae_config(state: State, kind: Kind) -> dict[str, Any]:
-    """The autoencoder's config by the shapes of its encoder."""
+    """The autoencoder's config, from the shapes of its encoder."""
     levels = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
     return {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -199,7 +199,7 @@ def _text_encoder(state: State, kind: Kind) -> TextEncoder | TwoTextEncoders:
 
 
 def _clip(state: State, kind: Kind) -> TextEncoder:
-    """OpenAI's ViT-L, which the file holds under transformers' names."""
+    """OpenAI's ViT-L, which is in the file under transformers' names."""
     names = conversion.convert_ldm_clip_checkpoint(state, CLIP[kind])
     weights = _bare(names)
     weights.pop("embeddings.position_ids", None)
@@ -209,7 +209,7 @@ def _clip(state: State, kind: Kind) -> TextEncoder:
 
 
 def _open_clip(state: State, kind: Kind) -> TextEncoder:
-    """OpenCLIP's H of Stable Diffusion 2, read to the last layer but one, and bigG of XL with its projection."""
+    """OpenCLIP's H of Stable Diffusion 2, without its last layer, or bigG of XL with its projection."""
     prefix = OPEN_CLIP[kind]
     width = state[f"{prefix}ln_final.weight"].shape[0]
     weights = conversion.convert_open_clip_checkpoint(
@@ -228,7 +228,7 @@ def _open_clip(state: State, kind: Kind) -> TextEncoder:
 
 
 def _bare(weights: State) -> State:
-    """As a text transformer without a projection calls them."""
+    """The weights under the names of a text transformer without a projection."""
     return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
 
 
@@ -238,7 +238,7 @@ def _layer(name: str) -> int:
 
 
 def text_config(weights: State, activation: str, **more: Any) -> CLIPTextConfig:
-    """A CLIP text transformer's config by its weights under transformers' names."""
+    """A CLIP text transformer's config, from its weights under transformers' names."""
     vocabulary, width = weights["embeddings.token_embedding.weight"].shape
     positions = weights["embeddings.position_embedding.weight"].shape[0]
     if (vocabulary, positions) != (VOCABULARY, POSITIONS):
@@ -259,7 +259,7 @@ def text_config(weights: State, activation: str, **more: Any) -> CLIPTextConfig:
 
 
 def _filled(network: Any, config: dict[str, Any], state: State) -> nn.Module:
-    """A network of that config with those weights, all of them and no others."""
+    """A network of this config, filled with exactly these weights."""
     with torch.device("meta"):
         model: nn.Module = network(**config)
     model.load_state_dict(state, assign=True)
@@ -271,12 +271,12 @@ def _filled_text(network: Any, config: CLIPTextConfig, state: State) -> Any:
         model = network(config)
     model.load_state_dict(state, assign=True)
     embeddings = getattr(model, "text_model", model).embeddings
-    embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]  # in no file: it was made on "meta"
+    embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]  # no file holds it
     return model
 
 
 def _count(weights: State, pattern: str) -> int:
-    """How many numbers the names hold at that place. Raises ModelError where one is left out."""
+    """The number of different indices in the names at the pattern's group. Raises ModelError if one is missing."""
     numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
     if numbers and max(numbers) != len(numbers) - 1:
         raise ModelError(f"its names are numbered up to {max(numbers)}, of which there are {len(numbers)} ({pattern})")
@@ -286,9 +286,9 @@ def _count(weights: State, pattern: str) -> int:
 def _prediction(
     path: Path, state: State, kind: Kind, unet: UNet, text_encoder: TextEncoder | TwoTextEncoders
 ) -> tuple[str, bool]:
-    """What the U-Net predicts, and whether it was trained to zero terminal SNR.
+    """The U-Net's prediction, and whether it was trained with zero terminal SNR.
 
-    Files that are not of their family's usual kind say so by an empty weight of that name, or in their metadata.
+    Files that differ from their family's usual kind say so with an empty weight of that name, or in their metadata.
     """
     with safe_open(path, "pt") as file:
         hint = (file.metadata() or {}).get("modelspec.prediction_type", "")
@@ -301,15 +301,14 @@ def _prediction(
 
 @torch.no_grad()
 def predicts_noise(unet: UNet, text_encoder: TextEncoder | TwoTextEncoders, t: int = 999) -> bool:
-    """Whether the output at the last time follows the input.
+    """Whether the output at the last time correlates with the input.
 
-    There x_t is all but noise, which a network of noise gives back; a velocity is then about -x0, of which noise
-    says nothing.
+    There x_t is nearly noise, which an epsilon network returns; the velocity is about -x0, which is independent of it.
     """
     generator = torch.Generator().manual_seed(0)
     model = unet.model
     side = 2 ** (len(model.config.block_out_channels) - 1) * 2
     x = torch.randn(1, model.config.in_channels, side, side, generator=generator).to(model.dtype)
-    output = unet(x, t, stacked([text_encoder.encode(Wanted(""))])).float()
+    output = unet(x, t, stacked([text_encoder.encode(Prompt(""))])).float()
     noise = x[:, : output.shape[1]].float()
     return bool(torch.corrcoef(torch.stack([output.flatten(), noise.flatten()]))[0, 1] > 0.5)

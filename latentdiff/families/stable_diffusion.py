@@ -34,7 +34,7 @@ def load(directory: Path, variant: str | None) -> Model:
 
 
 def read(directory: Path, variant: str | None) -> Model:
-    """The networks of a checked folder as a model of no family yet."""
+    """The networks of a checked folder as a model whose family is not set yet."""
     from latentdiff.families.weights import load_codec, load_text_encoders, load_unet
 
     path, prediction, _ = read_scheduler(directory)
@@ -45,7 +45,7 @@ def read(directory: Path, variant: str | None) -> Model:
 
 
 def assembled(unet: Any, texts: Any, codec: Any, *, path: Any, prediction: str, card: Any, where: Path) -> Model:
-    """A model of no family yet, of networks that fit together. Raises ModelError for others."""
+    """A model without a family, from networks. Raises ModelError if they do not fit together."""
     from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
     latents, inputs = codec.latent_channels, unet.spec.inputs
@@ -85,7 +85,7 @@ def index(model: Model) -> dict[str, Any]:
 
 
 def shared_index(model: Model) -> dict[str, Any]:
-    """The entries that Stable Diffusion and Stable Diffusion XL have in common."""
+    """The entries of model_index.json that Stable Diffusion and Stable Diffusion XL share."""
     vae = model.parts.get("vae")
     return {
         "_diffusers_version": version("diffusers"),

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a U-Net that is told sizes, a KL autoencoder and two CLIP text encoders (Podell et al. 2023)."""
+"""Stable Diffusion XL: a U-Net that reads sizes, a KL autoencoder, two CLIP text encoders (Podell et al. 2023)."""
 
 from __future__ import annotations
 

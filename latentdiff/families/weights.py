@@ -1,4 +1,4 @@
-"""The networks of a model folder, built and filled. Nothing is fetched; nothing but safetensors is read."""
+"""The networks of a model folder, built and filled. Nothing is fetched, and only safetensors are read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def load_codec(directory: Path, variant: str | None = None) -> KLAutoencoder | TinyAutoencoder | IdentityCodec:
-    """The VAE of a model folder, or the identity where it has none."""
+    """The VAE of a model folder, or the identity if it has none."""
     return load_vae(directory / "vae", variant) if (directory / "vae").is_dir() else _identity(directory)
 
 
@@ -46,14 +46,14 @@ def load_vae(folder: Path, variant: str | None = None) -> KLAutoencoder | TinyAu
     with loading(part, directory):
         autoencoder = TinyAutoencoder(vae) if tiny else KLAutoencoder(vae)
         if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
-            raise ModelError(f"{part}/config.json: scaling_factor or shift_factor is no positive number ({directory})")
+            raise ModelError(f"{part}/config.json: scaling_factor must be positive, shift_factor finite ({directory})")
     return autoencoder.eval()
 
 
 def _identity(directory: Path) -> IdentityCodec:
     channels = read_json(directory / "unet" / "config.json").get("in_channels")
     if channels not in (1, 3):
-        raise ModelError(f"no vae, and a U-Net of {channels} channels draws no picture ({directory})")
+        raise ModelError(f"a U-Net of {channels} channels requires a vae, and there is none ({directory})")
     return IdentityCodec(channels)
 
 
@@ -81,7 +81,7 @@ def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: st
 
     tokenizer_folder = directory / f"tokenizer{suffix}"
     with loading(tokenizer_folder.name, directory):
-        if not tokenizer_folder.is_dir():  # else it is sought on the hub
+        if not tokenizer_folder.is_dir():  # or transformers searches the hub
             raise ModelError(f"{tokenizer_folder.name} is missing ({directory})")
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     model = _pretrained(network, directory, f"text_encoder{suffix}", variant)
@@ -107,7 +107,7 @@ def load_unet(directory: Path, variant: str | None = None) -> UNet:
 
 
 def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
-    """The contrastive towers that the text encoder of a model folder comes from; it may lie in another folder."""
+    """The CLIP of a model folder. Its text encoder may lie in another folder."""
     from latentdiff.networks.clip import Clip  # open_clip takes seconds to import
 
     (file,) = weight_files((text_encoder or directory) / "text_encoder")
@@ -117,9 +117,9 @@ def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
 
 
 def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -> Any:
-    """A network of a checked folder; every weight of it comes from the file."""
+    """A network of a checked folder; all its weights come from the file."""
     with loading(part, directory), _quietly():
-        if not (directory / part / "config.json").is_file():  # else it is sought on the hub
+        if not (directory / part / "config.json").is_file():  # or transformers searches the hub
             raise ModelError(f"{part} is missing ({directory})")
         config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
         kinds = {name: kind for file in files for name, kind in _kinds(file).items()}
@@ -139,18 +139,16 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
         if report["unexpected_keys"]:
             first = sorted(report["unexpected_keys"])[0]
             count = len(report["unexpected_keys"])
-            warnings.warn(
-                f"{part}: {count} weights are used by nothing, the first is {first} ({directory})", stacklevel=2
-            )
+            warnings.warn(f"{part}: {count} weights are of no layer, the first is {first} ({directory})", stacklevel=2)
         return model
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Both libraries show a bar for every network, some for every file of it.
+    """A block without the libraries' progress bars and warnings.
 
-    diffusers warns of settings that are not read, also of one that it writes itself for a tiny VAE; what is wrong with
-    weights we say ourselves.
+    diffusers warns about settings that it does not read, even one that it writes itself for a tiny VAE. We check
+    weights ourselves.
     """
     shown, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
@@ -166,13 +164,13 @@ def _quietly() -> Iterator[None]:
 
 
 def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:
-    """The precision of a network's weights on the disk, in which they are loaded: to convert is the caller's.
+    """The precision of a network's weights on the disk, in which they are loaded; callers convert them.
 
-    Raises ModelError for weights that are no floating point.
+    Raises ModelError for weights that are not floating point.
     """
     odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith("position_ids")]
     if odd:
-        raise ModelError(f"{folder.name}: {odd[0]} is no floating point of 16 bits or more ({folder.parent})")
+        raise ModelError(f"{folder.name}: weights must have 16 bits or more (got {odd[0]} in {folder.parent})")
     return next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), torch.float32)
 
 
@@ -183,9 +181,9 @@ def _kinds(file: Path) -> dict[str, str]:
 
 
 def _check_size(network: Any, directory: Path, part: str, held: int) -> None:
-    """Refuse a config that describes a larger network than the weights fill, before memory is taken for it.
+    """Refuse a config whose network is twice as large as its weights, before memory is allocated for it.
 
-    Twice as large, not merely larger: the loaders name what does not fit, and old checkpoints may lack a buffer.
+    Below twice, the loaders name the weights that do not fit, and old checkpoints may lack a buffer.
     """
     folder = directory / part
     with torch.device("meta"):

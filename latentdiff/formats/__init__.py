@@ -1,1 +1,1 @@
-"""How models and adapters lie on a disk, and which files are refused."""
+"""The files and folders of models and adapters: their layouts, their hashes, and which files are refused."""

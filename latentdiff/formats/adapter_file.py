@@ -1,10 +1,10 @@
-"""Low-rank adapters as files: PEFT's and diffusers' names, and kohya's, which the rest of the field writes.
+"""Low-rank adapters as files: under PEFT's and diffusers' names, and kohya's, which most trainers write.
 
     PEFT     unet.mid_block.attentions.0.proj_in.lora_A.weight           with PEFT's config as metadata or beside it
     kohya    lora_unet_mid_block_attentions_0_proj_in.lora_down.weight   with .alpha; LyCORIS adds hada_* and lokr_*
 
-kohya's names have lost their dots, so they are read by the names of the model's own layers; those of SDXL may also be
-in the original layout. W' = W + weight * alpha / rank * B A (Hu et al. 2021, section 4.1).
+kohya's names have no dots, so they are compared with the names of the model's own layers; SDXL's may also be in the
+original layout. W' = W + weight * alpha / rank * B A (Hu et al. 2021, section 4.1).
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ _FACTORS = {
     "dora_scale": "lora_magnitude_vector",
 }
 _HALVES = {"lora_A.weight", "lora_B.weight"}
-_METADATA = "lora_adapter_metadata"  # under which diffusers keeps PEFT's config, as JSON
+_METADATA = "lora_adapter_metadata"  # diffusers' key of PEFT's config, which is JSON
 
 
 def adapter_path(path: Path) -> Path:
-    """The file itself, or that of a folder under one of its usual names. Raises ModelError, UnsafeError."""
+    """The adapter file: `path` itself, or the one in this folder. Raises ModelError, UnsafeError."""
     match = next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path
     if not match.is_file():
-        raise ModelError(f"no adapter there ({path}). Give a .safetensors file, or a folder with {NAMES[0]}")
+        raise ModelError(f"no adapter at {path}. Give a .safetensors file, or a folder with {NAMES[0]}")
     refuse_pickle(match)
     return match
 
 
 def read_adapter(path: Path, networks: Networks) -> Adapter:
-    """An adapter for these networks. Raises ModelError where nothing in it fits them, UnsafeError for a pickle."""
+    """An adapter for these networks. Raises ModelError if none of its layers is theirs, UnsafeError for a pickle."""
     file = adapter_path(path)
     with loading(file), safe_open(file, "pt") as content:
         state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
@@ -63,7 +63,7 @@ def read_adapter(path: Path, networks: Networks) -> Adapter:
     adapter = Adapter(layers, sorted(unused), sorted(missing))
     if not adapter.matched:
         first = (adapter.unused or adapter.missing or ["nothing"])[0]
-        raise ModelError(f"nothing in it is of this model ({path}): of {len(state)} names the first is {first}")
+        raise ModelError(f"no name in the adapter is a layer of this model ({path}; {len(state)} names, first {first})")
     return adapter
 
 
@@ -84,7 +84,7 @@ def _of_kohya(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list
 
 
 def kohya_names(part: str, network: nn.Module) -> list[tuple[str, str]]:
-    """Every name that a layer may have in kohya's files, with its own; the last of a layer is what is written."""
+    """kohya's names of every layer -> the layer's own name; of several for one layer, the last is the one we write."""
     pairs = []
     for module in _adaptable(network):
         plain = module if part == "unet" else "text_model." + module.removeprefix("text_model.")
@@ -120,7 +120,7 @@ def _of_peft(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[
 
 
 def _placed(name: str, modules: dict[str, set[str]]) -> tuple[str, str] | None:
-    """Part and module of a dotted name; PEFT's own files name no part, and older ones a text_model."""
+    """Part and module of a dotted name. PEFT's own files name no part; older ones have a `text_model` in the name."""
     part, _, module = name.removeprefix("base_model.model.").partition(".")
     if part not in modules:
         part, module = "unet", name.removeprefix("base_model.model.")
@@ -148,23 +148,23 @@ def _layers(
         name, alpha = f"{part}.{module}", factors.pop("alpha", None)
         with raised_as(ModelError, f"{name}: no alpha ({path})"):
             scale = _alpha(alpha, part, module, config)
-        layer = Layer(factors, scale, bool(_told(config, part, "use_rslora")))
+        layer = Layer(factors, scale, bool(_entry(config, part, "use_rslora")))
         _check_numbers(layer, name, path)
         if layer.kind == "lora":
             if absent := _HALVES - factors.keys():
                 missing += [f"{name}.{factor}" for factor in absent]
                 continue
             if odd := factors.keys() - _HALVES - {"lora_magnitude_vector", "lora_B.bias"}:
-                raise ModelError(f"{name} has {min(odd)}, which is not known here ({path})")
+                raise ModelError(f"{name} has an unknown factor {min(odd)} ({path})")
             layer = _fitted(layer, networks[part].get_submodule(module), name, path)
         layers.setdefault(part, {})[module] = layer
     return {part: _completed(own, part, path) for part, own in layers.items()}, missing
 
 
 def _fitted(layer: Layer, target: Any, name: str, path: Path) -> Layer:
-    """Its factors as PEFT's layer of the target has them, every shape checked. Raises ModelError.
+    """The factors in the shapes of PEFT's layer for the target. Raises ModelError for a shape that does not fit.
 
-    kohya writes those of 1 x 1 convolutions and of linear layers alike, and vectors with ones around.
+    kohya writes factors of 1 x 1 convolutions and of linear layers alike, and vectors with extra axes of length 1.
     """
     weight, factors = target.weight, layer.factors
     down, up = factors["lora_A.weight"], factors["lora_B.weight"]
@@ -173,13 +173,13 @@ def _fitted(layer: Layer, target: Any, name: str, path: Path) -> Layer:
     if weight.ndim == 4:
         down, up = (t[..., None, None] if t.ndim == 2 else t for t in (down, up))
     rank = down.shape[0] if down.ndim else 0
-    wanted = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.ndim - 2))
-    if not rank or (tuple(down.shape), tuple(up.shape)) != wanted:
-        told = f"{tuple(up.shape)} x {tuple(down.shape)} for a weight of {tuple(weight.shape)}"
-        raise ModelError(f"the adapter is of another model: {name} has {told} ({path})")
+    expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.ndim - 2))
+    if not rank or (tuple(down.shape), tuple(up.shape)) != expected:
+        shapes = f"{tuple(up.shape)} x {tuple(down.shape)} for a weight of {tuple(weight.shape)}"
+        raise ModelError(f"the adapter belongs to another model: {name} has {shapes} ({path})")
     fitted = {"lora_A.weight": down, "lora_B.weight": up}
-    shapes = {"lora_B.bias": (weight.shape[0],), "lora_magnitude_vector": _magnitudes(weight)}
-    for factor, shape in shapes.items():
+    vectors = {"lora_B.bias": (weight.shape[0],), "lora_magnitude_vector": _magnitudes(weight)}
+    for factor, shape in vectors.items():
         if factor in factors:
             if factors[factor].numel() != weight.shape[0] or (factor == "lora_B.bias" and target.bias is None):
                 raise ModelError(f"{name} has a {factor} of {tuple(factors[factor].shape)}, not {shape} ({path})")
@@ -188,29 +188,29 @@ def _fitted(layer: Layer, target: Any, name: str, path: Path) -> Layer:
 
 
 def _magnitudes(weight: Tensor) -> tuple[int, ...]:
-    """The shape of DoRA's vector, one length for each output."""
+    """The shape of DoRA's magnitude vector, which has one length for each output."""
     return (weight.shape[0],) if weight.ndim == 2 else (1, weight.shape[0], 1, 1)
 
 
 def _check_numbers(layer: Layer, name: str, path: Path) -> None:
-    """Refuse factors that are no finite floating point, and scales that are no number. Raises ModelError."""
+    """Refuse factors that are not finite floating-point numbers, and an alpha that is not. Raises ModelError."""
     for factor, tensor in layer.factors.items():
         if not (tensor.is_floating_point() and tensor.ndim and tensor.numel() and bool(torch.isfinite(tensor).all())):
-            raise ModelError(f"{name}.{factor} is not of finite floating-point numbers ({path})")
+            raise ModelError(f"{name}.{factor} must hold finite floating-point numbers ({path})")
     if layer.alpha is not None and not math.isfinite(layer.alpha):
-        raise ModelError(f"{name} has alpha {layer.alpha} ({path})")
+        raise ModelError(f"alpha must be finite (got {layer.alpha} for {name} in {path})")
 
 
 def _completed(layers: dict[str, Layer], part: str, path: Path) -> dict[str, Layer]:
-    """PEFT has biases on all layers of an adapter or on none: zeros where a file has none. DoRA cannot be filled up.
+    """Complete an adapter for PEFT, which takes biases on all layers or on none: missing ones become zeros.
 
-    Raises ModelError.
+    Raises ModelError if only some layers have DoRA's magnitudes, which have no neutral value.
     """
     own = {factor for layer in layers.values() for factor in layer.factors}
     if "lora_magnitude_vector" in own:
         lacking = [m for m, x in layers.items() if x.kind == "lora" and "lora_magnitude_vector" not in x.factors]
         if lacking:
-            raise ModelError(f"{part}.{lacking[0]} has no magnitudes, which other layers have ({path})")
+            raise ModelError(f"{part}.{lacking[0]} has no DoRA magnitudes, but other layers have ({path})")
     if "lora_B.bias" not in own:
         return layers
     return {module: _with_bias(layer) if layer.kind == "lora" else layer for module, layer in layers.items()}
@@ -224,20 +224,20 @@ def _with_bias(layer: Layer) -> Layer:
 def _alpha(given: Tensor | None, part: str, module: str, config: dict[str, Any]) -> float | None:
     if given is not None:
         return float(given.item())
-    pattern = _told(config, part, "alpha_pattern") or {}
+    pattern = _entry(config, part, "alpha_pattern") or {}
     if not isinstance(pattern, dict):
-        raise ValueError("alpha_pattern is no object")
+        raise ValueError("alpha_pattern must be an object")
     for key, value in pattern.items():
-        # PEFT's keys are patterns; all that they are used for is a layer's whole name, or its end
+        # PEFT's keys are patterns, which in practice are a layer's whole name or the end of it
         plain = key.replace("\\", "").strip("^$")
         if module == plain or module.endswith(f".{plain}"):
             return float(value)
-    told = _told(config, part, "lora_alpha")
-    return None if told is None else float(told)
+    alpha = _entry(config, part, "lora_alpha")
+    return None if alpha is None else float(alpha)
 
 
-def _told(config: dict[str, Any], part: str, key: str) -> Any:
-    """Of a part's config, or of the one config of a PEFT folder."""
+def _entry(config: dict[str, Any], part: str, key: str) -> Any:
+    """An entry of a part's config, or of the only config of a PEFT folder."""
     return config.get(f"{part}.{key}", config.get(key))
 
 
@@ -249,17 +249,17 @@ def _config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
         beside = file.parent / "adapter_config.json"
         match = read_json(beside) if file.name == NAMES[1] and beside.is_file() else {}
     if not isinstance(match, dict):
-        raise ModelError(f"its config is no JSON object ({file})")
+        raise ModelError(f"its config is not a JSON object ({file})")
     return match
 
 
 def save_peft(adapter: Adapter, path: Path, about: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write an adapter under PEFT's names, with its alphas where diffusers reads them, and what else is said of it."""
+    """Write an adapter under PEFT's names, its alphas where diffusers reads them, and `about` in the metadata."""
     state: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part, layers in adapter.layers.items():
         for module, layer in layers.items():
-            # diffusers looks for the magnitudes of a text encoder under a name of their own
+            # diffusers has another name for the magnitudes of a text encoder
             names = {} if part == "unet" else {"lora_magnitude_vector": "lora_magnitude_vector.weight"}
             state |= {f"{part}.{module}.{names.get(name, name)}": tensor for name, tensor in layer.factors.items()}
         ranks = {module: layer.rank for module, layer in layers.items()}

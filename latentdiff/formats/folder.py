@@ -1,7 +1,7 @@
-"""A model folder on disk, before anything is built: what is refused, what it holds, its hash.
+"""A model folder on disk, before any network is built: what is refused, what the folder holds, its hash.
 
-A folder is diffusers' layout: model_index.json and a sub-folder with config.json and safetensors weights for each
-network. Nothing but JSON, safetensors and the tokenizer's text is ever read from it.
+It has diffusers' layout: model_index.json and, for each network, a sub-folder with config.json and safetensors weights.
+Only JSON, safetensors and the tokenizer's text are read from it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """The model_index of a folder, after everything in it that asks to run code or is absurd is refused.
+    """The model_index of a folder. Raises UnsafeError if the folder would run code, ModelError for absurd values.
 
-    A pickle is refused where it stands for weights; beside safetensors, as many models have both, it is never opened.
+    A pickle in place of weights is refused; a pickle beside safetensors, which many models have, is never opened.
     """
     if not directory.is_dir():
         kind = "file" if named_safetensors(directory) else "model folder"
@@ -53,7 +53,7 @@ def read_index(directory: Path) -> dict[str, Any]:
 
 
 def check_network(path: Path, part: str, classes: Set[str]) -> Path:
-    """The folder of one network, or of that part of a model folder, with the same refusals.
+    """The folder of one network: `path`, or this part of the model folder `path`; refusals as in `read_index`.
 
     Raises ModelError, UnsafeError.
     """
@@ -69,7 +69,10 @@ def check_network(path: Path, part: str, classes: Set[str]) -> Path:
 
 
 def _check_contents(directory: Path, *, of_model: bool = True) -> None:
-    """No code, no pickle in the place of weights, nothing absurd; a model's own folder has no weights, a VAE's has."""
+    """Refuse code, pickles in place of weights, and absurd values. of_model: the top folder of a model has no weights.
+
+    Raises ModelError, UnsafeError.
+    """
     for file in _files(directory):
         if file.suffix == ".py":
             raise UnsafeError(
@@ -84,12 +87,12 @@ def _check_contents(directory: Path, *, of_model: bool = True) -> None:
 
 
 def _unread(folder: Path, directory: Path, of_model: bool) -> bool:
-    """Whether nothing but safetensors would be read of a folder; of a model's own no weights are."""
+    """Whether a pickle in this folder would never be opened."""
     return (of_model and folder == directory) or any(folder.glob("*.safetensors"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object a JSON file holds. Raises ModelError."""
+    """The object in a JSON file. Raises ModelError."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -100,7 +103,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """Every file of the folder, in order; linked files are read (hub caches are made of them), linked folders not."""
+    """Every file of the folder, in order. Links to files are followed, since hub caches use them; links to folders are
+    refused.
+    """
     for parent, folders, names in os.walk(directory):
         for name in sorted(folders + names):
             path = Path(parent) / name
@@ -113,7 +118,7 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def check_index(index: dict[str, Any], directory: Path, parts: Mapping[str, Set[str]], optional: Set[str]) -> None:
-    """Refuse a model_index whose parts are not exactly those of a family, of the classes that it lists.
+    """Refuse a model_index whose parts and their classes are not those that the family lists.
 
     Raises ModelError, UnsafeError.
     """
@@ -130,7 +135,7 @@ def check_index(index: dict[str, Any], directory: Path, parts: Mapping[str, Set[
         if part not in parts:
             if entry == [None, None]:
                 continue
-            raise ModelError(f"a model with {part} cannot be drawn with ({where})")
+            raise ModelError(f"models with {part} are not supported ({where})")
         if not (isinstance(name, str) and name in parts[part] and module in _MODULES):
             known = ", ".join(sorted(parts[part]))
             raise UnsafeError(f"{part} is of unknown class {name} ({where}). Known: {known}")
@@ -147,9 +152,9 @@ def _check_files(part: str, directory: Path) -> None:
 
 
 def check_json(file: Path, directory: Path) -> None:
-    """Refuse a JSON file of a model that asks to run code, or for an absurd size. Raises ModelError, UnsafeError."""
+    """Refuse a JSON file of a model that would run code or has absurd sizes. Raises ModelError, UnsafeError."""
     if file.parent.name.startswith("tokenizer"):
-        return  # vocabularies: words and numbers that build nothing, and megabytes of them
+        return  # vocabularies are megabytes of words and numbers, which build no network
     name, tree = str(file.relative_to(directory)), read_json(file)
     for key, value in _entries(tree):
         if key in _ASKS_TO_RUN_CODE:
@@ -166,7 +171,7 @@ def check_json(file: Path, directory: Path) -> None:
 
 
 def _entries(tree: Any) -> Iterable[tuple[str, Any]]:
-    """Every (key, value) of nested JSON; items of a list come under the list's own key."""
+    """Every (key, value) of nested JSON; items of a list have the list's key."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield key, value
@@ -178,30 +183,30 @@ def _entries(tree: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _items(value: Any) -> Iterable[Any]:
-    """What is in a list, and in lists in it."""
+    """The items of a list and of lists inside it."""
     for item in value if isinstance(value, list) else []:
         yield item
         yield from _items(item)
 
 
 def check_depth(config: dict[str, Any], tensors: int, part: str, directory: Path) -> None:
-    """Refuse a config of more layers than there are tensors for, before any is built. Raises ModelError."""
+    """Refuse a config with more layers than the weights have tensors, before any is built. Raises ModelError."""
     depth = 1
     for key, value in config.items():
         numbers = [number for number in [value, *_items(value)] if isinstance(number, int | float)]
         if "layers" in key and numbers:
             if any(type(number) is not int or number < 0 for number in numbers):
-                raise ModelError(f"{part}/config.json: {key} is no number of layers ({directory})")
+                raise ModelError(f"{part}/config.json: {key} must be a number of layers ({directory})")
             depth *= int(max(numbers))
     if depth > tensors:
         raise ModelError(f"{part}/config.json describes {depth:,} layers, its weights are {tensors:,} ({directory})")
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a network of a checked folder: one, or the shards that an index names.
+    """The safetensors files of a network: one file, or the shards that an index names. The folder has been checked.
 
-    variant: fp16, non_ema, ... of those that stand side by side; without it the plain ones, or the only ones there
-    are. Raises ModelError.
+    variant: which of several sets of weights, fp16, non_ema, ...; by default the set without a variant, or the only
+    one. Raises ModelError.
     """
     variants = _variants(folder)
     if variant is None and None not in variants and len(variants) == 1:
@@ -222,7 +227,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def variant_of(folder: Path, variant: str | None) -> str | None:
-    """The variant that `weight_files` takes, by the name under which libraries load it."""
+    """The variant that `weight_files` chooses, by the name that libraries take."""
     variants = _variants(folder)
     return next(iter(variants)) if variant is None and None not in variants and len(variants) == 1 else variant
 
@@ -238,7 +243,7 @@ def _variants(folder: Path) -> dict[str | None, Path]:
 
 
 def folder_hash(directory: Path, variant: str | None = None) -> str:
-    """sha256 of the weights that draw, in the order of their names: which model drew a picture."""
+    """sha256 of the weights of all parts, in the order of their names: it identifies a model in pictures' records."""
     folders = [directory / part for part in NETWORKS if (directory / part).is_dir()]
     with loading("the weights", directory):
         return sha256_of(*(file for part in folders for file in weight_files(part, variant)), named_in=directory)
@@ -269,7 +274,7 @@ def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, i
 
 
 def numbers_in(file: Path) -> int:
-    """How many numbers a safetensors file holds, by its header."""
+    """The number of values in a safetensors file, from its header."""
     from safetensors import safe_open
 
     with loading(file.parent.name, file.parent.parent), safe_open(file, "np") as weights:
@@ -278,7 +283,7 @@ def numbers_in(file: Path) -> int:
 
 
 def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
-    """What sides in pixels must be multiples of, and the model's own (height, width), from its configs alone."""
+    """The multiple that sides in pixels must have, and the model's (height, width), from its configs alone."""
     with loading("the configs", directory):
         part = "unet" if (directory / "unet").is_dir() else "transformer"
         backbone = read_json(directory / part / "config.json")
@@ -293,6 +298,6 @@ def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
 
 
 def _levels(vae: dict[str, Any]) -> list[Any]:
-    """What a VAE's config has for each level; a tiny one's may be of two kinds, and the older ones lack the first."""
+    """The entry of a VAE's config with one value a level. Tiny VAEs have one of two such entries."""
     levels: list[Any] = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
     return levels

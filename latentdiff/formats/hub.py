@@ -1,4 +1,7 @@
-"""Models by hub id: fetched once, at one revision, and only what is read. The one place that may use the network."""
+"""Models by hub id: fetched once, at one revision, and only the files that are read.
+
+No other module uses the internet.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `owner/name` can be a model of the hub: no path that is there, nor one in a folder that is."""
+    """Whether a name is `owner/name` of the hub: no file has that path, and no folder is called `owner`."""
     return _ID.fullmatch(name) is not None and not Path(name).exists() and not Path(name).parent.exists()
 
 
 def fetched(name: str, revision: str | None, variant: str | None) -> Path:
-    """The folder of a model of the hub in the user's cache, downloaded where it is not there yet.
+    """The folder of a hub's model in the user's cache; it is downloaded if it is not there.
 
-    revision: a commit, tag or branch. What the cache holds of it is used without asking the hub; without a revision any
-    cached state of the main branch. Raises ModelError.
+    revision: a commit, tag or branch, by default the main branch. A cached copy is used without a request to the hub,
+    of the main branch in whatever state it was cached. Raises ModelError.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -47,7 +50,7 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
 
 
 def _whole(folder: Path, named: str) -> Path:
-    """A snapshot whose download was not cut off: its networks have weights. Raises FileNotFoundError."""
+    """The snapshot, if its download was complete: every network has weights. Raises FileNotFoundError."""
     for part in ("unet", "text_encoder"):
         if not any(named in file.name for file in (folder / part).glob("*.safetensors")):
             raise FileNotFoundError(part)

@@ -1,6 +1,6 @@
-"""The original layout of Stable Diffusion, in which single files are published: prefixes, and diffusers' names in it.
+"""The original layout of Stable Diffusion, which single files have: prefixes, and diffusers' names of its weights.
 
-The names are a table; diffusers' conversion, which goes the other way, is the proof of it.
+The names are a table; the tests compare it with diffusers' conversion, which goes the other way.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _OPEN_CLIP = {
 
 
 def unet_name(name: str, config: Any) -> str:
-    """Diffusers' name of a U-Net's weight in the original layout, by the blocks that its config describes."""
+    """diffusers' name of a U-Net's weight in the original layout, by the blocks that its config describes."""
     for theirs, ours in _UNET.items():
         if name.startswith(theirs + "."):
             rest = name.removeprefix(theirs)
@@ -71,7 +71,7 @@ def unet_name(name: str, config: Any) -> str:
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(\..*)", name)
     assert match, name
     way, level, kind, place, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    blocks = config.layers_per_block + 1  # going down with the downsampling, going up one residual block more
+    blocks = config.layers_per_block + 1  # with the downsampling, or one residual block more going up
     if kind == "downsamplers":
         return f"input_blocks.{blocks * (level + 1)}.0.op{rest.removeprefix('.conv')}"
     if kind == "upsamplers":
@@ -87,7 +87,7 @@ def _resnet(rest: str) -> str:
 
 
 def vae_name(name: str, levels: int) -> str:
-    """Diffusers' name of an autoencoder's weight in the original layout; going up, levels are counted from below."""
+    """diffusers' name of a VAE's weight in the original layout, which counts the decoder's levels from below."""
     name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
     name = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", name)
     name = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda match: f"up.{levels - 1 - int(match[1])}.block.", name)
@@ -96,7 +96,7 @@ def vae_name(name: str, levels: int) -> str:
 
 
 def open_clip_name(name: str) -> str:
-    """transformers' name of a text encoder's weight in OpenCLIP's, which keeps query, key and value as one matrix."""
+    """transformers' name of a text encoder's weight in OpenCLIP's layout, where query, key and value are one matrix."""
     return _renamed(name.removeprefix("text_model."), _OPEN_CLIP)
 
 

@@ -10,10 +10,10 @@ _ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x
 
 
 def is_pickle(file: Path) -> bool:
-    """By name, and by content: pickle protocols 2 and up open with 0x80, torch's archives are zip files.
+    """Whether name or content is a pickle's: pickle protocols from 2 begin with 0x80, torch's archives are zip files.
 
-    A safetensors file opens with the 8-byte length of a JSON header, then "{"; one too short to say is left to its
-    loader.
+    A safetensors file begins with the 8-byte length of a JSON header, then "{". A file shorter than that is no pickle
+    here: its loader refuses it.
     """
     with file.open("rb") as handle:
         head = handle.read(9)
@@ -24,11 +24,11 @@ def is_pickle(file: Path) -> bool:
 
 
 def refuse_pickle(file: Path) -> None:
-    """Raises UnsafeError for a pickle in the place of a file of weights."""
+    """Raises UnsafeError for a pickle in place of a weights file."""
     if is_pickle(file):
         raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
 
 
 def named_safetensors(file: Path) -> bool:
-    """Whether a file is called a safetensors file, in any case."""
+    """Whether the suffix is .safetensors, in upper or lower case."""
     return file.suffix.lower() == ".safetensors"

@@ -12,7 +12,7 @@ from latentdiff.formats.pickle import refuse_pickle
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by their names. Raises ModelError, UnsafeError."""
+    """The tensors of a file by name. Raises ModelError, UnsafeError."""
     with loading(file.name, file.parent):
         refuse_pickle(file)
         return load_file(file)

@@ -1,7 +1,7 @@
 """A pickle's tensors as safetensors, read in a process of its own: `python -m latentdiff.formats.unpickle FROM TO`.
 
-torch reads the pickle with weights_only, which builds tensors and plain containers and calls nothing else. The process
-has nothing to lose: it writes one new file and ends.
+torch reads the pickle with weights_only, which builds only tensors and plain containers. The process writes one new
+file and ends.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _REFUSED = 7
 
 
 def unpickled(source: Path, target: Path) -> None:
-    """Write the tensors of a pickle to a new safetensors file. Raises UnsafeError for one that would run code."""
-    # -P: else a module of the folder in which one stands would be imported for one of ours
+    """Write a pickle's tensors to a new safetensors file. Raises UnsafeError for a pickle that would run code."""
+    # -P: otherwise a file in the working directory could be imported in place of a module
     words = [sys.executable, "-P", "-m", "latentdiff.formats.unpickle", str(source.absolute()), str(target.absolute())]
     done = subprocess.run(words, capture_output=True, text=True, timeout=3600, check=False)
     lines = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
     if done.returncode == _REFUSED:
-        raise UnsafeError(f"{source} asks for more than tensors ({lines[0]}). latentdiff never loads that")
+        raise UnsafeError(f"{source} holds more than tensors ({lines[0]}). latentdiff never loads such files")
     if done.returncode:
         raise ModelError(f"cannot read the pickle {source}: {lines[0][:200]}")
 
 
 def tensors_of(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their names."""
+    """The tensors of a checkpoint by name."""
     while isinstance(tree, dict) and (nest := next((n for n in _NESTS if isinstance(tree.get(n), dict)), None)):
         one = nest == "string_to_param" and len(tree[nest]) == 1
         tree = {"emb_params": next(iter(tree[nest].values()))} if one else tree[nest]
@@ -50,19 +50,19 @@ def tensors_of(tree: Any) -> dict[str, Tensor]:
 
 def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Tensor):
-        yield prefix.removesuffix("."), tree.detach().clone().contiguous()  # tensors that share memory are apart here
+        yield prefix.removesuffix("."), tree.detach().clone().contiguous()  # tensors that share memory become separate
     elif isinstance(tree, dict | list | tuple):
         for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _named(value, f"{prefix}{name}.")
 
 
 def _calls(source: Path) -> tuple[str, str] | None:
-    """The first thing that a bare pickle of another protocol would look up, found without running it."""
+    """The first name that a bare pickle of another protocol would import; it is not run."""
     import pickletools
 
     try:
         named = [opcode.name for opcode, _, _ in pickletools.genops(source.read_bytes())]
-    except ValueError:  # no pickle at all
+    except ValueError:  # not a pickle
         return None
     return next(
         (("", f"opcode {name}") for name in named if name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE")), None
@@ -77,7 +77,7 @@ def main(source: str, target: str) -> int:
         tree = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error)) or _calls(Path(source))
-        print(foreign[1] if foreign else "it is no whole pickle", file=sys.stderr)
+        print(foreign[1] if foreign else "it is not a complete pickle", file=sys.stderr)
         return _REFUSED if foreign else 1
     try:
         save_file(tensors_of(tree), target, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Learnt words as files: `learned_embeds.safetensors` of {word: (D,) or (n, D)}, SDXL's of `clip_l`, `clip_g`."""
+"""Learnt words as files: `learned_embeds.safetensors` holds {word: (D,) or (n, D)}, for SDXL `clip_l` and `clip_g`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ FILE = "learned_embeds.safetensors"
 
 
 def read_words(path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file itself, or that of a folder, and its tensors. Raises ModelError, UnsafeError."""
+    """The file (`path` itself, or the one in this folder) and its tensors. Raises ModelError, UnsafeError."""
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        raise ModelError(f"no embeddings there ({path}). Give a .safetensors file, or a folder with {FILE}")
+        raise ModelError(f"no embeddings at {path}. Give a .safetensors file, or a folder with {FILE}")
     refuse_pickle(file)
     with loading(file):
         return file, load_file(file)
 
 
 def save_word(vectors: Mapping[str, Tensor], folder: Path, word: str) -> Path:
-    """Write learned_embeds.safetensors, {word: (n, D)}; for SDXL clip_l and clip_g, in a file called by the word."""
+    """Write learned_embeds.safetensors, {word: (n, D)}; for SDXL clip_l and clip_g, in a file named after the word."""
     path = folder / (FILE if word in vectors else f"{word}.safetensors")
     with saving(path.name, folder):
         save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}, path)

@@ -1,1 +1,1 @@
-"""The networks, borrowed from diffusers, transformers and open_clip, behind the protocols of this project."""
+"""The networks of diffusers, transformers and open_clip, behind the protocols of this project."""

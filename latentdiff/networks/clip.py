@@ -43,7 +43,7 @@ class Clip(nn.Module):
         vision_layers: int,
         vision_head_width: int,
     ) -> Clip:
-        """New towers with random weights: a ViT for images (B, 3, S, S) and a causal transformer for tokens."""
+        """New towers with random weights: a ViT for images (B, 3, S, S), a causal transformer for tokens."""
         vision = CLIPVisionCfg(
             layers=vision_layers,
             width=vision_width,
@@ -59,10 +59,10 @@ class Clip(nn.Module):
         return clip
 
     def _spread_embeddings(self) -> None:
-        """Draw the embeddings of words and places anew, as large as what the layers after them add.
+        """Initialise the embeddings of words and positions again, as large as what the layers after them add.
 
-        open_clip draws them at 0.02, for hundreds of millions of pairs. In a short training they are then drowned:
-        "left" and "right" stay nearly the same context, and places are not learnt at all.
+        open_clip's deviation of 0.02 suits hundreds of millions of pairs. In a short training the layers drown such
+        embeddings: "left" and "right" stay nearly the same context, and positions are not learnt at all.
         """
         nn.init.normal_(self.towers.token_embedding.weight, std=0.3)
         nn.init.normal_(self.towers.positional_embedding, std=0.3)
@@ -76,8 +76,8 @@ class Clip(nn.Module):
     def save(self, directory: Path) -> None:
         """Write open_clip's format: its model config as JSON and the weights as safetensors.
 
-        The token embeddings, most of a small model's weights, are left out: no later stage changes them, so those
-        of the model's text encoder serve both.
+        The token embeddings, most of a small model's weights, are left out. No later stage changes them, so they are
+        the same as the text encoder's.
         """
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": self.config}, indent=1) + "\n")
@@ -87,9 +87,9 @@ class Clip(nn.Module):
 
     @classmethod
     def load(cls, directory: Path, token_embedding: Tensor | None = None) -> Clip:
-        """What `save` wrote, with the (vocabulary, width) embeddings of the text encoder it belongs to.
+        """Load what `save` wrote, with the (vocabulary, width) embeddings of its text encoder.
 
-        Without them, a whole model in open_clip's format.
+        Without embeddings, load a complete model in open_clip's format.
         """
         config = json.loads((directory / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
         module = cls(
@@ -106,8 +106,8 @@ class Clip(nn.Module):
 def contrastive_loss(process: int = 0, processes: int = 1) -> ClipLoss:
     """(image features, text features, scale) -> CLIP's loss in nats over the batch of all processes together.
 
-    log(B) for embeddings that say nothing. Each process computes the whole loss and its gradient, so that their mean
-    is the gradient of one process with the whole batch.
+    It is log(B) for uninformative embeddings. Each process computes the whole loss and its gradient, so that the mean
+    over processes is the gradient of one process with the whole batch.
     """
     return ClipLoss(gather_with_grad=True, rank=process, world_size=processes)
 
@@ -116,7 +116,7 @@ def contrastive_loss(process: int = 0, processes: int = 1) -> ClipLoss:
 def text_model_of(clip: Clip) -> CLIPTextModel:
     """The text tower in transformers' format: the same weights under its names, last hidden states after ln_final.
 
-    open_clip keeps the query, key and value projections as one matrix.
+    open_clip stores the query, key and value projections as one matrix.
     """
     state = clip.towers.state_dict()
     text = clip.config["text_cfg"]

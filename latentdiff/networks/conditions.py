@@ -1,4 +1,4 @@
-"""Conditions: what a backbone is told beside the noisy data and the time, as named arrays.
+"""Conditions: what a backbone reads beside the noisy data and the time, as named arrays.
 
 Only encoders and backbones know the names. Those in use:
 
@@ -7,7 +7,7 @@ Only encoders and backbones know the names. Those in use:
     sizes    (B, 6)      pixels, as Stable Diffusion XL reads them: original (height, width), the crop's (top, left),
                          the target (height, width); always float32, in which 1023 is itself
     label    (B,)        a class, whole numbers
-    ids      (B, L)      token ids that an encoder in the same module has still to read; of two encoders (B, 2, L)
+    ids      (B, L)      token ids for an encoder in the same module; (B, 2, L) for two encoders
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ EXACT = ("sizes", "label", "ids")  # keep their precision when a network compute
 
 @dataclass(frozen=True)
 class Conditions:
-    """Named arrays of NumPy or torch, batch first; of one picture without a batch.
+    """Named arrays of NumPy or torch, batch first; those of one picture have no batch axis.
 
     count: K conditions of every picture at once; the arrays then have K in front. prepared: what a backbone has
-    computed of them ahead, once a picture (see protocols.PreparesConditions).
+    computed from them once a picture (see protocols.PreparesConditions).
     """
 
     arrays: Mapping[str, Array]
@@ -40,39 +40,39 @@ class Conditions:
         return self.arrays[name]
 
     def get(self, name: str) -> Array | None:
-        """The array of that name, None where there is none."""
+        """The array of that name, or None."""
         return self.arrays.get(name)
 
     def mapped(self, change: Callable[[Array], Array], names: Iterable[str] | None = None) -> Conditions:
-        """The same with every array changed, or those of some names."""
+        """The same conditions with every array, or only those of some names, changed by a function."""
         chosen = self.arrays.keys() if names is None else set(names)
         arrays = {name: change(array) if name in chosen else array for name, array in self.arrays.items()}
         return replace(self, arrays=arrays)
 
     def to(self, device: torch.device) -> Conditions:
-        """The same tensors elsewhere."""
+        """The same tensors on another device."""
         return self.mapped(lambda tensor: tensor.to(device))
 
     def cast(self, dtype: torch.dtype) -> Conditions:
-        """The same in another precision, but for those that are exact."""
+        """The same conditions in another precision, except for the arrays named in EXACT."""
         return self.mapped(lambda tensor: tensor.to(dtype), self.arrays.keys() - EXACT)
 
     def flattened(self) -> Conditions:
-        """K conditions of B pictures as K B pictures."""
+        """K conditions of B pictures as one condition of K B pictures."""
         return replace(self.mapped(lambda array: array.reshape(-1, *array.shape[2:])), count=0)
 
     def joined(self, more: Mapping[str, Array]) -> Conditions:
-        """With more arrays."""
+        """The same conditions with more arrays."""
         return replace(self, arrays={**self.arrays, **more})
 
 
 def stacked(each: Sequence[Conditions]) -> Conditions:
-    """Conditions of single pictures as those of a batch: one more dimension in front."""
+    """Conditions of single pictures as those of a batch: one more axis in front."""
     return Conditions({name: _stack([one[name] for one in each]) for name in each[0].arrays})
 
 
 def together(each: Sequence[Conditions]) -> Conditions:
-    """Several conditions of the same batch at once."""
+    """Several conditions of the same batch, (K, B, ...)."""
     return replace(stacked(each), count=len(each))
 
 

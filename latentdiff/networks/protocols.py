@@ -1,7 +1,7 @@
-"""What drawing and training ask of networks, whichever library and runtime they come from.
+"""The protocols of networks, whatever their library and runtime: drawing and training use nothing else.
 
-Adding a family of models is one backbone, and where new one encoder or codec, that satisfies these. What not every
-network can do is a protocol of its own, found by `isinstance`.
+A new family of models needs a backbone, and perhaps an encoder or a codec, that satisfies these. An ability that only
+some networks have is a protocol of its own, which callers test by `isinstance`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from latentdiff.core.arrays import Array
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.encoders.prompt import Reading, Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Reading, Style
 
 
 @dataclass(frozen=True)
 class Spec:
     """The shapes that a backbone works on.
 
-    inputs: channels that it reads: those of its data, and for inpainting a mask's and the masked data's. outputs:
-    channels that it gives. multiple: what sides must be multiples of. reads: for each array of conditions that it needs
-    its shape of one picture, None where any length does.
+    inputs: the number of channels that it reads: the data's, and for inpainting those of a mask and the masked data.
+    outputs: the number of channels that it returns. multiple: sides must be multiples of this. reads: the conditions
+    that it requires, each with its shape for one picture, in which None stands for any length.
     """
 
     inputs: int
@@ -33,7 +33,7 @@ class Spec:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """The network that is sampled: U-Net, transformer, a prior over vectors, a network of points."""
+    """The network that is sampled: a U-Net, a transformer, a prior over vectors, a network of points."""
 
     dtype: Any
 
@@ -52,34 +52,34 @@ Control = Callable[[Backbone], Backbone]
 
 @runtime_checkable
 class PreparesConditions(Protocol):
-    """A backbone that computes something of its conditions once a picture instead of at every step."""
+    """A backbone that computes a part of its conditions once a picture instead of at every step."""
 
     def prepared(self, conditions: Conditions) -> Conditions:
-        """The conditions as `predict` takes them at every step."""
+        """The conditions that `predict` takes at every step."""
         ...
 
 
 @runtime_checkable
 class DeepFeatures(Protocol):
-    """A backbone whose deep features can be kept for the next step (DeepCache, Ma et al. 2024)."""
+    """A backbone whose deep features can be reused at the next step (DeepCache, Ma et al. 2024)."""
 
     @property
     def deep_levels(self) -> int:
-        """How many levels there are below the finest."""
+        """The number of levels below the finest."""
         ...
 
     def predict_from(self, x: Array, time: Array, conditions: Conditions, deep: Array | None) -> tuple[Array, Array]:
-        """`predict`, and the deep features; given those of an earlier step, only the finest level is computed."""
+        """`predict` and the deep features. With those of an earlier step only the finest level is computed."""
         ...
 
 
 @runtime_checkable
 class PerturbedAttention(Protocol):
-    """A backbone that can be made worse on purpose, for guidance away from that (Ahn et al. 2024)."""
+    """A backbone with a weakened form, for guidance away from its prediction (Ahn et al. 2024)."""
 
     @property
     def perturbed_blocks(self) -> int:
-        """How many self-attentions there are to perturb."""
+        """The number of self-attentions to perturb."""
         ...
 
     def predict_perturbed(self, x: Array, time: Array, conditions: Conditions) -> Array:
@@ -93,24 +93,24 @@ class Encoder(Protocol):
 
     @property
     def length(self) -> int:
-        """The number of tokens that are read at once, with start and end."""
+        """The number of tokens of a chunk, with start and end."""
         ...
 
     def read(self, prompt: str, style: Style) -> Reading:
-        """How a prompt would be read, without encoding it. Raises ConfigError for a prompt that cannot be read."""
+        """How a prompt is read; nothing is encoded. Raises ConfigError for a prompt that cannot be read."""
         ...
 
-    def encode(self, wanted: Wanted) -> Conditions:
-        """The conditions of one picture; those of the empty prompt are what the model was trained on without one."""
+    def encode(self, prompt: Prompt) -> Conditions:
+        """The conditions of one picture. Those of the empty prompt stand for no prompt, as in training."""
         ...
 
 
 @runtime_checkable
 class TrainedEncoder(Protocol):
-    """An encoder that can be a part of the module that is trained."""
+    """An encoder that can be trained together with the backbone."""
 
     def tokenize(self, prompts: list[str]) -> Any:
-        """Token ids (B, ...) on the CPU, as training reads prompts: without weights, cut where the encoder ends."""
+        """Token ids (B, ...) on the CPU, as training reads prompts: without weights, cut to the encoder's length."""
         ...
 
     def __call__(self, ids: Any) -> Conditions:
@@ -120,7 +120,7 @@ class TrainedEncoder(Protocol):
 
 @runtime_checkable
 class Codec(Protocol):
-    """Data <-> latents. The scale and shift of latents are known here alone: on this side they have unit variance."""
+    """Data <-> latents. Only the codec knows the scale and shift of latents: outside they have unit variance."""
 
     dtype: Any
     factor: int
@@ -140,17 +140,17 @@ class Codec(Protocol):
         ...
 
     def in_float32(self) -> AbstractContextManager[None]:
-        """A block in which it computes in float32, for values that a narrower precision cannot hold."""
+        """A block in which the codec computes in float32, for values too large for its precision."""
         ...
 
     def piecewise(self, *, tiles: bool, slices: bool) -> AbstractContextManager[None]:
-        """A block in which it takes less memory: in overlapping tiles, or one picture of a batch at a time."""
+        """A block that takes less memory: overlapping tiles, or one picture of a batch at a time."""
         ...
 
 
 @runtime_checkable
 class Posterior(Protocol):
-    """A codec for which the latents of an image are a distribution, so that pixels have a likelihood."""
+    """A codec that gives a distribution of an image's latents, so that pixels have a likelihood."""
 
     def posterior(self, images: Any) -> tuple[Any, Any]:
         """Mean and log-variance of q(x0 | image)."""

@@ -1,4 +1,4 @@
-"""A library's network written to a folder in diffusers' layout, fit for others to read."""
+"""Networks written to folders in diffusers' layout, readable by others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latentdiff.core.files import let_others_read
 
 
 def save_network(network: Any, directory: Path) -> None:
-    """Write config.json and safetensors weights; the config does not say where the weights once lay."""
+    """Write config.json and safetensors weights. The config does not contain the path that the network came from."""
     network.save_pretrained(directory, safe_serialization=True)
     let_others_read(directory)
     config = directory / "config.json"

@@ -1,4 +1,4 @@
-"""How near a picture is to a text: the cosine of CLIP's two embeddings, and its gradient in the latents."""
+"""The similarity of a picture and a text: the cosine of CLIP's two embeddings, and its gradient in the latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS = ((0.5,) * 3, (0.5,) * 3)  # in [0, 1]: the towers trained here see [-1, 1
 
 
 class Scorer(nn.Module):
-    """CLIP's towers with the pictures made as they were trained on: their size, mean and deviation."""
+    """CLIP's towers, and the size, mean and deviation of the pictures that they were trained on."""
 
     mean: Tensor
     std: Tensor
@@ -28,7 +28,7 @@ class Scorer(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit embeddings (B, E)."""
+        """Unit embeddings (B, E) of prompts."""
         ids = tokenize(self.tokenizer, prompts).to(self.mean.device)
         return functional.normalize(self.clip.towers.encode_text(ids), dim=-1)
 
@@ -41,13 +41,13 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], images: Tensor) -> Tensor:
-        """Cosines (B,) in [-1, 1] of each picture with its own prompt."""
+        """The cosine (B,) in [-1, 1] of each picture and its prompt."""
         return (self.texts(prompts) * self.images(images)).sum(-1)
 
     def gradient(self, prompts: Sequence[str], decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The gradient in x0 of log p(prompt | image) as CLIP has it: its logit, temperature times the cosine.
+        """The gradient in x0 of CLIP's log p(prompt | image): its logit, the temperature times the cosine.
 
-        On the unit sphere that is minus half the temperature times the squared distance of the two embeddings.
+        On the unit sphere this is minus half the temperature times the squared distance of the two embeddings.
         """
         with torch.no_grad():
             wanted = self.texts(prompts)

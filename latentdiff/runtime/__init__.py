@@ -1,1 +1,1 @@
-"""What makes the same networks fast."""
+"""Runtimes: the same networks elsewhere or faster."""

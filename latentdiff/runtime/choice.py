@@ -1,8 +1,8 @@
-"""Which runtime a model is drawn with: torch, or OpenVINO on a CPU where the model has been exported for it.
+"""The choice of runtime: torch, or OpenVINO on a CPU for a model that has an export.
 
-auto        OpenVINO where there is an export that fits, no GPU, and nothing asked for that it lacks; else torch
-torch       every device and precision, and all that can be loaded beside a model
-openvino    float32, or bfloat16 where the CPU computes in it: the default there, unless speed is "exact"
+auto        OpenVINO if the model has an export, there is no GPU and the request needs nothing else; otherwise torch
+torch       every device and precision, and everything that can be loaded beside a model
+openvino    float32, or bfloat16 if the CPU computes in it: then that is the default, unless speed is "exact"
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SPEEDS = ("exact", "fast", "max")
 RUNTIMES = ("auto", "torch", "openvino")
-_DRIVERS = (  # of GPUs that torch would take: the library, what readies it, what counts devices
+_DRIVERS = (  # GPU drivers that torch uses: the library, its initialisation, its count of devices
     ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1", "cuInit", "cuDeviceGetCount"),
     ("libamdhip64.so", "hipInit", "hipGetDeviceCount"),
 )
@@ -46,7 +46,7 @@ def load(
     revision: str | None = None,
     speed: str | None = None,
 ) -> tuple[Model, Speed]:
-    """A model, and the speed at which torch is to draw it; see LatentDiffusionPipeline.from_pretrained."""
+    """A model and its speed by torch; see LatentDiffusionPipeline.from_pretrained."""
     if runtime not in RUNTIMES:
         raise ConfigError(f"unknown runtime {str(runtime)[:40]!r}; one of {', '.join(RUNTIMES)}")
     if speed not in (None, *SPEEDS):
@@ -55,13 +55,13 @@ def load(
     precision = None if dtype is None else str(dtype).removeprefix("torch.")
     if precision is None and speed == "exact":
         precision = "float32"
-    wanted = runtime == "openvino"
-    if wanted and (lacks := _lacks(device or "cpu", precision)):
+    required = runtime == "openvino"
+    if required and (lacks := _lacks(device or "cpu", precision)):
         raise ConfigError(f"the openvino runtime {lacks}")
-    if wanted or (runtime == "auto" and not _lacks(device, precision)):
+    if required or (runtime == "auto" and not _lacks(device, precision)):
         source = located(path, variant, revision)
-        if (export := _export(source, variant, wanted=wanted)) is not None:
-            return _compiled(source, export, precision, variant, chosen, wanted=wanted), chosen
+        if (export := _export(source, variant, required=required)) is not None:
+            return _compiled(source, export, precision, variant, chosen, required=required), chosen
     return _by_torch(path, device, dtype, chosen, variant, revision), chosen
 
 
@@ -82,7 +82,7 @@ def _by_torch(
 
 
 def _lacks(device: object, precision: str | None) -> str | None:
-    """Why what is asked for cannot be drawn by OpenVINO here; None where it can."""
+    """Why OpenVINO cannot draw with this device and precision; None if it can."""
     if find_spec("openvino") is None:
         return "is not installed"
     if device is None and gpu_is_there():
@@ -99,7 +99,7 @@ def _lacks(device: object, precision: str | None) -> str | None:
 
 
 def gpu_is_there() -> bool:
-    """As torch would find it, without the seconds that its import takes: by asking the drivers."""
+    """Whether torch would find a GPU, from the drivers: torch itself takes seconds to import."""
     for library, ready, count in _DRIVERS:
         try:
             driver, number = ctypes.CDLL(library), ctypes.c_int(0)
@@ -110,8 +110,8 @@ def gpu_is_there() -> bool:
     return False
 
 
-def _export(source: Located, variant: str | None, *, wanted: bool) -> Exported | None:
-    """The export of a model, None where there is none. Where it is `wanted`, raises ModelError instead."""
+def _export(source: Located, variant: str | None, *, required: bool) -> Exported | None:
+    """The export of a model, or None. If it is `required`, its absence raises ModelError."""
     from latentdiff.runtime.graphs import FOLDER, exported
 
     if source.path.is_dir() and (source.path / FOLDER).is_dir():
@@ -119,21 +119,21 @@ def _export(source: Located, variant: str | None, *, wanted: bool) -> Exported |
         try:
             return exported(source.path, variant)
         except ModelError as error:
-            if wanted:
+            if required:
                 raise
             warnings.warn(f"drawing with torch: {error}", stacklevel=2)
             return None
-    if wanted:
+    if required:
         raise ModelError(f"no export in {source.path}. Make one: latentdiff convert {source.path} --to openvino")
     return None
 
 
 def _compiled(
-    source: Located, export: Exported, precision: str | None, variant: str | None, speed: Speed, *, wanted: bool
+    source: Located, export: Exported, precision: str | None, variant: str | None, speed: Speed, *, required: bool
 ) -> Model:
-    """A model on an export's networks; unless OpenVINO is `wanted` by name, torch's may take over.
+    """A model with an export's networks. Unless OpenVINO is `required`, torch may replace it later.
 
-    torch's then have the precision and the speed that were asked for, as if they had been chosen at once.
+    torch's networks then have the precision and the speed of the request, as if they had been chosen at once.
     """
     from latentdiff.runtime.compiling import Compiler, has_bfloat16
     from latentdiff.runtime.openvino import begin, compiled_networks
@@ -144,7 +144,7 @@ def _compiled(
     compiler = Compiler(export, precision or ("bfloat16" if has_bfloat16() else "float32"), card.hash)
     networks = compiled_networks(export, compiler)
     ready = partial(begin, *networks)
-    other = None if wanted else partial(_by_torch, source.path, "cpu", precision, speed, variant, None)
+    other = None if required else partial(_by_torch, source.path, "cpu", precision, speed, variant, None)
     backbone, encoder, codec = networks
     return Model(
         backbone, encoder, codec, path, prediction, card, NumPyPlace(), family, other=_named(other, card), ready=ready
@@ -152,7 +152,7 @@ def _compiled(
 
 
 def _named(other: Callable[[], Model] | None, card: ModelCard) -> Callable[[], Model] | None:
-    """The same with the card by which the user asked for the model."""
+    """The model with another card, which has the user's name of it."""
     return None if other is None else lambda: replace(other(), card=card)
 
 

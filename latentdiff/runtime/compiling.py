@@ -1,6 +1,6 @@
-"""Graphs compiled for fixed shapes on this CPU, and kept in the user's cache directory for the next start.
+"""Graphs compiled for fixed shapes on this CPU and cached in the user's directory for the next start.
 
-A kept one is called by a hash of all that it was made from: graph, weights, shapes, precision, OpenVINO and processor.
+The cached file is named by a hash of everything it depends on: graph, weights, shapes, precision, OpenVINO, processor.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from latentdiff.core import cache as user_cache
 from latentdiff.core.errors import ModelError, ResourceError, loading
 from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 
-SHAPES = 4  # of each graph in memory, for each has weights of its own; the oldest goes
-LARGE = 32 * 32  # latents or pixels, from which generated kernels pay for their making also where they run once
-Shapes = tuple[tuple[int, ...], ...]  # of a graph's inputs but its weights, in their order
+SHAPES = 4  # compiled versions of a graph in memory, each with its own weights; the oldest is dropped
+LARGE = 32 * 32  # latents or pixels from which generated kernels pay off even if they run once
+Shapes = tuple[tuple[int, ...], ...]  # of a graph's inputs except its weights, in order
 
 
 def openvino() -> Any:
-    """The library, without its tools: they take longer to import than all the rest, and report each import home."""
+    """The library without its tools, which take longer to import than the rest and report each import to Intel."""
     if "openvino" not in sys.modules:
         tools = "openvino.tools.ovc"
-        sys.modules[tools] = None  # type: ignore[assignment]  # which the library takes for not installed
+        sys.modules[tools] = None  # type: ignore[assignment]  # to the library, not installed
         try:
             import openvino
         finally:
@@ -47,40 +47,40 @@ def _core() -> Any:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16 by itself."""
+    """Whether the CPU has instructions for bfloat16."""
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class Ready(NamedTuple):
-    """A request that computes, and the arrays that it computes with and does not own."""
+    """An inference request, and the arrays that it reads but does not own."""
 
     request: Any
     held: list[np.ndarray]
 
 
 class Compiler:
-    """The graphs of one model in one precision, each compiled once for each set of shapes, in a thread of its own."""
+    """The graphs of one model in one precision; each is compiled once for each set of shapes, in its own thread."""
 
     def __init__(self, model: Exported, precision: str, model_hash: str | None = None):
-        """model_hash: of the weights; without it nothing is kept."""
+        """model_hash: the hash of the weights; without it nothing is cached."""
         self._model, self._model_hash, self.precision = model, model_hash, precision
         self._begun: dict[tuple[str, Shapes], tuple[Future[Ready], user_cache.Kept | None]] = {}
         self._ready: dict[tuple[str, Shapes], Ready] = {}
         self._worker, self._turn = ThreadPoolExecutor(1, "compile"), RLock()
 
     def __deepcopy__(self, memo: object) -> Compiler:
-        """Itself: nothing of it can be changed, and callers take turns."""
+        """Itself: it is immutable, and callers take turns."""
         return self
 
     def begin(self, part: str, shapes: Shapes) -> None:
-        """Begin to make ready what will be needed, unless that is begun already."""
+        """Begin to compile a part for shapes, unless that has begun already."""
         if (part, shapes) not in self._begun and (part, shapes) not in self._ready:
             file = user_cache.file(f"{self._key(part, shapes)}.blob") if self._model_hash else None
             kept = None if file is None else user_cache.kept(file)
             self._begun[part, shapes] = self._worker.submit(self._made, part, shapes, file, kept), kept
 
     def run(self, part: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        """All outputs of a graph, compiled for the shapes of these inputs; threads take turns.
+        """All outputs of a graph that is compiled for the shapes of these inputs; threads take turns.
 
         Raises ModelError, ResourceError.
         """
@@ -100,18 +100,18 @@ class Compiler:
         return [tensor.data.copy() for tensor in request.output_tensors]
 
     def _made_ready(self, part: str, shapes: Shapes) -> Ready:
-        """What computes a graph. What was kept is checked here, while the other thread is at work on it."""
+        """The request of a graph. A cached file is checked here while the other thread loads it."""
         self.begin(part, shapes)
         future, kept = self._begun.pop((part, shapes))
         if kept is None:
             return future.result()
         if kept.is_whole():
-            with suppress(RuntimeError):  # what another version has kept
+            with suppress(RuntimeError):  # a file of another version
                 return future.result()
         return self._made(part, shapes, kept.file, None)
 
     def _made(self, part: str, shapes: Shapes, file: Path | None, kept: user_cache.Kept | None) -> Ready:
-        """What computes a graph: from what was kept, or compiled and kept in the file."""
+        """The request of a graph, from the cached file, or compiled and then written to it."""
         settings = self._settings(part, shapes)
         if kept is not None:
             compiled = _core().import_model(openvino().Tensor(kept.content), "CPU", settings)
@@ -124,18 +124,18 @@ class Compiler:
         return Ready(compiled.create_infer_request(), held)
 
     def _settings(self, part: str, shapes: Shapes) -> dict[str, str]:
-        """Of compiling a part for shapes.
+        """OpenVINO's settings for a part and its shapes.
 
-        Snippets, kernels generated for groups of operations, make a step a fifth faster; of a small model the start
-        takes a tenth of a second more, which a handful of pictures pays back, but for what runs once a picture never.
-        In float32 their search for patterns ends the process in some U-Nets (OpenVINO 2026.4).
+        Snippets, kernels generated for groups of operations, make a step a fifth faster. They cost a small model a
+        tenth of a second at the start. A few pictures save that again in the U-Net, but not in parts that run once a
+        picture. In float32 their search for patterns crashes on some U-Nets (OpenVINO 2026.4).
         """
         settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[self.precision]}
         often = part.startswith("unet") or (len(shapes[0]) == 4 and shapes[0][2] * shapes[0][3] >= LARGE)
         return settings if often and self.precision != "float32" else settings | {"SNIPPETS_MODE": "DISABLE"}
 
     def _bound(self, part: str, shapes: Shapes) -> tuple[Any, list[np.ndarray]]:
-        """A part's graph with its weights and shapes in place, and the arrays that it holds."""
+        """A part's graph with its weights and shapes set, and the arrays of its weights."""
         graph, constants = self._model.graph(part)
         held = [constants]
         model = _core().read_model(graph, openvino().Tensor(constants))
@@ -159,12 +159,12 @@ class Compiler:
 
 @contextmanager
 def _told_of_memory() -> Iterator[None]:
-    """What OpenVINO says where memory ends, as a ResourceError."""
+    """A block in which OpenVINO's errors of memory become a ResourceError."""
     try:
         yield
     except RuntimeError as error:
         if any(words in str(error) for words in ("Failed to allocate", "bad_alloc", "std::length_error")):
-            raise ResourceError("out of memory. Fewer or smaller pictures at once need less") from error
+            raise ResourceError("out of memory. Draw fewer or smaller pictures at once") from error
         raise
 
 
@@ -172,16 +172,16 @@ _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def bind(parameter: Any, stored: Stored) -> np.ndarray:
-    """Put a stored tensor in the place of a graph's input of its shape, float16 and widened to float32.
+    """Replace a graph's input by a stored tensor of its shape; 16-bit numbers are widened to float32.
 
-    Returns the numbers, which are not copied: they must live as long as the graph. Raises ModelError for another shape,
-    whose numbers would be read beyond their end.
+    Returns the numbers, which are not copied and must live as long as the graph. Raises ModelError for another shape,
+    with which the graph would read beyond their end.
     """
     ov = openvino()
     shape = tuple(parameter.get_output_partial_shape(0).to_shape())
     if stored.shape != shape:
         name = parameter.get_friendly_name().removeprefix(WEIGHT)
-        raise ModelError(f"{name} is of shape {stored.shape}, not {shape} as the config says ({stored.file})")
+        raise ModelError(f"{name} has the shape {stored.shape}, not the config's {shape} ({stored.file})")
     values = stored.read()
     kind = {"F64": ov.Type.f64, "F32": ov.Type.f32, "F16": ov.Type.f16, "BF16": ov.Type.bf16}[stored.kind]
     constant = ov.op.Constant(ov.Tensor(values, ov.Shape(list(shape)), kind), shared_memory=True)

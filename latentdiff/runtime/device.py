@@ -1,4 +1,4 @@
-"""Where networks compute, and models moved there."""
+"""Devices: which ones compute here, and models moved to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def usable_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name, or CUDA where there is one. Raises ConfigError for one that cannot be computed on."""
+    """The device of that name, by default CUDA if there is one. Raises ConfigError if it cannot compute."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).tolist()
@@ -23,13 +23,13 @@ def usable_device(name: str | torch.device | None) -> torch.device:
 
 
 def check_dtype(dtype: object) -> None:
-    """Raises ConfigError for what no network computes in; None is its own."""
+    """Raises ConfigError for a precision that no network computes in; None stands for the network's own."""
     if dtype is not None and dtype not in _PRECISIONS:
         raise ConfigError(f"torch_dtype must be a floating-point torch.dtype of 16 bits or more (got {dtype!r})")
 
 
 def moved(model: Model, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
-    """A model of torch's on another device, in another precision; its modules move. Raises ConfigError."""
+    """A torch model on another device in another precision; its modules are moved in place. Raises ConfigError."""
     place = model.place if device is None else TorchPlace(usable_device(device))
     check_dtype(dtype)
     for network in model.modules():

@@ -1,6 +1,6 @@
 """The networks of a model written as OpenVINO graphs, by tracing torch's; see runtime/graphs.py for the files.
 
-Nothing of a graph depends on the weights: every one that the tracer finds is replaced by an input of its name.
+A graph does not depend on the weights: every weight that the tracer finds becomes an input of the same name.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from latentdiff.runtime.graphs import (
     exported,
 )
 
-LARGEST_DIFFERENCE = 1e-3  # of a graph's largest value; rounding makes about 1e-6
+LARGEST_DIFFERENCE = 1e-3  # share of a graph's largest value; rounding is about 1e-6
 
 
 class _Texts(nn.Module):
-    """Token ids (n, L) -> the hidden states that each clip_skip reads, then the pooled text where there is one."""
+    """Token ids (n, L) -> the hidden states for each clip_skip, then the pooled text if there is one."""
 
     def __init__(self, encoder: TextEncoder):
         super().__init__()
-        self.network, self._encoder = encoder.model, [encoder]  # in a list: its weights are the network's
+        self.network, self._encoder = encoder.model, [encoder]  # a list: no second module
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         (encoder,) = self._encoder
@@ -57,7 +57,7 @@ class _Texts(nn.Module):
 
 
 class _Denoised(nn.Module):
-    """(x, t, and the conditions that the U-Net reads, in their order) -> output."""
+    """(x, t, the U-Net's conditions in order) -> output."""
 
     def __init__(self, unet: UNet):
         super().__init__()
@@ -101,11 +101,11 @@ class _Coded(nn.Module):
 
 
 def export(model: Model, directory: Path, variant: str | None = None) -> dict[str, float]:
-    """Write `directory`/openvino for a model of torch's, which lies there.
+    """Write `directory`/openvino for a torch model that lies in `directory`.
 
-    Returns, for each graph, how far it is from torch's network on other shapes: the largest difference over the largest
-    value. Raises ConfigError for a model with learnt words or other networks than Stable Diffusion's, ModelError where
-    the tracer gives another network.
+    Returns each graph's error against torch's network on other shapes: the largest difference over the largest value.
+    Raises ConfigError for a model with learnt words or with networks other than Stable Diffusion's, ModelError if the
+    traced graph computes something else.
     """
     unet, encoder = model.backbone, model.encoder
     if not (isinstance(unet, UNet) and isinstance(encoder, TextEncoder | TwoTextEncoders)):
@@ -123,7 +123,7 @@ def export(model: Model, directory: Path, variant: str | None = None) -> dict[st
 
 
 def _parts(model: Model, unet: UNet, texts: TextEncoder | TwoTextEncoders) -> dict[str, tuple[nn.Module, list[Tensor]]]:
-    """The module of each graph, and inputs of shapes that no size is equal to by chance."""
+    """The module of each graph, and inputs whose sizes are all different, so that the tracer confuses none."""
     autoencoder, spec = model.codec, unet.spec
     parts: dict[str, tuple[nn.Module, list[Tensor]]] = {}
     for name, encoder in zip(("text_encoder", "text_encoder_2"), texts.encoders, strict=False):
@@ -153,14 +153,14 @@ def _normal(*shape: int) -> Tensor:
 
 
 def _traced(module: nn.Module, inputs: list[Tensor]) -> Any:
-    """OpenVINO's graph of a module, its weights replaced by inputs. Raises ModelError where one is left in it."""
+    """OpenVINO's graph of a module with inputs in place of weights. Raises ModelError if a weight remains."""
     ov = openvino()
     from openvino._offline_transformations import apply_moc_transformations
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about every comparison of sizes
+        warnings.simplefilter("ignore")  # the tracer warns about every comparison of sizes
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchScriptPythonDecoder(module.eval(), example_input=tuple(inputs), shared_memory=True)
         graph = frontend.convert(frontend.load(decoder))
@@ -173,13 +173,13 @@ def _traced(module: nn.Module, inputs: list[Tensor]) -> Any:
         constant.output(0).replace(widened.output(0))
         weights.append(weight)
     graph.add_parameters(weights)
-    # what the library's own converter does last: half as many operations, and a large U-Net is a tenth faster
+    # the library's converter does this last: it halves the operations, and a large U-Net is a tenth faster
     apply_moc_transformations(graph, cf=True)
     return graph
 
 
 def _widening(shape: Any) -> Any:
-    """A conversion to float32 that leaves its input in 16 bits until it is needed; only compressing makes one."""
+    """A graph that converts to float32 and keeps its input in 16 bits until then; only compression makes one."""
     ov = openvino()
     from openvino import opset15
     from openvino._offline_transformations import compress_model_transformation
@@ -190,7 +190,7 @@ def _widening(shape: Any) -> Any:
 
 
 def _weights_in(graph: Any, module: nn.Module) -> list[tuple[Any, str]]:
-    """The graph's constants that are weights, with their names. Raises ModelError for one that has lost its name."""
+    """The graph's constants that are weights, with their names. Raises ModelError for a weight without a name."""
     known = dict(module.named_parameters(remove_duplicate=False))
     numbers = {parameter.detach().numpy().tobytes() for parameter in known.values()}
     results = []
@@ -199,7 +199,7 @@ def _weights_in(graph: Any, module: nn.Module) -> list[tuple[Any, str]]:
         if name in known:
             results.append((constant, name.removeprefix("network.")))
         elif constant.get_element_type().is_real() and constant.data.size > 1 and constant.data.tobytes() in numbers:
-            raise ModelError(f"cannot export: a weight has lost its name ({name})")
+            raise ModelError(f"cannot export: the tracer lost the name of a weight ({name})")
     return results
 
 
@@ -213,7 +213,7 @@ def _write(graph: Any, file: Path) -> np.ndarray:
 
 
 def _record(model: Model, directory: Path, made: Path) -> dict[str, Any]:
-    """See runtime/graphs.py: what the networks in runtime/openvino.py must know."""
+    """The content of export.json: what runtime/openvino.py must know about the networks."""
     autoencoder, unet, texts = model.codec, model.backbone, model.encoder
     assert isinstance(unet, UNet)
     assert isinstance(texts, TextEncoder | TwoTextEncoders)
@@ -241,7 +241,7 @@ def _record(model: Model, directory: Path, made: Path) -> dict[str, Any]:
 
 
 def _words(encoder: TextEncoder, part: str, directory: Path, made: Path) -> dict[str, Any]:
-    """The record of a text encoder; its tokenizer's file is written unless the model has one of the same content."""
+    """The record of a text encoder. Its tokenizer's file is written unless the model has the same one."""
     if encoder.learnt_words:
         raise ConfigError(f"a model with learnt words cannot be exported ({', '.join(encoder.learnt_words)})")
     reader, words, name = encoder.reader, encoder.tokenizer_json(), TOKENIZER[part]
@@ -255,16 +255,16 @@ def _words(encoder: TextEncoder, part: str, directory: Path, made: Path) -> dict
 
 
 def _vocabulary(words: str) -> dict[str, Any]:
-    """A tokenizer's file without its settings for cutting and padding, which are the caller's."""
+    """A tokenizer's file without its settings for cutting and padding, which callers choose."""
     return json.loads(words) | {"truncation": None, "padding": None}
 
 
 def _differences(exported_model: Exported | None, parts: dict[str, tuple[nn.Module, list[Tensor]]]) -> dict[str, float]:
-    """Of each graph, read again as drawing does, from its module, on one row instead of several."""
+    """The error of each graph against its module. Graphs are read from disk and compute one row."""
     assert exported_model is not None
     compiler, results = Compiler(exported_model, "float32"), {}
     for part, (module, inputs) in parts.items():
-        rows = [tensor if tensor.ndim == 1 else tensor[:1] for tensor in inputs]  # the time is one number for all
+        rows = [tensor if tensor.ndim == 1 else tensor[:1] for tensor in inputs]  # the time is one number for all rows
         with torch.no_grad():
             theirs = module(*rows)
         theirs = theirs if isinstance(theirs, tuple) else (theirs,)

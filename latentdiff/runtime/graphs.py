@@ -1,11 +1,11 @@
-"""A model's networks as OpenVINO graphs on disk: `MODEL/openvino/`, beside the weights that they are bound to.
+"""A model's networks as OpenVINO graphs on disk: `MODEL/openvino/`, beside the weights that they read.
 
-    unet.xml, text_encoder.xml, ...   the graphs; their weights are inputs, called as in the model's own files
-    constants.safetensors             what else is constant in each, which follows from its configuration alone
-    export.json                       what must be known of the networks, and the configurations they were exported for
+    unet.xml, text_encoder.xml, ...   the graphs; their weights are inputs, named as in the model's own files
+    constants.safetensors             all other constants, which depend only on the configuration
+    export.json                       facts about the networks, and the configurations of the export
 
-So an export takes a megabyte whatever the model weighs, holds no second copy of the weights, and stays right when they
-are trained further; a changed configuration is noticed.
+So an export takes a megabyte whatever the size of the model, has no second copy of the weights, and stays valid when
+they are trained further. A changed configuration is refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
 FORMAT = 2
 TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 NETWORKS = {"unet_deep": "unet", "unet_shallow": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}  # of graphs
-WEIGHT = "weight:"  # begins the name of an input that is a weight
-_UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of a configuration, by the graphs
-_OLD_NAMES = (  # of weights in older files, by what they are called now
+WEIGHT = "weight:"  # how the name of an input begins that is a weight
+_UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")  # keys of configs that do not matter
+_OLD_NAMES = (  # today's names of weights -> those in older files
     ("", "text_model."),
     ("to_q.", "query."),
     ("to_k.", "key."),
@@ -40,7 +40,7 @@ _STORED = {"F64": "f64", "F32": "f32", "F16": "f16", "BF16": "u16"}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its kind by safetensors' name, its shape, its first byte and the byte after its last."""
+    """A tensor in a file: safetensors' name of its type, its shape, its first byte and the byte after its last."""
 
     file: Path
     kind: str
@@ -49,7 +49,7 @@ class Stored:
     end: int
 
     def read(self) -> np.ndarray:
-        """Its numbers, mapped from the file; of bfloat16 the bits as uint16."""
+        """The numbers, memory-mapped from the file; bfloat16 as its bits in uint16."""
         values = np.memmap(self.file, np.uint8, "r", self.begin, (self.end - self.begin,))
         kind = np.uint16 if self.kind == "BF16" else np.dtype(_STORED[self.kind].replace("f", "float"))
         return np.asarray(values.view(kind).reshape(self.shape))
@@ -57,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Exported:
-    """An export that fits its model; `folder` is where the graphs lie."""
+    """An export that fits its model; `folder` holds the graphs."""
 
     directory: Path
     variant: str | None
@@ -65,19 +65,19 @@ class Exported:
     record: dict[str, Any]
 
     def graph(self, part: str) -> tuple[bytes, np.ndarray]:
-        """The graph of a part and its constants, as OpenVINO reads them. Raises ModelError."""
+        """The graph of a part and its constants, as bytes for OpenVINO. Raises ModelError."""
         from safetensors.numpy import load_file
 
         with loading(f"{FOLDER}/{part}.xml", self.directory):
             return (self.folder / f"{part}.xml").read_bytes(), load_file(self.folder / CONSTANTS)[part]
 
     def weights(self, part: str) -> dict[str, Stored]:
-        """The tensors of the files of a graph's network by their names. Raises ModelError."""
+        """The stored tensors of a graph's network by name. Raises ModelError."""
         files = weight_files(self.directory / NETWORKS.get(part, part), self.variant)
         return {name: stored for file in files for name, stored in _tensors(file)}
 
     def tokenizer(self, part: str) -> Path:
-        """The tokenizer's file of a text encoder: the model's own, or one beside the graphs."""
+        """The tokenizer's file of a text encoder: the model's, or one beside the graphs."""
         own = self.record[part]["tokenizer"] == "model"
         return (self.directory if own else self.folder) / TOKENIZER[part] / "tokenizer.json"
 
@@ -91,9 +91,9 @@ class Exported:
 
 
 def exported(directory: Path, variant: str | None = None, folder: Path | None = None) -> Exported | None:
-    """The export of a checked model folder, None where there is none. Raises ModelError for one of another model.
+    """The export of a checked model folder, or None. Raises ModelError for the export of another model.
 
-    folder: of the graphs, where they are not in their place yet.
+    folder: where the graphs are, if not in their usual place yet.
     """
     folder = folder or directory / FOLDER
     path, again = folder / RECORD, f"Export it again: latentdiff convert {directory} --to openvino"
@@ -111,21 +111,21 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise ModelError(f"an export that does not say what it is of ({path}). {again}")
+        raise ModelError(f"an export that does not name its configurations ({path}). {again}")
     if changed:
         raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). {again}")
     return Exported(directory, variant, folder, record)
 
 
 def config_hash(part: Path) -> str:
-    """What of a network's configuration makes its graph."""
+    """The hash of the part of a network's configuration that its graph depends on."""
     tree = read_json(part / "config.json")
     read = {key: value for key, value in tree.items() if not key.startswith("_") and key not in _UNREAD}
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def named(weights: dict[str, Stored], name: str, part: str, directory: Path) -> Stored:
-    """The tensor of that name, or of what it was called in older files. Raises ModelError."""
+    """The tensor of that name, or of its name in older files. Raises ModelError."""
     for new, old in _OLD_NAMES:
         for candidate in (name, name.replace(new, old, 1) if new else old + name):
             if candidate in weights:
@@ -134,7 +134,7 @@ def named(weights: dict[str, Stored], name: str, part: str, directory: Path) -> 
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:
-    """What a safetensors file holds; the library checks its header, and that no tensor lies outside the file."""
+    """The tensors of a safetensors file. The library checks the header and that every tensor lies in the file."""
     from safetensors import safe_open
 
     with loading(file.parent.name, file.parent.parent), safe_open(file, "np"), file.open("rb") as content:

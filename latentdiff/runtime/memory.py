@@ -1,7 +1,7 @@
-"""Freed memory is kept for the next step instead of being given back to the system.
+"""Freed memory stays with the process for the next step instead of returning to the system.
 
-glibc maps every large block anew and unmaps it when it is freed. A training step on a CPU frees and asks for the same
-gigabyte again and again: some 15,000 page faults a step of the default model, a tenth to a quarter of its time.
+glibc maps every large block when it is allocated and unmaps it when it is freed. A training step on a CPU allocates and
+frees the same gigabyte: some 15,000 page faults a step of the default model, a tenth to a quarter of its time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """For the rest of the process; True where the C library is one that can be told (glibc)."""
+    """Keep freed memory for the rest of the process. True if the C library has this setting (glibc)."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

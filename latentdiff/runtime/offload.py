@@ -1,4 +1,4 @@
-"""Networks that lie in the CPU's memory and compute elsewhere, by accelerate's hooks."""
+"""Networks that stay in the CPU's memory and compute on another device, by accelerate's hooks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from latentdiff.runtime.device import usable_device
 
 
 def offloaded(model: Model, device: str | torch.device, *, layers: bool) -> Model:
-    """A model whose networks move to `device` when they compute and back when the next one does.
+    """A model whose networks move to `device` to compute, and back when the next network computes.
 
-    layers: each layer by itself, slower, for the least memory. The order is that of drawing: the encoder gives way to
-    the backbone, the backbone to the codec. Raises ConfigError where the device cannot compute.
+    layers: move each layer by itself, which is slower and takes the least memory. Networks follow one another as in
+    drawing: encoder, backbone, codec. Raises ConfigError if the device cannot compute.
     """
     from accelerate import cpu_offload, cpu_offload_with_hook
 
@@ -31,6 +31,6 @@ def offloaded(model: Model, device: str | torch.device, *, layers: bool) -> Mode
 
 
 def networks_in(adapter: nn.Module) -> list[nn.Module]:
-    """The libraries' own modules within an adapter of ours: the ones that are called."""
+    """The libraries' own modules inside our network, which are the ones that get called."""
     encoders = getattr(adapter, "encoders", None)
     return [encoder.model for encoder in encoders] if encoders else list(adapter.children())

@@ -1,7 +1,7 @@
-"""The networks of a model by OpenVINO, on a CPU: NumPy arrays in and out, and no torch.
+"""The networks of a model by OpenVINO on a CPU: NumPy arrays in and out, without torch.
 
-They satisfy the protocols of `networks.protocols`, so that the same samplers and guidance run on both. In bfloat16
-products are computed with 8 bits of mantissa and summed in float32; all that comes in and out is float32.
+They satisfy the protocols of `networks.protocols`, so that the same samplers and guidance run with both. In bfloat16
+products have 8 bits of mantissa and are summed in float32; inputs and outputs are always float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from latentdiff.core.turn import Turn
 from latentdiff.formats.folder import read_json
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.joined import with_both
-from latentdiff.networks.encoders.prompt import EMPTY, Reader, Reading, Style, Wanted, check_clip_skip, weighted
+from latentdiff.networks.encoders.prompt import EMPTY, Prompt, Reader, Reading, Style, check_clip_skip, weighted
 from latentdiff.networks.protocols import Spec
 from latentdiff.runtime.compiling import Compiler
 from latentdiff.runtime.graphs import FOLDER, TOKENIZER, Exported
@@ -35,7 +35,7 @@ class CompiledUNet:
         self.deep_levels = int(record["deep_levels"])
 
     def begin(self, rows: int, size: tuple[int, ...], tokens: int, part: str = "unet") -> None:
-        """Begin to compile for latents of (h, w); of SDXL the shapes are known when a prompt has been read."""
+        """Begin to compile for latents of (h, w). For SDXL this waits until a prompt has been read."""
         if "sizes" not in self.spec.reads:
             x, context = (rows, self.spec.inputs, *size), (rows, tokens, int(self.spec.reads["tokens"][1] or 0))
             self._compiler.begin(part, (x, (1,), context))
@@ -81,7 +81,7 @@ class CompiledAutoencoder:
 
     @contextmanager
     def piecewise(self, *, tiles: bool, slices: bool) -> Iterator[None]:
-        """See Codec; only torch's computes in tiles."""
+        """See Codec. Tiles and slices require torch."""
         assert not tiles
         with self._turn:
             before, self._slices = self._slices, slices
@@ -91,7 +91,7 @@ class CompiledAutoencoder:
                 self._slices = before
 
     def in_float32(self) -> AbstractContextManager[None]:
-        """A block in which nothing changes: bfloat16 has float32's range."""
+        """A block that changes nothing: bfloat16 has float32's range."""
         return nullcontext()
 
     def latents_of(self, images: np.ndarray) -> np.ndarray:
@@ -124,11 +124,11 @@ class PixelCodec:
         return self.latent_channels, *size
 
     def piecewise(self, *, tiles: bool, slices: bool) -> AbstractContextManager[None]:
-        """A block in which nothing changes: there is nothing to compute."""
+        """A block that changes nothing, since nothing is computed."""
         return nullcontext()
 
     def in_float32(self) -> AbstractContextManager[None]:
-        """A block in which nothing changes."""
+        """A block that changes nothing."""
         return nullcontext()
 
     def latents_of(self, images: np.ndarray) -> np.ndarray:
@@ -147,7 +147,7 @@ class CompiledTextEncoder:
 
     @cached_property
     def reader(self) -> Reader:
-        """Its words, as the tokenizer's file has them."""
+        """The vocabulary of the tokenizer's file."""
         from tokenizers import Tokenizer
 
         with loading(self._tokenizer):
@@ -165,21 +165,21 @@ class CompiledTextEncoder:
         """See TextEncoder.read."""
         return self.reader.read(prompt, style)
 
-    def encode(self, wanted: Wanted) -> Conditions:
+    def encode(self, prompt: Prompt) -> Conditions:
         """See TextEncoder.encode."""
-        check_clip_skip(wanted.style, self.layers)
-        chunks = self.reader.filled(wanted.prompt, wanted.style, wanted.chunks)
-        hidden, pooled = self._hidden(self.reader.ids(chunks), wanted.style)
+        check_clip_skip(prompt.style, self.layers)
+        chunks = self.reader.filled(prompt.text, prompt.style, prompt.chunks)
+        hidden, pooled = self._hidden(self.reader.ids(chunks), prompt.style)
         weights = self.reader.weights(chunks)
         if (weights != 1).any():
-            empty, _ = self._hidden(self.reader.ids([EMPTY]), wanted.style)
+            empty, _ = self._hidden(self.reader.ids([EMPTY]), prompt.style)
             hidden = weighted(hidden, empty, weights)
         tokens = {"tokens": hidden.reshape(-1, hidden.shape[-1])}
         return Conditions(tokens if pooled is None else tokens | {"pooled": pooled[0]})
 
     def _hidden(self, ids: np.ndarray, style: Style) -> tuple[np.ndarray, np.ndarray | None]:
-        """Hidden states (n, L, D) of chunks, each by itself, and the pooled text (n, P) where there is one."""
-        if ids.max() >= self._words:  # the graph would take another word's row
+        """Hidden states (n, L, D) of chunks, each computed by itself, and the pooled text (n, P) if there is one."""
+        if ids.max() >= self._words:  # the graph would read another word's row
             raise ModelError(f"{self._tokenizer.parent.name} does not fit the text encoder's {self._words} words")
         rows = [self._compiler.run(self._part, row[None]) for row in ids]
         outputs = [np.concatenate(column) for column in zip(*rows, strict=True)]
@@ -199,9 +199,9 @@ class CompiledTextEncoders:
         self.first.begin()
         self.second.begin()
 
-    def encode(self, wanted: Wanted) -> Conditions:
+    def encode(self, prompt: Prompt) -> Conditions:
         """See TwoTextEncoders.encode."""
-        return with_both(self.first.encode(wanted), self.second.encode(wanted), wanted, zero_empty=self.zero_empty)
+        return with_both(self.first.encode(prompt), self.second.encode(prompt), prompt, zero_empty=self.zero_empty)
 
 
 Codecs = CompiledAutoencoder | PixelCodec
@@ -227,7 +227,7 @@ def compiled_networks(export: Exported, compiler: Compiler) -> tuple[CompiledUNe
 
 
 def words_of(export: Exported, part: str) -> int:
-    """How many words a text encoder knows."""
+    """The size of a text encoder's vocabulary."""
     return int(read_json(export.directory / part / "config.json")["vocab_size"])
 
 
@@ -239,7 +239,7 @@ def begin(
     conditions: int,
     deep: bool,
 ) -> None:
-    """Begin to compile for latents (B, C, h, w) under prompts of one chunk, what takes longest first."""
+    """Begin to compile for latents (B, C, h, w) and prompts of one chunk, the slowest part first."""
     unet.begin(conditions * latents[0], latents[2:], texts.length, "unet_deep" if deep else "unet")
     texts.begin()
     codec.begin(latents)

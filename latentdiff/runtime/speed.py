@@ -1,15 +1,15 @@
-"""How far torch's networks are changed to be faster: `exact`, `fast` or `max`.
+"""Speeds of torch's networks: `exact`, `fast` or `max`.
 
-    exact   unchanged: operations run one by one, in the order and the precision in which they are written
-    fast    same precision, sums in another order: channels last, one product for queries, keys and values, the text's
-            keys and values once a picture, the backbone compiled; on a GPU only its repeated blocks, in seconds
-    max     as fast, in 16 bits by default: the whole backbone and the decoder compiled, on a GPU with kernels that are
-            tuned and launched as CUDA graphs
+    exact   unchanged networks, operation by operation
+    fast    same precision, other order of sums: channels last, one product for queries, keys and values, the text's
+            keys and values once a picture, the backbone compiled (on a GPU only its repeated blocks, in seconds)
+    max     like fast, in 16 bits by default: the whole backbone and the decoder compiled, on a GPU with tuned kernels
+            and CUDA graphs
 
-Change the modules of a faster model only through the pipeline's methods: fused projections and cached prompts do not
+Change the modules of a faster model only with the pipeline's methods: fused projections and cached prompts do not
 notice other changes.
 
-Compiling takes a minute for a new size or number of pictures, once a process, and less with torch's own cache.
+Compilation takes a minute for each new size or number of pictures of a process, less with torch's own cache.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _GPU_MODE = "max-autotune"
 
 
 def narrow_dtype(device: torch.device) -> torch.dtype:
-    """The 16 bits that a device computes in: bfloat16, or float16 on GPUs that have no other."""
+    """The 16-bit precision of a device: bfloat16, or float16 on GPUs without bfloat16."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
 
 
 def sped_up(model: Model, speed: Literal["fast", "max"]) -> Model:
-    """A model whose modules are changed; `slowed_down` undoes it."""
-    warnings.filterwarnings("ignore", "Dynamo detected a call", UserWarning)  # about how the networks' library caches
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says that there is no GPU
+    """The model with faster modules, which are changed in place; `slowed_down` undoes it."""
+    warnings.filterwarnings("ignore", "Dynamo detected a call", UserWarning)  # about a cache of transformers
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
     gpu = model.place.device.type == "cuda"
     if isinstance(model.backbone, UNet):
         model.backbone.to(memory_format=torch.channels_last)
@@ -55,10 +55,10 @@ def sped_up(model: Model, speed: Literal["fast", "max"]) -> Model:
 
 
 def slowed_down(model: Model) -> Model:
-    """The networks as they were written, ready for changes; the order of their weights in memory stays."""
+    """Undo `sped_up`, so that the modules can be changed; the order of weights in memory stays."""
     if isinstance(model.backbone, UNet):
         model.backbone.unfuse()
     backbone, _, codec = model.modules()
     for module in [*backbone.modules(), *codec.modules()]:
-        module._compiled_call_impl = None  # set by Module.compile, and never unset by torch
+        module._compiled_call_impl = None  # Module.compile sets it, and nothing in torch unsets it
     return replace(model, speed="exact")

@@ -1,1 +1,1 @@
-"""What a run or a fine-tuning is made of, validated: pydantic models read from TOML."""
+"""The settings of a run or a fine-tuning: pydantic models, read from TOML and validated."""

@@ -1,7 +1,7 @@
-"""What a training run is made of: pydantic models read from TOML.
+"""The settings of a training run: pydantic models read from TOML.
 
-A config file lists only what differs from the defaults below. Unknown keys are refused with the nearest known
-one, values out of range are refused, and the effective config is saved with the run.
+A config file lists only what differs from the defaults below. Unknown keys are refused with the nearest known key, and
+values out of range are refused. The effective config is saved with the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.settings.recommended import Recommended
 from latentdiff.settings.validation import did_you_mean, first_fault
 
-STAGES = ("autoencoder", "clip", "denoiser")  # of a run, in their order
+STAGES = ("autoencoder", "clip", "denoiser")  # the stages of a run, in order
 Override = str | tuple[str, Any]
 AnySettings = TypeVar("AnySettings", bound="Settings")
 
@@ -30,7 +30,7 @@ class Section(BaseModel):
 
 
 class Training(Section):
-    """How one stage is optimised; names are those of diffusers' training scripts."""
+    """The optimisation of one stage; names are those of diffusers' training scripts."""
 
     max_train_steps: int = Field(10_000, ge=1, le=10**9)
     train_batch_size: int = Field(64, ge=1, le=2**20)
@@ -58,7 +58,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Captions(Section):
-    """How a picture's captions become the words it is trained with (latentdiff/data/captions.py)."""
+    """How a picture's captions become its training prompt (latentdiff/data/captions.py)."""
 
     choice: Literal["random", "first"] = Field("random", description="which of several captions, each epoch anew")
     shuffle_tags: bool = Field(False, description="comma-separated tags in a new order each epoch")
@@ -68,7 +68,7 @@ class Captions(Section):
 
 
 class Pictures(Section):
-    """A data set of the user's own: where it is, what is read of it, and how a picture becomes a sample."""
+    """A data set of the user's own: its place, what is read from it, and how a picture becomes a sample."""
 
     source: str = Field("", description="a folder, shards-{000..099}.tar, .parquet files, or a hub id")
     layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "shards", "table"] = "auto"
@@ -98,7 +98,7 @@ class Pictures(Section):
 
 
 class Data(Section):
-    """Scenes are procedural: training draws indices 0, 1, 2, ... of one seed; validation those of another."""
+    """The data. Scenes are procedural: training reads scenes 0, 1, 2, ... of one seed, validation those of another."""
 
     kind: Literal["scenes", "pictures"] = "scenes"
     grey: bool = Field(False, description="one channel of luminance instead of three of colour")
@@ -123,7 +123,7 @@ class Data(Section):
 
 
 class Autoencoder(Section):
-    """diffusers.AutoencoderKL; AutoencoderTiny, which learns another's latents; or none: a pixel-space model."""
+    """diffusers.AutoencoderKL; AutoencoderTiny, which learns the latents of another; or none: a pixel-space model."""
 
     kind: Literal["kl", "tiny", "identity"] = "kl"
     teacher: str = Field("", description="of a tiny one: the VAE that it learns from, or its model (none: the default)")
@@ -170,7 +170,7 @@ class Schedule(Section):
 
 
 class Learning(Section):
-    """How a denoiser learns, from nothing or finely: the weights of the objective, what is drawn, what is kept."""
+    """How a denoiser is trained or fine-tuned: the objective's weights, times and noise, and what is cached."""
 
     weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
     snr_gamma: float | None = Field(None, gt=0, description="of the weighting (default: 5, p2: 1)")
@@ -213,7 +213,7 @@ class Denoiser(Learning):
 
 
 class Settings(Section):
-    """What every run has, whatever it trains."""
+    """The settings that every kind of run has."""
 
     name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0, lt=2**63)
@@ -274,7 +274,7 @@ def load_config(path: Path | None, overrides: Sequence[Override] = ()) -> Config
 
 
 def read_tree(path: Path | None, overrides: Sequence[Override] = ()) -> dict[str, Any]:
-    """A TOML file's tables, or none, with overrides. Raises ConfigError."""
+    """The tables of a TOML file, or of none, with overrides. Raises ConfigError."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
     except OSError as error:
@@ -297,12 +297,12 @@ def save_config(config: Settings, path: Path) -> None:
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """See `parsed`, of a whole model."""
+    """A validated Config; see `parsed`."""
     return parsed(Config, tree, source)
 
 
 def parsed(kind: type[AnySettings], tree: dict[str, Any], source: str = "config") -> AnySettings:
-    """Validate a nested dictionary; the first fault is raised as a ConfigError that names key and value."""
+    """Validate a nested dictionary. Raises ConfigError for the first fault, with its key and value."""
     try:
         config = kind.model_validate(_with_tuples(tree))
     except ValidationError as error:
@@ -318,7 +318,7 @@ def parsed(kind: type[AnySettings], tree: dict[str, Any], source: str = "config"
 
 
 def _check_text(config: Settings, source: str) -> None:
-    """A name on a disk, or an argument, may hold bytes that no file of text can. Raises ConfigError."""
+    """Raises ConfigError for text that is not valid UTF-8, which paths and arguments may be but TOML may not."""
     for key, value in flat(config).items():
         try:
             " ".join(map(str, value if isinstance(value, tuple) else (value,))).encode()
@@ -327,7 +327,7 @@ def _check_text(config: Settings, source: str) -> None:
 
 
 def flat(config: Settings) -> dict[str, Any]:
-    """Every value by its dotted key."""
+    """All values by their dotted keys."""
     fault: dict[str, Any] = {}
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
@@ -342,7 +342,7 @@ def flat(config: Settings) -> dict[str, Any]:
 
 
 def parsed_override(override: str) -> tuple[str, Any]:
-    """(key, value) of `key=value`, the value as TOML has it, or a bare word. Raises ConfigError."""
+    """(key, value) of `key=value`, whose value is TOML or a bare word. Raises ConfigError."""
     key, sign, value = override.partition("=")
     if not sign:
         raise ConfigError(f"override {override!r} is not key=value")
@@ -366,7 +366,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _with_tuples(value: Any) -> Any:
-    """TOML has lists only; the frozen config has tuples only."""
+    """Lists become tuples: TOML has only lists, a frozen config only tuples."""
     if isinstance(value, dict):
         return {k: _with_tuples(v) for k, v in value.items()}
     return tuple(_with_tuples(v) for v in value) if isinstance(value, list) else value
@@ -375,7 +375,7 @@ def _with_tuples(value: Any) -> Any:
 def _suggestion(kind: type[Settings], parts: Sequence[str]) -> str:
     *sections, name = parts
     section: type[BaseModel] = kind
-    for part in sections:  # parents are known, or the parent would have been the fault
+    for part in sections:  # parents are known keys: an unknown parent would be the fault itself
         annotation = section.model_fields[part].annotation
         assert isinstance(annotation, type)
         section = annotation

@@ -1,9 +1,9 @@
-"""What a fine-tuning is: which model is taught which pictures, by which method. Read from TOML, as configs are.
+"""The settings of a fine-tuning: the model, the pictures and the method. Read from TOML, like configs.
 
-full               every weight of the U-Net, of the text encoder by choice
-lora               low-rank factors beside the weights of attention (Hu et al. 2022), of convolutions by choice
-dreambooth         a new word for one thing, with pictures of its class beside (Ruiz et al. 2023); with a rank as LoRA
-textual-inversion  vectors that a new word stands for, and nothing else (Gal et al. 2022)
+full               all weights of the U-Net, optionally of the text encoder
+lora               low-rank factors beside the weights of attention (Hu et al. 2022), optionally of convolutions
+dreambooth         a new word for one thing, and pictures of its class (Ruiz et al. 2023); with a rank as LoRA
+textual-inversion  only the embeddings of a new word (Gal et al. 2022)
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pydantic import Field, model_validator
 
 from latentdiff.settings.config import Data, Learning, Override, Section, Settings, parsed, read_tree
 
-STAGE = "finetune"  # the one stage of such a run
+STAGE = "finetune"  # the only stage of such a run
 FILE = "finetune.toml"  # the effective settings, in the run's folder
 RANK = 16
-SMALL = 100e6  # parameters of a U-Net; Stable Diffusion 1 has 860 million, the default model 10
-TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # what is said of pictures of a new word
-Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
+SMALL = 100e6  # parameters of a U-Net below which it is small; Stable Diffusion 1 has 860 million, the default model 10
+TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # captions for pictures of a new word
+PromptText = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 class Lora(Section):
@@ -38,9 +38,9 @@ class Lora(Section):
 
 
 class Prior(Section):
-    """Pictures of the class, drawn by the model before it is taught, which keep it as it was."""
+    """Pictures of the class, drawn by the model before training, which preserve what it knows."""
 
-    prompt: Prompt | None = Field(None, description='"a dog", where the thing itself is "a sks dog"')
+    prompt: PromptText | None = Field(None, description='"a dog", where the thing itself is "a sks dog"')
     source: str = Field("", description="a folder of such pictures, instead of drawn ones")
     pictures: int = Field(100, ge=1, le=100_000)
     weight: float = Field(1.0, ge=0, le=1000, description="of their loss beside that of the thing")
@@ -55,16 +55,16 @@ class Word(Section):
 
 
 class Shown(Section):
-    """What a validation draws: every prompt from the same noise each time."""
+    """The pictures of a validation: every prompt from the same noise each time."""
 
-    prompts: tuple[Prompt, ...] = Field((), max_length=64, description="none: the captions of validation pictures")
+    prompts: tuple[PromptText, ...] = Field((), max_length=64, description="none: the captions of validation pictures")
     count: int = Field(8, ge=1, le=64, description="of those captions")
     seed: int = Field(0, ge=0, lt=2**63)
     num_inference_steps: int = Field(20, ge=1, le=1000)
 
 
 class FineTuning(Settings):
-    """One fine-tuning. image_size 0 is the model's own."""
+    """One fine-tuning. image_size 0 stands for the model's size."""
 
     name: str = Field("finetune", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = Field("", description="a folder, a .safetensors file or a hub id; none is the default model")
@@ -92,7 +92,7 @@ class FineTuning(Settings):
 
     @model_validator(mode="after")
     def _methods_have_what_they_need(self) -> FineTuning:
-        """What would change nothing is a mistake, and so is what a method cannot do without."""
+        """Refuse a setting that has no effect, and a method without a setting that it requires."""
         if self.method == "dreambooth" and self.prior.prompt is None:
             raise ValueError('dreambooth requires prior.prompt (--class-prompt), the class in a few words, "a dog"')
         if self.method == "textual-inversion" and not self.word.token:
@@ -104,21 +104,21 @@ class FineTuning(Settings):
         if not self.low_rank and self.lora != Lora():
             raise ValueError(f"lora has no effect on {self.method} without a rank")
         if self.lora.rslora and self.lora.kohya:
-            raise ValueError("kohya's format cannot say rslora: its scale is alpha / rank")
+            raise ValueError("kohya's format has no rslora: its scale is alpha / rank")
         return self
 
     @model_validator(mode="after")
     def _all_of_it_is_used(self) -> FineTuning:
-        """As above, of what goes with every method."""
+        """Refuse settings without effect that every method has."""
         if self.prior.prompt is None and self.prior != Prior():
             raise ValueError("prior requires prior.prompt (--class-prompt), the class")
         if self.finetune.snr_gamma is not None and self.finetune.weighting == "uniform":
             raise ValueError('finetune.snr_gamma requires finetune.weighting = "min_snr"')
-        if self.prior.source and self.prior.pictures != Prior().pictures:  # by value: a saved config says all of them
-            raise ValueError("prior.pictures is how many are drawn, and prior.source has its own")
+        if self.prior.source and self.prior.pictures != Prior().pictures:  # a saved config has it
+            raise ValueError("prior.pictures has no effect with prior.source, which has its own")
         instance = self.data.pictures.instance_prompt
         if self.method == "textual-inversion" and instance is not None and self.word.token not in instance:
-            raise ValueError(f"the instance prompt does not hold the word: {self.word.token} would learn nothing")
+            raise ValueError(f"the instance prompt must contain {self.word.token}, which would learn nothing")
         return self
 
 
@@ -131,9 +131,9 @@ def load_finetuning(path: Path | None, overrides: tuple[Override, ...] = (), une
 
 
 def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
-    """What each method takes where nothing is said; the reasons are in the README.
+    """The defaults of each method; the reasons are in the README.
 
-    A small model takes steps ten times as long: those of the papers are for Stable Diffusion's 860 million weights.
+    small: the learning rates are ten times as large; the papers' are for Stable Diffusion's 860 million weights.
     """
     factors = asked.low_rank
     rates = {
@@ -156,7 +156,7 @@ def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
         "checkpointing_steps": 250,
         "ema_decay": 0.99,
     }
-    dropout = 0.1 if asked.method in ("full", "lora") else 0.0  # a word is taught by every picture of it
+    dropout = 0.1 if asked.method in ("full", "lora") else 0.0  # every picture shows the new word
     found: dict[str, Any] = {"finetune": {"caption_dropout": dropout, "training": training}}
     if asked.method == "textual-inversion":
         found["data"] = {"pictures": {"layout": "uncaptioned", "instance_prompt": asked.word.token}}
@@ -168,7 +168,7 @@ def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables, where what is said above counts."""
+    """Nested tables; values of `above` replace those of `below`."""
     found = dict(below)
     for key, value in above.items():
         under = found.get(key)

@@ -1,4 +1,4 @@
-"""The sampling settings that a model is saved with, and drawn with unless others are asked for."""
+"""The sampling settings that a model is saved with; a request may replace each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with data, in our words: which key, what it must be, what was got."""
+"""pydantic's errors in our words: the key, what its value must be, and the value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WORDS = {
 
 
 class Fault(NamedTuple):
-    """The first fault: the path to its key, empty where several keys contradict each other."""
+    """The first fault. The path to its key is empty if several keys contradict each other."""
 
     path: tuple[str, ...]
     message: str
@@ -44,7 +44,7 @@ class Fault(NamedTuple):
 
 
 def first_fault(error: ValidationError) -> Fault:
-    """Of the faults that pydantic lists, the first."""
+    """The first fault of pydantic's list."""
     first = error.errors()[0]
     message = first["msg"]
     for theirs, ours in _WORDS.items():
@@ -54,13 +54,13 @@ def first_fault(error: ValidationError) -> Fault:
 
 
 def did_you_mean(name: str, known: Iterable[str], others: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The nearest known name in brackets, or nothing; `others` are names that stand for known ones."""
+    """A suffix " (did you mean NAME?)" with the nearest known name, or ""; others: further spellings -> known names."""
     near = difflib.get_close_matches(name, [*known, *others], n=1)
     return f" (did you mean {others.get(near[0], near[0])}?)" if near else ""
 
 
 def one_of(name: str, known: tuple[str, ...], value: str) -> str:
-    """The value itself. Raises ValueError for one that is not known."""
+    """The value, unchanged. Raises ValueError if it is not a known one."""
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}; one of {', '.join(known)}")
     return value

@@ -89,7 +89,7 @@ def _factors(model: Model, config: FineTuning) -> Taught:
     parts: dict[str, nn.Module] = {"adapter": trained.alone(trained.parameters_of(networks))}
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-        adapter, paths = trained.taken(networks), [folder / adapter_file.NAMES[0]]
+        adapter, paths = trained.as_adapter(networks), [folder / adapter_file.NAMES[0]]
         adapter_file.save_peft(adapter, paths[0], metadata)
         if settings.kohya:
             paths.append(folder / f"{config.name}-kohya.safetensors")

@@ -15,7 +15,7 @@ Networks = Mapping[str, nn.Module]  # unet, text_encoder, text_encoder_2: the li
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter adds to one layer, by PEFT's names of the factors; alpha is None where the file says nothing."""
+    """What an adapter adds to one layer, by PEFT's names of the factors. alpha is None if the file has none."""
 
     factors: dict[str, Tensor]
     alpha: float | None = None
@@ -31,17 +31,17 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """Lora, loha or lokr."""
+        """The kind of factors: lora, loha or lokr."""
         return next((kind for kind, mark in (("loha", "hada_"), ("lokr", "lokr_")) if self._has(mark)), "lora")
 
     @property
     def scale(self) -> float:
-        """Alpha / rank, or alpha / sqrt(rank) where it was trained so; 1 where alpha is the rank."""
+        """alpha / rank, or alpha / sqrt(rank) for a rank-stabilised adapter; 1 without alpha."""
         return self.full_alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @property
     def full_alpha(self) -> float:
-        """Alpha, which is the rank where the file says nothing."""
+        """alpha, or the rank if the file has none."""
         return self.rank if self.alpha is None else self.alpha
 
     def _has(self, mark: str) -> bool:
@@ -50,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Layers by part and module, and the names in the file that no layer of the model answers to."""
+    """Layers by part and module, and the names in the file that match no layer of the model."""
 
     layers: dict[str, dict[str, Layer]]
     unused: list[str] = field(default_factory=list)
@@ -58,5 +58,5 @@ class Adapter:
 
     @property
     def matched(self) -> int:
-        """How many layers it changes."""
+        """The number of layers that it changes."""
         return sum(map(len, self.layers.values()))

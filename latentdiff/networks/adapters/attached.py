@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from latentdiff.core.errors import ModelError, raised_as
 from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 
-_PREFIX = "adapter_"  # PEFT keeps them as attributes, which cannot be called "half" or "to"
+_PREFIX = "adapter_"  # PEFT stores adapters as attributes; "half" or "to" would hide a method
 
 
 def attach(adapter: Adapter, networks: Networks, name: str, weight: float = 1.0) -> None:
-    """Put an adapter beside the layers it changes, under a name of letters, digits and underscores."""
+    """Attach an adapter beside the layers that it changes. Its name is of letters, digits and underscores."""
     name = _PREFIX + name
     if any(layer.kind != "lora" for layers in adapter.layers.values() for layer in layers.values()):
-        raise ModelError("LoHa and LoKr cannot be kept beside the weights; add them to the weights (fuse=True)")
+        raise ModelError("LoHa and LoKr require fuse=True: they can only be added to the weights")
     for part, layers in adapter.layers.items():
         _inject(layers, networks[part], name)
     weigh(networks, {**weights_of(networks), name.removeprefix(_PREFIX): weight})
@@ -64,7 +64,7 @@ def _carriers(networks: Networks) -> list[Any]:
 
 
 def weights_of(networks: Networks) -> dict[str, float]:
-    """The adapters that are attached and active, with their weights."""
+    """The active adapters and their weights."""
     weights: dict[str, float] = {}
     for carrier in _carriers(networks):
         for name in carrier.active_adapters:
@@ -74,7 +74,7 @@ def weights_of(networks: Networks) -> dict[str, float]:
 
 
 def weigh(networks: Networks, weights: Mapping[str, float]) -> None:
-    """Make these adapters the active ones, with these weights. Raises ModelError for a name that is not attached."""
+    """Make these adapters active, with these weights. Raises ModelError for a name that is not attached."""
     carriers = _carriers(networks)
     known = {name.removeprefix(_PREFIX) for carrier in carriers for name in carrier.lora_A}
     if unknown := weights.keys() - known:
@@ -87,14 +87,14 @@ def weigh(networks: Networks, weights: Mapping[str, float]) -> None:
 
 
 def merge_attached(networks: Networks) -> None:
-    """Add the active adapters to the weights, by their weights, and take all of them off."""
+    """Add the active adapters to the network's weights, each times its own weight, and detach all adapters."""
     for carrier in _carriers(networks):
         carrier.merge()
     detach(networks)
 
 
 def detach(networks: Networks) -> None:
-    """Take every adapter off; what was merged stays."""
+    """Detach every adapter. Merged ones stay in the weights."""
     for network in networks.values():
         for name, module in list(network.named_modules()):
             if isinstance(module, LoraLayer):
@@ -106,7 +106,7 @@ def detach(networks: Networks) -> None:
 
 @torch.no_grad()
 def merge(adapter: Adapter, networks: Networks, weight: float = 1.0) -> None:
-    """Add an adapter of any kind to the weights. Raises ModelError where others are attached."""
+    """Add an adapter of any kind to the weights. Raises ModelError while others are attached."""
     if _carriers(networks):
         raise ModelError("adapters are attached: merge or unload them before another is merged")
     plain: dict[str, dict[str, Layer]] = {}
@@ -128,16 +128,16 @@ def merge(adapter: Adapter, networks: Networks, weight: float = 1.0) -> None:
 def _delta(layer: Layer, name: str, shape: torch.Size) -> Tensor:
     """What LoHa (Hyeon-Woo et al. 2022) and LoKr (Yeh et al. 2024) add to a weight, by PEFT's own arithmetic.
 
-    Raises ModelError for factors that make no weight of that shape.
+    Raises ModelError for factors of another shape.
     """
-    with raised_as(ModelError, f"the adapter is of another model: {name}"):
+    with raised_as(ModelError, f"the adapter belongs to another model: {name}"):
         if _numbers(layer) != shape.numel():  # before a product of any size is made
-            raise ModelError(f"the adapter is of another model: {name} makes {_numbers(layer):,} numbers")
+            raise ModelError(f"the adapter belongs to another model: {name} makes {_numbers(layer):,} numbers")
         return _product(layer).reshape(shape)
 
 
 def _numbers(layer: Layer) -> int:
-    """Of the weight that LoHa's or LoKr's factors make."""
+    """The number of values of the weight that LoHa's or LoKr's factors make."""
     shapes = {name: tensor.shape for name, tensor in layer.factors.items()}
     if layer.kind == "loha":
         core = shapes["hada_t1"][2:].numel() if "hada_t1" in shapes else 1

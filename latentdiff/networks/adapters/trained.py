@@ -1,6 +1,6 @@
-"""A LoRA that is being trained: put beside a network's layers, its parameters alone, and as the adapter it has become.
+"""A LoRA in training: its factors beside a network's layers, their parameters, and the adapter that they make.
 
-PEFT computes it. Factor A is drawn and B is zero, so that the network begins as it was (Hu et al. 2022, 4.1).
+PEFT computes it. Factor A is random and B is zero, so that the network is unchanged at first (Hu et al. 2022, 4.1).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CONVOLUTION = re.compile(r".*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.\d
 
 @dataclass(frozen=True)
 class Factors:
-    """What is put beside each layer: see PEFT's LoraConfig."""
+    """The factors of every layer: see PEFT's LoraConfig."""
 
     rank: int
     alpha: float
@@ -34,10 +34,10 @@ class Factors:
 
 
 def begin(networks: Networks, factors: Factors) -> None:
-    """Put new factors beside the layers of these networks, whose own weights are frozen.
+    """Attach new factors to the layers of these networks and freeze the networks' own weights.
 
-    They are drawn from torch's global generator: seed it. Factors are float32 whatever the weights are. Raises
-    ConfigError where a network has nothing to put them beside.
+    The factors are float32 and come from torch's global generator: seed it first. Raises ConfigError for a network
+    without a layer that an adapter could change.
     """
     for part, network in networks.items():
         network.requires_grad_(False)
@@ -64,7 +64,7 @@ def _is_chosen(name: str, layer: nn.Module, factors: Factors) -> bool:
 
 
 def parameters_of(networks: Networks) -> dict[str, nn.Parameter]:
-    """The factors alone, by part, layer and name."""
+    """The parameters of the factors, by part, layer and name."""
     return {
         f"{part}.{name}": parameter
         for part, network in networks.items()
@@ -74,12 +74,12 @@ def parameters_of(networks: Networks) -> dict[str, nn.Parameter]:
 
 
 def alone(parameters: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
-    """Some of a network's parameters as a module of their own, the same objects; names in it may hold no dots."""
+    """A module that holds the same parameter objects. Their dots become other characters, as modules require."""
     return nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in parameters.items()})
 
 
-def taken(networks: Networks) -> Adapter:
-    """What has been learnt, as it would be read from a file."""
+def as_adapter(networks: Networks) -> Adapter:
+    """The trained factors as the adapter that `read_adapter` would return."""
     layers: dict[str, dict[str, Layer]] = {}
     for part, network in networks.items():
         for module, layer in network.named_modules():

@@ -22,20 +22,20 @@ _OF_SDXL = ("clip_l", "clip_g")
 def teach(
     state: dict[str, Tensor], file: Path, text_encoder: TextEncoder | TwoTextEncoders, word: str | None = None
 ) -> list[str]:
-    """Teach the encoder the words of a file, {name: vectors}; returns them.
+    """Add the words of a file, {name: vectors}, to the text encoder; returns the words.
 
-    word: what to call it instead. Raises ModelError where the vectors do not fit, or a word is known already.
+    word: another name for the only word. Raises ModelError if the vectors do not fit or a word exists already.
     """
     encoders = text_encoder.encoders
     words = _by_word(state, file.stem, encoders, file)
     if word is not None and len(words) > 1:
-        raise ModelError(f"it holds {len(words)} words ({file}): one other name is not enough")
+        raise ModelError(f"another name requires a file with one word ({file} has {len(words)})")
     each = [(e, word or name, own) for name, vectors in words.items() for e, own in zip(encoders, vectors, strict=True)]
     for encoder, name, vectors in each:
         _check(encoder, name, vectors, file)
     tokens = [token for encoder, name, vectors in each if encoder is encoders[0] for token in _tokens(name, vectors)]
     if len(set(tokens)) < len(tokens) or any(len({len(v) for v in vectors}) > 1 for vectors in words.values()):
-        raise ModelError(f"its words have the same tokens, or not as many vectors for each text encoder ({file})")
+        raise ModelError(f"two words share tokens, or the text encoders have different numbers of vectors ({file})")
     for encoder, name, vectors in each:
         _teach(encoder, name, vectors)
     return [word] if word is not None else list(words)
@@ -44,7 +44,7 @@ def teach(
 def _by_word(
     state: dict[str, Tensor], stem: str, encoders: Sequence[TextEncoder], file: Path
 ) -> dict[str, list[Tensor]]:
-    """For each word the vectors (n, D) of each encoder."""
+    """Each word's vectors (n, D), one array for each encoder."""
     if set(_OF_SDXL) <= state.keys() and len(encoders) == 2:
         embeddings = {stem: [state[name] for name in _OF_SDXL]}
     elif len(encoders) == 1:
@@ -55,30 +55,30 @@ def _by_word(
             f"two text encoders require embeddings clip_l and clip_g ({file}: {', '.join(sorted(state)[:3])})"
         )
     if not embeddings:
-        raise ModelError(f"there is nothing in it ({file})")
+        raise ModelError(f"the file is empty ({file})")
     if any(vectors.ndim not in (1, 2) or not vectors.numel() for each in embeddings.values() for vectors in each):
-        raise ModelError(f"embeddings are of shape (D,) or (n, D) ({file})")
+        raise ModelError(f"embeddings must have the shape (D,) or (n, D) ({file})")
     return {word: [vectors.reshape(-1, vectors.shape[-1]) for vectors in each] for word, each in embeddings.items()}
 
 
 def _tokens(word: str, vectors: Tensor) -> list[str]:
-    """In lower case, as CLIP's tokenizer makes all text."""
+    """The tokens of a word, in lower case like all text in CLIP's tokenizer."""
     word = word.lower()
     return [word, *(f"{word}_{number}" for number in range(1, len(vectors)))]
 
 
 def _check(encoder: TextEncoder, word: str, vectors: Tensor, file: Path) -> None:
-    """Before anything is changed. Raises ModelError."""
+    """Check a word before the encoder changes. Raises ModelError."""
     width = encoder.model.get_input_embeddings().weight.shape[1]
     if vectors.shape[1] != width:
         raise ModelError(f"{word} has vectors of {vectors.shape[1]}, this model's have {width} ({file})")
     if not (vectors.is_floating_point() and bool(torch.isfinite(vectors).all())) or len(vectors) >= encoder.length:
-        raise ModelError(f"{word} is not of finite vectors, or of too many ({file})")
+        raise ModelError(f"{word} must have finite vectors, and fewer than a prompt has tokens ({file})")
     if not word.strip() or word != word.strip():
-        raise ModelError(f"{word!r} is no word ({file}). Give another name")
+        raise ModelError(f"{word!r} is not a word ({file}). Give another name")
     known = encoder.tokenizer.get_vocab()
     if taken := [token for token in _tokens(word, vectors) if token in known]:
-        raise ModelError(f"the word {taken[0]!r} is known already ({file}). Give another name")
+        raise ModelError(f"the word {taken[0]!r} exists already ({file}). Give another name")
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def _remember(encoder: TextEncoder, tokens: Sequence[str]) -> None:
 
 
 class LearntEmbedding(nn.Module):
-    """A text encoder's token embedding with rows of its own from id `first` on, which alone are trained."""
+    """A text encoder's token embedding whose rows from id `first` on are trained; the others are frozen."""
 
     def __init__(self, known: nn.Embedding, vectors: Tensor, first: int):
         super().__init__()
@@ -107,7 +107,7 @@ class LearntEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All rows, as an embedding has them."""
+        """All rows, like the weight of an embedding."""
         return torch.cat([self.known.weight[: self._first], self.vectors.to(self.known.weight)])
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -121,10 +121,10 @@ class LearntEmbedding(nn.Module):
 def begin_word(
     text_encoder: TextEncoder | TwoTextEncoders, word: str, initial: str, count: int
 ) -> dict[str, nn.Parameter]:
-    """Add a word of `count` vectors that begin as those of the initial words in turn; returns what is trained.
+    """Add a word of `count` vectors, copies of the initial words' in turn; returns the embeddings to be trained.
 
-    By the name that a file of embeddings gives each encoder's. Raises ConfigError for a word that is known already, or
-    initial words that are not.
+    Their keys are those of a file of embeddings. Raises ConfigError if the word exists already or the initial words do
+    not.
     """
     embeddings: dict[str, nn.Parameter] = {}
     for name, encoder in zip(_keys(word, text_encoder), text_encoder.encoders, strict=True):

@@ -1,1 +1,1 @@
-"""Networks that predict: what a sampler evaluates at every step."""
+"""Backbones: the networks that a sampler evaluates at every step."""

@@ -45,7 +45,7 @@ class UNet(nn.Module):
         norm_num_groups: int,
         pooled_text: bool,
     ) -> UNet:
-        """A new one with random weights; `attention` says which levels attend to the text, from the finest.
+        """A new U-Net with random weights; `attention` says which levels attend to the text, from the finest.
 
         With `pooled_text` the text, pooled by attention, joins the embedding of the time, and both scale and shift
         every residual block (as in GLIDE, Nichol et al. 2021).
@@ -69,7 +69,7 @@ class UNet(nn.Module):
 
     @property
     def spec(self) -> Spec:
-        """See Spec; sides of latents halve at every level but the last."""
+        """See Spec. Sides of latents halve at every level but the last."""
         config = self.model.config
         width = config.cross_attention_dim
         width = int(width if isinstance(width, int) else width[0])  # of every level
@@ -82,11 +82,11 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The precision of its weights."""
         return next(self.parameters()).dtype
 
     def forward(self, x: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
-        """See the class."""
+        """The network's output; see the class."""
         conditions, x, count = conditions.cast(self.dtype), x.to(self.dtype), conditions.count
         if not count:
             return self._output(x, t, conditions)
@@ -95,7 +95,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def prepared(self, conditions: Conditions) -> Conditions:
-        """In the network's precision; once `fuse`d, with the keys and values of the text for each attention."""
+        """The conditions in the network's precision; after `fuse`, with the keys and values of the text."""
         conditions = conditions.cast(self.dtype)
         if not self._fused:
             return conditions
@@ -105,9 +105,9 @@ class UNet(nn.Module):
         return replace(conditions, prepared=heads)
 
     def fuse(self) -> None:
-        """Attention with one product for queries, keys and values, and with those of the text given by `prepared`.
+        """Compute queries, keys and values in one product, and those of the text once a picture, in `prepared`.
 
-        With adapters beside the weights self-attention keeps its three: the one would be made without them.
+        Self-attention with adapters beside its weights keeps its three products, which include the adapters.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -132,16 +132,17 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
-        """See Backbone. Gradients are off here alone: a mode that is entered in a generator leaks to its caller."""
+        """See Backbone. Gradients are switched off here, since a mode set inside a generator leaks to its caller."""
         with self._turn:
             output: Tensor = self(x, t, conditions)
         return output.float()
 
     @torch.no_grad()
     def predict_from(self, x: Tensor, t: float, conditions: Conditions, deep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`predict`, and the features that reach its last level: everything but the finest.
+        """`predict` and its deep features: what the levels below the finest hand to it.
 
-        Given those of an earlier step, only the finest level is computed (DeepCache, Ma et al. 2024, section 3.2).
+        With the deep features of an earlier step only the finest level is computed (DeepCache, Ma et al. 2024,
+        section 3.2).
         """
         with self._turn, self.deep(deep) as features:
             output = self.predict(x, t, conditions)
@@ -149,14 +150,14 @@ class UNet(nn.Module):
 
     @contextmanager
     def deep(self, given: Tensor | None) -> Iterator[list[Tensor]]:
-        """Collect what the blocks below the finest level give, or let them give that without being computed."""
+        """A block in which the outputs below the finest level are collected, or replaced by given ones."""
         downs, ups = list(self.model.down_blocks)[1:], list(self.model.up_blocks)[:-1]
         features: list[Tensor] = [] if given is None else [given]
         changed: dict[nn.Module, Any] = {}
         if given is None:
             changed[ups[-1]] = _collecting(ups[-1].forward, features)
         else:
-            for block in downs:  # as many skip connections as they would make, for those above to take off
+            for block in downs:  # as many skip connections as computed blocks make: the blocks above consume them
                 changed[block] = _passing(len(block.resnets) + (block.downsamplers is not None))
             changed |= dict.fromkeys([self.model.mid_block, *ups[:-1]], _passing(0))
             changed[ups[-1]] = lambda *_, **__: given
@@ -176,7 +177,7 @@ class UNet(nn.Module):
 
     @property
     def deep_levels(self) -> int:
-        """How many levels there are below the finest."""
+        """The number of levels below the finest."""
         return len(self.model.down_blocks) - 1
 
     def predict_perturbed(self, x: Tensor, t: float, conditions: Conditions) -> Tensor:
@@ -191,7 +192,7 @@ class UNet(nn.Module):
 
     @property
     def perturbed_blocks(self) -> int:
-        """How many self-attentions the middle block has."""
+        """The number of self-attentions in the middle block."""
         return len(self._perturbed())
 
     def _perturbed(self) -> list[str]:
@@ -210,16 +211,16 @@ class UNet(nn.Module):
         return output
 
     def use_plain_attention(self) -> None:
-        """Attention as two matrix products and a softmax.
+        """Compute attention as two matrix products and a softmax, for training on a CPU.
 
-        For training on a CPU: there the backward of torch's fused attention is the slowest part of a step on maps as
-        small as ours; without it a step takes a quarter to a third less time.
+        There the backward pass of torch's fused attention is the slowest part of a step on maps as small as ours.
+        Without it a step takes a quarter to a third less time.
         """
         self.model.set_attn_processor(AttnProcessor())
 
     @contextmanager
     def as_loaded(self) -> Iterator[None]:
-        """Without `use_plain_attention`: to the bit the outputs of a network that is loaded to draw."""
+        """A block without `use_plain_attention`: outputs equal those of a loaded network to the bit."""
         own = dict(self.model.attn_processors)
         self.model.set_attn_processor(AttnProcessor2_0())
         try:
@@ -228,7 +229,7 @@ class UNet(nn.Module):
             self.model.set_attn_processor(own)
 
     def save_memory(self) -> None:
-        """Compute activations again in the backward pass instead of keeping them (Chen et al. 2016)."""
+        """Recompute activations in the backward pass instead of storing them (Chen et al. 2016)."""
         self.model.enable_gradient_checkpointing()
 
     def save(self, directory: Path) -> None:
@@ -248,7 +249,7 @@ def _collecting(forward: Callable[..., Tensor], features: list[Tensor]) -> Calla
 
 
 def _passing(skips: int) -> Callable[..., Any]:
-    """A block's forward that computes nothing; no block that computes reads what it passes on."""
+    """A forward that computes nothing and passes on values that no computed block reads."""
 
     def passing(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return (hidden_states, (hidden_states,) * skips) if skips else hidden_states
@@ -264,14 +265,14 @@ class _Plain(AttnProcessor2_0):
 
 
 class _Fused(FusedAttnProcessor2_0):
-    """The same with one product."""
+    """Self-attention with one product for queries, keys and values."""
 
     def __call__(self, *args: Any, text: object = None, **settings: Any) -> Any:
         return super().__call__(*args, **settings)
 
 
 class _FromText:
-    """Cross-attention with keys and values (B, L, H d) that are given, by its name."""
+    """Cross-attention that takes its keys and values (B, L, H d) from the conditions, by its own name."""
 
     def __init__(self, name: str):
         self._name = name
@@ -288,7 +289,7 @@ class _FromText:
 
 
 class _Identity:
-    """Self-attention in which every place attends to itself alone."""
+    """Self-attention in which every position attends only to itself."""
 
     def __call__(self, attention: Attention, hidden_states: Tensor, *_: Any, text: object = None, **__: Any) -> Tensor:
         values = attention.to_out[0](attention.to_v(hidden_states))

@@ -1,1 +1,1 @@
-"""Networks between pictures and latents."""
+"""Codecs: the networks between pictures and latents."""

@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """A block with its weights widened; they are narrowed again to the very bits they were."""
+        """A block with the weights in float32; afterwards they have their old precision and bits again."""
         with self._turn:
             dtype = self.dtype
             self.to(dtype=torch.float32)
@@ -56,7 +56,7 @@ class Autoencoder(nn.Module):
 
     @contextmanager
     def piecewise(self, *, tiles: bool, slices: bool) -> Iterator[None]:
-        """See Codec; tiles are blended where they overlap."""
+        """See Codec. Overlapping tiles are blended."""
         with self._turn:
             before = self.vae.use_tiling, self.vae.use_slicing
             self.vae.use_tiling, self.vae.use_slicing = tiles, slices
@@ -92,7 +92,7 @@ class Autoencoder(nn.Module):
 
 
 def misfit(autoencoder: Any, another: Any) -> str | None:
-    """Why another autoencoder has no latents of the same shape, None where it has."""
+    """Why the latents of another autoencoder have a different shape; None if they have the same."""
     for what in ("factor", "latent_channels", "image_channels"):
         if (theirs := getattr(another, what)) != (ours := getattr(autoencoder, what)):
             return f"its {what} is {theirs}, not {ours}"

@@ -44,4 +44,4 @@ class IdentityCodec(nn.Module):
     latents_of = images_of = decode
 
     def save(self, directory: Path) -> None:
-        """Write nothing: a model folder without a VAE is a pixel-space model."""
+        """Write nothing: a model folder without a VAE holds a pixel-space model."""

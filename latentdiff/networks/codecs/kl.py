@@ -12,7 +12,7 @@ from latentdiff.networks.codecs.autoencoder import Autoencoder
 
 
 class KLAutoencoder(Autoencoder):
-    """Latents of an image are a Gaussian; sampling and drawing use its mean."""
+    """The latents of an image have a Gaussian posterior; sampling uses its mean."""
 
     @classmethod
     def create(
@@ -23,7 +23,7 @@ class KLAutoencoder(Autoencoder):
         norm_num_groups: int,
         image_channels: int = 3,
     ) -> KLAutoencoder:
-        """A new one with random weights, without attention in the middle."""
+        """A new autoencoder with random weights, without attention in the middle."""
         levels = len(block_out_channels)
         vae = AutoencoderKL(
             in_channels=image_channels,
@@ -46,7 +46,7 @@ class KLAutoencoder(Autoencoder):
         return (posterior.mean - self.shift) * self.scale, posterior.logvar + 2 * math.log(self.scale)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See `encode` and networks.protocols.Posterior."""
+        """See `encode` and Posterior."""
         return self.encode(images)
 
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from latentdiff.networks.codecs.autoencoder import Autoencoder
 
 
 class TinyAutoencoder(Autoencoder):
-    """Another autoencoder's latents in a fraction of the time, less exactly, and with no posterior."""
+    """An approximation of another autoencoder in a fraction of its time, without a posterior."""
 
     def __init__(self, vae: AutoencoderTiny):
         super().__init__(vae)
@@ -29,7 +29,7 @@ class TinyAutoencoder(Autoencoder):
         norm_num_groups: int = 1,
         image_channels: int = 3,
     ) -> TinyAutoencoder:
-        """A new one with random weights, and no normalisation; all its levels are of one width."""
+        """A new autoencoder with random weights and without normalisation; all its levels have one width."""
         vae = AutoencoderTiny(
             in_channels=image_channels,
             out_channels=image_channels,
@@ -43,7 +43,7 @@ class TinyAutoencoder(Autoencoder):
 
     @contextmanager
     def piecewise(self, *, tiles: bool, slices: bool) -> Iterator[None]:
-        """See Codec. Raises ConfigError where diffusers' tiles, of 4 channels from 3, do not fit."""
+        """See Codec. Raises ConfigError unless 3 channels become 4, which diffusers' tiles require."""
         if tiles and (self.latent_channels, self.image_channels) != (4, 3):
             raise ConfigError("vae_tiling requires a tiny VAE of 3 image channels and 4 latent channels")
         with super().piecewise(tiles=tiles, slices=slices):
@@ -55,5 +55,5 @@ class TinyAutoencoder(Autoencoder):
         return latents, torch.full_like(latents, -torch.inf)
 
     def forward(self, images: Tensor, latents: Tensor) -> tuple[Tensor, ...]:
-        """Another's latents decoded, and its own of the images."""
+        """The decoded latents of the other autoencoder, and this one's latents of the images."""
         return self.decode(latents), self.encode(images)[0]

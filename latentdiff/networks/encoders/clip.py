@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from latentdiff.core.turn import Turn
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.encoders.prompt import EMPTY, Chunk, Reader, Reading, Style, Wanted, check_clip_skip, weighted
+from latentdiff.networks.encoders.prompt import EMPTY, Chunk, Prompt, Reader, Reading, Style, check_clip_skip, weighted
 from latentdiff.networks.saving import save_network
 
 Tokenizer = CLIPTokenizer
@@ -26,7 +26,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 class TextEncoder(nn.Module):
     """Token ids (B, L) -> conditions `tokens` (B, L, D): the last hidden states after the final layer norm.
 
-    penultimate: those of the layer before, without the norm, as SDXL reads its two.
+    penultimate: the hidden states before the last layer, without the norm, which SDXL reads.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class TextEncoder(nn.Module):
         self.layers = int(model.config.num_hidden_layers) - penultimate  # that can be read
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, length), cut and padded with the end token as Stable Diffusion does."""
+        """Token ids (B, length), cut and padded with the end token like Stable Diffusion's."""
         with self._turn:  # the tokenizer keeps how it cut and padded last
             if not self.learnt_words:
                 return tokenize(self.tokenizer, prompts)
@@ -50,16 +50,16 @@ class TextEncoder(nn.Module):
 
     @property
     def encoders(self) -> list[TextEncoder]:
-        """A list of itself; TwoTextEncoders has two."""
+        """The encoder alone; TwoTextEncoders has two."""
         return [self]
 
     @property
     def length(self) -> int:
-        """The number of tokens read at once, with start and end."""
+        """The number of tokens of a chunk, with start and end."""
         return int(self.tokenizer.model_max_length)
 
     def forward(self, ids: Tensor) -> Conditions:
-        """See the class; also `pooled` (B, P) of an encoder with a projection."""
+        """The conditions of token ids; an encoder with a projection also gives `pooled` (B, P)."""
         output = self.model(ids, output_hidden_states=self.penultimate)
         tokens = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
         return conditions_of(tokens, getattr(output, "text_embeds", None))
@@ -70,36 +70,36 @@ class TextEncoder(nn.Module):
             return self.reader.read(prompt, style)
 
     @torch.no_grad()
-    def encode(self, wanted: Wanted) -> Conditions:
-        """`tokens` (n L, D) of a prompt in n chunks; empty chunks are added up to those that are wanted.
+    def encode(self, prompt: Prompt) -> Conditions:
+        """`tokens` (n L, D) of a prompt in n chunks; empty chunks are appended up to `prompt.chunks`.
 
-        A word of weight w moves the tokens w times as far from the empty prompt's as it would by itself
-        (`prompt.weighted`). Sizes are ignored: Stable Diffusion XL alone reads them.
+        A word of weight w moves the tokens w times as far from the empty prompt's as without a weight
+        (`prompt.weighted`). Sizes are ignored: only Stable Diffusion XL reads them.
         """
-        check_clip_skip(wanted.style, self.layers)
+        check_clip_skip(prompt.style, self.layers)
         with self._turn:
             reader = self.reader
-            chunks = reader.filled(wanted.prompt, wanted.style, wanted.chunks)
-            hidden, pooled = self._hidden(chunks, wanted.style)
+            chunks = reader.filled(prompt.text, prompt.style, prompt.chunks)
+            hidden, pooled = self._hidden(chunks, prompt.style)
             weights = reader.weights(chunks)
             if (weights != 1).any():
-                empty, _ = self._hidden([EMPTY], wanted.style)
+                empty, _ = self._hidden([EMPTY], prompt.style)
                 hidden = weighted(hidden, empty, torch.from_numpy(weights).to(hidden))
             return conditions_of(hidden.flatten(0, 1), None if pooled is None else pooled[0])
 
     def outputs(self, ids: Tensor) -> Any:
-        """All that the model says of token ids (n, L)."""
+        """The text model's outputs for token ids (n, L), with all hidden states."""
         return self.model(ids, output_hidden_states=True, return_dict=True)
 
     def hidden(self, outputs: Any, skipped: int = 0) -> Tensor:
-        """Of the outputs the hidden states (n, L, D) that are read, with that many layers left out."""
+        """The hidden states (n, L, D) among the outputs, with that many layers left out."""
         states = outputs.hidden_states
         if self.penultimate:
             return states[-2 - skipped]
         return self.model.final_layer_norm(states[-1 - skipped]) if skipped else outputs.last_hidden_state
 
     def _hidden(self, chunks: Sequence[Chunk], style: Style) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (n, L, D) of chunks, and the pooled text (n, P) of an encoder with a projection."""
+        """Hidden states (n, L, D) of chunks, and the pooled text (n, P) if the encoder has a projection."""
         ids, place = torch.from_numpy(self.reader.ids(chunks)), self.model.device
         if place.type != "meta":  # offloaded layers fetch their input
             ids = ids.to(place)
@@ -108,12 +108,12 @@ class TextEncoder(nn.Module):
 
     @property
     def reader(self) -> Reader:
-        """Its words, those learnt included."""
+        """Its vocabulary, with the learnt words."""
         start, end, pad = (self.tokenizer.convert_tokens_to_ids(t) for t in (START, END, self.tokenizer.pad_token))
         return Reader(self._ids_of, start, end, pad, self.length)
 
     def _ids_of(self, text: str) -> list[int]:
-        """The ids of a text, with all vectors of each learnt word: `word` stands for word, word_1, word_2, ..."""
+        """The ids of a text. A learnt word of several vectors becomes word, word_1, word_2, ..."""
         ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         learnt = self.learnt_words
         words = {index: word for word, index in learnt.items()}
@@ -128,7 +128,7 @@ class TextEncoder(nn.Module):
 
     @property
     def learnt_words(self) -> dict[str, int]:
-        """Words that are not of the vocabulary, with their ids."""
+        """Words outside CLIP's vocabulary, with their ids."""
         return {word: index for word, index in self.tokenizer.added_tokens_encoder.items() if index > self._end}
 
     @property
@@ -136,7 +136,7 @@ class TextEncoder(nn.Module):
         return int(self.tokenizer.convert_tokens_to_ids(END))
 
     def tokenizer_json(self) -> str:
-        """The tokenizer as its file holds it, without the padding and cutting of whoever used it last."""
+        """The tokenizer's file, without the padding and cutting of its last use."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -152,7 +152,7 @@ class TextEncoder(nn.Module):
 
 
 def conditions_of(tokens: Tensor, pooled: Tensor | None = None) -> Conditions:
-    """Conditions of a text; an encoder without a projection has no pooled text."""
+    """Conditions of a text; pooled is None for an encoder without a projection."""
     return Conditions({"tokens": tokens} | ({} if pooled is None else {"pooled": pooled}))
 
 

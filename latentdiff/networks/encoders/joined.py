@@ -6,18 +6,18 @@ import numpy as np
 
 from latentdiff.core.arrays import library
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.encoders.prompt import Wanted
+from latentdiff.networks.encoders.prompt import Prompt
 
 
 def side_by_side(first: Conditions, second: Conditions) -> Conditions:
-    """Tokens (..., L, D1 + D2) of both encoders; the pooled text is the second's."""
+    """Tokens (..., L, D1 + D2) of both encoders, and the pooled text of the second."""
     tokens = library(first["tokens"]).concatenate([first["tokens"], second["tokens"]], -1)
     return Conditions({"tokens": tokens, "pooled": second["pooled"]})
 
 
-def with_both(first: Conditions, second: Conditions, wanted: Wanted, *, zero_empty: bool) -> Conditions:
-    """The conditions of one picture, with its sizes; zero_empty: the empty prompt is zeros."""
+def with_both(first: Conditions, second: Conditions, prompt: Prompt, *, zero_empty: bool) -> Conditions:
+    """The conditions of one picture, with its sizes; zero_empty: those of the empty prompt are zeros."""
     both = side_by_side(first, second)
-    if zero_empty and not wanted.prompt:
+    if zero_empty and not prompt.text:
         both = both.mapped(lambda array: library(array).zeros_like(array))
-    return both if wanted.sizes is None else both.joined({"sizes": np.array(wanted.sizes, np.float32)})
+    return both if prompt.sizes is None else both.joined({"sizes": np.array(prompt.sizes, np.float32)})

@@ -1,9 +1,9 @@
-r"""A prompt as people write it: weights, breaks, any length -> chunks of token ids with a weight each.
+r"""Prompts as people write them, with weights, breaks and any length -> chunks of token ids and weights.
 
     (word)      1.1 times the attention        (word:1.3)    1.3 times        [word]    1 / 1.1 times
-    BREAK       what follows begins a new chunk               \( \) \[ \] \\   the character itself
+    BREAK       begins a new chunk                            \( \) \[ \] \\   the character itself
 
-Weights of nested brackets multiply. A chunk is what a text encoder reads at once: a start, up to 75 tokens, an end.
+Weights of nested brackets multiply. A text encoder reads one chunk at a time: a start, up to 75 tokens, an end.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _ELSEWHERE = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
 class Style:
     """How a prompt is read.
 
-    weights: brackets and BREAK mean what this module says; else they are text. chunked: a prompt longer than a chunk
-    is read in several; else it is cut. clip_skip: how many of the text encoder's last layers are left out.
+    weights: whether brackets and BREAK have the meaning of this module, or are text. chunked: whether a long prompt is
+    read in several chunks, or cut. clip_skip: the number of the text encoder's last layers to leave out.
     """
 
     weights: bool = True
@@ -40,28 +40,28 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What an encoder is asked for: the prompt of one picture and how it is read.
+class Prompt:
+    """The input of an encoder: the prompt of one picture and how to read it.
 
     chunks: the least number of chunks, for prompts whose conditions must be equally long. sizes: see
-    `networks.conditions`; None where nothing is known of them.
+    `networks.conditions`; None if unknown.
     """
 
-    prompt: str
+    text: str
     style: Style = field(default_factory=Style)
     chunks: int = 1
     sizes: tuple[float, ...] | None = None
 
 
 class Piece(NamedTuple):
-    """Text of one weight."""
+    """A piece of a prompt that has one weight."""
 
     text: str
     weight: float
 
 
 class Chunk(NamedTuple):
-    """Token ids of one reading with the weight of each, without start, end and padding."""
+    """The token ids of one chunk and their weights, without start, end and padding."""
 
     ids: list[int]
     weights: list[float]
@@ -71,7 +71,7 @@ EMPTY = Chunk([], [])
 
 
 class Reading(NamedTuple):
-    """What becomes of a prompt: its tokens with start and end, the chunks it is read in, the tokens that are cut."""
+    """How a prompt is read: the number of tokens with start and end, of chunks, and of tokens that are cut."""
 
     tokens: int
     chunks: int
@@ -80,7 +80,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """A text encoder's words: the ids of a text, of start, end and padding, and how many are read at once."""
+    """A text encoder's vocabulary: the ids of a text, of start, end and padding, and the length of a chunk."""
 
     ids_of: Callable[[str], list[int]]
     start: int
@@ -93,13 +93,13 @@ class Reader:
         return chunks(prompt, style, self.ids_of, self.length - 2)
 
     def filled(self, prompt: str, style: Style, least: int) -> list[Chunk]:
-        """The chunks that are encoded: the first alone where the style cuts, and empty ones up to `least`."""
+        """The chunks to encode, at least `least` of them: only the first if the style cuts, then empty ones."""
         parts = self.chunks(prompt, style)
         parts = parts if style.chunked else parts[:1]
         return parts + [EMPTY] * (least - len(parts))
 
     def read(self, prompt: str, style: Style) -> Reading:
-        """What would be made of a prompt. Raises ConfigError for bad brackets."""
+        """How a prompt is read. Raises ConfigError for bad brackets."""
         parts = self.chunks(prompt, style)
         tokens = 2 + sum(len(chunk.ids) for chunk in parts)
         if style.chunked:
@@ -112,7 +112,7 @@ class Reader:
         return np.array(rows, np.int64)
 
     def weights(self, parts: Sequence[Chunk]) -> NDArray[np.float32]:
-        """Of each place, (n, L, 1); start, end and padding have 1."""
+        """The weight of each token, (n, L, 1); start, end and padding have 1."""
         weights = np.ones((len(parts), self.length, 1), np.float32)
         for row, chunk in zip(weights, parts, strict=True):
             row[1 : 1 + len(chunk.weights), 0] = chunk.weights
@@ -120,7 +120,7 @@ class Reader:
 
 
 def check_clip_skip(style: Style, layers: int) -> None:
-    """Refuse to leave out more layers than there are. Raises ConfigError."""
+    """Raises ConfigError unless at least one of the layers remains."""
     if style.clip_skip is not None and not 0 <= style.clip_skip < layers:
         raise ConfigError(f"clip_skip must be from 0 to {layers - 1} for this model (got {style.clip_skip})")
 
@@ -128,7 +128,7 @@ def check_clip_skip(style: Style, layers: int) -> None:
 def weighted(hidden: Array, empty: Array, weights: Array) -> Array:
     """Hidden states (n, L, D), each w times as far from the empty prompt's, (1, L, D): c = c_empty + w (c - c_empty).
 
-    So 1 changes nothing, to the bit, and 0 leaves nothing of a word.
+    A weight of 1 changes nothing, to the bit; a weight of 0 removes a word.
     """
     return library(hidden).where(weights == 1, hidden, empty + weights * (hidden - empty))
 
@@ -136,7 +136,7 @@ def weighted(hidden: Array, empty: Array, weights: Array) -> Array:
 def parse(prompt: str) -> list[list[Piece]]:
     """The pieces of a prompt between its BREAKs. Raises ConfigError for brackets that do not close."""
     if foreign := _ELSEWHERE.search(prompt):
-        raise ConfigError(f"prompt holds {foreign[0][:40]!r}, which would be text here. Name adapters by --lora")
+        raise ConfigError(f"{foreign[0][:40]!r} in a prompt would be read as text. Name adapters by --lora")
     pieces: list[Piece] = []
     opened: list[tuple[str, int, int]] = []  # the bracket, its place in the prompt, the first piece within
     for match in _WORDS.finditer(prompt):
@@ -155,7 +155,7 @@ def parse(prompt: str) -> list[list[Piece]]:
 def _close(
     bracket: str, weight: float | None, place: int, opened: list[tuple[str, int, int]], pieces: list[Piece]
 ) -> None:
-    """Weigh the pieces since the bracket that this one closes."""
+    """Multiply the weights of the pieces since the opening bracket."""
     if not opened or opened[-1][0] + bracket not in ("()", "[]"):
         raise _unbalanced(bracket, place)
     _, _, first = opened.pop()
@@ -175,7 +175,7 @@ def _unbalanced(bracket: str, place: int) -> ConfigError:
 
 
 def _sections(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Neighbours of equal weight joined, so that a weight of 1 leaves the text as it was; then cut at each BREAK."""
+    """Join neighbours of equal weight, so that weights of 1 leave the text unchanged, and cut at each BREAK."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and joined[-1].weight == piece.weight:
@@ -191,7 +191,7 @@ def _sections(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def chunks(prompt: str, style: Style, ids_of: Callable[[str], list[int]], size: int) -> list[Chunk]:
-    """The chunks of a prompt, of at most `size` tokens each; a section's last may be short. At least one."""
+    """The chunks of a prompt, at least one, with at most `size` tokens each. A BREAK may end a chunk early."""
     sections = parse(prompt) if style.weights else [[Piece(prompt, 1.0)]]
     parts: list[Chunk] = []
     for section in sections:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import END, TextEncoder
 from latentdiff.networks.encoders.joined import side_by_side, with_both
-from latentdiff.networks.encoders.prompt import Reading, Style, Wanted
+from latentdiff.networks.encoders.prompt import Prompt, Reading, Style
 
 
 class TwoTextEncoders(nn.Module):
-    """A prompt -> `tokens` (n L, D1 + D2), `pooled` (P,) and, where sizes are known, `sizes` (6,).
+    """A prompt -> `tokens` (n L, D1 + D2), `pooled` (P,) and, if sizes are known, `sizes` (6,).
 
-    zero_empty: the empty prompt is zeros, as the model was trained (`force_zeros_for_empty_prompt`).
+    zero_empty: the conditions of the empty prompt are zeros, as in training (`force_zeros_for_empty_prompt`).
     """
 
     def __init__(self, first: TextEncoder, second: TextEncoder, *, zero_empty: bool):
@@ -29,33 +29,33 @@ class TwoTextEncoders(nn.Module):
 
     @property
     def encoders(self) -> list[TextEncoder]:
-        """Both."""
+        """Both encoders."""
         return [self.first, self.second]
 
     @property
     def tokenizer(self) -> object:
-        """The first encoder's."""
+        """The first encoder's tokenizer."""
         return self.first.tokenizer
 
     @property
     def length(self) -> int:
-        """The number of tokens read at once, with start and end."""
+        """The number of tokens of a chunk, with start and end."""
         return self.first.length
 
     def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
         """See Encoder; both have the same vocabulary."""
         return self.first.read(prompt, style)
 
-    def encode(self, wanted: Wanted) -> Conditions:
+    def encode(self, prompt: Prompt) -> Conditions:
         """See Encoder and `with_both`."""
-        return with_both(self.first.encode(wanted), self.second.encode(wanted), wanted, zero_empty=self.zero_empty)
+        return with_both(self.first.encode(prompt), self.second.encode(prompt), prompt, zero_empty=self.zero_empty)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids (B, 2, length): the two pad with tokens of their own."""
+        """Token ids (B, 2, length): each encoder has its own padding."""
         return torch.stack([encoder.tokenize(prompts) for encoder in self.encoders], 1)
 
     def forward(self, ids: Tensor) -> Conditions:
-        """Token ids (B, 2, L) -> conditions, as training reads them: no weights, cut."""
+        """Token ids (B, 2, L) -> conditions, as training reads prompts: without weights, cut."""
         first, second = (encoder(own) for encoder, own in zip(self.encoders, ids.unbind(1), strict=True))
         both = side_by_side(first, second)
         if not self.zero_empty:
