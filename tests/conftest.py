@@ -2,9 +2,9 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -24,18 +24,13 @@ def _no_cache_but_the_tests(tmp_path_factory):
 @pytest.fixture(scope="session")
 def command():
     """Run the command line in a process of its own; its exit code, stdout and stderr."""
+    from .forked import Started
 
-    def run(*words, cwd=None, stdin=None, check=True, env=None):
-        done = subprocess.run(
-            [sys.executable, "-m", "latentdiff", *map(str, words)],
-            cwd=cwd,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-        )
-        assert not check or done.returncode == 0, done.stderr
-        return done
+    def run(*words, check=True, **options):
+        started = Started(*words, env=dict(os.environ), **options)
+        code, err = started.ended()
+        assert not check or code == 0, err
+        return SimpleNamespace(returncode=code, stdout=started.printed(), stderr=err)
 
     return run
 
@@ -71,10 +66,8 @@ def made_once(factory, name, make):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """The run folder of configs/scenes-tiny.toml at 32 pixels: all three stages."""
-    from .forked import SMALL
-
-    return made_once(tmp_path_factory, "scenes-tiny", lambda run: _train(run, short=False, changes=SMALL))
+    """The run folder of configs/scenes-tiny.toml: all three stages."""
+    return made_once(tmp_path_factory, "scenes-tiny", lambda run: _train(run, short=False))
 
 
 @pytest.fixture(scope="session")

@@ -52,30 +52,33 @@ SHORT = (
 
 
 class Started:
-    """A command that runs: its process, and what it has said."""
+    """A command that runs: its process, and what it prints."""
 
-    def __init__(self, *words, hook=None, env=None):
-        folder = Path(tempfile.mkdtemp(prefix="said-"))
+    def __init__(self, *words, hook=None, env=None, cwd=None, stdin=""):
+        folder = Path(tempfile.mkdtemp(prefix="command-"))
         self.out, self.err = folder / "out", folder / "err"
-        arguments = (tuple(map(str, words)), str(self.out), str(self.err), hook, env or {})
+        (folder / "in").write_text(stdin)
+        arguments = (tuple(map(str, words)), folder, hook, env or {}, cwd or Path.cwd())
         self.process = CONTEXT.Process(target=_command_line, args=arguments)
         self.process.start()
 
-    def said(self):
-        """What went to stdout."""
+    def printed(self):
+        """Its standard output so far."""
         return self.out.read_text()
 
     def ended(self, timeout=300):
-        """Wait; the exit code (negative: killed by that signal) and what was said on stderr."""
+        """Wait; the exit code (negative: killed by that signal) and standard error."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, self.err.read_text()
         return self.process.exitcode, self.err.read_text()
 
 
-def _command_line(words, out, err, hook, env):
-    for path, stream in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+def _command_line(words, folder, hook, env, cwd):
+    for stream, name in enumerate(("in", "out", "err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | (os.O_WRONLY if stream else os.O_RDONLY)), stream)
+    sys.stdin = os.fdopen(0)  # multiprocessing gives its children none
     os.environ.update(env)
+    os.chdir(cwd)
     os.setpgid(0, 0)  # a group of its own
     gc.freeze()  # or every collection visits all that the server has imported
     if hook:

@@ -26,7 +26,7 @@ def ran(*words):
     started = Started("data", *words)
     code, err = started.ended()
     lines = [line for line in re.split(r"[\r\n]+", err) if line and "%|" not in line and "image/s" not in line]
-    return code, started.said(), lines
+    return code, started.printed(), lines
 
 
 @pytest.fixture(scope="module")

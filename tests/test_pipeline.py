@@ -153,7 +153,10 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
         ({"num_images_per_prompt": 10**9}, "num_images"),
         ({"output_type": "jpg"}, "unknown output_type 'jpg'"),
         ({"stepps": 3}, "stepps"),
-        ({"num_inference_steps": 1000, "latents": torch.zeros(1, 4, 5, 5)}, "latents must have the shape (1, 4, 32, 32)"),
+        (
+            {"num_inference_steps": 1000, "latents": torch.zeros(1, 4, 5, 5)},
+            "latents must have the shape (1, 4, 32, 32)",
+        ),
         ({"latents": torch.zeros(5, 4, 32, 32), "batch_size": 1}, "latents must have the shape (1, 4, 32, 32)"),
         ({"latents": "x"}, "latents must be a tensor of shape (1, 4, 32, 32) (got str)"),
         ({"num_images": 3}, "num_images is called num_images_per_prompt here"),

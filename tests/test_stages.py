@@ -55,7 +55,7 @@ def test_a_finished_run_is_not_run_again(tiny_run):
     before = (tiny_run / "denoiser" / "log.jsonl").read_text()
     again = Started("train", ROOT / "configs" / "scenes-tiny.toml", "-o", tiny_run)
     assert again.ended()[0] == 0
-    assert again.said().strip() == str(tiny_run / "model")
+    assert again.printed().strip() == str(tiny_run / "model")
     assert (tiny_run / "denoiser" / "log.jsonl").read_text() == before
 
 

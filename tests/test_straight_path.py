@@ -11,7 +11,8 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.path import Straight
 from latentdiff.settings.config import load_config
 
-from .conftest import ROOT, made_once
+from .conftest import ROOT
+from .forked import train
 
 CONFIG = ROOT / "configs" / "scenes-tiny.toml"
 PROMPT = "a red circle above a blue square"
@@ -19,15 +20,16 @@ STRAIGHT = (
     *('denoiser.path="straight"', 'denoiser.prediction="flow"', "denoiser.shift=2.0", 'denoiser.times="logit_normal"'),
     "denoiser.schedule.zero_terminal_snr=false",
     *('recommended.sampler="euler"', 'recommended.spacing="trailing"'),
+    *("denoiser.training.max_train_steps=40", "denoiser.training.gradient_accumulation_steps=1"),
 )
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, command):
-    def make(run):
-        command("train", CONFIG, "-o", run, *(word for change in STRAIGHT for word in ("--set", change)))
-
-    return made_once(tmp_path_factory, "straight", make) / "model"
+def model(tmp_path_factory):
+    run = tmp_path_factory.mktemp("straight")
+    code, err = train(run, changes=STRAIGHT).ended()
+    assert code == 0, err
+    return run / "model"
 
 
 def test_it_is_a_model_of_a_straight_path(model):

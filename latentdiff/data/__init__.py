@@ -1,1 +1,1 @@
-"""Captioned pictures in, batches out."""
+"""Data: captioned pictures from files, tables and scenes, checked, cropped and served by row."""

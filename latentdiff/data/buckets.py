@@ -1,6 +1,6 @@
 """Aspect-ratio buckets (NovelAI 2022): pictures of like shape are resized to one size, so that little is cropped.
 
-The table holds, of all sides that are multiples of a step, the largest with no more pixels than resolution^2 and an
+The sides of a bucket are multiples of a step. The table has the largest sizes with at most resolution^2 pixels and an
 aspect within a limit; a picture goes to the bucket whose aspect is nearest by ratio.
 """
 
@@ -15,7 +15,7 @@ Size = tuple[int, int]  # (height, width)
 
 
 def bucket_table(resolution: int, step: int | None = None, max_aspect: float = 2.0) -> tuple[Size, ...]:
-    """Sizes (height, width), tall to wide; the square alone without a step. Raises ConfigError."""
+    """Sizes (height, width), tall to wide; without a step only the square. Raises ConfigError."""
     if step is None:
         return ((resolution, resolution),)
     if step > resolution:
@@ -31,12 +31,12 @@ def bucket_table(resolution: int, step: int | None = None, max_aspect: float = 2
 
 
 def nearest(size: Size, table: Sequence[Size]) -> Size:
-    """The bucket of a picture: of the nearest aspect, and of those the one with the most pixels."""
+    """The bucket of a picture: the one with the nearest aspect, then with the most pixels."""
     aspect = math.log(size[1] / size[0])
     return min(table, key=lambda other: (abs(math.log(other[1] / other[0]) - aspect), -other[0] * other[1]))
 
 
 def cropped_share(size: Size, bucket: Size) -> float:
-    """The share of a picture's area that is lost when it is cropped to the bucket's aspect."""
+    """The share of a picture's area that cropping to the bucket's aspect removes."""
     ratio = (size[1] / size[0]) / (bucket[1] / bucket[0])
     return 1 - min(ratio, 1 / ratio)

@@ -1,4 +1,4 @@
-"""Which words a picture is trained with: one of its captions, its tags in a new order, in a sentence with a prefix."""
+"""A picture's training prompt: one of its captions, its tags in a new order, in a template with a prefix."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """How captions become what the text encoder reads.
+    """How captions become the text encoder's input.
 
     `choice` takes the first of several captions or a random one; `shuffle_tags` puts all but the first `keep_tags`
     of the comma-separated tags in a random order; then one of the `templates` ("a photo of {}") and the `prefix`.
-    A caption that is empty stays empty: it is the unconditional one.
+    An empty caption stays empty, since it is the unconditional one.
     """
 
     choice: str = "random"
@@ -24,7 +24,7 @@ class CaptionRule:
     prefix: str = ""
 
     def of(self, captions: Sequence[str], rng: np.random.Generator) -> str:
-        """The words for one sample in one epoch. The same draws are taken whatever is switched on."""
+        """The prompt of one sample in one epoch. The number of draws does not depend on the settings."""
         which, template, order = rng.random(), rng.random(), rng.integers(2**63)
         caption = captions[int(which * len(captions)) if self.choice == "random" else 0]
         if self.shuffle_tags:
@@ -35,7 +35,7 @@ class CaptionRule:
         return self._framed(caption, self.templates[int(template * len(self.templates))])
 
     def possible(self, captions: Sequence[str]) -> list[str] | None:
-        """Everything `of` can return, or None where that is every order of the tags."""
+        """Everything that `of` can return, or None if that includes every order of the tags."""
         if self.shuffle_tags:
             return None
         chosen = captions if self.choice == "random" else captions[:1]

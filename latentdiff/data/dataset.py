@@ -1,4 +1,4 @@
-"""The data set that a config describes: found, looked at, and made into what is trained on and validated on."""
+"""The data set that a config describes: listed, surveyed, and split into training and validation sets."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from latentdiff.data.survey import Picture, Survey, as_values, from_values, surv
 from latentdiff.data.table import state_of
 from latentdiff.settings.config import Config, Settings
 
-VALIDATION = 128  # pictures that a validation looks at
+VALIDATION = 128  # pictures of a validation
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a run learns from and what it validates on, and what was found where the user's pictures are."""
+    """The training and validation sets of a run, and the survey of the user's pictures."""
 
     training: Examples
     validation: Examples
@@ -36,11 +36,11 @@ class DataSet:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """How many pictures there are and a sha256 of what they are."""
+        """The number of pictures and a sha256 of their contents."""
         return {"images": len(self.training), "sha256": self.training.pictures.identity()}
 
     def write_quarantine(self, folder: Path) -> None:
-        """`quarantine.jsonl`: what this start leaves out; nothing is left of one that left out something else."""
+        """Write `quarantine.jsonl`, which lists what this start leaves out, or remove an old one."""
         path = folder / "quarantine.jsonl"
         path.unlink(missing_ok=True)
         if self.found and self.found.left_out:
@@ -48,7 +48,7 @@ class DataSet:
 
 
 def open_data(config: Settings, cache: Path | None = None) -> DataSet:
-    """The data set of a config; `cache` keeps what is slow to find out. Raises DataError where it is not sound."""
+    """The data set of a config; cache: a folder for slow results. Raises DataError for faults in it."""
     if config.data.kind == "scenes":
         training = Scenes(config, "training scene", config.data.count, cache)
         grey = config.data.grey
@@ -59,15 +59,14 @@ def open_data(config: Settings, cache: Path | None = None) -> DataSet:
 
 
 def readable(config: Config) -> bool:
-    """Whether the oracle can read this model's pictures."""
+    """Whether the oracle can read pictures of this config."""
     return config.data.kind == "scenes" and config.image_size == scenes.SIZE and not config.data.grey
 
 
 def look(config: Settings, cache: Path | None = None) -> Survey:
-    """The survey of a config's own pictures. Raises DataError where nothing can be listed.
+    """The survey of a config's own pictures. Raises DataError if nothing can be listed.
 
-    A stream is gone through once for a run: what it said is kept in `cache`, until the settings are others, or the
-    files where they are of this machine.
+    A stream is read once for a run: its survey stays in `cache` until the settings change, or local files do.
     """
     settings = config.data.pictures
     options = Options(
@@ -91,12 +90,12 @@ def look(config: Settings, cache: Path | None = None) -> Survey:
 
 
 def by_identity(pictures: Sequence[Picture]) -> list[Picture]:
-    """In the order that chooses which are held out: of nothing but the pictures themselves."""
+    """Pictures in the order by which some are held out, which depends only on the pictures themselves."""
     return sorted(pictures, key=lambda picture: hashlib.sha256(picture.id.encode()).hexdigest())
 
 
 def picture_data(config: Settings, found: Survey) -> DataSet:
-    """Training and validation sets of surveyed pictures; held-out ones are chosen by their identity."""
+    """Training and validation sets of surveyed pictures; the identity of a picture decides whether it is held out."""
     settings = config.data.pictures
     held = by_identity(found.pictures)
     held_ids = {picture.id for picture in held[: settings.validation_pictures]}
@@ -115,7 +114,7 @@ def picture_data(config: Settings, found: Survey) -> DataSet:
 
 
 def picture_set(config: Settings, found: Survey, pictures: Sequence[Picture], bucket_step: int | None) -> PictureSet:
-    """Some of the surveyed pictures at the config's size; without a step of buckets as squares."""
+    """Some of the surveyed pictures at the config's size; without bucket_step they are squares."""
     settings = config.data.pictures
     table = bucket_table(config.image_size, bucket_step, settings.bucket_max_aspect)
     stream = found.listing.records if found.listing.streamed else None
@@ -123,7 +122,7 @@ def picture_set(config: Settings, found: Survey, pictures: Sequence[Picture], bu
 
 
 def as_validated(config: Settings, pictures: PictureSet) -> Examples:
-    """Pictures with nothing drawn at random: their middle, not flipped, with the first caption."""
+    """Pictures without randomness: cropped in the middle, not flipped, with the first caption."""
     captions = config.data.pictures.captions
     rule = CaptionRule("first", templates=captions.templates[:1], prefix=captions.prefix)
     return Examples(pictures, config.seed, rule, grey=config.data.grey, purpose="validation")

@@ -1,6 +1,6 @@
-"""A set of pictures as an epoch shows them: which caption a sample has, where it is cropped, whether it is mirrored.
+"""A set of pictures in an epoch: the caption of each sample, its crop, and whether it is mirrored.
 
-All of it is a function of (seed, row, epoch).
+All three are functions of (seed, row, epoch).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def size(self, row: int) -> Size:
-        """(height, width) that a row is shown in."""
+        """(height, width) of a row in training."""
         ...
 
     def buckets(self) -> dict[Size, np.ndarray]:
@@ -34,31 +34,31 @@ class Pictures(Protocol):
         ...
 
     def name(self, row: int) -> str:
-        """What the user calls it."""
+        """The user's name of a row."""
         ...
 
     def captions(self, row: int) -> Sequence[str]:
-        """At least one."""
+        """The captions of a row, at least one."""
         ...
 
     def key(self, row: int, shown: View) -> str:
-        """The identity, 32 hexadecimal digits, of what `pixels` gives."""
+        """The identity of the result of `pixels`, 32 hexadecimal digits."""
         ...
 
     def pixels(self, row: int, shown: View, size: Size | None = None) -> np.ndarray:
-        """uint8 (H, W, 3), of the row's size unless another is asked for."""
+        """uint8 (H, W, 3) of `size`, by default the row's."""
         ...
 
     def geometry(self, row: int, shown: View) -> tuple[int, ...]:
-        """(height, width) as stored, (top, left) of what is shown in pixels of the view, (height, width) of it."""
+        """(height, width) of the file, (top, left) of the crop in pixels of the view, (height, width) of the view."""
         ...
 
-    def each(self, wanted: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
-        """(number in `wanted`, pixels) of every row and view, in the order they are best read in."""
+    def each(self, views: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index in `views`, pixels) of every row and view, in the order that is fastest to read."""
         ...
 
     def identity(self) -> str:
-        """sha256 of what is learnt from."""
+        """sha256 of everything that training reads."""
         ...
 
 
@@ -82,37 +82,37 @@ class Examples:
         return self.toned(self.pictures.pixels(row, self.view(row, epoch), size))
 
     def toned(self, pixels: np.ndarray) -> np.ndarray:
-        """Grey where the config says so."""
+        """The pixels, or their luminance if the config asks for grey."""
         return luminance(pixels) if self.grey else pixels
 
     def caption(self, row: int, epoch: int) -> str:
-        """The words of a sample."""
+        """The training prompt of a sample."""
         rng = noise.generator(self.seed, f"{self.purpose} caption", row, epoch)
         return self.rule.of(self.pictures.captions(row), rng)
 
     def view(self, row: int, epoch: int) -> View:
-        """Where a sample is cropped and whether it is mirrored. The same draws are taken whatever is switched on."""
+        """The crop of a sample and whether it is mirrored. The number of draws does not depend on the settings."""
         rng = noise.generator(self.seed, f"{self.purpose} view", row, epoch)
         top, left, side = rng.random(3)
         at = {"center": CENTER, "content": None, "random": (top, left)}[self.crop]
         return View(at, bool(self.flip and side < 0.5))
 
     def sizes(self, row: int, epoch: int) -> tuple[int, ...]:
-        """What SDXL is told of a sample: (height, width) as stored, (top, left) of the crop, (height, width) shown."""
+        """SDXL's sizes: (height, width) of the file, (top, left) of the crop, (height, width) of the view."""
         return self.pictures.geometry(row, self.view(row, epoch))
 
     def every_view(self, row: int) -> list[View]:
-        """All that `view` can return, where that is not without end."""
+        """Everything that `view` can return, if that is a finite set."""
         at = {"center": CENTER, "content": None}[self.crop]
         return [View(at, flipped) for flipped in ((False, True) if self.flip else (False,))]
 
     def key(self, row: int, shown: View) -> str:
-        """The identity of what `image` gives."""
+        """The identity of the result of `image`."""
         key = self.pictures.key(row, shown)
         return hashlib.sha256(f"{key} grey".encode()).hexdigest()[:32] if self.grey else key
 
     def every_caption(self) -> list[str] | None:
-        """All that `caption` can return, or None where tags are shuffled."""
+        """Everything that `caption` can return, or None if tags are shuffled."""
         distinct: dict[str, None] = {}
         for row in range(len(self)):
             possible = self.rule.possible(self.pictures.captions(row))

@@ -52,17 +52,17 @@ def listing(root: Path, options: Options) -> Listing:
 
 
 def has_pictures(root: Path) -> bool:
-    """Whether there is any, at whatever depth."""
+    """Whether the folder or a sub-folder has a picture."""
     return any(_is_picture(file) for file in _files(root))
 
 
 def _is_picture(file: str) -> bool:
-    """By its suffix. A hidden file is none: finders leave such beside pictures."""
+    """Whether a file has a picture's suffix and is not hidden: file managers leave hidden files beside pictures."""
     return _suffix(file) in SUFFIXES and not PurePosixPath(file).name.startswith(".")
 
 
 def _files(root: Path) -> Iterator[str]:
-    """Paths relative to the root, through linked folders too, each folder once; hidden folders as one name."""
+    """Paths relative to the root, also through links, each folder once; a hidden folder counts as one name."""
     seen = set()
     for parent, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         real = os.path.realpath(parent)
@@ -76,12 +76,12 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _raise(error: OSError) -> None:
-    """A folder that cannot be listed is not an empty one."""
+    """Raise DataError for a folder that cannot be listed; os.walk would treat it as empty."""
     raise DataError(f"{shown(str(error.filename))} cannot be read ({(error.strerror or str(error)).lower()})")
 
 
 def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: list[str], options: Options) -> Listing:
-    """A row a picture; files that a row names are pictures whatever their suffix."""
+    """One picture a row; a file that a row names is a picture, whatever its suffix."""
     if not metadata:
         raise DataError(f"no metadata.jsonl or metadata.csv in {root}")
     said: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
@@ -104,7 +104,7 @@ def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: li
 
 
 class _Names:
-    """File names by what a row calls them: to the byte, or else by Unicode's canonical form, if that is one file."""
+    """Files by the names in rows: equal bytes, or else equal in Unicode's canonical form if only one file is."""
 
     def __init__(self, files: list[str]):
         self._files = set(files)
@@ -154,7 +154,7 @@ def _json_rows(lines: list[str], name: str) -> Iterator[tuple[str, Mapping[str, 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key is there twice")
     return dict(pairs)
 
 
@@ -173,7 +173,7 @@ def _csv_rows(lines: list[str], name: str) -> Iterator[tuple[str, Mapping[str, A
 
 
 def _by_sidecars(root: Path, pictures: list[str], beside: list[str]) -> Listing:
-    """Pictures by their stem; two of one stem have one sidecar between them, and nothing says whose it is."""
+    """Pictures and their sidecars by stem. Two pictures with one stem share a sidecar, which is ambiguous."""
     of_stem: dict[str, list[str]] = defaultdict(list)
     for name in pictures:
         of_stem[_stem(name)].append(name)
@@ -189,7 +189,7 @@ def _by_sidecars(root: Path, pictures: list[str], beside: list[str]) -> Listing:
         records.append(Record(name, _reader(root, name), captions, _of_folder_name(name)[1], fault))
     orphans = [shown(file) for stem, file in sidecars.items() if stem not in of_stem]
     unread = sorted(set(beside) - set(sidecars.values()))
-    notes = [f"{len(unread)} captions are not read, for there is another beside each"] if unread else []
+    notes = [f"{len(unread)} captions are not read, because another is beside each"] if unread else []
     return Listing("sidecars", records, tuple(orphans), tuple(notes))
 
 
@@ -198,7 +198,7 @@ def _lines_as_captions(data: bytes, name: str) -> tuple[str, ...]:
 
 
 def _of_folder_name(name: str) -> tuple[tuple[str, ...], int]:
-    """Of `10_a dog`: the caption of pictures without one, and how often they are seen an epoch."""
+    """The caption and the repeats in a folder name like `10_a dog`."""
     match = re.fullmatch(r"(\d{1,6})_(.+)", PurePosixPath(name).parent.name)
     return ((match[2],), max(int(match[1]), 1)) if match else ((), 1)
 
@@ -222,7 +222,7 @@ def _reader(root: Path, name: str) -> Any:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would wait
             raise DataError("not a file")
         return path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which layout a data set has, seen by looking at what is there."""
+"""The layout of a data set, recognised from its files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from latentdiff.data.source import Listing, Options, shown
 
 
 def find(source: str, options: Options) -> Listing:
-    """List what is at a path, in shards `name-{00000..00099}.tar`, or under a hub id. Raises DataError, ConfigError."""
+    """List a data set at a path, in shards `name-{00000..00099}.tar`, or under a hub id.
+
+    Raises DataError, ConfigError.
+    """
     try:
         return _found(source, Path(source), options)
     except OSError as error:
@@ -33,7 +36,7 @@ def _found(source: str, path: Path, options: Options) -> Listing:
     if path.is_dir():
         return folder.listing(path, options)
     if path.exists():
-        raise DataError(f"{shown(source)} is no data set. Give a folder, .tar shards, .parquet files or a hub id")
+        raise DataError(f"{shown(source)} is not a data set. Give a folder, .tar shards, .parquet files or a hub id")
     if layout == "auto" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.parent.is_dir():
         return table.listing(source, options)
     raise DataError(f"no such data set ({shown(source)}). Give a folder, .tar shards, .parquet files or a hub id")

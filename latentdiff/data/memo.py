@@ -1,6 +1,6 @@
-"""What was slow to find out, kept in a file of JSON lines: the rules it was found out by, then one value a line.
+"""Slow results in a file of JSON lines: first the rules that they depend on, then one value a line.
 
-The first line also holds a sha256 of the others, so that what was damaged or edited is found out again.
+The first line also has a sha256 of the others, so that results in a damaged or edited file are computed again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from latentdiff.core.files import write_text
 
 
 def read_memo(path: Path, rules: Any) -> list[Any]:
-    """The values; none where there is no file, its rules are others, or a line is not as it was written."""
+    """The values; an empty list if there is no file, its rules differ, or a line was changed."""
     if not path.is_file():
         return []
     try:
         first, _, rest = path.read_text(encoding="utf-8").partition("\n")
-        if json.loads(first) == json.loads(json.dumps(_header(rules, rest))):  # as JSON gives it back
+        if json.loads(first) == json.loads(json.dumps(_header(rules, rest))):  # after a round trip through JSON
             return [json.loads(line) for line in rest.splitlines()]
         return []
     except (ValueError, OSError, RecursionError):
@@ -28,7 +28,7 @@ def read_memo(path: Path, rules: Any) -> list[Any]:
 
 
 def write_memo(path: Path, rules: Any, values: Iterable[Any]) -> None:
-    """Whole or not at all."""
+    """Write the values, whole or not at all."""
     rest = "".join(json.dumps(value) + "\n" for value in values)
     write_text(path, f"{json.dumps(_header(rules, rest))}\n{rest}")
 

@@ -1,9 +1,9 @@
-"""The exact oracle of the scenes: reads a picture back into objects and says what it satisfies.
+"""The exact oracle of the scenes: it reads objects from a picture and compares them with a description.
 
 A pixel is background + alpha (color - background) for the one palette colour whose line it lies nearest
 to. Connected components of alpha > 1/2 of one colour are objects; an object's shape is the one whose
 rendered coverage, at the same place and size, overlaps it best.
-A picture that holds anything that is not an object is not a correct picture of any prompt: reading is strict.
+Reading is strict: a picture with anything that is not an object satisfies no prompt.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from scipy import ndimage
 
 from latentdiff.data.scenes import BACKGROUNDS, COLORS, RADII, SHAPES, SIZE, Description, Thing, coverage
 
-MIN_AREA = 24  # pixels; smaller specks are noise of a decoder, the smallest object has about 60
-MIN_OVERLAP = 0.7  # intersection over union of soft masks; below it the object is no known shape
+MIN_AREA = 24  # pixels; smaller specks are a decoder's noise, the smallest object has about 60
+MIN_OVERLAP = 0.7  # intersection over union of soft masks; below it the shape is unknown
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 _GROUNDS = np.array(list(BACKGROUNDS.values()), np.float32)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows. An object of no known shape has shape "unknown"."""
+    """The objects in a picture. An object of unknown shape has the shape "unknown"."""
 
     background: str
     things: tuple[Thing, ...]
@@ -58,7 +58,7 @@ def _unmix(pixels: NDArray[np.float32], ground: NDArray[np.float32]) -> tuple[ND
 
 
 def _fit(alpha: NDArray[np.float32], mask: NDArray[np.bool_], color: str) -> Thing:
-    """The shape, place and size whose coverage has the largest intersection over union with `alpha`."""
+    """The shape, position and size whose coverage has the largest intersection over union with `alpha`."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     left, right, top, bottom = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
     best, best_overlap = Thing("unknown", color, (left + right) / 2, (top + bottom) / 2, 0.0), MIN_OVERLAP
@@ -86,9 +86,9 @@ _EXTENT = {
 
 
 def satisfies(reading: Reading, description: Description) -> bool:
-    """Whether a picture shows all that is described, and no other object."""
-    wanted = Counter({(g.shape, g.color): g.count for g in description.groups})
-    if Counter((t.shape, t.color) for t in reading.things) != wanted:
+    """Whether a picture shows everything in the description and no other object."""
+    described = Counter({(g.shape, g.color): g.count for g in description.groups})
+    if Counter((t.shape, t.color) for t in reading.things) != described:
         return False
     if description.background and reading.background != description.background:
         return False
@@ -100,7 +100,7 @@ def satisfies(reading: Reading, description: Description) -> bool:
 
 
 def _size(thing: Thing) -> str:
-    """The stated size whose range of radii lies nearest."""
+    """The word of size whose range of radii is nearest."""
     return min(RADII, key=lambda size: abs(thing.radius - sum(RADII[size]) / 2))
 
 

@@ -1,4 +1,4 @@
-"""A surveyed data set as training reads it: by row, views of pictures and what is said of them."""
+"""A surveyed data set for training: pictures by row, their views and captions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from latentdiff.data.source import Record, shown
 from latentdiff.data.survey import Picture
 from latentdiff.data.transform import CENTER, corner, place_by_content, view
 
-_RULES = "1"  # of decoding and resizing; another number is another cache
+_RULES = "1"  # version of decoding and resizing; another version has another cache
 _AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is shown in one epoch: from where it is cropped (None: by its content), and whether mirrored."""
+    """The view of a picture in one epoch: where it is cropped (None: by its content), and whether it is mirrored."""
 
     at: tuple[float, float] | None = CENTER
     flipped: bool = False
 
 
 class PictureSet:
-    """Pictures in the order of their identities, each as many rows as it is repeated."""
+    """Pictures in the order of their identities, each with as many rows as it has repeats."""
 
     def __init__(
         self,
@@ -58,40 +58,40 @@ class PictureSet:
         return self._sizes[self._of_row[row]]
 
     def buckets(self) -> dict[Size, np.ndarray]:
-        """The rows of each bucket that has any."""
+        """The rows of each bucket that is not empty."""
         rows: dict[Size, list[int]] = defaultdict(list)
         for row in range(len(self)):
             rows[self.size(row)].append(row)
         return {size: np.array(rows[size]) for size in sorted(rows)}
 
     def cropped_share(self) -> float:
-        """The mean share of a picture that its view leaves out."""
+        """The mean share of a picture's area outside its view."""
         sizes = zip(self._pictures, self._sizes, strict=True)
         shares = [cropped_share(picture.facts.size, size) for picture, size in sizes]
         return sum(shares) / max(len(shares), 1)
 
     def name(self, row: int) -> str:
-        """What the user calls it."""
+        """The user's name of a row."""
         return shown(self.picture(row).name)
 
     def captions(self, row: int) -> tuple[str, ...]:
-        """At least one; the empty one where nothing is said."""
+        """The captions of a row; the empty caption if it has none."""
         return self.picture(row).captions
 
     def key(self, row: int, seen: View) -> str:
-        """The identity of the pixels that `pixels` gives: of the bytes and everything done to them."""
+        """The identity of the result of `pixels`: of the file's bytes and all operations on them."""
         at = "content" if seen.at is None else seen.at
         said = f"{_RULES} {self.picture(row).id} {self.size(row)} {at} {seen.flipped} {self._background}"
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
     def geometry(self, row: int, seen: View) -> tuple[int, ...]:
-        """(height, width) as stored, (top, left) of the view in its own pixels, (height, width) of the view."""
+        """(height, width) of the file, (top, left) of the view in its own pixels, (height, width) of the view."""
         picture, size = self.picture(row), self.size(row)
         at = place_by_content(picture.id) if seen.at is None else seen.at
         return (*picture.facts.size, *corner(picture.facts.size, size, at, seen.flipped), *size)
 
     def pixels(self, row: int, seen: View, size: Size | None = None) -> np.ndarray:
-        """uint8 (*size, 3), of the bucket unless another size is asked for. Raises DataError."""
+        """uint8 (*size, 3), by default of the bucket's size. Raises DataError."""
         if self._stream is not None:
             raise DataError("a streamed data set is read in its own order only, from caches")
         picture = self.picture(row)
@@ -100,28 +100,28 @@ class PictureSet:
         except (DataError, OSError) as error:
             raise DataError(f"{self.name(row)} cannot be read any more ({error})") from None
         if hashlib.sha256(data).hexdigest() != picture.id:
-            raise DataError(f"{self.name(row)} changed since it was looked at. Start again")
+            raise DataError(f"{self.name(row)} changed after the survey. Start again")
         return self._seen(data, row, seen, size)
 
-    def each(self, wanted: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
-        """(number in `wanted`, pixels) of every row and view, in the order they are best read in: a stream's own."""
+    def each(self, views: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index in `views`, pixels) of every row and view, in the order that is fastest to read: a stream's own."""
         with silent_decoders():
             if self._stream is None:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:  # each holds a picture
-                    for first in range(0, len(wanted), _AT_ONCE):
-                        some = wanted[first : first + _AT_ONCE]
+                    for first in range(0, len(views), _AT_ONCE):
+                        some = views[first : first + _AT_ONCE]
                         yield from enumerate(pool.map(lambda item: self.pixels(*item), some), first)
                 return
             asked: dict[str, list[int]] = defaultdict(list)
-            for number, (row, _) in enumerate(wanted):
+            for number, (row, _) in enumerate(views):
                 asked[self.picture(row).id].append(number)
             for record in self._stream:
                 try:
                     data = record.read()
-                except DataError:  # what is wanted could be read when it was looked at
+                except DataError:  # the survey could read it
                     continue
                 for number in asked.pop(hashlib.sha256(data).hexdigest(), ()):
-                    yield number, self._seen(data, *wanted[number])
+                    yield number, self._seen(data, *views[number])
             if asked:
                 raise DataError(f"{len(asked)} pictures are not in the stream any more. Start again")
 
@@ -132,7 +132,7 @@ class PictureSet:
         return view(decoded.pixels, size or self.size(row), at, seen.flipped)
 
     def identity(self) -> str:
-        """sha256 of what is learnt from: pictures, captions and repeats, wherever they lie."""
+        """sha256 of everything that training reads: pictures, captions and repeats, but not paths."""
         digest = hashlib.sha256()
         for picture in self._pictures:
             digest.update(repr((picture.id, picture.captions, picture.repeats)).encode())

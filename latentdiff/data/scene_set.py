@@ -19,7 +19,7 @@ from latentdiff.settings.config import Settings
 
 
 class Scenes:
-    """Procedural scenes of one purpose; rows beyond the last are scenes too, for whoever draws without end."""
+    """Procedural scenes of one purpose; rows beyond the last are scenes too, for stages that never repeat one."""
 
     def __init__(self, config: Settings, purpose: str, count: int, memo: Path | None = None):
         self._config, self._purpose, self._count, self._memo = config, purpose, count, memo
@@ -28,44 +28,44 @@ class Scenes:
         return self._count
 
     def scene(self, row: int) -> scenes.Scene:
-        """The scene itself, which the oracle's answers are compared with."""
+        """The scene itself, which the oracle's readings are compared with."""
         rng = noise.generator(self._config.seed, self._purpose, row)
         return scenes.scene(rng, mix=self._config.data.mix)
 
     def size(self, row: int) -> Size:
-        """All are squares."""
+        """The size, which all scenes share; they are squares."""
         return self._config.image_size, self._config.image_size
 
     def buckets(self) -> dict[Size, np.ndarray]:
-        """One."""
+        """The rows of the only bucket."""
         return {self.size(0): np.arange(self._count)}
 
     def name(self, row: int) -> str:
-        """Its number."""
+        """The scene's number."""
         return f"scene {row}"
 
     def captions(self, row: int) -> Sequence[str]:
-        """One."""
+        """The caption of a scene."""
         return (self._captions[row] if row < self._count else self.scene(row).caption,)
 
     def key(self, row: int, shown: View) -> str:
-        """Of the settings, the purpose and the number."""
+        """The identity: a hash of the settings, the purpose and the number."""
         return hashlib.sha256(f"{self.identity()} {self._purpose} {row}".encode()).hexdigest()[:32]
 
     def pixels(self, row: int, shown: View, size: Size | None = None) -> np.ndarray:
-        """Rendered; a scene has no other views."""
+        """The rendered scene; scenes have one view."""
         return scenes.render(self.scene(row), self._config.image_size)
 
     def geometry(self, row: int, shown: View) -> tuple[int, ...]:
-        """Drawn as it is shown."""
+        """The geometry of a picture that is not cropped."""
         return (*self.size(row), 0, 0, *self.size(row))
 
-    def each(self, wanted: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
-        """In their order."""
-        yield from ((number, self.pixels(*item)) for number, item in enumerate(wanted))
+    def each(self, views: Sequence[tuple[int, View]]) -> Iterator[tuple[int, np.ndarray]]:
+        """The pixels of all, in order."""
+        yield from ((number, self.pixels(*item)) for number, item in enumerate(views))
 
     def identity(self) -> str:
-        """sha256 of the settings that draw them and of the first ones: a change of the drawing itself is seen too."""
+        """sha256 of the settings and of the first scenes, so that a change of the rendering changes it too."""
         return self._identity
 
     @cached_property
@@ -80,7 +80,7 @@ class Scenes:
 
     @cached_property
     def _captions(self) -> list[str]:
-        """Drawn once for a run: of 50,000 scenes it takes seconds."""
+        """All captions, computed once for a run: for 50,000 scenes this takes seconds."""
         path, rules = self._memo and self._memo / "captions.jsonl", {"scenes": self.identity()}
         drawn = read_memo(path, rules) if path else []
         if len(drawn) != self._count:

@@ -1,8 +1,8 @@
 """Procedural captioned scenes: a description, its caption, and a picture that satisfies it.
 
-A `Description` holds exactly what a caption states. From it come the caption (by template) and a `Scene`
+A `Description` holds exactly what a caption states. From it follow the caption (by template) and a `Scene`
 (a layout that satisfies the description), and from the scene the picture. `data/oracle.py` goes the other
-way, from a picture back to what is in it, so that a drawn picture can be checked against its prompt.
+way, from a picture to its objects, so that a drawn picture can be compared with its prompt.
 
 Randomness is an argument: a caller that keys its generator by (seed, index) gets the same scene for that
 index everywhere and in any order. Pictures are uint8 (H, W, 3), anti-aliased by the signed distance of each
@@ -111,7 +111,7 @@ class Scene:
 
 
 def describe(rng: np.random.Generator, category: str, *, held_out: bool = False) -> Description:
-    """Draw a description of one category; with `held_out`, its first object is a pair never trained on."""
+    """Draw a description of one category; with `held_out`, its first object is a pair that training never shows."""
     groups = _groups(rng, category, held_out)
     background = str(rng.choice(list(BACKGROUNDS))) if category == "colors" or rng.random() < 0.5 else ""
     if category == "single":
@@ -212,7 +212,7 @@ def scene(
     mix: Sequence[float] = EVEN_MIX,
     held_out: bool = False,
 ) -> Scene:
-    """Draw a description, its caption and a layout that satisfies it. No category: any, by the shares of the mix."""
+    """Draw a description, its caption and a layout that satisfies it; without a category, by the shares of the mix."""
     if category is None:
         category = str(rng.choice(CATEGORIES, p=np.asarray(mix) / sum(mix)))
     return compose(describe(rng, category, held_out=held_out), rng)
@@ -282,7 +282,7 @@ def _scattered(radii: Sequence[float], rng: np.random.Generator) -> list[tuple[f
 
 
 def coverage(shape: str, x: float, y: float, radius: float, width: int, height: int) -> NDArray[np.float32]:
-    """How much of each pixel a shape covers, (height, width) in [0, 1]."""
+    """The share of each pixel that a shape covers, (height, width) in [0, 1]."""
     u = np.abs(np.arange(width, dtype=np.float32) + np.float32(0.5 - x))[None, :]
     v = (np.arange(height, dtype=np.float32) + np.float32(0.5 - y))[:, None]
     return np.clip(np.float32(0.5) - _signed_distance(shape, u, v, np.float32(radius)), 0, 1)

@@ -1,8 +1,8 @@
-"""webdataset shards: in .tar files, members of one key are one sample, `000.jpg` with `000.txt` or `000.json`.
+"""webdataset shards: members of a .tar file with one key are one sample, `000.jpg` with `000.txt` or `000.json`.
 
-Only the headers are read here; a picture is read where it lies in its shard, in any order, and nothing is extracted.
-The webdataset library itself reads shards from end to end only, so the standard library's tarfile is used; what
-belongs together is the same.
+Only the headers are read here. Pictures are read from their place in a shard, in any order, and nothing is extracted.
+We use the standard library's tarfile, since the webdataset library reads shards only from start to end; samples are
+grouped in the same way.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from latentdiff.core.decoding import SUFFIXES
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.data.source import Listing, Options, Record, captions_in, lines_of, shown
 
-_Member = tuple[int, int, str]  # where it begins, how long it is, its name
-_ELSEWHERE = -1  # of links and sparse files: their bytes are not one piece of the archive
+_Member = tuple[int, int, str]  # offset, length, name
+_ELSEWHERE = -1  # links and sparse files: their bytes are not one piece of the archive
 _MOST = 100_000  # shards
 
 
 def is_sharded(source: str) -> bool:
-    """Whether a source is .tar files: named, as a range in braces, or the only ones of a folder."""
+    """Whether a source is .tar files: by name, as a range in braces, or as the only files of a folder."""
     path = Path(source)
     return source.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar")))
 
@@ -70,7 +70,7 @@ def _shards(source: str) -> list[Path]:
 
 
 def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
-    """Members by key and by what follows its first dot, and how many are neither pictures nor captions."""
+    """Members by key and suffix (all after the first dot), and the number of members that are no picture or caption."""
     samples: dict[str, dict[str, _Member]] = defaultdict(dict)
     ignored = 0
     try:
@@ -95,9 +95,9 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
 
 
 def _check_end(shard: Path, offset: int) -> None:
-    """A whole archive ends in zeros and nothing else.
+    """Check that an archive ends in zeros and nothing else. Raises DataError.
 
-    At a header that is cut off or damaged, and at the end of the first of several archives, tarfile stops in silence.
+    tarfile stops silently at a truncated or damaged header, and at the end of the first of several archives.
     """
     with shard.open("rb") as file:
         file.seek(offset)
@@ -106,7 +106,7 @@ def _check_end(shard: Path, offset: int) -> None:
             raise tarfile.ReadError(f"cut off or damaged at byte {offset:,}")
         while rest := file.read(2**20):
             if rest.count(0) != len(rest):
-                raise tarfile.ReadError(f"more follows its end at byte {offset:,}: archives must not be joined")
+                raise tarfile.ReadError(f"more data follows its end at byte {offset:,}: archives must not be joined")
 
 
 def _kind(extension: str) -> str | None:
@@ -117,7 +117,7 @@ def _kind(extension: str) -> str | None:
 def _records(shard: Path, key: str, members: dict[str, _Member], options: Options) -> list[Record]:
     pictures = [member for extension, member in members.items() if _kind(extension) == "picture"]
     captions: tuple[str, ...] = ()
-    for kind in ("json", "text"):  # what stands in a text file wins
+    for kind in ("json", "text"):  # a text file replaces the caption of a .json
         for extension, member in members.items():
             if _kind(extension) == kind:
                 captions = _captions(shard, member, kind, options) or captions

@@ -1,6 +1,6 @@
-"""What a data set is found to be: a list of pictures, not yet opened, each with its captions.
+"""A data set as a list of pictures, not yet opened, each with its captions.
 
-Every layout (`folder.py`, `shards.py`, `table.py`) becomes a `Listing`; `layouts.py` finds out which one it is.
+Every layout (`folder.py`, `shards.py`, `table.py`) becomes a `Listing`; `layouts.py` recognises the layout.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ CAPTION_KEYS = ("text", "caption", "prompt")  # tried in this order
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture as it was found: what the user calls it, how its bytes are read, and what is said of it.
+    """One listed picture: the user's name of it, a function that reads its bytes, and its captions.
 
-    No captions where nothing is said; `fault` says why it cannot be used although it may be readable.
+    fault: why the picture cannot be used although its file may be readable.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Listing:
-    """A data set as it was found. `orphans` are captions without a picture, `notes` what else the user should know."""
+    """A listed data set. orphans: captions without a picture; notes: what else the user should know."""
 
     layout: str
     records: Iterable[Record]
@@ -42,7 +42,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user says of a data set beside where it is; None is the usual name."""
+    """The user's settings for a data set beside its path; None is the usual name."""
 
     layout: str = "auto"
     split: str = "train"
@@ -52,7 +52,7 @@ class Options:
 
 
 def captions_in(row: Mapping[str, Any], where: str, column: str | None = None) -> tuple[str, ...]:
-    """The captions a row holds, one or a list of them; what is null or only white space is none. Raises DataError."""
+    """The captions of a row, from a string or a list; null and white space do not count. Raises DataError."""
     key = column or next((name for name in CAPTION_KEYS if name in row), None)
     value = row.get(key) if key else None
     values = value if isinstance(value, list | tuple) else [value]
@@ -63,21 +63,21 @@ def captions_in(row: Mapping[str, Any], where: str, column: str | None = None) -
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where}: {key} holds half a surrogate pair, which is no text") from None
+        raise DataError(f"{where}: {key} contains half a surrogate pair, which is not text") from None
     return tuple(text.strip() for text in texts)
 
 
-def check_column(columns: Iterable[str], wanted: str | None, usual: Iterable[str], key: str, where: str) -> str | None:
-    """The column to read: the one that is asked for, or the first usual one. Raises ConfigError listing the columns."""
+def check_column(columns: Iterable[str], name: str | None, usual: Iterable[str], key: str, where: str) -> str | None:
+    """The column to read: the user's, or the first usual one. Raises ConfigError, which lists the columns."""
     names = list(columns)
-    chosen = wanted or next((name for name in usual if name in names), None)
-    if wanted and wanted not in names:
-        raise ConfigError(f'{where} has no column "{wanted}". Its columns: {", ".join(names)}. Name one with {key}')
+    chosen = name or next((column for column in usual if column in names), None)
+    if name and name not in names:
+        raise ConfigError(f'{where} has no column "{name}". Its columns: {", ".join(names)}. Name one with {key}')
     return chosen
 
 
 def lines_of(data: bytes, where: str) -> list[str]:
-    """Lines of UTF-8 text, with or without a byte order mark. Raises DataError with the number of a bad one."""
+    """Lines of UTF-8 text, with or without a byte order mark. Raises DataError with the number of a bad line."""
     lines = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
@@ -88,5 +88,5 @@ def lines_of(data: bytes, where: str) -> list[str]:
 
 
 def shown(name: str) -> str:
-    """A name as one line can hold it: control characters and undecodable bytes are escaped."""
+    """A name on one line: control characters and undecodable bytes are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,8 +1,8 @@
-"""Rows of tensors by key, in safetensors files that are only ever added: what is expensive to compute again.
+"""A store of tensors that are expensive to compute, rows by key, in safetensors files that are never changed.
 
-A file holds rows of one shape, their keys in its header. Its name is the sha256 of its bytes, so that a damaged one is
-known when the store is opened, two writers of the same rows agree, and an interrupted one leaves nothing behind but a
-name that begins with a dot. Files are memory-mapped: a row that is never read takes no memory.
+A file holds rows of one shape, with their keys in its header. Its name is the sha256 of its bytes: a damaged file is
+noticed when the store is opened, and two writers of the same rows agree. An interrupted writer leaves only a file whose
+name begins with a dot. Files are memory-mapped: a row that is never read takes no memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from latentdiff.core.files import flush, let_others_read, scratch, sha256_of
 
 
 class Store:
-    """Rows under 32 hexadecimal digits. Raises DataError for a file that is not as it was written."""
+    """Rows by keys of 32 hexadecimal digits. Raises DataError for a damaged file."""
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -34,7 +34,7 @@ class Store:
         return len(self._where)
 
     def refresh(self) -> None:
-        """Take in files that others have added."""
+        """Read files that other processes have added."""
         new = [path for path in sorted(self._directory.glob("[!.]*.safetensors")) if path not in self._files]
         with ThreadPoolExecutor() as pool:
             for path, digest in zip(new, pool.map(sha256_of, new), strict=True):
@@ -43,16 +43,16 @@ class Store:
                 self._map(path)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those without a row, each once, in their order."""
+        """The keys without a row, each once, in order."""
         return [key for key in dict.fromkeys(keys) if key not in self._where]
 
     def shape(self, key: str, name: str) -> tuple[int, ...]:
-        """Of a row's tensor."""
+        """The shape of a row's tensor."""
         path, _ = self._where[key]
         return tuple(self._files[path][name].shape[1:])
 
     def rows(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors (len(keys), ...) by name; the rows must be of one shape. Raises DataError for a key without a row."""
+        """Tensors (len(keys), ...) by name; the rows must have one shape. Raises DataError for a key without a row."""
         try:
             places = [(self._files[path], row) for path, row in map(self._where.__getitem__, keys)]
         except KeyError as error:
@@ -60,7 +60,7 @@ class Store:
         return {name: torch.stack([tensors[name][row] for tensors, row in places]) for name in places[0][0]}
 
     def add(self, keys: Sequence[str], tensors: dict[str, Tensor]) -> None:
-        """Write rows (N, ...), whole or not at all. Raises ResourceError where there is no room."""
+        """Write rows (N, ...), whole or not at all. Raises ResourceError if the disk is full."""
         try:
             with scratch(self._directory) as unfinished:
                 made = unfinished / "rows.safetensors"

@@ -1,7 +1,7 @@
-"""A data set, looked at whole: every picture decoded, every caption accounted for, before anything is learnt from it.
+"""A survey of a whole data set before training: every picture is decoded, every caption assigned.
 
-A picture's identity is the sha256 of its encoded bytes, whatever it is called and wherever it lies; the set is in the
-order of its identities, so the same pictures in another layout are the same set, row by row.
+A picture's identity is the sha256 of its encoded bytes, whatever its name and place. The set is in the order of
+identities, so the same pictures in another layout are the same set, row by row.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from latentdiff.data.buckets import Size
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.source import Listing, Record, shown
 
-_RULES = f"1, Pillow {PIL.__version__}"  # what the facts below depend on beside the bytes
-QUARANTINED = '{"name": '  # how each line of what is left out begins
-_AT_ONCE = 256  # pictures in hand: of a stream each holds its bytes
+_RULES = f"1, Pillow {PIL.__version__}"  # the facts below depend on these and on the bytes
+QUARANTINED = '{"name": '  # how lines about faults begin
+_AT_ONCE = 256  # pictures in memory: a stream's hold their bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What decoding a picture says: its upright size, colour mode, format and frames, or why it cannot be used."""
+    """The result of decoding: upright size, colour mode, format and frames, or why a picture cannot be used."""
 
     size: Size = (0, 0)
     mode: str = ""
@@ -57,7 +57,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A picture that cannot, and why."""
+    """A picture that cannot be used, and why."""
 
     name: str
     reason: str
@@ -69,7 +69,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Survey:
-    """Each picture found is in exactly one of `pictures`, `unreadable`, `ambiguous` and `uncaptioned`."""
+    """The result: each listed picture is in exactly one of `pictures`, `unreadable`, `ambiguous`, `uncaptioned`."""
 
     listing: Listing
     pictures: tuple[Picture, ...]
@@ -79,24 +79,24 @@ class Survey:
 
     @property
     def found(self) -> int:
-        """How many pictures there are."""
+        """The number of listed pictures."""
         return len(self.pictures) + len(self.quarantined)
 
     @cached_property
     def quarantined(self) -> tuple[Fault, ...]:
-        """All that cannot be used."""
+        """All pictures that cannot be used."""
         return (*self.unreadable, *self.ambiguous, *self.uncaptioned)
 
     @cached_property
     def duplicates(self) -> dict[str, list[str]]:
-        """Names of pictures of the same bytes, by identity."""
+        """Names of pictures with the same bytes, by identity."""
         names: dict[str, list[str]] = defaultdict(list)
         for picture in self.pictures:
             names[picture.id].append(picture.name)
         return {key: same for key, same in names.items() if len(same) > 1}
 
     def refusal(self) -> str | None:
-        """Why nothing is trained on this set, in one line; None where it is sound."""
+        """Why training refuses this set, in one line; None if it does not."""
         found = self.found
         reasons = [
             _named(self.unreadable, 20, f"{len(self.unreadable)} of {found:,} images cannot be read"),
@@ -111,7 +111,7 @@ class Survey:
         return f"{'; '.join(texts)}. {advice}"
 
     def sound(self, skip_bad: bool) -> Survey:
-        """The set itself where training may use it; `skip_bad` leaves out what cannot be used. Raises DataError."""
+        """The survey if training may use it; skip_bad: leave out what cannot be used. Raises DataError."""
         refusal = self.refusal()
         if refusal and not (skip_bad and self.pictures):
             raise DataError(refusal)
@@ -119,11 +119,11 @@ class Survey:
 
     @property
     def left_out(self) -> bool:
-        """Whether anything is."""
+        """Whether anything is left out."""
         return bool(self.quarantined or self.listing.orphans)
 
     def write_quarantine(self, path: Path) -> None:
-        """One JSON object a line for everything left out; the pictures themselves stay where and as they are."""
+        """Write one JSON object a line for everything left out. The pictures themselves are not touched."""
         lines = [asdict(fault) for fault in self.quarantined]
         lines += [{"name": name, "reason": "a caption without an image", "id": None} for name in self.listing.orphans]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -137,9 +137,9 @@ def survey(
     max_pixels: int = MAX_PIXELS,
     memo: Path | None = None,
 ) -> Survey:
-    """Open every picture of a listing. `instance_prompt` is the caption of those without one.
+    """Open every picture of a listing. instance_prompt: the caption of pictures without one.
 
-    What decoding said is remembered in `memo` by identity, so that the next time bytes are only hashed.
+    memo: a file that remembers the facts by identity, so that the next survey only hashes bytes.
     """
     rules = {"rules": _RULES, "max_pixels": max_pixels}
     known = {key: facts_of(texts) for key, texts in (read_memo(memo, rules) if memo else ())}
@@ -158,7 +158,7 @@ def survey(
             pictures.append(Picture(key, record.name, facts, captions or ("",), record.repeats, record.read))
     if memo:
         write_memo(memo, rules, [[key, asdict(facts)] for key, facts in sorted(known.items())])
-    # names come last: what is learnt from does not depend on them
+    # names come last: training must not depend on them
     pictures.sort(key=lambda picture: (picture.id, picture.captions, picture.repeats, picture.name))
     return Survey(listing, tuple(pictures), **{kind: tuple(found) for kind, found in faults.items()})
 
@@ -166,7 +166,7 @@ def survey(
 def _opened(
     records: Iterable[Record], known: dict[str, Facts], max_pixels: int
 ) -> Iterator[tuple[Record, str | None, Facts]]:
-    """Each record with its identity and facts, by two threads: decoders leave Python's lock to the other."""
+    """Each record with its identity and facts, by two threads: decoders release Python's lock."""
 
     def look(record: Record) -> tuple[Record, str | None, Facts]:
         try:
@@ -190,7 +190,7 @@ def _opened(
 
 
 def facts_of(texts: dict[str, Any]) -> Facts:
-    """Facts as JSON gives them back."""
+    """Facts from JSON."""
     height, width = texts["size"]
     return Facts(**{**texts, "size": (height, width)})
 
@@ -205,7 +205,7 @@ def _facts(data: bytes, max_pixels: int) -> Facts:
 
 
 def as_values(survey: Survey) -> list[Any]:
-    """A survey as JSON values, for a stream that nobody wants to go through again only to look."""
+    """A survey as JSON values, so that a stream need not be read again for it."""
     values: list[Any] = [
         [picture.id, picture.name, asdict(picture.facts), picture.captions, picture.repeats]
         for picture in survey.pictures
@@ -215,7 +215,7 @@ def as_values(survey: Survey) -> list[Any]:
 
 
 def from_values(listing: Listing, values: list[Any]) -> Survey:
-    """The survey that `as_values` wrote."""
+    """The inverse of `as_values`."""
     pictures = []
     faults: dict[str, list[Fault]] = {"unreadable": [], "ambiguous": [], "uncaptioned": []}
     for first, *rest in values:
@@ -228,7 +228,7 @@ def from_values(listing: Listing, values: list[Any]) -> Survey:
 
 
 def _streamed() -> bytes:
-    raise DataError("a streamed picture is read with its stream only")
+    raise DataError("a streamed picture can only be read with its stream")
 
 
 def _images(count: int) -> str:

@@ -1,7 +1,7 @@
-"""Tables of pictures, read by Hugging Face's `datasets`: saved ones, parquet files, hub ids; whole or streamed.
+"""Tables of pictures, read by Hugging Face's `datasets`: saved sets, parquet files, hub ids; whole or streamed.
 
-The encoded bytes are taken as they are stored, so a picture has the same identity here as in a file of its own.
-A hub id is the only thing in this package that is ever fetched, and only because the user named it.
+Pictures keep their encoded bytes, so a picture has the same identity in a table and in a file of its own. A hub id is
+fetched because the user named it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def is_table(path: Path) -> bool:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether `datasets` itself wrote a folder."""
+    """Whether `datasets` wrote the folder."""
     return (path / "dataset_dict.json").is_file() or (
         (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     )
 
 
 def state_of(source: str) -> list[Any]:
-    """Of a table on this machine its files with their sizes and times: another list is another state."""
+    """The state of a table on this machine: its files with their sizes and times."""
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = ((str(file), file.stat()) for file in files if file.is_file())
@@ -37,7 +37,7 @@ def state_of(source: str) -> list[Any]:
 
 
 def listing(source: str, options: Options) -> Listing:
-    """Every row. Raises DataError, and ConfigError for a column or split that is not there."""
+    """A listing of every row. Raises DataError, and ConfigError for a missing column or split."""
     table = _opened(source, options)
     with raised_as(DataError, f"cannot read the data set {shown(source)}"):
         columns = list(table.features or next(iter(table.take(1)), {}))
@@ -64,7 +64,7 @@ def _other_splits(table: Any) -> tuple[str, ...]:
 
 
 class _Stream:
-    """Records in the order of the rows, each with its bytes in hand; it can be gone through again."""
+    """Records in the order of the rows, each with its bytes; it can be read several times."""
 
     def __init__(self, source: str, table: Iterable[dict[str, Any]], image: str, caption: str | None):
         self._source, self._table, self._image, self._caption = source, table, image, caption
@@ -116,7 +116,7 @@ def _split(table: Any, options: Options, source: str) -> Any:
 
 
 def _undecoded(table: Any, column: str) -> Any:
-    """Pictures as their bytes; `datasets` would decode them, and its decoder knows nothing of what ours refuses."""
+    """The table with pictures as bytes: the decoder of `datasets` does not refuse what ours refuses."""
     from datasets import Image
 
     feature = (table.features or {}).get(column)
@@ -128,7 +128,7 @@ def _reader(table: Any, number: int, column: str) -> Callable[[], bytes]:
 
 
 def _bytes(cell: Any) -> bytes:
-    """Of a cell that holds them, or the path of a local file that does."""
+    """The bytes of a cell, or of the local file that it names."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):

@@ -1,7 +1,7 @@
-"""A picture as a network sees it: the largest part of the bucket's aspect, resized in one step, flipped by choice.
+"""A view of a picture: its largest part with the bucket's aspect, resized in one step, optionally flipped.
 
-Cropping before resizing leaves no rounded intermediate size: the part's corners may lie between pixels, and the
-Lanczos filter is evaluated there. It reads nothing outside the part.
+Cropping before resizing avoids a rounded intermediate size: the part's corners may lie between pixels, and the Lanczos
+filter is evaluated there. It reads nothing outside the part.
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ def corner(whole: Size, size: Size, at: tuple[float, float] = CENTER, flipped: b
 
 
 def place_by_content(identifier: str) -> tuple[float, float]:
-    """Where in [0, 1]^2 a picture is cropped, by its sha256: the same at every epoch and wherever the file lies."""
+    """The place in [0, 1]^2 of a picture's crop, from its sha256: the same in every epoch and for every path."""
     return int(identifier[:8], 16) / 0xFFFFFFFF, int(identifier[8:16], 16) / 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""The three stages of a run: what each draws from the pictures, trains, reports and leaves in the run folder.
+"""Stages: what each stage of a run reads from the data, trains, reports and writes to the run's folder.
 
-Networks come from `build`, pictures from `data`, losses and the loop from `training`; none of those know each other.
+Networks come from `families`, pictures from `data`, losses and the loop from `training`.
 """

@@ -1,4 +1,4 @@
-"""Filling a run's cache ahead of its training, by several jobs at once or one after another."""
+"""Filling a run's cache before its training, by one job or several."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ def parse_shard(text: str) -> Shard:
 
 
 def cache_ahead(config: Config, folder: Path, data: DataSet, share: Shard) -> tuple[int, int]:
-    """Encode one share of what is missing: how many pictures and captions. Raises ConfigError, DataError."""
+    """Encode one share of what is missing; returns the numbers of pictures and captions.
+
+    Raises ConfigError, DataError.
+    """
     if not config.denoiser.cache:
-        raise ConfigError("denoiser.cache is false: nothing of this run is cached")
+        raise ConfigError("caching ahead requires denoiser.cache = true")
     check_networks(config)
     device = new_accelerator(config).device
     autoencoder, text_encoder = networks_before(config, folder)

@@ -1,6 +1,6 @@
 """Stage 1: the autoencoder, trained on crops of pictures, its latents whitened, saved as `model/vae`.
 
-A tiny one learns another's latents, which stay as they are.
+A tiny autoencoder learns another's latents, which are not whitened.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def autoencoder_stage(config: Config, examples: Examples, device: torch.device) 
 
 
 def _teacher(named: str, module: Autoencoder) -> Autoencoder:
-    """The VAE that a tiny one stands for, in float32. Raises ConfigError where their shapes differ."""
+    """The VAE that a tiny one learns from, in float32. Raises ConfigError if their shapes differ."""
     place = located(named or None).path
     teacher = load_vae(check_vae(place)).float()
     if why := misfit(teacher, module):
-        raise ConfigError(f"autoencoder: it cannot stand for its teacher: {why} ({place})")
+        raise ConfigError(f"autoencoder.teacher must have the same shape: {why} ({place})")
     return teacher
 
 
 def _picture(config: Config, examples: Examples) -> Callable[[int], tuple[np.ndarray, str]]:
-    """The picture at a position and its name: new scenes without end, or the user's pictures epoch by epoch."""
+    """A function from positions to pictures and their names: new scenes without end, or the user's, epoch by epoch."""
     if isinstance(examples.pictures, Scenes):
         return lambda position: (examples.image(position, 0), examples.pictures.name(position))
     order = Order(config.seed, "autoencoder", [np.arange(len(examples))])
@@ -101,7 +101,7 @@ def train_autoencoder(run: Run[Config]) -> None:
 def latent_statistics(
     autoencoder: Autoencoder, config: Config, examples: Examples, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean and std of each latent channel (C,), over posterior samples of 512 training pictures, as squares."""
+    """Mean and std of each latent channel (C,) over posterior samples of 512 training pictures, cropped to squares."""
     endless = isinstance(examples.pictures, Scenes)
     images = _squares(config, examples, 512 if endless else min(512, len(examples))).to(device)
     mean, log_variance = in_batches(autoencoder.encode, images)
@@ -120,7 +120,7 @@ def _squares(config: Config, examples: Examples, count: int) -> Tensor:
 def _report(
     config: Config, validation: Examples, device: torch.device, stage: AutoencoderStage, step: int
 ) -> dict[str, float]:
-    """PSNR and, where the oracle can read, the share of reconstructed validation scenes still read right."""
+    """PSNR and, if the oracle can read the pictures, the share of reconstructed scenes that it reads right."""
     stage.module.eval()
     images = _squares(config, validation, min(VALIDATION, len(validation))).to(device)
     decoded = torch.cat([stage.reconstruct(batch) for batch in torch.split(images, 32)])

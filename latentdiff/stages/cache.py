@@ -1,7 +1,7 @@
-"""The training set as the denoiser takes it: latents' moments and captions, encoded once before, or in every step.
+"""The training set of the denoiser: moments of latents and captions, encoded once before, or in every step.
 
-A cache holds rows by identity (the picture's bytes and all that is done to them; the caption's words), in a folder of
-the network that made them: an edit is another row, another network another folder, and nothing stale can be read.
+A cache has rows by identity (a picture's bytes and all operations on them; a caption's words), in a folder for each
+network that computes them: an edit is another row, another network another folder, and nothing stale can be read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from latentdiff.settings.config import Learning
 from latentdiff.stages.encoding import AT_ONCE, AnyCodec, AnyTextEncoder, encoded, finite, identity_of, moments_of
 from latentdiff.training.denoiser import Captions, Key, Latents
 
-ROWS_A_FILE = 256  # what a kill can cost
+ROWS_A_FILE = 256  # at most this many are lost by a kill
 Shard = tuple[int, int]  # (i, n): the i-th of n jobs
 ALL: Shard = (0, 1)
 _Taken = tuple[str, int, np.ndarray]  # key, row, pixels
@@ -33,7 +33,7 @@ _Moments = tuple[Tensor, Tensor]
 
 
 class CachedLatents:
-    """Moments that were computed once."""
+    """Moments from the cache."""
 
     def __init__(self, store: Store, examples: Examples, autoencoder: AnyCodec):
         self._store, self._examples, self._shape = store, examples, _shape_of(examples, autoencoder)
@@ -43,17 +43,17 @@ class CachedLatents:
         return self._shape(row)
 
     def batch(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        """Moments as they are stored, in half precision."""
+        """Stored moments, in half precision."""
         examples = self._examples
         return self._store.rows([examples.key(row, examples.view(row, epoch)) for row, epoch in keys])
 
     def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What was stored."""
+        """The stored moments."""
         return batch["mean"].float(), batch["log_variance"].float()
 
 
 class EncodedLatents:
-    """Moments computed anew in every step."""
+    """Moments computed in every step."""
 
     def __init__(self, examples: Examples, autoencoder: AnyCodec, dtype: str = "float32"):
         self._examples, self._autoencoder, self._dtype = examples, autoencoder, dtype
@@ -68,30 +68,30 @@ class EncodedLatents:
         return {"images": to_images(np.stack([self._examples.image(*key) for key in keys]))}
 
     def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of the images."""
+        """The moments of the images."""
         mean, log_variance = moments_of(self._autoencoder, batch["images"], self._dtype)
         return mean.float(), log_variance.float()
 
 
 class TokenIds:
-    """Captions for a text encoder that is trained too; `sized` for a backbone that reads sizes, SDXL's."""
+    """Captions for a text encoder that is trained too; sized: the backbone reads sizes, as SDXL's does."""
 
     def __init__(self, examples: Examples, text_encoder: AnyTextEncoder, *, sized: bool = False):
         self._examples, self._tokenize, self._sized = examples, text_encoder.tokenize, sized
-        examples.caption(0, 0)  # scenes make all their captions at the first: once, before workers are forked
+        examples.caption(0, 0)  # the first call computes the captions of all scenes: once, before workers are forked
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """Token ids (B, L), of two encoders (B, 2, L), and sizes (B, 6)."""
+        """Token ids (B, L), or (B, 2, L) for two encoders, and sizes (B, 6)."""
         ids = self._tokenize(_captions(self._examples, keys, kept))
         return {"ids": ids, **_sizes(self._examples, keys, self._sized)}
 
     def conditions(self, batch: dict[str, Tensor]) -> Conditions:
-        """The ids, and sizes where they are read."""
+        """The ids, and the sizes if the backbone reads them."""
         return Conditions({name: batch[name] for name in ("ids", "sizes") if name in batch})
 
 
 class EncodedCaptions(TokenIds):
-    """Conditions computed anew in every step."""
+    """Conditions computed in every step."""
 
     def __init__(self, examples: Examples, text_encoder: AnyTextEncoder, *, sized: bool = False):
         super().__init__(examples, text_encoder, sized=sized)
@@ -103,19 +103,19 @@ class EncodedCaptions(TokenIds):
 
 
 class CachedCaptions:
-    """Conditions that were computed once."""
+    """Conditions from the cache."""
 
     def __init__(self, store: Store, examples: Examples, *, sized: bool = False):
         self._store, self._examples, self._sized = store, examples, sized
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """`tokens` (B, L, D) and for SDXL `pooled` (B, P) as they are stored, in half precision, and sizes (B, 6)."""
+        """Stored `tokens` (B, L, D) and for SDXL `pooled` (B, P), in half precision, and sizes (B, 6)."""
         captions = _captions(self._examples, keys, kept)
         stored = self._store.rows([_key_of(caption) for caption in captions])
         return stored | _sizes(self._examples, keys, self._sized)
 
     def conditions(self, batch: dict[str, Tensor]) -> Conditions:
-        """What was stored, in float32."""
+        """The stored conditions, in float32."""
         stored = Conditions({name: batch[name] for name in ("tokens", "pooled") if name in batch})
         return _with_sizes(stored.cast(torch.float32), batch)
 
@@ -127,7 +127,7 @@ def _with_sizes(conditions: Conditions, batch: dict[str, Tensor]) -> Conditions:
 def latents_of(
     learning: Learning, sets: Sequence[Examples], autoencoder: AnyCodec, cache: Path, accelerator: Accelerator
 ) -> list[Latents]:
-    """Of each set: cached, where the config says so; what is missing is encoded now, by all processes together."""
+    """The latents of each set, cached if the config says so; all processes together encode what is missing."""
     autoencoder.to(accelerator.device)
     if not learning.cache:
         return [EncodedLatents(examples, autoencoder, learning.encode_dtype) for examples in sets]
@@ -147,7 +147,9 @@ def captions_of(
     *,
     sized: bool = False,
 ) -> list[Captions]:
-    """Of each set: token ids where the text encoder is trained, else conditions, cached unless tags are shuffled."""
+    """The captions of each set: token ids if the text encoder is trained, else conditions, which are cached unless tags
+    are shuffled.
+    """
     if learning.tune_text_encoder:
         return [TokenIds(examples, text_encoder, sized=sized) for examples in sets]
     text_encoder.to(accelerator.device).requires_grad_(False)
@@ -167,12 +169,12 @@ def captions_of(
 
 
 def latents_store(learning: Learning, autoencoder: AnyCodec, cache: Path) -> Store:
-    """Rows `mean` and `log_variance` of one autoencoder, in one arithmetic."""
+    """The store of rows `mean` and `log_variance` of one autoencoder in one precision."""
     return Store(cache / f"latents-{identity_of(autoencoder)[:16]}-{learning.encode_dtype}")
 
 
 def conditions_store(text_encoder: AnyTextEncoder, cache: Path) -> Store:
-    """Rows `tokens`, and for SDXL `pooled`, of one text encoder with its tokenizer."""
+    """The store of rows `tokens`, and for SDXL `pooled`, of one text encoder with its tokenizer."""
     return Store(cache / f"conditions-{identity_of(text_encoder)[:16]}")
 
 
@@ -184,7 +186,7 @@ def fill_latents(
     device: torch.device,
     share: Shard = ALL,
 ) -> int:
-    """Encode what is missing of one share; how many. Raises DataError naming a picture that has no finite latents."""
+    """Encode what is missing of one share; returns the number. Raises DataError for non-finite latents."""
     views = ((row, shown) for row in range(len(examples)) for shown in examples.every_view(row))
     wanted = {examples.key(*item): item for item in views}
     missing = _shared(store.missing(wanted), share)
@@ -200,7 +202,7 @@ def fill_latents(
 def fill_conditions(
     store: Store, captions: Sequence[str], text_encoder: AnyTextEncoder, device: torch.device, share: Shard = ALL
 ) -> int:
-    """Encode what is missing of one share, the empty caption too; how many."""
+    """Encode what is missing of one share, and the empty caption; returns the number."""
     words = {_key_of(caption): caption for caption in ("", *captions)}
     missing = _shared(store.missing(words), share)
     firsts = range(0, len(missing), ROWS_A_FILE)
@@ -212,7 +214,7 @@ def fill_conditions(
 
 
 class _Writer:
-    """Pictures as they come, of several shapes, encoded AT_ONCE at a time and written ROWS_A_FILE at a time."""
+    """Encodes pictures of several shapes, AT_ONCE at a time, and writes them ROWS_A_FILE at a time."""
 
     def __init__(self, store: Store, encode: Callable[[list[_Taken]], list[_Moments]]):
         self._store, self._encode = store, encode
@@ -269,7 +271,7 @@ def _take_in_all(accelerator: Accelerator, store: Store) -> None:
 
 
 def _shared(keys: list[str], share: Shard) -> list[str]:
-    """Keys are hashes: their remainders share them out alike for any number of jobs."""
+    """The keys of one share. Keys are hashes, so their remainders make equal shares for any number of jobs."""
     number, jobs = share
     return [key for key in keys if int(key[:8], 16) % jobs == number]
 
@@ -279,7 +281,7 @@ def _captions(examples: Examples, keys: Sequence[Key], kept: Sequence[bool]) -> 
 
 
 def _sizes(examples: Examples, keys: Sequence[Key], sized: bool) -> dict[str, Tensor]:
-    """What SDXL is told of each sample, (B, 6): the original (height, width), the crop's (top, left), the target."""
+    """SDXL's sizes of each sample, (B, 6): the original (height, width), the crop's (top, left), the target."""
     if not sized:
         return {}
     sizes = [examples.sizes(row, epoch) for row, epoch in keys]

@@ -1,4 +1,4 @@
-"""The three stages of a run, in their order."""
+"""The three stages of a run, in order."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Pictures of the class for prior preservation: drawn by the model before it is taught, once for a run.
+"""Pictures of the class for prior preservation, drawn by the model before its training, once for a run.
 
-`classes.json` in their folder says of what they are before the first is drawn, and what each is once all are there:
-pictures of other settings, missing or altered ones are told, and never drawn anew in silence.
+`classes.json` in their folder has their settings from the start, and their hashes once all are drawn. Pictures with
+other settings, missing and changed ones raise an error; they are never silently redrawn.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from latentdiff.settings.config import Captions, Data
 from latentdiff.settings.finetuning import FineTuning
 
 _SAID = "classes.json"
-_AT_ONCE = 8  # as always in the same company, a picture has the same bits however often the drawing was stopped
+_AT_ONCE = 8  # a picture's bits depend on its batch, so batches are the same however often drawing was interrupted
 
 
 def class_data(config: FineTuning, folder: Path) -> Data:
-    """The settings under which the pictures are read: as the thing's own, but with no caption but the class prompt."""
+    """The data settings of the class pictures: the instance's, with the class prompt as the only caption."""
     own = {
         "source": config.prior.source or str(folder),
         "layout": "uncaptioned",
@@ -35,7 +35,7 @@ def class_data(config: FineTuning, folder: Path) -> Data:
 
 
 def draw_class(painter: Painter, config: FineTuning, folder: Path, model: str) -> None:
-    """Draw what is not there yet; `model` is the identity of what draws. Raises DataError."""
+    """Draw the pictures that are missing; model: the identity of the model. Raises DataError."""
     prior = config.prior
     asked = {
         "prompt": prior.prompt,
@@ -57,11 +57,11 @@ def draw_class(painter: Painter, config: FineTuning, folder: Path, model: str) -
 
 
 def _said(folder: Path, asked: dict[str, Any]) -> dict[str, str] | None:
-    """The sums of finished pictures of these settings; None where there are none yet. Raises DataError."""
+    """The hashes of finished pictures with these settings, or None. Raises DataError."""
     path = folder / _SAID
     if not path.is_file():
         if folder.exists() and any(folder.iterdir()):
-            raise DataError(f"there is something else where class pictures are to be ({folder}). Move it away")
+            raise DataError(f"the folder for class pictures has other files ({folder}). Move them away")
         folder.mkdir(parents=True, exist_ok=True)
         _say(folder, asked)
         return None
@@ -71,12 +71,12 @@ def _said(folder: Path, asked: dict[str, Any]) -> dict[str, str] | None:
     except (ValueError, AttributeError, RecursionError):
         raise DataError(f"{_SAID} is damaged ({folder}). Move the folder away to have new pictures drawn") from None
     if record != asked or not isinstance(sums, dict | None):
-        raise DataError(f"the class pictures are of other settings ({folder}). Move them away to have new ones drawn")
+        raise DataError(f"the class pictures have other settings ({folder}). Move them away to have new ones drawn")
     return sums
 
 
 def _say(folder: Path, tree: dict[str, Any]) -> None:
-    """Whole or not there."""
+    """Write classes.json, whole or not at all."""
     write_json(folder / _SAID, tree, indent=1)
 
 

@@ -1,4 +1,4 @@
-"""Stage 2: CLIP on captioned pictures, of scenes also on their twins; its text tower becomes the text encoder."""
+"""Stage 2: CLIP on captioned pictures, for scenes also on their twins; its text tower becomes the text encoder."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def captioned_twins(config: Config, positions: range, purpose: str = "clip scene
 
 
 def _captioned(run: Run[Config]) -> Callable[[range], list[CaptionedPicture]]:
-    """The user's pictures as squares."""
+    """The user's captioned pictures, cropped to squares."""
     examples, config = run.data.training, run.config
     order = Order(config.seed, "clip", [np.arange(len(examples))])
 
@@ -74,7 +74,7 @@ def _captioned(run: Run[Config]) -> Callable[[range], list[CaptionedPicture]]:
 
 
 def _square(config: Config, examples: Examples, row: int, epoch: int) -> np.ndarray:
-    """In colour, also where the model draws grey."""
+    """A square picture, in colour even if the model draws grey."""
     return examples.pictures.pixels(row, examples.view(row, epoch), (config.image_size, config.image_size))
 
 
@@ -82,7 +82,7 @@ def _square(config: Config, examples: Examples, row: int, epoch: int) -> np.ndar
 def _report(
     config: Config, validation: Examples, to_ids: Tokenize, device: torch.device, module: Clip, step: int
 ) -> dict[str, float]:
-    """Validation loss, the share of captions found among all, and among a picture's own and its twin's."""
+    """The validation loss, and how often CLIP picks the right caption: of all, and of a picture's and its twin's."""
     module.eval()
     twins = config.data.kind == "scenes"
     if twins:

@@ -1,4 +1,4 @@
-"""Stage 3: the U-Net, and the text encoder by choice; completes `run/model`."""
+"""Stage 3: the U-Net, and optionally the text encoder; completes `run/model`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from latentdiff.training.run import run_stage
 
 
 def train_denoiser(run: Run[Config]) -> None:
-    """Train the U-Net (and the text encoder, by choice) on latents; completes `run/model`."""
+    """Train the U-Net, and optionally the text encoder, on latents; completes `run/model`."""
     config, accelerator = run.config, run.accelerator
     codec, text_encoder = networks_before(config, run.folder)
     made_from = f"{weights_hash(codec)} {weights_hash(text_encoder)}"
@@ -76,7 +76,7 @@ def train_denoiser(run: Run[Config]) -> None:
 
 
 def _samples(run: Run[Config], codec: AnyCodec, text_encoder: TextEncoder) -> list[Samples]:
-    """Of the training and the validation set."""
+    """The samples of the training and the validation set."""
     sets = (run.data.training, run.data.validation)
     latents = latents_of(run.config.denoiser, sets, codec, run.cache, run.accelerator)
     captions = captions_of(run.config.denoiser, sets, text_encoder, run.cache, run.accelerator)
@@ -85,7 +85,7 @@ def _samples(run: Run[Config], codec: AnyCodec, text_encoder: TextEncoder) -> li
 
 
 def networks_before(config: Config, folder: Path) -> tuple[AnyCodec, TextEncoder]:
-    """What the stages before left in the run folder. Raises ConfigError."""
+    """The networks of the earlier stages in the run's folder. Raises ConfigError if one is missing."""
     identity = config.autoencoder.kind == "identity"
     for stage_before, part in (("autoencoder", folder / "model" / "vae"), ("clip", folder / "clip" / "text_encoder")):
         if not part.is_dir() and not (stage_before == "autoencoder" and identity):
@@ -102,7 +102,7 @@ def _unet(config: Config, codec: AnyCodec, device: torch.device) -> UNet:
 
 
 def prepare_unet(unet: UNet, learning: Learning, device: torch.device) -> None:
-    """What makes its training fast on a device, and small by choice; no number changes."""
+    """Make training fast on a device, and optionally small in memory; no number changes."""
     laid_out_for(unet, device)
     if device.type == "cpu":
         unet.use_plain_attention()
@@ -111,7 +111,7 @@ def prepare_unet(unet: UNet, learning: Learning, device: torch.device) -> None:
 
 
 def _training(config: Config, examples: Examples, processes: int) -> tuple[DiffusionLoss, Draws, Order]:
-    """The loss, what is drawn for a sample, and the order: a step is of one bucket, on all processes."""
+    """The loss, a sample's draws, and the order, in which a step's samples of all processes share a bucket."""
     settings, path = config.denoiser, new_path(config)
     loss = DiffusionLoss(path, settings.prediction, settings.weighting, settings.snr_gamma)
     rates = settings.caption_dropout, settings.noise_offset, settings.input_perturbation
@@ -121,7 +121,7 @@ def _training(config: Config, examples: Examples, processes: int) -> tuple[Diffu
 
 
 def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draws, Order]:
-    """The same without weights, dropped captions, offset and perturbation; every picture once in each bin of time."""
+    """Likewise for validation: no weights, dropout, offset or perturbation; each picture once in each bin of time."""
     path = new_path(config)
     draws = Draws(config.seed, Times(path, bins=TIME_BINS), purpose="validation")
     order = Order(config.seed, "validation", list(examples.pictures.buckets().values()))
@@ -129,7 +129,7 @@ def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draw
 
 
 def _references(run: Run[Config]) -> References:
-    """The pictures that distances are measured by: as `latentdiff evaluate` measures the finished model, to the bit."""
+    """The reference pictures of distances: those of `latentdiff evaluate` for the finished model, to the bit."""
     held, _ = held_out(run.config, run.config.denoiser.distance_pictures, run.data.found)
     if not (run.folder / "model" / "clip").is_dir():
         raise ConfigError(f"distance_pictures requires the CLIP of the same run ({run.folder}). Train that stage first")
@@ -142,8 +142,8 @@ def _references(run: Run[Config]) -> References:
 def _report(
     run: Run[Config], painter: Painter, validation: DenoiserStage, references: References | None, step: int
 ) -> dict[str, float]:
-    """The validation loss; pictures at fixed prompts and seeds in `samples`, a row a category or of captions, and
-    their composition scores where the oracle can read them; by choice their distances from pictures held out.
+    """A validation: the loss; pictures of fixed prompts and seeds in `samples`, in rows by category or caption; their
+    composition scores if the oracle can read them; optionally their distances from held-out pictures.
     """
     config, examples, directory = run.config, run.data.validation, run.folder / "denoiser" / "samples"
     unet = painter.model.backbone

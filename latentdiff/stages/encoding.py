@@ -1,9 +1,9 @@
-"""Networks that are not trained any more, applied to pictures and captions: the same bits before training and in it.
+"""Frozen networks applied to pictures and captions, with the same bits before training and in its steps.
 
-Kernels round otherwise for another number of rows or another order in memory. So rows go through contiguous, in batches
-of `AT_ONCE`, filled up where there are fewer; which rows share a batch then changes no bit, and what is cached is what
-would be computed in a step. The arithmetic is float32 unless asked otherwise, whatever the training's is, and the
-results are rounded to half.
+Kernels round differently for other numbers of rows and other memory orders. So rows are contiguous and go through in
+full batches of `AT_ONCE`; then the other rows of a batch change no bit, and cached rows equal those that a step would
+compute. The arithmetic is float32 by default, whatever the training's is, and the results are rounded to
+half precision.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def _moments(autoencoder: AnyCodec, images: Tensor, dtype: str) -> tuple[Tensor,
 
 
 def finite(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Whether each row (B,) can be learnt from. A variance of zero can: a log-variance of minus infinity."""
+    """Whether each row (B,) has a finite mean and a variance that is finite; a log-variance may be minus infinity."""
     good = mean.isfinite() & ~log_variance.isnan() & ~log_variance.isposinf()
     return good.flatten(1).all(1)
 
 
 def identity_of(network: AnyCodec | AnyTextEncoder) -> str:
-    """sha256 of all that its results depend on: weights, configuration, and the tokenizer of a text encoder."""
+    """sha256 of everything that a network's results depend on: weights, config, and a text encoder's tokenizer."""
     parts = [weights_hash(network)]
     if isinstance(network, TextEncoder | TwoTextEncoders):
         for encoder in network.encoders:
@@ -79,7 +79,7 @@ def identity_of(network: AnyCodec | AnyTextEncoder) -> str:
 
 
 def _settings(config: dict[str, Any]) -> str:
-    """Of a network's config what is its own: not where it was loaded from, nor by which version."""
+    """A network's config without the path and the version that it was loaded with."""
     return json.dumps(
         {key: value for key, value in sorted(config.items()) if key[0] != "_" and key not in _NOT_ITS_OWN}
     )
@@ -87,7 +87,7 @@ def _settings(config: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def encoded(text_encoder: AnyTextEncoder, ids: Tensor) -> Conditions:
-    """The conditions of token ids (B, L), of two encoders (B, 2, L), in half precision."""
+    """The conditions of token ids (B, L), or (B, 2, L) for two encoders, in half precision."""
     names: list[str] = []
 
     def tensors(part: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The stage of fine-tuning: a model is taught somebody's pictures by a method."""
+"""The stage of fine-tuning: a model learns the user's pictures by a method."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from latentdiff.training.run import peak_memory, run_stage
 
 
 def finetune(run: Run[FineTuning], model: Model, say: Callable[[str], None]) -> list[Path]:
-    """Teach a model; returns what was written. Goes on where an earlier start stopped."""
+    """Fine-tune a model, from where an earlier start stopped; returns the paths that were written."""
     config, accelerator = run.config, run.accelerator
     made_from = identity_of_model(model)
     prior = _prior(run, model, made_from)
@@ -55,10 +55,10 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[[str], None]) -> 
     model = moved(model, accelerator.device)
     stage, validation = _stages(run, model, taught, prior)
     if config.finetune.cache and not (taught.reads or config.data.pictures.captions.shuffle_tags):
-        text_encoder.to("cpu")  # every caption is encoded: of SDXL three gigabytes
+        text_encoder.to("cpu")  # every caption is encoded: frees three gigabytes of SDXL
     if accelerator.is_main_process:
         keep_rows_apart(run.folder / STAGE / "samples", config, run.data.validation)
-        if not (run.folder / FILE).is_file():  # of a run that goes on, once it has been accepted
+        if not (run.folder / FILE).is_file():  # only once a resumed run has been accepted
             save_config(config, run.folder / FILE)
     start = run.start(STAGE, made_from=made_from + (f" {prior.fingerprint['sha256']}" if prior else ""))
     folder = run.folder / STAGE
@@ -76,7 +76,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[[str], None]) -> 
 
 
 def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuning, Model]:
-    """The settings, with the defaults of the model's size, and the model in float32. Raises ConfigError, ModelError."""
+    """The settings, with defaults for the model's size, and the model in float32. Raises ConfigError, ModelError."""
     config = load_finetuning(path, overrides)
     model = moved(stored_model(config.model or None, config.variant, config.revision), "cpu", torch.float32)
     size = sum(parameter.numel() for parameter in model.modules()[0].parameters())
@@ -85,7 +85,7 @@ def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuni
 
 
 def plan(run: Run[FineTuning], model: Model, taught: Taught) -> str:
-    """What this start will do."""
+    """The plan of this start, as text."""
     config = run.config
     what = f"{config.model or 'the default model'} by {config.method}"
     what += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.low_rank else ""
@@ -99,9 +99,9 @@ def plan(run: Run[FineTuning], model: Model, taught: Taught) -> str:
 
 
 def rehearse(run: Run[FineTuning], model: Model) -> str:
-    """The plan, with the time and the memory that a step takes; nothing is written. The model is spent."""
+    """The plan, with the time and memory of a step. Nothing is written, but the model must not be used afterwards."""
     if run.config.prior.source:
-        _prior(run, model, "")  # sound, or refused
+        _prior(run, model, "")  # raises DataError for faults
     taught = begin(model, run.config)
     lines = plan(run, model, taught)
     prepare_unet(trainable(model)[0], run.config.finetune, run.accelerator.device)
@@ -114,12 +114,12 @@ def rehearse(run: Run[FineTuning], model: Model) -> str:
 
 
 def identity_of_model(model: Model) -> str:
-    """By the weights that are there, whatever file they came from."""
+    """A hash of the model's weights, whatever file they came from."""
     return " ".join(weights_hash(network) for network in reversed(model.modules()))
 
 
 def _prior(run: Run[FineTuning], model: Model, made_from: str) -> DataSet | None:
-    """The class pictures, drawn now where they are not there."""
+    """The class pictures; missing ones are drawn now."""
     if run.config.prior.prompt is None:
         return None
     folder = run.folder / "classes"
@@ -131,9 +131,9 @@ def _prior(run: Run[FineTuning], model: Model, made_from: str) -> DataSet | None
 
 
 def narrow_frozen(unet: nn.Module) -> None:
-    """Keep weights that are not trained in the precision of the arithmetic: half the memory of nearly all there is.
+    """Store frozen weights of the U-Net in the precision of the arithmetic, which halves most of the memory.
 
-    The text encoder and the autoencoder stay as they are: what they give is the same, cached or not.
+    The text encoder and the autoencoder keep their precision, so that cached and uncached values are equal.
     """
     for parameter in unet.parameters():
         if not parameter.requires_grad:
@@ -141,7 +141,7 @@ def narrow_frozen(unet: nn.Module) -> None:
 
 
 def _stages(run: Run[FineTuning], model: Model, taught: Taught, prior: DataSet | None) -> tuple[Stage, DenoiserStage]:
-    """What is trained, and what the validation looks at: fixed times and noise, every caption, no weights."""
+    """The stage for training, and the one for validation with fixed times and noise, all captions and no weights."""
     config = run.config
     learning, times = config.finetune, times_of(config.finetune, model.path)
     sets = [run.data.training, run.data.validation, *([prior.training] if prior else [])]
@@ -177,13 +177,13 @@ def _samples(run: Run[FineTuning], model: Model, taught: Taught, sets: list[Exam
 
 
 def check_fits(model: Model, config: FineTuning, data: DataSet) -> None:
-    """Refuse before anything is trained what the model cannot take. Raises ConfigError."""
+    """Refuse data that the model cannot take, before training. Raises ConfigError."""
     for size in data.training.pictures.buckets():
         if any(side % model.multiple for side in size):
             shape = f"{size[1]}x{size[0]}, not of multiples of {model.multiple}"
             raise ConfigError(f"pictures would be {shape}: change --resolution or data.pictures.bucket_step")
     request = requested(Painter(model), "-", height=config.image_size, width=config.image_size)
-    plan_picture(request, model)  # what a validation draws
+    plan_picture(request, model)  # the pictures of validations
     _check_captions(config, data)
     if data.found and data.found.listing.streamed:
         raise ConfigError(
@@ -192,7 +192,7 @@ def check_fits(model: Model, config: FineTuning, data: DataSet) -> None:
 
 
 def _check_captions(config: FineTuning, data: DataSet) -> None:
-    """What is asked to be said of pictures is said of some. Raises ConfigError."""
+    """Raises ConfigError if no picture would get the instance prompt, or no caption has the new word."""
     instance, captions = config.data.pictures.instance_prompt, data.training.every_caption()
     own = data.found and instance is not None and all(p.captions != (instance,) for p in data.found.pictures)
     if own:
@@ -203,13 +203,13 @@ def _check_captions(config: FineTuning, data: DataSet) -> None:
 
 
 def weights_of(model: Model, taught: Taught) -> Weights:
-    """Bytes that are trained and bytes that are not."""
+    """The bytes of trained and of frozen weights."""
     trained = sum(p.nbytes for p in taught.module.parameters() if p.requires_grad)
     return Weights(trained, sum(p.nbytes for network in model.modules() for p in network.parameters()) - trained)
 
 
 def timed_step(run: Run[FineTuning], model: Model, taught: Taught) -> float:
-    """Seconds of a step's forward and backward pass, the second of two on the first samples."""
+    """Seconds of the forward and backward pass of a step: the second run of two on the first samples."""
     learning = run.config.finetune.model_copy(update={"cache": False})
     uncached = run.config.model_copy(update={"finetune": learning})
     stage, _ = _stages(Run(uncached, run.folder, run.accelerator, run.data, run.checkpoints), model, taught, None)
@@ -225,7 +225,7 @@ def timed_step(run: Run[FineTuning], model: Model, taught: Taught) -> float:
 
 
 def said_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
-    """Of the training, as kohya's and modelspec's tools read it."""
+    """Metadata of the training under kohya's and modelspec's keys."""
     config, training = run.config, run.config.finetune.training
     width = model.backbone.spec.reads["tokens"][-1]
     family = {768: "v1", 1024: "v2-768-v" if model.prediction == "v_prediction" else "v2-512", 2048: "xl-v1-base"}

@@ -1,4 +1,4 @@
-"""What a start will do, told before it does it: pictures, batches, steps, epochs, parameters, memory and disk."""
+"""The plan of a start, printed before it begins: pictures, batches, steps, epochs, parameters, memory and disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from latentdiff.training.loop import Batching
 
 
 class Weights(NamedTuple):
-    """Bytes of what a stage trains, and of what it needs beside."""
+    """Bytes of a stage's trained weights, and of the frozen ones beside them."""
 
     trained: int
     frozen: int = 0
@@ -31,7 +31,7 @@ def plan_of(run: Run[Config]) -> str:
 
 
 def plan_text(run: Run[Any], weights: Mapping[str, Weights | None]) -> str:
-    """The plan of a start, a line or two a stage; None is a stage with nothing to train."""
+    """The plan of a start as text, a line or two a stage; None stands for a stage without training."""
     lines = [
         f"run {run.folder} on {run.accelerator.device} x {run.accelerator.num_processes}, "
         f"mixed precision {run.config.mixed_precision}, seed {run.config.seed}",
@@ -55,7 +55,7 @@ def plan_text(run: Run[Any], weights: Mapping[str, Weights | None]) -> str:
 
 
 def _data_lines(run: Run[Any]) -> list[str]:
-    """The user's pictures: how many, how repeated, in which buckets, what is left out."""
+    """Lines about the user's pictures: their number, repeats, buckets, and what is left out."""
     found, training = run.data.found, run.data.training
     if not found:
         return []
@@ -81,7 +81,7 @@ def _steps_line(run: Run[Any], stage: str, settings: Training) -> str:
         f"{batching.global_batch} pictures a step"
     )
     line = f"{stage}: {steps:,} of {settings.max_train_steps:,} steps {where}, {batch}"
-    if stage in ("denoiser", "finetune"):  # of scenes the other stages draw new ones for ever
+    if stage in ("denoiser", "finetune"):  # with scenes the other stages never repeat one
         count = len(run.data.training)
         epochs = settings.max_train_steps * batching.global_batch / count
         line += f"; {count:,} pictures, {epochs:.1f} epochs"
@@ -102,7 +102,7 @@ def _weights(config: Config, stage: str) -> Weights | None:
 
 
 def _module(config: Config, stage: str) -> nn.Module | None:
-    """What a stage trains, without memory."""
+    """The module that a stage trains, on the meta device."""
     with torch.device("meta"):
         autoencoder = new_codec(config)
         if stage == "autoencoder":

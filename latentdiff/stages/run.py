@@ -1,4 +1,4 @@
-"""A run folder and what a start of it works with, and whether an interrupted run may go on under a config."""
+"""A run's folder, the state of one start, and the check that an interrupted run may go on with a config."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ FREE = (
     "compile",
     "gradient_checkpointing",
     "ema_offload",
-    "kohya",  # writes the same again
-    "train_batch_size",  # their product with the number of processes is what must stay
+    "kohya",  # a rerun writes the same files
+    "train_batch_size",  # only their product with the number of processes must stay
     "gradient_accumulation_steps",
-    "cache",  # the same numbers, sooner
+    "cache",  # the same numbers, faster
 )
-FOUND = (  # what these change is seen in the pictures themselves
+FOUND = (  # the identities of the pictures show their effect
     "source",
     "layout",
     "split",
@@ -51,7 +51,7 @@ FOUND = (  # what these change is seen in the pictures themselves
 )
 
 
-NEITHER = {  # what a run is called, what it draws; a model that is taught is known by its weights
+NEITHER = {  # names and drawing settings; the hash of its weights identifies a model
     "name",
     "recommended",
     "shown",
@@ -63,7 +63,7 @@ NEITHER = {  # what a run is called, what it draws; a model that is taught is kn
 
 @dataclass(frozen=True)
 class Run(Generic[AnySettings]):
-    """One start of a run: its config and folder, where each stage goes on from, device and signals."""
+    """One start of a run: its config and folder, the checkpoints to resume from, device and signals."""
 
     config: AnySettings
     folder: Path
@@ -74,23 +74,23 @@ class Run(Generic[AnySettings]):
 
     @property
     def cache(self) -> Path:
-        """What is computed once."""
+        """The folder of cached results."""
         return self.folder / "cache"
 
     @property
     def stages(self) -> list[str]:
-        """Those that this start trains, in their order."""
+        """The stages that this start trains, in order."""
         return list(self.checkpoints)
 
     def start(self, stage: str, **more: str) -> Origin:
-        """Where a stage begins, and what its checkpoints say of the run they belong to."""
+        """The origin of a stage: its checkpoint, and the identity that its checkpoints record."""
         return Origin(self.checkpoints[stage], {**identity(self.config, stage, self.data), **more})
 
 
 def new_accelerator(config: Settings) -> Accelerator:
-    """The devices and processes of this start; on a machine without a GPU processes talk over gloo.
+    """The devices and processes of this start. Without a GPU the processes communicate by gloo.
 
-    Processes wait for the one that validates or encodes: longer than the minutes that are torch's default.
+    Processes wait for the one that validates or encodes, longer than torch's default of some minutes.
     """
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
     return Accelerator(
@@ -101,7 +101,7 @@ def new_accelerator(config: Settings) -> Accelerator:
 
 
 def identity(config: Settings, stage: str, data: DataSet) -> dict[str, Any]:
-    """What must be the same for a stage to go on: the dataset, and every setting that changes what is learnt."""
+    """What must not change for a stage to go on: the data set, and every setting that changes the result."""
     settings = {key: value for key, value in flat(config).items() if _matters(key, stage)}
     return {"stage": stage, "dataset": data.fingerprint, "config": settings}
 
@@ -109,7 +109,7 @@ def identity(config: Settings, stage: str, data: DataSet) -> dict[str, Any]:
 def _matters(key: str, stage: str) -> bool:
     section, name = key.split(".")[0], key.split(".")[-1]
     others = (set(STAGES) | NEITHER) - {stage}
-    if stage == "clip" and name == "gradient_accumulation_steps":  # a contrastive loss is of the batch it is taken over
+    if stage == "clip" and name == "gradient_accumulation_steps":  # a contrastive loss depends on its batch
         return section == stage
     if key.startswith("data.pictures."):
         return name not in FOUND
@@ -117,7 +117,7 @@ def _matters(key: str, stage: str) -> bool:
 
 
 def check_trainable(config: Config, data: DataSet, stages: Iterable[str], processes: int = 1) -> None:
-    """Refuse before the first stage what a later one could not take. Raises ConfigError."""
+    """Refuse data that a later stage cannot take, before the first stage. Raises ConfigError."""
     if not data.found:
         return
     if data.found.listing.streamed and (set(stages) - {"denoiser"}):
@@ -132,10 +132,10 @@ def check_trainable(config: Config, data: DataSet, stages: Iterable[str], proces
 
 
 def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> tuple[dict[str, Path | None], list[str]]:
-    """The checkpoint each stage goes on from, None for a fresh start, and what to tell the user.
+    """The checkpoint to resume each stage from, None for a fresh start, and messages for the user.
 
-    `latest` is the newest whole checkpoint of a stage, and there must be one; `auto` starts fresh where there is
-    none; anything else is a checkpoint's path, for its stage, and never falls back. Raises ModelError.
+    `latest` is the newest whole checkpoint of a stage, and requires one; `auto` starts fresh without one; anything else
+    is a checkpoint's path, for its stage, without a fallback. Raises ModelError.
     """
     stages, notes = tuple(stages), []
     checkpoints: dict[str, Path | None] = {}
@@ -162,9 +162,9 @@ def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> t
 def check_unchanged(
     config: Settings, data: DataSet, checkpoints: Mapping[str, Path | None], processes: int = 1, allow: bool = False
 ) -> list[str]:
-    """Refuse to go on under other settings than a checkpoint was made with: each is listed, old -> new.
+    """Refuse to resume with settings that differ from the checkpoint's. Raises ConfigError, which lists old -> new.
 
-    With `allow` they are returned instead. Raises ConfigError.
+    allow: return the list instead.
     """
     changes: list[str] = []
     for stage, path in checkpoints.items():
@@ -204,5 +204,5 @@ def _dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Seque
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """A value after a round trip through JSON."""
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

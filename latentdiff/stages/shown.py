@@ -1,4 +1,4 @@
-"""What people see of a fine-tuning: the same prompts from the same noise on the way, a page and a card at the end."""
+"""Reports of a fine-tuning: pictures of the same prompts and noise during training, a page and a card after it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def report(
     directory: Path,
     step: int,
 ) -> dict[str, float]:
-    """The validation loss, and what every prompt looks like now, as a row of `step-....png`.
+    """The validation loss, and a picture of every prompt in a row, `step-....png`.
 
-    Where the model has a CLIP of its own and the prompts are of words that it knows, their score too.
+    If the model has a CLIP of its own that knows the words of the prompts, the pictures' score too.
     """
     numbers = validation_losses(validation, TIME_BINS, painter.model.path.T, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
@@ -55,7 +55,7 @@ def report(
 
 
 def keep_rows_apart(directory: Path, config: FineTuning, examples: Examples) -> None:
-    """Rows of other prompts, seeds or sizes than are drawn now go into a folder beside: a page compares equals."""
+    """Move rows with other prompts, seeds or sizes into a folder beside, since the page compares rows."""
     shown_now = config.shown.model_dump(mode="json") | {"size": config.image_size}
     content = json.dumps(shown_now | {"prompts": prompts_of(config, examples)}, sort_keys=True) + "\n"
     path = directory / "prompts.json"
@@ -67,7 +67,7 @@ def keep_rows_apart(directory: Path, config: FineTuning, examples: Examples) -> 
 
 
 def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
-    """Those that are asked for, or captions of validation pictures, and for a prior as many of the class."""
+    """The config's prompts, or captions of validation pictures, and with a prior as many of the class."""
     if config.shown.prompts:
         return list(config.shown.prompts)
     captions = [examples.caption(row % len(examples), 0) for row in range(config.shown.count)]
@@ -75,7 +75,7 @@ def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
 
 
 def _drawn(painter: Painter, config: FineTuning, prompts: list[str]) -> np.ndarray:
-    """uint8 (N, H, W, C), always from the same noise."""
+    """Pictures of prompts, uint8 (N, H, W, C), always from the same noise."""
     side, steps = config.image_size, config.shown.num_inference_steps
     return draw_prompts(painter, prompts, seed=config.shown.seed, height=side, width=side, num_inference_steps=steps)
 
@@ -85,7 +85,7 @@ def _save(pixels: np.ndarray, path: Path) -> None:
 
 
 def write_page(run: Run[FineTuning], paths: Sequence[Path]) -> list[Path]:
-    """The page and the card beside what was learnt; returns their paths."""
+    """Write the page and the card beside the trained weights; returns their paths."""
     folder, lines = run.folder, _lines(run.folder / STAGE / "log.jsonl")
     rows = [_row(path) for path in sorted((folder / STAGE / "samples").glob("step-*.png"))]
     if rows:
@@ -107,7 +107,7 @@ def _lines(log: Path) -> list[dict[str, Any]]:
 
 
 def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[np.ndarray]) -> str:
-    """Before and after beside each other, prompt by prompt, the losses as curves, the settings."""
+    """The page: pictures before and after, prompt by prompt, curves of the losses, the settings."""
     config = run.config
     prompts = prompts_of(config, run.data.validation)
     ends = [np.split(row, len(prompts), 1) for row in (rows[:1] + rows[-1:])] or [[], []]
@@ -137,25 +137,25 @@ def _model(config: FineTuning) -> str:
 def _differing(config: FineTuning) -> dict[str, Any]:
     plain = flat(FineTuning.model_construct())
     settings = {key: value for key, value in flat(config).items() if plain.get(key) != value}
-    places = ("data.pictures.source", "model", "prior.source")  # of which pages do not tell the folders
+    places = ("data.pictures.source", "model", "prior.source")  # pages do not reveal folders
     return {key: shown(Path(value).name) if key in places else value for key, value in settings.items()}
 
 
 def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The numbers of the first and the last validation."""
+    """The numbers of the first and the last validation, compared."""
     reports = [line for line in lines if "loss" not in line]
     first, last = reports[0], reports[-1]
     return [f"{name}: {first[name]:.4f} -> {last[name]:.4f}" for name in first if name != "step" and name in last]
 
 
 def _card(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> str:
-    """A model card: what was taught to what, how it is used, what changed."""
+    """A model card: the model, the data, the method, how to use it, what changed."""
     config = run.config
     settings = "\n".join(f"| `{key}` | {value} |" for key, value in _differing(config).items())
     numbers = "\n".join(f"- {line}" for line in _compared(lines))
     return f"""# {config.name}
 
-Taught to {_model(config)}: {len(run.data.training):,} pictures, by {config.method}.
+Trained on {len(run.data.training):,} pictures from {_model(config)}, by {config.method}.
 Made with latentdiff {version("latentdiff")}.
 
 ![from the first step to the last, always the same prompts and noise]({STRIP})
@@ -179,7 +179,7 @@ Made with latentdiff {version("latentdiff")}.
 
 
 def _use(config: FineTuning, path: Path) -> str:
-    """A command for where the training was started; of an absolute path the name alone is told."""
+    """A command for the folder of the training; of an absolute path only the name."""
     options = {
         "-m": config.model and recorded(Path(config.model)),
         "--variant": config.variant,

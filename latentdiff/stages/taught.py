@@ -1,4 +1,4 @@
-"""What each method of fine-tuning trains of a model, and how what it has learnt is written."""
+"""The methods of fine-tuning: which parameters each trains, and how it writes them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Write = Callable[[Path, Mapping[str, str]], list[Path]]
 
 @dataclass(frozen=True)
 class Taught:
-    """The module that runs in a step, its trained parts by the name of their file, and how they are written.
+    """The module of a training step, its trained parts by file name, and a function that writes them.
 
-    reads: whether the module reads the words itself, because what is trained stands before or in the text encoder.
-    write: into a folder, with what is said of the training; returns the paths.
+    reads: whether the module reads captions itself, because the text encoder or its embeddings are trained.
+    write: (folder, metadata) -> the paths that were written.
     """
 
     module: nn.Module
@@ -40,9 +40,9 @@ class Taught:
 
 
 def begin(model: Model, config: FineTuning) -> Taught:
-    """Make a model ready to be taught: what is trained stands where it will be. Raises ConfigError."""
+    """Prepare a model for a method: add the parameters to train, freeze the others. Raises ConfigError."""
     if model.inpaints:
-        raise ConfigError("an inpainting model is not taught here: give the plain model it was made of")
+        raise ConfigError("fine-tuning an inpainting model is not supported: give the plain model that it comes from")
     _, text_encoder, codec = trainable(model)
     codec.requires_grad_(False)
     text_encoder.requires_grad_(False)
@@ -52,7 +52,7 @@ def begin(model: Model, config: FineTuning) -> Taught:
 
 
 def trainable(model: Model) -> tuple[UNet, AnyTextEncoder, AnyCodec]:
-    """The networks of a model of torch's, of those kinds that fine-tuning knows. Raises ConfigError for others."""
+    """The networks of a torch model, if fine-tuning supports them. Raises ConfigError otherwise."""
     backbone, encoder, codec = model.backbone, model.encoder, model.codec
     if not (isinstance(backbone, UNet) and isinstance(encoder, AnyTextEncoder) and isinstance(codec, AnyCodec)):
         raise ConfigError(f"fine-tuning requires a U-Net, CLIP and an autoencoder with a posterior ({model.card.name})")
@@ -60,7 +60,7 @@ def trainable(model: Model) -> tuple[UNet, AnyTextEncoder, AnyCodec]:
 
 
 def _weights(model: Model, config: FineTuning) -> Taught:
-    """All of the U-Net's, and of the text encoder's by choice."""
+    """All weights of the U-Net, and optionally of the text encoder."""
     unet, text_encoder, _ = trainable(model)
     parts: dict[str, nn.Module] = {"unet": unet}
 
@@ -77,7 +77,7 @@ def _weights(model: Model, config: FineTuning) -> Taught:
 
 
 def _factors(model: Model, config: FineTuning) -> Taught:
-    """LoRA's, beside the U-Net's attention, and the text encoder's by choice."""
+    """LoRA's factors beside the attention of the U-Net, and optionally of the text encoder."""
     unet, text_encoder, _ = trainable(model)
     known, reads = adapted(model), config.finetune.tune_text_encoder
     networks = known if reads else {"unet": known["unet"]}
@@ -101,7 +101,7 @@ def _factors(model: Model, config: FineTuning) -> Taught:
 
 
 def _word(model: Model, config: FineTuning) -> Taught:
-    """The vectors of one new word."""
+    """The vectors of a new word."""
     unet, text_encoder, _ = trainable(model)
     unet.requires_grad_(False)
     word = config.word

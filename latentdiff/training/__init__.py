@@ -1,1 +1,1 @@
-"""The loop, the policies of a run, and what each stage minimises."""
+"""Training: the loop, the policies of a run, and the loss of each stage."""

@@ -69,19 +69,19 @@ class AutoencoderStage:
         return _mean(difference.abs()) + self._gradient_weight * edges
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Through the posterior's mean: the teacher's, where there is one."""
+        """Images decoded from the posterior's mean, the teacher's if there is one."""
         return self.module.decode((self.teacher or self.module).encode(images)[0])
 
     def sample_ids(self, positions: range) -> list[str]:
-        """What the pictures are called."""
+        """The names of the pictures."""
         return [self._picture(position)[1] for position in positions]
 
 
 class TinyAutoencoderStage(AutoencoderStage):
     """loss = |x - D(z)| + w_g |grad x - grad D(z)| + w_z |E(x) - mean|, with z ~ N(mean, std) the teacher's.
 
-    D learns the teacher's latents as the denoiser will draw them, samples of the posterior, and the pictures as they
-    are, not as the teacher decodes them.
+    D reads samples of the teacher's posterior, like the denoiser's latents, and learns the pictures themselves, not the
+    teacher's reconstructions.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: safetensors, state.json and a manifest in a folder that is there whole or not at all.
+"""Checkpoints on disk: safetensors, state.json and a manifest, in a folder that exists whole or not at all.
 
-A folder is written as `.tmp-...`; every file is flushed to the disk, MANIFEST.json (bytes and sha256 of each) last;
-then it is renamed, and only afterwards are older ones deleted. Whatever the moment of a kill, the newest folder whose
+A folder is written as `.tmp-...`. Every file is flushed to the disk, MANIFEST.json (bytes and sha256 of each) last.
+Then the folder is renamed, and only then older ones are deleted. After a kill at any moment, the newest folder whose
 manifest agrees is good.
 """
 
@@ -24,21 +24,21 @@ from latentdiff.core.errors import ModelError, ResourceError
 from latentdiff.core.files import flush, let_others_read, sha256_of
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without ending -> tensor name -> tensor, on the CPU
-Parts = Iterable[tuple[str, Mapping[str, Tensor]]]  # the same, made one after another
+Parts = Iterable[tuple[str, Mapping[str, Tensor]]]  # the same, yielded one after another
 MANIFEST = "MANIFEST.json"
 
 
 def save_checkpoint(directory: Path, parts: Parts, need: int, state: dict[str, Any], keep: int) -> Path:
     """Write `directory/step-XXXXXXXX` from state["step"], then delete all but the newest `keep` whole ones.
 
-    The parts take `need` bytes together. A folder of that name is put aside, not overwritten. Raises ResourceError
-    where the disk is full; then nothing is left of the new one and nothing of the old ones is gone.
+    need: the bytes of all parts. A folder of that name is moved aside, not overwritten. Raises ResourceError if the
+    disk is full; then nothing of the new checkpoint is left, and all old ones are still there.
     """
     final = directory / f"step-{state['step']:08d}"
     partial = directory / f".tmp-{final.name}"
     with _disk_watched(directory, partial, need):
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(".tmp-step-*"):  # by a kill
+        for left in directory.glob(".tmp-step-*"):  # left by a kill
             _remove(left)
         partial.mkdir()
         for name, tensors in parts:
@@ -56,7 +56,7 @@ def save_checkpoint(directory: Path, parts: Parts, need: int, state: dict[str, A
 
 
 def _remove(folder: Path) -> None:
-    """A folder with all in it, or a link to one, which stays."""
+    """Remove a folder with its files. Of a link only the link is removed."""
     if folder.is_symlink() or not folder.is_dir():
         folder.unlink()
     else:
@@ -64,7 +64,7 @@ def _remove(folder: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Every file to the disk, then the manifest that says what they are."""
+    """Flush every file to the disk, then write the manifest."""
     files = sorted(folder.iterdir())
     let_others_read(folder)
     for file in files:
@@ -81,19 +81,19 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def label(path: Path) -> str:
-    """`step-30` of `step-00000030`, as messages name it."""
+    """The name of a checkpoint in messages: `step-30` for `step-00000030`."""
     return "step-" + (path.name.removeprefix("step-").lstrip("0") or "0")
 
 
 def damage(path: Path) -> str | None:
-    """The first fault found in a checkpoint, by its manifest; None where every byte is as it was written."""
+    """The first fault of a checkpoint by its manifest; None if every byte is right."""
     try:
         if fault := _missing_bytes(path):
             return fault
         manifest = json.loads((path / MANIFEST).read_text())
         for name, entry in manifest.items():
             if sha256_of(path / name) != entry["sha256"]:
-                return f"{name}: not the bytes that were written"
+                return f"{name}: its content was changed"
     except OSError as error:
         return f"{(error.strerror or str(error)).lower()}"
     return None
@@ -111,7 +111,7 @@ def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors by file and the state, of a checkpoint found whole. Raises ModelError."""
+    """The tensors by file and the state of a whole checkpoint. Raises ModelError."""
     try:
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         return tensors, load_state(path)
@@ -120,7 +120,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, its numbers checked. Raises ModelError."""
+    """state.json of a checkpoint, with checked numbers. Raises ModelError."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         numbers = {"step": state["step"], "position": state["position"], **state["batching"]}
@@ -135,7 +135,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def check_whole(path: Path) -> None:
-    """Raises ModelError for a damaged checkpoint, or none at all."""
+    """Raises ModelError for a damaged or missing checkpoint."""
     if not path.is_dir():
         raise ModelError(f"no checkpoint folder ({path}). Give a folder step-..., or latest, or auto")
     if fault := damage(path):
@@ -143,13 +143,13 @@ def check_whole(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint out of the run's sequence, keeping it."""
+    """Rename a checkpoint, so that the run ignores it."""
     number = next(n for n in range(1, 10**6) if not path.with_name(f"aside-{n}-{path.name}").exists())
     return path.rename(path.with_name(f"aside-{number}-{path.name}"))
 
 
 def _missing_bytes(path: Path) -> str | None:
-    """What is wrong as far as names and sizes tell."""
+    """The first fault in names and sizes of files."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         sizes = {str(name): int(entry["bytes"]) for name, entry in manifest.items()}
@@ -170,7 +170,7 @@ def _missing_bytes(path: Path) -> str | None:
 
 @contextmanager
 def _disk_watched(directory: Path, partial: Path, need: int) -> Iterator[None]:
-    """Where the disk is full: one line that names what is still good, and no half folder."""
+    """A block in which a full disk becomes one line with the last good checkpoint, and nothing partial is left."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -187,6 +187,6 @@ def _disk_watched(directory: Path, partial: Path, need: int) -> Iterator[None]:
 
 
 def _os_error(error: SafetensorError) -> int | None:
-    """The number of the system's error, which safetensors tells in words only."""
+    """The number of the system's error, which safetensors gives only as text."""
     match = re.search(r"\(os error (\d+)\)", str(error))
     return int(match[1]) if match else None

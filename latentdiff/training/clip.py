@@ -1,4 +1,4 @@
-"""The contrastive stage: pictures and captions of the same scene together, of different scenes apart."""
+"""The contrastive stage: embeddings of a picture and its caption together, of different scenes apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CaptionedPicture = tuple[np.ndarray, str]
 
 
 class ClipStage:
-    """CLIP's symmetric cross-entropy over batches of distinct scenes: of the whole batch, or of none of it."""
+    """CLIP's symmetric cross-entropy over batches of distinct scenes, which cannot be split."""
 
     divisible = False
 
@@ -33,9 +33,9 @@ class ClipStage:
         return {"images": to_images(np.stack(pictures)), "ids": self._tokenize(list(captions))}
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """In nats; log(B) at chance."""
+        """The loss in nats; log(B) at chance."""
         return self._contrastive_loss(*module(batch["images"], batch["ids"]))
 
     def sample_ids(self, positions: range) -> list[str]:
-        """Pairs of twins by number, a the first and b the second."""
+        """The numbers of pairs of twins, with a for the first and b for the second."""
         return [f"scene {position // 2}{'ab'[position % 2]}" for position in positions]

@@ -1,4 +1,4 @@
-"""The denoiser's stage: the diffusion loss on latents, with captions dropped at random for guidance."""
+"""The denoiser's stage: the diffusion loss on latents, with randomly dropped captions for guidance."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TIME_BINS = 4  # of the validation loss
 
 
 class Latents(Protocol):
-    """Pictures as the denoiser learns from them: the moments of their latents."""
+    """The moments of pictures' latents, which the denoiser learns from."""
 
     def shape(self, row: int) -> tuple[int, ...]:
         """(C, h, w)."""
         ...
 
     def batch(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        """What `moments` needs of these samples, which are of one shape, on the CPU."""
+        """The input of `moments` for these samples, which share one shape, on the CPU."""
         ...
 
     def moments(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -37,20 +37,20 @@ class Latents(Protocol):
 
 
 class Captions(Protocol):
-    """Captions as the denoiser's module takes them."""
+    """The captions of samples, as conditions or token ids."""
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """What `conditions` needs of these samples, on the CPU; of those not kept the empty caption."""
+        """The input of `conditions` for these samples, on the CPU; kept: False replaces a caption by the empty one."""
         ...
 
     def conditions(self, batch: dict[str, Tensor]) -> Conditions:
-        """The conditions, or the `ids` that an encoder in the module that is trained has still to read."""
+        """The conditions, or the `ids` for an encoder that is trained too."""
         ...
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The training set: latents and captions by row, and what the user calls a row."""
+    """The training set: latents and captions by row, and the user's names of rows."""
 
     latents: Latents
     captions: Captions
@@ -62,7 +62,7 @@ class ConditionedNetwork(nn.Module):
 
     def __init__(self, backbone: nn.Module, text_encoder: nn.Module):
         super().__init__()
-        self.unet, self.text_encoder = backbone, text_encoder  # `unet` as checkpoints call it, whatever it is
+        self.unet, self.text_encoder = backbone, text_encoder  # checkpoints call every backbone `unet`
 
     def forward(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """x_t (B, C, h, w), times (B,), `ids` (B, L) and other conditions -> output like x_t."""
@@ -72,9 +72,9 @@ class ConditionedNetwork(nn.Module):
 
 
 def thaw(text_encoder: nn.Module) -> None:
-    """Have a text encoder trained, but for its token embeddings.
+    """Make a text encoder trainable, except for its token embeddings.
 
-    They are most of the weights, and only the few words of the captions would move.
+    They are most of the weights, and only those of the captions' few words would change.
     """
     for name, parameter in text_encoder.named_parameters():
         parameter.requires_grad_("token_embedding" not in name)
@@ -82,7 +82,7 @@ def thaw(text_encoder: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for a sample beside its place in the order: by which rates, and for which purpose."""
+    """The random draws of a sample: their rates, and the purpose that keys them."""
 
     seed: int
     times: Times
@@ -92,7 +92,7 @@ class Draws:
     purpose: str = "training"
 
     def of(self, row: int, epoch: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """The draws of one sample in one epoch: a function of these arguments alone."""
+        """The draws of one sample in one epoch, a function of only these arguments."""
         rng = noise.generator(self.seed, self.purpose, row, epoch)
         t = self.times.draw(rng, epoch)
         drawn: dict[str, Any] = {"rows": np.int64(row), "t": t, "kept": np.bool_(rng.random() >= self.caption_dropout)}
@@ -132,7 +132,7 @@ class DenoiserStage:
         return self.batch_of([self._order.key(position) for position in positions])
 
     def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        """Rows and times (B,), noise and posterior noise (B, C, h, w), and what latents and texts need."""
+        """Rows and times (B,), noise and posterior noise (B, C, h, w), and the inputs of latents and captions."""
         latents, captions = self._samples.latents, self._samples.captions
         drawn = [self._draws.of(row, epoch, latents.shape(row)) for row, epoch in keys]
         kept = [bool(sample.pop("kept")) for sample in drawn]
@@ -147,15 +147,15 @@ class DenoiserStage:
         return self._diffusion_loss(module, x0, batch["noise"], batch["t"], conditions, batch.get("perturbation"))
 
     def sample_ids(self, positions: range) -> list[str]:
-        """What the user calls the pictures."""
+        """The user's names of the pictures."""
         return [self._samples.name(self._order.key(position)[0]) for position in positions]
 
 
 @torch.no_grad()
 def validation_losses(stage: DenoiserStage, bins: int, timesteps: int, batch_size: int) -> dict[str, float]:
-    """The mean loss on all pictures by bins of time, each with noise of its own that never changes, and of all.
+    """The mean loss on all pictures, in each bin of time and in total, with fixed noise for each picture and bin.
 
-    The same numbers whenever the weights are the same: the stage's draws must be of as many bins.
+    Equal weights give equal numbers. The stage's draws must have this number of bins.
     """
     stage.module.eval()
     device = next(stage.module.parameters()).device

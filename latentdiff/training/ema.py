@@ -12,9 +12,7 @@ Decay = Callable[[int], float]
 
 
 def constant_decay(limit: float) -> Decay:
-    """The decay of update n = 1, 2, ...: rises as n / (9 + n) to its limit, so that a short run is not
-    dominated by its start.
-    """
+    """The decay of update n = 1, 2, ...: n / (9 + n) up to the limit, so that a short run forgets its start."""
     return lambda n: min(limit, n / (9 + n))
 
 
@@ -26,7 +24,7 @@ def power_decay(gamma: float) -> Decay:
 class Ema:
     """average <- average + (1 - decay(n)) (weight - average) over the parameters that are trained.
 
-    offloaded: it lies in the CPU's memory, where the device's is short.
+    offloaded: it is stored in the CPU's memory, for devices with little memory.
     """
 
     def __init__(self, module: nn.Module, decay: Decay, *, offloaded: bool = False):
@@ -45,7 +43,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module with averaged weights; its own are put back, to the bit."""
+        """A block in which the module has the averaged weights; afterwards it has its own again, to the bit."""
         own = {name: p.detach().clone() for name, p in self._trained.items()}
         self._put(self.averaged)
         try:
@@ -54,7 +52,7 @@ class Ema:
             self._put(own)
 
     def apply(self) -> None:
-        """Leave the averaged weights in the module."""
+        """Copy the averaged weights into the module."""
         self._put(self.averaged)
 
     @torch.no_grad()

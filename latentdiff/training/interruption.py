@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while training: at once where nothing would be lost, otherwise after the step in hand."""
+"""SIGTERM and SIGINT during training: stop at once if nothing would be lost, otherwise after the current step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from latentdiff.core.errors import Interrupted
 
-FORWARDED = 0.5  # s; launchers forward a signal that the terminal sent to everybody: one wish, told twice
+FORWARDED = 0.5  # s; a launcher forwards a signal that the terminal has already sent to every process
 
 
 class Interruption:
-    """While entered, the first signal raises Interrupted, or inside `deferred()` is only noted in `received`.
+    """A block in which the first signal raises Interrupted, or inside `deferred()` only sets `received`.
 
-    A second signal exits at once; a checkpoint that is being written then stays a temporary folder.
+    A second signal exits at once; an unfinished checkpoint then stays a temporary folder.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Interruption:
 
     @contextmanager
     def deferred(self, defer: bool = True) -> Iterator[None]:
-        """Note a signal instead of raising, until the end at the latest; `deferred(False)` inside raises again."""
+        """A block in which signals are noted and raised at its end; `deferred(False)` inside raises at once again."""
         before, self._deferred = self._deferred, defer
         try:
             self._raise_received()
@@ -62,9 +62,9 @@ class Interruption:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """For a data loader's workers: a signal to the whole group reaches them too, and the step in hand needs them.
+    """Ignore signals in a data loader's worker: a signal to the whole group reaches it, but the current step needs it.
 
-    They end when the training process says so, or is no more.
+    Workers end when the training process ends them or exits.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that needs them, by worker processes or none: the same batches."""
+"""Batches prepared ahead of their step by worker processes, or without any: the batches are the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 
 class _Shares(Dataset[Batch | LatentDiffError]):
-    """A batch by the positions of its samples."""
+    """Batches by the positions of their samples."""
 
     def __init__(self, batch: Callable[[range], Batch]):
         self._batch = batch
@@ -23,23 +23,23 @@ class _Shares(Dataset[Batch | LatentDiffError]):
     def __getitem__(self, positions: range) -> Batch | LatentDiffError:
         try:
             return self._batch(positions)
-        except LatentDiffError as error:  # raised here it would come out of a worker as a traceback of its own
+        except LatentDiffError as error:  # raised in a worker it would become a traceback
             return error
 
 
 def batches_of(
     batch: Callable[[range], Batch], shares: Iterable[range], workers: int, device: torch.device
 ) -> Generator[Batch]:
-    """`batch(share)` for every share, in order, pinned where a GPU will read it. Close it to end its workers."""
+    """`batch(share)` for every share, in order, in pinned memory for a GPU. Close it to end its workers."""
     loader: DataLoader[Batch | LatentDiffError] = DataLoader(
         _Shares(batch),
-        batch_size=None,  # a share is a whole batch
+        batch_size=None,  # a share is already a batch
         sampler=shares,
         num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # the set is shared, not sent
+        multiprocessing_context="fork" if workers else None,  # forked workers share the set
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_parent,
-        generator=torch.Generator(),  # else every epoch would draw a seed, which nothing here uses, from the global one
+        generator=torch.Generator(),  # or every epoch draws a seed from the global generator
     )
     batches = iter(loader)
     try:
@@ -47,6 +47,6 @@ def batches_of(
             if isinstance(made, LatentDiffError):
                 raise made
             yield made
-    finally:  # at once: workers ignore signals, and the end of the program would wait for them
+    finally:  # workers ignore signals, and the program's end would wait for them
         if workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]

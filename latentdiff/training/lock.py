@@ -1,4 +1,4 @@
-"""One training process to a run folder: a lock that ends with the process, however that ends."""
+"""A lock that allows one training process a run folder and ends with the process, however that ends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NAME = ".lock"
 
 @contextmanager
 def locked(folder: Path, doing: str = "training") -> Iterator[None]:
-    """Keep other starts out of the folder, which is made where there is none. Raises ConfigError.
+    """A block that holds the lock of a folder, which is created if necessary. Raises ConfigError if it is locked.
 
-    The lock is this process's alone: a loader's workers, which may live a little longer than it, do not hold it.
+    A loader's workers, which may live a little longer than the process, do not hold the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / NAME).open("w") as file:
@@ -28,7 +28,7 @@ def locked(folder: Path, doing: str = "training") -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process is training there now."""
+    """Whether a process holds the folder's lock."""
     if not (folder / NAME).is_file():
         return False
     with (folder / NAME).open("r") as file:

@@ -1,4 +1,4 @@
-"""What a run says of itself: `log.jsonl`, one JSON object a line, and the same numbers as TensorBoard events."""
+"""The log of a run: `log.jsonl`, one JSON object a line, and the same numbers as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from latentdiff.core.files import write_text
 
 
 class Log:
-    """Appends to a run's log after dropping what lies beyond `start`, so that each step is logged once."""
+    """Appends to a run's log after removing lines beyond step `start`, so that each step is logged once."""
 
     def __init__(self, directory: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -27,7 +27,7 @@ class Log:
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, numbers: dict[str, float], prefix: str) -> None:
-        """One line; in TensorBoard `prefix/name`."""
+        """Write one line; TensorBoard's names are `prefix/name`."""
         try:
             self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         except OSError as error:
@@ -39,7 +39,7 @@ class Log:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(OSError):  # of a full disk, which `write` has told
+        with suppress(OSError):  # the disk is full, which `write` has reported
             self._file.close()
         self._events.close()
 
@@ -49,7 +49,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step(line: str) -> float:
-    """The step of a line; beyond all for one that was cut off in the middle, or is no line of a log."""
+    """The step of a line; infinity for a truncated line, or one of another format."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,8 +1,8 @@
 """The training loop: a generator that makes one optimizer step and yields it.
 
-Progress bars, logs, previews, checkpoints and stopping are the `for` body of whoever iterates. Samples stand in one
-endless sequence, epoch after epoch; a step takes the next `global_batch` positions of it, whoever computes them, so
-neither the number of processes nor of micro-batches nor of workers changes what is learnt from.
+Progress bars, logs, previews, checkpoints and stopping are in the caller's `for` body. Samples are one endless
+sequence, epoch after epoch. A step takes the next `global_batch` positions, so the numbers of processes, micro-batches
+and workers do not change its samples.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from latentdiff.training.loader import Batch, batches_of
 
 
 class Stage(Protocol):
-    """What is trained: a module, its batches and its loss."""
+    """A stage of training: a module, its batches and its loss."""
 
     divisible: bool
-    """Whether the loss of a batch is the mean over its samples, so that it can be computed in parts."""
+    """Whether the loss of a batch is the mean over its samples, so that the batch can be split."""
 
     @property
     def module(self) -> nn.Module:
-        """What is trained, before it is prepared for the device."""
+        """The module, before it is prepared for the device."""
         ...
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The parts of the module that a checkpoint holds, by the name of their file."""
+        """The parts of the module in a checkpoint, by file name."""
         ...
 
     def batch(self, positions: range) -> Batch:
-        """Tensors (B, ...) by name, on the CPU: a function of the positions alone, each row of its own."""
+        """Tensors (B, ...) by name, on the CPU; each row depends only on its position."""
         ...
 
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
-        """Losses (B,), or their mean, to be minimised; `module` is the stage's own, as prepared for the device."""
+        """Losses (B,), or their mean; module: the stage's module, prepared for the device."""
         ...
 
     def sample_ids(self, positions: range) -> list[str]:
-        """What the samples at these positions are called."""
+        """The names of the samples at these positions."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One step made: its number (from 1), the samples seen by then, mean loss, learning rate, gradient norm before
-    clipping, and how many samples went through the network at once.
+    """A finished step: its number (from 1), samples so far, mean loss, learning rate, gradient norm before clipping,
+    and the number of samples that went through the network at once.
     """
 
     number: int
@@ -69,7 +69,7 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class Optimisation:
-    """Everything the loop changes, and the rates it changes it by."""
+    """The state that the loop changes: optimizer and average, and their rates."""
 
     optimizer: torch.optim.Optimizer
     ema: Ema
@@ -79,7 +79,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Batching:
-    """Samples a process takes at a time, how many times a step, and how many processes."""
+    """The samples of a micro-batch, the micro-batches of a process in a step, and the number of processes."""
 
     batch_size: int
     accumulation_steps: int = 1
@@ -87,11 +87,11 @@ class Batching:
 
     @property
     def global_batch(self) -> int:
-        """Samples a step."""
+        """The number of samples of a step."""
         return self.batch_size * self.accumulation_steps * self.processes
 
     def shares(self, position: int, process: int) -> list[range]:
-        """The positions one process takes of the step that begins at `position`, one range a batch."""
+        """The positions of one process in the step that begins at `position`, one range a batch."""
         firsts = [
             position + (number * self.processes + process) * self.batch_size
             for number in range(self.accumulation_steps)
@@ -111,11 +111,11 @@ def train_steps(
     micro_batch: int | None = None,
     workers: int = 0,
 ) -> Generator[TrainStep]:
-    """Make the steps after steps.start up to steps.stop, yielding each after the weights and their average moved.
+    """Make the steps after steps.start up to steps.stop, yielding each after the weights and their average changed.
 
-    The first begins at `position` of the samples. `micro_batch` samples at most go through the network at once; it is
-    halved where memory ends, and the same samples are taken again. Raises NonFiniteError for a loss or gradient that
-    is not finite, before the weights move, and ResourceError where memory ends and nothing is left to halve.
+    position: the first sample. micro_batch: the most samples that go through the network at once; it is halved when
+    memory runs out, and the step is repeated. Raises NonFiniteError for a loss or gradient that is not finite, before
+    the weights change, and ResourceError if memory runs out for a single sample.
     """
     optimizer, process = optimisation.optimizer, accelerator.process_index
     micro_batch = micro_batch or batching.batch_size
@@ -149,7 +149,7 @@ def train_steps(
 def _backward(
     accelerator: Accelerator, stage: Stage, module: nn.Module, batches: Sequence[Batch], micro_batch: int
 ) -> list[Tensor] | None:
-    """Gradients of the mean loss, taken `micro_batch` samples at a time; the losses, or None where memory ended."""
+    """Compute gradients of the mean loss, `micro_batch` samples at a time; the losses, or None if memory ran out."""
     parts = [part for batch in batches for part in _split(batch, micro_batch)]
     samples = sum(map(_size, batches))
     losses = []
@@ -178,7 +178,7 @@ def _split(batch: Batch, size: int) -> list[Batch]:
 
 
 def _halved(micro_batch: int, accelerator: Accelerator, stage: Stage, step: int) -> int:
-    """Half of it. Processes would wait for each other's gradients for ever, so several do not try again."""
+    """Half the micro-batch. Raises ResourceError for several processes, which would wait for each other for ever."""
     if micro_batch == 1 or not stage.divisible or accelerator.num_processes > 1:
         raise ResourceError(
             f"out of memory at step {step} with micro-batch {micro_batch}. Use a smaller model or batch"
@@ -187,9 +187,9 @@ def _halved(micro_batch: int, accelerator: Accelerator, stage: Stage, step: int)
 
 
 def _told(accelerator: Accelerator, losses: list[Tensor], norm: Tensor) -> list[float]:
-    """Mean loss over all processes, and gradient norm: the one time a step waits for the device.
+    """The mean loss over all processes, and the gradient norm. Only here does a step wait for the device.
 
-    It must, for the weights may not move on numbers that are not finite; what follows is a handful of kernels.
+    It must, since weights must not change by numbers that are not finite; only a few kernels follow.
     """
     mean = accelerator.reduce(torch.cat(losses).float().mean(), "mean")
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -200,7 +200,7 @@ def _told(accelerator: Accelerator, losses: list[Tensor], norm: Tensor) -> list[
 def _not_finite(
     accelerator: Accelerator, stage: Stage, losses: list[Tensor], shares: list[range], step: int, loss: float
 ) -> NonFiniteError:
-    """Names the samples whose own loss is not finite, or all of the step where only their gradient is."""
+    """An error that names the samples whose loss is not finite, or all samples if only the gradient is not."""
     ids = [name for share in shares for name in stage.sample_ids(share)]
     finite = torch.cat(losses).isfinite().cpu()
     bad = [name for name, good in zip(ids, finite, strict=True) if not good] if len(finite) == len(ids) else ids

@@ -13,7 +13,7 @@ from latentdiff.settings.config import Training
 
 
 def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """The optimizer a config asks for, over the parameters that are trained.
+    """The optimizer of a config for the trained parameters.
 
     Biases, norms and other vectors are not decayed. `muon` (Jordan et al. 2024) moves each matrix, and each
     convolution seen as a matrix, by its orthogonalised momentum, of the same size as AdamW's step, so that one
@@ -48,7 +48,7 @@ def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer
 
 
 def check_optimizer(settings: Training) -> None:
-    """Raises ConfigError where the optimizer's library is not installed, before anything is trained."""
+    """Raises ConfigError if the optimizer's library is not installed."""
     if settings.optimizer == "adamw_8bit":
         _adamw_8bit()
 
@@ -59,7 +59,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ConfigError(
-            "optimizer adamw_8bit needs bitsandbytes. Install it: pip install 'latentdiff[8bit]'"
+            "optimizer adamw_8bit requires bitsandbytes. Install it: pip install 'latentdiff[8bit]'"
         ) from None
     kind: type[torch.optim.Optimizer] = AdamW8bit
     return kind
@@ -69,9 +69,9 @@ _EDGES = ("conv_in", "conv_out", "embedding")
 
 
 def learning_rate(step: int, settings: Training) -> float:
-    """The rate of `step` (from 0): a linear rise over the warm-up, then the schedule's course to its end.
+    """The rate of `step` (from 0): a linear rise over the warm-up, then the schedule.
 
-    The trapezoid's plateau does not know where it ends, so a run can be resumed with another max_train_steps and
+    The trapezoid's plateau does not depend on the last step, so a run can be resumed with another max_train_steps and
     only its end moves (Haegele et al. 2024). The cosine is half a period (Loshchilov and Hutter 2017, eq. 5).
     """
     rise = min((step + 1) / max(settings.lr_warmup_steps, 1), 1.0)

@@ -1,9 +1,9 @@
-"""The order of samples: which row of which epoch stands at a position of the endless sequence.
+"""The order of samples: the row and the epoch at each position of the endless sequence.
 
-Rows of one bucket have one shape, and a group of positions, which is one step, is of one bucket. Every bucket is an
-endless sequence of its own, epoch after epoch, each in a new order; epoch e of the whole takes from bucket b, of n_b
-rows, the groups of size G numbered floor(e n_b / G) to floor((e + 1) n_b / G) - 1 of that sequence. So no row is ever
-dropped, no group is short, the rows left over begin the next epoch, and all of it is a function of the position.
+Rows of one bucket have one shape, and all positions of a group, which is one step, belong to one bucket. Every bucket
+is an endless sequence of its own, epoch after epoch, each in a new order. Epoch e of the whole takes from bucket b with
+n_b rows the groups of size G with numbers floor(e n_b / G) to floor((e + 1) n_b / G) - 1. So no row is dropped, no
+group is short, the remaining rows begin the next epoch, and everything is a function of the position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from latentdiff.diffusion import noise
 
 
 class Order:
-    """Keyed by (seed, purpose, epoch). One bucket is the plain order: each epoch a permutation of all rows."""
+    """An order keyed by (seed, purpose, epoch). With one bucket each epoch is a permutation of all rows."""
 
     def __init__(self, seed: int, purpose: str, buckets: Sequence[np.ndarray], group: int = 1):
         self.buckets = list(buckets)
@@ -54,7 +54,7 @@ class Order:
         labels = [bucket for bucket, group in enumerate(groups) for _ in group]
         iterators = [iter(group) for group in groups]
         shuffled = noise.permutation(len(labels), self._seed, f"{self._purpose} buckets", epoch)
-        return [next(iterators[labels[place]]) for place in shuffled]  # each bucket's own in their order
+        return [next(iterators[labels[place]]) for place in shuffled]  # each bucket's groups in order
 
     def _rows(self, bucket: int, epoch: int) -> np.ndarray:
         rows = self.buckets[bucket]

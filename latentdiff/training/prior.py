@@ -1,6 +1,6 @@
-"""Two sets at once: what is taught, and beside it what must not be forgotten (Ruiz et al. 2023, eq. 2).
+"""Prior preservation: the instance's pictures, and pictures of its class (Ruiz et al. 2023, eq. 2).
 
-E |target - network(taught)|^2 + weight E |target - network(prior)|^2
+E |target - network(instance)|^2 + weight E |target - network(prior)|^2
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class PriorStage:
 
     @property
     def module(self) -> nn.Module:
-        """The one network of both."""
+        """The network, which both share."""
         return self._taught.module
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """As of what is taught."""
+        """The parts of the instance's stage."""
         return self._taught.parts
 
     def batch(self, positions: range) -> Batch:
@@ -45,6 +45,6 @@ class PriorStage:
         return self._taught.loss(module, own) + self._weight * self._prior.loss(module, prior)
 
     def sample_ids(self, positions: range) -> list[str]:
-        """What the user calls both pictures of each position."""
+        """The user's names of both pictures of each position."""
         pairs = zip(self._taught.sample_ids(positions), self._prior.sample_ids(positions), strict=True)
         return [f"{taught} with {prior}" for taught, prior in pairs]

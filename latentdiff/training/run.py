@@ -34,7 +34,7 @@ Report = Callable[[int], dict[str, float]]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run begins: the checkpoint it goes on from, if any, and what identifies the run in its checkpoints."""
+    """The origin of a run: its checkpoint, if any, and the identity that its checkpoints record."""
 
     checkpoint: Path | None = None
     identity: dict[str, Any] | None = None
@@ -42,7 +42,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps made, samples seen, and how many of them went through the network at once."""
+    """The progress of a run: steps, samples, and the samples that go through the network at once."""
 
     step: int = 0
     position: int = 0
@@ -63,8 +63,8 @@ def run_stage(
     """Train `stage.module` to its last step and leave the averaged weights in it.
 
     `directory` gets `log.jsonl`, `tensorboard/` and `checkpoints/`. `report(step)` is called every `validation_steps`
-    and at the end, with the averaged weights in the module, `from_the_start` before the first step too; what it returns
-    is a line of the log. On a signal the step in hand is finished and saved, then Interrupted is raised.
+    and at the end, and before the first step if `from_the_start`, with the averaged weights in the module; its result
+    is a line of the log. On a signal the current step is finished and saved, then Interrupted is raised.
     """
     start, interruption = start or Origin(), interruption or Interruption()
     run = _Run(accelerator, stage, settings, directory, report, start, interruption, from_the_start)
@@ -85,7 +85,7 @@ def run_stage(
 
 
 class _Run:
-    """A stage prepared for its device, and what is done around its steps."""
+    """A stage prepared for its device, and the policies around its steps."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class _Run:
         self._accelerator, self._stage, self._settings = accelerator, stage, settings
         self._directory, self._report, self._reported = directory, report, from_the_start
         self._identity = start.identity or {}
-        if report and accelerator.distributed_type == DistributedType.FSDP:  # one process alone has no whole network
+        if report and accelerator.distributed_type == DistributedType.FSDP:  # no process has the whole network
             self._report = None
             if accelerator.is_main_process:
                 _say("warning: no validation and no previews while the network is sharded")
@@ -110,20 +110,18 @@ class _Run:
             settings.train_batch_size, settings.gradient_accumulation_steps, accelerator.num_processes
         )
         self._module, self._optimizer = accelerator.prepare(stage.module, optimizer_of(stage.module, settings))
-        if settings.compile:  # what validates and previews shares the weights, not the compiled shapes
+        if settings.compile:  # validations use the same weights, but not the compiled shapes
             self._module = torch.compile(self._module)
         decay = constant_decay(settings.ema_decay) if settings.ema == "constant" else power_decay(settings.ema_power)
         self.trained = Trained(stage.parts, Ema(stage.module, decay, offloaded=settings.ema_offload), self._optimizer)
 
     def resume(self, checkpoint: Path | None) -> Progress:
-        """Put back what a checkpoint holds. Whole ones that are newer are put aside: the run will write its own."""
+        """Restore a checkpoint. Newer whole ones are moved aside, since the run will write its own."""
         if checkpoint is None:
             return Progress()
         tensors, state = load_checkpoint(checkpoint)
         if state.get("made_from") != self._identity.get("made_from"):
-            raise ModelError(
-                f"{checkpoint} was trained on other networks than are there now. Move {self._directory} away"
-            )
+            raise ModelError(f"{checkpoint} belongs to other networks than the run's. Move {self._directory} away")
         restore(self.trained, tensors)
         if self._accelerator.is_main_process:
             log = self._directory / "log.jsonl"
@@ -132,7 +130,7 @@ class _Run:
                 if another and load_state(other)["step"] >= state["step"]:
                     aside = set_aside(other)
                     if log.exists():
-                        shutil.copy(log, aside)  # the run's own goes back to this step
+                        shutil.copy(log, aside)  # the run's log goes back to this step
             if (before := state["batching"]) != (now := asdict(self._batching)):
                 _say(
                     f"warning: batches are split as {now}, before as {before}: the same samples, sums rounded otherwise"
@@ -140,7 +138,7 @@ class _Run:
         return Progress(state["step"], state["position"], state["micro_batch"])
 
     def train(self, progress: Progress) -> None:
-        """Every step that is left, with what is due after it."""
+        """Make every remaining step, and what is due after it."""
         settings, main = self._settings, self._accelerator.is_main_process
         steps = train_steps(
             self._accelerator,
@@ -159,7 +157,7 @@ class _Run:
         bar = tqdm(steps, name, last, initial=progress.step, unit="step", mininterval=1, disable=not main)
         with closing(steps), bar, Log(self._directory, progress.step) if main else nullcontext() as log:
             lacking = [bool(log and (progress.step or self._reported) and progress.step not in log.reported)]
-            if broadcast_object_list(lacking)[0]:  # a kill came between the checkpoint and its report
+            if broadcast_object_list(lacking)[0]:  # a kill between the checkpoint and its report
                 self._report_if_due(progress.step, log)
             began, micro_batch = time.monotonic(), progress.micro_batch or settings.train_batch_size
             for step in bar:
@@ -172,7 +170,7 @@ class _Run:
                 self._after(step, log)
 
     def _after(self, step: TrainStep, log: Log | None) -> None:
-        """Checkpoint, report, stop: what is due after a step. What a report could lose is saved before."""
+        """Checkpoint, report or stop after a step. The checkpoint comes first, since a report may fail."""
         due = step.number == self._settings.max_train_steps or step.number % self._settings.checkpointing_steps == 0
         if due:
             self._save(step)
@@ -195,12 +193,12 @@ class _Run:
             }
             keep = self._settings.checkpoints_total_limit
             save_checkpoint(self._directory / "checkpoints", parts, size(self.trained), state, keep)
-        for _ in parts:  # the other ranks have their share in what the first one writes
+        for _ in parts:  # all ranks contribute to what the first one writes
             pass
         self._accelerator.wait_for_everyone()
 
     def _report_if_due(self, step: int, log: Log | None) -> None:
-        """Made by one process for all; a signal ends it at once, and what it would have said is said next time."""
+        """A report by one process for all. A signal ends it at once; the next start repeats it."""
         due = step == self._settings.max_train_steps or step % self._settings.validation_steps == 0
         if not (due and self._report):
             return
@@ -217,7 +215,7 @@ class _Run:
         return int(self._accelerator.gather(torch.tensor([received], device=self._accelerator.device)).max())
 
     def _show(self, bar: tqdm[TrainStep], step: TrainStep) -> None:
-        """Loss, rate, samples a second and the most memory used so far, beside the bar's own time left."""
+        """Show loss, rate, samples a second and peak memory beside the progress bar."""
         speed = (bar.format_dict["rate"] or 0) * self._batching.global_batch
         bar.set_postfix_str(
             f"loss {step.loss:.4f}, lr {step.learning_rate:.1e}, {speed:.0f} images/s, {peak_memory() / 1e9:.1f} GB",
@@ -226,7 +224,7 @@ class _Run:
 
 
 def peak_memory() -> float:
-    """The most bytes in use so far, on the GPU where there is one."""
+    """The peak memory so far in bytes, on the GPU if there is one."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

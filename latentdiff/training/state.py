@@ -1,8 +1,8 @@
-"""What a run has learnt, as named tensors, and back: weights, their average, the optimizer's state.
+"""The state of a training as named tensors, and back: weights, their average, the optimizer's state.
 
-Bitwise, also in memory order: torch's fused optimizers walk a parameter and its state side by side in memory, so a
-state restored in another order than its parameter's (channels_last) would be paired with the wrong weights.
-Sharded parameters (FSDP2's DTensors) are gathered whole and scattered again, so that a checkpoint knows no ranks.
+It is equal to the bit and in memory order: torch's fused optimizers walk a parameter and its state side by side in
+memory, so a state in another order than its parameter's (channels_last) would move the wrong weights. Sharded
+parameters (FSDP2's DTensors) are gathered and scattered again, so that a checkpoint does not depend on ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from latentdiff.core.errors import ModelError
 from latentdiff.training.checkpoint import Tensors
 from latentdiff.training.ema import Ema
 
-_NUMBERS = {int: torch.int64, bool: torch.int64, float: torch.float64}  # how a checkpoint holds Python's numbers
+_NUMBERS = {int: torch.int64, bool: torch.int64, float: torch.float64}  # the prefix of Python's numbers in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Trained:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter that the optimizer moves, by part and name."""
+        """Every trained parameter, by part and name."""
         return {
             f"{part}.{name}": parameter
             for part, module in self.parts.items()
@@ -42,16 +42,16 @@ class Trained:
 
 
 def gather(trained: Trained) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Whole tensors on the CPU, one part after another, then `ema` and `optimizer`. Every rank must walk it.
+    """Whole tensors on the CPU, one part after another, then `ema` and `optimizer`. Every rank must iterate over it.
 
-    What lies there already is not copied: use it before the next step.
+    Tensors that are already on the CPU are not copied: use them before the next step.
     """
     for part, tensors in _tensors(trained):
         yield part, {name: _whole(tensor) for name, tensor in tensors.items()}
 
 
 def size(trained: Trained) -> int:
-    """Bytes of all that is gathered."""
+    """The bytes of all gathered tensors."""
     return sum(tensor.nbytes for _, tensors in _tensors(trained) for tensor in tensors.values())
 
 
@@ -65,14 +65,14 @@ def _tensors(trained: Trained) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
             f"{name}.{slot}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS[type(value)])
             for name, parameter in trained.parameters.items()
             for slot, value in trained.optimizer.state[parameter].items()
-            if isinstance(value, Tensor | int | float)  # what else is noted of a parameter follows from its shape
+            if isinstance(value, Tensor | int | float)  # the rest of a parameter's state follows from its shape
         },
     )
 
 
 @torch.no_grad()
 def restore(trained: Trained, tensors: Tensors) -> None:
-    """Put gathered tensors where they came from. Raises ModelError where they are of another network."""
+    """Copy gathered tensors back. Raises ModelError if they belong to another network."""
     expected = {*trained.parts, "ema", "optimizer"}
     if set(tensors) != expected:
         raise ModelError(f"checkpoint has {', '.join(sorted(tensors))}; the run requires {', '.join(sorted(expected))}")
@@ -83,7 +83,7 @@ def restore(trained: Trained, tensors: Tensors) -> None:
 
 
 def unshard(module: nn.Module) -> None:
-    """Leave whole parameters in place of FSDP2's shards, to be saved as one file. Every rank must call it."""
+    """Replace FSDP2's shards by whole parameters, for saving. Every rank must call it."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
@@ -116,7 +116,7 @@ def _restore_optimizer(trained: Trained, flat: Mapping[str, Tensor]) -> None:
         for parameter, number in zip(group["params"], saved["params"], strict=True)
     }
     state = {numbers[id(parameters[name])]: entries for name, entries in slots.items() if entries}
-    trained.optimizer.load_state_dict({"state": state, "param_groups": groups})  # knows where each slot belongs
+    trained.optimizer.load_state_dict({"state": state, "param_groups": groups})  # moves each slot to the right device
     for parameter in parameters.values():
         for slot, value in trained.optimizer.state[parameter].items():
             if isinstance(value, Tensor) and slot != "step" and value.shape == parameter.shape:
@@ -125,13 +125,13 @@ def _restore_optimizer(trained: Trained, flat: Mapping[str, Tensor]) -> None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The tensor gathered from all ranks, in row-major order on the CPU."""
+    """A tensor gathered from all ranks, in row-major order on the CPU."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu().contiguous()
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` spread over ranks as `target` is."""
+    """`value`, sharded over ranks like `target`."""
     if isinstance(target, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     return value
