@@ -9,8 +9,8 @@ from latentdiff.cli import main
 def run() -> None:
     """The command as a process.
 
-    Without torch, whose libraries have workers and files to put away, it ends at once: to free compiled networks one by
-    one before the system frees all takes a twelfth of the time that a picture takes.
+    Unless torch is loaded, whose libraries must stop workers and remove files, the process exits at once: freeing
+    compiled networks one by one would take a twelfth of the time of a picture.
     """
     try:
         main()

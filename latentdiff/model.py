@@ -1,6 +1,6 @@
-"""A model: what loaders return and everything else takes. A frozen value; what changes it returns another.
+"""The model, a frozen value: loaders return it, and all functions that change a model return another.
 
-Transform = Model -> Model      speed, offload, another precision or device, a merged adapter
+Transform = Model -> Model      speed, offload, another precision or device
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Ready = Callable[[tuple[int, ...], int, bool], None]
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model says beside its weights: name, hash, size in pixels, recommended settings, where it came from."""
+    """The facts about a model beside its weights: name, hash, size in pixels, recommended settings, source."""
 
     name: str = "model"
     hash: str = ""
     size: Size = (64, 64)
     defaults: dict[str, Any] = field(default_factory=dict)
-    source: str | None = None  # a path or hub id as the user named it; None is the default model
-    variant: str | None = None  # of its weights
-    folder: FilePath | None = field(default=None, compare=False)  # where the model lies, unless it is a single file
+    source: str | None = None  # the user's path or hub id; None is the default model
+    variant: str | None = None  # the variant of its weights
+    folder: FilePath | None = field(default=None, compare=False)  # the model's folder, unless it is a single file
 
 
 class Place(Protocol):
-    """Where networks compute and with which arrays."""
+    """The place of a model's networks: the library, the device, the kind of arrays."""
 
     @property
     def runtime(self) -> Runtime:
-        """Which library computes."""
+        """The library that computes."""
         ...
 
     @property
@@ -51,13 +51,13 @@ class Place(Protocol):
         ...
 
     def array(self, values: Array) -> Array:
-        """NumPy values, or a tensor, as the networks take them."""
+        """NumPy values or a tensor, converted for the networks."""
         ...
 
 
 @dataclass(frozen=True)
 class TorchPlace:
-    """Tensors on one device of torch's."""
+    """torch's tensors on one device."""
 
     device: Any = "cpu"
     runtime: Runtime = "torch"
@@ -83,11 +83,11 @@ class NumPyPlace:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of models: which parts go together, and how a model is read and written.
+    """A family of models: their parts, and how they are read and written.
 
-    parts: for each part of a folder the classes that it may have, the safety list; optional: parts that may be absent.
-    pipelines: diffusers' pipeline classes. load: a checked folder and the variant of its weights -> the model on the
-    CPU in the precision in which it is stored. save: a model's networks into a new folder. index: its model_index.json.
+    parts: the classes that each part of a folder may have, which is the safety list; optional: parts that may be
+    missing. pipelines: diffusers' pipeline classes. load: a checked folder and the variant of its weights -> the model
+    on the CPU in its stored precision. save: write a model's networks into a new folder. index: its model_index.json.
     """
 
     name: str
@@ -101,11 +101,11 @@ class Family:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Networks, the path between data and noise, and what the backbone predicts.
+    """Networks, the path between data and noise, and the backbone's prediction.
 
     parts: diffusers' names -> the libraries' own objects, for saving, adapters and hashing. other: the same model by
-    torch, where this one is compiled and may be replaced. ready: lets compiled networks get ready for latents
-    (B, C, h, w) under so many conditions, with or without deep features to be used again.
+    torch, if this one is compiled and may be replaced. ready: starts compilation for latents (B, C, h, w), a number of
+    conditions, and with or without reused deep features.
     """
 
     backbone: Backbone
@@ -123,7 +123,7 @@ class Model:
 
     @property
     def runtime(self) -> Runtime:
-        """What the networks compute with."""
+        """The library that the networks compute with."""
         return self.place.runtime
 
     @property
@@ -133,17 +133,17 @@ class Model:
 
     @property
     def multiple(self) -> int:
-        """What the sides of pictures must be multiples of, in pixels."""
+        """The number of pixels that the sides of pictures must be multiples of."""
         return self.codec.factor * self.backbone.spec.multiple
 
     @property
     def inpaints(self) -> bool:
-        """Whether the backbone reads a mask and what it hides beside x."""
+        """Whether the backbone reads a mask and the masked picture beside x."""
         return self.backbone.spec.inputs != self.codec.latent_channels
 
     @property
     def reads_sizes(self) -> bool:
-        """Whether the backbone is told sizes in pixels, as Stable Diffusion XL's."""
+        """Whether the backbone reads sizes in pixels, like Stable Diffusion XL's."""
         return "sizes" in self.backbone.spec.reads
 
     def array(self, values: Array) -> Array:

@@ -39,10 +39,10 @@ __all__ = ["LatentDiffusionPipeline", "ModelCard", "Output"]
 
 
 class LatentDiffusionPipeline:
-    """A model and what is loaded beside it; everything else is an argument of the call.
+    """A model and everything loaded beside it; all other settings are arguments of the call.
 
-    Several threads may draw with one pipeline. What changes it (`to`, `load_...`, `fuse_lora`) must not run beside a
-    call. speed: see `runtime.speed`; it is applied when the first picture is drawn.
+    Several threads may draw with one pipeline. Methods that change it (`to`, `load_...`, `fuse_lora`) must not run
+    during a call. speed: see `runtime.speed`; it is applied when the first picture is drawn.
     """
 
     __slots__ = ("_painter", "_speed", "_turn")
@@ -63,11 +63,11 @@ class LatentDiffusionPipeline:
         runtime: str = "auto",
         speed: str | None = None,
     ) -> LatentDiffusionPipeline:
-        """The model of a folder in diffusers' layout, of a single .safetensors file or of a hub id.
+        """Load a model from a folder in diffusers' layout, a single .safetensors file or a hub id.
 
-        Without a path, the default model inside the package. A hub id is fetched once, at `revision`. runtime: see
-        `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. By torch on CUDA where
-        there is one, float32 by default. Raises ModelError, UnsafeError, ConfigError.
+        Without a path this is the default model inside the package. A hub id is fetched once, at `revision`. runtime:
+        see `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. torch uses CUDA if
+        there is one, and float32 by default. Raises ModelError, UnsafeError, ConfigError.
         """
         from latentdiff.runtime import choice
 
@@ -78,13 +78,13 @@ class LatentDiffusionPipeline:
 
     @classmethod
     def from_single_file(cls, path: str | Path, **settings: Any) -> LatentDiffusionPipeline:
-        """The model of a .safetensors file in the original layout of Stable Diffusion; see `from_pretrained`."""
+        """Load a .safetensors file in the original layout of Stable Diffusion; see `from_pretrained`."""
         return cls.from_pretrained(path, **settings)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a folder that this class and diffusers' pipelines load.
+        """Write a folder that this class and diffusers' pipelines can load.
 
-        Raises ConfigError where adapters are attached.
+        Raises ConfigError if adapters are attached.
         """
         from latentdiff.drawing.extras import check_merged
         from latentdiff.families.loading import save_model
@@ -97,7 +97,7 @@ class LatentDiffusionPipeline:
 
     @property
     def model(self) -> Model:
-        """The model as it draws now."""
+        """The model in its present state."""
         return self._painter.model
 
     @property
@@ -107,7 +107,7 @@ class LatentDiffusionPipeline:
 
     @property
     def painter(self) -> Painter:
-        """The model with what is loaded beside it, ready to draw."""
+        """The model with everything loaded beside it."""
         with self._turn:
             if self._speed != "exact" and self.model.runtime == "torch" and self.model.speed != self._speed:
                 from latentdiff.runtime.speed import sped_up
@@ -123,12 +123,12 @@ class LatentDiffusionPipeline:
 
     @property
     def runtime(self) -> Runtime:
-        """What the networks compute with."""
+        """The library that the networks compute with."""
         return self.model.runtime
 
     @property
     def device(self) -> torch.device:
-        """Where the networks compute."""
+        """The device that the networks compute on."""
         import torch
 
         return torch.device(self.model.place.device)
@@ -136,7 +136,7 @@ class LatentDiffusionPipeline:
     # changes
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentDiffusionPipeline:
-        """Move the networks and what is loaded beside them; returns itself. Raises ConfigError."""
+        """Move the networks and everything loaded beside them; returns itself. Raises ConfigError."""
         if self.runtime != "torch" and dtype is None and str(device) in ("cpu", "None"):
             return self
         from latentdiff.runtime.device import moved
@@ -152,7 +152,8 @@ class LatentDiffusionPipeline:
     def offload(self, device: str | torch.device, *, layers: bool = False) -> LatentDiffusionPipeline:
         """Keep the networks in the CPU's memory and compute on `device`; returns itself.
 
-        Each network is moved there when its turn comes; with `layers` each of its layers, slower, for the least memory.
+        Each network moves there when it is needed; with `layers` each of its layers, which is slower and takes the
+        least memory.
         """
         from latentdiff.runtime.offload import offloaded
 
@@ -171,9 +172,9 @@ class LatentDiffusionPipeline:
     def load_lora_weights(
         self, path: str | Path, adapter_name: str | None = None, *, weight: float = 1.0, fuse: bool = False
     ) -> Fit:
-        """An adapter beside the networks, or with `fuse` in their weights; returns how it fits.
+        """Load an adapter beside the networks, or with `fuse` into their weights; returns how it fits.
 
-        In PEFT's, diffusers' or kohya's names; LoHa and LoKr can only be fused. Raises ModelError, ConfigError.
+        Its names are PEFT's, diffusers' or kohya's; LoHa and LoKr require `fuse`. Raises ModelError, ConfigError.
         """
         from latentdiff.drawing import extras
 
@@ -183,28 +184,28 @@ class LatentDiffusionPipeline:
         return fit
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
-        """Make these adapters the active ones, with one weight or one each."""
+        """Make these adapters active, with one weight for all or one each."""
         from latentdiff.drawing import extras
 
         self._change("an adapter")
         self._painter = extras.weighed(self._painter, extras.names_and_weights(names, weights))
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Add the active adapters to the weights: as fast as without them, and not to be undone."""
+        """Add the active adapters to the weights: drawing is as fast as without them. This cannot be undone."""
         from latentdiff.drawing import extras
 
         self._change("an adapter")
         self._painter = extras.merged(self._painter, lora_scale)
 
     def unload_lora_weights(self) -> None:
-        """Take off every adapter that is not fused."""
+        """Detach every adapter that is not fused."""
         from latentdiff.drawing import extras
 
         self._change("an adapter")
         self._painter = extras.unloaded(self._painter)
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
-        """Learnt words, which a prompt may then use; returns them."""
+        """Load learnt words for use in prompts; returns the words."""
         from latentdiff.drawing import extras
 
         self._change("a learnt word")
@@ -212,7 +213,10 @@ class LatentDiffusionPipeline:
         return words
 
     def load_clip(self, directory: str | Path | None = None) -> None:
-        """CLIP for guidance: a folder in open_clip's format, or the model's own. Raises ConfigError, ModelError."""
+        """Load a CLIP for guidance: a folder in open_clip's format, or the model's own.
+
+        Raises ConfigError, ModelError.
+        """
         from latentdiff.drawing import extras
         from latentdiff.families import clip
 
@@ -223,9 +227,9 @@ class LatentDiffusionPipeline:
         self._painter = extras.with_scorer(self._painter, scorer, source)
 
     def load_weaker(self, path: str | Path) -> None:
-        """A weaker model for autoguidance: smaller, or trained for less time.
+        """Load a weaker model for autoguidance: smaller, or trained for less time.
 
-        Raises ModelError where its latents or its path differ.
+        Raises ModelError if its latents or its path differ.
         """
         from latentdiff.drawing import extras
         from latentdiff.families.loading import stored_model
@@ -237,9 +241,9 @@ class LatentDiffusionPipeline:
         self._painter = extras.with_weaker(self._painter, weaker)
 
     def load_vae(self, path: str | Path, *, as_stored: bool = False) -> None:
-        """Another VAE for the same latents: its folder, or the model folder that has it.
+        """Load another VAE for the same latents, from its folder or a model folder.
 
-        It takes the precision of the one before, unless it is to stay as it is stored. Raises ModelError, UnsafeError.
+        It gets the precision of the previous one, or with `as_stored` keeps its own. Raises ModelError, UnsafeError.
         """
         from latentdiff.drawing import extras
         from latentdiff.families import check_vae
@@ -253,7 +257,7 @@ class LatentDiffusionPipeline:
         self._painter = extras.with_codec(self._painter, vae, place, folder)
 
     def _change(self, what: str) -> None:
-        """Make the networks ready to be changed: torch's, as they were written, and without cached prompts."""
+        """Prepare the networks for a change: torch's modules, without speed-ups and cached prompts."""
         self._in_torch(what)
         if self.model.speed != "exact":
             from latentdiff.runtime.speed import slowed_down
@@ -262,14 +266,14 @@ class LatentDiffusionPipeline:
         self._forget()
 
     def _forget(self) -> None:
-        """Cache prompts only where the encoder cannot change unnoticed: plain torch modules are open to training."""
+        """Clear cached prompts. New ones are cached unless the encoder is a torch module, which users may train."""
         cached = self.model.runtime != "torch"
         self._painter = replace(self._painter, memory=Memory() if cached else None)
 
     def _in_torch(self, what: str) -> None:
-        """Let torch's networks take over from compiled ones, with a warning.
+        """Replace compiled networks by torch's, with a warning.
 
-        Raises ConfigError where the other runtime was requested by name.
+        Raises ConfigError if the other runtime was requested by name.
         """
         if self.runtime == "torch":
             return
@@ -281,7 +285,7 @@ class LatentDiffusionPipeline:
     # drawing
 
     def request(self, prompt: str, **settings: Any) -> Request:
-        """A validated request with the model's recommended settings; loads what it requires of this model's own."""
+        """A validated request with recommended settings; loads the model's own CLIP if the request requires it."""
         made = request(prompt=prompt, **{**self.card.defaults, **settings})
         if what := torch_only(made, self.model):
             self._in_torch(what)
@@ -291,7 +295,7 @@ class LatentDiffusionPipeline:
         return made
 
     def begin(self, request: Request, pictures: int = 1) -> None:
-        """Let compiled networks get ready for a request's first batch while its prompts are read."""
+        """Start to compile networks for a request's first batch while its prompts are read."""
         if self.model.ready is not None:
             latents = self.model.codec.shape(plan(request, self.model).size)
             rows = min(pictures, request.batch_size)
@@ -317,7 +321,7 @@ class LatentDiffusionPipeline:
     ) -> Output:
         """Draw `num_images_per_prompt` pictures of each prompt; picture i of the call has seed `seed + i`.
 
-        prompt: one or several; the empty one draws as without captions.
+        prompt: one or several; the empty prompt is unconditional.
         image: a PIL image or uint8 (H, W, 3) to start from; mask_image: of its size, white is redrawn and the rest is
         returned unchanged; outpaint: pixels to add on the (left, top, right, bottom).
         settings: height, width, num_inference_steps, guidance_scale, sampler, strength, seed and others of `Request`.
@@ -338,7 +342,7 @@ class LatentDiffusionPipeline:
             made = self.request(one, **fields)
             given = jobs[0].canvas if jobs else canvas_of(self.model, made, image, mask_image, margins=margins)
             jobs += jobs_of(self.model, made, given, own[index] if own else None)
-            fields["seed"] = made.seed + num_images_per_prompt  # the next prompt goes on counting
+            fields["seed"] = made.seed + num_images_per_prompt  # the next prompt continues the count
         shape = (len(jobs), *self.model.codec.shape(jobs[0].plan.size))
         noise = inputs.noise_of(latents, generator, shape, self.model.array)
         return draw(self.painter, jobs, output_type, noise)
@@ -349,12 +353,12 @@ class LatentDiffusionPipeline:
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(f"unknown output_type {output_type!r}; one of {', '.join(OUTPUT_TYPES)}")
         if "num_images" in settings:
-            raise ConfigError("num_images is called num_images_per_prompt here")
+            raise ConfigError("use num_images_per_prompt instead of num_images")
         if "callback_on_step_end" in settings:
-            raise ConfigError("instead of a callback, `stream` yields every step, for the body of a loop")
+            raise ConfigError("callbacks are not supported; `stream` yields every step instead")
         for name, text, given in (("prompt", prompt, embeds[0]), ("negative_prompt", negative, embeds[1])):
             if text is not None and given is not None:
-                raise ConfigError(f"{name}_embeds replace the {name}: give one of both")
+                raise ConfigError(f"{name}_embeds replace the {name}: give only one of them")
 
     def stream(
         self, prompt: str, *, image: Any = None, mask_image: Any = None, outpaint: Any = None, **settings: Any

@@ -340,7 +340,7 @@ PATTERN = {"alpha_pattern": {"(([a-z0-9_.]+)+)+!": 1}}
 
 @pytest.mark.parametrize("config", [{"lora_alpha": "x"}, PATTERN, {"alpha_pattern": 3}])
 def test_configs_of_adapters_from_outside(folders, tmp_path, config):
-    """Patterns are no programs: they are compared, in no time, and what is no number is refused."""
+    """Patterns are no programs: they are compared, in no time, and what is not a number is refused."""
     save_file(PLAIN, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(config)})
     if isinstance(config.get("alpha_pattern"), dict):
         assert load(folders["1"]).load_lora_weights(tmp_path / "x.safetensors").matched == 1
@@ -495,7 +495,7 @@ def test_a1111_s_embeddings(folders, tmp_path):
         ({"<a>": torch.full((64,), float("nan"))}, "must have finite vectors"),
         ({"<a>": torch.ones(64, dtype=torch.int8)}, "must have finite vectors"),
         ({"": torch.ones(64)}, "is not a word"),
-        ({"<a>": torch.ones(3, 64), "<a>_1": torch.ones(64)}, "have the same tokens"),
+        ({"<a>": torch.ones(3, 64), "<a>_1": torch.ones(64)}, "share tokens"),
     ],
 )
 def test_words_that_do_not_fit(folders, tmp_path, state, message):
@@ -511,7 +511,7 @@ def test_learnt_words_are_not_lost(folders, tmp_path):
     save_file({"<a>": torch.ones(64)}, tmp_path / "x.safetensors")
     pipe = load(folders["1"])
     pipe.load_textual_inversion(tmp_path / "x.safetensors")
-    with pytest.raises(ConfigError, match="has learnt words, which a single file"):
+    with pytest.raises(ConfigError, match="a single file cannot hold learnt words"):
         save_single_file(pipe.model, tmp_path / "model.safetensors")
 
 

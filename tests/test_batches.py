@@ -114,7 +114,7 @@ def test_what_is_there_is_another_picture(generate):
     assert generate(*WORDS, "-o", "out", "--resume") == (0, "3 of 3 pictures are there already\n")
     there = (0, "3 of 3 pictures are there already\n")
     code, err = generate(*WORDS, "-o", "out", "--resume", "--speed", "fast", "--runtime", "torch")
-    told = "warning: some that are there were drawn by openvino in (bfloat16|float32), exact, "
+    told = "warning: some existing pictures were drawn by openvino in (bfloat16|float32), exact, "
     told += "the rest by torch in float32, fast"
     assert code == 0
     assert re.fullmatch(f"{told}\n{there[1]}", err)
@@ -158,7 +158,7 @@ def test_several_processes_find_their_files_there(generate, tmp_path, monkeypatc
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("latentdiff.drawing.draw.Drawing.__iter__", None)
     code, err = generate(*WORDS, "-o", "out", "--batch-size", "1")
-    assert (code, err) == (2, "error: file exists (out/00002-6.png). Go on by --resume, or name another folder\n")
+    assert (code, err) == (2, "error: file exists (out/00002-6.png). Use --resume, or name another folder\n")
 
 
 def test_shares(monkeypatch):

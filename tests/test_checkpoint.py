@@ -62,7 +62,7 @@ def test_the_newest_are_kept(tmp_path):
 
 DAMAGES = {
     "ema.safetensors: 1,172 of 1,272 bytes": lambda path: _cut(path / "ema.safetensors", 100),
-    "unet.safetensors: not the bytes that were written": lambda path: _flip(path / "unet.safetensors"),
+    "unet.safetensors: its content was changed": lambda path: _flip(path / "unet.safetensors"),
     "unet.safetensors is missing": lambda path: (path / "unet.safetensors").unlink(),
     "no MANIFEST.json": lambda path: (path / "MANIFEST.json").unlink(),
     "MANIFEST.json cannot be read": lambda path: (path / "MANIFEST.json").write_text("[" * 100_000),

@@ -76,12 +76,12 @@ def test_the_report(tmp_path):
     code, out, _ = ran(*words)
     said = json.loads(out)
     assert code == 0
-    assert said["images"]["said"] == "10 = 10 that can be used + 0 that cannot"
-    assert said["duplicates"] == {"said": "2 images in 1 groups of the same bytes", "lines": ["000.png, again.png"]}
+    assert said["images"]["text"] == "10 = 10 that can be used + 0 that cannot"
+    assert said["duplicates"] == {"text": "2 images in 1 groups of the same bytes", "lines": ["000.png, again.png"]}
     assert said["captions"]["lines"] == ["wide.png: 102 tokens"]
-    assert "1 images with a caption cut at 32 tokens" in said["captions"]["said"]
-    assert said["colour modes"]["said"] == "RGB 7, P 2, RGBA 1" or "RGBA 1" in said["colour modes"]["said"]
-    assert said["formats"]["said"] == "PNG 5, JPEG 2, WEBP 2, GIF 1"
+    assert "1 images with a caption cut at 32 tokens" in said["captions"]["text"]
+    assert said["colour modes"]["text"] == "RGB 7, P 2, RGBA 1" or "RGBA 1" in said["colour modes"]["text"]
+    assert said["formats"]["text"] == "PNG 5, JPEG 2, WEBP 2, GIF 1"
     assert said["animations"]["lines"] == ["moving.gif"]
     assert said["data set"]["lines"] == ["1 other files are not read: notes.md"]
     table = [line.split() for line in said["buckets"]["lines"]]
@@ -116,7 +116,7 @@ def test_the_preview_is_what_the_network_sees(sound, tmp_path):
     ("words", "code", "told"),
     [
         (("check", "nowhere"), 3, "error: no such data set (nowhere)"),
-        (("check", "configs/scenes-tiny.toml"), 2, "error: configs/scenes-tiny.toml is of procedural scenes"),
+        (("check", "configs/scenes-tiny.toml"), 2, "error: the data of configs/scenes-tiny.toml are procedural scenes"),
         (("check", "{sound}", "--resolution", "4"), 2, "error: Invalid value for '--resolution'"),
         (("check", "{sound}", "--html", "/nowhere/page.html"), 2, "error: cannot write to /nowhere/page.html"),
         (("check", "{sound}", "--skip-bad", "--quarantine", "{sound}"), 2, "error: cannot write to"),
@@ -145,7 +145,7 @@ def test_wrong_arguments(words, code, told, sound, monkeypatch):
 
 # --- training on pictures ------------------------------------------------------------------------------
 
-BUCKETS = ("data.pictures.bucket_step=16", "data.pictures.flip=true", "denoiser.training.train_batch_size=4")
+BUCKETS = ("data.pictures.bucket_step=8", "data.pictures.flip=true", "denoiser.training.train_batch_size=4")
 
 
 def train(folder, source, *words, changes=(), hook=None):
@@ -174,7 +174,7 @@ def begun(trained, tmp_path):
 def test_training_tells_what_it_found(trained):
     _, err = trained
     assert re.search(r"data: 40 images \(metadata, .*\), 40 samples an epoch\n", err)
-    assert re.search(r" +in 3 buckets, 80x48: \d+, 64x64: \d+, 48x80: \d+; \d+\.\d% cropped away\n", err)
+    assert re.search(r" +in 5 buckets, .*32x32: \d+, .*; \d+\.\d% cropped away\n", err)
     lines = [json.loads(line) for line in (trained[0] / "denoiser" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 14))
     assert any("validation_loss" in line for line in lines)

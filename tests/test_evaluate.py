@@ -66,7 +66,7 @@ def test_a_whole_report(whole_report):
     assert told["skipped"] == {}
     assert done.stdout.splitlines()[-1] == str(folder / "report.html")
     for section in told["models"][0]["sections"].values():
-        assert section["said"]["seconds"] >= 0
+        assert section["facts"]["seconds"] >= 0
         for name, figure in section["figures"].items():
             assert np.isfinite(figure["value"]), name
             assert figure["better"] in ("lower", "higher", "neither")
@@ -252,7 +252,7 @@ def test_own_pictures(call, tmp_path, folders):
     code, _, err = call("evaluate", folders["1"], "-o", out, *QUICK, *words)
     assert code == 0, err
     assert metrics(out)["settings"]["features"] == "the CLIP of the default model"
-    assert "has no CLIP, so the default model's is taken, which knows scenes alone" in err
+    assert "has no CLIP; the default model's is used, which knows only scenes" in err
     assert metrics(out)["settings"]["pictures"] == 16
     assert "clip_score" in figures(out, "distances")
     assert "not measured" not in err
@@ -270,15 +270,15 @@ def test_own_pictures(call, tmp_path, folders):
         (("--sweep", "guidance_scale"), "--sweep is NAME=VALUE,VALUE, once a name (got 'guidance_scale')"),
         (("--sweep", "guidance_scale=1,many"), "guidance_scale"),
         (("--sweep", "steps_=1,2"), "steps_"),
-        (("--set", "seed=3"), "seed is the evaluation's own, and no setting of drawing"),
-        (("--set", "hires_scale=2"), "hires_scale is the evaluation's own, and no setting of drawing"),
-        (("--set", "autoguidance_scale=2"), "autoguidance_scale requires what an evaluation does not have"),
+        (("--set", "seed=3"), "the evaluation chooses seed"),
+        (("--set", "hires_scale=2"), "the evaluation chooses hires_scale"),
+        (("--set", "autoguidance_scale=2"), "autoguidance_scale has no effect in an evaluation"),
         (("--set", "eta=0.5"), "eta has no effect on unipc; it applies to"),
         (
             ("--sweep", f"num_inference_steps={','.join(['5'] * 40)}", "--sweep", f"seed_={','.join(['1'] * 30)}"),
             "1,200",
         ),
-        (("--data", "data", "-o", "data/report"), "data/report lies among the data, whose pictures would be more"),
+        (("--data", "data", "-o", "data/report"), "data/report lies inside the data and would add pictures to it"),
         (("--steps", "0"), "num_inference_steps"),
         (("--pictures", "3"), "greater than or equal to 16"),
         (("--data", "nowhere"), "nowhere"),
@@ -289,7 +289,7 @@ def test_own_pictures(call, tmp_path, folders):
         (("--compare", "nowhere"), "nowhere"),
         (("-o", "/proc/report"), "cannot write to /proc/report"),
         (("-o", "a-file"), "a-file is a file. Name a folder for the report"),
-        (("-o", "mine"), "mine is a folder of yours; nothing is written among it. Name another"),
+        (("-o", "mine"), "mine has other files, and nothing is written beside them. Name another"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(call, tiny_model, words, said):
@@ -311,7 +311,7 @@ def test_a_folder_of_another_report(call, tiny_model):
     before = {path: path.read_bytes() for path in Path("out").rglob("*.*") if path.is_file()}
     code, _, err = call("evaluate", tiny_model, *quick, "--seed", 1)
     assert code == 2
-    assert err == "error: out is a report of something else (seed 0 -> 1). Name another folder\n"
+    assert err == "error: out is the report of other settings (seed 0 -> 1). Name another folder\n"
     assert {path: path.read_bytes() for path in Path("out").rglob("*.*") if path.is_file()} == before
 
 
@@ -362,7 +362,7 @@ def test_what_fails_leaves_no_folder(call, tiny_model):
     Path("lines.jsonl").write_text('{"tag": "counting", "prompt": "three rings"}\n')
     code, _, err = call("evaluate", tiny_model, *once)
     assert code == 2
-    assert err.startswith("error: out is a report of something else (geneval sha256 ")
+    assert err.startswith("error: out is the report of other settings (geneval sha256 ")
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_what_figures_depend_on_is_no_secret(call, tiny_model, tmp_path):
     for more in ('background = "#000000"', '[data.pictures.captions]\nprefix = "a red star "'):
         Path("c.toml").write_text(settings + more + "\n")
         code, _, err = call("evaluate", model, *quick, "-o", "out", "--data", "c.toml")
-        assert (code, "out is a report of something else (data sha256 " in err) == (2, True), err
+        assert (code, "out is the report of other settings (data sha256 " in err) == (2, True), err
     Path("c.toml").write_text(settings)
     assert call("evaluate", model, *quick, "-o", "out", "--data", "c.toml")[0] == 0
     for name in ("vae/config.json", "scheduler/scheduler_config.json"):
@@ -550,7 +550,7 @@ def test_a_result_as_json():
     assert back.figures["f"].value == 1.0
     assert back.figures["f"].error is None
     assert list(back.figures["f"].each) == [1.0, 2.0]
-    assert back.said == {"n": 3}
+    assert back.facts == {"n": 3}
     assert np.isnan(back.plots[0].series[0].y[1])
 
 

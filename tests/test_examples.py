@@ -114,13 +114,13 @@ def test_a_picture_that_fails_in_a_worker_is_one_line():
 
     def batch(positions):
         if positions.start == 6:
-            raise DataError("a.png changed since it was looked at")
+            raise DataError("a.png changed after the survey")
         return {"x": torch.tensor(positions)}
 
     for workers in (0, 2):
         shares = (range(first, first + 2) for first in range(0, 20, 2))
         found = []
-        with pytest.raises(DataError, match=r"^a.png changed since it was looked at$"):
+        with pytest.raises(DataError, match=r"^a.png changed after the survey$"):
             for made in batches_of(batch, shares, workers, torch.device("cpu")):
                 found.append(made["x"].tolist())
         assert found == [[0, 1], [2, 3], [4, 5]]

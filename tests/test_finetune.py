@@ -185,7 +185,7 @@ def test_it_is_found_again_and_refused(finetune, pictures, tmp_path, tiny_model)
     stable_diffusion.pipeline("1").save_pretrained(tmp_path / "sd")
     code, _, err = finetune(pictures / "captioned", "out", *words, "--resolution", 64, model=tmp_path / "sd")
     assert code == 4
-    assert "was trained on other networks than are there now" in err.splitlines()[-1]
+    assert "belongs to other networks than the run's" in err.splitlines()[-1]
     assert not list((tmp_path / "out" / "finetune" / "checkpoints").glob("aside-*"))
     assert (tmp_path / "out" / "finetune.toml").read_text() == settings, "a start that is refused leaves them"
 
@@ -243,8 +243,8 @@ def test_a_class_picture_that_is_missing(finetune, pictures, tmp_path):
         (("{captioned}", "--set", "finetune.weightin=p2"), 2, "did you mean weighting?"),
         (("{captioned}", "--config", "none.toml"), 2, "cannot read config (none.toml)"),
         (("{captioned}", "--resume", "latest"), 4, "no checkpoint in out/finetune/checkpoints"),
-        (("{captioned}", "--use-8bit-adam"), 2, "needs bitsandbytes"),
-        (("{captioned}", "-o", "{captioned}"), 2, "is no run of `latentdiff finetune` (000.png is in it)"),
+        (("{captioned}", "--use-8bit-adam"), 2, "requires bitsandbytes"),
+        (("{captioned}", "-o", "{captioned}"), 2, "is not a run of `latentdiff finetune` (000.png is in it)"),
         (("{captioned}", "-o", "trained"), 2, "trained holds another run, of `latentdiff train`"),
         (("{captioned}", "-o", "/proc/x"), 2, "cannot write to /proc/x"),
     ],
@@ -272,7 +272,7 @@ def test_no_model_and_no_inpainting_model(finetune, pictures, tmp_path):
     code, _, err = finetune(pictures / "captioned", "out", "--resolution", 64, model=tmp_path / "nine")
     assert (code, err.splitlines()[-1]) == (
         2,
-        "error: an inpainting model is not taught here: give the plain model it was made of",
+        "error: fine-tuning an inpainting model is not supported: give the plain model that it comes from",
     )
 
 

@@ -70,7 +70,7 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, family):
     [
         ("dog", "cat", 1, "the word 'dog' exists already"),
         ("<ink>", "", 1, "the initial words are no words"),
-        ("<ink>", "cat", 77, "of too many"),
+        ("<ink>", "cat", 77, "must have finite vectors, and fewer"),
         (" ", "cat", 1, "is not a word"),
     ],
 )

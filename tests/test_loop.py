@@ -57,7 +57,7 @@ def test_workers_end_with_a_loop_that_fails(tmp_path):
 
 
 def breaking(value, what):
-    """A line whose point 50, of step 7, has a loss or a gradient that is no number."""
+    """A line whose point 50, of step 7, has a loss or a gradient that is not a number."""
 
     class Broken(LineStage):
         def loss(self, module, batch):

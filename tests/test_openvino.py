@@ -335,9 +335,9 @@ def test_an_export_of_another_configuration(tmp_path):
     ("file", "content", "message"),
     [
         ("export.json", "{}", "an export of format None, not 2 .* Export it again: latentdiff convert"),
-        ("export.json", '{"format": 2}', "does not say what it is of"),
-        ("export.json", '{"format": 2, "configs": {}}', "does not say what it is of"),
-        ("export.json", '{"format": 2, "configs": {"unet": 1, "text_encoder": 1}}', "does not say what it is of"),
+        ("export.json", '{"format": 2}', "does not name its configurations"),
+        ("export.json", '{"format": 2, "configs": {}}', "does not name its configurations"),
+        ("export.json", '{"format": 2, "configs": {"unet": 1, "text_encoder": 1}}', "does not name its configurations"),
         ("unet.xml", "<net", "cannot load openvino/unet.xml"),
         ("constants.safetensors", "x", "cannot load openvino/"),
         ("text_encoder.xml", None, "cannot load openvino/text_encoder.xml"),
@@ -445,7 +445,7 @@ def test_memory_ends(monkeypatch):
         compiling.Compiler, "_bound", lambda *_: (_ for _ in ()).throw(RuntimeError("Failed to allocate 80 bytes"))
     )
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
-    with pytest.raises(ResourceError, match=r"out of memory\. Fewer or smaller pictures"):
+    with pytest.raises(ResourceError, match=r"out of memory\. Draw fewer or smaller pictures"):
         pipe(PROMPT, seed=1, width=80, num_inference_steps=1)
 
 
@@ -525,7 +525,7 @@ def test_graphs_of_another_network(call, tmp_path, monkeypatch):
     ("words", "message"),
     [
         ((default_model(), "--to", "openvino", "--vae", "x"), "With --vae name an output"),
-        (("x.safetensors", "--to", "openvino"), "x.safetensors is no folder of this disk: name an output"),
+        (("x.safetensors", "--to", "openvino"), "x.safetensors is not a local folder: name an output"),
         ((default_model(), "y.safetensors", "--to", "openvino"), "--to openvino writes a model folder"),
         ((default_model(), "--to", "openvino", "--dtype", "float16"), "read the weights as they are"),
         ((default_model(),), "name an output: a new folder, or a new .safetensors file"),

@@ -36,7 +36,7 @@ def test_vectors_are_not_decayed():
 
 def test_8_bit_without_its_library_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ConfigError, match=r"needs bitsandbytes. Install it: pip install 'latentdiff\[8bit\]'"):
+    with pytest.raises(ConfigError, match=r"requires bitsandbytes. Install it: pip install 'latentdiff\[8bit\]'"):
         optimizer_of(nn.Linear(2, 2), Training(optimizer="adamw_8bit"))
 
 

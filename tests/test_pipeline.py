@@ -159,7 +159,7 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
         ),
         ({"latents": torch.zeros(5, 4, 32, 32), "batch_size": 1}, "latents must have the shape (1, 4, 32, 32)"),
         ({"latents": "x"}, "latents must be a tensor of shape (1, 4, 32, 32) (got str)"),
-        ({"num_images": 3}, "num_images is called num_images_per_prompt here"),
+        ({"num_images": 3}, "use num_images_per_prompt instead of num_images"),
         ({"callback_on_step_end": print}, "`stream` yields every step"),
         ({"sampler": "unipc", "eta": 0.5}, "eta has no effect on unipc; it applies to"),
         ({"guidance_interval": (5.0, -5.0)}, "the lower end comes first"),
@@ -211,7 +211,7 @@ def test_eta_of_euler_ancestral(pipe):
 @pytest.mark.parametrize(
     ("embeds", "message"),
     [
-        ({"prompt_embeds": torch.zeros(1, 32, 9)}, "prompt_embeds are of 9 numbers a token, the model's of 32"),
+        ({"prompt_embeds": torch.zeros(1, 32, 9)}, "prompt_embeds must have 32 numbers a token (got 9)"),
         ({"prompt_embeds": torch.zeros(1, 32, 32, device="meta")}, "must be floating-point numbers"),
         ({"prompt_embeds": torch.zeros(1, 32, 32, dtype=torch.int64)}, "must be floating-point numbers"),
         (

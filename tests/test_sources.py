@@ -208,15 +208,13 @@ def test_one_stem_two_pictures(pictures, tmp_path):
     assert rows.key(0, View()) != rows.key(1, View())
     as_sidecars(tmp_path / "beside", both)
     assert refusal(tmp_path / "beside").startswith(
-        "2 images have captions that nothing tells apart: 1_things/a.jpg (shares 1_things/a.txt with 1_things/a.png), "
+        "2 images have captions that are ambiguous: 1_things/a.jpg (shares 1_things/a.txt with 1_things/a.png), "
     )
     shard = tmp_path / "one.tar"
     with tarfile.open(shard, "w") as archive:
         for path in sorted((tmp_path / "beside" / "1_things").iterdir()):
             archive.add(path, path.name)
-    assert refusal(shard).startswith(
-        "2 images have captions that nothing tells apart: one.tar/a.jpg (2 pictures of one"
-    )
+    assert refusal(shard).startswith("2 images have captions that are ambiguous: one.tar/a.jpg (2 pictures of one")
 
 
 NAMES = [
@@ -288,8 +286,8 @@ def test_byte_order_marks_and_long_captions(layout, pictures, tmp_path):
         ),
         (b'{"file_name": "/etc/passwd", "text": "x"}', "metadata.jsonl line 7 names a file outside its folder"),
         (b'{"file_name": "a.png", "text": 3}', r"metadata.jsonl line 7: text must be a string or a list .*got 3"),
-        (b'{"file_name": "a.png", "text": "\\ud800"}', "metadata.jsonl line 7: text holds half a surrogate pair"),
-        (b'{"file_name": "a.png", "text": "x", "text": "y"}', "metadata.jsonl line 7 .* a key stands there twice"),
+        (b'{"file_name": "a.png", "text": "\\ud800"}', "metadata.jsonl line 7: text contains half a surrogate pair"),
+        (b'{"file_name": "a.png", "text": "x", "text": "y"}', "metadata.jsonl line 7 .* a key is there twice"),
         (b"[" * 100_000, "metadata.jsonl line 7 is not valid JSON"),
     ],
 )
@@ -354,7 +352,7 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(DataError, match="no pictures in"):
         surveyed(tmp_path)
     (tmp_path / "file.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match="is no data set"):
+    with pytest.raises(DataError, match="is not a data set"):
         surveyed(tmp_path / "file.zip")
 
 
@@ -389,7 +387,7 @@ def test_joined_archives_and_links_in_them(pictures, tmp_path):
     (joined := tmp_path / "joined.tar").write_bytes(
         b"".join((tmp_path / "set" / f"0000{number}.tar").read_bytes() for number in range(2))
     )
-    with pytest.raises(DataError, match=r"more follows its end at byte .*: archives must not be joined"):
+    with pytest.raises(DataError, match=r"more data follows its end at byte .*: archives must not be joined"):
         surveyed(joined)
     with tarfile.open(tmp_path / "set" / "00002.tar", "a") as archive:
         link = tarfile.TarInfo("linked.jpg")
@@ -437,5 +435,5 @@ def test_a_file_that_changes_meanwhile_is_noticed(pictures, tmp_path):
     rows = as_set(surveyed(tmp_path))
     Image.new("RGB", (32, 32)).save(tmp_path / "000.png")
     (row,) = (row for row in range(2) if rows.picture(row).name == "000.png")
-    with pytest.raises(DataError, match=r"000.png changed since it was looked at"):
+    with pytest.raises(DataError, match=r"000.png changed after the survey"):
         rows.pixels(row, View())

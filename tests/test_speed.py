@@ -111,7 +111,7 @@ def test_text_is_encoded_once(monkeypatch, uncompiled, settings):
     pipe, read = LatentDiffusionPipeline.from_pretrained(**settings), []
     kind = type(pipe.model.encoder)
     encode = kind.encode
-    monkeypatch.setattr(kind, "encode", lambda self, wanted: read.append(wanted.prompt) or encode(self, wanted))
+    monkeypatch.setattr(kind, "encode", lambda self, prompt: read.append(prompt.text) or encode(self, prompt))
     for _ in range(2):
         pipe(PROMPT, **QUICK)
     assert read == [PROMPT, ""]

@@ -180,9 +180,9 @@ def test_own_contexts(both):
     expected = ours(PROMPT, negative_prompt=NEGATIVE, output_type="latent", **asked).images
     assert largest(drawn.images, expected) < 1e-4
     assert drawn.metadata[0].own_noise
-    with pytest.raises(ConfigError, match="give one of both"):
+    with pytest.raises(ConfigError, match="give only one of them"):
         ours(PROMPT, **given, **asked)
-    with pytest.raises(ConfigError, match="give negative_prompt_embeds with them"):
+    with pytest.raises(ConfigError, match="require negative_prompt_embeds"):
         part = {name: tensor for name, tensor in given.items() if name == "pooled_prompt_embeds"}
         ours(prompt_embeds=given["prompt_embeds"][:, :70], **part, **asked)
     with pytest.raises(ConfigError, match="require prompt_embeds"):
@@ -390,7 +390,7 @@ def edit(path, **changes):
         ({"text_encoder_2": ["transformers", "T5EncoderModel"]}, UnsafeError, "text_encoder_2 is of unknown class"),
         ({"scheduler": ["evil", "DDIMScheduler"]}, UnsafeError, "scheduler is of unknown module evil"),
         ({"safety_checker": ["evil", "Checker"]}, UnsafeError, "safety_checker is of unknown module evil"),
-        ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, ModelError, "a model with transformer"),
+        ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, ModelError, "models with transformer"),
         ({"controlnet": [None, None]}, None, ""),
         ({"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}, None, ""),
     ],

@@ -273,12 +273,16 @@ def test_learnt_from_the_default_models(call, tmp_path):
         *("--set", "autoencoder.training.max_train_steps=61", "--set", "autoencoder.teacher=other", "--allow-changed"),
     )
     assert code == 4
-    assert "was trained on other networks" in err
+    assert "belongs to other networks" in err
 
 
 WRONG = {
     "widths": (("autoencoder.block_out_channels=[8,8,16]",), 2, "a tiny autoencoder is as wide at every level"),
-    "levels": (("autoencoder.block_out_channels=[8,8]",), 2, "it cannot stand for its teacher: its factor is 2, not 4"),
+    "levels": (
+        ("autoencoder.block_out_channels=[8,8]",),
+        2,
+        "autoencoder.teacher must have the same shape: its factor is 2, not 4",
+    ),
     "channels": (("autoencoder.latent_channels=8",), 2, "its latent_channels is 8, not 4"),
     "teacher": (("autoencoder.teacher=nowhere",), 4, "no VAE (nowhere)"),
     "pupil": (('autoencoder.kind="kl"', "autoencoder.teacher=x"), 2, "only a tiny autoencoder has a teacher"),

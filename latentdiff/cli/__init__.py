@@ -17,7 +17,7 @@ from latentdiff.core.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
     name="latentdiff",
-    help="Train, draw with and measure latent text-to-image diffusion models.",
+    help="Train latent text-to-image diffusion models, draw with them, measure them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,12 +47,12 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that what is half done is undone on the way out."""
+    """SIGTERM as an exception, so that unfinished files are removed."""
 
 
 def main() -> None:
     """Run the command line; errors are one line on stderr and an exit code (see `latentdiff.core.errors`)."""
-    # libraries speak of loading in bars and tables of many lines; what they raise is told below
+    # libraries print bars and tables while loading; their errors are printed below
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -70,7 +70,7 @@ def main() -> None:
         status = 130
     except _Terminated:
         _fail("terminated", 143)
-    except BrokenPipeError:  # whoever read our output has gone
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except MemoryError as error:
@@ -87,25 +87,25 @@ def main() -> None:
 
 
 def _fail_as_told(error: Exception) -> None:
-    """What the command line's own parser says, and torch where memory ends; anything else is a bug, left alone."""
+    """Print errors of the command line's parser, and torch's out of memory; any other error is a bug and is raised."""
     if usage := getattr(error, "format_message", None):
-        if type(error).__name__ == "NoArgsIsHelpError":  # a command alone: what it says is the help
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command without arguments prints its help
             print(usage(), file=sys.stderr)
             sys.exit(2)
         _fail(usage(), 2)
-    # a class of its own on a GPU, on a CPU only the words of a RuntimeError
+    # a class of its own on a GPU; on a CPU a RuntimeError with these words
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        _fail("out of memory. Fewer or smaller pictures at once need less", ResourceError.exit_code)
+        _fail("out of memory. Draw fewer or smaller pictures at once", ResourceError.exit_code)
 
 
 def _warn(message: Warning | str) -> None:
-    """One line, as all that is told on standard error."""
+    """Print a warning on one line of standard error."""
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _catch_signals() -> None:
     signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets it for what runs in the background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell sets this for commands in the background
         signal.signal(signal.SIGINT, _interrupt)
 
 
@@ -120,7 +120,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _leave_an_import(frame: FrameType | None, message: str, code: int) -> None:
-    """Leave at once in the midst of an import: libraries abort, or swallow it, where one is broken off."""
+    """Exit at once if an import is running: libraries abort or swallow exceptions inside one."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             os.write(2, f"error: {message}\n".encode())

@@ -1,8 +1,8 @@
-"""Pictures drawn batch by batch and written: numbered, processd between processes, gone on with.
+"""Pictures drawn and written batch by batch, numbered, divided between processes, resumed.
 
-A picture's batch and number follow from the command alone. So the pictures are the same, to the bit on one kind of
-machine, however many processes draw them and however often they are killed: a batch of which one is missing is drawn
-again whole, and only what is missing is written.
+The batch and the number of a picture depend only on the command. So the pictures are the same, to the bit on one kind
+of machine, for any number of processes and kills: if a picture is missing, its whole batch is drawn again, and only
+missing files are written.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from latentdiff.drawing.painter import Painter
     from latentdiff.drawing.record import ImageMetadata
 
-Numbered = tuple[int, "Job"]  # a picture and its number in the command, from 1
+Numbered = tuple[int, "Job"]  # a picture, and its number in the command from 1
 _OF_A_RUN = ("runtime", "device", "dtype", "speed", "versions", "batch", "model", "model_source", "variant")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where pictures go. resume: those that are there are kept and skipped."""
+    """The output of pictures. resume: existing files are kept and skipped."""
 
     path: Path
     suffix: str
@@ -40,7 +40,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Process:
-    """Which of how many processes this is, as `accelerate launch` and torchrun tell them; they need not speak."""
+    """The rank and the number of processes, from the launcher's environment. Processes do not communicate."""
 
     number: int = 0
     processes: int = 1
@@ -48,7 +48,7 @@ class Process:
 
     @classmethod
     def of_launcher(cls) -> Process:
-        """As the environment tells it. Raises ConfigError for what no launcher says."""
+        """Read the environment. Raises ConfigError for values that no launcher sets."""
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         values = [os.environ.get(name, default) for name, default in defaults.items()]
         if not all(number.isdecimal() and len(number) < 10 for number in values) or int(values[0]) >= int(values[1]):
@@ -56,7 +56,7 @@ class Process:
         return cls(*map(int, values))
 
     def device(self, named: str | None) -> str | None:
-        """Of several processes each takes a GPU of its own, where there are any."""
+        """The user's device; by default each of several processes has its own GPU, if there are any."""
         from latentdiff.runtime.choice import gpu_is_there
 
         alone = self.processes == 1 or named not in (None, "cuda")
@@ -66,7 +66,7 @@ class Process:
 def write_all(
     painter: Painter, jobs: Sequence[Job], target: Target, process: Process
 ) -> Iterator[tuple[Path, ImageMetadata]]:
-    """Draw this process's batches under a progress bar and yield every picture written. Raises ConfigError."""
+    """Draw this process's batches with a progress bar; yield every written picture. Raises ConfigError."""
     from latentdiff.drawing.batch import Batch
     from latentdiff.drawing.draw import Drawing, record_of
     from latentdiff.drawing.record import save_options
@@ -75,7 +75,7 @@ def write_all(
     total = sum(sum(batch[0][1].plan.steps) for batch in batches)
     written: set[str] = set()
     if target.metadata and target.suffix != ".png":
-        for job in jobs:  # a record that does not fit is known before anything is drawn
+        for job in jobs:  # a record that is too long is refused before drawing
             save_options(record_of(painter, job), target.suffix)
     with _bar(total) as bar:
         for batch in batches:
@@ -84,7 +84,7 @@ def write_all(
                 bar.update()
                 latents = step.x
             output = drawing.finish(latents)
-            bar.clear()  # else what is written next stands behind it
+            bar.clear()  # end the bar's line
             for note in set(output.notes) - written:
                 print(f"warning: {note}", file=sys.stderr)
             written |= set(output.notes)
@@ -95,7 +95,7 @@ def write_all(
 
 
 def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Process) -> list[list[Numbered]]:
-    """Those of one process, every so many of the command's, without those that are there."""
+    """The batches of one process, without those whose files exist."""
     from latentdiff.drawing.draw import batches_of
 
     counted = iter(range(1, len(jobs) + 1))
@@ -112,14 +112,14 @@ def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Pro
             there.add(number)
             otherwise |= {_otherwise(painter, number, job, target)} if target.metadata else set()
     for how in sorted(otherwise - {""}):
-        print(f"warning: some that are there were drawn {how}", file=sys.stderr)
+        print(f"warning: some existing pictures were drawn {how}", file=sys.stderr)
     if there:
         print(f"{len(there):,} of {sum(map(len, own)):,} pictures are there already", file=sys.stderr)
     return [batch for batch in own if not all(number in there for number, _ in batch)]
 
 
 def _paths(batch: Sequence[Numbered], target: Target, process: Process) -> list[Path | None] | None:
-    """A file for each picture of a batch, None for one that is there; or none, where the next free number is taken."""
+    """A file for each picture of a batch, None for an existing one; no list at all if pictures take free numbers."""
     if not target.resume and process.processes == 1:
         return None
     paths = [_path(number, job, target) for number, job in batch]
@@ -131,16 +131,16 @@ def _path(number: int, job: Job, target: Target) -> Path:
 
 
 def _check_free(paths: Sequence[Path]) -> None:
-    """Several processes number their pictures from 1: before any is drawn. Raises ConfigError."""
+    """Raises ConfigError, before drawing, if a file exists that one of several processes would write."""
     for path in paths:
         if os.path.lexists(path):
-            raise ConfigError(f"file exists ({path}). Go on by --resume, or name another folder")
+            raise ConfigError(f"file exists ({path}). Use --resume, or name another folder")
 
 
 def _otherwise(painter: Painter, number: int, job: Job, target: Target) -> str:
-    """How a picture that is there was drawn, where that is not how it would be now; "" where it is.
+    """How an existing picture was drawn, if it would be drawn differently now, otherwise "".
 
-    Raises ConfigError for a file of its name that is another picture.
+    Raises ConfigError if the file is another picture.
     """
     from dataclasses import asdict
 
@@ -157,7 +157,7 @@ def _otherwise(painter: Painter, number: int, job: Job, target: Target) -> str:
 
 
 def _bar(steps: int) -> Any:
-    """Of progress, where someone looks; what is for no one is not imported."""
+    """A progress bar, if standard error is a terminal; otherwise tqdm is not imported."""
     if not sys.stderr.isatty():
         return _NoBar()
     from tqdm import tqdm
@@ -166,12 +166,12 @@ def _bar(steps: int) -> Any:
 
 
 class _NoBar(AbstractContextManager[Any]):
-    """Takes what a bar takes."""
+    """A progress bar that shows nothing."""
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
+        """Close nothing."""
 
     def update(self) -> None:
-        """Nothing to show."""
+        """Show nothing."""
 
     clear = refresh = update

@@ -15,7 +15,7 @@ from latentdiff.core.files import check_writable, whole
 
 
 class Form(StrEnum):
-    """What an adapter's file or a model becomes."""
+    """The target format of an adapter or a model."""
 
     peft = "peft"
     kohya = "kohya"
@@ -26,23 +26,27 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A model folder, a single .safetensors file, or an adapter.")],
     output: Annotated[
         Path | None,
-        typer.Argument(help="A new folder, or a new .safetensors file; --to openvino needs none: MODEL/openvino."),
+        typer.Argument(help="A new folder, or a new .safetensors file; optional with --to openvino: MODEL/openvino."),
     ] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights (default: as they are).")] = None,
-    to: Annotated[Form | None, typer.Option(help="An adapter: peft or kohya. A model: openvino, for CPUs.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Of an adapter: the model it is for (default: scenes-64).")
+    to: Annotated[
+        Form | None, typer.Option(help="For an adapter: peft or kohya. For a model: openvino, for CPUs.")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a folder's weights: fp16, ...")] = None,
-    vae: Annotated[Path | None, typer.Option(help="Of a model: put this VAE, which may be a tiny one, in it.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="For an adapter: its model (default: scenes-64).")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="For a model: replace its VAE by this one, which may be tiny.")
+    ] = None,
     trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Read the tensors of a pickle (.ckpt, .bin) in a process of its own.")
+        bool, typer.Option("--trust-pickle", help="Read the tensors of a pickle (.ckpt, .bin) in a separate process.")
     ] = False,
 ) -> None:
-    """Write a model or an adapter in another form.
+    """Convert a model or an adapter.
 
-    A model folder as a single file and back, in another precision, with graphs for OpenVINO; an adapter under other
-    names.
+    A model folder to a single file and back, to another precision, with another VAE, with graphs for OpenVINO; an
+    adapter to other names.
     """
     of_models = "--vae" if vae is not None else "--dtype" if dtype is not None else None
     if to is Form.openvino and output is None:
@@ -78,13 +82,13 @@ def _pickle(source: Path, output: Path) -> None:
     from latentdiff.formats.unpickle import unpickled
 
     if not source.is_file() or not is_pickle(source):
-        raise ConfigError(f"--trust-pickle requires a pickle, and this is none ({source})")
+        raise ConfigError(f"--trust-pickle requires a pickle (got {source})")
     with whole(output) as made:
         unpickled(source, made)
 
 
 def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
-    """The model says what the layers are called that kohya's names stand for."""
+    """Convert an adapter; kohya's names are compared with the names of the model's layers."""
     from latentdiff.drawing.extras import adapted
     from latentdiff.families.loading import stored_model
     from latentdiff.formats import adapter_file
@@ -102,13 +106,13 @@ def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
 
 
 def _exported(source: Path, variant: str | None) -> Path:
-    """Graphs beside a folder's weights; the weights stay as they are."""
+    """Write graphs beside a folder's weights, which do not change."""
     from latentdiff.families.loading import stored_model
     from latentdiff.runtime.export import export
     from latentdiff.runtime.graphs import FOLDER
 
     if not source.is_dir():
-        raise ConfigError(f"{source} is no folder of this disk: name an output for the model and its graphs")
+        raise ConfigError(f"{source} is not a local folder: name an output for the model and its graphs")
     if (source / FOLDER).exists() and not (source / FOLDER).is_dir():
         raise ConfigError(f"{source / FOLDER} is a file, in the place of the graphs. Move it away")
     check_writable(source, source)

@@ -1,4 +1,4 @@
-"""`latentdiff data`: look at a data set before training, see what a network sees of it, encode it ahead."""
+"""`latentdiff data`: check a data set before training, preview its samples, encode it ahead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ Source = Annotated[
     str, typer.Argument(help="A folder, shards-{000..099}.tar, .parquet files, a hub id, or a config (.toml).")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: data.pictures.bucket_step=16.")]
-Resolution = Annotated[int | None, typer.Option(min=8, help="Side in pixels; buckets have its square (default 64).")]
+Resolution = Annotated[
+    int | None, typer.Option(min=8, help="Side in pixels; buckets have as many pixels as its square (default 64).")
+]
 SHEET = 64  # pictures of a contact sheet
 
 
@@ -33,20 +35,25 @@ def _data() -> None:
 def check(
     source: Source,
     resolution: Resolution = None,
-    bucket_step: Annotated[int | None, typer.Option(min=1, help="Sort into buckets of multiples of this.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=4, help="Where captions are cut (default: 32).")] = None,
+    bucket_step: Annotated[int | None, typer.Option(min=1, help="Sides of buckets are multiples of this.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=4, help="Tokens after which captions are cut (default: 32).")
+    ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Exit 0 where something is left; list the rest in the quarantine file.")
+        bool,
+        typer.Option("--skip-bad", help="Exit 0 if some pictures can be used; list the rest in the quarantine file."),
     ] = False,
     allow_missing_captions: Annotated[
-        bool, typer.Option("--allow-missing-captions", help="Pictures without a caption are no fault.")
+        bool, typer.Option("--allow-missing-captions", help="Allow pictures without a caption.")
     ] = False,
-    quarantine: Annotated[Path, typer.Option(help="Where --skip-bad lists the rest.")] = Path("quarantine.jsonl"),
-    html: Annotated[Path | None, typer.Option(help="Write the report with a contact sheet as a page.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="For machines: the report as one JSON object.")] = False,
+    quarantine: Annotated[Path, typer.Option(help="The file in which --skip-bad lists the rest.")] = Path(
+        "quarantine.jsonl"
+    ),
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page with a contact sheet.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     set_: Set = None,
 ) -> None:
-    """Decode every picture and account for every caption. Exits 3 where training would refuse; changes nothing."""
+    """Decode every picture and check every caption. Exits with 3 if training would refuse; changes nothing."""
     import json
 
     from latentdiff.core.errors import ConfigError, DataError
@@ -73,15 +80,15 @@ def check(
     )
     settings = config.data.pictures
     if config.data.kind == "scenes":
-        raise ConfigError(f"{source} is of procedural scenes: there is nothing to check")
+        raise ConfigError(f"the data of {source} are procedural scenes: there is nothing to check")
     table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
     survey = look(config)
     tokenizer = _tokenizer(config)
     limit = config.clip.max_length
     report = sections(survey, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
-    tree = {section.title: {"said": section.text, "lines": section.lines} for section in report}
+    tree = {section.title: {"text": section.text, "lines": section.lines} for section in report}
     typer.echo(printable(json.dumps(tree, indent=1) if json_ else as_text(report)))
-    data = picture_data(config, survey) if survey.pictures else None  # refuses what training would
+    data = picture_data(config, survey) if survey.pictures else None  # refuses like training
     if html:
         page = as_html(settings.source, report, _sheet(data, SHEET, 0, tokenizer) if data else [])
         html.write_text(page, encoding="utf-8")
@@ -97,15 +104,14 @@ def check(
 def preview(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("preview.html"),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="How many samples.")] = SHEET,
-    epoch: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random crops, flips and captions.")] = 0,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="Number of samples.")] = SHEET,
+    epoch: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Epoch of the random crops, flips and captions.")
+    ] = 0,
     resolution: Resolution = None,
     set_: Set = None,
 ) -> None:
-    """Show what the network sees.
-
-    Samples of an epoch as they are cropped, with the words the text encoder reads.
-    """
+    """Show what the network sees: cropped samples of an epoch, with the words that the text encoder reads."""
     from latentdiff.data.dataset import open_data
     from latentdiff.evaluation.report.page import PAGE, Entry, as_html
 
@@ -123,14 +129,14 @@ def preview(
 def cache(
     config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/NAME).")] = None,
-    shard: Annotated[str, typer.Option(help="i/n: the i-th (from 0) of n jobs that share the work.")] = "0/1",
-    data: Annotated[str | None, typer.Option("--data", help="These pictures instead of the config's.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: this is job i (from 0) of n jobs that share the work.")] = "0/1",
+    data: Annotated[str | None, typer.Option("--data", help="Pictures instead of the config's.")] = None,
     set_: Set = None,
 ) -> None:
     """Encode pictures and captions ahead of training.
 
-    A run's pictures, and captions where the text encoder is frozen, into RUN/cache, as training would when it starts.
-    Jobs may be killed and run again, also with another n: what is there is kept, what is missing is encoded.
+    The run's pictures, and its captions if the text encoder is frozen, go into RUN/cache, as at the start of training.
+    Jobs may be killed and run again, also with another n: only what is missing is encoded.
     """
     from latentdiff.data.dataset import open_data
     from latentdiff.settings.config import load_config, own_pictures
@@ -146,7 +152,7 @@ def cache(
 
 
 def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Config:
-    """A config file, or the defaults with these pictures; flags that were given override it."""
+    """A config file, or the defaults with these pictures; flags override it."""
     from latentdiff.settings.config import load_config, own_pictures
 
     given = [(key, value) for key, value in flags.items() if value is not None]
@@ -166,7 +172,7 @@ def _token_counts(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
 
 
 def _sheet(data: DataSet, count: int, epoch: int, tokenizer: Tokenizer) -> list[tuple[Any, dict[str, str]]]:
-    """Samples evenly spaced over the set, with their names and the words that are left of their captions."""
+    """Samples evenly spaced over the set, with their names and their captions as the text encoder reads them."""
     examples = data.training
     count = min(count, len(examples))
     rows = [number * len(examples) // count for number in range(count)]

@@ -38,68 +38,75 @@ def evaluate(
     report: Annotated[Path, typer.Option("--report", "-o", help="The folder for report.html and metrics.json.")] = Path(
         "report"
     ),
-    compare: Annotated[str | None, typer.Option(help="Another model, measured beside it on the same draws.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Another model, measured on the same draws for comparison.")
+    ] = None,
     only: Annotated[
         str | None,
         typer.Option(
-            help="Some of likelihood, distances, composition, autoencoder, diversity, memorisation, sweep, geneval;"
-            " commas between (default: all that can be)."
+            help="Some of likelihood, distances, composition, autoencoder, diversity, memorisation, sweep, geneval,"
+            " separated by commas (default: all that are possible)."
         ),
     ] = None,
     pictures: Annotated[
         int,
         typer.Option(
-            min=16, max=50_000, help="To measure by; a quarter for the likelihood, a tenth for each category, ..."
+            min=16,
+            max=50_000,
+            help="Number of reference pictures; a quarter for the likelihood, a tenth a category, ...",
         ),
     ] = 1000,
-    times: Annotated[int, typer.Option(min=1, max=1000, help="Drawn times a picture, for the likelihood.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of pictures, noise and times.")] = 0,
+    times: Annotated[int, typer.Option(min=1, max=1000, help="Random times a picture, for the likelihood.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of pictures, noise and times.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none.")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="(default: the model's).")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting of drawing, NAME=VALUE; again for more.")
+        list[str] | None, typer.Option("--set", help="Any other setting of drawing, NAME=VALUE; may be repeated.")
     ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            help="What the sweep tries, NAME=VALUE,VALUE; again for more (default: guidance, steps, samplers)."
+            help="Values of the sweep, NAME=VALUE,VALUE; may be repeated (default: guidance, steps, samplers)."
         ),
     ] = None,
     features: Annotated[
         Path | None,
         typer.Option(
-            help="What compares pictures: CLIP in open_clip's format, a model that has one, or FID's Inception as"
+            help="The network of distances: CLIP in open_clip's format, a model that has one, or FID's Inception as"
             " .safetensors (default: the model's own CLIP, or scenes-64's)."
         ),
     ] = None,
     lpips: Annotated[Path | None, typer.Option(help="Weights of LPIPS as .safetensors, for the autoencoder.")] = None,
     training: Annotated[
-        str | None, typer.Option(help="Pictures that the model was trained on, to look for copies of them.")
+        str | None, typer.Option(help="Pictures that the model was trained on, to search for copies.")
     ] = None,
     geneval: Annotated[
-        Path | None, typer.Option(help="GenEval's evaluation_metadata.jsonl: draw its prompts for its evaluator.")
+        Path | None,
+        typer.Option(help="GenEval's evaluation_metadata.jsonl, whose prompts are drawn for its evaluator."),
     ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out pictures that cannot be used.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unusable pictures.")] = False,
     allow_missing_captions: Annotated[
-        bool, typer.Option("--allow-missing-captions", help="Pictures without a caption have the empty one.")
+        bool, typer.Option("--allow-missing-captions", help="Give pictures without a caption the empty one.")
     ] = False,
-    lora: Annotated[list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; again for more.")] = None,
-    embedding: Annotated[list[Path] | None, typer.Option(help="Learnt words; again for more.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="Another VAE of the same latents.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub id: commit, tag or branch.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a folder's weights: fp16, ...")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; may be repeated.")
+    ] = None,
+    embedding: Annotated[list[Path] | None, typer.Option(help="Learnt words; may be repeated.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Another VAE for the same latents.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id: commit, tag or branch.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="Of drawing (default: the runtime's).")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Precision of drawing (default: the runtime's).")] = None,
     runtime: Annotated[
-        Runtime, typer.Option(help="Of drawing. auto: OpenVINO on a CPU where the model is exported.")
+        Runtime, typer.Option(help="Runtime of drawing. auto: OpenVINO on a CPU if the model has an export.")
     ] = Runtime.auto,
 ) -> None:
     """Measure a model: likelihood, distances, composition, autoencoder, diversity, copies, settings.
 
-    The same command goes on after an interruption. Figures go to standard output, progress to standard error.
+    After an interruption the same command goes on. Figures go to standard output, progress to standard error.
     """
     from latentdiff.evaluation.evaluate import Sources, references_of, rules_of, sized, titles
     from latentdiff.evaluation.report.report import PAGE, as_lines, known, lacking, measure, write_report
@@ -145,7 +152,7 @@ def evaluate(
 
 
 def _candidate(path: str | None, runtime: Runtime, dtype: Precision | None, **options: Any) -> Candidate:
-    """A model, with what is used beside it, by the runtime that was chosen and by torch in float32."""
+    """A model with its adapters, words and VAE, by the chosen runtime and by torch in float32."""
     from latentdiff.evaluation.evaluate import Candidate
 
     def opened(runtime: Runtime, dtype: Precision | None) -> Painter:
@@ -165,16 +172,16 @@ def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str,
     del values["num_images"]
     for name in OWN:
         if name in values:
-            raise ConfigError(f"{name} is the evaluation's own, and no setting of drawing")
+            raise ConfigError(f"the evaluation chooses {name} itself")
     for name in LACKING:
         if name in values:
-            raise ConfigError(f"{name} requires what an evaluation does not have")
+            raise ConfigError(f"{name} has no effect in an evaluation")
     request(prompt="checked before anything is loaded", seed=0, **values)
     return values
 
 
 def _grid(wanted: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """NAME=VALUE,VALUE, each as `--set` takes one, on top of the settings of all drawing. Raises ConfigError."""
+    """The grid of NAME=VALUE,VALUE, checked together with the settings of all drawing. Raises ConfigError."""
     from latentdiff.evaluation.sweep import GRID, combinations
 
     grid: dict[str, tuple[Any, ...]] = {}
@@ -182,7 +189,7 @@ def _grid(wanted: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[Any
         name, equals, values = text.partition("=")
         if not equals or not values or name in grid:
             raise ConfigError(f"--sweep is NAME=VALUE,VALUE, once a name (got {text[:60]!r})")
-        given = [_setting(name, value) for value in re.split(r",(?![^\[]*\])", values)]  # not within brackets
+        given = [_setting(name, value) for value in re.split(r",(?![^\[]*\])", values)]  # outside brackets
         grid[next(iter(given[0]))] = tuple(next(iter(one.values())) for one in given)
     grid = grid or dict(GRID)
     if (count := math.prod(map(len, grid.values()))) > MOST:
@@ -193,7 +200,7 @@ def _grid(wanted: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def _setting(name: str, value: str) -> dict[str, Any]:
-    """One setting by itself, which may mean something only beside others."""
+    """One setting, which may require others."""
     values = common_settings({}, [f"{name}={value}"])
     del values["num_images"]
     return values

@@ -1,4 +1,4 @@
-"""`latentdiff finetune`: a model is taught somebody's pictures. Flags are diffusers', kohya's where they differ too."""
+"""`latentdiff finetune`: train a model on your pictures. Flags have diffusers' names, and kohya's as a second name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Method(StrEnum):
 
 
 class MixedPrecision(StrEnum):
-    """Of the arithmetic."""
+    """The precision of the arithmetic."""
 
     no = "no"
     bf16 = "bf16"
@@ -33,16 +33,18 @@ class MixedPrecision(StrEnum):
 def finetune(
     model: Annotated[str, typer.Argument(help="A folder, a .safetensors file or a hub id; scenes-64 is the default.")],
     data: Annotated[str, typer.Argument(help="A folder of pictures, .tar shards, .parquet files or a hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", "--output-dir", help="Run folder, with what is learnt.")],
-    method: Annotated[Method | None, typer.Option(help="What is trained (default: lora).")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", "--output-dir", help="Run folder, which gets the trained weights.")
+    ],
+    method: Annotated[Method | None, typer.Option(help="Method (default: lora).")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file such as configs/finetune-lora.toml.")] = None,
     resolution: Annotated[int | None, typer.Option("--resolution", help="Side (default: the model's).")] = None,
     train_batch_size: Annotated[
         int | None,
-        typer.Option("--train-batch-size", "--batch-size", help="Pictures at a time (default: the method's)."),
+        typer.Option("--train-batch-size", "--batch-size", help="Pictures of a batch (default: the method's)."),
     ] = None,
     gradient_accumulation_steps: Annotated[
-        int | None, typer.Option("--gradient-accumulation-steps", help="How many times a step (default: 1).")
+        int | None, typer.Option("--gradient-accumulation-steps", help="Batches of a step (default: 1).")
     ] = None,
     max_train_steps: Annotated[
         int | None, typer.Option("--max-train-steps", "--steps", help="(default: the method's)")
@@ -57,85 +59,93 @@ def finetune(
         int | None, typer.Option("--lr-warmup-steps", help="(default: a tenth, at most 100)")
     ] = None,
     mixed_precision: Annotated[
-        MixedPrecision | None, typer.Option("--mixed-precision", help="Of the arithmetic (default: no).")
+        MixedPrecision | None, typer.Option("--mixed-precision", help="Precision of the arithmetic (default: no).")
     ] = None,
     use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="pip install 'latentdiff[8bit]'.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
     ] = False,
     snr_gamma: Annotated[
-        float | None, typer.Option("--snr-gamma", "--min-snr-gamma", help="Weigh the loss by min-SNR with this gamma.")
+        float | None, typer.Option("--snr-gamma", "--min-snr-gamma", help="Weight the loss by min-SNR with this gamma.")
     ] = None,
     noise_offset: Annotated[
-        float | None, typer.Option("--noise-offset", help="Deviation of a constant added to the noise.")
+        float | None,
+        typer.Option("--noise-offset", help="Deviation of a constant that is added to each channel's noise."),
     ] = None,
     train_text_encoder: Annotated[
-        bool, typer.Option("--train-text-encoder", help="The text encoder is taught too.")
+        bool, typer.Option("--train-text-encoder", help="Train the text encoder too.")
     ] = False,
-    rank: Annotated[int | None, typer.Option("--rank", "--network-dim", help="Of LoRA (default: 16).")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "--network-dim", help="Rank of LoRA (default: 16).")] = None,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", "--network-alpha", help="Of LoRA (default: the rank).")
+        float | None, typer.Option("--alpha", "--network-alpha", help="Alpha of LoRA (default: the rank).")
     ] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
-    dora: Annotated[bool, typer.Option("--dora", "--use-dora", help="Train lengths and directions apart.")] = False,
+    dora: Annotated[
+        bool, typer.Option("--dora", "--use-dora", help="DoRA: train lengths and directions separately.")
+    ] = False,
     kohya: Annotated[bool, typer.Option("--kohya", help="Write the LoRA under kohya's names too.")] = False,
     instance_prompt: Annotated[
-        str | None, typer.Option("--instance-prompt", help="The caption of pictures that have none.")
+        str | None, typer.Option("--instance-prompt", help="The caption of pictures without one.")
     ] = None,
     class_prompt: Annotated[
-        str | None, typer.Option("--class-prompt", help="Of the class whose pictures are kept as they were.")
+        str | None, typer.Option("--class-prompt", help="The class whose pictures are preserved.")
     ] = None,
     class_images: Annotated[
-        int | None, typer.Option("--num-class-images", help="How many are drawn (default: 100).")
+        int | None, typer.Option("--num-class-images", help="Number of class pictures to draw (default: 100).")
     ] = None,
     prior_weight: Annotated[
-        float | None, typer.Option("--prior-loss-weight", help="Of the class beside the thing (default: 1).")
+        float | None, typer.Option("--prior-loss-weight", help="Weight of the class pictures' loss (default: 1).")
     ] = None,
     token: Annotated[
         str | None, typer.Option("--token", "--placeholder-token", help="The new word of textual-inversion.")
     ] = None,
     initial: Annotated[
         str | None,
-        typer.Option(
-            "--initial", "--initializer-token", help="What the word is like, in known ones; it begins as they are."
-        ),
+        typer.Option("--initial", "--initializer-token", help="Known words that the new word begins as."),
     ] = None,
-    vectors: Annotated[int | None, typer.Option("--num-vectors", help="How many it stands for (default: 1).")] = None,
+    vectors: Annotated[
+        int | None, typer.Option("--num-vectors", help="Number of vectors of the new word (default: 1).")
+    ] = None,
     prompts: Annotated[
-        list[str] | None, typer.Option("--validation-prompt", help="Drawn at every validation; may be repeated.")
+        list[str] | None,
+        typer.Option("--validation-prompt", help="A prompt that every validation draws; may be repeated."),
     ] = None,
     held_out: Annotated[
-        int | None, typer.Option("--validation-pictures", help="Held out of training, for the validation loss.")
+        int | None,
+        typer.Option("--validation-pictures", help="Number of pictures for the validation loss, held out of training."),
     ] = None,
     validation_steps: Annotated[
-        int | None, typer.Option("--validation-steps", help="How often (default: four times).")
+        int | None, typer.Option("--validation-steps", help="Steps between validations (default: a quarter of all).")
     ] = None,
     checkpointing_steps: Annotated[
-        int | None, typer.Option("--checkpointing-steps", help="How often (default: every 250).")
+        int | None, typer.Option("--checkpointing-steps", help="Steps between checkpoints (default: 250).")
     ] = None,
     checkpoints_total_limit: Annotated[
-        int | None, typer.Option("--checkpoints-total-limit", help="How many are kept, at least and by default 2.")
+        int | None,
+        typer.Option("--checkpoints-total-limit", help="Number of checkpoints to keep, at least 2 (default: 2)."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of all that is drawn (default: 0).")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of all random draws (default: 0).")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other key of the config: data.pictures.flip=true.")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a folder's weights: fp16, ...")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub id: commit, tag or branch.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id: commit, tag or branch.")] = None,
     resume: Annotated[
         str,
         typer.Option("--resume", "--resume-from-checkpoint", help="auto, latest, or a checkpoint's path."),
     ] = "auto",
     allow_changed: Annotated[
-        bool, typer.Option("--allow-changed", help="Go on under other settings than the checkpoint's.")
+        bool, typer.Option("--allow-changed", help="Resume with settings that differ from the checkpoint's.")
     ] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out pictures that cannot be used.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unusable pictures.")] = False,
     allow_missing_captions: Annotated[
-        bool, typer.Option("--allow-missing-captions", help="Teach pictures without a caption on the empty one.")
+        bool, typer.Option("--allow-missing-captions", help="Train pictures without a caption on the empty one.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with a step's time, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the time of a step, and stop.")
+    ] = False,
 ) -> None:
-    """Teach a model your pictures. Goes on where an earlier start stopped.
+    """Train a model on your pictures. After an interruption the same command goes on.
 
     Writes pytorch_lora_weights.safetensors, model/ or learned_embeds.safetensors into the run folder, with a model card
     and a page of pictures before and after.
@@ -190,7 +200,7 @@ def finetune(
         "revision": revision,
     }
     overrides = (*((key, value) for key, value in given.items() if value is not None), *(set_ or ()))
-    load_finetuning(config, overrides)  # refused here before anything is loaded
+    load_finetuning(config, overrides)  # refused before anything is loaded
     check_writable(output, output)
     _check_run(output)
     for path in _finetune(config, overrides, output, resume, allow_changed, dry_run):
@@ -198,23 +208,25 @@ def finetune(
 
 
 def _name(output: Path) -> str | None:
-    """The folder's, where it can be a model's."""
+    """The folder's name, if it can be a model's name."""
     import re
 
     return output.name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", output.name) else None
 
 
 def _check_run(folder: Path) -> None:
-    """Refuse a folder of something else: the page and the card would be written over its own. Raises ConfigError."""
+    """Raises ConfigError for a folder of something else, whose files the page and the card could replace."""
     from latentdiff.settings.finetuning import FILE, STAGE
 
     if (folder / "config.toml").exists():
         raise ConfigError(f"{folder} holds another run, of `latentdiff train`. Choose another folder")
     if not folder.exists() or (folder / FILE).is_file():
         return
-    begun = {"cache", "classes", "quarantine.jsonl", ".lock", STAGE}  # by a start that was stopped early
+    begun = {"cache", "classes", "quarantine.jsonl", ".lock", STAGE}  # left by a start that was stopped early
     if others := sorted({path.name for path in folder.iterdir()} - begun):
-        raise ConfigError(f"{folder} is no run of `latentdiff finetune` ({others[0]} is in it). Choose another folder")
+        raise ConfigError(
+            f"{folder} is not a run of `latentdiff finetune` ({others[0]} is in it). Choose another folder"
+        )
 
 
 def _finetune(
@@ -252,10 +264,10 @@ def _finetune(
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 data.write_quarantine(folder)
-                for left in folder.glob(".latentdiff-*"):  # by a kill while a model was written
+                for left in folder.glob(".latentdiff-*"):  # left by a kill while a model was written
                     shutil.rmtree(left, ignore_errors=True)
             return finetune(run, model, partial(typer.echo, err=True) if accelerator.is_main_process else _nothing)
 
 
 def _nothing(text: str) -> None:
-    """One process speaks for all."""
+    """Print nothing: another process does."""

@@ -1,4 +1,4 @@
-"""`latentdiff generate`: prompts become pictures on disk."""
+"""`latentdiff generate`: pictures from prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """Of the pictures in a folder."""
+    """The format of pictures in a folder."""
 
     png = "png"
     jpg = "jpg"
@@ -37,27 +37,27 @@ class Format(StrEnum):
 
 
 class Offload(StrEnum):
-    """What is moved to the device by itself when its turn comes."""
+    """What moves to the device when it is needed."""
 
     model = "model"
     sequential = "sequential"
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help='What to draw; "-" reads it from standard input.')] = None,
+    prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads it from standard input.')] = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What not to draw.")] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="A folder, a .safetensors file or a hub id (default: scenes-64)."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub id: commit, tag or branch.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a folder's weights: fp16, ...")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id: commit, tag or branch.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none (default: the model's)."),
     ] = None,
-    guidance_rescale: Annotated[float | None, typer.Option(help="Pull back to the unguided contrast, 0 to 1.")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="Restore the unguided contrast, 0 to 1.")] = None,
     clip_guidance_scale: Annotated[
         float | None, typer.Option(help="Steer by the gradient of CLIP's score, about 3.")
     ] = None,
@@ -74,18 +74,22 @@ def generate(
     ] = None,
     size: Annotated[str | None, typer.Option(help="Width and height, 512x768.")] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture to start from.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Of its size: white is drawn anew, the rest kept.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A mask of the image's size: white is redrawn, the rest stays.")
+    ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How much of the picture is drawn over, 0 to 1 (default: 0.8; with a mask 1).")
+        float | None, typer.Option(help="How much of the image is redrawn, 0 to 1 (default: 0.8; with a mask 1).")
     ] = None,
-    outpaint: Annotated[str | None, typer.Option(help="Pixels to add: LEFT,TOP,RIGHT,BOTTOM.")] = None,
-    hires_scale: Annotated[float | None, typer.Option(help="Draw, enlarge so many times, draw over.")] = None,
+    outpaint: Annotated[str | None, typer.Option(help="Pixels to add around the image: LEFT,TOP,RIGHT,BOTTOM.")] = None,
+    hires_scale: Annotated[float | None, typer.Option(help="Draw, enlarge by this factor, redraw.")] = None,
     hires_strength: Annotated[
-        float | None, typer.Option(help="How much of the enlarged one is drawn over (default: 0.5).")
+        float | None, typer.Option(help="How much of the enlarged picture is redrawn (default: 0.5).")
     ] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; again for more.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; may be repeated.")
+    ] = None,
     embedding: Annotated[
-        list[Path] | None, typer.Option(help="Learnt words (textual inversion); again for more.")
+        list[Path] | None, typer.Option(help="Learnt words (textual inversion); may be repeated.")
     ] = None,
     weaker: Annotated[str | None, typer.Option(help="A weaker model, for --set autoguidance_scale=2.")] = None,
     clip: Annotated[
@@ -93,47 +97,57 @@ def generate(
         typer.Option(help="CLIP in open_clip's format, for --clip-guidance-scale (default: the model's own)."),
     ] = None,
     vae: Annotated[
-        Path | None, typer.Option(help="Another VAE of the same latents: a better one, or a tiny one, which is faster.")
+        Path | None,
+        typer.Option(help="Another VAE for the same latents: a better one, or a tiny one, which is faster."),
     ] = None,
-    clip_skip: Annotated[int | None, typer.Option(help="Leave out so many of the text encoder's layers.")] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="Number of the text encoder's last layers to leave out.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Picture i has SEED + i (default: random).")] = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-N", help="How many pictures of each prompt.")] = 1,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once (default: 8).")] = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-N", help="Number of pictures of each prompt.")] = 1,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures of a batch (default: 8).")] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option(help="A line a prompt; .jsonl: an object with prompt, image, mask, outpaint and any setting."),
+        typer.Option(
+            help="A file of prompts, one a line; .jsonl: objects with prompt, image, mask, outpaint and any setting."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; the README lists them.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a file for one picture.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a file for a single picture.")] = Path(
         "outputs"
     ),
     picture_format: Annotated[
-        Format | None, typer.Option("--format", help="Of the pictures in a folder (default: png).")
+        Format | None, typer.Option("--format", help="Format of pictures in a folder (default: png).")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
     dtype: Annotated[
         Precision | None,
-        typer.Option(help="Of the arithmetic (default: float32; with openvino bfloat16, where the CPU has it)."),
+        typer.Option(help="Precision of the arithmetic (default: float32; with openvino bfloat16, if the CPU has it)."),
     ] = None,
     runtime: Annotated[
-        Runtime, typer.Option(help="auto: openvino on a CPU where the model is exported, else torch.")
+        Runtime, typer.Option(help="auto: openvino on a CPU if the model has an export, otherwise torch.")
     ] = Runtime.auto,
     speed: Annotated[
         Speed | None,
         typer.Option(
-            help="exact: float32 as written; fast: compiled; max: in 16 bits too (default: exact; openvino: max)."
+            help="exact: unchanged; fast: compiled; max: also in 16 bits (default: exact; with openvino max)."
         ),
     ] = None,
     offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
-    json_lines: Annotated[bool, typer.Option("--json", help="A JSON object a picture, instead of its path.")] = False,
-    metadata: Annotated[bool, typer.Option(help="Write how it was made into each picture.")] = True,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object for each picture instead of its path.")
+    ] = False,
+    metadata: Annotated[bool, typer.Option(help="Write into each picture how it was made.")] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a stopped command: what is there is skipped. Requires --seed.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an interrupted command: existing pictures are skipped. Requires --seed."
+        ),
     ] = False,
 ) -> None:
-    """Draw pictures of prompts. Paths go to standard output, progress to standard error."""
+    """Draw pictures from prompts. Paths go to standard output, progress to standard error."""
     given = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
@@ -154,7 +168,7 @@ def generate(
     }
     common = common_settings(given, settings or [])
     wishes = _wishes(prompt, prompts_file, image, mask, outpaint)
-    asked = _requests(wishes, common)  # refused here before any library or weight is loaded
+    asked = _requests(wishes, common)  # refused before any library or weight is loaded
     process = Process.of_launcher()
     _check_seed(wishes, common, resume, process)
     check_target(output, sum(request.num_images for request in asked), resume=resume)
@@ -182,14 +196,14 @@ def _sides(width: int | None, height: int | None, size: str | None) -> dict[str,
     across, x, down = size.lower().partition("x")
     digits = x and _number(across) and _number(down)
     if width is not None or height is not None or not digits:
-        raise ConfigError(f"--size is WIDTHxHEIGHT, instead of --width and --height (got {size!r})")
+        raise ConfigError(f"--size must be WIDTHxHEIGHT, and replaces --width and --height (got {size!r})")
     return {"width": int(across), "height": int(down)}
 
 
 def _wishes(
     prompt: str | None, prompts_file: Path | None, image: Path | None, mask: Path | None, outpaint: str | None
 ) -> list[Wish]:
-    """What is asked for, with the command's own picture where a wish has none of its own. Raises ConfigError."""
+    """The command's wishes; its picture serves wishes without one. Raises ConfigError."""
     if (prompt is None) == (prompts_file is None):
         raise ConfigError("give a prompt, or a --prompts-file, and not both")
     wishes = [Wish(one_prompt(prompt))] if prompt is not None else wishes_of(prompts_file or Path())
@@ -207,17 +221,17 @@ def _margins(outpaint: str) -> tuple[int, ...]:
 
     parts = [part.strip() for part in outpaint.split(",")]
     if len(parts) != 4 or not all(map(_number, parts)):
-        raise ConfigError(f"--outpaint is LEFT,TOP,RIGHT,BOTTOM in pixels (got {outpaint[:40]!r})")
+        raise ConfigError(f"--outpaint must be LEFT,TOP,RIGHT,BOTTOM in pixels (got {outpaint[:40]!r})")
     return margins_of([int(part) for part in parts])
 
 
 def _number(text: str) -> bool:
-    """Whether it is a whole number of pixels: of digits, and not of thousands of them."""
+    """Whether a text is a whole number of pixels: a few digits."""
     return text.isdecimal() and len(text) < 10
 
 
 def _requests(wishes: Sequence[Wish], common: dict[str, Any]) -> list[Request]:
-    """Every wish validated, with what it does not say from the command; seeds go on counting."""
+    """The validated requests of the wishes, completed from the command's options; seeds are consecutive."""
     from latentdiff.drawing.request import request
 
     requests: list[Request] = []
@@ -232,7 +246,7 @@ def _requests(wishes: Sequence[Wish], common: dict[str, Any]) -> list[Request]:
 
 @contextmanager
 def _naming(wish: Wish) -> Iterator[None]:
-    """What is wrong with one of many prompts names its line."""
+    """A block whose errors name the line of the prompt."""
     try:
         yield
     except ConfigError as error:
@@ -240,22 +254,22 @@ def _naming(wish: Wish) -> Iterator[None]:
 
 
 def _check_seed(wishes: Sequence[Wish], common: dict[str, Any], resume: bool, process: Process) -> None:
-    """Several commands make one set of pictures only where they agree on its seeds. Raises ConfigError."""
+    """Raises ConfigError if several starts or processes draw one set of pictures without a common seed."""
     if (resume or process.processes > 1) and "seed" not in common | wishes[0].settings:
         why = "--resume" if resume else "a command of several processes"
         raise ConfigError(f"{why} requires --seed: at random each start would draw other pictures")
 
 
 def _check_used(asked: Sequence[Request], weaker: str | None, clip: Path | None) -> None:
-    """What would be loaded and used by none of the pictures is a mistake. Raises ConfigError."""
+    """Raises ConfigError for options that none of the pictures uses."""
     if weaker is not None and all(one.autoguidance_scale == 1 for one in asked):
-        raise ConfigError("--weaker changes nothing without --set autoguidance_scale=2")
+        raise ConfigError("--weaker has no effect without --set autoguidance_scale=2")
     if clip is not None and not any(one.clip_guidance_scale for one in asked):
-        raise ConfigError("--clip changes nothing without --clip-guidance-scale")
+        raise ConfigError("--clip has no effect without --clip-guidance-scale")
 
 
 def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:
-    """Of the pictures' files: by the output's name, or as chosen for a folder. Raises ConfigError for both."""
+    """The suffix of the pictures, from the output's name, or --format for a folder. Raises ConfigError for both."""
     own = suffix_of(output)
     if own and chosen is not None:
         raise ConfigError(f"--format applies to the pictures in a folder; {output} is a file")
@@ -266,7 +280,7 @@ def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:
 
 
 def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
-    """Sizes that a folder's model cannot draw are refused from its configs, before its weights are read."""
+    """Raises ConfigError for sizes that the model cannot draw, from its configs, before its weights are read."""
     sizes = {(one.width, one.height) for one in asked} - {(None, None)}
     if not sizes:
         return
@@ -277,7 +291,7 @@ def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
 
     folder = default_model() if model is None else Path(model)
     if not folder.is_dir():
-        return  # not known yet; they are checked when it is loaded
+        return  # unknown here; sizes are checked after loading
     check_folder(folder)
     multiple, own = picture_geometry(folder)
     for width, height in sizes:
@@ -289,7 +303,7 @@ def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
 def _jobs(
     pipe: LatentDiffusionPipeline, wishes: Sequence[Wish], asked: Sequence[Request], common: dict[str, Any]
 ) -> list[Job]:
-    """Every picture that is to be drawn, with the model's own settings where none are given."""
+    """A job for every picture, completed with the model's recommended settings."""
     from latentdiff.drawing.draw import jobs_of
 
     jobs: list[Job] = []
@@ -322,7 +336,7 @@ def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
 
 
 def _warn(pipe: LatentDiffusionPipeline, asked: Request) -> None:
-    """Say what of the request will have no effect, and what is read in pieces."""
+    """Warn about settings without effect, and about prompts that are cut or read in chunks."""
     from latentdiff.drawing.prompts import style_of
 
     if asked.negative_prompt and asked.guidance_scale <= 1:

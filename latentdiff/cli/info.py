@@ -1,4 +1,4 @@
-"""`latentdiff info`: what a model, an adapter or a picture says about itself."""
+"""`latentdiff info`: a description of a model, an adapter or a picture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from latentdiff.core.files import printable
 
 
 def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors file or a picture.")]) -> None:
-    """Print what a model or a picture says of itself.
+    """Describe a model, an adapter or a picture as JSON.
 
-    JSON: the parts and sizes of a model, of an adapter its kind, of a picture how it was made.
+    The parts and sizes of a model, the kind of an adapter, the record in a picture of how it was made.
     """
     import json
 
@@ -22,11 +22,11 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
     if not path.exists():
         raise ConfigError(f"no such file or folder ({path})")
     facts = _of_model(path) if path.is_dir() else _of_weights(path) if weights else _of_picture(path)
-    typer.echo(printable(json.dumps(facts, indent=1, ensure_ascii=False)))  # a prompt may hold half a surrogate pair
+    typer.echo(printable(json.dumps(facts, indent=1, ensure_ascii=False)))  # a prompt may contain half a surrogate pair
 
 
 def _of_model(path: Path) -> dict[str, object]:
-    """Read from the JSON and the headers of the weights; no network is built."""
+    """A model's description, from its JSON and the headers of its weights; no network is built."""
     from latentdiff.families import check_folder
     from latentdiff.families.scheduler import read_scheduler
     from latentdiff.formats.folder import folder_hash, parameter_counts
@@ -46,7 +46,7 @@ def _of_model(path: Path) -> dict[str, object]:
 
 
 def _of_weights(path: Path) -> dict[str, object]:
-    """Of a single file, by the names of its tensors: a model's family, or whose names an adapter has."""
+    """A single file's description, from the names of its tensors."""
     from latentdiff.families.single_file import described
 
     return described(path)
@@ -58,5 +58,5 @@ def _of_picture(path: Path) -> dict[str, object]:
 
     metadata = read_metadata(path)
     if not metadata:
-        raise DataError(f"this picture says nothing of how it was made ({path})")
+        raise DataError(f"this picture has no record of how it was made ({path})")
     return metadata

@@ -1,4 +1,4 @@
-"""A model and what is used beside it, as several commands name them."""
+"""Loading of a model, its adapters, words and VAE, for several commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from latentdiff.cli.options import Precision, Runtime, Speed
     from latentdiff.pipeline import LatentDiffusionPipeline
 
-_OPTIONS = {  # what looks like a setting and is an option, by either of their names
+_OPTIONS = {  # names that look like settings but are options
     "image": "image",
     "mask": "mask",
     "mask_image": "mask",
@@ -28,9 +28,9 @@ _OPTIONS = {  # what looks like a setting and is an option, by either of their n
 
 
 def common_settings(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """What all pictures have in common: the options that are given, and settings as in a config: TOML, or a bare word.
+    """The settings of all pictures: the options, and --set NAME=VALUE with TOML values or bare words.
 
-    Raises ConfigError for what is an option alone, and for what is given twice.
+    Raises ConfigError for a setting that only exists as an option, and for a setting that is given twice.
     """
     common = {name: value for name, value in given.items() if value is not None}
     for setting in settings:
@@ -38,11 +38,11 @@ def common_settings(given: dict[str, Any], settings: Sequence[str]) -> dict[str,
 
         name, value = parsed_override(setting)
         if not name:
-            raise ConfigError(f"--set is NAME=VALUE (got {setting[:40]!r})")
+            raise ConfigError(f"--set must be NAME=VALUE (got {setting[:40]!r})")
         if name == "prompt":
             raise ConfigError("the prompt is an argument, not a setting")
         if name in _OPTIONS:
-            raise ConfigError(f"{name} is no setting: give it as --{_OPTIONS[name]}")
+            raise ConfigError(f"{name} is not a setting: use --{_OPTIONS[name]}")
         if name in common:
             raise ConfigError(f"{name} is given twice")
         common[name] = value
@@ -50,18 +50,18 @@ def common_settings(given: dict[str, Any], settings: Sequence[str]) -> dict[str,
 
 
 def adapter_and_weight(text: str) -> tuple[Path, float]:
-    """PATH or PATH:WEIGHT; a path may hold colons of its own. Raises ConfigError."""
+    """The path and the weight of PATH or PATH:WEIGHT; a path may contain colons. Raises ConfigError."""
     path, colon, weight = text.rpartition(":")
     try:
         return (Path(path), float(weight)) if colon else (Path(text), 1.0)
     except ValueError:
         if os.path.lexists(path) and not os.path.lexists(text):
-            raise ConfigError(f"--lora is PATH:WEIGHT, and {weight[:40]!r} is no number") from None
+            raise ConfigError(f"--lora must be PATH:WEIGHT, and {weight[:40]!r} is not a number") from None
         return Path(text), 1.0
 
 
 def named(path: str | None) -> str | None:
-    """None for the default model, which may be called by its name."""
+    """The model's path, or None for the default model, whose name is allowed too."""
     from latentdiff.families.loading import DEFAULT_MODEL
 
     return None if path == DEFAULT_MODEL and not Path(path).exists() else path
@@ -76,7 +76,7 @@ def loaded(
     runtime: Runtime,
     speed: Speed | None = None,
 ) -> LatentDiffusionPipeline:
-    """The pipeline of a model, as the options say."""
+    """The pipeline of a model, with the command's options."""
     from latentdiff.pipeline import LatentDiffusionPipeline
 
     return LatentDiffusionPipeline.from_pretrained(
@@ -96,8 +96,8 @@ def load_extras(
     embeddings: Sequence[Path],
     vae: Path | None,
 ) -> None:
-    """Load what is drawn with beside the model, and say how adapters fit."""
-    for number, (path, weight) in enumerate(loras, 1):  # two files may be called the same
+    """Load adapters, words and another VAE, and print how adapters fit."""
+    for number, (path, weight) in enumerate(loras, 1):  # two files may have the same name
         name = f"{path.stem}_{number}" if [p.stem for p, _ in loras].count(path.stem) > 1 else None
         print(pipe.load_lora_weights(path, name, weight=weight, fuse=True), file=sys.stderr)
     for path in embeddings:

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Runtime(StrEnum):
-    """What networks compute with; see runtime/choice.py."""
+    """The library that networks compute with; see runtime/choice.py."""
 
     auto = "auto"
     torch = "torch"
@@ -12,7 +12,7 @@ class Runtime(StrEnum):
 
 
 class Speed(StrEnum):
-    """How far networks are changed to be faster; see latentdiff/runtime/speed.py."""
+    """The speed of the networks; see latentdiff/runtime/speed.py."""
 
     exact = "exact"
     fast = "fast"
@@ -20,7 +20,7 @@ class Speed(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of arithmetic, or of weights on disk; torch's names."""
+    """The precision of arithmetic, or of weights on disk; torch's names."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"

@@ -1,4 +1,4 @@
-"""What a command is to draw: one prompt, or a file of them, each with what it says of itself."""
+"""The prompts of a command: one, or a file of them, each with its own settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PATHS = ("image", "mask")
 
 @dataclass(frozen=True)
 class Wish:
-    """One prompt with its own settings, and the paths of a picture and a mask; `where` names it in errors."""
+    """A prompt with its own settings, and the paths of an image and a mask; `where` names it in errors."""
 
     prompt: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Wish:
 
 
 def one_prompt(prompt: str) -> str:
-    """The prompt itself, or what standard input holds for "-". Raises ConfigError."""
+    """The prompt, or the text of standard input for "-". Raises ConfigError."""
     if prompt != "-":
         return prompt
     try:
@@ -39,7 +39,7 @@ def one_prompt(prompt: str) -> str:
 def wishes_of(path: Path) -> list[Wish]:
     """A line a prompt, or a JSON object a line in a .jsonl file: prompt, any setting, image, mask, outpaint.
 
-    Paths are relative to the file; what is null is not said. Raises ConfigError naming the line.
+    Paths are relative to the file; null is the same as a missing entry. Raises ConfigError, which names the line.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -72,12 +72,12 @@ def _of_json(text: str, path: Path) -> Iterator[Wish]:
         except (ValueError, RecursionError):
             raise ConfigError(f"{where} is not JSON") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), str):
-            raise ConfigError(f'{where} is no object with a "prompt"')
+            raise ConfigError(f'{where} must be an object with a "prompt"')
         yield _wish(tree, path.parent, where)
 
 
 def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without what is null. Raises ConfigError for a name that comes twice."""
+    """An object without its null entries. Raises ConfigError for a name that occurs twice."""
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:

@@ -1,4 +1,4 @@
-"""Whose a report's folder is: one of ours, of one set of settings, outside of what is measured."""
+"""The ownership of a report's folder: written by us, for one set of settings, and outside the data."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 from latentdiff.core.errors import ConfigError
 
 SETTINGS = "settings.json"
-NAMES = ("models", "data")  # the same may be called otherwise; its sha256 says whether it is
+NAMES = ("models", "data")  # names and paths may differ for the same content, which its sha256 identifies
 
 
 def check(report: Path, data: str | None) -> None:
-    """Refuse before any work what is no folder of ours, or lies among the data. Raises ConfigError."""
+    """Raises ConfigError, before any work, for a folder that is not ours or lies among the data."""
     from latentdiff.core.files import check_writable
     from latentdiff.training import lock
 
     if report.is_file():
         raise ConfigError(f"{report} is a file. Name a folder for the report")
     if data and Path(data).is_dir() and report.resolve().is_relative_to(Path(data).resolve()):
-        raise ConfigError(f"{report} lies among the data, whose pictures would be more. Name a folder outside")
+        raise ConfigError(f"{report} lies inside the data and would add pictures to it. Name a folder outside")
     check_writable(report, report)
     theirs = report.is_dir() and any(path.name != lock.NAME and not _left(path) for path in report.iterdir())
     if theirs and not (report / SETTINGS).is_file():
-        raise ConfigError(f"{report} is a folder of yours; nothing is written among it. Name another")
+        raise ConfigError(f"{report} has other files, and nothing is written beside them. Name another folder")
 
 
 def _left(path: Path) -> bool:
-    """Whether a file was in the making when an evaluation was killed."""
+    """Whether a file was unfinished when an evaluation was killed."""
     return path.name.startswith(".latentdiff-")
 
 
 def claim(report: Path, rules: dict[str, Any]) -> None:
-    """Remember what a report is of; refuse another's folder. Raises ConfigError."""
+    """Write the settings of a report into its folder. Raises ConfigError for the folder of other settings."""
     from latentdiff.core.files import write_json
 
     path = report / SETTINGS
@@ -47,19 +47,19 @@ def claim(report: Path, rules: dict[str, Any]) -> None:
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if changed:
             changes = "; ".join(f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed[:3])
-            raise ConfigError(f"{path.parent} is a report of something else ({changes}). Name another folder")
+            raise ConfigError(f"{path.parent} is the report of other settings ({changes}). Name another folder")
     write_json(path, rules)
     for left in filter(_left, report.iterdir()):
         shutil.rmtree(left)
 
 
 def nameless(rules: dict[str, Any]) -> dict[str, Any]:
-    """The settings without what things are called."""
+    """The settings without names and paths."""
     return {key: value for key, value in rules.items() if key not in NAMES}
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    """What lies within, by names of words."""
+    """The entries of a nested tree, by joined names."""
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree, 1) if isinstance(tree, list) else ()
     inside = [_flat(value, f"{name} {key}".strip()) for key, value in pairs]
     return {key: value for each in inside for key, value in each.items()} if inside else {name: tree}

@@ -1,4 +1,4 @@
-"""`latentdiff reproduce`: a picture made again from what it says of itself."""
+"""`latentdiff reproduce`: a picture drawn again from its record."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from latentdiff.cli.options import Runtime
 
 def reproduce(
     image: Annotated[Path, typer.Argument(help="A picture that latentdiff made.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Its model, if not where it was.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The model, if it has moved.")] = None,
     source: Annotated[
-        list[Path] | None, typer.Option(help="A file or folder with what it was drawn from: pictures, adapters.")
+        list[Path] | None,
+        typer.Option(help="A file or folder with the pictures and adapters that it was drawn from; may be repeated."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the new picture goes.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the new picture.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
-    runtime: Annotated[Runtime | None, typer.Option(help="Instead of the one it was drawn with.")] = None,
+    runtime: Annotated[Runtime | None, typer.Option(help="Runtime, if not the one that drew it.")] = None,
 ) -> None:
-    """Draw a picture again and say how equal it is.
+    """Draw a picture again and compare it with the file.
 
-    Exits with 1 where it is not. Files that it names must have the content that it names.
+    Exits with 1 if they differ. The files that it was drawn from must have the hashes in its record.
     """
     from latentdiff.core.files import write_new
     from latentdiff.drawing import reproduce as again

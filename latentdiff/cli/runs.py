@@ -1,4 +1,4 @@
-"""`latentdiff runs`: the runs of a folder, how far each stage is, and whether somebody is training there now."""
+"""`latentdiff runs`: the runs of a folder, the progress of their stages, and whether they are running."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import typer
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where the run folders are.")] = Path("runs"),
-    json_: Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")] = False,
+    folder: Annotated[Path, typer.Argument(help="The folder of the run folders.")] = Path("runs"),
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """List training runs with their state.
-
-    Running, finished, stopped, or stopped by numbers that were not finite.
-    """
+    """List training runs with their state: running, finished, stopped, or stopped by non-finite numbers."""
     import json
 
     from latentdiff.core.errors import ConfigError
@@ -47,7 +44,7 @@ def _lengths(path: Path) -> dict[str, int]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    """What a run folder says of itself; of a config that cannot be read, that."""
+    """The state of a run folder; an unreadable config becomes its state."""
     from datetime import datetime
 
     from latentdiff.core.errors import ConfigError
@@ -66,7 +63,7 @@ def _run(path: Path) -> dict[str, Any]:
     losses = [line["loss"] for line in lines.values() if line]
     state = "finished" if all(step >= last for step, last in stages.values()) else "stopped"
     reports = [report.stat().st_mtime for report in folder.glob("*/non-finite.json")]
-    if state == "stopped" and reports and max(reports) >= max(times, default=0):  # and not gone on since
+    if state == "stopped" and reports and max(reports) >= max(times, default=0):  # and not resumed since
         state = "non-finite"
     return {
         "name": folder.name,
@@ -78,7 +75,7 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _last_step(log: Path) -> dict[str, Any]:
-    """The last whole line of a log that is of a step; empty where there is none."""
+    """The last complete line of a log that has a step; empty if there is none."""
     import json
     import math
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class StageName(StrEnum):
-    """The stages in their order."""
+    """The stages, in order."""
 
     autoencoder = "autoencoder"
     clip = "clip"
@@ -27,7 +27,7 @@ class StageName(StrEnum):
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file such as configs/scenes-64.toml.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/NAME).")] = None,
-    stage: Annotated[list[StageName] | None, typer.Option(help="Run these stages only; may be repeated.")] = None,
+    stage: Annotated[list[StageName] | None, typer.Option(help="Run only this stage; may be repeated.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: denoiser.training.learning_rate=1e-4.")
     ] = None,
@@ -36,7 +36,7 @@ def train(
     ] = None,
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Leave out what cannot be used, listed in RUN/quarantine.jsonl."),
+        typer.Option("--skip-bad", help="Leave out unusable pictures and list them in RUN/quarantine.jsonl."),
     ] = False,
     allow_missing_captions: Annotated[
         bool, typer.Option("--allow-missing-captions", help="Train pictures without a caption on the empty one.")
@@ -50,17 +50,17 @@ def train(
         ),
     ] = "auto",
     allow_changed: Annotated[
-        bool, typer.Option("--allow-changed", help="Go on under other settings than the checkpoint's.")
+        bool, typer.Option("--allow-changed", help="Resume with settings that differ from the checkpoint's.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Bitwise the same on a GPU too, by slower kernels.")
+        bool, typer.Option("--deterministic", help="Bitwise reproducible on a GPU too, with slower kernels.")
     ] = False,
 ) -> None:
-    """Train a model from nothing: autoencoder, CLIP, denoiser. Goes on where an earlier start stopped.
+    """Train a model from nothing: autoencoder, CLIP, denoiser. After an interruption the same command goes on.
 
-    The finished model is the folder RUN/model, which `generate -m` and diffusers load. Under `accelerate launch` the
-    batches are shared out among the processes.
+    The finished model is the folder RUN/model, which `generate -m` and diffusers load. With `accelerate launch` several
+    processes share the batches.
     """
     from latentdiff.settings.config import load_config, own_pictures
 
@@ -131,6 +131,6 @@ def _choose_deterministic_kernels() -> None:
 
     import torch
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it before its first use
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

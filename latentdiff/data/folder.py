@@ -84,7 +84,7 @@ def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: li
     """One picture a row; a file that a row names is a picture, whatever its suffix."""
     if not metadata:
         raise DataError(f"no metadata.jsonl or metadata.csv in {root}")
-    said: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    captions_by_name: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
     orphans, known = [], _Names(files)
     for file in metadata:
         parent = PurePosixPath(file).parent
@@ -94,10 +94,10 @@ def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: li
             if name is None:
                 orphans.append(f"{shown(str(row['file_name']))} ({where})")
             else:
-                said[name].append((where, captions))
+                captions_by_name[name].append((where, captions))
     records = []
-    for name in sorted({*pictures, *said}):
-        rows = said.get(name, [])
+    for name in sorted({*pictures, *captions_by_name}):
+        rows = captions_by_name.get(name, [])
         fault = f"{len(rows)} rows: {' and '.join(where for where, _ in rows)}" if len(rows) > 1 else ""
         records.append(Record(name, _reader(root, name), rows[0][1] if rows else (), fault=fault))
     return Listing("metadata", records, tuple(orphans))

@@ -81,8 +81,8 @@ class PictureSet:
     def key(self, row: int, seen: View) -> str:
         """The identity of the result of `pixels`: of the file's bytes and all operations on them."""
         at = "content" if seen.at is None else seen.at
-        said = f"{_RULES} {self.picture(row).id} {self.size(row)} {at} {seen.flipped} {self._background}"
-        return hashlib.sha256(said.encode()).hexdigest()[:32]
+        rules = f"{_RULES} {self.picture(row).id} {self.size(row)} {at} {seen.flipped} {self._background}"
+        return hashlib.sha256(rules.encode()).hexdigest()[:32]
 
     def geometry(self, row: int, seen: View) -> tuple[int, ...]:
         """(height, width) of the file, (top, left) of the view in its own pixels, (height, width) of the view."""

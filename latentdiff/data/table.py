@@ -33,7 +33,7 @@ def state_of(source: str) -> list[Any]:
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = ((str(file), file.stat()) for file in files if file.is_file())
-    return [[name, said.st_size, said.st_mtime_ns, said.st_ctime_ns] for name, said in stats]
+    return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats]
 
 
 def listing(source: str, options: Options) -> Listing:
@@ -51,8 +51,8 @@ def listing(source: str, options: Options) -> Listing:
     captions = table[caption] if caption else [None] * len(table)
     records = []
     for number, text in enumerate(captions):
-        said = captions_in({"text": text}, f"{shown(source)} row {number}")
-        records.append(Record(f"row {number}", _reader(table, number, image), said))
+        captions = captions_in({"text": text}, f"{shown(source)} row {number}")
+        records.append(Record(f"row {number}", _reader(table, number, image), captions))
     if not records:
         raise DataError(f"no rows in {shown(source)}")
     return Listing("table", records, notes=_other_splits(table))
@@ -71,8 +71,8 @@ class _Stream:
 
     def __iter__(self) -> Iterator[Record]:
         for number, row in enumerate(self._rows()):
-            said = captions_in({"text": row[self._caption] if self._caption else None}, f"row {number}")
-            yield Record(f"row {number}", _bytes_in_hand(row[self._image]), said)
+            captions = captions_in({"text": row[self._caption] if self._caption else None}, f"row {number}")
+            yield Record(f"row {number}", _bytes_in_hand(row[self._image]), captions)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         rows = iter(self._table)

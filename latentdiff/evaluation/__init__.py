@@ -1,1 +1,1 @@
-"""Measurements of models."""
+"""Evaluation: measurements of models, and their report."""

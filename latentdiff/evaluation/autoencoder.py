@@ -1,4 +1,4 @@
-"""What an autoencoder loses: decoded pictures beside their originals, and what its latents are like."""
+"""The loss of an autoencoder: decoded pictures beside their originals, and statistics of the latents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Decoded:
 
 
 def decoded(model: Model, pictures: np.ndarray, folder: Path | None = None) -> Decoded:
-    """Encode and decode pictures uint8 (N, H, W, 3). folder: has room for what is too large for memory."""
+    """Encode and decode pictures uint8 (N, H, W, 3). folder: a place for arrays that are too large for memory."""
     first, second, count = np.zeros(1), np.zeros(1), 0
 
     def batches() -> Iterator[np.ndarray]:
@@ -69,7 +69,7 @@ def ssim(pictures: np.ndarray, others: np.ndarray) -> Floats:
 
     found = []
     for i in range(0, len(pictures), AT_ONCE):
-        # of intensities from 0: around 0, as in [-1, 1], its first factor means nothing
+        # intensities must start at 0: in [-1, 1] the first factor has no meaning
         made, real = ((to_images(each[i : i + AT_ONCE]) + 1) / 2 for each in (others, pictures))
         values: Any = structural_similarity_index_measure(made, real, data_range=1.0, reduction="none")
         found.append(np.atleast_1d(values.numpy()))

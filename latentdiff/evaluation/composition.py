@@ -1,8 +1,8 @@
-"""Composition in GenEval's form (Ghosh et al. 2023): does a picture show what its prompt says?
+"""Composition in GenEval's form (Ghosh et al. 2023): does a picture show what its prompt states?
 
-Six categories; a picture counts when the oracle finds everything the prompt states and nothing else; the overall
-score is the unweighted mean of the categories. The ceiling is the same score of rendered scenes sent through the
-autoencoder: no denoiser can be read better than its decoder draws.
+There are six categories. A picture counts if the oracle finds everything in the prompt and nothing else. The overall
+score is the unweighted mean of the categories. The ceiling is the score of rendered scenes after encoding and decoding:
+no denoiser can be better than its decoder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ PICTURES_A_PROMPT = 4
 
 @dataclass(frozen=True)
 class Score:
-    """A fraction of `count` pictures, that of each prompt, and its standard error over prompts: NaN for one alone."""
+    """The share of right pictures among `count`, the share of each prompt, and the standard error over prompts, NaN for
+    one prompt.
+    """
 
     mean: float
     error: float
@@ -37,7 +39,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Composition:
-    """Scores by category, the pictures they were read from, uint8 (N, H, W, 3), their captions, which are right."""
+    """Scores by category, the pictures, uint8 (N, H, W, 3), their captions, and which of them are right."""
 
     categories: dict[str, Score]
     pictures: dict[str, NDArray[np.uint8]]
@@ -57,7 +59,7 @@ class Composition:
 
 
 def evaluation_scenes(category: str, count: int, seed: int, held_out: bool = False) -> list[scenes.Scene]:
-    """The evaluation's own scenes, keyed apart from every training set."""
+    """The scenes of the evaluation, which no training set contains."""
     purpose = f"composition {category}{' held out' if held_out else ''}"
     return [scenes.scene(noise.generator(seed, purpose, index), category, held_out=held_out) for index in range(count)]
 
@@ -71,10 +73,10 @@ def evaluate_composition(
     folder: Path | None = None,
     **settings: Any,
 ) -> Composition:
-    """Draw `pictures` a category, four a prompt, by the model's recommended settings or those given.
+    """Draw `pictures` a category, four a prompt, with the model's recommended settings or others.
 
-    folder: where they are kept, so that another call goes on. Raises ModelError for a model whose pictures the oracle
-    cannot read.
+    folder: where pictures are stored, so that an interrupted call can go on. Raises ModelError for a model whose
+    pictures the oracle cannot read.
     """
     _check_readable(painter.model)
     drawn, scenes_of, kind = {}, {}, "held out" if held_out else "composition"
@@ -102,7 +104,7 @@ def ceiling(model: Model, *, pictures: int, seed: int = 0) -> Composition:
 
 
 def readable(model: Model) -> bool:
-    """Whether the oracle can read this model's pictures."""
+    """Whether the oracle can read pictures of this model."""
     return model.card.size == (scenes.SIZE, scenes.SIZE) and model.codec.image_channels == 3
 
 
@@ -113,7 +115,7 @@ def _check_readable(model: Model) -> None:
 
 
 def _read(pictures: dict[str, NDArray[np.uint8]], asked: dict[str, list[scenes.Scene]], group: int) -> Composition:
-    """What the oracle says of pictures, `group` of them a prompt."""
+    """The oracle's verdict on pictures, `group` of them a prompt."""
     right = {
         name: np.array(
             [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(rows, asked[name], strict=True)]
@@ -125,7 +127,7 @@ def _read(pictures: dict[str, NDArray[np.uint8]], asked: dict[str, list[scenes.S
 
 
 def _score(right: NDArray[np.bool_], group: int) -> Score:
-    """The share read right; its error treats the pictures of one prompt as one draw."""
+    """The share of right pictures; its error treats the pictures of one prompt as one draw."""
     groups = [right[i : i + group].mean() for i in range(0, len(right), group)]
     error = float(np.std(groups, ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else float("nan")
     return Score(float(right.mean()), error, len(right), tuple(map(float, groups)))

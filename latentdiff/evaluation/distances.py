@@ -1,14 +1,14 @@
-"""How far one set of pictures is from another, by their features (N, E).
+"""Distances between two sets of pictures, by their features (N, E).
 
 frechet            |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)                       Heusel et al. 2017, eq. 6
                    Biased upwards by the finite samples, as 1 / N: only figures of one N compare.
 kernel             MMD^2 under (x.y / E + 1)^3, unbiased, may be negative           Binkowski et al. 2018, section 4
 cmmd               1000 MMD^2 under exp(-|x - y|^2 / 200) on CLIP's unit embeddings Jayasumana et al. 2024, eq. 4
 precision, recall  shares inside the others' balls, each as far as its 3rd nearest Kynkaanniemi et al. 2019, eq. 1
-vendi              exp of the entropy of the eigenvalues of K / N: the number of distinct pictures, as it were
+vendi              exp of the entropy of the eigenvalues of K / N: an effective number of distinct pictures
                                                                                    Friedman & Dieng 2023, definition 3.1
-The arithmetic is torch-fidelity's or torch's, in float64; standard errors are the jackknife's. What is of every pair of
-rows is computed in parts: 50,000 pictures fit in memory.
+The arithmetic is torch-fidelity's or torch's, in float64; standard errors are the jackknife's. Values of all pairs of
+rows are computed in parts, so that 50,000 pictures fit in memory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from latentdiff.evaluation.result import Figure
 Array = NDArray[np.floating]
 NEIGHBOURS = 3
 BLOCKS, LARGEST_BLOCK = 10, 1000
-ENOUGH = 4  # pictures for a feature: with fewer the bias does not go as 1 / N yet
-SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the pictures that the Frechet distance is extrapolated from
+ENOUGH = 4  # pictures for each feature: with fewer the bias is not proportional to 1 / N
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the pictures from which the Frechet distance is extrapolated
 AT_ONCE = 1000  # rows
-OFTEN = 5_000  # pictures; of more, what takes as long as all pairs of them is computed once
+OFTEN = 5_000  # pictures; above, statistics of all pairs are computed once, without an error
 
 
 def frechet(first: Array, second: Array) -> float:
-    """See the module; 0 or more, but for rounding."""
+    """The Frechet distance; see the module. 0 or more, up to rounding."""
     import torch
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
@@ -41,24 +41,24 @@ def frechet(first: Array, second: Array) -> float:
 
 
 def frechet_extrapolated(first: Array, second: Array, seed: int = 0) -> float:
-    """What the Frechet distance goes towards with more pictures: its intercept over 1 / N (Chong & Forsyth 2020)."""
+    """The limit of the Frechet distance for many pictures: its intercept over 1 / N (Chong & Forsyth 2020)."""
     count = min(len(first), len(second))
     sizes = [int(share * count) for share in SHARES]
     matches = []
     for size in sizes:
-        chosen = noise.permutation(count, seed, "frechet", size)[:size]  # of both: rows of one caption go together
+        chosen = noise.permutation(count, seed, "frechet", size)[:size]  # paired rows
         matches.append(frechet(first[chosen], second[chosen]))
     return float(np.polyfit(1 / np.array(sizes), matches, 1)[1])
 
 
 def kernel(first: Array, second: Array) -> float:
-    """See the module: the mean over disjoint blocks.
+    """The kernel distance, the mean over disjoint blocks; see the module.
 
-    A block stands beside the next one of the others: pictures of the same caption would not be independent.
+    A block is compared with the next block of the other set: pictures of one caption would not be independent.
     """
     count = min(len(first), len(second))
     blocks = max(min(BLOCKS, count // 2), count // LARGEST_BLOCK)
-    size = count // blocks  # the estimate is of two sets as large as each other
+    size = count // blocks  # the estimate requires sets of equal size
     starts = size * np.arange(blocks)
     pairs = zip(starts, np.roll(starts, -1), strict=True)
     return float(np.mean([_mmd(first[i : i + size], second[j : j + size]) for i, j in pairs]))
@@ -71,7 +71,7 @@ def _mmd(first: Array, second: Array) -> float:
 
 
 def cmmd(first: Array, second: Array) -> Figure:
-    """See the module; of as many of each, the estimate with the diagonals, as it is published."""
+    """CMMD, see the module, of equal numbers of pictures, by the published estimate, which includes the diagonals."""
     count = min(len(first), len(second))
     cut = parts(count, min(PARTS, count))
     sizes = np.array([part.stop - part.start for part in cut])
@@ -86,7 +86,7 @@ def cmmd(first: Array, second: Array) -> Figure:
 
 
 def _kernel_sums(first: Array, second: Array, cut: Sequence[slice]) -> NDArray[np.float64]:
-    """The kernel's sum over every part of one with every part of the other."""
+    """The kernel's sums over every part of one set with every part of the other."""
     from torch_fidelity.metric_kid import kernel_rbf
 
     sums = np.zeros((len(cut), len(cut)))
@@ -100,7 +100,7 @@ def _kernel_sums(first: Array, second: Array, cut: Sequence[slice]) -> NDArray[n
 
 
 def inside(points: Array, others: Array) -> float:
-    """The share of points that lie in a ball around one of the others: of the drawn precision, of the real recall."""
+    """The share of points inside a ball around one of the others: precision of drawn pictures, recall of real ones."""
     import torch
 
     a, b = (torch.as_tensor(each, dtype=torch.float64) for each in (points, others))
@@ -110,7 +110,7 @@ def inside(points: Array, others: Array) -> float:
 
 
 def vendi(features: Array) -> float:
-    """See the module; from 1, all alike, to N. Features are made units."""
+    """The Vendi score, see the module, from 1 (all alike) to N. Features are normalised first."""
     units = features / np.linalg.norm(features, axis=1, keepdims=True)
     shares = np.linalg.svd(units.astype(np.float64), compute_uv=False) ** 2 / len(units)
     shares = shares[shares > 1e-12]
@@ -120,9 +120,9 @@ def vendi(features: Array) -> float:
 def nearest(
     features: Array, others: Array, but: tuple[NDArray[np.str_], NDArray[np.str_]] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.floating]]:
-    """Of each row the most alike of others, and the cosine with it.
+    """The nearest of the others for each row, and their cosine.
 
-    but: names of the rows (N,) and of the others (M,): those of its own name do not count.
+    but: names of the rows (N,) and of the others (M,); others with the row's own name do not count.
     """
     a, b = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (features, others))
     matches, cosines = [], []
@@ -137,7 +137,7 @@ def nearest(
 
 
 def distances(drawn: Array, real: Array, *, unit: bool) -> dict[str, Figure]:
-    """All of them, of drawn pictures from real ones; unit: the features are CLIP's unit embeddings."""
+    """All distances of drawn pictures from real ones; unit: the features are CLIP's unit embeddings."""
     figures = {
         "frechet": jackknife(frechet, drawn, real, better="lower"),
         "kernel": jackknife(kernel, drawn, real, better="lower"),

@@ -1,7 +1,7 @@
-"""Pictures drawn to be measured: in batches of one size, kept in a folder where there is one, so that others go on.
+"""Pictures drawn for measurements, in batches of one size, stored in a folder so that a later start can go on.
 
-Picture i of a list of prompts has seed `seed + i`. A batch of which one file is missing is drawn again whole, as the
-batch that a picture shares moves its last bits.
+Picture i of a list of prompts has seed `seed + i`. If one file of a batch is missing, the whole batch is drawn again,
+since the batch affects the last bits of its pictures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def drawn_pictures(
     title: str = "drawing",
     **settings: Any,
 ) -> np.ndarray:
-    """A picture of each prompt, uint8 (N, H, W, C); prompts are words as they stand, without weights in them."""
+    """A picture of each prompt, uint8 (N, H, W, C); brackets in prompts are text, not weights."""
     card, channels = painter.model.card, painter.model.codec.image_channels
     sides = [settings.get(name) or side for name, side in zip(("height", "width"), card.size, strict=True)]
     size = min(at_once(DRAWN, sides, AT_ONCE), settings.pop("batch_size", AT_ONCE))
@@ -58,7 +58,7 @@ def drawn_pictures(
 
 
 def write(picture: np.ndarray, file: Path) -> None:
-    """Uint8 (H, W, C) as a PNG, whole or not at all; one that is there stays."""
+    """Write uint8 (H, W, C) as a PNG, whole or not at all, unless it exists."""
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,11 +68,11 @@ def write(picture: np.ndarray, file: Path) -> None:
 
 
 def read(file: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """What `write` wrote, (H, W, C), where it is told of that shape. Raises DataError."""
+    """Read what `write` wrote, (H, W, C). Raises DataError if it has another shape."""
     try:
         pixels = np.asarray(Image.open(file))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # of damaged files
-        raise DataError(f"a picture that was kept cannot be read ({file}). Remove it; it is made again") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # damaged files
+        raise DataError(f"a stored picture cannot be read ({file}). Remove it; it is drawn again") from None
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     if shape is not None and pixels.shape != shape:
         raise DataError(f"{file} is no picture that was drawn here. Remove it; it is drawn again")

@@ -1,4 +1,4 @@
-"""What an evaluation is made of: models, what they are measured by, and all that figures depend on."""
+"""The parts of an evaluation: models, references, and everything that figures depend on."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is measured, opened when it is first needed.
+    """A model to measure, opened when it is first needed.
 
-    open: the painter that draws; open_exact: the same model by torch in float32, for what is no drawing.
+    open: the painter that draws; open_exact: the same model by torch in float32, for all other measurements.
     """
 
     path: str | None
@@ -46,11 +46,11 @@ class Candidate:
 
     @cached_property
     def painter(self) -> Painter:
-        """What draws."""
+        """The painter that draws."""
         return self.open()
 
     def exact(self) -> Painter:
-        """See `open_exact`; the painter itself where it computes so."""
+        """The painter of `open_exact`, or the drawing one if it already computes by torch in float32."""
         return self._exact
 
     @cached_property
@@ -61,10 +61,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the references of an evaluation come from; None is the default of each.
+    """The sources of an evaluation's references; None is the default of each.
 
     data: captioned pictures, or the config of a run. training: pictures that the model was trained on. features, lpips,
-    geneval: files and folders. lenient: settings under which pictures that cannot be used are left out.
+    geneval: files and folders. lenient: settings that leave out unusable pictures.
     """
 
     data: str | None = None
@@ -76,14 +76,14 @@ class Sources:
 
 
 def sized(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Pictures are drawn as large as those that they are compared with: squares of the first model's size."""
+    """The candidates with the size of the reference pictures, which are squares of the first model's size."""
     side = candidates[0].painter.model.card.size[0]
     own = {candidate.painter.model.card.size for candidate in candidates}
     return {} if own == {(side, side)} else {"height": side, "width": side}
 
 
 def titles(candidates: Sequence[Candidate]) -> list[str]:
-    """Their names; of one name by where they lie too, or by a letter."""
+    """The candidates' names; equal names are distinguished by the models' places, or by letters."""
     names = [candidate.painter.model.card.name for candidate in candidates]
     if len(set(names)) < len(names):
         places = [Path(candidate.path or "").name for candidate in candidates]
@@ -95,7 +95,7 @@ def titles(candidates: Sequence[Candidate]) -> list[str]:
 def references_of(
     candidate: Candidate, sources: Sources, count: int, report: Path, say: Say
 ) -> tuple[References, dict[str, Any]]:
-    """What models are measured by, and what identifies it. report: has room for pictures. Raises DataError."""
+    """The references of an evaluation, and their identity. report: a folder for large arrays. Raises DataError."""
     prompts = read_prompts(sources.geneval) if sources.geneval else []
     distance = lpips(read_tensors(sources.lpips), sources.lpips) if sources.lpips else None
     model = candidate.painter.model
@@ -131,14 +131,14 @@ def references_of(
 
 
 def _identity(config: Config, held: Examples) -> str:
-    """sha256 of the pictures, their captions, and all settings by which they are shown."""
+    """sha256 of the pictures, their captions, and all settings that affect their pixels."""
     settings = config.data.model_dump(mode="json", exclude={"pictures": {"source"}})
     tree = json.dumps([held.pictures.identity(), config.image_size, settings], sort_keys=True)
     return hashlib.sha256(tree.encode()).hexdigest()
 
 
 def _config(data: str | None, side: int, lenient: Overrides) -> Config:
-    """Of a run's config, of pictures, or of the scenes of the default config, at the model's size."""
+    """The config of the data, at the model's size: a run's, one of the user's pictures, or the default's scenes."""
     overrides = [*lenient, ("image_size", side)]
     if data is not None and data.endswith(".toml") and not Path(data).is_dir():
         return load_config(Path(data), overrides)
@@ -146,20 +146,20 @@ def _config(data: str | None, side: int, lenient: Overrides) -> Config:
 
 
 def _extractor(candidate: Candidate, features: Path | None, say: Say) -> Extractor:
-    """As it is named, or the model's own CLIP, or the default model's."""
+    """The extractor that the user names, or the model's own CLIP, or the default model's."""
     if features is not None:
         return extractors.named(features)
     card = candidate.painter.model.card
     if card.folder and (card.folder / "clip").is_dir():
         return extractors.of_model(card.folder, name=f"the CLIP of {card.name}")
-    say(f"features: {card.name} has no CLIP, so the default model's is taken, which knows scenes alone")
+    say(f"features: {card.name} has no CLIP; the default model's is used, which knows only scenes")
     return extractors.of_model(default_model(), name="the CLIP of the default model")
 
 
 def rules_of(
     candidates: Sequence[Candidate], identity: dict[str, Any], references: References, asked: Asked
 ) -> dict[str, Any]:
-    """All that figures depend on, as JSON gives it back."""
+    """Everything that figures depend on, after a round trip through JSON."""
     painters = [candidate.painter for candidate in candidates]
     models = [painter.model for painter in painters]
     rules = {

@@ -1,4 +1,4 @@
-"""What pictures are compared by: the features of a network that looks at them, which says what it is."""
+"""Features of pictures, by a network with a name and a hash; distances compare them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Floats = NDArray[np.float32]
 class Extractor:
     """pictures uint8 (B, H, W, 3) -> features (B, E), by a network of this name and sha256.
 
-    scorer: the same network's view of texts, where it has one.
+    scorer: the same network with its text tower, if it has one.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Extractor:
     at_once: int = AT_ONCE
 
     def of(self, pictures: np.ndarray) -> Floats:
-        """Features (N, E) of uint8 (N, H, W, C), in batches of one size: a row does not depend on the others."""
+        """Features (N, E) of uint8 (N, H, W, C), in batches of one size, so that rows do not depend on each other."""
         rows = []
         for first in range(0, len(pictures), self.at_once):
             some = coloured(pictures[first : first + self.at_once])
@@ -50,10 +50,9 @@ class Extractor:
         return result
 
     def of_known(self, pictures: np.ndarray) -> Floats:
-        """The same of pictures that many evaluations compare with: kept in the user's cache for the next.
+        """Features of reference pictures, cached in the user's directory for later evaluations.
 
-        The first batch is looked at again; where a bit of it is another (of another device, setting or library), so
-        are all.
+        The first batch is computed again. If a bit of it differs (another device, setting or library), so are all.
         """
         digest = hashlib.sha256(f"{self.name} {self.hash} {pictures.shape}".encode())
         digest.update(np.ascontiguousarray(pictures).data)
@@ -71,7 +70,7 @@ class Extractor:
 
 
 def of_clip(scorer: Scorer, name: str, sha256: str) -> Extractor:
-    """CLIP's unit embeddings."""
+    """An extractor of CLIP's unit embeddings."""
     import torch
 
     @torch.no_grad()
@@ -83,9 +82,9 @@ def of_clip(scorer: Scorer, name: str, sha256: str) -> Extractor:
 
 
 def of_model(folder: Path, text_encoder: Path | None = None, name: str = "the model's own CLIP") -> Extractor:
-    """The CLIP that a model of ours carries beside its networks. Raises ConfigError where it has none.
+    """The CLIP in the folder of a model trained here. Raises ConfigError if it has none.
 
-    text_encoder: where the text encoder that it shares its words with lies, if that is not the model's folder yet.
+    text_encoder: the folder of the text encoder that shares its embeddings, if it is not in the model's folder yet.
     """
     from latentdiff.core.files import sha256_of
     from latentdiff.families.clip import WEIGHTS, load_own_scorer
@@ -119,4 +118,4 @@ def _of_inception(network: Callable[..., object], sha256: str) -> Extractor:
         result = network(torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))))
         return np.asarray(result)
 
-    return Extractor("Inception v3, pool 2048", sha256, features, at_once=8)  # it enlarges them to 299 pixels
+    return Extractor("Inception v3, pool 2048", sha256, features, at_once=8)  # it enlarges pictures to 299 pixels

@@ -1,8 +1,8 @@
-"""GenEval's prompts drawn as its evaluator reads them (Ghosh et al. 2023; its file `evaluation_metadata.jsonl`).
+"""GenEval's prompts (Ghosh et al. 2023; its file `evaluation_metadata.jsonl`), drawn in its evaluator's layout.
 
 OUT/00000/metadata.jsonl       the prompt's own line
 OUT/00000/samples/0000.png     and 0001, 0002, 0003
-OUT/00000/grid.png             the four beside each other
+OUT/00000/grid.png             the four side by side
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
 def draw_geneval(
     painter: Painter, prompts: Sequence[dict[str, Any]], folder: Path, *, seed: int, **settings: Any
 ) -> Iterator[np.ndarray]:
-    """Draw four pictures of each prompt, with seeds that go on counting; those that are there stay. Yields their grids.
+    """Draw four pictures of each prompt, with consecutive seeds, unless they exist. Yields their grids.
 
-    Raises DataError where the folder has another file's prompts.
+    Raises DataError if the folder has the prompts of another file.
     """
     for index, row in enumerate(tqdm(prompts, "GenEval", unit="prompt", disable=None)):
         place = folder / f"{index:05d}"

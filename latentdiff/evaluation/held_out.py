@@ -1,4 +1,4 @@
-"""The pictures that a model is measured by: held out, squares of one size, in an order of nothing but themselves."""
+"""The reference pictures of a model: held out, squares of one size, in an order that depends only on themselves."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from latentdiff.data.survey import Picture, Survey
 from latentdiff.evaluation.room import room
 from latentdiff.settings.config import Settings
 
-LARGEST = 2**30  # bytes of training pictures
-TRAINED = 4  # training pictures for one that is held out
+LARGEST = 2**30  # bytes of training pictures in memory
+TRAINED = 4  # training pictures for each held-out one
 
 
 def held_out(config: Settings, count: int, found: Survey | None = None) -> tuple[Examples, Examples | None]:
-    """At most `count` captioned pictures to measure by, and where they are known some that were trained on.
+    """At most `count` captioned reference pictures, and training pictures if they are known.
 
-    Of scenes those of a purpose of their own; of the user's pictures those that validation holds out, or where it holds
-    out none the first by their identity, of which nobody knows whether they were trained on. found: their survey, where
-    it was made before. Raises DataError.
+    Scenes have a purpose of their own. The user's pictures are those that validation holds out; if it holds out none,
+    the first by their identity, which may have been trained on. found: an earlier survey. Raises DataError.
     """
     trained_count = min(TRAINED * count, max(1, LARGEST // (3 * config.image_size**2)))
     if config.data.kind == "scenes":
@@ -41,13 +40,13 @@ def held_out(config: Settings, count: int, found: Survey | None = None) -> tuple
 
 
 def _squares(config: Settings, survey: Survey, pictures: Sequence[Picture]) -> Examples:
-    """From the middle of each, with its first caption, once."""
+    """The middle square of each picture, once, with its first caption."""
     once = list({picture.id: picture for picture in pictures}.values())
     return as_validated(config, picture_set(config, survey, once, None))
 
 
 def pictures_of(examples: Examples, folder: Path | None = None) -> tuple[np.ndarray, list[str]]:
-    """All of them: uint8 (N, H, W, 3), and the captions. folder: has room for what is too large for memory."""
+    """All pictures, uint8 (N, H, W, 3), and their captions. folder: a place for arrays too large for memory."""
     rows = range(len(examples))
     wanted = [(row, examples.view(row, 0)) for row in rows]
     pixels = room((len(examples), *examples.pictures.size(0), 3), folder)

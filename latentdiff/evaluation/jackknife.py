@@ -1,9 +1,9 @@
-"""Standard errors of statistics that are no means, by leaving out every tenth of their rows (Efron 1982, eq. 3.1).
+"""Standard errors of statistics that are not means, by leaving out every tenth of their rows (Efron 1982, eq. 3.1).
 
     error^2 = (g - 1) / g  sum over parts i of (statistic without part i - their mean)^2        g = 10
 
-On average it is right where two sets differ. Where they are of one distribution, distances between them are near the
-least that they can be, and it is too large, by a half or twice. Of ten parts, it is itself known to about a quarter.
+It is right on average if two sets differ. For sets from one distribution, whose distances are near their minimum, it is
+too large by a factor of 1.5 to 2. With ten parts its own error is about a quarter.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def jackknife(
 ) -> Figure:
     """A statistic of sets of rows, with its standard error.
 
-    The same part of every set is left out at once, so that sets may be of pairs. What the value is the mean of, `each`,
-    may be subtracted between two models on the same rows. often: the most rows for which the statistic is computed
-    eleven times; of more it has no error.
+    The same part of every set is left out at once, so that sets may have paired rows. The result's `each` may be
+    subtracted between two models on the same rows. often: the most rows for which the statistic is computed eleven
+    times; with more rows it has no error.
     """
     value = statistic(*sets)
     if often is not None and max(map(len, sets)) > often:
@@ -39,13 +39,13 @@ def jackknife(
 
 
 def parts(count: int, number: int = PARTS) -> list[slice]:
-    """Of that many rows, one behind the other."""
+    """Consecutive parts of so many rows."""
     edges = np.linspace(0, count, number + 1).astype(int)
     return [slice(first, last) for first, last in pairwise(edges.tolist())]
 
 
 def jackknifed(value: float, without: Sequence[float], better: Better = "neither") -> Figure:
-    """Of a statistic, and of what it is without each part."""
+    """A figure, from a statistic's value and its values without each part."""
     left = np.array(without)
     figure = mean(value + (len(left) - 1) * (left.mean() - left), better, paired=True)
     return replace(figure, value=value)

@@ -1,13 +1,13 @@
-"""The likelihood of captioned pictures under a model: a bound in bits per dimension, with captions and without.
+"""The likelihood of captioned pictures under a model: a bound in bits per dimension, with and without captions.
 
-A latent model says of 8-bit pixels x, z being the latents (Kingma & Welling 2014, eq. 3; Vahdat et al. 2021, eq. 2)
+For 8-bit pixels x and latents z (Kingma & Welling 2014, eq. 3; Vahdat et al. 2021, eq. 2)
 
     -log p(x)  <=  E[-log p(x | z)]  -  H(q(z | x))  +  E[-log p(z)]        z ~ q(z | x)
 
-decoder: p(x | z) is a discretised Laplace density around the decoded picture. Decoders give no width; the one that fits
-the other half of the pictures best is taken, so that no picture chooses its own.
-latents: -log p(z) is bounded by the diffusion itself, in its three terms (see diffusion/bound.py).
-A model without an autoencoder is bounded on its pixels by those alone.
+decoder: p(x | z) is a discretised Laplace density around the decoded picture. Decoders have no width; each half of the
+pictures uses the width that fits the other half best, so that no picture chooses its own.
+latents: the diffusion bounds -log p(z) in its three terms (see diffusion/bound.py).
+For a model without an autoencoder these three terms bound the likelihood of the pixels.
 
 Everything is computed by torch in float32. One sample of z, and the noise and times of the bound, are keyed by the
 picture: with captions and without, and under two models of the same latents, the draws are the same.
@@ -46,7 +46,7 @@ AT_ONCE = 16  # pictures
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of N pictures. decoder: -log p(x | z), entropy: H(q(z | x)), both (N,) nats; zeros without an autoencoder.
+    """The terms of N pictures. decoder: -log p(x | z), entropy: H(q(z | x)), both (N,) nats, 0 without an autoencoder.
 
     cond and uncond: the bound on the latents with each picture's caption and with the empty one.
     """
@@ -64,7 +64,7 @@ class Likelihood:
         return np.asarray(bits(nats, self.dimensions))
 
     def gain(self, variance: str = "small") -> Floats:
-        """What the captions are worth, (N,) bits per dimension: on the same draws."""
+        """The bits per dimension that captions save, (N,), on the same draws."""
         return self.bits(self.uncond, variance) - self.bits(self.cond, variance)
 
 
@@ -77,17 +77,17 @@ def likelihood(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Likelihood:
-    """Bound N > 1 pictures uint8 (N, H, W, 3), each at `times` drawn times beside the first.
+    """Bound N > 1 pictures uint8 (N, H, W, 3), each at `times` random times and at the first.
 
-    model: torch's, in float32. folder: of this model and these pictures alone; every batch's errors are kept there, so
-    that another call goes on. Raises ModelError for an autoencoder that has no posterior, NonFiniteError.
+    model: torch's, in float32. folder: a folder for only this model and these pictures; it stores every batch's errors,
+    so that an interrupted call can go on. Raises ModelError for an autoencoder without a posterior, NonFiniteError.
     """
     from latentdiff.networks.codecs.identity import IdentityCodec
 
     if not isinstance(model.codec, Posterior):
         raise ModelError("a tiny VAE has no posterior, so pixels have no likelihood")
     if len(pictures) < 2:
-        raise ValueError("a likelihood is of two pictures at least: each has the other's width")
+        raise ValueError("a likelihood requires at least two pictures: each uses the other's width")
     plain = isinstance(model.codec, IdentityCodec)
     dimensions = math.prod(pictures.shape[1:3]) * model.codec.image_channels
     pairs: list[tuple[Errors, Errors]] = []
@@ -116,7 +116,7 @@ def likelihood(
 
 
 def _batches(pictures: np.ndarray) -> Iterator[list[int]]:
-    """Their numbers, as many as there is room for at once."""
+    """The numbers of the pictures, in batches that fit into memory."""
     size = at_once(CODED, pictures.shape[1:3], AT_ONCE)
     for first in range(0, len(pictures), size):
         yield list(range(first, min(first + size, len(pictures))))
@@ -143,7 +143,7 @@ def _autoencoder(model: Model, pictures: np.ndarray, seed: int) -> tuple[Floats,
         errors += [np.abs(x - mean).mean() for x, mean in pairs]
         entropy += entropies
     off = np.array(errors)
-    widths = [off[halves != half].mean() for half in halves]  # the best of a Laplace density is the mean error
+    widths = [off[halves != half].mean() for half in halves]  # the best width of a Laplace density is the mean error
     decoder: list[float] = []
     for pairs, _ in _decoded(model, pictures, seed):
         for x, mean in pairs:
@@ -167,7 +167,7 @@ def _decoded(
 
 
 def _conditions(model: Model, captions: Sequence[str], size: tuple[int, ...]) -> Conditions:
-    """Captions as training reads them: no weights in them, cut where the text encoder ends."""
+    """Conditions of captions, as training reads them: without weights, cut to the text encoder's length."""
     style = Style(False, False, model.card.defaults.get("clip_skip"))
     sizes = tuple(map(float, (*size, 0, 0, *size))) if model.reads_sizes else None
     rows = {caption: model.encoder.encode(Prompt(caption, style, sizes=sizes)) for caption in dict.fromkeys(captions)}
@@ -175,7 +175,7 @@ def _conditions(model: Model, captions: Sequence[str], size: tuple[int, ...]) ->
 
 
 def _predict(model: Model, conditions: Conditions) -> Predict:
-    """The network as the bound asks it: rows at times of their own."""
+    """The network's prediction for the bound, whose rows have different times."""
     import torch
 
     backbone, coefficients = model.backbone, parametrization_named(model.prediction)

@@ -1,4 +1,4 @@
-"""What a measurement says: figures with their errors and which way is better, how they were made, and what is seen."""
+"""The result of a measurement: figures with errors and directions, the facts they depend on, tables and pictures."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Better = Literal["lower", "higher", "neither"]
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, its standard error where one is known, and which way is better.
+    """A number, its standard error if known, and the direction that is better.
 
-    each: what it is the mean of, where another model's are of the same pictures and draws.
+    each: the values of which it is the mean, if another model's values have the same pictures and draws.
     """
 
     value: float
@@ -27,7 +27,7 @@ class Figure:
     each: Sequence[float] = ()
 
     def worse(self, than: Figure) -> Figure:
-        """By how much it is worse than another, below 0 where it is better; of the same draws with their own error."""
+        """How much worse it is than another, negative if better; the error of paired values is that of differences."""
         sign = 1 if self.better == "lower" else -1
         if self.each and len(self.each) == len(than.each):
             return mean(sign * (np.array(self.each) - np.array(than.each)))
@@ -36,7 +36,7 @@ class Figure:
         return Figure(sign * (self.value - than.value), error)
 
     def __str__(self) -> str:
-        """With as many digits as its error has two of."""
+        """The number and its error, with two digits of the error."""
         if self.error is None:
             return f"{self.value:.4g}"
         if not 1e-6 < self.error < 100:
@@ -47,7 +47,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Words in rows, under a title."""
+    """A table of text with a title."""
 
     title: str
     head: Sequence[str]
@@ -56,41 +56,41 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one section. said: what the figures depend on; pictures: uint8 (H, W, C) with what is said of each."""
+    """The result of one section. facts: facts that the figures depend on; pictures: uint8 (H, W, C) with captions."""
 
     figures: Mapping[str, Figure]
-    said: Mapping[str, Any]
+    facts: Mapping[str, Any]
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[tuple[np.ndarray, Mapping[str, str]]] = field(default_factory=tuple)
 
 
 def mean(values: Any, better: Better = "neither", *, paired: bool = False) -> Figure:
-    """Of independent values, with its standard error; paired: another model's will be of the same draws."""
+    """The mean of independent values with its standard error; paired: other models have values of the same draws."""
     values = np.asarray(values, float)
     error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return Figure(float(values.mean()), error, better, tuple(values.tolist()) if paired else ())
 
 
 def as_tree(result: Result) -> dict[str, Any]:
-    """All but the pictures, as JSON takes it: what is not finite is null."""
+    """All but the pictures, for JSON: numbers that are not finite become null."""
     tree: dict[str, Any] = {
         "figures": {name: asdict(figure) for name, figure in result.figures.items()},
-        "said": dict(result.said),
+        "facts": dict(result.facts),
     }
     tree |= {"plots": [asdict(plot) for plot in result.plots], "tables": [asdict(table) for table in result.tables]}
     return dict(finite(tree))
 
 
 def from_tree(tree: Mapping[str, Any], pictures: Sequence[tuple[np.ndarray, Mapping[str, str]]] = ()) -> Result:
-    """What `as_tree` made."""
+    """The inverse of `as_tree`."""
     figures = {name: Figure(**_nan(figure)) for name, figure in tree["figures"].items()}
     plots = [Plot(**{**plot, "series": [Series(**_nan(each)) for each in plot["series"]]}) for plot in tree["plots"]]
-    return Result(figures, tree["said"], plots, [Table(**table) for table in tree["tables"]], pictures)
+    return Result(figures, tree["facts"], plots, [Table(**table) for table in tree["tables"]], pictures)
 
 
 def finite(value: Any) -> Any:
-    """As JSON takes it: null where a number is not finite."""
+    """A tree for JSON, in which numbers that are not finite are null."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
@@ -101,7 +101,7 @@ def finite(value: Any) -> Any:
 
 
 def _nan(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Null where a number was not finite; an error may be unknown."""
+    """A number, or NaN for null; an error may be unknown."""
 
     def back(key: str, value: Any) -> Any:
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Room for many pictures: in memory, or in a file without a name, whose parts the system keeps in memory or not."""
+"""Arrays of many pictures: in memory, or in a file without a name, which the system reads and writes as needed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 IN_MEMORY = 2**30  # bytes
-CODED, DRAWN = 2**20, 2**21  # pixels that an autoencoder in float32, or a model that draws, has room for at once
+CODED, DRAWN = 2**20, 2**21  # pixels of a batch that fit into memory, for an autoencoder in float32 or a drawing model
 
 
 def at_once(pixels: int, size: Sequence[int], most: int) -> int:
-    """How many pictures of (height, width) are that many pixels: from 1 to `most`."""
+    """The number of pictures of (height, width) that have so many pixels, from 1 to `most`."""
     return max(1, min(most, pixels // math.prod(size)))
 
 
 def room(shape: tuple[int, ...], folder: Path | None = None) -> NDArray[np.uint8]:
-    """uint8 of a shape, to be filled; what is larger than IN_MEMORY lies on the folder's disk as long as it is used.
+    """An empty uint8 array; above IN_MEMORY it is on the folder's disk, as long as it is used.
 
-    Raises OSError where the disk has not that much: before anything is written to it.
+    Raises OSError if the disk is too small, before anything is written.
     """
     size = math.prod(shape)
     if folder is None or size <= IN_MEMORY:
         return np.zeros(shape, np.uint8)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
+        if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
             os.posix_fallocate(file.fileno(), 0, size)
         else:
             file.truncate(size)
@@ -39,7 +39,7 @@ def room(shape: tuple[int, ...], folder: Path | None = None) -> NDArray[np.uint8
 
 
 def filled(batches: Iterable[np.ndarray], count: int, folder: Path | None = None) -> NDArray[np.uint8]:
-    """Batches (B, ...) of rows of one shape as one array (count, ...)."""
+    """One array (count, ...) of batches (B, ...)."""
     rows: Iterator[np.ndarray] = iter(batches)
     first = next(rows)
     whole = room((count, *first.shape[1:]), folder)

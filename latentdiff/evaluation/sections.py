@@ -1,4 +1,4 @@
-"""The sections of a report: each measures one thing of one model, against the same pictures for every model."""
+"""The sections of a report: each measures one property of a model, with the same references for every model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from latentdiff.networks.scorer import Scorer
 
-SHOWN = 12  # pictures a section
+SHOWN = 12  # pictures of a section
 CURVE_BINS = 25
 Read = Callable[[], tuple[np.ndarray, list[str]]]
 Labelled = tuple[np.ndarray, dict[str, str]]
@@ -40,7 +40,7 @@ Labelled = tuple[np.ndarray, dict[str, str]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is measured. exact: its networks by torch in float32; folder: where its pictures are kept."""
+    """A model to measure. exact: its networks by torch in float32; folder: where its pictures are stored."""
 
     name: str
     painter: Painter
@@ -50,10 +50,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class References:
-    """What it is measured by: captioned pictures that it has not been trained on, and networks.
+    """The references: captioned pictures that the model was not trained on, and networks.
 
-    held: reads the pictures and their captions; training: some that it has been trained on. scorer: CLIP, for how well
-    pictures and captions agree. scenes: the pictures are of scenes that the oracle reads.
+    held: the held-out pictures and their captions; training: some that the model was trained on. scorer: CLIP, for the
+    agreement of pictures and captions. scenes: whether the oracle can read the pictures.
     """
 
     held: Read
@@ -75,7 +75,7 @@ class References:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """Of the pictures, (N, E): several sections need them."""
+        """The features of the held-out pictures, (N, E), which several sections use."""
         return self.extractor.of_known(self.pictures)
 
     @cached_property
@@ -86,7 +86,7 @@ class References:
 
     @cached_property
     def floor(self) -> dict[str, Figure]:
-        """The distances between pictures that are real on both sides: of training pictures, if there are enough."""
+        """The distances between two sets of real pictures, one of them from training; None if there are too few."""
         count = len(self.pictures)
         if self.training is None or len(self.trained) < count:
             return {}
@@ -96,13 +96,13 @@ class References:
 
     @property
     def captions(self) -> list[str]:
-        """One of each."""
+        """One caption of each picture."""
         return self._held[1]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """How much is measured, from which seed, and by which settings of drawing."""
+    """The settings of an evaluation: the number of pictures and times, the seed, the settings of drawing."""
 
     seed: int = 0
     times: int = 8
@@ -111,7 +111,7 @@ class Asked:
 
 
 def of_likelihood(subject: Subject, references: References, asked: Asked) -> Result:
-    """Bits per dimension of a quarter of the pictures."""
+    """The bits per dimension of a quarter of the pictures."""
     count = min(len(references.pictures), max(16, len(references.pictures) // 4))
     pictures, captions, folder = references.pictures[:count], references.captions[:count], subject.folder / "likelihood"
     result = likelihood(subject.exact().model, pictures, captions, times=asked.times, seed=asked.seed, folder=folder)
@@ -127,7 +127,7 @@ def of_likelihood(subject: Subject, references: References, asked: Asked) -> Res
 
 
 def _terms(result: Likelihood) -> dict[str, Figure]:
-    """What the bound with captions is the sum of, in bits per dimension of a picture."""
+    """The terms of the bound with captions, in bits per dimension of a picture."""
     terms = {
         "term_prior": result.cond.prior,
         "term_denoising": result.cond.denoising(),
@@ -152,7 +152,7 @@ def _curve(result: Likelihood, timesteps: int) -> Plot:
 
 
 def of_distances(subject: Subject, references: References, asked: Asked) -> Result:
-    """A picture of every caption, and how far they are from the pictures of the captions."""
+    """The distances of drawn pictures, one for every caption, from the captions' real pictures."""
     folder = subject.folder / "drawn"
     drawn = drawn_pictures(subject.painter, references.captions, seed=asked.seed, folder=folder, **asked.settings)
     figures = measured(drawn, references) | references.floor
@@ -164,7 +164,7 @@ def of_distances(subject: Subject, references: References, asked: Asked) -> Resu
 
 
 def measured(drawn: np.ndarray, references: References) -> dict[str, Figure]:
-    """Every distance of drawn pictures from those that their captions are of: in training and after it the same."""
+    """Every distance of drawn pictures from the real ones; validations during training use it too."""
     extractor = references.extractor
     figures = distances(extractor.of(drawn), references.features, unit=extractor.scorer is not None)
     if references.scorer is not None:
@@ -211,7 +211,7 @@ def _share(value: float, error: float, each: Sequence[float]) -> Figure:
 
 
 def of_autoencoder(subject: Subject, references: References, asked: Asked) -> Result:
-    """The pictures encoded and decoded, by torch in float32."""
+    """The error of encoding and decoding the pictures, by torch in float32."""
     real = references.pictures
     result = compressing.decoded(subject.exact().model, real, subject.folder)
     in_colour = result.pictures.shape[-1] == 3
@@ -243,7 +243,7 @@ def of_autoencoder(subject: Subject, references: References, asked: Asked) -> Re
 
 
 def of_diversity(subject: Subject, references: References, asked: Asked) -> Result:
-    """Four pictures of a prompt beside each other, for a twentieth of the captions."""
+    """The diversity of four pictures of a prompt, for a twentieth of the captions."""
     count = max(4, len(references.captions) // 20)
     prompts = [caption for caption in references.captions[:count] for _ in range(PICTURES_A_PROMPT)]
     folder = subject.folder / "diversity"
@@ -276,11 +276,11 @@ def _between(units: np.ndarray) -> float:
 
 
 def of_memorisation(subject: Subject, references: References, asked: Asked) -> Result:
-    """The training picture that every drawn one is nearest to, beside how near pictures are that were held out.
+    """The nearest training picture of every drawn one, compared with those of held-out pictures.
 
-    A copy would be nearer than held-out pictures are. Of N held-out ones the k nearest, a hundredth of them, say what
-    is very near: independent pictures are nearer than the k-th with a chance of k / (N + 1). Of a held-out picture that
-    was trained on after all, the nearest other one counts.
+    A copy would be nearer than held-out pictures are. The k nearest of N held-out pictures, a hundredth of them, define
+    what is very near: an independent picture is nearer than the k-th with probability k / (N + 1). For a held-out
+    picture that was trained on after all, the nearest other one counts.
     """
     folder = subject.folder / "drawn"
     drawn = drawn_pictures(subject.painter, references.captions, seed=asked.seed, folder=folder, **asked.settings)
@@ -307,12 +307,12 @@ def _hundredth(count: int) -> int:
 
 
 def _share_nearer(near: np.ndarray, real: np.ndarray) -> float:
-    """Of drawn pictures that are nearer than all but the k nearest of those that were held out."""
+    """The share of drawn pictures that are nearer than all but the k nearest held-out ones."""
     return float((near > np.sort(real)[-_hundredth(len(real))]).mean())
 
 
 def _digests(pictures: np.ndarray) -> np.ndarray:
-    """What tells them apart, (N,)."""
+    """Hashes that identify pictures, (N,)."""
     return np.array([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
 
 

@@ -1,4 +1,4 @@
-"""Settings of drawing against each other: what each is worth and what it takes, and which none beats in both."""
+"""A sweep over settings of drawing: quality and time of each, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ GRID: dict[str, tuple[Any, ...]] = {
 
 
 def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every choice of one value each."""
+    """Every combination of one value each."""
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
 def of_sweep(subject: Subject, references: References, asked: Asked) -> Result:
-    """Every combination of the grid on a fifth of the captions: Frechet distance, CLIP score, seconds a picture."""
+    """All combinations of the grid on a fifth of the captions: Frechet distance, CLIP score, seconds a picture."""
     count = max(16, len(references.captions) // 5)
     captions, real = references.captions[:count], references.features
     cells = []
@@ -64,7 +64,7 @@ def _cell(
     settings = {"seed": asked.seed, **asked.settings, **chosen}
     drawn_pictures(
         subject.painter, captions[:AT_ONCE], title=f"{name}, once before it is timed", **settings
-    )  # it may compile
+    )  # the first drawing may compile
     began = time.perf_counter()
     drawn = drawn_pictures(subject.painter, captions, title=name, **settings)
     seconds = (time.perf_counter() - began) / len(captions)
@@ -77,7 +77,7 @@ def _cell(
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The numbers of the points that no other is as low as in both and lower in one, by their first coordinate."""
+    """The indices of the points on the Pareto front (lower is better), in order of their first coordinate."""
     front: list[int] = []
     for number in sorted(range(len(points)), key=lambda n: points[n]):
         if not front or points[number][1] < points[front[-1]][1]:

@@ -269,7 +269,7 @@ def save_peft(adapter: Adapter, path: Path, about: Mapping[str, str] = MappingPr
             config[f"{part}.use_rslora"] = True
         if any("lora_magnitude_vector" in layer.factors for layer in layers.values()):
             config[f"{part}.use_dora"] = True
-    _save(state, path, {_METADATA: json.dumps(config | ({"said": dict(about)} if about else {}), sort_keys=True)})
+    _save(state, path, {_METADATA: json.dumps(config | ({"about": dict(about)} if about else {}), sort_keys=True)})
 
 
 def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:

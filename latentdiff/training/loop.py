@@ -136,7 +136,7 @@ def train_steps(
                     optimizer.zero_grad()
                     micro_batch = _halved(micro_batch, accelerator, stage, step + 1)
             norm = accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm)
-            loss, grad_norm = _told(accelerator, losses, norm)
+            loss, grad_norm = _mean_loss(accelerator, losses, norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise _not_finite(accelerator, stage, losses, batching.shares(first, process), step + 1, loss)
             optimizer.step()
@@ -186,7 +186,7 @@ def _halved(micro_batch: int, accelerator: Accelerator, stage: Stage, step: int)
     return micro_batch // 2
 
 
-def _told(accelerator: Accelerator, losses: list[Tensor], norm: Tensor) -> list[float]:
+def _mean_loss(accelerator: Accelerator, losses: list[Tensor], norm: Tensor) -> list[float]:
     """The mean loss over all processes, and the gradient norm. Only here does a step wait for the device.
 
     It must, since weights must not change by numbers that are not finite; only a few kernels follow.

@@ -1,1 +1,1 @@
-"""A report of measurements: metrics.json and a page that stands alone."""
+"""A report of measurements: metrics.json and a self-contained page."""

@@ -1,4 +1,4 @@
-"""What is found in a data set, as lines for a terminal, as values for a machine, as sections of a page."""
+"""The report of a data set, as lines for a terminal, as values for a machine, as sections of a page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from latentdiff.data.source import shown
 from latentdiff.data.survey import Picture, Survey
 from latentdiff.evaluation.report.page import Entry
 
-_NAMED = 8  # of what is not wrong; what is wrong is listed whole
+_NAMED = 8  # entries without faults; faults are listed completely
 
 
 def sections(
     survey: Survey, source: str, table: Sequence[Size], max_tokens: int, tokens: Callable[[list[str]], list[int]]
 ) -> list[Entry]:
-    """All that is said of a survey; `tokens` counts those of captions, with start and end."""
+    """The sections of a survey's report; tokens: counts a caption's tokens, with start and end."""
     left = len(survey.quarantined)
     images = f"{survey.found:,} = {len(survey.pictures):,} that can be used + {left:,} that cannot"
     rows = sum(picture.repeats for picture in survey.pictures)
@@ -36,7 +36,7 @@ def _faults(survey: Survey) -> list[Entry]:
     kinds: dict[str, Iterable[Any]] = {
         "cannot be read": survey.unreadable,
         "no caption": survey.uncaptioned,
-        "captions that nothing tells apart": survey.ambiguous,
+        "captions that are ambiguous": survey.ambiguous,
         "captions without an image": survey.listing.orphans,
     }
     return [
@@ -92,7 +92,7 @@ def _kinds(survey: Survey) -> list[Entry]:
 
 
 def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Entry]:
-    """Sizes, the bucket table, and the share of all pixels that is cropped away: once every picture is on one scale."""
+    """Sizes, the bucket table, and the share of pixels that is cropped away, with all pictures at one scale."""
     if not pictures:
         return []
     buckets = [nearest(picture.facts.size, table) for picture in pictures]
@@ -132,7 +132,7 @@ def _first(lines: Sequence[str]) -> tuple[str, ...]:
 
 
 def as_text(survey: Sequence[Entry]) -> str:
-    """For a terminal."""
+    """The report for a terminal."""
     width = max(len(section.title) for section in survey) + 2
     lines = []
     for section in survey:

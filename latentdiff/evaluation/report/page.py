@@ -1,4 +1,4 @@
-"""A page of its own: sections of what is said, figures, and pictures with what is said of each. No file but itself."""
+"""A self-contained HTML page: sections of text, figures, and pictures with captions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-PAGE = '<!doctype html><meta charset="utf-8"><meta name="generator" content="latentdiff">'  # how each begins
+PAGE = '<!doctype html><meta charset="utf-8"><meta name="generator" content="latentdiff">'  # the beginning of each page
 
 SCREEN = '<meta name="viewport" content="width=device-width">'
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A heading, what is said under it in a line, and the lines that list it."""
+    """A heading, a summary in one line, and a list of lines."""
 
     title: str
     text: str
@@ -33,7 +33,7 @@ STYLE = (
     ".strip,.strip img{width:320px;max-width:100%}"
     "figcaption{font-size:12px;max-height:12em;overflow:auto}"
     ".plot,.plot img{width:540px;max-width:100%}.number{text-align:right;white-space:nowrap}"
-    ".said{color:#777;font-size:12px;max-width:32em}.wide{overflow-x:auto}.wide td{padding-bottom:3px}"
+    ".note{color:#777;font-size:12px;max-width:32em}.wide{overflow-x:auto}.wide td{padding-bottom:3px}"
     "nav{margin:1em 0}nav a{margin-right:1em}@media(max-width:600px){body{margin:1em}}"
 )
 
@@ -41,7 +41,7 @@ STYLE = (
 def as_html(
     title: str, found: Sequence[Entry], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = ""
 ) -> str:
-    """A page of sections, figures in HTML, then pictures uint8 (H, W, C) with what is said of each."""
+    """A page of sections, figures in HTML, then pictures uint8 (H, W, C) with captions."""
     return document(title, listed(found), gallery(sheet, figures))
 
 
@@ -61,7 +61,7 @@ def listed(found: Sequence[Entry]) -> str:
 
 
 def heading(title: str) -> str:
-    """Of a chapter, where `contents` leads to."""
+    """The heading of a chapter, to which `contents` links."""
     return f'<h2 id="{escaped(title)}">{escaped(title)}</h2>'
 
 
@@ -71,32 +71,32 @@ def contents(titles: Sequence[str]) -> str:
     return f"<nav>{' '.join(links)}</nav>"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], said: Sequence[str] = ()) -> str:
-    """A table of words; all but the first column are set as numbers. said: a line under the first word of each row."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A table of text; all columns but the first are set as numbers. notes: a line under each row's first cell."""
 
     def cells(kind: str, row: Sequence[str], under: str = "") -> str:
         first, *others = map(escaped, row)
-        told = f'<div class="said">{escaped(under)}</div>' if under else ""
-        return f"<tr><{kind}>{first}{told}" + "".join(f'<{kind} class="number">{other}' for other in others)
+        note = f'<div class="note">{escaped(under)}</div>' if under else ""
+        return f"<tr><{kind}>{first}{note}" + "".join(f'<{kind} class="number">{other}' for other in others)
 
-    lines = [cells("td", row, under) for row, under in zip(rows, said or [""] * len(rows), strict=True)]
+    lines = [cells("td", row, under) for row, under in zip(rows, notes or [""] * len(rows), strict=True)]
     return f'<div class="wide"><table>{cells("th", head)}{"".join(lines)}</table></div>'
 
 
 def gallery(sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = "") -> str:
-    """Figures in HTML, then pictures uint8 (H, W, C) with what is said of each, side by side."""
-    return f"<main>{figures}{''.join(_figure(pixels, said) for pixels, said in sheet)}</main>"
+    """Figures in HTML, then pictures uint8 (H, W, C) with captions, side by side."""
+    return f"<main>{figures}{''.join(_figure(pixels, caption) for pixels, caption in sheet)}</main>"
 
 
-def _figure(pixels: np.ndarray, said: Mapping[str, str]) -> str:
+def _figure(pixels: np.ndarray, caption: Mapping[str, str]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    lines = "".join(f"<div><b>{escaped(key)}</b> {escaped(value)}</div>" for key, value in said.items())
+    lines = "".join(f"<div><b>{escaped(key)}</b> {escaped(value)}</div>" for key, value in caption.items())
     kind = ' class="strip"' if pixels.shape[1] > 2 * pixels.shape[0] else ""
     return f'<figure{kind}><img src="data:image/png;base64,{data}"><figcaption>{lines}</figcaption></figure>'
 
 
 def escaped(text: str) -> str:
-    """As HTML shows it; what is no character is written out."""
+    """Text escaped for HTML; lone surrogates are written as escapes."""
     return html.escape(text.encode("utf-8", "backslashreplace").decode())

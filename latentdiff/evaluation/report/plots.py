@@ -1,4 +1,4 @@
-"""Lines and points as a picture for pages that stand alone: SVG, drawn by matplotlib without its global state."""
+"""Plots of lines and points for self-contained pages: SVG by matplotlib, without its global state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 SIZE = 5.6, 3.2  # inches
-POINTS = 400  # of a line; a longer one is drawn by the means of as many parts
+POINTS = 400  # of a line; a longer line shows the means of as many parts
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values over x under one name; `joined` by a line, or points that are `named` one by one."""
+    """Values over x with a name: joined by a line, or single points with names."""
 
     name: str
     x: Sequence[float]
@@ -38,7 +38,7 @@ class Plot:
 
 
 def as_figure(plot: Plot) -> str:
-    """The HTML of a plot; nothing where it has no finite point."""
+    """The HTML of a plot; empty if it has no finite point."""
     shown = [(each, *_thinned(each)) for each in plot.series]
     shown = [(each, x, y) for each, x, y in shown if len(x)]
     if not shown:
@@ -79,5 +79,5 @@ def _svg(plot: Plot, shown: list[tuple[Series, np.ndarray, np.ndarray]]) -> byte
         if len(shown) > 1:
             axes.legend(frameon=False)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})  # the same bytes whenever it is drawn
+        figure.savefig(buffer, format="svg", metadata={"Date": None})  # the same plot has the same bytes
     return buffer.getvalue()

@@ -1,8 +1,8 @@
-"""A report of one model or of two side by side: its sections, measured once each, and what is written of them.
+"""A report of one model or of two side by side: its sections, each measured once, and its files.
 
 OUT/metrics.json        every figure, with settings and versions
-OUT/report.html         the same as a page of its own, with plots and pictures
-OUT/A, OUT/B            of each model: what is kept so that an interrupted evaluation goes on
+OUT/report.html         the same as a self-contained page, with plots and pictures
+OUT/A, OUT/B            each model's intermediate results, from which an interrupted evaluation goes on
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ PAGE, METRICS = "report.html", "metrics.json"
 
 @dataclass(frozen=True)
 class Chapter:
-    """How a section is measured, and what its figures mean; headline: the figures that the page begins with."""
+    """The function that measures a section, and the meaning of its figures; headline: figures on top of the page."""
 
     measure: Callable[[Subject, References, Asked], Result]
-    said: str
+    text: str
     headline: tuple[str, ...] = ()
 
 
@@ -110,9 +110,9 @@ SECTIONS = {
 
 
 def lacking(name: str, subject: Subject, references: References) -> str | None:
-    """Why a section cannot be measured, None where it can."""
+    """Why a section cannot be measured; None if it can."""
     if name == "composition" and not (references.scenes and readable(subject.painter.model)):
-        return "the oracle reads scenes of 64x64 pixels in colour alone"
+        return "the oracle reads only scenes of 64x64 pixels in colour"
     if name == "memorisation" and references.training is None:
         return "no pictures are known that the model was trained on (--training)"
     if name == "geneval" and not references.prompts:
@@ -123,7 +123,7 @@ def lacking(name: str, subject: Subject, references: References) -> str | None:
 
 
 def known(subjects: Sequence[Subject], rules: Mapping[str, Any]) -> dict[str, list[Result]]:
-    """The sections that earlier starts measured of every model under the same rules."""
+    """The sections that earlier starts have measured for every model with the same rules."""
     by_section = {}
     for name in SECTIONS:
         results = [result for subject in subjects if (result := _kept(name, subject, rules))]
@@ -139,7 +139,7 @@ def _kept(name: str, subject: Subject, rules: Mapping[str, Any]) -> Result | Non
     files = [_shown(name, subject, number) for number in range(len(tree["shown"]))]
     if not all(file.is_file() for file in files):
         return None
-    return from_tree(tree, [(read(file), said) for file, said in zip(files, tree["shown"], strict=True)])
+    return from_tree(tree, [(read(file), caption) for file, caption in zip(files, tree["shown"], strict=True)])
 
 
 def _memo(name: str, subject: Subject) -> Path:
@@ -151,13 +151,13 @@ def _shown(name: str, subject: Subject, number: int) -> Path:
 
 
 def measure(name: str, subject: Subject, references: References, asked: Asked, rules: Mapping[str, Any]) -> Result:
-    """One section of one model; what an earlier start measured under the same rules is not measured again."""
+    """Measure one section of one model, unless an earlier start has done so with the same rules."""
     if result := _kept(name, subject, rules):
         return result
     began = time.monotonic()
     result = SECTIONS[name].measure(subject, references, asked)
-    said = {**result.said, "seconds": round(time.monotonic() - began, 1)}
-    tree = {**as_tree(result), "said": said, "shown": [dict(told) for _, told in result.pictures]}
+    facts = {**result.facts, "seconds": round(time.monotonic() - began, 1)}
+    tree = {**as_tree(result), "facts": facts, "shown": [dict(caption) for _, caption in result.pictures]}
     for number, (picture, _) in enumerate(result.pictures):
         file = _shown(name, subject, number)
         file.unlink(missing_ok=True)
@@ -197,7 +197,7 @@ def _metrics(result: Result) -> dict[str, Any]:
     figures = {name: asdict(figure) for name, figure in result.figures.items()}
     for figure in figures.values():
         del figure["each"]
-    return {"figures": figures, "said": dict(result.said), "tables": [asdict(table) for table in result.tables]}
+    return {"figures": figures, "facts": dict(result.facts), "tables": [asdict(table) for table in result.tables]}
 
 
 def _summary(names: Sequence[str], by_section: Mapping[str, Sequence[Result]]) -> str:
@@ -215,10 +215,10 @@ def _summary(names: Sequence[str], by_section: Mapping[str, Sequence[Result]]) -
 
 
 def _chapter(name: str, names: Sequence[str], results: Sequence[Result]) -> str:
-    said = "; ".join(f"{key}: {value}" for key, value in _said(results).items())
-    parts = [page.heading(name), f"<p>{page.escaped(SECTIONS[name].said)}</p>"]
+    facts = "; ".join(f"{key}: {value}" for key, value in _facts(results).items())
+    parts = [page.heading(name), f"<p>{page.escaped(SECTIONS[name].text)}</p>"]
     parts.append(_figures(names, _comparable(results)))
-    parts.append(f"<p><small>{page.escaped(said)}</small></p>")
+    parts.append(f"<p><small>{page.escaped(facts)}</small></p>")
     parts += ["<main>", *map(as_figure, _beside(names, results)), "</main>"]
     for model, result in zip(names, results, strict=True):
         heading = [f"<h3>{page.escaped(model)}</h3>"] if len(names) > 1 else []
@@ -228,7 +228,7 @@ def _chapter(name: str, names: Sequence[str], results: Sequence[Result]) -> str:
 
 
 def _beside(names: Sequence[str], results: Sequence[Result]) -> list[Plot]:
-    """The plots of a model, or those of both in the same axes."""
+    """The plots of one model, or of both in the same axes."""
     if len(names) == 1:
         return list(results[0].plots)
     plots = []
@@ -243,8 +243,8 @@ def _beside(names: Sequence[str], results: Sequence[Result]) -> list[Plot]:
 
 
 def _comparable(results: Sequence[Result]) -> list[Mapping[str, Figure]]:
-    """Their figures; bits of pictures with other numbers of values are not better or worse than each other's."""
-    if len({result.said.get("dimensions") for result in results}) == 1:
+    """The figures of both models; bits per dimension of pictures with different sizes do not compare."""
+    if len({result.facts.get("dimensions") for result in results}) == 1:
         return [result.figures for result in results]
     return [{name: replace(f, better="neither") for name, f in result.figures.items()} for result in results]
 
@@ -252,25 +252,31 @@ def _comparable(results: Sequence[Result]) -> list[Mapping[str, Figure]]:
 def _figures(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> str:
     if not figures[0]:
         return ""
-    return page.table(*_rows(names, figures), said=[MEANING.get(name, "") for name in figures[0]])
+    return page.table(*_rows(names, figures), notes=[MEANING.get(name, "") for name in figures[0]])
 
 
 def _rows(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> tuple[list[str], list[list[str]]]:
-    """A line a figure, a column a model; of two models also how the second differs."""
-    told = any(figure.better != "neither" for figure in figures[0].values())
-    head = ["", *names] + (["better"] if told else []) + (["the second is"] if told and len(names) == 2 else [])
+    """A row a figure, a column a model, and for two models a column with the difference."""
+    has_direction = any(figure.better != "neither" for figure in figures[0].values())
+    head = (
+        ["", *names]
+        + (["better"] if has_direction else [])
+        + (["the second is"] if has_direction and len(names) == 2 else [])
+    )
     rows = []
     for name in figures[0]:
         each = [found.get(name) for found in figures]
         first, *others = each
         assert first is not None
         verdicts = [first.better.replace("neither", ""), *(compared(first, other) if other else "" for other in others)]
-        rows.append([name.replace("_", " "), *(str(found or "") for found in each), *(verdicts if told else [])])
+        rows.append(
+            [name.replace("_", " "), *(str(found or "") for found in each), *(verdicts if has_direction else [])]
+        )
     return head, rows
 
 
 def compared(first: Figure, second: Figure) -> str:
-    """In a word, whether a second model's figure is worse, and by how much."""
+    """Whether the second model's figure is better or worse, and by how much."""
     if first.better == "neither" or not (math.isfinite(first.value) and math.isfinite(second.value)):
         return ""
     by = second.worse(first)
@@ -282,20 +288,20 @@ def compared(first: Figure, second: Figure) -> str:
 
 
 def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> str:
-    """A section for a terminal."""
+    """The lines of a section for a terminal."""
     head, rows = _rows(names, _comparable(results))
-    lines = [f"{name} ({', '.join(f'{key} {value}' for key, value in _said(results).items())})"]
+    lines = [f"{name} ({', '.join(f'{key} {value}' for key, value in _facts(results).items())})"]
     widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
     for row in rows:
         lines.append("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
     return "\n".join(lines)
 
 
-def _said(results: Sequence[Result]) -> dict[str, str]:
-    """What the figures depend on: of two models once where it is the same."""
+def _facts(results: Sequence[Result]) -> dict[str, str]:
+    """The facts that figures depend on; facts that two models share appear once."""
     return {
-        key: " and ".join(dict.fromkeys(_words(result.said[key]) for result in results if key in result.said))
-        for key in results[0].said
+        key: " and ".join(dict.fromkeys(_words(result.facts[key]) for result in results if key in result.facts))
+        for key in results[0].facts
     }
 
 
@@ -304,7 +310,7 @@ def _words(value: Any) -> str:
 
 
 def _lines(value: Any) -> list[str]:
-    """A setting, a line for each of several."""
+    """The lines of a setting, one for each of several values."""
     if isinstance(value, Mapping):
         return [f"{key}: {_words(item)}" for key, item in value.items()]
     if isinstance(value, list):
