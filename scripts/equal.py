@@ -275,7 +275,7 @@ def trainings(folder: Path) -> Record:
     tiny = ["--set", "autoencoder.training.max_train_steps=5", "--set", "autoencoder.training.train_batch_size=8"]
     run("train", ROOT / "configs" / "tiny-vae.toml", "--stage", "autoencoder", "-o", folder / "tiny", *tiny, cwd=folder)
     record |= {f"training: tiny VAE: {file}": value for file, value in tensors_in(folder / "tiny").items()}
-    steps = ("--max-train-steps", "4", "--train-batch-size", "2", "--set", "shown.num_inference_steps=2")
+    steps = ("--max-train-steps", "4", "--train-batch-size", "2", "--set", "previews.num_inference_steps=2")
     for name, words in TUNINGS.items():
         place = folder / f"tuning-{name.replace(' ', '-')}"
         run("finetune", "scenes-64", data, "-o", place, *steps, *words, cwd=folder)

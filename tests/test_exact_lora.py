@@ -52,7 +52,7 @@ def test_a_lora_of_stable_diffusion(tmp_path, precision):
     data = as_jsonl(tmp_path / "data", some_pictures(4))
     words = ["finetune", folder, data, "-o", out, "--method", "lora", "--rank", 16, "--kohya", "--steps", 3]
     words += ["--train-batch-size", 1, "--resolution", 64, "--mixed-precision", precision, "--lr", 1e-2]
-    words += ["--validation-prompt", "a horse", "--set", "shown.num_inference_steps=1", "--set", "lora.alpha=32.0"]
+    words += ["--validation-prompt", "a horse", "--set", "previews.num_inference_steps=1", "--set", "lora.alpha=32.0"]
     command = [sys.executable, "-m", "latentdiff", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

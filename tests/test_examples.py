@@ -81,7 +81,7 @@ def test_a_stream_is_looked_at_once(tmp_path, monkeypatch):
         return open_data(parse_config({"image_size": 32, "data": source}), tmp_path / "cache")
 
     first, looked = opened_as(), []
-    monkeypatch.setattr(pictures_module, "survey", lambda *_, **__: looked.append(1) or first.found)
+    monkeypatch.setattr(pictures_module, "survey", lambda *_, **__: looked.append(1) or first.survey)
     again = opened_as()
     assert not looked
     assert again.fingerprint == first.fingerprint
@@ -127,4 +127,4 @@ def test_a_picture_that_fails_in_a_worker_is_one_line():
 
 
 def test_a_survey_is_part_of_what_is_opened(folder):
-    assert isinstance(opened(folder).found, Survey)
+    assert isinstance(opened(folder).survey, Survey)

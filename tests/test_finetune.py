@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.data.dataset import open_data
 from latentdiff.stages.finetune import _stages, opened
+from latentdiff.stages.methods import begin
 from latentdiff.stages.run import Run
-from latentdiff.stages.taught import begin
 
 from . import stable_diffusion
 from .forked import KILL, Started
@@ -28,7 +28,7 @@ from .pictures import as_jsonl, some_pictures, write_pictures
 PROMPT = "a red circle"
 QUICK = (
     *("--steps", 4, "--train-batch-size", 2, "--gradient-accumulation-steps", 2, "--checkpointing-steps", 1),
-    *("--validation-steps", 4, "--lr", 1e-2, "--set", "shown.count=2", "--set", "shown.num_inference_steps=1"),
+    *("--validation-steps", 4, "--lr", 1e-2, "--set", "previews.count=2", "--set", "previews.num_inference_steps=1"),
 )
 METHODS = {
     "full": ("--method", "full", "--train-text-encoder"),

@@ -41,7 +41,7 @@ def surveyed(source, options=None, **more):
 
 def refusal(source, options=None, **more):
     found = surveyed(source, options, **more)
-    assert found.found == len(found.pictures) + len(found.quarantined)
+    assert found.count == len(found.pictures) + len(found.quarantined)
     return found.refusal()
 
 

@@ -50,7 +50,7 @@ def test_quarantine_lists_and_deletes_nothing(broken, tmp_path):
         "a.jpg": "truncated", "b.png": "empty", "c.jpg": 'not an image: starts with "<html>"',
     }  # fmt: skip
     assert all(row["id"] == hashlib.sha256(before[row["name"]]).hexdigest() for row in rows)
-    assert found.found == len(found.pictures) + len(rows) == 8
+    assert found.count == len(found.pictures) + len(rows) == 8
     assert contents(broken) == before
 
 

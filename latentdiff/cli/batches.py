@@ -148,11 +148,11 @@ def _otherwise(painter: Painter, number: int, job: Job, target: Target) -> str:
     from latentdiff.drawing.reproduce import read_record
 
     path = _path(number, job, target)
-    kept, wanted = read_record(path).model_dump(), asdict(record_of(painter, job))
-    differing = [name for name in wanted if name not in _OF_A_RUN and kept[name] != wanted[name]]
+    kept, expected = read_record(path).model_dump(), asdict(record_of(painter, job))
+    differing = [name for name in expected if name not in _OF_A_RUN and kept[name] != expected[name]]
     if differing:
         raise ConfigError(f"{path} is another picture ({differing[0]} differs). Name another folder")
-    then, now = (f"by {of['runtime']} in {of['dtype']}, {of['speed']}" for of in (kept, wanted))
+    then, now = (f"by {of['runtime']} in {of['dtype']}, {of['speed']}" for of in (kept, expected))
     return "" if then == now else f"{then}, the rest {now}"
 
 

@@ -110,7 +110,7 @@ def evaluate(
     """
     from latentdiff.evaluation.evaluate import Sources, references_of, rules_of, sized, titles
     from latentdiff.evaluation.report.report import PAGE, as_lines, known, lacking, measure, write_report
-    from latentdiff.evaluation.sections import Asked, Subject
+    from latentdiff.evaluation.sections import EvaluationSettings, Subject
     from latentdiff.training.lock import locked
 
     drawing = _drawing({"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}, settings)
@@ -125,12 +125,12 @@ def evaluate(
     lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
     sources = Sources(data, training, features, lpips, geneval, [(key, True) for key, on in lenient.items() if on])
     references, identity = references_of(candidates[0], sources, pictures, report, partial(typer.echo, err=True))
-    asked = Asked(seed, times, drawing | sized(candidates), grid)
+    evaluation = EvaluationSettings(seed, times, drawing | sized(candidates), grid)
     subjects = [
         Subject(name, each.painter, each.exact, report / letter)
         for each, name, letter in zip(candidates, titles(candidates), "AB", strict=False)
     ]
-    rules = rules_of(candidates, identity, references, asked)
+    rules = rules_of(candidates, identity, references, evaluation)
     why = {name: [lacking(name, subject, references) for subject in subjects] for name in names}
     skipped = {name: next(reason for reason in reasons if reason) for name, reasons in why.items() if any(reasons)}
     if only is not None and skipped:
@@ -143,7 +143,7 @@ def evaluate(
         write_report(report, subjects, results, skipped, rules)
         for name in [name for name in names if name not in skipped]:
             if name not in results:
-                results[name] = [measure(name, subject, references, asked, same) for subject in subjects]
+                results[name] = [measure(name, subject, references, evaluation, same) for subject in subjects]
                 write_report(report, subjects, results, skipped, rules)
             typer.echo(as_lines([subject.name for subject in subjects], name, results[name]) + "\n")
         for name, reason in skipped.items():
@@ -180,12 +180,12 @@ def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str,
     return values
 
 
-def _grid(wanted: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+def _grid(options: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """The grid of NAME=VALUE,VALUE, checked together with the settings of all drawing. Raises ConfigError."""
     from latentdiff.evaluation.sweep import GRID, combinations
 
     grid: dict[str, tuple[Any, ...]] = {}
-    for text in wanted:
+    for text in options:
         name, equals, values = text.partition("=")
         if not equals or not values or name in grid:
             raise ConfigError(f"--sweep is NAME=VALUE,VALUE, once a name (got {text[:60]!r})")

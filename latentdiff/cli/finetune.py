@@ -194,7 +194,7 @@ def finetune(
         "word.token": token,
         "word.initial": initial,
         "word.vectors": vectors,
-        "shown.prompts": prompts,
+        "previews.prompts": prompts,
         "seed": seed,
         "variant": variant,
         "revision": revision,

@@ -168,14 +168,14 @@ def generate(
     }
     common = common_settings(given, settings or [])
     wishes = _wishes(prompt, prompts_file, image, mask, outpaint)
-    asked = _requests(wishes, common)  # refused before any library or weight is loaded
+    requests = _requests(wishes, common)  # refused before any library or weight is loaded
     process = Process.of_launcher()
     _check_seed(wishes, common, resume, process)
-    check_target(output, sum(request.num_images for request in asked), resume=resume)
-    _check_used(asked, weaker, clip)
+    check_target(output, sum(request.num_images for request in requests), resume=resume)
+    _check_used(requests, weaker, clip)
     suffix = _suffix(output, picture_format, wishes)
     loras = [adapter_and_weight(text) for text in lora or []]
-    _check_sizes(model, asked)
+    _check_sizes(model, requests)
     pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed)
     load_extras(pipe, loras, embedding or [], vae)
     if weaker is not None:
@@ -184,7 +184,7 @@ def generate(
         pipe.load_clip(clip)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
-    jobs = _jobs(pipe, wishes, asked, common)
+    jobs = _jobs(pipe, wishes, requests, common)
     for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume), process):
         line = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
         typer.echo(json.dumps(line | {"prompt": record.request["prompt"]}) if json_lines else path)
@@ -260,11 +260,11 @@ def _check_seed(wishes: Sequence[Wish], common: dict[str, Any], resume: bool, pr
         raise ConfigError(f"{why} requires --seed: at random each start would draw other pictures")
 
 
-def _check_used(asked: Sequence[Request], weaker: str | None, clip: Path | None) -> None:
+def _check_used(requests: Sequence[Request], weaker: str | None, clip: Path | None) -> None:
     """Raises ConfigError for options that none of the pictures uses."""
-    if weaker is not None and all(one.autoguidance_scale == 1 for one in asked):
+    if weaker is not None and all(one.autoguidance_scale == 1 for one in requests):
         raise ConfigError("--weaker has no effect without --set autoguidance_scale=2")
-    if clip is not None and not any(one.clip_guidance_scale for one in asked):
+    if clip is not None and not any(one.clip_guidance_scale for one in requests):
         raise ConfigError("--clip has no effect without --clip-guidance-scale")
 
 
@@ -279,9 +279,9 @@ def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:
     return suffix
 
 
-def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
+def _check_sizes(model: str | None, requests: Sequence[Request]) -> None:
     """Raises ConfigError for sizes that the model cannot draw, from its configs, before its weights are read."""
-    sizes = {(one.width, one.height) for one in asked} - {(None, None)}
+    sizes = {(one.width, one.height) for one in requests} - {(None, None)}
     if not sizes:
         return
     from latentdiff.drawing.request import SIDES, check_size
@@ -301,18 +301,18 @@ def _check_sizes(model: str | None, asked: Sequence[Request]) -> None:
 
 
 def _jobs(
-    pipe: LatentDiffusionPipeline, wishes: Sequence[Wish], asked: Sequence[Request], common: dict[str, Any]
+    pipe: LatentDiffusionPipeline, wishes: Sequence[Wish], requests: Sequence[Request], common: dict[str, Any]
 ) -> list[Job]:
     """A job for every picture, completed with the model's recommended settings."""
     from latentdiff.drawing.draw import jobs_of
 
     jobs: list[Job] = []
-    for wish, first in zip(wishes, asked, strict=True):
+    for wish, first in zip(wishes, requests, strict=True):
         own = common | wish.settings | {"seed": first.seed}
         with _naming(wish):
             request = pipe.request(wish.prompt, **own)
             if not jobs and wish.image is None:
-                pipe.begin(request, sum(one.num_images for one in asked))
+                pipe.begin(request, sum(one.num_images for one in requests))
             jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request))
         _warn(pipe, request)
     return jobs
@@ -335,14 +335,14 @@ def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
     return canvas
 
 
-def _warn(pipe: LatentDiffusionPipeline, asked: Request) -> None:
+def _warn(pipe: LatentDiffusionPipeline, request: Request) -> None:
     """Warn about settings without effect, and about prompts that are cut or read in chunks."""
     from latentdiff.drawing.prompts import style_of
 
-    if asked.negative_prompt and asked.guidance_scale <= 1:
+    if request.negative_prompt and request.guidance_scale <= 1:
         print("warning: the negative prompt has no effect without guidance (--cfg over 1)", file=sys.stderr)
     for name in ("prompt", "negative_prompt"):
-        read, limit = pipe.model.encoder.read(getattr(asked, name), style_of(asked)), pipe.model.encoder.length
+        read, limit = pipe.model.encoder.read(getattr(request, name), style_of(request)), pipe.model.encoder.length
         if read.cut:
             print(f"warning: {name} has {read.tokens} tokens and is cut to the model's {limit}", file=sys.stderr)
         elif read.chunks > 1:

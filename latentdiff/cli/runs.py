@@ -19,15 +19,15 @@ def runs(
 
     if not folder.is_dir():
         raise ConfigError(f"no such folder ({folder}). Give the one that holds the run folders")
-    found = [_run(path) for path in sorted([*folder.glob("*/config.toml"), *folder.glob("*/finetune.toml")])]
-    for run in found:
+    states = [_run(path) for path in sorted([*folder.glob("*/config.toml"), *folder.glob("*/finetune.toml")])]
+    for run in states:
         if json_:
             typer.echo(json.dumps(run))
         else:
             stages = "  ".join(f"{name} {step}/{last}" for name, (step, last) in run["stages"].items())
             loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
             typer.echo(f"{run['name']:<20} {run['state']:<10} {run['last'] or 'never':<19}  {stages}{loss}")
-    if not found:
+    if not states:
         typer.echo(f"no runs in {folder}", err=True)
 
 

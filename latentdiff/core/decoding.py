@@ -97,9 +97,9 @@ def rgb(image: Image.Image, background: Color = WHITE) -> np.ndarray:
     if image.mode in ("I", "F", "LAB", "HSV"):
         raise DataError(f"colour mode {image.mode} defines no white")
     if image.has_transparency_data:
-        rgba, shown = image.convert("RGBA"), Image.new("RGB", image.size, background)
-        shown.paste(rgba, mask=rgba)
-        return np.asarray(shown)
+        rgba, flat = image.convert("RGBA"), Image.new("RGB", image.size, background)
+        flat.paste(rgba, mask=rgba)
+        return np.asarray(flat)
     return np.asarray(image.convert("RGB"))
 
 

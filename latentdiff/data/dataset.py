@@ -32,7 +32,7 @@ class DataSet:
 
     training: Examples
     validation: Examples
-    found: Survey | None = None
+    survey: Survey | None = None
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -43,8 +43,8 @@ class DataSet:
         """Write `quarantine.jsonl`, which lists what this start leaves out, or remove an old one."""
         path = folder / "quarantine.jsonl"
         path.unlink(missing_ok=True)
-        if self.found and self.found.left_out:
-            self.found.write_quarantine(path)
+        if self.survey and self.survey.left_out:
+            self.survey.write_quarantine(path)
 
 
 def open_data(config: Settings, cache: Path | None = None) -> DataSet:
@@ -54,8 +54,8 @@ def open_data(config: Settings, cache: Path | None = None) -> DataSet:
         grey = config.data.grey
         validation = Examples(Scenes(config, "validation scene", VALIDATION), config.seed, grey=grey)
         return DataSet(Examples(training, config.seed, grey=grey), validation)
-    found = look(config, cache).sound(config.data.pictures.skip_bad)
-    return picture_data(config, found)
+    result = look(config, cache).sound(config.data.pictures.skip_bad)
+    return picture_data(config, result)
 
 
 def readable(config: Config) -> bool:
@@ -77,7 +77,7 @@ def look(config: Settings, cache: Path | None = None) -> Survey:
     rules = [settings.model_dump(), state_of(settings.source)]
     if whole and (values := read_memo(whole, rules)):
         return from_values(listing, values)
-    found = survey(
+    result = survey(
         listing,
         instance_prompt=settings.instance_prompt,
         allow_missing_captions=settings.allow_missing_captions,
@@ -85,8 +85,8 @@ def look(config: Settings, cache: Path | None = None) -> Survey:
         memo=None if listing.streamed or not cache else cache / "decoded.jsonl",
     )
     if whole:
-        write_memo(whole, rules, as_values(found))
-    return found
+        write_memo(whole, rules, as_values(result))
+    return result
 
 
 def by_identity(pictures: Sequence[Picture]) -> list[Picture]:
@@ -94,30 +94,30 @@ def by_identity(pictures: Sequence[Picture]) -> list[Picture]:
     return sorted(pictures, key=lambda picture: hashlib.sha256(picture.id.encode()).hexdigest())
 
 
-def picture_data(config: Settings, found: Survey) -> DataSet:
+def picture_data(config: Settings, survey: Survey) -> DataSet:
     """Training and validation sets of surveyed pictures; the identity of a picture decides whether it is held out."""
     settings = config.data.pictures
-    held = by_identity(found.pictures)
+    held = by_identity(survey.pictures)
     held_ids = {picture.id for picture in held[: settings.validation_pictures]}
-    if found.pictures and len(held_ids) == len({picture.id for picture in found.pictures}):
-        count = len(found.pictures)
+    if survey.pictures and len(held_ids) == len({picture.id for picture in survey.pictures}):
+        count = len(survey.pictures)
         raise DataError(f"{count} of {count} images are held out for validation. Hold out fewer than there are")
-    trained = [picture for picture in found.pictures if picture.id not in held_ids]
-    looked_at = [picture for picture in found.pictures if picture.id in held_ids] or held[:VALIDATION]
+    trained = [picture for picture in survey.pictures if picture.id not in held_ids]
+    looked_at = [picture for picture in survey.pictures if picture.id in held_ids] or held[:VALIDATION]
     rule = CaptionRule(**settings.captions.model_dump())
-    training = picture_set(config, found, trained, settings.bucket_step)
+    training = picture_set(config, survey, trained, settings.bucket_step)
     return DataSet(
         Examples(training, config.seed, rule, settings.crop, settings.flip, config.data.grey, "training"),
-        as_validated(config, picture_set(config, found, looked_at, settings.bucket_step)),
-        found,
+        as_validated(config, picture_set(config, survey, looked_at, settings.bucket_step)),
+        survey,
     )
 
 
-def picture_set(config: Settings, found: Survey, pictures: Sequence[Picture], bucket_step: int | None) -> PictureSet:
+def picture_set(config: Settings, survey: Survey, pictures: Sequence[Picture], bucket_step: int | None) -> PictureSet:
     """Some of the surveyed pictures at the config's size; without bucket_step they are squares."""
     settings = config.data.pictures
     table = bucket_table(config.image_size, bucket_step, settings.bucket_max_aspect)
-    stream = found.listing.records if found.listing.streamed else None
+    stream = survey.listing.records if survey.listing.streamed else None
     return PictureSet(pictures, table, settings.background_color, settings.max_pixels, stream)
 
 

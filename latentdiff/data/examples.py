@@ -41,15 +41,15 @@ class Pictures(Protocol):
         """The captions of a row, at least one."""
         ...
 
-    def key(self, row: int, shown: View) -> str:
+    def key(self, row: int, view: View) -> str:
         """The identity of the result of `pixels`, 32 hexadecimal digits."""
         ...
 
-    def pixels(self, row: int, shown: View, size: Size | None = None) -> np.ndarray:
+    def pixels(self, row: int, view: View, size: Size | None = None) -> np.ndarray:
         """uint8 (H, W, 3) of `size`, by default the row's."""
         ...
 
-    def geometry(self, row: int, shown: View) -> tuple[int, ...]:
+    def geometry(self, row: int, view: View) -> tuple[int, ...]:
         """(height, width) of the file, (top, left) of the crop in pixels of the view, (height, width) of the view."""
         ...
 
@@ -106,9 +106,9 @@ class Examples:
         at = {"center": CENTER, "content": None}[self.crop]
         return [View(at, flipped) for flipped in ((False, True) if self.flip else (False,))]
 
-    def key(self, row: int, shown: View) -> str:
+    def key(self, row: int, view: View) -> str:
         """The identity of the result of `image`."""
-        key = self.pictures.key(row, shown)
+        key = self.pictures.key(row, view)
         return hashlib.sha256(f"{key} grey".encode()).hexdigest()[:32] if self.grey else key
 
     def every_caption(self) -> list[str] | None:

@@ -14,7 +14,7 @@ import numpy as np
 from latentdiff.core.decoding import MAX_PIXELS, WHITE, Color, decode, silent_decoders
 from latentdiff.core.errors import DataError
 from latentdiff.data.buckets import Size, cropped_share, nearest
-from latentdiff.data.source import Record, shown
+from latentdiff.data.source import Record, one_line
 from latentdiff.data.survey import Picture
 from latentdiff.data.transform import CENTER, corner, place_by_content, view
 
@@ -72,7 +72,7 @@ class PictureSet:
 
     def name(self, row: int) -> str:
         """The user's name of a row."""
-        return shown(self.picture(row).name)
+        return one_line(self.picture(row).name)
 
     def captions(self, row: int) -> tuple[str, ...]:
         """The captions of a row; the empty caption if it has none."""
@@ -112,18 +112,18 @@ class PictureSet:
                         some = views[first : first + _AT_ONCE]
                         yield from enumerate(pool.map(lambda item: self.pixels(*item), some), first)
                 return
-            asked: dict[str, list[int]] = defaultdict(list)
+            missing: dict[str, list[int]] = defaultdict(list)
             for number, (row, _) in enumerate(views):
-                asked[self.picture(row).id].append(number)
+                missing[self.picture(row).id].append(number)
             for record in self._stream:
                 try:
                     data = record.read()
                 except DataError:  # the survey could read it
                     continue
-                for number in asked.pop(hashlib.sha256(data).hexdigest(), ()):
+                for number in missing.pop(hashlib.sha256(data).hexdigest(), ()):
                     yield number, self._seen(data, *views[number])
-            if asked:
-                raise DataError(f"{len(asked)} pictures are not in the stream any more. Start again")
+            if missing:
+                raise DataError(f"{len(missing)} pictures are not in the stream any more. Start again")
 
     def _seen(self, data: bytes, row: int, seen: View, size: Size | None = None) -> np.ndarray:
         picture = self.picture(row)

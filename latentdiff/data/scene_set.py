@@ -48,15 +48,15 @@ class Scenes:
         """The caption of a scene."""
         return (self._captions[row] if row < self._count else self.scene(row).caption,)
 
-    def key(self, row: int, shown: View) -> str:
+    def key(self, row: int, view: View) -> str:
         """The identity: a hash of the settings, the purpose and the number."""
         return hashlib.sha256(f"{self.identity()} {self._purpose} {row}".encode()).hexdigest()[:32]
 
-    def pixels(self, row: int, shown: View, size: Size | None = None) -> np.ndarray:
+    def pixels(self, row: int, view: View, size: Size | None = None) -> np.ndarray:
         """The rendered scene; scenes have one view."""
         return scenes.render(self.scene(row), self._config.image_size)
 
-    def geometry(self, row: int, shown: View) -> tuple[int, ...]:
+    def geometry(self, row: int, view: View) -> tuple[int, ...]:
         """The geometry of a picture that is not cropped."""
         return (*self.size(row), 0, 0, *self.size(row))
 

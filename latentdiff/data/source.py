@@ -87,6 +87,6 @@ def lines_of(data: bytes, where: str) -> list[str]:
     return lines
 
 
-def shown(name: str) -> str:
+def one_line(name: str) -> str:
     """A name on one line: control characters and undecodable bytes are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

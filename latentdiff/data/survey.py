@@ -25,7 +25,7 @@ from latentdiff.core.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
 from latentdiff.core.errors import DataError, ResourceError
 from latentdiff.data.buckets import Size
 from latentdiff.data.memo import read_memo, write_memo
-from latentdiff.data.source import Listing, Record, shown
+from latentdiff.data.source import Listing, Record, one_line
 
 _RULES = f"1, Pillow {PIL.__version__}"  # the facts below depend on these and on the bytes
 QUARANTINED = '{"name": '  # how lines about faults begin
@@ -64,7 +64,7 @@ class Fault:
     id: str | None = None
 
     def __str__(self) -> str:
-        return f"{shown(self.name)} ({self.reason})"
+        return f"{one_line(self.name)} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Survey:
     uncaptioned: tuple[Fault, ...]
 
     @property
-    def found(self) -> int:
+    def count(self) -> int:
         """The number of listed pictures."""
         return len(self.pictures) + len(self.quarantined)
 
@@ -97,9 +97,9 @@ class Survey:
 
     def refusal(self) -> str | None:
         """Why training refuses this set, in one line; None if it does not."""
-        found = self.found
+        total = self.count
         reasons = [
-            _named(self.unreadable, 20, f"{len(self.unreadable)} of {found:,} images cannot be read"),
+            _named(self.unreadable, 20, f"{len(self.unreadable)} of {total:,} images cannot be read"),
             _named(self.uncaptioned, 5, f"{_images(len(self.uncaptioned))} no caption", names_only=True),
             _named(self.ambiguous, 5, f"{_images(len(self.ambiguous))} captions that nothing tells apart"),
             _named(self.listing.orphans, 5, f"{len(self.listing.orphans)} captions have no image"),
@@ -160,7 +160,7 @@ def survey(
         write_memo(memo, rules, [[key, asdict(facts)] for key, facts in sorted(known.items())])
     # names come last: training must not depend on them
     pictures.sort(key=lambda picture: (picture.id, picture.captions, picture.repeats, picture.name))
-    return Survey(listing, tuple(pictures), **{kind: tuple(found) for kind, found in faults.items()})
+    return Survey(listing, tuple(pictures), **{kind: tuple(members) for kind, members in faults.items()})
 
 
 def _opened(
@@ -178,7 +178,7 @@ def _opened(
             try:
                 known[key] = _facts(data, max_pixels)
             except MemoryError:
-                raise ResourceError(f"out of memory while decoding {shown(record.name)}. Lower max_pixels") from None
+                raise ResourceError(f"out of memory while decoding {one_line(record.name)}. Lower max_pixels") from None
         return record, key, known[key]
 
     remaining, total = iter(records), len(records) if isinstance(records, list) else None
@@ -224,7 +224,7 @@ def from_values(listing: Listing, values: list[Any]) -> Survey:
         else:
             name, facts, captions, repeats = rest
             pictures.append(Picture(first, name, facts_of(facts), tuple(captions), repeats, _streamed))
-    return Survey(listing, tuple(pictures), **{kind: tuple(found) for kind, found in faults.items()})
+    return Survey(listing, tuple(pictures), **{kind: tuple(members) for kind, members in faults.items()})
 
 
 def _streamed() -> bytes:
@@ -239,5 +239,5 @@ def _named(faults: tuple[Any, ...], most: int, what: str, names_only: bool = Fal
     """`what: the first few by name`; empty without any."""
     if not faults:
         return ""
-    named = ", ".join(shown(fault.name) if names_only else str(fault) for fault in faults[:most])
+    named = ", ".join(one_line(fault.name) if names_only else str(fault) for fault in faults[:most])
     return f"{what}: {named}" + (f", ... ({len(faults) - most} more)" if len(faults) > most else "")

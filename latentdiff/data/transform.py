@@ -29,7 +29,7 @@ def view(pixels: np.ndarray, size: Size, at: tuple[float, float] = CENTER, flipp
 def corner(whole: Size, size: Size, at: tuple[float, float] = CENTER, flipped: bool = False) -> tuple[int, int]:
     """(top, left) of the part that `view` shows, in pixels of the view; mirrored, from the mirrored picture's left."""
     scale = min(whole[0] / size[0], whole[1] / size[1])
-    top, left = ((side / scale - shown) * place for side, shown, place in zip(whole, size, at, strict=True))
+    top, left = ((side / scale - view) * place for side, view, place in zip(whole, size, at, strict=True))
     return round(top), round(whole[1] / scale - size[1] - left if flipped else left)
 
 

@@ -85,12 +85,12 @@ def rescaled(guided: Denoiser, cond: Denoiser, share: float) -> Denoiser:
     """
 
     def denoise(x: Array, level: NoiseLevel) -> Array:
-        drawn = guided(x, level)
+        x0 = guided(x, level)
         flat = (len(x), -1)
-        wanted, actual = cond(x, level).reshape(flat).std(1), drawn.reshape(flat).std(1)
+        target, actual = cond(x, level).reshape(flat).std(1), x0.reshape(flat).std(1)
         constant = actual == 0  # as where an epsilon network says nothing of x0, at zero SNR: nothing to rescale
-        ratio = (wanted + constant) / (actual + constant)
-        return drawn * _each(share * ratio + (1 - share), x)
+        ratio = (target + constant) / (actual + constant)
+        return x0 * _each(share * ratio + (1 - share), x)
 
     return denoise
 
@@ -103,11 +103,11 @@ def thresholded(guided: Denoiser, cond: Denoiser, quantile: float) -> Denoiser:
     """
 
     def denoise(x: Array, level: NoiseLevel) -> Array:
-        drawn = guided(x, level)
-        wanted = _each(_quantiles(abs(cond(x, level)), quantile), x)
-        actual = _each(_quantiles(abs(drawn), quantile), x)
-        excess = ((actual + TINY) / (wanted + TINY)).clip(1, math.inf)
-        return drawn.clip(-excess * wanted, excess * wanted) / excess
+        x0 = guided(x, level)
+        limit = _each(_quantiles(abs(cond(x, level)), quantile), x)
+        actual = _each(_quantiles(abs(x0), quantile), x)
+        excess = ((actual + TINY) / (limit + TINY)).clip(1, math.inf)
+        return x0.clip(-excess * limit, excess * limit) / excess
 
     return denoise
 

@@ -81,7 +81,7 @@ def canvas(
     """
     pixels = _pixels(image)
     marked = None if mask is None else _marked(mask, pixels.shape[:2])
-    height, width = (own if asked is None else asked for asked, own in zip(size, pixels.shape[:2], strict=True))
+    height, width = (own if side is None else side for side, own in zip(size, pixels.shape[:2], strict=True))
     _check_sides(height + margins.top + margins.bottom, width + margins.left + margins.right)
     pixels = resized(pixels, height, width)
     if marked is not None and marked.shape != (height, width):

@@ -92,15 +92,15 @@ def parameters_text(record: ImageMetadata) -> str:
 
     Every value stays on one line, so that no prompt can forge another field.
     """
-    asked = record.request
-    lines = [_one_line(asked["prompt"])]
-    if asked["negative_prompt"]:
-        lines.append(f"Negative prompt: {_one_line(asked['negative_prompt'])}")
+    request = record.request
+    lines = [_one_line(request["prompt"])]
+    if request["negative_prompt"]:
+        lines.append(f"Negative prompt: {_one_line(request['negative_prompt'])}")
     fields = {
-        "Steps": asked["num_inference_steps"],
-        "Sampler": SAMPLERS[asked["sampler"]].label,
-        "Schedule type": LABELS.get(asked["spacing"], "Automatic"),
-        "CFG scale": f"{asked['guidance_scale']:g}",
+        "Steps": request["num_inference_steps"],
+        "Sampler": SAMPLERS[request["sampler"]].label,
+        "Schedule type": LABELS.get(request["spacing"], "Automatic"),
+        "CFG scale": f"{request['guidance_scale']:g}",
         "Seed": record.seed,
         "Size": f"{record.width}x{record.height}",
         "Model hash": record.model_hash[:10],
@@ -114,18 +114,21 @@ def parameters_text(record: ImageMetadata) -> str:
 
 def _further_fields(record: ImageMetadata) -> dict[str, Any]:
     """The fields that A1111 writes only if they are used."""
-    asked, fields = record.request, dict[str, Any]()
-    if asked.get("variation_seed") is not None:
-        fields |= {"Variation seed": asked["variation_seed"], "Variation seed strength": asked["variation_strength"]}
-    if record.canvas is not None or asked.get("hires_scale") is not None:
-        given = asked.get("strength" if record.canvas is not None else "hires_strength")
+    request, fields = record.request, dict[str, Any]()
+    if request.get("variation_seed") is not None:
+        fields |= {
+            "Variation seed": request["variation_seed"],
+            "Variation seed strength": request["variation_strength"],
+        }
+    if record.canvas is not None or request.get("hires_scale") is not None:
+        given = request.get("strength" if record.canvas is not None else "hires_strength")
         fields["Denoising strength"] = (
-            f"{record.steps[-1] / asked['num_inference_steps'] if given is None else given:g}"
+            f"{record.steps[-1] / request['num_inference_steps'] if given is None else given:g}"
         )
-    if asked.get("hires_scale") is not None:
-        fields["Hires upscale"] = f"{asked['hires_scale']:g}"
-    if asked.get("clip_skip") is not None:
-        fields["Clip skip"] = asked["clip_skip"] + 1
+    if request.get("hires_scale") is not None:
+        fields["Hires upscale"] = f"{request['hires_scale']:g}"
+    if request.get("clip_skip") is not None:
+        fields["Clip skip"] = request["clip_skip"] + 1
     loras = [source for source in record.sources if source.kind in ("lora", "merged")]
     if loras:
         fields["Lora hashes"] = _quoted(", ".join(f"{Path(s.path).stem}: {s.sha256[:12]}" for s in loras))

@@ -149,8 +149,8 @@ def _refusal(fault: Fault) -> ConfigError:
     if not fault.path:
         return ConfigError(fault.message)
     got = repr(fault.got)
-    shown = got if len(got) <= 40 else f"{got[:30]}... of {len(str(fault.got))} characters"
-    return ConfigError(f"{fault.key}: {fault.message} (got {shown})")
+    text = got if len(got) <= 40 else f"{got[:30]}... of {len(str(fault.got))} characters"
+    return ConfigError(f"{fault.key}: {fault.message} (got {text})")
 
 
 def check_size(name: str, value: int, multiple: int, lowest: int = SIDES[0]) -> int:

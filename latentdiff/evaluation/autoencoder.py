@@ -67,18 +67,18 @@ def ssim(pictures: np.ndarray, others: np.ndarray) -> Floats:
     """Structural similarities (N,), at most 1, by Gaussian windows of 11 pixels (Wang et al. 2004, eq. 13)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    found = []
+    parts = []
     for i in range(0, len(pictures), AT_ONCE):
         # intensities must start at 0: in [-1, 1] the first factor has no meaning
         made, real = ((to_images(each[i : i + AT_ONCE]) + 1) / 2 for each in (others, pictures))
         values: Any = structural_similarity_index_measure(made, real, data_range=1.0, reduction="none")
-        found.append(np.atleast_1d(values.numpy()))
-    return np.concatenate(found).astype(np.float64)
+        parts.append(np.atleast_1d(values.numpy()))
+    return np.concatenate(parts).astype(np.float64)
 
 
 def perceptual(distance: Callable[[Tensor, Tensor], Any], pictures: np.ndarray, others: np.ndarray) -> Floats:
     """LPIPS (N,), of pictures in colour."""
-    found = []
+    results = []
     for i in range(0, len(pictures), AT_ONCE):
-        found.append(distance(to_images(pictures[i : i + AT_ONCE]), to_images(others[i : i + AT_ONCE])).numpy())
-    return np.concatenate(found).astype(np.float64)
+        results.append(distance(to_images(pictures[i : i + AT_ONCE]), to_images(others[i : i + AT_ONCE])).numpy())
+    return np.concatenate(results).astype(np.float64)

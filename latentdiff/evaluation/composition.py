@@ -82,11 +82,11 @@ def evaluate_composition(
     drawn, scenes_of, kind = {}, {}, "held out" if held_out else "composition"
     for category in scenes.CATEGORIES:
         prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out)
-        asked = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
+        chosen = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
         place, title = folder and folder / kind.replace(" ", "-") / category, f"{kind} {category}"
-        captions = [scene.caption for scene in asked]
+        captions = [scene.caption for scene in chosen]
         drawn[category] = drawn_pictures(painter, captions, seed=seed, folder=place, title=title, **settings)
-        scenes_of[category] = asked
+        scenes_of[category] = chosen
     return _read(drawn, scenes_of, PICTURES_A_PROMPT)
 
 
@@ -114,15 +114,15 @@ def _check_readable(model: Model) -> None:
         raise ModelError(f"composition is read from pictures of {scenes.SIZE}x{scenes.SIZE} in colour, not of {size}")
 
 
-def _read(pictures: dict[str, NDArray[np.uint8]], asked: dict[str, list[scenes.Scene]], group: int) -> Composition:
+def _read(pictures: dict[str, NDArray[np.uint8]], scenes_of: dict[str, list[scenes.Scene]], group: int) -> Composition:
     """The oracle's verdict on pictures, `group` of them a prompt."""
     right = {
         name: np.array(
-            [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(rows, asked[name], strict=True)]
+            [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(rows, scenes_of[name], strict=True)]
         )
         for name, rows in pictures.items()
     }
-    captions = {name: [scene.caption for scene in chosen] for name, chosen in asked.items()}
+    captions = {name: [scene.caption for scene in chosen] for name, chosen in scenes_of.items()}
     return Composition({name: _score(rows, group) for name, rows in right.items()}, pictures, captions, right)
 
 

@@ -37,12 +37,12 @@ def drawn_pictures(
     card, channels = painter.model.card, painter.model.codec.image_channels
     sides = [settings.get(name) or side for name, side in zip(("height", "width"), card.size, strict=True)]
     size = min(at_once(DRAWN, sides, AT_ONCE), settings.pop("batch_size", AT_ONCE))
-    asked = list(prompts)
+    texts = list(prompts)
 
     def batches() -> Iterator[np.ndarray]:
-        with tqdm(total=len(asked), desc=title, unit="picture", disable=None) as bar:
-            for first in range(0, len(asked), size):
-                some = asked[first : first + size]
+        with tqdm(total=len(texts), desc=title, unit="picture", disable=None) as bar:
+            for first in range(0, len(texts), size):
+                some = texts[first : first + size]
                 files = [folder / f"{number:05d}.png" for number in range(first, first + len(some))] if folder else []
                 if files and all(file.is_file() for file in files):
                     yield np.stack([read(file, (*sides, channels)) for file in files])
@@ -54,7 +54,7 @@ def drawn_pictures(
                     yield pictures
                 bar.update(len(some))
 
-    return filled(batches(), len(asked), folder)
+    return filled(batches(), len(texts), folder)
 
 
 def write(picture: np.ndarray, file: Path) -> None:

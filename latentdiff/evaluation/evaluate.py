@@ -20,7 +20,7 @@ from latentdiff.evaluation import features as extractors
 from latentdiff.evaluation.features import Extractor
 from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.held_out import held_out, pictures_of
-from latentdiff.evaluation.sections import Asked, References
+from latentdiff.evaluation.sections import EvaluationSettings, References
 from latentdiff.families.loading import default_model
 from latentdiff.formats.folder import settings_hash
 from latentdiff.formats.tensors import read_tensors
@@ -157,7 +157,7 @@ def _extractor(candidate: Candidate, features: Path | None, say: Say) -> Extract
 
 
 def rules_of(
-    candidates: Sequence[Candidate], identity: dict[str, Any], references: References, asked: Asked
+    candidates: Sequence[Candidate], identity: dict[str, Any], references: References, settings: EvaluationSettings
 ) -> dict[str, Any]:
     """Everything that figures depend on, after a round trip through JSON."""
     painters = [candidate.painter for candidate in candidates]
@@ -170,10 +170,10 @@ def rules_of(
         **identity,
         "features": references.extractor.name,
         "features sha256": references.extractor.hash,
-        "seed": asked.seed,
-        "times": asked.times,
-        "drawing": [{**model.card.defaults, **asked.settings} for model in models],
-        "sweep": asked.grid,
+        "seed": settings.seed,
+        "times": settings.times,
+        "drawing": [{**model.card.defaults, **settings.drawing} for model in models],
+        "sweep": settings.grid,
         "runtime": [f"{model.runtime}, {model.backbone.dtype}" for model in models],
         "device": str(models[0].place.device),
         "versions": installed_versions(models[0].runtime) | installed_versions(),

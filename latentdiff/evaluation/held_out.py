@@ -19,18 +19,18 @@ LARGEST = 2**30  # bytes of training pictures in memory
 TRAINED = 4  # training pictures for each held-out one
 
 
-def held_out(config: Settings, count: int, found: Survey | None = None) -> tuple[Examples, Examples | None]:
+def held_out(config: Settings, count: int, known: Survey | None = None) -> tuple[Examples, Examples | None]:
     """At most `count` captioned reference pictures, and training pictures if they are known.
 
     Scenes have a purpose of their own. The user's pictures are those that validation holds out; if it holds out none,
-    the first by their identity, which may have been trained on. found: an earlier survey. Raises DataError.
+    the first by their identity, which may have been trained on. known: an earlier survey. Raises DataError.
     """
     trained_count = min(TRAINED * count, max(1, LARGEST // (3 * config.image_size**2)))
     if config.data.kind == "scenes":
         sets = (Scenes(config, "evaluation scene", count), Scenes(config, "training scene", trained_count))
         held, trained = (Examples(scenes, config.seed, grey=config.data.grey) for scenes in sets)
         return held, trained
-    survey = found or look(config).sound(config.data.pictures.skip_bad)
+    survey = known or look(config).sound(config.data.pictures.skip_bad)
     chosen, held_count = by_identity(survey.pictures), config.data.pictures.validation_pictures
     if not held_count:
         return _squares(config, survey, chosen[:count]), None
@@ -48,8 +48,8 @@ def _squares(config: Settings, survey: Survey, pictures: Sequence[Picture]) -> E
 def pictures_of(examples: Examples, folder: Path | None = None) -> tuple[np.ndarray, list[str]]:
     """All pictures, uint8 (N, H, W, 3), and their captions. folder: a place for arrays too large for memory."""
     rows = range(len(examples))
-    wanted = [(row, examples.view(row, 0)) for row in rows]
+    views = [(row, examples.view(row, 0)) for row in rows]
     pixels = room((len(examples), *examples.pictures.size(0), 3), folder)
-    for number, each in examples.pictures.each(wanted):
+    for number, each in examples.pictures.each(views):
         pixels[number] = coloured(examples.toned(each))
     return pixels, [examples.caption(row, 0) for row in rows]

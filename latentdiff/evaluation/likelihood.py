@@ -97,12 +97,12 @@ def likelihood(
             pairs.append((Errors.from_tree(kept[0], model.path), Errors.from_tree(kept[1], model.path)))
             continue
         x0 = _sampled(*_posterior(model, pictures[rows]), seed, rows)
-        asked: dict[str, Any] = {"count": times, "seed": seed, "samples": rows, "pixels": plain}
+        arguments: dict[str, Any] = {"count": times, "seed": seed, "samples": rows, "pixels": plain}
         own, empty = (
             _conditions(model, words, pictures.shape[1:3])
             for words in ([captions[row] for row in rows], [""] * len(rows))
         )
-        both = [errors_of(_predict(model, conditions), x0, model.path, **asked) for conditions in (own, empty)]
+        both = [errors_of(_predict(model, conditions), x0, model.path, **arguments) for conditions in (own, empty)]
         pairs.append((both[0], both[1]))
         if file:
             write_memo(file, rules, [errors.as_tree() for errors in both])

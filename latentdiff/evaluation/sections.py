@@ -101,27 +101,29 @@ class References:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationSettings:
     """The settings of an evaluation: the number of pictures and times, the seed, the settings of drawing."""
 
     seed: int = 0
     times: int = 8
-    settings: dict[str, Any] = field(default_factory=dict)
+    drawing: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def of_likelihood(subject: Subject, references: References, asked: Asked) -> Result:
+def of_likelihood(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """The bits per dimension of a quarter of the pictures."""
     count = min(len(references.pictures), max(16, len(references.pictures) // 4))
     pictures, captions, folder = references.pictures[:count], references.captions[:count], subject.folder / "likelihood"
-    result = likelihood(subject.exact().model, pictures, captions, times=asked.times, seed=asked.seed, folder=folder)
+    result = likelihood(
+        subject.exact().model, pictures, captions, times=settings.times, seed=settings.seed, folder=folder
+    )
     figures = {}
     for variance in ("small", "large"):
         suffix = "" if variance == "small" else "_large_variance"
         for name, errors in (("with_captions", result.cond), ("without_captions", result.uncond)):
             figures[f"bits_per_dimension_{name}{suffix}"] = mean(result.bits(errors, variance), "lower", paired=True)
         figures[f"gain_by_captions{suffix}"] = mean(result.gain(variance), "higher", paired=True)
-    facts = {"pictures": count, "times": asked.times, "arithmetic": "torch in float32"}
+    facts = {"pictures": count, "times": settings.times, "arithmetic": "torch in float32"}
     facts |= {"dimensions": result.dimensions, "latent dimensions": result.cond.dimensions}
     return Result(figures | _terms(result), facts, [_curve(result, subject.exact().model.path.T)])
 
@@ -151,10 +153,10 @@ def _curve(result: Likelihood, timesteps: int) -> Plot:
     return Plot("the denoising term at each time", "t", "bits per dimension", series, log="y")
 
 
-def of_distances(subject: Subject, references: References, asked: Asked) -> Result:
+def of_distances(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """The distances of drawn pictures, one for every caption, from the captions' real pictures."""
     folder = subject.folder / "drawn"
-    drawn = drawn_pictures(subject.painter, references.captions, seed=asked.seed, folder=folder, **asked.settings)
+    drawn = drawn_pictures(subject.painter, references.captions, seed=settings.seed, folder=folder, **settings.drawing)
     figures = measured(drawn, references) | references.floor
     pictures: list[Labelled] = []
     for row in range(min(SHOWN, len(drawn))):
@@ -185,11 +187,11 @@ def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -
     return np.asarray(100 * cosines.clip(0, None))
 
 
-def of_composition(subject: Subject, references: References, asked: Asked) -> Result:
+def of_composition(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """GenEval's six categories as the oracle reads them, a tenth of the pictures a category."""
     count = max(1, len(references.pictures) // 10 // PICTURES_A_PROMPT) * PICTURES_A_PROMPT
-    kept: dict[str, Any] = {"folder": subject.folder / "composition", **asked.settings}
-    score = partial(evaluate_composition, subject.painter, pictures=count, seed=asked.seed, **kept)
+    kept: dict[str, Any] = {"folder": subject.folder / "composition", **settings.drawing}
+    score = partial(evaluate_composition, subject.painter, pictures=count, seed=settings.seed, **kept)
     scores = {"": score(), "held_out": score(held_out=True), "ceiling": ceiling(subject.exact().model, pictures=count)}
     figures: dict[str, Figure] = {}
     for title, outcome in scores.items():
@@ -210,7 +212,7 @@ def _share(value: float, error: float, each: Sequence[float]) -> Figure:
     return Figure(value, error if np.isfinite(error) else None, "higher", tuple(each))
 
 
-def of_autoencoder(subject: Subject, references: References, asked: Asked) -> Result:
+def of_autoencoder(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """The error of encoding and decoding the pictures, by torch in float32."""
     real = references.pictures
     result = compressing.decoded(subject.exact().model, real, subject.folder)
@@ -242,13 +244,13 @@ def of_autoencoder(subject: Subject, references: References, asked: Asked) -> Re
     return Result(figures, {"pictures": len(real), **_extractor(references)}, tables=[table], pictures=pictures)
 
 
-def of_diversity(subject: Subject, references: References, asked: Asked) -> Result:
+def of_diversity(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """The diversity of four pictures of a prompt, for a twentieth of the captions."""
     count = max(4, len(references.captions) // 20)
     prompts = [caption for caption in references.captions[:count] for _ in range(PICTURES_A_PROMPT)]
     folder = subject.folder / "diversity"
     drawn = drawn_pictures(
-        subject.painter, prompts, seed=asked.seed, folder=folder, title="diversity", **asked.settings
+        subject.painter, prompts, seed=settings.seed, folder=folder, title="diversity", **settings.drawing
     )
     features = references.extractor.of(drawn)
     units = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -275,7 +277,7 @@ def _between(units: np.ndarray) -> float:
     return float((1 - units @ units.T)[upper].mean())
 
 
-def of_memorisation(subject: Subject, references: References, asked: Asked) -> Result:
+def of_memorisation(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """The nearest training picture of every drawn one, compared with those of held-out pictures.
 
     A copy would be nearer than held-out pictures are. The k nearest of N held-out pictures, a hundredth of them, define
@@ -283,7 +285,7 @@ def of_memorisation(subject: Subject, references: References, asked: Asked) -> R
     picture that was trained on after all, the nearest other one counts.
     """
     folder = subject.folder / "drawn"
-    drawn = drawn_pictures(subject.painter, references.captions, seed=asked.seed, folder=folder, **asked.settings)
+    drawn = drawn_pictures(subject.painter, references.captions, seed=settings.seed, folder=folder, **settings.drawing)
     trained = references.trained
     training = references.extractor.of_known(trained)
     where, near = nearest(references.extractor.of(drawn), training)
@@ -316,10 +318,10 @@ def _digests(pictures: np.ndarray) -> np.ndarray:
     return np.array([hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures])
 
 
-def of_geneval(subject: Subject, references: References, asked: Asked) -> Result:
+def of_geneval(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """GenEval's own prompts, for its evaluator; nothing is scored here."""
     folder = subject.folder / "geneval"
-    grids = geneval.draw_geneval(subject.painter, references.prompts, folder, seed=asked.seed, **asked.settings)
+    grids = geneval.draw_geneval(subject.painter, references.prompts, folder, seed=settings.seed, **settings.drawing)
     numbered = enumerate(zip(grids, references.prompts, strict=True))
     pictures = [(grid, {"": row["prompt"]}) for number, (grid, row) in numbered if number < SHOWN]
     facts = {

@@ -16,7 +16,7 @@ from latentdiff.evaluation.drawn import AT_ONCE, drawn_pictures
 from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.report.plots import Plot, Series
 from latentdiff.evaluation.result import Figure, Result, Table
-from latentdiff.evaluation.sections import Asked, References, Subject, clip_scores
+from latentdiff.evaluation.sections import EvaluationSettings, References, Subject, clip_scores
 
 GRID: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1.0, 2.0, 4.0),
@@ -30,13 +30,13 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def of_sweep(subject: Subject, references: References, asked: Asked) -> Result:
+def of_sweep(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """All combinations of the grid on a fifth of the captions: Frechet distance, CLIP score, seconds a picture."""
     count = max(16, len(references.captions) // 5)
     captions, real = references.captions[:count], references.features
     cells = []
-    for chosen in combinations(asked.grid):
-        cells.append((chosen, _cell(subject, references, asked, captions, real, chosen)))
+    for chosen in combinations(settings.grid):
+        cells.append((chosen, _cell(subject, references, settings, captions, real, chosen)))
     best = pareto([(cell["seconds"], cell["frechet"]) for _, cell in cells])
     fastest = cells[best[0]][1]["seconds"]
     return Result(
@@ -50,7 +50,7 @@ def of_sweep(subject: Subject, references: References, asked: Asked) -> Result:
 def _cell(
     subject: Subject,
     references: References,
-    asked: Asked,
+    settings: EvaluationSettings,
     captions: Sequence[str],
     real: np.ndarray,
     chosen: dict[str, Any],
@@ -58,15 +58,15 @@ def _cell(
     """The figures of one combination, measured once."""
     name = " ".join(f"{key}={value}" for key, value in chosen.items())
     path = subject.folder / "sweep" / f"{hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]}.json"
-    rules = [chosen, asked.settings, len(captions), references.extractor.hash]
+    rules = [chosen, settings.drawing, len(captions), references.extractor.hash]
     if kept := read_memo(path, rules):
         return dict(kept[0])
-    settings = {"seed": asked.seed, **asked.settings, **chosen}
+    drawing = {"seed": settings.seed, **settings.drawing, **chosen}
     drawn_pictures(
-        subject.painter, captions[:AT_ONCE], title=f"{name}, once before it is timed", **settings
+        subject.painter, captions[:AT_ONCE], title=f"{name}, once before it is timed", **drawing
     )  # the first drawing may compile
     began = time.perf_counter()
-    drawn = drawn_pictures(subject.painter, captions, title=name, **settings)
+    drawn = drawn_pictures(subject.painter, captions, title=name, **drawing)
     seconds = (time.perf_counter() - began) / len(captions)
     far = jackknife(frechet, references.extractor.of(drawn), real)
     cell = {"seconds": seconds, "frechet": far.value, "frechet_error": far.error or 0.0}

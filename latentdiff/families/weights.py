@@ -150,7 +150,7 @@ def _quietly() -> Iterator[None]:
     diffusers warns about settings that it does not read, even one that it writes itself for a tiny VAE. We check
     weights ourselves.
     """
-    shown, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
+    bars, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     hook = transformers_logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
@@ -159,7 +159,7 @@ def _quietly() -> Iterator[None]:
     finally:
         transformers_logging.set_tqdm_hook(hook)
         diffusers_logging.set_verbosity(level)
-        if shown:
+        if bars:
             diffusers_logging.enable_progress_bar()
 
 

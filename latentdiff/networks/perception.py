@@ -34,8 +34,8 @@ def inception(state: dict[str, Tensor], file: Path) -> Callable[[Tensor], Tensor
 
     @torch.no_grad()
     def features(pictures: Tensor) -> Tensor:
-        (found,) = network(pictures)
-        return found.flatten(1)
+        (features,) = network(pictures)
+        return features.flatten(1)
 
     return features
 

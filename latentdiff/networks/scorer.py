@@ -50,13 +50,13 @@ class Scorer(nn.Module):
         On the unit sphere this is minus half the temperature times the squared distance of the two embeddings.
         """
         with torch.no_grad():
-            wanted = self.texts(prompts)
+            texts = self.texts(prompts)
         temperature = float(self.clip.towers.logit_scale.exp())
 
         def gradient(x0: Tensor) -> Tensor:
             with torch.enable_grad():
                 latents = x0.detach().requires_grad_()
-                logits = temperature * (self.images(decode(latents)) * wanted).sum(-1)
+                logits = temperature * (self.images(decode(latents)) * texts).sum(-1)
                 (slope,) = torch.autograd.grad(logits.sum(), latents)
             return slope
 

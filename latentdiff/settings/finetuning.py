@@ -54,7 +54,7 @@ class Word(Section):
     vectors: int = Field(1, ge=1, le=64)
 
 
-class Shown(Section):
+class Previews(Section):
     """The pictures of a validation: every prompt from the same noise each time."""
 
     prompts: tuple[PromptText, ...] = Field((), max_length=64, description="none: the captions of validation pictures")
@@ -77,7 +77,7 @@ class FineTuning(Settings):
     lora: Lora = Lora()
     prior: Prior = Prior()
     word: Word = Word()
-    shown: Shown = Shown()
+    previews: Previews = Previews()
 
     @property
     def low_rank(self) -> bool:
@@ -130,47 +130,47 @@ def load_finetuning(path: Path | None, overrides: tuple[Override, ...] = (), une
     return parsed(FineTuning, _merged(defaults(method, small=unet_parameters < SMALL), tree), source)
 
 
-def defaults(asked: FineTuning, *, small: bool) -> dict[str, Any]:
+def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
     """The defaults of each method; the reasons are in the README.
 
     small: the learning rates are ten times as large; the papers' are for Stable Diffusion's 860 million weights.
     """
-    factors = asked.low_rank
+    factors = config.low_rank
     rates = {
         "full": (1e-5, 2e-4),
         "lora": (1e-4, 1e-3),
         "dreambooth": (1e-4, 2e-4) if factors else (2e-6, 2e-5),
         "textual-inversion": (5e-4, 5e-3),
     }
-    own = asked.finetune.training
-    steps = {"full": 2000, "lora": 2000, "dreambooth": 400, "textual-inversion": 1000}[asked.method]
+    own = config.finetune.training
+    steps = {"full": 2000, "lora": 2000, "dreambooth": 400, "textual-inversion": 1000}[config.method]
     steps = own.max_train_steps if "max_train_steps" in own.model_fields_set else steps
     training: dict[str, Any] = {
-        "learning_rate": rates[asked.method][small],
+        "learning_rate": rates[config.method][small],
         "max_train_steps": steps,
-        "train_batch_size": (16 if small else 4) if asked.method in ("full", "lora") else 4 if small else 1,
-        "lr_schedule": "constant" if asked.method == "textual-inversion" else "trapezoid",
+        "train_batch_size": (16 if small else 4) if config.method in ("full", "lora") else 4 if small else 1,
+        "lr_schedule": "constant" if config.method == "textual-inversion" else "trapezoid",
         "lr_warmup_steps": min(100, steps // 10),
-        "weight_decay": 0.0 if asked.method == "textual-inversion" else 0.01,
+        "weight_decay": 0.0 if config.method == "textual-inversion" else 0.01,
         "validation_steps": max(1, steps // 4),
         "checkpointing_steps": 250,
         "ema_decay": 0.99,
     }
-    dropout = 0.1 if asked.method in ("full", "lora") else 0.0  # every picture shows the new word
-    found: dict[str, Any] = {"finetune": {"caption_dropout": dropout, "training": training}}
-    if asked.method == "textual-inversion":
-        found["data"] = {"pictures": {"layout": "uncaptioned", "instance_prompt": asked.word.token}}
-        found["data"]["pictures"]["captions"] = {"templates": list(TEMPLATES)}
+    dropout = 0.1 if config.method in ("full", "lora") else 0.0  # every picture shows the new word
+    tree: dict[str, Any] = {"finetune": {"caption_dropout": dropout, "training": training}}
+    if config.method == "textual-inversion":
+        tree["data"] = {"pictures": {"layout": "uncaptioned", "instance_prompt": config.word.token}}
+        tree["data"]["pictures"]["captions"] = {"templates": list(TEMPLATES)}
     if factors:
-        rank = asked.lora.rank or RANK
-        found["lora"] = {"rank": rank, "alpha": float(rank)}
-    return found
+        rank = config.lora.rank or RANK
+        tree["lora"] = {"rank": rank, "alpha": float(rank)}
+    return tree
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables; values of `above` replace those of `below`."""
-    found = dict(below)
+    tree = dict(below)
     for key, value in above.items():
-        under = found.get(key)
-        found[key] = _merged(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
-    return found
+        under = tree.get(key)
+        tree[key] = _merged(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
+    return tree

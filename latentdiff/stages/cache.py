@@ -187,12 +187,12 @@ def fill_latents(
     share: Shard = ALL,
 ) -> int:
     """Encode what is missing of one share; returns the number. Raises DataError for non-finite latents."""
-    views = ((row, shown) for row in range(len(examples)) for shown in examples.every_view(row))
-    wanted = {examples.key(*item): item for item in views}
-    missing = _shared(store.missing(wanted), share)
-    missing.sort(key=lambda key: examples.pictures.size(wanted[key][0]))
+    views = ((row, view) for row in range(len(examples)) for view in examples.every_view(row))
+    view_of = {examples.key(*item): item for item in views}
+    missing = _shared(store.missing(view_of), share)
+    missing.sort(key=lambda key: examples.pictures.size(view_of[key][0]))
     writer = _Writer(store, lambda images: _named_moments(learning, examples, autoencoder, device, images))
-    items = [wanted[key] for key in missing]
+    items = [view_of[key] for key in missing]
     for number, pixels in tqdm(examples.pictures.each(items), "encoding", len(items), unit="image", disable=not items):
         writer.take(missing[number], items[number][0], examples.toned(pixels))
     writer.finish()

@@ -37,14 +37,14 @@ def class_data(config: FineTuning, folder: Path) -> Data:
 def draw_class(painter: Painter, config: FineTuning, folder: Path, model: str) -> None:
     """Draw the pictures that are missing; model: the identity of the model. Raises DataError."""
     prior = config.prior
-    asked = {
+    settings = {
         "prompt": prior.prompt,
         "seed": config.seed,
         "size": config.image_size,
         "count": prior.pictures,
         "model": model,
     }
-    record = _said(folder, asked)
+    record = _said(folder, settings)
     if record is not None:
         _check(folder, record)
         return
@@ -53,24 +53,24 @@ def draw_class(painter: Painter, config: FineTuning, folder: Path, model: str) -
         if not all(_path(folder, number).is_file() for number in numbers):
             _draw(painter, config, folder, numbers)
     sums = {path.name: sha256_of(path) for path in (_path(folder, number) for number in range(prior.pictures))}
-    _say(folder, {**asked, "pictures": sums})
+    _say(folder, {**settings, "pictures": sums})
 
 
-def _said(folder: Path, asked: dict[str, Any]) -> dict[str, str] | None:
+def _said(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
     """The hashes of finished pictures with these settings, or None. Raises DataError."""
     path = folder / _SAID
     if not path.is_file():
         if folder.exists() and any(folder.iterdir()):
             raise DataError(f"the folder for class pictures has other files ({folder}). Move them away")
         folder.mkdir(parents=True, exist_ok=True)
-        _say(folder, asked)
+        _say(folder, settings)
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         sums = record.pop("pictures", None)
     except (ValueError, AttributeError, RecursionError):
         raise DataError(f"{_SAID} is damaged ({folder}). Move the folder away to have new pictures drawn") from None
-    if record != asked or not isinstance(sums, dict | None):
+    if record != settings or not isinstance(sums, dict | None):
         raise DataError(f"the class pictures have other settings ({folder}). Move them away to have new ones drawn")
     return sums
 

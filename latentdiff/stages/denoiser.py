@@ -130,7 +130,7 @@ def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draw
 
 def _references(run: Run[Config]) -> References:
     """The reference pictures of distances: those of `latentdiff evaluate` for the finished model, to the bit."""
-    held, _ = held_out(run.config, run.config.denoiser.distance_pictures, run.data.found)
+    held, _ = held_out(run.config, run.config.denoiser.distance_pictures, run.data.survey)
     if not (run.folder / "model" / "clip").is_dir():
         raise ConfigError(f"distance_pictures requires the CLIP of the same run ({run.folder}). Train that stage first")
     extractor = of_model(run.folder / "model", run.folder / "clip")

@@ -30,10 +30,10 @@ from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetun
 from latentdiff.stages.cache import captions_of, latents_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
+from latentdiff.stages.finetune_report import keep_rows_apart, report, write_page
+from latentdiff.stages.methods import Tuning, begin, trainable
 from latentdiff.stages.plan import Weights, plan_text
 from latentdiff.stages.run import Run
-from latentdiff.stages.shown import keep_rows_apart, report, write_page
-from latentdiff.stages.taught import Taught, begin, trainable
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, Draws, Samples
 from latentdiff.training.loop import Stage
 from latentdiff.training.order import Order
@@ -46,15 +46,15 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[[str], None]) -> 
     config, accelerator = run.config, run.accelerator
     made_from = identity_of_model(model)
     prior = _prior(run, model, made_from)
-    taught = begin(model, config)
-    say(plan(run, model, taught))
+    tuning = begin(model, config)
+    say(plan(run, model, tuning))
     unet, text_encoder, _ = trainable(model)
     prepare_unet(unet, config.finetune, accelerator.device)
     if config.mixed_precision == "bf16":
         narrow_frozen(unet)
     model = moved(model, accelerator.device)
-    stage, validation = _stages(run, model, taught, prior)
-    if config.finetune.cache and not (taught.reads or config.data.pictures.captions.shuffle_tags):
+    stage, validation = _stages(run, model, tuning, prior)
+    if config.finetune.cache and not (tuning.reads or config.data.pictures.captions.shuffle_tags):
         text_encoder.to("cpu")  # every caption is encoded: frees three gigabytes of SDXL
     if accelerator.is_main_process:
         keep_rows_apart(run.folder / STAGE / "samples", config, run.data.validation)
@@ -69,7 +69,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[[str], None]) -> 
     if accelerator.is_main_process:
         save_config(config, run.folder / FILE)
         with saving("what was learnt", run.folder):
-            paths = taught.write(run.folder, said_of(run, model))
+            paths = tuning.write(run.folder, said_of(run, model))
         paths += write_page(run, paths)
     accelerator.wait_for_everyone()
     return paths
@@ -84,7 +84,7 @@ def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuni
     return config.model_copy(update={"image_size": config.image_size or model.card.size[0]}), model
 
 
-def plan(run: Run[FineTuning], model: Model, taught: Taught) -> str:
+def plan(run: Run[FineTuning], model: Model, tuning: Tuning) -> str:
     """The plan of this start, as text."""
     config = run.config
     what = f"{config.model or 'the default model'} by {config.method}"
@@ -95,18 +95,18 @@ def plan(run: Run[FineTuning], model: Model, taught: Taught) -> str:
         lines.append(
             f"beside {f'those of {config.prior.source}' if config.prior.source else drawn} of {config.prior.prompt!r}"
         )
-    return "\n".join([*lines, plan_text(run, {STAGE: weights_of(model, taught)})])
+    return "\n".join([*lines, plan_text(run, {STAGE: weights_of(model, tuning)})])
 
 
 def rehearse(run: Run[FineTuning], model: Model) -> str:
     """The plan, with the time and memory of a step. Nothing is written, but the model must not be used afterwards."""
     if run.config.prior.source:
         _prior(run, model, "")  # raises DataError for faults
-    taught = begin(model, run.config)
-    lines = plan(run, model, taught)
+    tuning = begin(model, run.config)
+    lines = plan(run, model, tuning)
     prepare_unet(trainable(model)[0], run.config.finetune, run.accelerator.device)
     model = moved(model, run.accelerator.device)
-    seconds = timed_step(run, model, taught) * (2 if run.config.prior.prompt else 1)
+    seconds = timed_step(run, model, tuning) * (2 if run.config.prior.prompt else 1)
     hours = seconds * run.config.finetune.training.max_train_steps / 3600
     total = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} minutes"
     memory = f"{peak_memory() / 1e9:.1f} GB in use at most so far"
@@ -140,15 +140,15 @@ def narrow_frozen(unet: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _stages(run: Run[FineTuning], model: Model, taught: Taught, prior: DataSet | None) -> tuple[Stage, DenoiserStage]:
+def _stages(run: Run[FineTuning], model: Model, tuning: Tuning, prior: DataSet | None) -> tuple[Stage, DenoiserStage]:
     """The stage for training, and the one for validation with fixed times and noise, all captions and no weights."""
     config = run.config
     learning, times = config.finetune, times_of(config.finetune, model.path)
     sets = [run.data.training, run.data.validation, *([prior.training] if prior else [])]
-    trained, validated, *others = _samples(run, model, taught, sets)
+    trained, validated, *others = _samples(run, model, tuning, sets)
     loss = DiffusionLoss(model.path, model.prediction, learning.weighting, learning.snr_gamma)
     rates = learning.caption_dropout, learning.noise_offset, learning.input_perturbation
-    made = partial(DenoiserStage, taught.module, taught.parts)
+    made = partial(DenoiserStage, tuning.module, tuning.parts)
     own = made(loss, trained, Draws(config.seed, times, *rates), _order(run, run.data.training, "training"))
     plain = DiffusionLoss(model.path, model.prediction)
     draws = Draws(config.seed, Times(model.path, bins=TIME_BINS), purpose="validation")
@@ -167,8 +167,8 @@ def _order(run: Run[FineTuning], examples: Examples, purpose: str) -> Order:
     return Order(run.config.seed, purpose, buckets, 1 if purpose == "validation" else step)
 
 
-def _samples(run: Run[FineTuning], model: Model, taught: Taught, sets: list[Examples]) -> list[Samples]:
-    learning = run.config.finetune.model_copy(update={"tune_text_encoder": taught.reads})
+def _samples(run: Run[FineTuning], model: Model, tuning: Tuning, sets: list[Examples]) -> list[Samples]:
+    learning = run.config.finetune.model_copy(update={"tune_text_encoder": tuning.reads})
     _, text_encoder, codec = trainable(model)
     latents = latents_of(learning, sets, codec, run.cache, run.accelerator)
     captions = captions_of(learning, sets, text_encoder, run.cache, run.accelerator, sized=model.reads_sizes)
@@ -185,7 +185,7 @@ def check_fits(model: Model, config: FineTuning, data: DataSet) -> None:
     request = requested(Painter(model), "-", height=config.image_size, width=config.image_size)
     plan_picture(request, model)  # the pictures of validations
     _check_captions(config, data)
-    if data.found and data.found.listing.streamed:
+    if data.survey and data.survey.listing.streamed:
         raise ConfigError(
             "a streamed data set is read once, in its own order: fine-tuning needs pictures it can go back to"
         )
@@ -194,7 +194,7 @@ def check_fits(model: Model, config: FineTuning, data: DataSet) -> None:
 def _check_captions(config: FineTuning, data: DataSet) -> None:
     """Raises ConfigError if no picture would get the instance prompt, or no caption has the new word."""
     instance, captions = config.data.pictures.instance_prompt, data.training.every_caption()
-    own = data.found and instance is not None and all(p.captions != (instance,) for p in data.found.pictures)
+    own = data.survey and instance is not None and all(p.captions != (instance,) for p in data.survey.pictures)
     if own:
         why = "the instance prompt is the caption of pictures that have none, and all of these have their own"
         raise ConfigError(f"{why}. Leave it out, or --set data.pictures.layout=uncaptioned")
@@ -202,18 +202,18 @@ def _check_captions(config: FineTuning, data: DataSet) -> None:
         raise ConfigError(f"no caption holds the word {config.word.token}: it would learn nothing")
 
 
-def weights_of(model: Model, taught: Taught) -> Weights:
+def weights_of(model: Model, tuning: Tuning) -> Weights:
     """The bytes of trained and of frozen weights."""
-    trained = sum(p.nbytes for p in taught.module.parameters() if p.requires_grad)
+    trained = sum(p.nbytes for p in tuning.module.parameters() if p.requires_grad)
     return Weights(trained, sum(p.nbytes for network in model.modules() for p in network.parameters()) - trained)
 
 
-def timed_step(run: Run[FineTuning], model: Model, taught: Taught) -> float:
+def timed_step(run: Run[FineTuning], model: Model, tuning: Tuning) -> float:
     """Seconds of the forward and backward pass of a step: the second run of two on the first samples."""
     learning = run.config.finetune.model_copy(update={"cache": False})
     uncached = run.config.model_copy(update={"finetune": learning})
-    stage, _ = _stages(Run(uncached, run.folder, run.accelerator, run.data, run.checkpoints), model, taught, None)
-    module = taught.module.to(run.accelerator.device)
+    stage, _ = _stages(Run(uncached, run.folder, run.accelerator, run.data, run.checkpoints), model, tuning, None)
+    module = tuning.module.to(run.accelerator.device)
     batch: Any = send_to_device(stage.batch(range(learning.training.train_batch_size)), run.accelerator.device)
     for _ in range(2):
         began = time.monotonic()

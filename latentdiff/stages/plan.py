@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latentdiff.data.pictures import PictureSet
-from latentdiff.data.source import shown
+from latentdiff.data.source import one_line
 from latentdiff.families.own import new_clip, new_codec, new_unet
 from latentdiff.settings.config import Config, Training
 from latentdiff.stages.run import Run
@@ -56,18 +56,18 @@ def plan_text(run: Run[Any], weights: Mapping[str, Weights | None]) -> str:
 
 def _data_lines(run: Run[Any]) -> list[str]:
     """Lines about the user's pictures: their number, repeats, buckets, and what is left out."""
-    found, training = run.data.found, run.data.training
-    if not found:
+    survey, training = run.data.survey, run.data.training
+    if not survey:
         return []
-    source = shown(run.config.data.pictures.source)
-    line = f"data: {found.found:,} images ({found.listing.layout}, {source}), {len(training):,} samples an epoch"
-    if found.quarantined:
-        line += f", {len(found.quarantined):,} left out (quarantine.jsonl)"
+    source = one_line(run.config.data.pictures.source)
+    line = f"data: {survey.count:,} images ({survey.listing.layout}, {source}), {len(training):,} samples an epoch"
+    if survey.quarantined:
+        line += f", {len(survey.quarantined):,} left out (quarantine.jsonl)"
     sizes = [f"{w}x{h}: {len(rows):,}" for (h, w), rows in training.pictures.buckets().items()]
     buckets = f"    in {len(sizes)} buckets, {', '.join(sizes)}"
     if isinstance(training.pictures, PictureSet):
         buckets += f"; {training.pictures.cropped_share():.1%} cropped away"
-    return [line, buckets, *(f"    {note}" for note in found.listing.notes)]
+    return [line, buckets, *(f"    {note}" for note in survey.listing.notes)]
 
 
 def _steps_line(run: Run[Any], stage: str, settings: Training) -> str:

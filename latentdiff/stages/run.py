@@ -54,7 +54,7 @@ FOUND = (  # the identities of the pictures show their effect
 NEITHER = {  # names and drawing settings; the hash of its weights identifies a model
     "name",
     "recommended",
-    "shown",
+    "previews",
     "model",
     "variant",
     "revision",
@@ -118,9 +118,9 @@ def _matters(key: str, stage: str) -> bool:
 
 def check_trainable(config: Config, data: DataSet, stages: Iterable[str], processes: int = 1) -> None:
     """Refuse data that a later stage cannot take, before the first stage. Raises ConfigError."""
-    if not data.found:
+    if not data.survey:
         return
-    if data.found.listing.streamed and (set(stages) - {"denoiser"}):
+    if data.survey.listing.streamed and (set(stages) - {"denoiser"}):
         raise ConfigError(
             "a streamed data set is read in its own order only. Train the denoiser alone: --stage denoiser"
         )

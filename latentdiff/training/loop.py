@@ -206,5 +206,5 @@ def _not_finite(
     bad = [name for name, good in zip(ids, finite, strict=True) if not good] if len(finite) == len(ids) else ids
     named: list[str] = gather_object(bad) or gather_object(ids)
     what = "gradient" if math.isfinite(loss) else "loss"
-    shown = ", ".join(named[:5]) + (f", ... {len(named)} in all" if len(named) > 5 else "")
-    return NonFiniteError(f"{what} is not finite at step {step} (samples {shown}). The weights were not changed", named)
+    names = ", ".join(named[:5]) + (f", ... {len(named)} in all" if len(named) > 5 else "")
+    return NonFiniteError(f"{what} is not finite at step {step} (samples {names}). The weights were not changed", named)

@@ -20,31 +20,31 @@ class PriorStage:
 
     divisible = True
 
-    def __init__(self, taught: DenoiserStage, prior: DenoiserStage, weight: float):
-        self._taught, self._prior, self._weight = taught, prior, weight
+    def __init__(self, instance: DenoiserStage, prior: DenoiserStage, weight: float):
+        self._instance, self._prior, self._weight = instance, prior, weight
 
     @property
     def module(self) -> nn.Module:
         """The network, which both share."""
-        return self._taught.module
+        return self._instance.module
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The parts of the instance's stage."""
-        return self._taught.parts
+        return self._instance.parts
 
     def batch(self, positions: range) -> Batch:
         """The samples of both at these positions of their orders."""
         prior = {_PRIOR + name: tensor for name, tensor in self._prior.batch(positions).items()}
-        return self._taught.batch(positions) | prior
+        return self._instance.batch(positions) | prior
 
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """Losses (B,)."""
         own = {name: tensor for name, tensor in batch.items() if not name.startswith(_PRIOR)}
         prior = {name.removeprefix(_PRIOR): tensor for name, tensor in batch.items() if name.startswith(_PRIOR)}
-        return self._taught.loss(module, own) + self._weight * self._prior.loss(module, prior)
+        return self._instance.loss(module, own) + self._weight * self._prior.loss(module, prior)
 
     def sample_ids(self, positions: range) -> list[str]:
         """The user's names of both pictures of each position."""
-        pairs = zip(self._taught.sample_ids(positions), self._prior.sample_ids(positions), strict=True)
-        return [f"{taught} with {prior}" for taught, prior in pairs]
+        pairs = zip(self._instance.sample_ids(positions), self._prior.sample_ids(positions), strict=True)
+        return [f"{instance} with {prior}" for instance, prior in pairs]

@@ -39,10 +39,10 @@ STYLE = (
 
 
 def as_html(
-    title: str, found: Sequence[Entry], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = ""
+    title: str, entries: Sequence[Entry], sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str = ""
 ) -> str:
     """A page of sections, figures in HTML, then pictures uint8 (H, W, C) with captions."""
-    return document(title, listed(found), gallery(sheet, figures))
+    return document(title, listed(entries), gallery(sheet, figures))
 
 
 def document(title: str, *parts: str) -> str:
@@ -51,10 +51,10 @@ def document(title: str, *parts: str) -> str:
     return f"{head}<h1>{escaped(title)}</h1>{''.join(parts)}\n"
 
 
-def listed(found: Sequence[Entry]) -> str:
+def listed(entries: Sequence[Entry]) -> str:
     """Sections as the rows of a table."""
     rows = []
-    for section in found:
+    for section in entries:
         lines = "".join(f"<li>{escaped(line)}</li>" for line in section.lines)
         rows.append(f"<tr><th>{escaped(section.title)}</th><td>{escaped(section.text)}<ul>{lines}</ul></td></tr>")
     return f"<table>{''.join(rows)}</table>"

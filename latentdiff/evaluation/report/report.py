@@ -24,7 +24,7 @@ from latentdiff.evaluation.meaning import MEANING
 from latentdiff.evaluation.report import page
 from latentdiff.evaluation.report.plots import Plot, as_figure
 from latentdiff.evaluation.result import Figure, Result, as_tree, finite, from_tree
-from latentdiff.evaluation.sections import Asked, References, Subject
+from latentdiff.evaluation.sections import EvaluationSettings, References, Subject
 from latentdiff.evaluation.sweep import of_sweep
 from latentdiff.networks.protocols import Posterior
 
@@ -35,7 +35,7 @@ PAGE, METRICS = "report.html", "metrics.json"
 class Chapter:
     """The function that measures a section, and the meaning of its figures; headline: figures on top of the page."""
 
-    measure: Callable[[Subject, References, Asked], Result]
+    measure: Callable[[Subject, References, EvaluationSettings], Result]
     text: str
     headline: tuple[str, ...] = ()
 
@@ -133,9 +133,9 @@ def known(subjects: Sequence[Subject], rules: Mapping[str, Any]) -> dict[str, li
 
 
 def _kept(name: str, subject: Subject, rules: Mapping[str, Any]) -> Result | None:
-    if not (found := read_memo(_memo(name, subject), rules)):
+    if not (values := read_memo(_memo(name, subject), rules)):
         return None
-    (tree,) = found
+    (tree,) = values
     files = [_shown(name, subject, number) for number in range(len(tree["shown"]))]
     if not all(file.is_file() for file in files):
         return None
@@ -150,12 +150,14 @@ def _shown(name: str, subject: Subject, number: int) -> Path:
     return subject.folder / name / "shown" / f"{number:02d}.png"
 
 
-def measure(name: str, subject: Subject, references: References, asked: Asked, rules: Mapping[str, Any]) -> Result:
+def measure(
+    name: str, subject: Subject, references: References, settings: EvaluationSettings, rules: Mapping[str, Any]
+) -> Result:
     """Measure one section of one model, unless an earlier start has done so with the same rules."""
     if result := _kept(name, subject, rules):
         return result
     began = time.monotonic()
-    result = SECTIONS[name].measure(subject, references, asked)
+    result = SECTIONS[name].measure(subject, references, settings)
     facts = {**result.facts, "seconds": round(time.monotonic() - began, 1)}
     tree = {**as_tree(result), "facts": facts, "shown": [dict(caption) for _, caption in result.pictures]}
     for number, (picture, _) in enumerate(result.pictures):
@@ -265,12 +267,12 @@ def _rows(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> tupl
     )
     rows = []
     for name in figures[0]:
-        each = [found.get(name) for found in figures]
+        each = [figure.get(name) for figure in figures]
         first, *others = each
         assert first is not None
         verdicts = [first.better.replace("neither", ""), *(compared(first, other) if other else "" for other in others)]
         rows.append(
-            [name.replace("_", " "), *(str(found or "") for found in each), *(verdicts if has_direction else [])]
+            [name.replace("_", " "), *(str(figure or "") for figure in each), *(verdicts if has_direction else [])]
         )
     return head, rows
 

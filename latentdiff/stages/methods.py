@@ -26,7 +26,7 @@ Write = Callable[[Path, Mapping[str, str]], list[Path]]
 
 
 @dataclass(frozen=True)
-class Taught:
+class Tuning:
     """The module of a training step, its trained parts by file name, and a function that writes them.
 
     reads: whether the module reads captions itself, because the text encoder or its embeddings are trained.
@@ -39,7 +39,7 @@ class Taught:
     write: Write
 
 
-def begin(model: Model, config: FineTuning) -> Taught:
+def begin(model: Model, config: FineTuning) -> Tuning:
     """Prepare a model for a method: add the parameters to train, freeze the others. Raises ConfigError."""
     if model.inpaints:
         raise ConfigError("fine-tuning an inpainting model is not supported: give the plain model that it comes from")
@@ -59,7 +59,7 @@ def trainable(model: Model) -> tuple[UNet, AnyTextEncoder, AnyCodec]:
     return backbone, encoder, codec
 
 
-def _weights(model: Model, config: FineTuning) -> Taught:
+def _weights(model: Model, config: FineTuning) -> Tuning:
     """All weights of the U-Net, and optionally of the text encoder."""
     unet, text_encoder, _ = trainable(model)
     parts: dict[str, nn.Module] = {"unet": unet}
@@ -69,14 +69,14 @@ def _weights(model: Model, config: FineTuning) -> Taught:
         return [folder / "model"]
 
     if not config.finetune.tune_text_encoder:
-        return Taught(unet, parts, False, write)
+        return Tuning(unet, parts, False, write)
     for encoder, name in zip(text_encoder.encoders, ("text_encoder", "text_encoder_2"), strict=False):
         thaw(encoder)
         parts[name] = encoder
-    return Taught(ConditionedNetwork(unet, text_encoder), parts, True, write)
+    return Tuning(ConditionedNetwork(unet, text_encoder), parts, True, write)
 
 
-def _factors(model: Model, config: FineTuning) -> Taught:
+def _factors(model: Model, config: FineTuning) -> Tuning:
     """LoRA's factors beside the attention of the U-Net, and optionally of the text encoder."""
     unet, text_encoder, _ = trainable(model)
     known, reads = adapted(model), config.finetune.tune_text_encoder
@@ -97,10 +97,10 @@ def _factors(model: Model, config: FineTuning) -> Taught:
         return paths
 
     module = ConditionedNetwork(unet, text_encoder) if reads else unet
-    return Taught(module, parts, reads, write)
+    return Tuning(module, parts, reads, write)
 
 
-def _word(model: Model, config: FineTuning) -> Taught:
+def _word(model: Model, config: FineTuning) -> Tuning:
     """The vectors of a new word."""
     unet, text_encoder, _ = trainable(model)
     unet.requires_grad_(False)
@@ -111,4 +111,4 @@ def _word(model: Model, config: FineTuning) -> Taught:
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         return [words_file.save_word(vectors, folder, word.token)]
 
-    return Taught(ConditionedNetwork(unet, text_encoder), parts, True, write)
+    return Tuning(ConditionedNetwork(unet, text_encoder), parts, True, write)

@@ -16,7 +16,7 @@ from latentdiff.core.errors import DataError
 from latentdiff.core.files import recorded
 from latentdiff.core.images import coloured, to_images
 from latentdiff.data.examples import Examples
-from latentdiff.data.source import shown
+from latentdiff.data.source import one_line
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.report.page import Entry, as_html
@@ -56,8 +56,8 @@ def report(
 
 def keep_rows_apart(directory: Path, config: FineTuning, examples: Examples) -> None:
     """Move rows with other prompts, seeds or sizes into a folder beside, since the page compares rows."""
-    shown_now = config.shown.model_dump(mode="json") | {"size": config.image_size}
-    content = json.dumps(shown_now | {"prompts": prompts_of(config, examples)}, sort_keys=True) + "\n"
+    settings = config.previews.model_dump(mode="json") | {"size": config.image_size}
+    content = json.dumps(settings | {"prompts": prompts_of(config, examples)}, sort_keys=True) + "\n"
     path = directory / "prompts.json"
     if directory.is_dir() and not (path.is_file() and path.read_text(encoding="utf-8") == content):
         number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}-{n}").exists())
@@ -68,16 +68,16 @@ def keep_rows_apart(directory: Path, config: FineTuning, examples: Examples) -> 
 
 def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
     """The config's prompts, or captions of validation pictures, and with a prior as many of the class."""
-    if config.shown.prompts:
-        return list(config.shown.prompts)
-    captions = [examples.caption(row % len(examples), 0) for row in range(config.shown.count)]
+    if config.previews.prompts:
+        return list(config.previews.prompts)
+    captions = [examples.caption(row % len(examples), 0) for row in range(config.previews.count)]
     return captions + [config.prior.prompt] * len(captions) if config.prior.prompt else captions
 
 
 def _drawn(painter: Painter, config: FineTuning, prompts: list[str]) -> np.ndarray:
     """Pictures of prompts, uint8 (N, H, W, C), always from the same noise."""
-    side, steps = config.image_size, config.shown.num_inference_steps
-    return draw_prompts(painter, prompts, seed=config.shown.seed, height=side, width=side, num_inference_steps=steps)
+    side, steps = config.image_size, config.previews.num_inference_steps
+    return draw_prompts(painter, prompts, seed=config.previews.seed, height=side, width=side, num_inference_steps=steps)
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:
@@ -117,7 +117,7 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[n
     settings = tuple(f"{key} = {value}" for key, value in _differing(config).items())
     sections = [
         Entry("model", _model(config)),
-        Entry("pictures", f"{len(run.data.training):,} of {shown(Path(config.data.pictures.source).name)}"),
+        Entry("pictures", f"{len(run.data.training):,} of {one_line(Path(config.data.pictures.source).name)}"),
         Entry("validation", "before and after", tuple(_compared(lines))),
         Entry("settings", "that are not the defaults of every run", settings),
     ]
@@ -138,7 +138,7 @@ def _differing(config: FineTuning) -> dict[str, Any]:
     plain = flat(FineTuning.model_construct())
     settings = {key: value for key, value in flat(config).items() if plain.get(key) != value}
     places = ("data.pictures.source", "model", "prior.source")  # pages do not reveal folders
-    return {key: shown(Path(value).name) if key in places else value for key, value in settings.items()}
+    return {key: one_line(Path(value).name) if key in places else value for key, value in settings.items()}
 
 
 def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:
