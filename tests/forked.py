@@ -299,6 +299,20 @@ def signal_the_group():
     os.killpg(os.getpgid(0), signal.SIGTERM)
 
 
+def with_sigint():
+    """SIGINT ends a command, as in a terminal: shells let commands in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def with_hub(endpoint, home, offline):
+    """The settings of huggingface_hub, which reads them from the environment when it is imported."""
+    from huggingface_hub import constants
+
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = endpoint, offline
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE = str(home / "hub")
+
+
 def as_nobody(folder):
     """A user who may not write into `folder`."""
     Path(folder).chmod(0o555)

@@ -16,6 +16,7 @@ from latentdiff.cli.batches import Process
 from latentdiff.core.errors import ConfigError
 
 from .conftest import ROOT
+from .forked import Started
 
 COLORS, SHAPES = ("red", "green", "blue", "yellow", "pink"), ("circle", "square", "star", "ring")
 WORDS = ("generate", "--prompts-file", "prompts.txt", "-s", "5", "--steps", "2", "--device", "cpu")
@@ -26,32 +27,38 @@ def prompts(folder, count):
     (folder / "prompts.txt").write_text("\n".join(lines))
 
 
-def start(folder, *words, launcher=(), **environment):
+def start(folder, *words, **environment):
+    return Started(*WORDS, *words, cwd=folder, env=environment)
+
+
+def ended(started):
+    """The paths that a command printed, and its standard error."""
+    code, err = started.ended()
+    assert code == 0, err
+    return started.printed().split(), err
+
+
+def launch(folder, processes, *words):
+    """The same by torchrun."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes))
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "latentdiff", *WORDS, *words],
+        [sys.executable, *torchrun, "-m", "latentdiff", *WORDS, *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def ended(process):
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return out.split(), err
-
-
-def kill_after(process, folder, count):
+def kill_after(pid, folder, count):
     """SIGKILL to a command and all that it has started, once there are so many pictures more."""
     before = len(list(folder.glob("*")))
     while len(list(folder.glob("*"))) < before + count:
-        assert process.poll() is None, process.stderr.read()
+        assert psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
         time.sleep(0.01)
-    for one in [process, *psutil.Process(process.pid).children(recursive=True)]:  # launchers' have groups of their own
-        os.kill(one.pid, signal.SIGKILL)
-    process.communicate()
+    for one in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:  # launchers' have own groups
+        one.kill()
 
 
 def pixels(folder):
@@ -69,9 +76,10 @@ def test_killed_and_gone_on_with_by_others(tmp_path):
     paths, err = ended(start(tmp_path, "-o", "whole", "--batch-size", "4"))
     assert (len(paths), err) == (22, "")
     words, killed = ("-o", "killed", "--batch-size", "4", "--resume"), tmp_path / "killed"
-    kill_after(start(tmp_path, *words), killed, 1)
-    first = start(tmp_path, *words, RANK="0", WORLD_SIZE="2")
-    kill_after(first, killed, 1)
+    for environment in ({}, {"RANK": "0", "WORLD_SIZE": "2"}):
+        started = start(tmp_path, *words, **environment)
+        kill_after(started.process.pid, killed, 1)
+        assert started.ended()[0] == -signal.SIGKILL
     ended(start(tmp_path, *words, RANK="1", WORLD_SIZE="2"))
     before = {path.name: path.stat().st_mtime_ns for path in killed.iterdir()}
     paths, err = ended(start(tmp_path, *words))
@@ -86,15 +94,13 @@ def test_a_thousand_prompts_by_torchrun(tmp_path):
     prompts(tmp_path, 1000)
     ended(start(tmp_path, "-o", "whole"))
     words, killed = ("-o", "killed", "--resume"), tmp_path / "killed"
-    kill_after(start(tmp_path, *words), killed, 150)
-    for processes, pictures in ((3, 200), (2, None)):
-        launched = start(tmp_path, *words, launcher=("-m", "torch.distributed.run", "--nproc_per_node", str(processes)))
-        if pictures:
-            kill_after(launched, killed, pictures)
-        else:
-            paths, _ = ended(launched)
+    kill_after(start(tmp_path, *words).process.pid, killed, 150)
+    kill_after(launch(tmp_path, 3, *words).pid, killed, 200)
+    last = launch(tmp_path, 2, *words)
+    out, err = last.communicate(timeout=600)
+    assert last.returncode == 0, err
     same(pixels(killed), pixels(tmp_path / "whole"))
-    print(f"1,000 pictures, the last {len(paths)} by two processes: the same files, to the bit")
+    print(f"1,000 pictures, the last {len(out.split())} by two processes: the same files, to the bit")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from .conftest import ROOT
+from .forked import Started, with_sigint
 
 PROMPT = "a red circle above a blue square"
 
@@ -258,21 +260,15 @@ def test_stopped_in_the_midst_of_an_import(tmp_path, number, code, said):
 @pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
 def test_stopped_by_a_signal(tiny_model, tmp_path, number, code, said):
     """One line, the shell's exit code, and the pictures written so far stay whole."""
-    words = [sys.executable, "-m", "latentdiff", "generate", PROMPT, "-m", tiny_model, "-N", "500", "--batch-size", "1"]
-    process = subprocess.Popen(
-        [str(word) for word in words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heeding,
-    )
-    first = process.stdout.readline().strip()
-    process.send_signal(number)
-    _, err = process.communicate()
-    assert (process.returncode, err) == (code, f"error: {said}\n")
-    Image.open(tmp_path / first).load()
+    words = ("generate", PROMPT, "-m", tiny_model, "-N", "500", "--batch-size", "1", "-s", "7")
+    started, first = Started(*words, cwd=tmp_path, hook=with_sigint), tmp_path / "outputs" / "00001-7.png"
+    while not first.exists():
+        assert started.process.is_alive(), started.ended()
+        time.sleep(0.05)
+    os.kill(started.process.pid, number)
+    assert started.ended() == (code, f"error: {said}\n")
+    for path in first.parent.iterdir():
+        Image.open(path).load()
 
 
 def test_help_imports_nothing_heavy(command):

@@ -3,10 +3,8 @@
 import hashlib
 import http.server
 import json
-import os
-import subprocess
-import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote
@@ -16,7 +14,7 @@ import pytest
 from latentdiff.formats.hub import is_hub_id
 
 from . import stable_diffusion
-from .conftest import ROOT
+from .forked import Started, with_hub
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 NAME = "someone/tiny-diffusion"
@@ -90,50 +88,46 @@ def hub(tmp_path_factory):
 
 
 def generate(place, endpoint, *words, offline=False):
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(place / "hf"), "PYTHONPATH": str(ROOT)}
-    env["HF_HUB_OFFLINE"] = "1" if offline else "0"
-    asked = ["generate", "a castle", "-m", NAME, "--steps", "1", "--size", "64x64", "-s", "1", *words]
-    return subprocess.run(
-        [sys.executable, "-m", "latentdiff", *asked], cwd=place, env=env, capture_output=True, text=True, timeout=300
-    )
+    """The exit code and standard error of a command in a process of its own."""
+    options = ("-m", NAME, "--steps", "1", "--size", "64x64", "-s", "1", *words)
+    hook = partial(with_hub, endpoint, place / "hf", offline)
+    return Started("generate", "a castle", *options, cwd=place, hook=hook).ended()
 
 
 def test_fetched_once_at_a_revision(hub, tmp_path):
     """What is not read is not fetched; the second time nothing is asked of the hub; the commit is in the picture."""
     Hub.asked.clear()
-    done = generate(tmp_path, hub, "-o", "one.png")
-    assert done.returncode == 0, done.stderr
+    code, err = generate(tmp_path, hub, "-o", "one.png")
+    assert code == 0, err
     fetched = [path for path in Hub.asked if "/resolve/" in path]
     assert any(path.endswith("unet/diffusion_pytorch_model.safetensors") for path in fetched)
     assert not any(path.endswith((".py", ".ckpt")) or "non_ema" in path for path in fetched)
     Hub.asked.clear()
-    done = generate(tmp_path, hub, "-o", "two.png")
-    assert (done.returncode, Hub.asked) == (0, []), done.stderr
-    done = generate(tmp_path, hub, "-o", "three.png", "--revision", "v1")
-    assert done.returncode == 0, done.stderr
+    code, err = generate(tmp_path, hub, "-o", "two.png")
+    assert (code, Hub.asked) == (0, []), err
+    code, err = generate(tmp_path, hub, "-o", "three.png", "--revision", "v1")
+    assert code == 0, err
     from latentdiff.drawing.reproduce import read_record
 
     records = [read_record(tmp_path / f"{name}.png") for name in ("one", "two", "three")]
     assert [record.model_source for record in records] == [f"{NAME}@{COMMITS[r]}" for r in ("main", "main", "v1")]
     assert records[0].model_hash == records[1].model_hash != records[2].model_hash
     Hub.asked.clear()
-    done = generate(tmp_path, "http://127.0.0.1:9", "-o", "four.png", "--revision", COMMITS["v1"], offline=True)
-    assert (done.returncode, Hub.asked) == (0, [])
+    code, _ = generate(tmp_path, "http://127.0.0.1:9", "-o", "four.png", "--revision", COMMITS["v1"], offline=True)
+    assert (code, Hub.asked) == (0, [])
 
 
 @pytest.mark.parametrize("words", [("--revision", "v9"), ("--variant", "fp16")])
 def test_what_the_hub_does_not_have(hub, tmp_path, words):
-    done = generate(tmp_path, hub, *words)
-    assert done.returncode == 4
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ")
+    code, err = generate(tmp_path, hub, *words)
+    assert (code, err.count("\n")) == (4, 1)
+    assert err.startswith("error: ")
 
 
 def test_offline_and_never_fetched(tmp_path):
-    done = generate(tmp_path, "http://127.0.0.1:9", offline=True)
-    assert done.returncode == 4
-    assert done.stderr.startswith(f"error: cannot fetch {NAME} from the hub: ")
-    assert done.stderr.count("\n") == 1
+    code, err = generate(tmp_path, "http://127.0.0.1:9", offline=True)
+    assert (code, err.count("\n")) == (4, 1)
+    assert err.startswith(f"error: cannot fetch {NAME} from the hub: ")
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "./a/b", "/a/b", "here/model", "a/b.safetensors/"])
