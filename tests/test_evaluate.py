@@ -282,7 +282,7 @@ def test_own_pictures(call, tmp_path, folders):
         (("--steps", "0"), "num_inference_steps"),
         (("--pictures", "3"), "greater than or equal to 16"),
         (("--data", "nowhere"), "nowhere"),
-        (("--data", ""), "data.pictures.source is missing: say where the pictures are"),
+        (("--data", ""), "data.pictures.source is missing: give the pictures"),
         (("--features", "nowhere"), "no CLIP in open_clip's format at nowhere"),
         (("--lpips", "nowhere"), "cannot load nowhere"),
         (("--geneval", "nowhere"), "nowhere cannot be read (No such file or directory)"),

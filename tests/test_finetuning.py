@@ -57,7 +57,7 @@ def test_what_is_saved_is_read_again(overrides, tmp_path):
         (("method=magic",), 'key "method": must be'),
         (("method=dreambooth",), "dreambooth requires prior.prompt"),
         (("method=textual-inversion",), "textual-inversion requires word.token"),
-        (("method=textual-inversion", "word.token=a", "prior.prompt=b"), "trains a word's vectors alone"),
+        (("method=textual-inversion", "word.token=a", "prior.prompt=b"), "trains only a word's vectors"),
         (("word.token=a",), 'word has no effect without method = "textual-inversion"'),
         (("method=textual-inversion", "word.token=a/b"), "word.token"),
         (("method=full", "lora.rank=4"), "lora has no effect on full without a rank"),

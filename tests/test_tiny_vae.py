@@ -277,7 +277,7 @@ def test_learnt_from_the_default_models(call, tmp_path):
 
 
 WRONG = {
-    "widths": (("autoencoder.block_out_channels=[8,8,16]",), 2, "a tiny autoencoder is as wide at every level"),
+    "widths": (("autoencoder.block_out_channels=[8,8,16]",), 2, "a tiny autoencoder requires equal block_out_channels"),
     "levels": (
         ("autoencoder.block_out_channels=[8,8]",),
         2,
@@ -285,7 +285,7 @@ WRONG = {
     ),
     "channels": (("autoencoder.latent_channels=8",), 2, "its latent_channels is 8, not 4"),
     "teacher": (("autoencoder.teacher=nowhere",), 4, "no VAE (nowhere)"),
-    "pupil": (('autoencoder.kind="kl"', "autoencoder.teacher=x"), 2, "only a tiny autoencoder has a teacher"),
+    "pupil": (('autoencoder.kind="kl"', "autoencoder.teacher=x"), 2, 'teacher requires kind = "tiny"'),
 }
 
 

@@ -38,17 +38,21 @@ class Training(Section):
     learning_rate: float = Field(1e-3, gt=0)
     lr_schedule: Literal["trapezoid", "cosine", "linear", "constant"] = "trapezoid"
     lr_warmup_steps: int = Field(200, ge=0)
-    lr_decay: float = Field(0.3, ge=0, le=1, description="last share of the steps, in which a trapezoid falls to 0")
+    lr_decay: float = Field(
+        0.3, ge=0, le=1, description="share of the steps at the end in which a trapezoid falls to 0"
+    )
     optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
     adam_beta2: float = Field(0.99, gt=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema: Literal["constant", "power"] = "constant"
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="limit of the constant decay; 0 is no averaging")
-    ema_power: float = Field(6.94, gt=0, description="power decay: step t weighs as t^this (6.94: a width of 10%)")
-    ema_offload: bool = Field(False, description="keep the average in the CPU's memory, a little slower")
-    num_workers: int = Field(0, ge=0, le=64, description="processes that make batches ahead; they change no number")
-    compile: bool = Field(False, description="torch.compile: a minute or two first, then faster steps")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="limit of the constant decay; 0 turns averaging off")
+    ema_power: float = Field(
+        6.94, gt=0, description="power decay: step t has the weight t^ema_power (6.94: a width of 10%)"
+    )
+    ema_offload: bool = Field(False, description="store the average in the CPU's memory, a little slower")
+    num_workers: int = Field(0, ge=0, le=64, description="processes that prepare batches; they change no number")
+    compile: bool = Field(False, description="torch.compile: takes a minute or two first, then steps are faster")
     checkpointing_steps: int = Field(500, ge=1)
     checkpoints_total_limit: int = Field(2, ge=2)
     validation_steps: int = Field(1000, ge=1)
@@ -60,9 +64,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Captions(Section):
     """How a picture's captions become its training prompt (latentdiff/data/captions.py)."""
 
-    choice: Literal["random", "first"] = Field("random", description="which of several captions, each epoch anew")
-    shuffle_tags: bool = Field(False, description="comma-separated tags in a new order each epoch")
-    keep_tags: int = Field(0, ge=0, description="of them, how many stay in front")
+    choice: Literal["random", "first"] = Field("random", description="the choice among several captions in each epoch")
+    shuffle_tags: bool = Field(False, description="a new order of comma-separated tags in each epoch")
+    keep_tags: int = Field(0, ge=0, description="number of tags that stay in front")
     templates: tuple[Annotated[str, Field(pattern=r"\{\}")], ...] = Field(("{}",), min_length=1)
     prefix: str = ""
 
@@ -75,19 +79,21 @@ class Pictures(Section):
     split: str = "train"
     image_column: str | None = None
     caption_column: str | None = None
-    streaming: bool = Field(False, description="of a table: read in order only, never stored")
-    instance_prompt: str | None = Field(None, min_length=1, description="the caption of pictures without one")
+    streaming: bool = Field(False, description="for a table: read in order, never stored")
+    instance_prompt: str | None = Field(None, min_length=1, description="caption of pictures without one")
     allow_missing_captions: bool = Field(False, description="train pictures without a caption on the empty one")
-    skip_bad: bool = Field(False, description="leave out what cannot be used, and list it in quarantine.jsonl")
-    background: str = Field("#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", description="what shines through transparency")
-    max_pixels: int = Field(64_000_000, ge=1, le=89_000_000, description="of a picture; larger ones are refused")
+    skip_bad: bool = Field(False, description="leave out unusable pictures, and list them in quarantine.jsonl")
+    background: str = Field("#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", description="colour behind transparency")
+    max_pixels: int = Field(64_000_000, ge=1, le=89_000_000, description="largest picture; larger ones are refused")
     crop: Literal["center", "random", "content"] = Field(
-        "center", description="where the largest part that fits lies; content: by its sha256, the same each epoch"
+        "center", description="place of the crop; content: from the picture's sha256, the same in every epoch"
     )
-    flip: bool = Field(False, description="half of the time mirrored, left for right")
-    bucket_step: int | None = Field(None, ge=1, description="buckets' sides are its multiples; none: squares only")
+    flip: bool = Field(False, description="mirror half of the samples, left to right")
+    bucket_step: int | None = Field(None, ge=1, description="multiple of the buckets' sides; none: only squares")
     bucket_max_aspect: float = Field(2.0, ge=1, le=16)
-    validation_pictures: int = Field(0, ge=0, description="held out of training; 0: validation looks at trained ones")
+    validation_pictures: int = Field(
+        0, ge=0, description="number held out of training; 0: validation uses training pictures"
+    )
     captions: Captions = Captions()
 
     @property
@@ -102,7 +108,7 @@ class Data(Section):
 
     kind: Literal["scenes", "pictures"] = "scenes"
     grey: bool = Field(False, description="one channel of luminance instead of three of colour")
-    count: int = Field(50_000, ge=1, le=10**8, description="distinct scenes that the denoiser is trained on")
+    count: int = Field(50_000, ge=1, le=10**8, description="distinct scenes for the denoiser's training")
     mix: tuple[Fraction, Fraction, Fraction, Fraction, Fraction, Fraction] = Field(
         (0.24, 0.12, 0.18, 0.04, 0.3, 0.12),
         description="shares of single, two, counting, colors, position, binding",
@@ -112,7 +118,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _somewhere(self) -> Data:
         if self.kind == "pictures" and not self.pictures.source:
-            raise ValueError("data.pictures.source is missing: say where the pictures are")
+            raise ValueError("data.pictures.source is missing: give the pictures")
         return self
 
     @model_validator(mode="after")
@@ -126,23 +132,27 @@ class Autoencoder(Section):
     """diffusers.AutoencoderKL; AutoencoderTiny, which learns the latents of another; or none: a pixel-space model."""
 
     kind: Literal["kl", "tiny", "identity"] = "kl"
-    teacher: str = Field("", description="of a tiny one: the VAE that it learns from, or its model (none: the default)")
+    teacher: str = Field(
+        "", description="for a tiny one: the VAE that it learns from, or its model (none: the default)"
+    )
     block_out_channels: tuple[int, ...] = (16, 32, 64)
     layers_per_block: int = Field(1, ge=1)
     latent_channels: int = Field(4, ge=1)
     norm_num_groups: int = Field(8, ge=1)
-    crop: int = Field(32, ge=8, description="side in pixels of the random crops it is trained on")
+    crop: int = Field(32, ge=8, description="side in pixels of the random crops for training")
     gradient_weight: float = Field(0.5, ge=0)
     kl_weight: float = Field(1e-4, ge=0)
-    latent_weight: float = Field(1.0, ge=0, description="of a tiny one: that its latents are the teacher's")
+    latent_weight: float = Field(
+        1.0, ge=0, description="for a tiny one: weight of the difference to the teacher's latents"
+    )
     training: Training = Training()
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Autoencoder:
         if self.kind == "tiny" and len(set(self.block_out_channels)) > 1:
-            raise ValueError("a tiny autoencoder is as wide at every level (block_out_channels)")
+            raise ValueError("a tiny autoencoder requires equal block_out_channels")
         if self.kind != "tiny" and self.teacher:
-            raise ValueError("only a tiny autoencoder has a teacher")
+            raise ValueError('teacher requires kind = "tiny"')
         return self
 
 
@@ -173,21 +183,23 @@ class Learning(Section):
     """How a denoiser is trained or fine-tuned: the objective's weights, times and noise, and what is cached."""
 
     weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
-    snr_gamma: float | None = Field(None, gt=0, description="of the weighting (default: 5, p2: 1)")
+    snr_gamma: float | None = Field(None, gt=0, description="gamma of the weighting (default: 5, p2: 1)")
     noise_offset: float = Field(0.0, ge=0, description="deviation of a constant added to each channel's noise")
-    input_perturbation: float = Field(0.0, ge=0, description="deviation of noise on the input that is no target")
-    times: Literal["uniform", "logit_normal"] = Field("uniform", description="which noise levels are drawn how often")
-    logit_mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal: below 0 nearer to the picture")
+    input_perturbation: float = Field(
+        0.0, ge=0, description="deviation of noise that is added to the input but not to the target"
+    )
+    times: Literal["uniform", "logit_normal"] = Field("uniform", description="distribution of noise levels")
+    logit_mean: float = Field(0.0, ge=-10, le=10, description="mean of logit_normal; below 0 nearer to the picture")
     logit_std: float = Field(1.0, gt=0, le=10)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     tune_text_encoder: bool = False
     cache: bool = Field(
-        True, description="encode pictures, and captions of a frozen text encoder, once before training"
+        True, description="encode pictures, and captions if the text encoder is frozen, once before training"
     )
     encode_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the arithmetic of the autoencoder that encodes pictures"
+        "float32", description="precision in which the autoencoder encodes pictures"
     )
-    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
+    gradient_checkpointing: bool = Field(False, description="less memory, but a third more time")
     training: Training = Training()
 
 
@@ -199,16 +211,16 @@ class Denoiser(Learning):
     layers_per_block: int = Field(1, ge=1)
     num_heads: int = Field(4, ge=1)
     norm_num_groups: int = Field(16, ge=1)
-    pooled_text: bool = Field(False, description="the whole text also scales and shifts every residual block")
+    pooled_text: bool = Field(False, description="the pooled text also scales and shifts every residual block")
     prediction: Literal["epsilon", "sample", "v_prediction", "flow", "karras"] = "epsilon"
     path: Literal["variance_preserving", "straight"] = Field(
         "variance_preserving", description="straight: a rectified flow, x_t = (1 - s) x0 + s noise"
     )
-    shift: float = Field(1.0, gt=0, le=100, description="of a straight path: moves levels towards noise")
+    shift: float = Field(1.0, gt=0, le=100, description="for a straight path: moves levels towards noise")
     schedule: Schedule = Schedule()
-    preview_pictures: int = Field(24, ge=8, description="pictures a category that a validation draws and scores")
+    preview_pictures: int = Field(24, ge=8, description="pictures of each category in a validation")
     distance_pictures: int = Field(
-        0, ge=0, le=50_000, description="pictures that a validation draws to measure distances from real ones; 0: none"
+        0, ge=0, le=50_000, description="pictures of a validation for distances from real ones; 0: none"
     )
 
 
@@ -217,7 +229,9 @@ class Settings(Section):
 
     name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0, lt=2**63)
-    mixed_precision: Literal["no", "bf16"] = Field("no", description="of the arithmetic; weights stay float32")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="precision of the arithmetic; weights stay float32"
+    )
     image_size: int = Field(64, ge=8, le=2048)
     data: Data = Data()
 
@@ -255,13 +269,13 @@ class Config(Settings):
                 'random crops cannot be cached: set denoiser.cache = false, or data.pictures.crop = "content"'
             )
         if self.data.kind == "pictures" and pictures.streaming and not self.denoiser.cache:
-            raise ValueError("a streamed data set requires denoiser.cache = true: it is read in its own order")
+            raise ValueError("a streamed data set requires denoiser.cache = true, since it is read in its own order")
         return self
 
     @model_validator(mode="after")
     def _whole_twins(self) -> Config:
         if self.data.kind == "scenes" and self.clip.training.train_batch_size % 2:
-            raise ValueError("clip.training.train_batch_size must be even: half a batch are twins of the other half")
+            raise ValueError("clip.training.train_batch_size must be even: half of a batch are twins of the other half")
         return self
 
 

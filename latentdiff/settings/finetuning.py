@@ -32,33 +32,35 @@ class Lora(Section):
     )
     alpha: float | None = Field(None, gt=0, description="default: the rank, so that the scale is 1")
     rslora: bool = Field(False, description="Kalajdzievski 2023: high ranks learn as fast as low ones")
-    dora: bool = Field(False, description="Liu et al. 2024: lengths of the rows are trained beside their directions")
-    convolutions: bool = Field(False, description="factors for convolutions too")
-    kohya: bool = Field(False, description="write the adapter under kohya's names too")
+    dora: bool = Field(
+        False, description="Liu et al. 2024: lengths of the rows are trained separately from their directions"
+    )
+    convolutions: bool = Field(False, description="also factors for convolutions")
+    kohya: bool = Field(False, description="also write the adapter under kohya's names")
 
 
 class Prior(Section):
     """Pictures of the class, drawn by the model before training, which preserve what it knows."""
 
-    prompt: PromptText | None = Field(None, description='"a dog", where the thing itself is "a sks dog"')
-    source: str = Field("", description="a folder of such pictures, instead of drawn ones")
+    prompt: PromptText | None = Field(None, description='"a dog", if the instance is "a sks dog"')
+    source: str = Field("", description="a folder of class pictures, instead of drawn ones")
     pictures: int = Field(100, ge=1, le=100_000)
-    weight: float = Field(1.0, ge=0, le=1000, description="of their loss beside that of the thing")
+    weight: float = Field(1.0, ge=0, le=1000, description="weight of their loss")
 
 
 class Word(Section):
     """The word of a textual inversion."""
 
     token: Annotated[str, Field(max_length=60, pattern=r"^[^/\s]*$")] = ""
-    initial: Annotated[str, Field(max_length=200)] = Field("", description="words its vectors begin as")
+    initial: Annotated[str, Field(max_length=200)] = Field("", description="words that its vectors begin as")
     vectors: int = Field(1, ge=1, le=64)
 
 
 class Previews(Section):
     """The pictures of a validation: every prompt from the same noise each time."""
 
-    prompts: tuple[PromptText, ...] = Field((), max_length=64, description="none: the captions of validation pictures")
-    count: int = Field(8, ge=1, le=64, description="of those captions")
+    prompts: tuple[PromptText, ...] = Field((), max_length=64, description="default: captions of validation pictures")
+    count: int = Field(8, ge=1, le=64, description="number of those captions")
     seed: int = Field(0, ge=0, lt=2**63)
     num_inference_steps: int = Field(20, ge=1, le=1000)
 
@@ -87,7 +89,7 @@ class FineTuning(Settings):
     @model_validator(mode="after")
     def _of_pictures(self) -> FineTuning:
         if self.data.kind != "pictures":
-            raise ValueError("data.pictures.source is missing: say where the pictures are")
+            raise ValueError("data.pictures.source is missing: give the pictures")
         return self
 
     @model_validator(mode="after")
@@ -98,7 +100,7 @@ class FineTuning(Settings):
         if self.method == "textual-inversion" and not self.word.token:
             raise ValueError("textual-inversion requires word.token (--token), the new word")
         if self.method == "textual-inversion" and (self.prior.prompt or self.finetune.tune_text_encoder):
-            raise ValueError("textual-inversion trains a word's vectors alone: no prior, no text encoder")
+            raise ValueError("textual-inversion trains only a word's vectors: no prior, no text encoder")
         if self.method != "textual-inversion" and self.word != Word():
             raise ValueError('word has no effect without method = "textual-inversion"')
         if not self.low_rank and self.lora != Lora():
