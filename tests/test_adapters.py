@@ -301,6 +301,13 @@ QUERY, VALUE = (f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_
 PLAIN = {f"{QUERY}.lora_A.weight": torch.ones(2, 32), f"{QUERY}.lora_B.weight": torch.ones(32, 2)}
 
 
+@pytest.fixture(scope="module")
+def unchanged(folders):
+    """A pipeline and a picture by it."""
+    pipe = load(folders["1"])
+    return pipe, drawn(pipe)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -324,9 +331,9 @@ PLAIN = {f"{QUERY}.lora_A.weight": torch.ones(2, 32), f"{QUERY}.lora_B.weight": 
     ids=range(12),
 )
 @pytest.mark.parametrize("fuse", [False, True])
-def test_adapters_that_are_broken_change_nothing(folders, tmp_path, changes, fuse):
-    pipe = load(folders["1"])
-    before = drawn(pipe)
+def test_adapters_that_are_broken_change_nothing(unchanged, tmp_path, changes, fuse):
+    """All of them are tried on one pipeline, which draws as before."""
+    pipe, before = unchanged
     save_file(PLAIN | changes, tmp_path / "broken.safetensors")
     with pytest.raises(ModelError) as caught:
         pipe.load_lora_weights(tmp_path / "broken.safetensors", fuse=fuse)

@@ -137,7 +137,7 @@ def test_animations_give_their_first_frame(kind):
 def test_what_cannot_be_shown_faithfully_is_refused():
     with pytest.raises(DataError, match="colour mode F"):
         decode(encoded(Image.fromarray(RNG.random((5, 7), dtype=np.float32)), "tiff"))
-    with pytest.raises(DataError, match="colour mode I,"):
+    with pytest.raises(DataError, match="colour mode I "):
         decode(encoded(Image.fromarray(RNG.integers(0, 2**31, (5, 7), dtype=np.int32)), "tiff"))
 
 

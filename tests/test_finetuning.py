@@ -63,10 +63,10 @@ def test_what_is_saved_is_read_again(overrides, tmp_path):
         (("method=full", "lora.rank=4"), "lora has no effect on full without a rank"),
         (("lora.rslora=true", "lora.kohya=true"), "kohya's format has no rslora"),
         (("prior.weight=2.0",), "prior requires prior.prompt"),
-        (('prior.prompt="a"', "prior.source=x", "prior.pictures=3"), "prior.source has its own"),
+        (('prior.prompt="a"', "prior.source=x", "prior.pictures=3"), "prior.source, which has its own"),
         (
             ("method=textual-inversion", "word.token=<x>", 'data.pictures.instance_prompt="a cat"'),
-            "<x> would learn nothing",
+            "<x>, which would learn nothing",
         ),
         (("finetune.snr_gamma=5.0",), "snr_gamma"),
         (("data.kind=scenes",), "data.pictures.source is missing"),

@@ -68,6 +68,7 @@ def test_the_autoencoders_terms(exact, found, pictures):
         assert found.entropy[row] == pytest.approx(float(entropy), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_latents_terms(exact, found, pictures):
     """L_0 by a normal density; the drawn times' sum against every time's, of one picture."""
     pixels, captions = pictures

@@ -211,7 +211,7 @@ def test_eta_of_euler_ancestral(pipe):
 @pytest.mark.parametrize(
     ("embeds", "message"),
     [
-        ({"prompt_embeds": torch.zeros(1, 32, 9)}, "prompt_embeds must have 32 numbers a token (got 9)"),
+        ({"prompt_embeds": torch.zeros(1, 32, 9)}, r"prompt_embeds must have 32 numbers a token \(got 9\)"),
         ({"prompt_embeds": torch.zeros(1, 32, 32, device="meta")}, "must be floating-point numbers"),
         ({"prompt_embeds": torch.zeros(1, 32, 32, dtype=torch.int64)}, "must be floating-point numbers"),
         (

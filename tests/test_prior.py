@@ -57,7 +57,7 @@ def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
     said.pop("pictures")  # which is said at the end
     (tmp_path / "cut" / "classes.json").write_text(json.dumps(said))
     other = config.model_copy(update={"prior": config.prior.model_copy(update={"prompt": "a ring"})})
-    with pytest.raises(DataError, match="of other settings"):
+    with pytest.raises(DataError, match="have other settings"):
         draw_class(pipe.painter, other, tmp_path / "cut", "m")
     draw_class(pipe.painter, config, tmp_path / "cut", "m")
     for name in (*names, "classes.json"):
@@ -85,7 +85,7 @@ def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, faul
     if fault == "mine":
         (folder / "classes.json").unlink()
     messages = {"missing": "00001.png is missing", "another": "00001.png is another", "damaged": "is damaged"}
-    expected = {**messages, "mine": "something else"}.get(fault, "of other settings")
+    expected = {**messages, "mine": "has other files"}.get(fault, "have other settings")
     asked = config if fault == "settings" else short
     with pytest.raises(DataError, match=expected):
         draw_class(pipe.painter, asked, folder, "other" if fault == "model" else "m")

@@ -167,7 +167,7 @@ def test_going_on_from_another_run_leaves_that_as_it_is(tmp_path):
 def test_a_stage_knows_what_it_was_trained_on(tmp_path):
     run(tmp_path, identity={"made_from": "one autoencoder"})
     newest, _ = newest_whole(tmp_path / "checkpoints")
-    with pytest.raises(ModelError, match="was trained on other networks"):
+    with pytest.raises(ModelError, match="belongs to other networks"):
         run(tmp_path, checkpoint=newest, identity={"made_from": "another"})
 
 

@@ -85,7 +85,15 @@ class Labelled:
         return Conditions({"labels": batch["labels"]})
 
 
-@pytest.fixture(scope="module", params=[(kind, path) for kind in SHAPES for path in PATHS], ids=": ".join)
+PAIRS = [
+    ("vectors", "variance preserving"),
+    ("points", "straight"),
+    pytest.param(("vectors", "straight"), marks=pytest.mark.slow),
+    pytest.param(("points", "variance preserving"), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=": ".join)
 def trained(request, tmp_path_factory):
     kind, (path, prediction) = request.param[0], PATHS[request.param[1]]
     network, data = Perceptron(SHAPES[kind][-1], path.T), Labelled(kind, 2048)

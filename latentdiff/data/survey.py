@@ -101,7 +101,7 @@ class Survey:
         reasons = [
             _named(self.unreadable, 20, f"{len(self.unreadable)} of {total:,} images cannot be read"),
             _named(self.uncaptioned, 5, f"{_images(len(self.uncaptioned))} no caption", names_only=True),
-            _named(self.ambiguous, 5, f"{_images(len(self.ambiguous))} captions that nothing tells apart"),
+            _named(self.ambiguous, 5, f"{_images(len(self.ambiguous))} captions that are ambiguous"),
             _named(self.listing.orphans, 5, f"{len(self.listing.orphans)} captions have no image"),
         ]
         texts = [reason for reason in reasons if reason]
