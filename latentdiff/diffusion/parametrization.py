@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Protocol
 from latentdiff.diffusion.level import NoiseLevel
 
 Array = Any
-NOISIEST = 20.0  # of -log-SNR that karras tells the network: pure noise has none
+NOISIEST = 20.0  # the largest -log-SNR that karras gives to the network: pure noise has no finite one
 
 
 class Coefficients(NamedTuple):
-    """See the module. time is what the network is told."""
+    """The coefficients of the module's equation; time: the network's input beside x."""
 
     scale: float
     time: float
@@ -38,7 +38,7 @@ Parametrization = Callable[[NoiseLevel], Coefficients]
 
 
 class Network(Protocol):
-    """(x, time, conditions) -> raw output like x; what is trained.
+    """(x, time, conditions) -> raw output like x; this is trained.
 
     x is (B, ...). Under K conditions at once the output is (K, B, ...).
     """
@@ -49,15 +49,15 @@ class Network(Protocol):
 
 
 class Denoiser(Protocol):
-    """(x_t, level) -> x0; what is sampled."""
+    """(x_t, level) -> x0; this is sampled."""
 
     def __call__(self, x: Array, level: NoiseLevel) -> Array:
-        """X at `level` -> the predicted clean data, shaped like x."""
+        """x at `level` -> the predicted clean data, shaped like x."""
         ...
 
 
 def epsilon(level: NoiseLevel) -> Coefficients:
-    """The noise. Where alpha is 0 it says nothing of x0, which is taken as 0, the mean of latents."""
+    """The network predicts the noise. At alpha = 0 the prediction of x0 is 0, the mean of latents."""
     if level.alpha == 0:
         return Coefficients(1.0, level.t, 0.0, 0.0)
     return Coefficients(1.0, level.t, 1 / level.alpha, -level.sigma / level.alpha)
@@ -80,7 +80,7 @@ def flow(level: NoiseLevel) -> Coefficients:
 
 
 def karras(level: NoiseLevel, std: float = 0.5) -> Coefficients:
-    """Karras et al. 2022, table 1: input and target of unit variance; the network is told log(sigma / alpha) / 4."""
+    """Karras et al. 2022, table 1: input and target have unit variance; time is log(sigma / alpha) / 4."""
     m = math.sqrt(level.sigma**2 + (std * level.alpha) ** 2)
     time = min(-level.log_snr, NOISIEST) / 4
     return Coefficients(1 / m, time, std**2 * level.alpha / m**2, std * level.sigma / m)
@@ -119,7 +119,7 @@ def x0_from(c: Coefficients, output: Array, x: Array) -> Array:
 
 
 def target(prediction: str, level: NoiseLevel) -> tuple[float, float]:
-    """(a, b) of what the network is trained towards, a noise + b x0: the module's equation solved for F.
+    """(a, b) of the network's target a noise + b x0: the module's equation solved for F.
 
     Where a network's output says nothing of x0 (epsilon at alpha 0), the noise itself.
     """

@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 
 class Path(Protocol):
-    """Noise levels by time; times are what the network is told."""
+    """Noise levels by time; a time is also an input of the network."""
 
     @property
     def T(self) -> int:  # noqa: N802 - the field's symbol

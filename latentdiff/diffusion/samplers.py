@@ -339,7 +339,7 @@ def _corrected(knot: _Knot, x0_end: Array, s: NoiseLevel) -> Array:
 
 
 def lcm(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent, path: Path | None = None) -> Iterator[Step]:
-    """Consistency sampling (Luo et al. 2023, algorithm 3), for what was distilled to be drawn with in a few steps.
+    """Consistency sampling (Luo et al. 2023, algorithm 3), for models that are distilled for few steps.
 
     To x0 at once, then noised to the next level. x0 is c_out x0 + c_skip x with the paper's boundary scalings of 10 t
     and 0.5: at time 0 it is x itself.
@@ -513,8 +513,8 @@ def tcd(
 class Sampler:
     """A row of the table.
 
-    label: A1111's name, for the metadata of pictures. schedulers: diffusers' classes that it stands for. options:
-    what a request may set for it, with the defaults.
+    label: A1111's name, for the metadata of pictures. schedulers: diffusers' classes that it replaces. options: the
+    settings that a request may change, with their defaults.
     """
 
     walk: Callable[..., Iterator[Step]]
@@ -557,5 +557,5 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def sampler_of(scheduler: str) -> str | None:
-    """The sampler that stands for a scheduler class of diffusers; None where there is none."""
+    """The sampler that replaces a scheduler class of diffusers, or None."""
     return next((name for name, row in SAMPLERS.items() if scheduler in row.schedulers), None)

@@ -1,4 +1,4 @@
-"""A painter: a model ready to draw, with what is loaded beside it."""
+"""A painter: a model ready to draw, with everything loaded beside it."""
 
 from __future__ import annotations
 
