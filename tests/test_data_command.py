@@ -174,7 +174,7 @@ def begun(trained, tmp_path):
 def test_training_tells_what_it_found(trained):
     _, err = trained
     assert re.search(r"data: 40 images \(metadata, .*\), 40 samples an epoch\n", err)
-    assert re.search(r" +in 5 buckets, .*32x32: \d+, .*; \d+\.\d% cropped away\n", err)
+    assert re.search(r" +in 3 buckets, 40x24: \d+, 32x32: \d+, 24x40: \d+; \d+\.\d% cropped away\n", err)
     lines = [json.loads(line) for line in (trained[0] / "denoiser" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 14))
     assert any("validation_loss" in line for line in lines)

@@ -167,6 +167,7 @@ def test_the_jackknife_of_a_mean_is_that_of_its_parts():
     assert jackknife(lambda x: float(x.mean()), rows, often=99).error is None
 
 
+@pytest.mark.slow
 def test_the_jackknife_tells_how_far_distances_spread():
     """Where sets differ their spread over draws, within what 40 draws tell; where they do not, no less than it."""
 

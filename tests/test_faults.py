@@ -169,7 +169,7 @@ def test_without_network_or_global_generators(whole, tmp_path):
     [
         pytest.param(partial(forked.in_loss, "denoiser", 2 * 4 + 1), SIGTERM, 143, 5, marks=pytest.mark.slow),
         (partial(forked.in_loss, "denoiser", 2 * 4 + 2), SIGINT, 130, 5),
-        (forked.in_validation, SIGTERM, 143, 4),
+        pytest.param(forked.in_validation, SIGTERM, 143, 4, marks=pytest.mark.slow),
         pytest.param(forked.in_caching, SIGTERM, 143, None, marks=pytest.mark.slow),
     ],
     ids=["SIGTERM in a step", "SIGINT in a step", "SIGTERM in validation", "SIGTERM in caching"],

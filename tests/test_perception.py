@@ -41,6 +41,7 @@ def fid(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_inception_as_torchmetrics_has_it(fid):
     theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(fid / "inception.pth"))
     theirs.use_antialias = False  # published FIDs are of TensorFlow 1's resizing

@@ -71,6 +71,7 @@ def test_two_processes_learn_from_what_one_learns_from(both):
         torch.testing.assert_close(alone[name], shared[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_rerun_is_bitwise_the_same(both, begun):
     """SIGKILL of one rank: the other does not go on alone; at the same number of processes the end is the same."""
     processes = ranks(2, begun, *WORDS, hooks={1: partial(forked.in_loss, "denoiser", 8)}, changes=SHARED)

@@ -194,7 +194,7 @@ def test_two_rows_for_one_picture(pictures, tmp_path):
     as_jsonl(tmp_path, dict(list(pictures.items())[:3]))
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "001.jpg", "text": "another"}\n')
-    told = "that nothing tells apart: 001.jpg (2 rows: metadata.jsonl line 2 and metadata.jsonl line 4)"
+    told = "that are ambiguous: 001.jpg (2 rows: metadata.jsonl line 2 and metadata.jsonl line 4)"
     assert told in refusal(tmp_path)
 
 

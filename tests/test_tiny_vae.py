@@ -22,6 +22,7 @@ from latentdiff.settings.config import load_config
 from latentdiff.training.autoencoder import TinyAutoencoderStage
 
 from .conftest import ROOT
+from .forked import SMALL
 
 
 def again(path, *words):
@@ -239,6 +240,7 @@ def test_the_loss():
 
 def train(call, *words):
     settings = {
+        **dict(change.split("=") for change in SMALL),
         "autoencoder.kind": '"tiny"',
         "autoencoder.block_out_channels": "[8, 8, 8]",
         "autoencoder.training.max_train_steps": 60,
