@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## install everything and draw a picture
 
 # in several processes of one thread each: most of a test is starting up, which no thread shortens
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest
