@@ -173,6 +173,7 @@ def test_one_that_was_interrupted_ends_the_same(whole_report, call, tiny_model, 
     assert {path: path.stat().st_mtime_ns for path in (cut / "A/likelihood").iterdir()} == kept, "not computed again"
 
 
+@pytest.mark.slow
 def test_training_measures_the_same(begun, whole, call, tmp_path):
     """The last validation's distances, to the last digit."""
     shutil.copytree(whole / "model" / "clip", begun / "model" / "clip")

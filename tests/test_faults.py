@@ -58,6 +58,7 @@ def test_killed_with_any_number_of_workers(whole, begun):
     assert logged_steps(begun) == list(range(1, 14))
 
 
+@pytest.mark.slow
 def test_every_sample_once_an_epoch(whole, begun, tmp_path):
     """Through a kill and to the last epoch, which 13 steps leave unfinished: 5 epochs of 40 and 8 more."""
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"

@@ -509,6 +509,7 @@ def test_converted_on_the_command_line(call, tmp_path):
     assert (code, out) == (0, "equal: all 12,288 values\n") or (code == 1 and "PSNR" in out)
 
 
+@pytest.mark.slow
 def test_graphs_of_another_network(call, tmp_path, monkeypatch):
     """They are checked before they get their place: of those that fail nothing is left, and older ones stay."""
     monkeypatch.setattr("latentdiff.runtime.export.LARGEST_DIFFERENCE", 0.0)
