@@ -7,11 +7,13 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+import weakref
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -56,6 +58,7 @@ class Started:
 
     def __init__(self, *words, hook=None, env=None, cwd=None, stdin=""):
         folder = Path(tempfile.mkdtemp(prefix="command-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.out, self.err = folder / "out", folder / "err"
         (folder / "in").write_text(stdin)
         arguments = (tuple(map(str, words)), folder, hook, env or {}, cwd or Path.cwd())
