@@ -279,7 +279,7 @@ class LatentDiffusionPipeline:
             return
         if self.model.other is None:
             raise ConfigError(f"{what} requires the torch runtime; {self.runtime} was requested by name")
-        warnings.warn(f"{what} is not in what was exported: drawing with torch instead", stacklevel=4)
+        warnings.warn(f"{what} requires torch: drawing with torch instead", stacklevel=4)
         self._painter = replace(self._painter, model=self.model.other(), memory=None)
 
     # drawing

@@ -1,6 +1,7 @@
 """`latentdiff generate` in all its ways, in this process: files, streams, exit codes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_a_file_of_objects(generate, photo, tmp_path):
         marked = np.zeros((64, 72), bool)
         marked[10:30, 10:30] = True
         assert np.array_equal(np.asarray(drawn)[~marked], photo[~marked])
-    assert "in/photo.png: 2 of 2 steps are run" in err
+    assert "in/photo.png: runs 2 of 2 steps" in err
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_files_of_prompts_that_are_refused(generate, tmp_path, name, content, me
 
 def test_pictures_on_the_command_line(generate, photo, tmp_path):
     code, _, err = generate(PROMPT, "-i", "photo.png", "--strength", 0.5, "-o", "a.webp", "-s", 1)
-    assert (code, err) == (0, "photo.png: 1 of 2 steps are run\n")
+    assert (code, err) == (0, "photo.png: runs 1 of 2 steps\n")
     code, _, err = generate(PROMPT, "-i", "photo.png", "--mask", "mask.png", "-o", "b.png", "-s", 1)
     assert code == 0
     with Image.open(tmp_path / "b.png") as drawn:
@@ -186,3 +187,18 @@ def test_a_record_too_long_is_known_before_anything_is_drawn(generate, tmp_path)
 def test_adapters_and_their_weights(text, path, weight):
     found = adapter_and_weight(text)
     assert (str(found[0]), found[1]) == (path, weight)
+
+
+def test_the_default_model_has_a_name(call, monkeypatch):
+    """As model and as the weaker one, unless a folder of that name is there."""
+    words = ("generate", "a red circle", "-s", "1", "--steps", "2")
+    assert call(*words, "-o", "one.png")[0] == 0
+    assert call(*words, "-m", "scenes-64", "-o", "named.png")[0] == 0
+    assert np.array_equal(*(np.asarray(Image.open(name)) for name in ("one.png", "named.png")))
+    assert (
+        call(*words, "--runtime", "torch", "--weaker", "scenes-64", "--set", "autoguidance_scale=2", "-o", "w.png")[0]
+        == 0
+    )
+    Path("scenes-64").mkdir()
+    code, _, err = call(*words, "-m", "scenes-64", "-o", "folder.png")
+    assert (code, "no model_index.json (scenes-64)" in err) == (4, True), err

@@ -202,7 +202,7 @@ def test_what_is_refused(vae, tmp_path, change, kind, message):
 
 def test_not_in_what_was_exported(vae):
     """torch takes over, and says so; where OpenVINO was asked for by name it is refused."""
-    with pytest.warns(UserWarning, match="another VAE is not in what was exported"):
+    with pytest.warns(UserWarning, match="another VAE requires torch"):
         LatentDiffusionPipeline.from_pretrained(device="cpu").load_vae(vae)
     with pytest.raises(ConfigError, match="another VAE requires the torch runtime"):
         LatentDiffusionPipeline.from_pretrained(runtime="openvino").load_vae(vae)

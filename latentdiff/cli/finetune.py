@@ -38,7 +38,9 @@ def finetune(
     ],
     method: Annotated[Method | None, typer.Option(help="Method (default: lora).")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file such as configs/finetune-lora.toml.")] = None,
-    resolution: Annotated[int | None, typer.Option("--resolution", help="Side (default: the model's).")] = None,
+    resolution: Annotated[
+        int | None, typer.Option("--resolution", help="Side of pictures in pixels (default: the model's).")
+    ] = None,
     train_batch_size: Annotated[
         int | None,
         typer.Option("--train-batch-size", "--batch-size", help="Pictures of a batch (default: the method's)."),
@@ -47,21 +49,24 @@ def finetune(
         int | None, typer.Option("--gradient-accumulation-steps", help="Batches of a step (default: 1).")
     ] = None,
     max_train_steps: Annotated[
-        int | None, typer.Option("--max-train-steps", "--steps", help="(default: the method's)")
+        int | None, typer.Option("--max-train-steps", "--steps", help="Number of steps (default: the method's).")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="(default: the method's, by the model's size)")
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="Learning rate (default: the method's, by the model's size)."),
     ] = None,
     lr_schedule: Annotated[
         str | None, typer.Option("--lr-scheduler", help="trapezoid, cosine, linear or constant.")
     ] = None,
     lr_warmup_steps: Annotated[
-        int | None, typer.Option("--lr-warmup-steps", help="(default: a tenth, at most 100)")
+        int | None, typer.Option("--lr-warmup-steps", help="Steps of the warm-up (default: a tenth, at most 100).")
     ] = None,
     mixed_precision: Annotated[
         MixedPrecision | None, typer.Option("--mixed-precision", help="Precision of the arithmetic (default: no).")
     ] = None,
-    use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="pip install 'latentdiff[8bit]'.")] = False,
+    use_8bit_adam: Annotated[
+        bool, typer.Option("--use-8bit-adam", help="Use 8-bit AdamW; requires pip install 'latentdiff[8bit]'.")
+    ] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
     ] = False,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff.cli.batches import Process, Target, write_all
-from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded
+from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded, named
 from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.core.errors import ConfigError
@@ -175,11 +175,14 @@ def generate(
     _check_used(requests, weaker, clip)
     suffix = _suffix(output, picture_format, wishes)
     loras = [adapter_and_weight(text) for text in lora or []]
+    model = named(model)
     _check_sizes(model, requests)
     pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed)
     load_extras(pipe, loras, embedding or [], vae)
     if weaker is not None:
-        pipe.load_weaker(weaker)
+        from latentdiff.families.loading import default_model
+
+        pipe.load_weaker(named(weaker) or default_model())
     if clip is not None:
         pipe.load_clip(clip)
     if offload is not None:
@@ -331,7 +334,7 @@ def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
     canvas = canvas_of(pipe.model, request, image, mask, margins=margins, names=(names[0], names[1]))
     if canvas is not None:
         steps = plan(request, pipe.model, canvas).steps[0]
-        print(f"{wish.image}: {steps} of {request.num_inference_steps} steps are run", file=sys.stderr)
+        print(f"{wish.image}: runs {steps} of {request.num_inference_steps} steps", file=sys.stderr)
     return canvas
 
 
