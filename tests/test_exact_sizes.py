@@ -75,7 +75,7 @@ def computed(source, family):
     context = stacked([ours.model.encoder.encode(Prompt(PROMPT))])
     found = {"context": context["tokens"]}
     if family == "XL":
-        found["pooled"] = context.pooled
+        found["pooled"] = context["pooled"]
         context = context.joined({"sizes": torch.tensor([[64.0, 128, 0, 0, 64, 128]])})
     found["unet"] = ours.model.backbone(noise(1, 4, 8, 16), 500.0, context)
     found["vae"] = ours.model.codec.decode(noise(1, 4, 8, 16))

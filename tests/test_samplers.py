@@ -394,6 +394,24 @@ def k_dpmpp_2s_ancestral(model, y, sigmas, noise):
     return y
 
 
+def k_dpmpp_sde(model, y, sigmas, noise):
+    """Its noise is that of one Brownian motion W over sigma: (W(a) - W(b)) / sqrt(a - b) between any two levels."""
+    w = 0.0  # at the level reached
+    for i, (s, n) in enumerate(itertools.pairwise(sigmas), 1):
+        x0 = model(y, s)
+        if n == 0:
+            return x0
+        middle = math.sqrt(s * n)
+        w_middle = w + math.sqrt(s - middle) * noise(2 * i - 1)
+        w_next = w_middle + math.sqrt(middle - n) * noise(2 * i)
+        down, up = k_diffusion_ancestral(s, middle)
+        there = x0 + down / s * (y - x0) + up * (w_middle - w) / math.sqrt(s - middle)
+        down, up = k_diffusion_ancestral(s, n)
+        y = model(there, middle) * (1 - down / s) + down / s * y + up * (w_next - w) / math.sqrt(s - n)
+        w = w_next
+    return y
+
+
 def k_dpmpp_3m_sde(model, y, sigmas, noise, eta=1.0):
     x0_1 = x0_2 = h_1 = h_2 = None
     for i, (s, n) in enumerate(itertools.pairwise(sigmas), 1):
@@ -446,6 +464,7 @@ def k_ipndm(model, y, sigmas, noise):
         ("heun", k_heun),
         ("dpm2_ancestral", k_dpm2_ancestral),
         ("dpmpp_2s_ancestral", k_dpmpp_2s_ancestral),
+        ("dpmpp_sde", k_dpmpp_sde),
         ("dpmpp_3m_sde", k_dpmpp_3m_sde),
         ("lms", k_lms),
         ("ipndm", k_ipndm),
