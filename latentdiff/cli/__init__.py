@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from latentdiff import __version__
-from latentdiff.cli import convert, data, evaluate, finetune, generate, info, reproduce, runs, train
+from latentdiff.cli import convert, data, evaluate, finetune, generate, info, reproduce, runs, terminal, train
 from latentdiff.core.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ app.command("reproduce")(reproduce.reproduce)
 @app.callback(invoke_without_command=True)
 def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
-        typer.echo(__version__)
+        terminal.result(__version__)
         raise typer.Exit
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.showwarning = lambda message, *_, **__: _warn(message)
+    warnings.showwarning = lambda message, *_, **__: terminal.warning(message)
     _catch_signals()
     try:
         status = app(prog_name="latentdiff", standalone_mode=False)
@@ -64,7 +64,7 @@ def main() -> None:
     except LatentDiffError as error:
         _fail(str(error), error.exit_code)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        terminal.note(stopped)
         sys.exit(stopped.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
@@ -90,17 +90,12 @@ def _fail_as_told(error: Exception) -> None:
     """Print errors of the command line's parser, and torch's out of memory; any other error is a bug and is raised."""
     if usage := getattr(error, "format_message", None):
         if type(error).__name__ == "NoArgsIsHelpError":  # a command without arguments prints its help
-            print(usage(), file=sys.stderr)
+            terminal.note(*usage().split("\n"))
             sys.exit(2)
         _fail(usage(), 2)
     # a class of its own on a GPU; on a CPU a RuntimeError with these words
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         _fail("out of memory. Draw fewer or smaller pictures at once", ResourceError.exit_code)
-
-
-def _warn(message: Warning | str) -> None:
-    """Print a warning on one line of standard error."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _catch_signals() -> None:
@@ -129,5 +124,5 @@ def _leave_an_import(frame: FrameType | None, message: str, code: int) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    terminal.error(message)
     sys.exit(code)

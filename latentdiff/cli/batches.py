@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.cli import terminal
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.files import numbered, suffix_of, write_pictures
 
@@ -86,7 +87,7 @@ def write_all(
             output = drawing.finish(latents)
             bar.clear()  # end the bar's line
             for note in set(output.notes) - written:
-                print(f"warning: {note}", file=sys.stderr)
+                terminal.warning(note)
             written |= set(output.notes)
             paths = _paths(batch, target, process)
             records = output.metadata
@@ -112,9 +113,9 @@ def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Pro
             there.add(number)
             otherwise |= {_otherwise(painter, number, job, target)} if target.metadata else set()
     for how in sorted(otherwise - {""}):
-        print(f"warning: some existing pictures were drawn {how}", file=sys.stderr)
+        terminal.warning(f"some existing pictures were drawn {how}")
     if there:
-        print(f"{len(there):,} of {sum(map(len, own)):,} pictures are there already", file=sys.stderr)
+        terminal.note(f"{len(there):,} of {sum(map(len, own)):,} pictures are there already")
     return [batch for batch in own if not all(number in there for number, _ in batch)]
 
 

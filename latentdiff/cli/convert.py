@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from latentdiff.cli import terminal
 from latentdiff.cli.options import Precision
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable, whole
@@ -54,7 +54,7 @@ def convert(
             raise ConfigError(
                 f"the graphs in MODEL/openvino read the weights as they are. With {of_models} name an output"
             )
-        typer.echo(_exported(source, variant))
+        terminal.result(_exported(source, variant))
         return
     if output is None:
         raise ConfigError("name an output: a new folder, or a new .safetensors file")
@@ -74,7 +74,7 @@ def convert(
         _adapter(source, output, adapter, model)
     else:
         _model(source, output, dtype, variant, vae, exporting=to is Form.openvino)
-    typer.echo(output)
+    terminal.result(output)
 
 
 def _pickle(source: Path, output: Path) -> None:
@@ -122,7 +122,7 @@ def _exported(source: Path, variant: str | None) -> Path:
 
 def _tell(differences: dict[str, float]) -> None:
     for part, difference in differences.items():
-        print(f"{part}: differs from torch by {difference:.1e} of its largest value", file=sys.stderr)
+        terminal.note(f"{part}: differs from torch by {difference:.1e} of its largest value")
 
 
 def _model(
@@ -154,4 +154,4 @@ def _model(
             _tell(export(model, made))
     if single and (source / "latentdiff.json").is_file():
         height, width = model.card.size
-        print(f"note: a single file holds no size ({width}x{height}) and no recommended settings", file=sys.stderr)
+        terminal.note(f"note: a single file holds no size ({width}x{height}) and no recommended settings")

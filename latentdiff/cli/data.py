@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.core.files import check_page, check_writable, printable
+from latentdiff.cli import terminal
+from latentdiff.core.files import check_page, check_writable
 
 if TYPE_CHECKING:
     from latentdiff.data.dataset import DataSet
@@ -60,7 +61,7 @@ def check(
     from latentdiff.data.buckets import bucket_table
     from latentdiff.data.dataset import look, picture_data
     from latentdiff.data.survey import QUARANTINED
-    from latentdiff.evaluation.report.data_set import as_text, sections
+    from latentdiff.evaluation.report.data_set import as_lines, sections
     from latentdiff.evaluation.report.page import PAGE, as_html
 
     if skip_bad:
@@ -87,15 +88,15 @@ def check(
     limit = config.clip.max_length
     report = sections(survey, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
     tree = {section.title: {"text": section.text, "lines": section.lines} for section in report}
-    typer.echo(printable(json.dumps(tree, indent=1) if json_ else as_text(report)))
+    terminal.result(*json.dumps(tree, indent=1).split("\n") if json_ else as_lines(report))
     data = picture_data(config, survey) if survey.pictures else None  # refuses like training
     if html:
         page = as_html(settings.source, report, _sheet(data, SHEET, 0, tokenizer) if data else [])
         html.write_text(page, encoding="utf-8")
-        typer.echo(html, err=True)
+        terminal.note(html)
     if skip_bad and survey.left_out and survey.pictures:
         survey.write_quarantine(quarantine)
-        typer.echo(f"{len(survey.quarantined):,} images left out: {quarantine}", err=True)
+        terminal.note(f"{len(survey.quarantined):,} images left out: {quarantine}")
     elif refusal := survey.refusal():
         raise DataError(refusal)
 
@@ -122,7 +123,7 @@ def preview(
     sheet = _sheet(data, count, epoch, _tokenizer(config))
     page = as_html(config.data.pictures.source or config.name, [Entry("preview", tree)], sheet)
     output.write_text(page, encoding="utf-8")
-    typer.echo(output)
+    terminal.result(output)
 
 
 @app.command()
@@ -147,8 +148,8 @@ def cache(
     folder = output or Path("runs") / effective.name
     check_writable(folder, folder)
     latents, contexts = cache_ahead(effective, folder, open_data(effective, folder / "cache"), share)
-    typer.echo(f"{latents:,} latents and {contexts:,} contexts encoded", err=True)
-    typer.echo(folder / "cache")
+    terminal.note(f"{latents:,} latents and {contexts:,} contexts encoded")
+    terminal.result(folder / "cache")
 
 
 def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Config:

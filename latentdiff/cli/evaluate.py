@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentdiff.cli import report_folder
+from latentdiff.cli import report_folder, terminal
 from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded, named
 from latentdiff.cli.options import Precision, Runtime
 from latentdiff.core.errors import ConfigError
@@ -124,7 +124,7 @@ def evaluate(
         candidates.append(_candidate(named(compare), runtime, dtype, device=device))
     lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
     sources = Sources(data, training, features, lpips, geneval, [(key, True) for key, on in lenient.items() if on])
-    references, identity = references_of(candidates[0], sources, pictures, report, partial(typer.echo, err=True))
+    references, identity = references_of(candidates[0], sources, pictures, report, terminal.note)
     evaluation = EvaluationSettings(seed, times, drawing | sized(candidates), grid)
     subjects = [
         Subject(name, each.painter, each.exact, report / letter)
@@ -145,10 +145,10 @@ def evaluate(
             if name not in results:
                 results[name] = [measure(name, subject, references, evaluation, same) for subject in subjects]
                 write_report(report, subjects, results, skipped, rules)
-            typer.echo(as_lines([subject.name for subject in subjects], name, results[name]) + "\n")
+            terminal.result(*as_lines([subject.name for subject in subjects], name, results[name]), "")
         for name, reason in skipped.items():
-            typer.echo(f"not measured: {name} ({reason})", err=True)
-        typer.echo(report / PAGE)
+            terminal.note(f"not measured: {name} ({reason})")
+        terminal.result(report / PAGE)
 
 
 def _candidate(path: str | None, runtime: Runtime, dtype: Precision | None, **options: Any) -> Candidate:

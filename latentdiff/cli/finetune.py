@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from latentdiff.cli import terminal
 from latentdiff.cli.loading import named
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable
@@ -209,7 +210,7 @@ def finetune(
     check_writable(output, output)
     _check_run(output)
     for path in _finetune(config, overrides, output, resume, allow_changed, dry_run):
-        typer.echo(path)
+        terminal.result(path)
 
 
 def _name(output: Path) -> str | None:
@@ -238,7 +239,6 @@ def _finetune(
     path: Path | None, overrides: tuple[Any, ...], folder: Path, resume: str, allow_changed: bool, dry_run: bool
 ) -> list[Path]:
     import shutil
-    from functools import partial
 
     from latentdiff.data.dataset import open_data
     from latentdiff.runtime.memory import keep_freed_memory
@@ -262,16 +262,16 @@ def _finetune(
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
             for line in [*notes, *(f"warning: going on although {change}" for change in changed)]:
-                typer.echo(line, err=True)
+                terminal.note(line)
         if dry_run:
-            typer.echo(rehearse(run, model), err=True)
+            terminal.note(rehearse(run, model))
             return []
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 data.write_quarantine(folder)
                 for left in folder.glob(".latentdiff-*"):  # left by a kill while a model was written
                     shutil.rmtree(left, ignore_errors=True)
-            return finetune(run, model, partial(typer.echo, err=True) if accelerator.is_main_process else _nothing)
+            return finetune(run, model, terminal.note if accelerator.is_main_process else _nothing)
 
 
 def _nothing(text: str) -> None:

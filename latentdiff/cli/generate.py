@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentdiff.cli import terminal
 from latentdiff.cli.batches import Process, Target, write_all
 from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded, named
 from latentdiff.cli.options import Precision, Runtime, Speed
@@ -190,7 +190,7 @@ def generate(
     jobs = _jobs(pipe, wishes, requests, common)
     for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume), process):
         line = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
-        typer.echo(json.dumps(line | {"prompt": record.request["prompt"]}) if json_lines else path)
+        terminal.result(json.dumps(line | {"prompt": record.request["prompt"]}) if json_lines else path)
 
 
 def _sides(width: int | None, height: int | None, size: str | None) -> dict[str, int | None]:
@@ -278,7 +278,7 @@ def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:
         raise ConfigError(f"--format applies to the pictures in a folder; {output} is a file")
     suffix = own or f".{(chosen or Format.png).value}"
     if loses_pixels(suffix) and any(wish.mask or wish.outpaint for wish in wishes):
-        print("warning: JPEG changes the pixels that a mask keeps; PNG and WebP do not", file=sys.stderr)
+        terminal.warning("JPEG changes the pixels that a mask keeps; PNG and WebP do not")
     return suffix
 
 
@@ -334,7 +334,7 @@ def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
     canvas = canvas_of(pipe.model, request, image, mask, margins=margins, names=(names[0], names[1]))
     if canvas is not None:
         steps = plan(request, pipe.model, canvas).steps[0]
-        print(f"{wish.image}: runs {steps} of {request.num_inference_steps} steps", file=sys.stderr)
+        terminal.note(f"{wish.image}: runs {steps} of {request.num_inference_steps} steps")
     return canvas
 
 
@@ -343,10 +343,10 @@ def _warn(pipe: LatentDiffusionPipeline, request: Request) -> None:
     from latentdiff.drawing.prompts import style_of
 
     if request.negative_prompt and request.guidance_scale <= 1:
-        print("warning: the negative prompt has no effect without guidance (--cfg over 1)", file=sys.stderr)
+        terminal.warning("the negative prompt has no effect without guidance (--cfg over 1)")
     for name in ("prompt", "negative_prompt"):
         read, limit = pipe.model.encoder.read(getattr(request, name), style_of(request)), pipe.model.encoder.length
         if read.cut:
-            print(f"warning: {name} has {read.tokens} tokens and is cut to the model's {limit}", file=sys.stderr)
+            terminal.warning(f"{name} has {read.tokens} tokens and is cut to the model's {limit}")
         elif read.chunks > 1:
-            print(f"{name} of {read.tokens} tokens is read in {read.chunks} chunks", file=sys.stderr)
+            terminal.note(f"{name} of {read.tokens} tokens is read in {read.chunks} chunks")

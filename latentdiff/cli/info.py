@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.cli import terminal
 from latentdiff.core.errors import ConfigError
-from latentdiff.core.files import printable
 
 
 def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors file or a picture.")]) -> None:
@@ -22,7 +22,7 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
     if not path.exists():
         raise ConfigError(f"no such file or folder ({path})")
     facts = _of_model(path) if path.is_dir() else _of_weights(path) if weights else _of_picture(path)
-    typer.echo(printable(json.dumps(facts, indent=1, ensure_ascii=False)))  # a prompt may contain half a surrogate pair
+    terminal.result(*json.dumps(facts, indent=1, ensure_ascii=False).split("\n"))
 
 
 def _of_model(path: Path) -> dict[str, object]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.cli import terminal
 from latentdiff.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def load_extras(
     """Load adapters, words and another VAE, and print how adapters fit."""
     for number, (path, weight) in enumerate(loras, 1):  # two files may have the same name
         name = f"{path.stem}_{number}" if [p.stem for p, _ in loras].count(path.stem) > 1 else None
-        print(pipe.load_lora_weights(path, name, weight=weight, fuse=True), file=sys.stderr)
+        terminal.note(pipe.load_lora_weights(path, name, weight=weight, fuse=True))
     for path in embeddings:
-        print(f"words: {', '.join(pipe.load_textual_inversion(path))}", file=sys.stderr)
+        terminal.note(f"words: {', '.join(pipe.load_textual_inversion(path))}")
     if vae is not None:
         pipe.load_vae(vae)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from latentdiff.cli import terminal
 from latentdiff.cli.options import Runtime
 
 
@@ -37,6 +38,6 @@ def reproduce(
     )
     if output is not None:
         write_new(output, encoded(picture, output.suffix.lower(), None))
-    typer.echo(likeness)
+    terminal.result(likeness)
     if not likeness.equal:
         raise typer.Exit(1)

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from latentdiff.cli import terminal
+
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="The folder of the run folders.")] = Path("runs"),
@@ -22,13 +24,13 @@ def runs(
     states = [_run(path) for path in sorted([*folder.glob("*/config.toml"), *folder.glob("*/finetune.toml")])]
     for run in states:
         if json_:
-            typer.echo(json.dumps(run))
+            terminal.result(json.dumps(run))
         else:
             stages = "  ".join(f"{name} {step}/{last}" for name, (step, last) in run["stages"].items())
             loss = "" if run["loss"] is None else f"  loss {run['loss']:.4f}"
-            typer.echo(f"{run['name']:<20} {run['state']:<10} {run['last'] or 'never':<19}  {stages}{loss}")
+            terminal.result(f"{run['name']:<20} {run['state']:<10} {run['last'] or 'never':<19}  {stages}{loss}")
     if not states:
-        typer.echo(f"no runs in {folder}", err=True)
+        terminal.note(f"no runs in {folder}")
 
 
 def _lengths(path: Path) -> dict[str, int]:

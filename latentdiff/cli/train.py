@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentdiff.cli import terminal
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable
 
@@ -113,7 +114,7 @@ def _train(
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
             for line in [*notes, *(f"warning: going on although {change}" for change in changed), plan_of(run)]:
-                typer.echo(line, err=True)
+                terminal.note(line)
         if dry_run:
             return
         with locked(folder) if accelerator.is_main_process else nullcontext():
@@ -123,7 +124,7 @@ def _train(
             for name in run.stages:
                 TRAIN[name](run)
     if accelerator.is_main_process:
-        typer.echo(folder / "model")
+        terminal.result(folder / "model")
 
 
 def _choose_deterministic_kernels() -> None:

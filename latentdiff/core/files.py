@@ -58,11 +58,6 @@ def recorded(path: Path) -> str:
     return path.name if path.is_absolute() else path.as_posix()
 
 
-def printable(text: str | Path) -> str:
-    """The text with undecodable bytes and lone surrogates escaped."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
-
-
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """A temporary folder inside `folder`, on the same disk, so that files can be renamed out of it."""

@@ -20,7 +20,8 @@ from typing import Any
 
 from latentdiff.core.decoding import SUFFIXES
 from latentdiff.core.errors import DataError
-from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, lines_of, one_line
+from latentdiff.core.text import printable
+from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, lines_of
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
@@ -77,7 +78,7 @@ def _files(root: Path) -> Iterator[str]:
 
 def _raise(error: OSError) -> None:
     """Raise DataError for a folder that cannot be listed; os.walk would treat it as empty."""
-    raise DataError(f"{one_line(str(error.filename))} cannot be read ({(error.strerror or str(error)).lower()})")
+    raise DataError(f"{printable(str(error.filename))} cannot be read ({(error.strerror or str(error)).lower()})")
 
 
 def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: list[str], options: Options) -> Listing:
@@ -92,7 +93,7 @@ def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: li
             name = known.find(_inside(parent, row.get("file_name"), where))
             captions = captions_in(row, where, options.caption_column)
             if name is None:
-                orphans.append(f"{one_line(str(row['file_name']))} ({where})")
+                orphans.append(f"{printable(str(row['file_name']))} ({where})")
             else:
                 captions_by_name[name].append((where, captions))
     records = []
@@ -124,7 +125,7 @@ def _inside(parent: PurePosixPath, name: Any, where: str) -> str:
         raise DataError(f"{where} has no file_name")
     path = os.path.normpath((parent / name).as_posix())
     if path.startswith(("../", "/")) or path == "..":
-        raise DataError(f"{where} names a file outside its folder ({one_line(name)})")
+        raise DataError(f"{where} names a file outside its folder ({printable(name)})")
     return path
 
 
@@ -185,16 +186,16 @@ def _by_sidecars(root: Path, pictures: list[str], beside: list[str]) -> Listing:
         stem = _stem(name)
         sidecar, others = sidecars.get(stem), [other for other in of_stem[stem] if other != name]
         captions = _lines_as_captions(_read_text(root / sidecar, sidecar), sidecar) if sidecar else ()
-        fault = f"shares {one_line(sidecar)} with {one_line(', '.join(others))}" if sidecar and others else ""
+        fault = f"shares {printable(sidecar)} with {printable(', '.join(others))}" if sidecar and others else ""
         records.append(Record(name, _reader(root, name), captions, _of_folder_name(name)[1], fault))
-    orphans = [one_line(file) for stem, file in sidecars.items() if stem not in of_stem]
+    orphans = [printable(file) for stem, file in sidecars.items() if stem not in of_stem]
     unread = sorted(set(beside) - set(sidecars.values()))
     notes = [f"{len(unread)} captions are not read, because another is beside each"] if unread else []
     return Listing("sidecars", records, tuple(orphans), tuple(notes))
 
 
 def _lines_as_captions(data: bytes, name: str) -> tuple[str, ...]:
-    return captions_in({"text": [line for line in lines_of(data, one_line(name)) if line.strip()]}, one_line(name))
+    return captions_in({"text": [line for line in lines_of(data, printable(name)) if line.strip()]}, printable(name))
 
 
 def _of_folder_name(name: str) -> tuple[tuple[str, ...], int]:
@@ -233,11 +234,11 @@ def _read_text(path: Path, name: str) -> bytes:
     try:
         return _read(path)
     except DataError as error:
-        raise DataError(f"{one_line(name)} cannot be read ({error})") from None
+        raise DataError(f"{printable(name)} cannot be read ({error})") from None
 
 
 def _note(others: list[str]) -> list[str]:
     if not others:
         return []
     more = ", ..." if len(others) > 5 else ""
-    return [f"{len(others)} other files are not read: {', '.join(map(one_line, others[:5]))}{more}"]
+    return [f"{len(others)} other files are not read: {', '.join(map(printable, others[:5]))}{more}"]

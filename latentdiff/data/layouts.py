@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.data import folder, shards, table
-from latentdiff.data.source import Listing, Options, one_line
+from latentdiff.data.source import Listing, Options
 
 
 def find(source: str, options: Options) -> Listing:
@@ -18,7 +18,7 @@ def find(source: str, options: Options) -> Listing:
     try:
         return _local(source, Path(source), options)
     except OSError as error:
-        raise DataError(f"cannot read {one_line(source)} ({(error.strerror or str(error)).lower()})") from None
+        raise DataError(f"cannot read {source} ({(error.strerror or str(error)).lower()})") from None
 
 
 def _local(source: str, path: Path, options: Options) -> Listing:
@@ -26,7 +26,7 @@ def _local(source: str, path: Path, options: Options) -> Listing:
     if layout == "auto" and path.is_dir() and (sharded or tabled) and folder.has_pictures(path):
         other, name = (".tar files", "shards") if sharded else (".parquet files or a saved data set", "table")
         advice = f"Set data.pictures.layout to metadata, sidecars, uncaptioned or {name}"
-        raise ConfigError(f"{one_line(source)} holds pictures and {other}. {advice}")
+        raise ConfigError(f"{source} holds pictures and {other}. {advice}")
     if layout == "shards" or (layout == "auto" and sharded):
         return shards.listing(source, options)
     if layout == "table" or (layout == "auto" and tabled):
@@ -36,7 +36,7 @@ def _local(source: str, path: Path, options: Options) -> Listing:
     if path.is_dir():
         return folder.listing(path, options)
     if path.exists():
-        raise DataError(f"{one_line(source)} is not a data set. Give a folder, .tar shards, .parquet files or a hub id")
+        raise DataError(f"{source} is not a data set. Give a folder, .tar shards, .parquet files or a hub id")
     if layout == "auto" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.parent.is_dir():
         return table.listing(source, options)
-    raise DataError(f"no such data set ({one_line(source)}). Give a folder, .tar shards, .parquet files or a hub id")
+    raise DataError(f"no such data set ({source}). Give a folder, .tar shards, .parquet files or a hub id")

@@ -13,8 +13,9 @@ import numpy as np
 
 from latentdiff.core.decoding import MAX_PIXELS, WHITE, Color, decode, silent_decoders
 from latentdiff.core.errors import DataError
+from latentdiff.core.text import printable
 from latentdiff.data.buckets import Size, cropped_share, nearest
-from latentdiff.data.source import Record, one_line
+from latentdiff.data.source import Record
 from latentdiff.data.survey import Picture
 from latentdiff.data.transform import CENTER, corner, place_by_content, view
 
@@ -72,7 +73,7 @@ class PictureSet:
 
     def name(self, row: int) -> str:
         """The user's name of a row."""
-        return one_line(self.picture(row).name)
+        return printable(self.picture(row).name)
 
     def captions(self, row: int) -> tuple[str, ...]:
         """The captions of a row; the empty caption if it has none."""

@@ -17,7 +17,8 @@ from typing import Any
 
 from latentdiff.core.decoding import SUFFIXES
 from latentdiff.core.errors import ConfigError, DataError
-from latentdiff.data.source import Listing, Options, Record, captions_in, lines_of, one_line
+from latentdiff.core.text import printable
+from latentdiff.data.source import Listing, Options, Record, captions_in, lines_of
 
 _Member = tuple[int, int, str]  # offset, length, name
 _ELSEWHERE = -1  # links and sparse files: their bytes are not one piece of the archive
@@ -42,9 +43,9 @@ def listing(source: str, options: Options) -> Listing:
             sample = _records(shard, key, members, options)
             records += sample
             if not sample:
-                orphans += [f"{shard.name}/{one_line(name)}" for _, _, name in members.values()]
+                orphans += [f"{shard.name}/{printable(name)}" for _, _, name in members.values()]
     if not records:
-        raise DataError(f"no pictures in {one_line(source)}")
+        raise DataError(f"no pictures in {printable(source)}")
     notes = (f"{others} other members are not read",) if others else ()
     return Listing("shards", records, tuple(orphans), notes)
 
@@ -53,19 +54,19 @@ def _shards(source: str) -> list[Path]:
     from braceexpand import braceexpand
 
     if re.match(r"\w+:", source):
-        raise ConfigError(f"shards must be files of this machine (got {one_line(source)})")
+        raise ConfigError(f"shards must be files of this machine (got {printable(source)})")
     if Path(source).is_dir():
         return sorted(Path(source).glob("*.tar"))
     try:
         names = islice(braceexpand(source), _MOST + 1) if "{" in source else [source]
         shards = [Path(name) for name in names]
     except ValueError:
-        raise ConfigError(f"braces do not match ({one_line(source)})") from None
+        raise ConfigError(f"braces do not match ({printable(source)})") from None
     if len(shards) > _MOST:
-        raise ConfigError(f"more than {_MOST:,} shards ({one_line(source)})")
+        raise ConfigError(f"more than {_MOST:,} shards ({printable(source)})")
     for shard in shards:
         if not shard.is_file():
-            raise DataError(f"no such shard ({one_line(str(shard))})")
+            raise DataError(f"no such shard ({printable(str(shard))})")
     return shards
 
 
@@ -85,12 +86,12 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
                     continue
                 group = samples[str(path.parent / stem)]
                 if extension.lower() in group:
-                    raise DataError(f"{shard.name} holds {one_line(member.name)} twice")
+                    raise DataError(f"{shard.name} holds {printable(member.name)} twice")
                 plain = member.isreg() and not member.issparse()
                 group[extension.lower()] = (member.offset_data if plain else _ELSEWHERE, member.size, member.name)
             _check_end(shard, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"shard {one_line(str(shard))} cannot be read: {error}") from None
+        raise DataError(f"shard {printable(str(shard))} cannot be read: {error}") from None
     return samples, ignored
 
 
@@ -122,7 +123,7 @@ def _records(shard: Path, key: str, members: dict[str, _Member], options: Option
             if _kind(extension) == kind:
                 captions = _captions(shard, member, kind, options) or captions
     names = [f"{shard.name}/{name}" for _, _, name in pictures]
-    fault = f"{len(pictures)} pictures of one key, {one_line(key)}" if len(pictures) > 1 else ""
+    fault = f"{len(pictures)} pictures of one key, {printable(key)}" if len(pictures) > 1 else ""
     return [
         Record(name, _reader(shard, member), captions, fault=fault)
         for name, member in zip(names, pictures, strict=True)
@@ -130,7 +131,7 @@ def _records(shard: Path, key: str, members: dict[str, _Member], options: Option
 
 
 def _captions(shard: Path, member: _Member, kind: str, options: Options) -> tuple[str, ...]:
-    where = f"{shard.name}/{one_line(member[2])}"
+    where = f"{shard.name}/{printable(member[2])}"
     lines = lines_of(_read(shard, member), where)
     if kind == "text":
         return captions_in({"text": [line for line in lines if line.strip()]}, where)

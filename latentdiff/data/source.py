@@ -85,8 +85,3 @@ def lines_of(data: bytes, where: str) -> list[str]:
         except UnicodeDecodeError:
             raise DataError(f"{where} line {number} is not valid UTF-8") from None
     return lines
-
-
-def one_line(name: str) -> str:
-    """A name on one line: control characters and undecodable bytes are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

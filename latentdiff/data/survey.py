@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from latentdiff.core.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
 from latentdiff.core.errors import DataError, ResourceError
+from latentdiff.core.text import printable
 from latentdiff.data.buckets import Size
 from latentdiff.data.memo import read_memo, write_memo
-from latentdiff.data.source import Listing, Record, one_line
+from latentdiff.data.source import Listing, Record
 
 _RULES = f"1, Pillow {PIL.__version__}"  # the facts below depend on these and on the bytes
 QUARANTINED = '{"name": '  # how lines about faults begin
@@ -64,7 +65,7 @@ class Fault:
     id: str | None = None
 
     def __str__(self) -> str:
-        return f"{one_line(self.name)} ({self.reason})"
+        return f"{printable(self.name)} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _opened(
             try:
                 known[key] = _facts(data, max_pixels)
             except MemoryError:
-                raise ResourceError(f"out of memory while decoding {one_line(record.name)}. Lower max_pixels") from None
+                raise ResourceError(f"out of memory while decoding {record.name}. Lower max_pixels") from None
         return record, key, known[key]
 
     remaining, total = iter(records), len(records) if isinstance(records, list) else None
@@ -239,5 +240,5 @@ def _named(faults: tuple[Any, ...], most: int, what: str, names_only: bool = Fal
     """`what: the first few by name`; empty without any."""
     if not faults:
         return ""
-    named = ", ".join(one_line(fault.name) if names_only else str(fault) for fault in faults[:most])
+    named = ", ".join(printable(fault.name) if names_only else str(fault) for fault in faults[:most])
     return f"{what}: {named}" + (f", ... ({len(faults) - most} more)" if len(faults) > most else "")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.core.errors import ConfigError, DataError, LatentDiffError, raised_as
-from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, one_line
+from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column
 
 
 def is_table(path: Path) -> bool:
@@ -39,26 +39,22 @@ def state_of(source: str) -> list[Any]:
 def listing(source: str, options: Options) -> Listing:
     """A listing of every row. Raises DataError, and ConfigError for a missing column or split."""
     table = _opened(source, options)
-    with raised_as(DataError, f"cannot read the data set {one_line(source)}"):
+    with raised_as(DataError, f"cannot read the data set {source}"):
         columns = list(table.features or next(iter(table.take(1)), {}))
-    image = check_column(
-        columns, options.image_column, ("image", "img", "jpg", "png"), "image_column", one_line(source)
-    )
+    image = check_column(columns, options.image_column, ("image", "img", "jpg", "png"), "image_column", source)
     if image is None:
-        raise ConfigError(
-            f"{one_line(source)} has no column image. Its columns: {', '.join(columns)}. Use image_column"
-        )
-    caption = check_column(columns, options.caption_column, CAPTION_KEYS, "caption_column", one_line(source))
+        raise ConfigError(f"{source} has no column image. Its columns: {', '.join(columns)}. Use image_column")
+    caption = check_column(columns, options.caption_column, CAPTION_KEYS, "caption_column", source)
     table = _undecoded(table.select_columns([image, *([caption] if caption else [])]), image)
     if options.streaming:
         return Listing("table", _Stream(source, table, image, caption), streamed=True)
     captions = table[caption] if caption else [None] * len(table)
     records = []
     for number, text in enumerate(captions):
-        captions = captions_in({"text": text}, f"{one_line(source)} row {number}")
+        captions = captions_in({"text": text}, f"{source} row {number}")
         records.append(Record(f"row {number}", _reader(table, number, image), captions))
     if not records:
-        raise DataError(f"no rows in {one_line(source)}")
+        raise DataError(f"no rows in {source}")
     return Listing("table", records, notes=_other_splits(table))
 
 
@@ -81,7 +77,7 @@ class _Stream:
     def _rows(self) -> Iterator[dict[str, Any]]:
         rows = iter(self._table)
         while True:
-            with raised_as(DataError, f"cannot read the data set {one_line(self._source)}"):
+            with raised_as(DataError, f"cannot read the data set {self._source}"):
                 row = next(rows, None)
             if row is None:
                 return
@@ -110,12 +106,12 @@ def _opened(source: str, options: Options) -> Any:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot read the data set {one_line(source)}: {reason}") from None
+        raise DataError(f"cannot read the data set {source}: {reason}") from None
 
 
 def _split(table: Any, options: Options, source: str) -> Any:
     if options.split not in table:
-        raise ConfigError(f'{one_line(source)} has no split "{options.split}". Its splits: {", ".join(table)}')
+        raise ConfigError(f'{source} has no split "{options.split}". Its splits: {", ".join(table)}')
     return table[options.split]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.core.errors import ConfigError, DataError
-from latentdiff.core.files import check_writable, printable, write_new
+from latentdiff.core.files import check_writable, write_new
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -120,7 +120,7 @@ def open_picture(path: Path, background: Color = (255, 255, 255)) -> Image.Image
         with silent_decoders():
             return Image.fromarray(decode(path.read_bytes(), background).pixels)
     except DataError as error:
-        raise DataError(f"{printable(path)[:200]}: {error}") from None
+        raise DataError(f"{str(path)[:200]}: {error}") from None
     except (OSError, ValueError) as error:  # also for names that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{printable(path)[:200]}: {reason.lower()}") from None
+        raise DataError(f"{str(path)[:200]}: {reason.lower()}") from None

@@ -15,8 +15,8 @@ from PIL import Image
 from latentdiff.core.errors import DataError
 from latentdiff.core.files import recorded
 from latentdiff.core.images import coloured, to_images
+from latentdiff.core.text import printable
 from latentdiff.data.examples import Examples
-from latentdiff.data.source import one_line
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.report.page import Entry, as_html
@@ -117,7 +117,7 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[n
     settings = tuple(f"{key} = {value}" for key, value in _differing(config).items())
     sections = [
         Entry("model", _model(config)),
-        Entry("pictures", f"{len(run.data.training):,} of {one_line(Path(config.data.pictures.source).name)}"),
+        Entry("pictures", f"{len(run.data.training):,} of {printable(Path(config.data.pictures.source).name)}"),
         Entry("validation", "before and after", tuple(_compared(lines))),
         Entry("settings", "that are not the defaults of every run", settings),
     ]
@@ -138,7 +138,7 @@ def _differing(config: FineTuning) -> dict[str, Any]:
     plain = flat(FineTuning.model_construct())
     settings = {key: value for key, value in flat(config).items() if plain.get(key) != value}
     places = ("data.pictures.source", "model", "prior.source")  # pages do not reveal folders
-    return {key: one_line(Path(value).name) if key in places else value for key, value in settings.items()}
+    return {key: printable(Path(value).name) if key in places else value for key, value in settings.items()}
 
 
 def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from latentdiff.data.pictures import PictureSet
-from latentdiff.data.source import one_line
 from latentdiff.families.own import new_clip, new_codec, new_unet
 from latentdiff.settings.config import Config, Training
 from latentdiff.stages.run import Run
@@ -59,7 +58,7 @@ def _data_lines(run: Run[Any]) -> list[str]:
     survey, training = run.data.survey, run.data.training
     if not survey:
         return []
-    source = one_line(run.config.data.pictures.source)
+    source = run.config.data.pictures.source
     line = f"data: {survey.count:,} images ({survey.listing.layout}, {source}), {len(training):,} samples an epoch"
     if survey.quarantined:
         line += f", {len(survey.quarantined):,} left out (quarantine.jsonl)"

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from latentdiff.core.text import printable
 from latentdiff.data.buckets import Size, cropped_share, nearest
-from latentdiff.data.source import one_line
 from latentdiff.data.survey import Picture, Survey
 from latentdiff.evaluation.report.page import Entry
 
@@ -22,7 +22,7 @@ def sections(
     images = f"{survey.count:,} = {len(survey.pictures):,} that can be used + {left:,} that cannot"
     rows = sum(picture.repeats for picture in survey.pictures)
     return [
-        Entry("data set", f"{one_line(source)}: {survey.listing.layout}", tuple(survey.listing.notes)),
+        Entry("data set", f"{printable(source)}: {survey.listing.layout}", tuple(survey.listing.notes)),
         Entry("images", images + (f"; {rows:,} samples an epoch" if rows != len(survey.pictures) else "")),
         *_faults(survey),
         _captions(survey, max_tokens, tokens),
@@ -59,7 +59,7 @@ def _captions(survey: Survey, max_tokens: int, tokens: Callable[[list[str]], lis
     text += f"; {several:,} images with several" if several else ""
     text += f"; {empty:,} images with none" if empty else ""
     longest = sorted(cut, key=lambda picture: -max(lengths[caption] for caption in picture.captions))
-    lines = [f"{one_line(p.name)}: {max(lengths[caption] for caption in p.captions):,} tokens" for p in longest]
+    lines = [f"{printable(p.name)}: {max(lengths[caption] for caption in p.captions):,} tokens" for p in longest]
     return Entry("captions", text, _first(lines))
 
 
@@ -76,12 +76,12 @@ def _duplicates(survey: Survey) -> Entry:
     text = (
         f"{sum(map(len, groups.values())):,} images in {len(groups):,} groups of the same bytes" if groups else "none"
     )
-    return Entry("duplicates", text, _first([", ".join(map(one_line, names)) for names in groups.values()]))
+    return Entry("duplicates", text, _first([", ".join(map(printable, names)) for names in groups.values()]))
 
 
 def _kinds(survey: Survey) -> list[Entry]:
     facts = [picture.facts for picture in survey.pictures]
-    moving = [one_line(picture.name) for picture in survey.pictures if picture.facts.frames > 1]
+    moving = [printable(picture.name) for picture in survey.pictures if picture.facts.frames > 1]
     kinds = [
         Entry("colour modes", _counted(fact.mode for fact in facts)),
         Entry("formats", _counted(fact.format for fact in facts)),
@@ -98,7 +98,7 @@ def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Entry]
     buckets = [nearest(picture.facts.size, table) for picture in pictures]
     lost = [cropped_share(picture.facts.size, bucket) for picture, bucket in zip(pictures, buckets, strict=True)]
     tiny = [
-        f"{one_line(picture.name)}: {_size(picture.facts.size)}, shown as {_size(bucket)}"
+        f"{printable(picture.name)}: {_size(picture.facts.size)}, shown as {_size(bucket)}"
         for picture, bucket in zip(pictures, buckets, strict=True)
         if picture.facts.size[0] < bucket[0] or picture.facts.size[1] < bucket[1]
     ]
@@ -131,11 +131,11 @@ def _first(lines: Sequence[str]) -> tuple[str, ...]:
     return (*lines[:_NAMED], *more)
 
 
-def as_text(survey: Sequence[Entry]) -> str:
+def as_lines(survey: Sequence[Entry]) -> list[str]:
     """The report for a terminal."""
     width = max(len(section.title) for section in survey) + 2
     lines = []
     for section in survey:
         lines.append(f"{section.title:<{width}}{section.text}")
         lines += [f"{'':<{width}}  {line}" for line in section.lines]
-    return "\n".join(lines)
+    return lines

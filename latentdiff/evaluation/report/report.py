@@ -289,14 +289,14 @@ def compared(first: Figure, second: Figure) -> str:
     return f"{'worse' if by.value > 0 else 'better'} by {size}" + ("" if sure else ", within the error")
 
 
-def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> str:
+def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> list[str]:
     """The lines of a section for a terminal."""
     head, rows = _rows(names, _comparable(results))
     lines = [f"{name} ({', '.join(f'{key} {value}' for key, value in _facts(results).items())})"]
     widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
     for row in rows:
         lines.append("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _facts(results: Sequence[Result]) -> dict[str, str]:

@@ -1,0 +1,33 @@
+"""What the command line prints: the only place that writes to the terminal, one printable line at a time.
+
+Results go to standard output, everything else to standard error. Names in files of others are part of many messages;
+here, and only here, they are made printable.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from latentdiff.core.text import one_line, printable
+
+
+def result(*lines: object) -> None:
+    """Print lines of the command's result."""
+    for line in lines:
+        print(printable(line))
+
+
+def note(*messages: object) -> None:
+    """Print lines beside the result."""
+    for message in messages:
+        print(one_line(message), file=sys.stderr)
+
+
+def warning(message: object) -> None:
+    """Print what a person would want to know, though the command goes on."""
+    note(f"warning: {one_line(message)}")
+
+
+def error(message: object) -> None:
+    """Print why the command stops."""
+    note(f"error: {one_line(message)}")
