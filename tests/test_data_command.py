@@ -77,7 +77,7 @@ def test_the_report(tmp_path):
     said = json.loads(out)
     assert code == 0
     assert said["images"]["text"] == "10 = 10 that can be used + 0 that cannot"
-    assert said["duplicates"] == {"text": "2 images in 1 groups of the same bytes", "lines": ["000.png, again.png"]}
+    assert said["duplicates"] == {"text": "2 images in 1 group of the same bytes", "lines": ["000.png, again.png"]}
     assert said["captions"]["lines"] == ["wide.png: 102 tokens"]
     assert "1 images with a caption cut at 32 tokens" in said["captions"]["text"]
     assert said["colour modes"]["text"] == "RGB 7, P 2, RGBA 1" or "RGBA 1" in said["colour modes"]["text"]

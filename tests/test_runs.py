@@ -97,7 +97,7 @@ def test_the_plan_is_the_arithmetic(tiny_run, tmp_path):
     config = load_config(ROOT / "configs" / "scenes-tiny.toml", changes)
     accelerator, data = Accelerator(cpu=True), open_data(config)
     new = Run(config, tmp_path / "new", accelerator, data, {"clip": None, "denoiser": None})
-    fresh = plan_of(new).splitlines()
+    fresh = plan_of(new)
     assert fresh[0] == f"run {tmp_path / 'new'} on cpu x 1, mixed precision no, seed 0"
     assert fresh[1] == "clip: 40 of 40 steps from the start, 32 x 1 accumulated x 1 processes = 32 pictures a step"
     assert fresh[3] == (
@@ -106,7 +106,7 @@ def test_the_plan_is_the_arithmetic(tiny_run, tmp_path):
     )
     found, _ = checkpoints_to_resume(tiny_run, ["denoiser"], "latest")
     size = sum(file.stat().st_size for file in found["denoiser"].iterdir()) / 1e6
-    resumed = plan_of(Run(config, tiny_run, accelerator, data, found)).splitlines()
+    resumed = plan_of(Run(config, tiny_run, accelerator, data, found))
     assert resumed[1].startswith(f"denoiser: 60 of 100 steps from step-40 ({found['denoiser']}), 8 x 3")
     told = float(resumed[2].split("a checkpoint of ")[1].split(" MB")[0])
     assert told == pytest.approx(size, rel=0.1)

@@ -426,7 +426,7 @@ def test_splits_of_parquet_folders(pictures, tmp_path):
     train, test = (surveyed(tmp_path / "set", Options(split=split)) for split in ("train", "test"))
     assert (len(train.pictures), len(test.pictures)) == (20, 5)
     assert train.listing.notes == ("other splits are not read: test",)
-    with pytest.raises(DataError, match=r"cannot read the data set .*[Uu]nknown split"):
+    with pytest.raises(ConfigError, match=r'has no split "dev". Its splits: train, test'):
         surveyed(tmp_path / "set", Options(split="dev"))
 
 

@@ -34,12 +34,12 @@ def test_printable(text, line):
 
 
 def test_printable_json_is_the_same_json():
-    value = {"prompt": ESCAPES + "\U000e0041 \\ \" 👩\u200d🚀"}
+    value = {"prompt": ESCAPES + '\U000e0041 \\ " 👩\u200d🚀'}
     assert json.loads(printable(json.dumps(value, ensure_ascii=False))) == value
 
 
 def test_a_message_of_several_lines_is_one_line():
-    assert one_line(" first\n   second\r\nthird  column\x1b ") == "first second third  column\\u001b"
+    assert one_line("  first\n   second\r\nthird  column\x1b \n") == "  first second third  column\\u001b"
 
 
 def test_only_one_module_writes_to_the_terminal():
@@ -115,7 +115,7 @@ def test_columns_of_a_table(call, tmp_path):
     folder.mkdir()
     Image.new("RGB", (64, 64)).save(folder / "a.png")
     (folder / "metadata.csv").write_bytes(f'file_name,"{ESCAPES}"\na.png,b\n'.encode())
-    code, out, err = call("data", "check", folder)
+    code, _, err = call("data", "check", folder)
     assert code == 3
     assert_printable(err, 1)
 

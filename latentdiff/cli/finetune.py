@@ -261,10 +261,9 @@ def _finetune(
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
-            for line in [*notes, *(f"warning: going on although {change}" for change in changed)]:
-                terminal.note(line)
+            terminal.note(*notes, *(f"warning: going on although {change}" for change in changed))
         if dry_run:
-            terminal.note(rehearse(run, model))
+            terminal.note(*rehearse(run, model))
             return []
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
@@ -274,5 +273,5 @@ def _finetune(
             return finetune(run, model, terminal.note if accelerator.is_main_process else _nothing)
 
 
-def _nothing(text: str) -> None:
+def _nothing(*lines: object) -> None:
     """Print nothing: another process does."""

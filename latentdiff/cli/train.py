@@ -113,8 +113,7 @@ def _train(
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
-            for line in [*notes, *(f"warning: going on although {change}" for change in changed), plan_of(run)]:
-                terminal.note(line)
+            terminal.note(*notes, *(f"warning: going on although {change}" for change in changed), *plan_of(run))
         if dry_run:
             return
         with locked(folder) if accelerator.is_main_process else nullcontext():

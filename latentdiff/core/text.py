@@ -36,4 +36,4 @@ def _escaped(character: str) -> str:
 
 def one_line(text: object) -> str:
     """A text of any number of lines on one line, printable."""
-    return printable(_BREAK.sub(" ", str(text).strip()))
+    return printable(_BREAK.sub(" ", str(text).strip("\r\n")).rstrip())

@@ -70,7 +70,12 @@ def look(config: Settings, cache: Path | None = None) -> Survey:
     """
     settings = config.data.pictures
     options = Options(
-        settings.layout, settings.split, settings.image_column, settings.caption_column, settings.streaming
+        settings.layout,
+        settings.split,
+        settings.image_column,
+        settings.caption_column,
+        settings.streaming,
+        settings.follow_links,
     )
     listing = find(settings.source, options)
     whole = cache / "streamed.jsonl" if cache and listing.streamed else None

@@ -3,6 +3,8 @@
 - metadata: metadata.jsonl or .csv in the folder or below, `file_name` relative to it, the caption in `text`
 - sidecars: kohya's, img.png with img.txt (or .caption), each line one caption; a folder `10_name` counts 10 times
 - uncaptioned: neither; in a folder `10_a dog` the caption is "a dog"
+
+Folders `train` and `test` (or `val`, ...) beside each other are splits, of which one is read, as by `datasets`.
 """
 
 from __future__ import annotations
@@ -19,18 +21,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentdiff.core.decoding import SUFFIXES
-from latentdiff.core.errors import DataError
+from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.text import printable
+from latentdiff.data.inside import check_link, named_inside
 from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, lines_of
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
+_SPLITS = {"train", "test", "val", "valid", "validation", "dev", "eval"}
 _NOT_CAPTIONS = ("readme", "license", "licence", "copying", "notice", "classes", "requirements")
 
 
 def listing(root: Path, options: Options) -> Listing:
     """Every picture of a folder and its sub-folders. Raises DataError."""
-    files = sorted(_files(root))
+    files = sorted(_files(root, options.follow_links))
+    others = _other_splits(root, files, options)
+    files = [file for file in files if PurePosixPath(file).parts[0] not in others]
     metadata = [file for file in files if PurePosixPath(file).name in METADATA]
     pictures = [file for file in files if _is_picture(file)]
     stems = {_stem(file) for file in pictures}
@@ -40,7 +46,7 @@ def listing(root: Path, options: Options) -> Listing:
     if layout == "auto":
         layout = "metadata" if metadata else "sidecars" if has_sidecars else "uncaptioned"
     if layout == "metadata":
-        paths, read = _by_metadata(root, files, pictures, metadata, options), {*metadata}
+        paths, read = _by_metadata(root, files, pictures, metadata, others, options), {*metadata}
     elif layout == "sidecars":
         paths, read = _by_sidecars(root, pictures, beside), {*beside}
     else:
@@ -48,13 +54,25 @@ def listing(root: Path, options: Options) -> Listing:
         paths, read = Listing("uncaptioned", list(records)), set()
     if not paths.records:
         raise DataError(f"no pictures in {root}. Known suffixes: {', '.join(sorted(SUFFIXES))}")
-    others = sorted(set(files) - read - {record.name for record in paths.records})
-    return Listing(paths.layout, paths.records, paths.orphans, (*paths.notes, *_note(others)))
+    unread = sorted(set(files) - read - {record.name for record in paths.records})
+    splits = (f"other splits are not read: {', '.join(sorted(others))}",) if others else ()
+    return Listing(paths.layout, paths.records, paths.orphans, (*paths.notes, *_note(unread), *splits))
+
+
+def _other_splits(root: Path, files: list[str], options: Options) -> set[str]:
+    """The top folders that hold splits not to be read; none unless the folder has two. Raises ConfigError."""
+    tops = {PurePosixPath(file).parts[0] for file in files if "/" in file.rstrip("/")}
+    splits = {top: top.lower() for top in tops if top.lower() in _SPLITS}
+    if len(splits) < 2:
+        return set()
+    if options.split not in splits.values():
+        raise ConfigError(f'{root} has no split "{options.split}". Its splits: {", ".join(sorted(splits))}')
+    return {top for top, split in splits.items() if split != options.split}
 
 
 def has_pictures(root: Path) -> bool:
     """Whether the folder or a sub-folder has a picture."""
-    return any(_is_picture(file) for file in _files(root))
+    return any(_is_picture(file) for file in _files(root, follow_links=True))
 
 
 def _is_picture(file: str) -> bool:
@@ -62,8 +80,11 @@ def _is_picture(file: str) -> bool:
     return _suffix(file) in SUFFIXES and not PurePosixPath(file).name.startswith(".")
 
 
-def _files(root: Path) -> Iterator[str]:
-    """Paths relative to the root, also through links, each folder once; a hidden folder counts as one name."""
+def _files(root: Path, follow_links: bool) -> Iterator[str]:
+    """Paths relative to the root, also through links inside it, each folder once; a hidden folder counts as one name.
+
+    Raises DataError for a link out of the root, unless all links are to be followed.
+    """
     seen = set()
     for parent, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         real = os.path.realpath(parent)
@@ -73,6 +94,8 @@ def _files(root: Path) -> Iterator[str]:
         seen.add(real)
         yield from (f"{Path(parent, name).relative_to(root).as_posix()}/" for name in folders if name.startswith("."))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in (*folders, *names):
+            check_link(Path(parent, name), root, follow_links)
         yield from (Path(parent, name).relative_to(root).as_posix() for name in names)
 
 
@@ -81,7 +104,9 @@ def _raise(error: OSError) -> None:
     raise DataError(f"{printable(str(error.filename))} cannot be read ({(error.strerror or str(error)).lower()})")
 
 
-def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: list[str], options: Options) -> Listing:
+def _by_metadata(
+    root: Path, files: list[str], pictures: list[str], metadata: list[str], others: set[str], options: Options
+) -> Listing:
     """One picture a row; a file that a row names is a picture, whatever its suffix."""
     if not metadata:
         raise DataError(f"no metadata.jsonl or metadata.csv in {root}")
@@ -90,7 +115,10 @@ def _by_metadata(root: Path, files: list[str], pictures: list[str], metadata: li
     for file in metadata:
         parent = PurePosixPath(file).parent
         for where, row in _rows(root / file, file, options):
-            name = known.find(_inside(parent, row.get("file_name"), where))
+            path = named_inside(parent, row.get("file_name"), where)
+            if PurePosixPath(path).parts[0] in others:
+                continue
+            name = known.find(path)
             captions = captions_in(row, where, options.caption_column)
             if name is None:
                 orphans.append(f"{printable(str(row['file_name']))} ({where})")
@@ -118,15 +146,6 @@ class _Names:
             return name
         same = self._forms[unicodedata.normalize("NFC", name)]
         return same[0] if len(same) == 1 else None
-
-
-def _inside(parent: PurePosixPath, name: Any, where: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise DataError(f"{where} has no file_name")
-    path = os.path.normpath((parent / name).as_posix())
-    if path.startswith(("../", "/")) or path == "..":
-        raise DataError(f"{where} names a file outside its folder ({printable(name)})")
-    return path
 
 
 def _rows(path: Path, name: str, options: Options) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from latentdiff.core.errors import ConfigError, DataError
-from latentdiff.data import folder, shards, table
+from latentdiff.data import folder, local_table, shards, table
 from latentdiff.data.source import Listing, Options
 
 
@@ -22,7 +22,7 @@ def find(source: str, options: Options) -> Listing:
 
 
 def _local(source: str, path: Path, options: Options) -> Listing:
-    layout, sharded, tabled = options.layout, shards.is_sharded(source), table.is_table(path)
+    layout, sharded, tabled = options.layout, shards.is_sharded(source), local_table.is_table(path)
     if layout == "auto" and path.is_dir() and (sharded or tabled) and folder.has_pictures(path):
         other, name = (".tar files", "shards") if sharded else (".parquet files or a saved data set", "table")
         advice = f"Set data.pictures.layout to metadata, sidecars, uncaptioned or {name}"

@@ -18,6 +18,7 @@ from typing import Any
 from latentdiff.core.decoding import SUFFIXES
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.text import printable
+from latentdiff.data.inside import check_link
 from latentdiff.data.source import Listing, Options, Record, captions_in, lines_of
 
 _Member = tuple[int, int, str]  # offset, length, name
@@ -36,7 +37,7 @@ def listing(source: str, options: Options) -> Listing:
     records: list[Record] = []
     orphans: list[str] = []
     others = 0
-    for shard in _shards(source):
+    for shard in _shards(source, options.follow_links):
         samples, ignored = _samples(shard)
         others += ignored
         for key, members in samples.items():
@@ -50,13 +51,16 @@ def listing(source: str, options: Options) -> Listing:
     return Listing("shards", records, tuple(orphans), notes)
 
 
-def _shards(source: str) -> list[Path]:
+def _shards(source: str, follow_links: bool) -> list[Path]:
     from braceexpand import braceexpand
 
     if re.match(r"\w+:", source):
         raise ConfigError(f"shards must be files of this machine (got {printable(source)})")
     if Path(source).is_dir():
-        return sorted(Path(source).glob("*.tar"))
+        shards = sorted(Path(source).glob("*.tar"))
+        for shard in shards:
+            check_link(shard, Path(source), follow_links)
+        return shards
     try:
         names = islice(braceexpand(source), _MOST + 1) if "{" in source else [source]
         shards = [Path(name) for name in names]

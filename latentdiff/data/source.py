@@ -49,6 +49,7 @@ class Options:
     image_column: str | None = None
     caption_column: str | None = None
     streaming: bool = False
+    follow_links: bool = False
 
 
 def captions_in(row: Mapping[str, Any], where: str, column: str | None = None) -> tuple[str, ...]:

@@ -7,25 +7,15 @@ fetched because the user named it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
 from latentdiff.core.errors import ConfigError, DataError, LatentDiffError, raised_as
+from latentdiff.data.inside import named_inside
+from latentdiff.data.local_table import open_table
 from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column
-
-
-def is_table(path: Path) -> bool:
-    """Whether a path is a saved data set, a parquet file, or a folder of them."""
-    if path.is_dir():
-        return _is_saved(path) or any(path.rglob("*.parquet"))
-    return path.suffix == ".parquet" and path.is_file()
-
-
-def _is_saved(path: Path) -> bool:
-    """Whether `datasets` wrote the folder."""
-    return (path / "dataset_dict.json").is_file() or (
-        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-    )
 
 
 def state_of(source: str) -> list[Any]:
@@ -45,17 +35,24 @@ def listing(source: str, options: Options) -> Listing:
     if image is None:
         raise ConfigError(f"{source} has no column image. Its columns: {', '.join(columns)}. Use image_column")
     caption = check_column(columns, options.caption_column, CAPTION_KEYS, "caption_column", source)
-    table = _undecoded(table.select_columns([image, *([caption] if caption else [])]), image)
+    table = _undecoded(table.select_columns([image, *([caption] if caption else [])]), image, caption)
+    root = _root(source)
     if options.streaming:
-        return Listing("table", _Stream(source, table, image, caption), streamed=True)
+        return Listing("table", _Stream(source, table, image, caption, root), streamed=True)
     captions = table[caption] if caption else [None] * len(table)
     records = []
     for number, text in enumerate(captions):
         captions = captions_in({"text": text}, f"{source} row {number}")
-        records.append(Record(f"row {number}", _reader(table, number, image), captions))
+        records.append(Record(f"row {number}", _reader(table, number, image, root), captions))
     if not records:
         raise DataError(f"no rows in {source}")
     return Listing("table", records, notes=_other_splits(table))
+
+
+def _root(source: str) -> Path | None:
+    """The folder whose files a row may name; a row of a hub's table may name none."""
+    path = Path(source)
+    return path if path.is_dir() else path.parent if path.is_file() else None
 
 
 def _other_splits(table: Any) -> tuple[str, ...]:
@@ -66,13 +63,15 @@ def _other_splits(table: Any) -> tuple[str, ...]:
 class _Stream:
     """Records in the order of the rows, each with its bytes; it can be read several times."""
 
-    def __init__(self, source: str, table: Iterable[dict[str, Any]], image: str, caption: str | None):
-        self._source, self._table, self._image, self._caption = source, table, image, caption
+    def __init__(
+        self, source: str, table: Iterable[dict[str, Any]], image: str, caption: str | None, root: Path | None
+    ):
+        self._source, self._table, self._image, self._caption, self._root = source, table, image, caption, root
 
     def __iter__(self) -> Iterator[Record]:
         for number, row in enumerate(self._rows()):
             captions = captions_in({"text": row[self._caption] if self._caption else None}, f"row {number}")
-            yield Record(f"row {number}", _bytes_in_hand(row[self._image]), captions)
+            yield Record(f"row {number}", partial(_bytes, row[self._image], self._root), captions)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         rows = iter(self._table)
@@ -84,23 +83,14 @@ class _Stream:
             yield row
 
 
-def _bytes_in_hand(cell: Any) -> Callable[[], bytes]:
-    return lambda: _bytes(cell)
-
-
 def _opened(source: str, options: Options) -> Any:
-    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+    from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
     path = Path(source)
     try:
-        if _is_saved(path):
-            table = load_from_disk(source)
-            if isinstance(table, DatasetDict):
-                table = _split(table, options, source)
-            return table.to_iterable_dataset() if options.streaming else table
-        if path.is_file():
-            return load_dataset("parquet", data_files=[source], split="train", streaming=options.streaming)
+        if path.exists():
+            return open_table(path, options)
         return load_dataset(source, split=options.split, streaming=options.streaming)
     except LatentDiffError:
         raise
@@ -109,30 +99,40 @@ def _opened(source: str, options: Options) -> Any:
         raise DataError(f"cannot read the data set {source}: {reason}") from None
 
 
-def _split(table: Any, options: Options, source: str) -> Any:
-    if options.split not in table:
-        raise ConfigError(f'{source} has no split "{options.split}". Its splits: {", ".join(table)}')
-    return table[options.split]
+def _undecoded(table: Any, image: str, caption: str | None) -> Any:
+    """The columns as they lie in the file: a decoder of `datasets` opens any file or address that a cell names."""
+    from datasets import Image, LargeList, List, Value
+
+    features = table.features or {}
+    if isinstance(feature := features.get(image), Image):
+        table = table.cast_column(image, Image(decode=False))
+    elif not isinstance(feature, Value | dict | NoneType):
+        raise ConfigError(f"column {image} has no pictures but {type(feature).__name__}. Use image_column")
+    text = features.get(caption) if caption else None
+    if isinstance(text, List | LargeList):
+        text = text.feature
+    if not isinstance(text, Value | NoneType):
+        raise ConfigError(f"column {caption} has no text but {type(text).__name__}. Use caption_column")
+    return table
 
 
-def _undecoded(table: Any, column: str) -> Any:
-    """The table with pictures as bytes: the decoder of `datasets` does not refuse what ours refuses."""
-    from datasets import Image
-
-    feature = (table.features or {}).get(column)
-    return table.cast_column(column, Image(decode=False)) if isinstance(feature, Image) else table
+def _reader(table: Any, number: int, column: str, root: Path | None) -> Callable[[], bytes]:
+    return lambda: _bytes(table[number][column], root)
 
 
-def _reader(table: Any, number: int, column: str) -> Callable[[], bytes]:
-    return lambda: _bytes(table[number][column])
-
-
-def _bytes(cell: Any) -> bytes:
-    """The bytes of a cell, or of the local file that it names."""
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, bytes):
-        return cell
-    if isinstance(cell, str) and Path(cell).is_file():
-        return Path(cell).read_bytes()
-    raise DataError("no picture" if not cell else f"not bytes of a picture but {str(cell)[:60]}")
+def _bytes(cell: Any, root: Path | None) -> bytes:
+    """The bytes of a cell, or of the file in the table's folder that it names."""
+    name = cell.get("path") if isinstance(cell, dict) else cell
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if isinstance(content, bytes) and content:
+        return content
+    if not name:
+        raise DataError("no picture")
+    if root is None or not isinstance(name, str):
+        raise DataError(f"not bytes of a picture but {str(name)[:60]}")
+    path = root / named_inside(PurePosixPath(), name, "the row")
+    if not path.is_file():
+        raise DataError(f"not bytes of a picture but {name[:60]}")
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"the row names a link out of the data set ({name[:60]})")
+    return path.read_bytes()

@@ -80,6 +80,7 @@ class Pictures(Section):
     image_column: str | None = None
     caption_column: str | None = None
     streaming: bool = Field(False, description="for a table: read in order, never stored")
+    follow_links: bool = Field(False, description="read what symbolic links out of the folder lead to")
     instance_prompt: str | None = Field(None, min_length=1, description="caption of pictures without one")
     allow_missing_captions: bool = Field(False, description="train pictures without a caption on the empty one")
     skip_bad: bool = Field(False, description="leave out unusable pictures, and list them in quarantine.jsonl")

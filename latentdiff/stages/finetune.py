@@ -32,7 +32,7 @@ from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
 from latentdiff.stages.finetune_report import keep_rows_apart, report, write_page
 from latentdiff.stages.methods import Tuning, begin, trainable
-from latentdiff.stages.plan import Weights, plan_text
+from latentdiff.stages.plan import Weights, plan_lines
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, Draws, Samples
 from latentdiff.training.loop import Stage
@@ -41,13 +41,13 @@ from latentdiff.training.prior import PriorStage
 from latentdiff.training.run import peak_memory, run_stage
 
 
-def finetune(run: Run[FineTuning], model: Model, say: Callable[[str], None]) -> list[Path]:
+def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> list[Path]:
     """Fine-tune a model, from where an earlier start stopped; returns the paths that were written."""
     config, accelerator = run.config, run.accelerator
     made_from = identity_of_model(model)
     prior = _prior(run, model, made_from)
     tuning = begin(model, config)
-    say(plan(run, model, tuning))
+    say(*plan(run, model, tuning))
     unet, text_encoder, _ = trainable(model)
     prepare_unet(unet, config.finetune, accelerator.device)
     if config.mixed_precision == "bf16":
@@ -84,8 +84,8 @@ def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuni
     return config.model_copy(update={"image_size": config.image_size or model.card.size[0]}), model
 
 
-def plan(run: Run[FineTuning], model: Model, tuning: Tuning) -> str:
-    """The plan of this start, as text."""
+def plan(run: Run[FineTuning], model: Model, tuning: Tuning) -> list[str]:
+    """The plan of this start."""
     config = run.config
     what = f"{config.model or 'the default model'} by {config.method}"
     what += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.low_rank else ""
@@ -95,10 +95,10 @@ def plan(run: Run[FineTuning], model: Model, tuning: Tuning) -> str:
         lines.append(
             f"beside {f'those of {config.prior.source}' if config.prior.source else drawn} of {config.prior.prompt!r}"
         )
-    return "\n".join([*lines, plan_text(run, {STAGE: weights_of(model, tuning)})])
+    return [*lines, *plan_lines(run, {STAGE: weights_of(model, tuning)})]
 
 
-def rehearse(run: Run[FineTuning], model: Model) -> str:
+def rehearse(run: Run[FineTuning], model: Model) -> list[str]:
     """The plan, with the time and memory of a step. Nothing is written, but the model must not be used afterwards."""
     if run.config.prior.source:
         _prior(run, model, "")  # raises DataError for faults
@@ -110,7 +110,7 @@ def rehearse(run: Run[FineTuning], model: Model) -> str:
     hours = seconds * run.config.finetune.training.max_train_steps / 3600
     total = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} minutes"
     memory = f"{peak_memory() / 1e9:.1f} GB in use at most so far"
-    return f"{lines}\na step takes {seconds:.2g} s here, all of them {total}; {memory}"
+    return [*lines, f"a step takes {seconds:.2g} s here, all of them {total}; {memory}"]
 
 
 def identity_of_model(model: Model) -> str:

@@ -24,13 +24,13 @@ class Weights(NamedTuple):
     frozen: int = 0
 
 
-def plan_of(run: Run[Config]) -> str:
+def plan_of(run: Run[Config]) -> list[str]:
     """The plan of the stages of a config."""
-    return plan_text(run, {stage: _weights(run.config, stage) for stage in run.stages})
+    return plan_lines(run, {stage: _weights(run.config, stage) for stage in run.stages})
 
 
-def plan_text(run: Run[Any], weights: Mapping[str, Weights | None]) -> str:
-    """The plan of a start as text, a line or two a stage; None stands for a stage without training."""
+def plan_lines(run: Run[Any], weights: Mapping[str, Weights | None]) -> list[str]:
+    """The plan of a start, a line or two a stage; None stands for a stage without training."""
     lines = [
         f"run {run.folder} on {run.accelerator.device} x {run.accelerator.num_processes}, "
         f"mixed precision {run.config.mixed_precision}, seed {run.config.seed}",
@@ -50,7 +50,7 @@ def plan_text(run: Run[Any], weights: Mapping[str, Weights | None]) -> str:
     lines.append(f"disk: checkpoints up to {_size(needed)}, {_size(free)} free")
     if needed > free:
         lines.append("warning: the disk may fill up before the end")
-    return "\n".join(lines)
+    return lines
 
 
 def _data_lines(run: Run[Any]) -> list[str]:

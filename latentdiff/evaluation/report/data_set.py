@@ -73,10 +73,9 @@ def _has_none(picture: Picture) -> bool:
 
 def _duplicates(survey: Survey) -> Entry:
     groups = survey.duplicates
-    text = (
-        f"{sum(map(len, groups.values())):,} images in {len(groups):,} groups of the same bytes" if groups else "none"
-    )
-    return Entry("duplicates", text, _first([", ".join(map(printable, names)) for names in groups.values()]))
+    images, several = sum(map(len, groups.values())), "s" if len(groups) > 1 else ""
+    text = f"{images:,} images in {len(groups):,} group{several} of the same bytes" if groups else "none"
+    return Entry("duplicates", text, _first([", ".join(_first(list(map(printable, g)))) for g in groups.values()]))
 
 
 def _kinds(survey: Survey) -> list[Entry]:
