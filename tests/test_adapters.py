@@ -186,7 +186,10 @@ def test_several_at_once(folders, files, tmp_path):
     pipe = load(folders["1"])
     plain = drawn(pipe)
     pipe.load_lora_weights(files["1"] / "peft.safetensors", adapter_name="one")
-    pipe.load_lora_weights(tmp_path / "other.safetensors")
+    pipe.load_lora_weights(tmp_path / "other.safetensors", weight=-0.3)
+    loaded = drawn(pipe)
+    pipe.set_adapters(["one", "other"], [1.0, -0.3])
+    assert torch.equal(drawn(pipe), loaded)  # both are in use once they are loaded
     pipe.set_adapters(["one", "other"], [0.6, -0.3])
     both = drawn(pipe)
     assert [(s.path, s.weight) for s in pipe.painter.sources.values()] == [

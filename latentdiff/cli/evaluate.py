@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff.cli import report_folder, terminal
-from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded, named
+from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded, named
 from latentdiff.cli.options import Precision, Runtime
 from latentdiff.core.errors import ConfigError
 
@@ -94,7 +94,9 @@ def evaluate(
     lora: Annotated[
         list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; may be repeated.")
     ] = None,
-    embedding: Annotated[list[Path] | None, typer.Option(help="Learnt words; may be repeated.")] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(help="Learnt words, PATH or WORD=PATH; may be repeated.")
+    ] = None,
     vae: Annotated[Path | None, typer.Option(help="Another VAE for the same latents.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id: commit, tag or branch.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
@@ -118,7 +120,14 @@ def evaluate(
     grid = _grid(sweep or [], drawing if "sweep" in names else {})
     report_folder.check(report, data)
     adapters = [adapter_and_weight(each) for each in lora or []]
-    beside = {"loras": adapters, "words": embedding or [], "vae": vae, "variant": variant, "revision": revision}
+    words = [embedding_and_word(each) for each in embedding or []]
+    beside = {
+        "loras": adapters,
+        "words": words,
+        "vae": vae,
+        "variant": variant,
+        "revision": revision,
+    }
     candidates = [_candidate(named(model), runtime, dtype, device=device, **beside)]
     if compare is not None:
         candidates.append(_candidate(named(compare), runtime, dtype, device=device))

@@ -14,7 +14,7 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.cli.batches import Process, Target, write_all
-from latentdiff.cli.loading import adapter_and_weight, common_settings, load_extras, loaded, named
+from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded, named
 from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.core.errors import ConfigError
@@ -89,7 +89,7 @@ def generate(
         list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; may be repeated.")
     ] = None,
     embedding: Annotated[
-        list[Path] | None, typer.Option(help="Learnt words (textual inversion); may be repeated.")
+        list[str] | None, typer.Option(help="Learnt words (textual inversion), PATH or WORD=PATH; may be repeated.")
     ] = None,
     weaker: Annotated[str | None, typer.Option(help="A weaker model, for --set autoguidance_scale=2.")] = None,
     clip: Annotated[
@@ -175,10 +175,11 @@ def generate(
     _check_used(requests, weaker, clip)
     suffix = _suffix(output, picture_format, wishes)
     loras = [adapter_and_weight(text) for text in lora or []]
+    words = [embedding_and_word(text) for text in embedding or []]
     model = named(model)
     _check_sizes(model, requests)
     pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed)
-    load_extras(pipe, loras, embedding or [], vae)
+    load_extras(pipe, loras, words, vae)
     if weaker is not None:
         from latentdiff.families.loading import default_model
 

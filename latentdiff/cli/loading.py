@@ -60,6 +60,12 @@ def adapter_and_weight(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def embedding_and_word(text: str) -> tuple[Path, str | None]:
+    """The path of PATH or WORD=PATH, and the word; a path may contain equals signs."""
+    word, equals, path = text.partition("=")
+    return (Path(text), None) if not equals or os.path.lexists(text) else (Path(path), word)
+
+
 def named(path: str | None) -> str | None:
     """The model's path, or None for the default model, whose name is allowed too."""
     from latentdiff.families.loading import DEFAULT_MODEL
@@ -93,14 +99,14 @@ def loaded(
 def load_extras(
     pipe: LatentDiffusionPipeline,
     loras: Sequence[tuple[Path, float]],
-    embeddings: Sequence[Path],
+    embeddings: Sequence[tuple[Path, str | None]],
     vae: Path | None,
 ) -> None:
     """Load adapters, words and another VAE, and print how adapters fit."""
     for number, (path, weight) in enumerate(loras, 1):  # two files may have the same name
         name = f"{path.stem}_{number}" if [p.stem for p, _ in loras].count(path.stem) > 1 else None
         terminal.note(pipe.load_lora_weights(path, name, weight=weight, fuse=True))
-    for path in embeddings:
-        terminal.note(f"words: {', '.join(pipe.load_textual_inversion(path))}")
+    for path, word in embeddings:
+        terminal.note(f"words: {', '.join(pipe.load_textual_inversion(path, word))}")
     if vae is not None:
         pipe.load_vae(vae)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from latentdiff.drawing.record import Source
 from latentdiff.model import Model
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from latentdiff.networks.adapters.words import Words
     from latentdiff.networks.scorer import Scorer
 
 LARGEST_WEIGHT = 10.0
@@ -28,18 +29,23 @@ LARGEST_WEIGHT = 10.0
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter fits a model: layers that it changes, names that match none, factors without a partner."""
+    """How an adapter fits a model: layers that it changes, names that match none, factors without a partner.
+
+    words: learnt words in the same file, which prompts may use now.
+    """
 
     name: str
     matched: int
     unused: list[str]
     missing: list[str]
+    words: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         counts = f"{self.matched} layers matched, {len(self.unused)} names unused, {len(self.missing)} missing"
         named = [*self.unused, *self.missing]
         examples = f" ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})" if named else ""
-        return f"{self.name}: {counts}{examples}"
+        words = f"; words: {', '.join(self.words)}" if self.words else ""
+        return f"{self.name}: {counts}{examples}{words}"
 
 
 def adapted(model: Model) -> dict[str, nn.Module]:
@@ -63,12 +69,16 @@ def with_adapter(
         raise ConfigError(f"the adapter name {called!r} is in use. Give this one another name ({path})")
     networks = adapted(painter.model)
     adapter = adapter_file.read_adapter(path, networks)
+    bundled = [_words(painter, state, file, _free(painter, word)) for word, state in adapter.words.items()]
     if merged:
         attached.merge(adapter, networks, weight)
     else:
         attached.attach(adapter, networks, called, weight)
+    for words in bundled:
+        words.add()
     source = Source("merged" if merged else "lora", recorded(path), sha256_of(file), weight)
-    fit = Fit(called, adapter.matched, adapter.unused, adapter.missing)
+    names = [name for words in bundled for name in words.names]
+    fit = Fit(called, adapter.matched, adapter.unused, adapter.missing, names)
     return painter.with_source(f"adapter {called}", source), fit
 
 
@@ -120,16 +130,29 @@ def check_merged(painter: Painter) -> None:
 
 def with_words(painter: Painter, path: Path, word: str | None = None) -> tuple[Painter, list[str]]:
     """Add the words of a textual-inversion file to the text encoder. Raises ModelError."""
-    from latentdiff.formats.words_file import FILE, read_words
-    from latentdiff.networks.adapters.words import teach
+    from latentdiff.formats.words_file import read_words
+
+    file, state = read_words(path)
+    words = _words(painter, state, file, word)
+    words.add()
+    source = Source("embedding", recorded(path), sha256_of(file), word=word)
+    return painter.with_source(f"embedding {', '.join(words.names)}", source), words.names
+
+
+def _free(painter: Painter, word: str) -> str:
+    """The word of a bundle, in brackets if the text encoder has a token of that name."""
+    encoder: Any = painter.model.encoder
+    taken = hasattr(encoder, "encoders") and word.lower() in encoder.encoders[0].tokenizer.get_vocab()
+    return f"<{word}>" if taken else word
+
+
+def _words(painter: Painter, state: dict[str, Tensor], file: Path, word: str | None = None) -> Words:
+    from latentdiff.networks.adapters.words import words_of
 
     encoder: Any = painter.model.encoder
     if not hasattr(encoder, "encoders"):
-        raise ModelError(f"learnt words require a CLIP text encoder, which this model does not have ({path})")
-    file, state = read_words(path)
-    words = teach(state, file, encoder, word)
-    source = Source("embedding", recorded(path), sha256_of(path / FILE if path.is_dir() else path), word=word)
-    return painter.with_source(f"embedding {', '.join(words)}", source), words
+        raise ModelError(f"learnt words require a CLIP text encoder, which this model does not have ({file})")
+    return words_of(state, file, encoder, word)
 
 
 def with_scorer(painter: Painter, scorer: Scorer, source: Source) -> Painter:

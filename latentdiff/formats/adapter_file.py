@@ -1,10 +1,7 @@
-"""Low-rank adapters as files: under PEFT's and diffusers' names, and kohya's, which most trainers write.
+"""Low-rank adapters as files: read under every name that trainers write, written under PEFT's or kohya's.
 
-    PEFT     unet.mid_block.attentions.0.proj_in.lora_A.weight           with PEFT's config as metadata or beside it
-    kohya    lora_unet_mid_block_attentions_0_proj_in.lora_down.weight   with .alpha; LyCORIS adds hada_* and lokr_*
-
-kohya's names have no dots, so they are compared with the names of the model's own layers; SDXL's may also be in the
-original layout. W' = W + weight * alpha / rank * B A (Hu et al. 2021, section 4.1).
+The names are in adapter_names.py. W' = W + weight * alpha / rank * B A (Hu et al. 2021, section 4.1); what other kinds
+add is in networks/adapters/changes.py.
 """
 
 from __future__ import annotations
@@ -12,34 +9,37 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
+import regex  # type: ignore[import-untyped]
 import torch
-from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.core.errors import ModelError, loading, raised_as, saving
 from latentdiff.core.files import let_others_read
+from latentdiff.formats.adapter_names import kohya_name, other_kind, places, split
 from latentdiff.formats.folder import read_json
-from latentdiff.formats.original import unet_name
 from latentdiff.formats.pickle import refuse_pickle
+from latentdiff.formats.tensors import widened
 from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-_KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
-_FACTORS = {
-    "lora_down.weight": "lora_A.weight",
-    "lora_up.weight": "lora_B.weight",
-    "dora_scale": "lora_magnitude_vector",
-}
 _HALVES = {"lora_A.weight", "lora_B.weight"}
+_OF_KIND = {
+    "lora": ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_mid", "lora_magnitude_vector", "dora_scale"),
+    "loha": ("hada_", "dora_scale"),
+    "lokr": ("lokr_", "dora_scale"),
+    "full": ("diff",),
+}
 _METADATA = "lora_adapter_metadata"  # diffusers' key of PEFT's config, which is JSON
+_WORDS = "bundle_emb."  # textual inversions in the same file, as A1111 reads them
+_MATCHING_SECONDS = 1.0  # a pattern in somebody's config could take longer than the sun
 
 
 def adapter_path(path: Path) -> Path:
@@ -55,12 +55,14 @@ def read_adapter(path: Path, networks: Networks) -> Adapter:
     """An adapter for these networks. Raises ModelError if none of its layers is theirs, UnsafeError for a pickle."""
     file = adapter_path(path)
     with loading(file), safe_open(file, "pt") as content:
-        state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        state = {name: widened(content.get_tensor(name)) for name in content.keys()}  # noqa: SIM118
         config = _config(file, content.metadata() or {})
-    kohya = any(name.startswith("lora_") for name in state)
-    named, unused = _of_kohya(state, networks) if kohya else _of_peft(state, networks)
+    if kind := other_kind(state):
+        raise ModelError(f"{kind} adapters are not supported; LoRA, DoRA, LoHa, LoKr and full differences are ({path})")
+    words, state = _bundled(state)
+    named, unused = _by_place(state, networks)
     layers, missing = _layers(named, config, networks, path)
-    adapter = Adapter(layers, sorted(unused), sorted(missing))
+    adapter = Adapter(layers, sorted(unused), sorted(missing), words)
     if not adapter.matched:
         first = (adapter.unused or adapter.missing or ["nothing"])[0]
         raise ModelError(f"no name in the adapter is a layer of this model ({path}; {len(state)} names, first {first})")
@@ -70,73 +72,29 @@ def read_adapter(path: Path, networks: Networks) -> Adapter:
 Named = dict[tuple[str, str], dict[str, Tensor]]  # by (part, module), then by factor
 
 
-def _of_kohya(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[str]]:
-    known = {flat: (part, module) for part, network in networks.items() for flat, module in kohya_names(part, network)}
+def _bundled(state: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The learnt words of a bundle, `bundle_emb.WORD.KEY`, and the other tensors."""
+    words: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith(_WORDS):
+            word, _, key = name.removeprefix(_WORDS).partition(".")
+            words.setdefault(word, {})[key] = tensor
+    return words, {name: tensor for name, tensor in state.items() if not name.startswith(_WORDS)}
+
+
+def _by_place(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[str]]:
+    known = places(networks)
     named: Named = {}
     unused = []
     for name, tensor in state.items():
-        flat, _, factor = name.partition(".")
-        if flat in known:
-            named.setdefault(known[flat], {})[_FACTORS.get(factor, factor)] = tensor
-        else:
+        layer, factor = split(name) or ("", "")
+        if layer not in known:
             unused.append(name)
-    return named, unused
-
-
-def kohya_names(part: str, network: nn.Module) -> list[tuple[str, str]]:
-    """kohya's names of every layer -> the layer's own name; of several for one layer, the last is the one we write."""
-    pairs = []
-    for module in _adaptable(network):
-        plain = module if part == "unet" else "text_model." + module.removeprefix("text_model.")
-        if part == "text_encoder_2" and module == "text_projection":
-            plain = module
-        names, config = [plain], cast(Any, network.config)
-        if part == "unet" and config.addition_embed_type == "text_time":
-            names.append(unet_name(f"{module}.weight", config).removesuffix(".weight"))
-        pairs += [(prefix + name.replace(".", "_"), module) for name in names for prefix in _KOHYA[part]]
-    return pairs
-
-
-def _adaptable(network: nn.Module) -> list[str]:
-    """The linear layers and convolutions, whether or not adapters are attached to them."""
-    kinds = nn.Linear | nn.Conv2d
-    names = [name for name, layer in network.named_modules() if isinstance(layer, kinds) and ".lora_" not in name]
-    return [name.removesuffix(".base_layer") for name in names]
-
-
-def _of_peft(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list[str]]:
-    named: Named = {}
-    unused = []
-    modules = {part: set(_adaptable(network)) for part, network in networks.items()}
-    for name, tensor in _modern(state).items():
-        match = re.fullmatch(r"(.*?)\.((?:lora_|hada_|lokr_)\w+(?:\.weight|\.bias)?|alpha)", name)
-        place = match and _placed(match[1], modules)
-        if match and place:
-            factor = match[2].replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-            named.setdefault(place, {})[factor] = tensor
+        elif factor in named.setdefault(known[layer], {}):
+            raise ModelError(f"two tensors are {factor} of {'.'.join(known[layer])}, one of them {name}")
         else:
-            unused.append(name)
+            named[known[layer]][factor] = tensor
     return named, unused
-
-
-def _placed(name: str, modules: dict[str, set[str]]) -> tuple[str, str] | None:
-    """Part and module of a dotted name. PEFT's own files name no part; older ones have a `text_model` in the name."""
-    part, _, module = name.removeprefix("base_model.model.").partition(".")
-    if part not in modules:
-        part, module = "unet", name.removeprefix("base_model.model.")
-    for candidate in (module, module.removeprefix("text_model."), f"text_model.{module}"):
-        if candidate in modules.get(part, ()):
-            return part, candidate
-    return None
-
-
-def _modern(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Diffusers' earlier names in PEFT's, by diffusers' own tables."""
-    if any(".lora_A." in name or "hada_" in name or "lokr_" in name for name in state):
-        return state
-    texts = {name: tensor for name, tensor in state.items() if name.startswith("text_encoder")}
-    rest = {name: tensor for name, tensor in state.items() if name not in texts}
-    return convert_unet_state_dict_to_peft(rest) | (convert_state_dict_to_peft(texts) if texts else {})
 
 
 def _layers(
@@ -145,28 +103,67 @@ def _layers(
     layers: dict[str, dict[str, Layer]] = {}
     missing = []
     for (part, module), factors in named.items():
-        name, alpha = f"{part}.{module}", factors.pop("alpha", None)
+        name, target = f"{part}.{module}", networks[part].get_submodule(module)
         with raised_as(ModelError, f"{name}: no alpha ({path})"):
-            scale = _alpha(alpha, part, module, config)
-        layer = Layer(factors, scale, bool(_entry(config, part, "use_rslora")))
+            layer = _layer(factors, part, module, config)
         _check_numbers(layer, name, path)
-        if layer.kind == "lora":
-            if absent := _HALVES - factors.keys():
-                missing += [f"{name}.{factor}" for factor in absent]
-                continue
-            if odd := factors.keys() - _HALVES - {"lora_magnitude_vector", "lora_B.bias"}:
-                raise ModelError(f"{name} has an unknown factor {min(odd)} ({path})")
-            layer = _fitted(layer, networks[part].get_submodule(module), name, path)
+        if layer.kind == "lora" and (absent := _HALVES - factors.keys()):
+            missing += [f"{name}.{factor}" for factor in absent]
+            continue
+        if odd := [factor for factor in layer.factors if not factor.startswith(_OF_KIND[layer.kind])]:
+            raise ModelError(f"{name} has an unknown factor {min(odd)} ({path})")
+        layer = _fitted(_without_core(layer), target, name, path) if layer.kind == "lora" else layer
+        if layer.kind != "lora" and "dora_scale" in layer.factors:
+            scale = _magnitude(layer.factors["dora_scale"], target.weight, name, path)
+            layer = replace(layer, factors={**layer.factors, "dora_scale": scale})
         layers.setdefault(part, {})[module] = layer
     return {part: _completed(own, part, path) for part, own in layers.items()}, missing
 
 
-def _fitted(layer: Layer, target: Any, name: str, path: Path) -> Layer:
+def _layer(factors: dict[str, Tensor], part: str, module: str, config: dict[str, Any]) -> Layer:
+    """A layer with the alpha of its tensors, or else of PEFT's config.
+
+    LyCORIS takes alpha / rank as 1 where both matrices of LoKr are whole; PEFT takes alpha / r, which is then put into
+    the first matrix.
+    """
+    factors = dict(factors)
+    own = factors.pop("alpha", None)
+    layer = Layer(factors, None if own is None else float(own.item()), bool(_entry(config, part, "use_rslora")))
+    if layer.kind == "lora" and "diff_b" in factors and factors.keys() >= _HALVES:
+        factors["lora_B.bias"] = factors.pop("diff_b") / layer.scale
+    if own is not None or layer.kind == "full":
+        return layer
+    alpha = _of_pattern(config, part, "alpha_pattern", module)
+    if alpha is None:
+        alpha = _entry(config, part, "lora_alpha" if layer.kind == "lora" else "alpha")
+    layer = replace(layer, alpha=None if alpha is None else float(alpha))
+    if alpha is not None and {"lokr_w1", "lokr_w2"} <= factors.keys():
+        rank = _of_pattern(config, part, "rank_pattern", module) or _entry(config, part, "r")
+        scale = 1.0 if rank is None else float(alpha) / float(rank)
+        layer = replace(layer, factors={**factors, "lokr_w1": factors["lokr_w1"] * scale}, alpha=None)
+    return layer
+
+
+def _without_core(layer: Layer) -> Layer:
+    """Tucker's form of a convolution, up (o, r) mid (r, s, k, k) down (s, i), with mid and down multiplied."""
+    factors = dict(layer.factors)
+    core = factors.pop("lora_mid", None)
+    if core is None:
+        return layer
+    down, alpha = factors["lora_A.weight"], layer.full_alpha
+    if core.ndim != 4 or core.shape[1] != len(down):
+        return layer  # of no shape that fits: refused with its name
+    factors["lora_A.weight"] = torch.einsum("rskl,si->rikl", core, down.flatten(1))
+    return replace(layer, factors=factors, alpha=alpha)
+
+
+def _fitted(layer: Layer, target: nn.Module, name: str, path: Path) -> Layer:
     """The factors in the shapes of PEFT's layer for the target. Raises ModelError for a shape that does not fit.
 
     kohya writes factors of 1 x 1 convolutions and of linear layers alike, and vectors with extra axes of length 1.
     """
-    weight, factors = target.weight, layer.factors
+    weight: Tensor = target.weight  # type: ignore[assignment]
+    factors = layer.factors
     down, up = factors["lora_A.weight"], factors["lora_B.weight"]
     if weight.ndim == 2 and down.ndim == 4 and down.shape[2:] == (1, 1):
         down, up = down[..., 0, 0], up[..., 0, 0] if up.ndim == 4 else up
@@ -174,22 +171,40 @@ def _fitted(layer: Layer, target: Any, name: str, path: Path) -> Layer:
         down, up = (t[..., None, None] if t.ndim == 2 else t for t in (down, up))
     rank = down.shape[0] if down.ndim else 0
     expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (weight.ndim - 2))
-    if not rank or (tuple(down.shape), tuple(up.shape)) != expected:
+    if not rank or weight.ndim not in (2, 4) or (tuple(down.shape), tuple(up.shape)) != expected:
         shapes = f"{tuple(up.shape)} x {tuple(down.shape)} for a weight of {tuple(weight.shape)}"
         raise ModelError(f"the adapter belongs to another model: {name} has {shapes} ({path})")
     fitted = {"lora_A.weight": down, "lora_B.weight": up}
-    vectors = {"lora_B.bias": (weight.shape[0],), "lora_magnitude_vector": _magnitudes(weight)}
-    for factor, shape in vectors.items():
+    if "lora_B.bias" in factors:
+        bias = factors["lora_B.bias"]
+        if bias.numel() != weight.shape[0] or target.bias is None:
+            raise ModelError(f"{name} has a lora_B.bias of {tuple(bias.shape)}, not {(weight.shape[0],)} ({path})")
+        fitted["lora_B.bias"] = bias.reshape(-1)
+    for factor in ("lora_magnitude_vector", "dora_scale"):
         if factor in factors:
-            if factors[factor].numel() != weight.shape[0] or (factor == "lora_B.bias" and target.bias is None):
-                raise ModelError(f"{name} has a {factor} of {tuple(factors[factor].shape)}, not {shape} ({path})")
-            fitted[factor] = factors[factor].reshape(shape)
+            fitted |= _as_peft(_magnitude(factors[factor], weight, name, path, peft=factor != "dora_scale"))
     return Layer(fitted, layer.alpha, layer.rslora)
 
 
-def _magnitudes(weight: Tensor) -> tuple[int, ...]:
-    """The shape of DoRA's magnitude vector, which has one length for each output."""
-    return (weight.shape[0],) if weight.ndim == 2 else (1, weight.shape[0], 1, 1)
+def _magnitude(vector: Tensor, weight: Any, name: str, path: Path, peft: bool = False) -> Tensor:
+    """DoRA's lengths in the weight's axes, (out, 1, ...) or (1, in, ...): the axis that their shape names.
+
+    PEFT has one for each output, as (out,) or (1, out, 1, 1); LyCORIS has either axis. Raises ModelError.
+    """
+    outputs, inputs = weight.shape[0], weight.shape[1] if weight.ndim > 1 else 0
+    rest = [1] * (weight.ndim - 2)
+    by_input = not peft and vector.ndim == weight.ndim and vector.shape[0] == 1 < outputs
+    if vector.numel() != (inputs if by_input else outputs) or weight.ndim < 2:
+        shapes = f"{tuple(vector.shape)} for a weight of {tuple(weight.shape)}"
+        raise ModelError(f"{name} has magnitudes of {shapes} ({path})")
+    return vector.reshape(1, inputs, *rest) if by_input else vector.reshape(outputs, 1, *rest)
+
+
+def _as_peft(magnitude: Tensor) -> dict[str, Tensor]:
+    """Lengths of outputs in the shape of PEFT's layer; those of inputs, which it does not have, as they are."""
+    if magnitude.shape[0] == 1 < magnitude.shape[1]:
+        return {"dora_scale": magnitude}
+    return {"lora_magnitude_vector": magnitude.flatten() if magnitude.ndim == 2 else magnitude.transpose(0, 1)}
 
 
 def _check_numbers(layer: Layer, name: str, path: Path) -> None:
@@ -206,14 +221,17 @@ def _completed(layers: dict[str, Layer], part: str, path: Path) -> dict[str, Lay
 
     Raises ModelError if only some layers have DoRA's magnitudes, which have no neutral value.
     """
-    own = {factor for layer in layers.values() for factor in layer.factors}
+    carried = {module: layer for module, layer in layers.items() if layer.carried}
+    own = {factor for layer in carried.values() for factor in layer.factors}
+    if {"lora_magnitude_vector", "lora_B.bias"} <= own:
+        raise ModelError(f"DoRA with biases is not defined ({path})")
     if "lora_magnitude_vector" in own:
-        lacking = [m for m, x in layers.items() if x.kind == "lora" and "lora_magnitude_vector" not in x.factors]
+        lacking = [m for m, x in carried.items() if "lora_magnitude_vector" not in x.factors]
         if lacking:
             raise ModelError(f"{part}.{lacking[0]} has no DoRA magnitudes, but other layers have ({path})")
     if "lora_B.bias" not in own:
         return layers
-    return {module: _with_bias(layer) if layer.kind == "lora" else layer for module, layer in layers.items()}
+    return {module: _with_bias(layer) if module in carried else layer for module, layer in layers.items()}
 
 
 def _with_bias(layer: Layer) -> Layer:
@@ -221,19 +239,15 @@ def _with_bias(layer: Layer) -> Layer:
     return replace(layer, factors={"lora_B.bias": up.new_zeros(up.shape[0]), **layer.factors})
 
 
-def _alpha(given: Tensor | None, part: str, module: str, config: dict[str, Any]) -> float | None:
-    if given is not None:
-        return float(given.item())
-    pattern = _entry(config, part, "alpha_pattern") or {}
-    if not isinstance(pattern, dict):
-        raise ValueError("alpha_pattern must be an object")
-    for key, value in pattern.items():
-        # PEFT's keys are patterns, which in practice are a layer's whole name or the end of it
-        plain = key.replace("\\", "").strip("^$")
-        if module == plain or module.endswith(f".{plain}"):
-            return float(value)
-    alpha = _entry(config, part, "lora_alpha")
-    return None if alpha is None else float(alpha)
+def _of_pattern(config: dict[str, Any], part: str, key: str, module: str) -> Any:
+    """The value of the first pattern that matches a module's name, whole or from a dot on, as PEFT matches."""
+    patterns = _entry(config, part, key) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{key} must be an object")
+    for pattern, value in patterns.items():
+        if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_MATCHING_SECONDS):
+            return value
+    return None
 
 
 def _entry(config: dict[str, Any], part: str, key: str) -> Any:
@@ -254,17 +268,20 @@ def _config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def save_peft(adapter: Adapter, path: Path, about: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write an adapter under PEFT's names, its alphas where diffusers reads them, and `about` in the metadata."""
+    """Write an adapter under PEFT's names, its alphas where diffusers reads them, and `about` in the metadata.
+
+    Raises ModelError for what PEFT's format cannot hold.
+    """
     state: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part, layers in adapter.layers.items():
         for module, layer in layers.items():
+            if odd := layer.factors.keys() & {"diff", "diff_b", "dora_scale"}:
+                raise ModelError(f"{part}.{module}: PEFT's format has no place for {min(odd)}. Write kohya's names")
             # diffusers has another name for the magnitudes of a text encoder
             names = {} if part == "unet" else {"lora_magnitude_vector": "lora_magnitude_vector.weight"}
             state |= {f"{part}.{module}.{names.get(name, name)}": tensor for name, tensor in layer.factors.items()}
-        ranks = {module: layer.rank for module, layer in layers.items()}
-        alphas = {module: layer.full_alpha for module, layer in layers.items()}
-        config |= {f"{part}.{key}": value for key, value in _peft_config(ranks, alphas).items()}
+        config |= {f"{part}.{key}": value for key, value in _peft_config(layers).items()}
         if any(layer.rslora for layer in layers.values()):
             config[f"{part}.use_rslora"] = True
         if any("lora_magnitude_vector" in layer.factors for layer in layers.values()):
@@ -272,11 +289,14 @@ def save_peft(adapter: Adapter, path: Path, about: Mapping[str, str] = MappingPr
     _save(state, path, {_METADATA: json.dumps(config | ({"about": dict(about)} if about else {}), sort_keys=True)})
 
 
-def _peft_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+def _peft_config(layers: Mapping[str, Layer]) -> dict[str, Any]:
+    ranks = {module: layer.rank for module, layer in layers.items()}
+    alphas = {module: layer.full_alpha for module, layer in layers.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    lora = all(layer.kind == "lora" for layer in layers.values())
     return {
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha" if lora else "alpha": alpha,
         "rank_pattern": {re.escape(module): value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
         "target_modules": sorted(ranks),
@@ -287,19 +307,26 @@ def save_kohya(
     adapter: Adapter, path: Path, networks: Networks, about: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Write an adapter under kohya's names, with alpha in the precision of its factors. Raises ModelError."""
-    back = {factor: name for name, factor in _FACTORS.items()}
     state: dict[str, Tensor] = {}
     for part, layers in adapter.layers.items():
-        single = part == "text_encoder" and "text_encoder_2" not in networks
-        prefix = _KOHYA[part][0 if part == "unet" or single else -1]
-        names = {module: flat for flat, module in kohya_names(part, networks[part]) if flat.startswith(prefix)}
         for module, layer in layers.items():
+            name = kohya_name((part, module), networks)
             if layer.rslora:
                 raise ModelError(f"{part}.{module} is scaled by alpha / sqrt(rank), which kohya's format cannot say")
-            state |= {f"{names[module]}.{back.get(name, name)}": tensor for name, tensor in layer.factors.items()}
-            first = next(iter(layer.factors.values()))
-            state[f"{names[module]}.alpha"] = torch.tensor(layer.full_alpha, dtype=first.dtype)
+            state |= {f"{name}.{factor}": tensor for factor, tensor in _kohya_factors(layer)}
+            if layer.kind != "full":
+                first = next(iter(layer.factors.values()))
+                state[f"{name}.alpha"] = torch.tensor(layer.full_alpha, dtype=first.dtype)
     _save(state, path, {"ss_network_module": "networks.lora", **about})
+
+
+def _kohya_factors(layer: Layer) -> Iterable[tuple[str, Tensor]]:
+    names = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    for factor, tensor in layer.factors.items():
+        if factor == "lora_magnitude_vector":  # (out,) or (1, out, 1, 1) -> the weight's axes, as ComfyUI divides
+            yield "dora_scale", tensor[:, None] if tensor.ndim == 1 else tensor.transpose(0, 1)
+        else:
+            yield names.get(factor, factor), tensor
 
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -63,13 +63,17 @@ _OPEN_CLIP = {
 
 
 def unet_name(name: str, config: Any) -> str:
-    """diffusers' name of a U-Net's weight in the original layout, by the blocks that its config describes."""
+    """diffusers' name of a U-Net's weight in the original layout, by the blocks that its config describes.
+
+    Raises KeyError for a weight that the layout does not have.
+    """
     for theirs, ours in _UNET.items():
         if name.startswith(theirs + "."):
             rest = name.removeprefix(theirs)
             return ours + (_resnet(rest) if "resnets" in theirs else rest)
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(\..*)", name)
-    assert match, name
+    if match is None:
+        raise KeyError(name)
     way, level, kind, place, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     blocks = config.layers_per_block + 1  # with the downsampling, or one residual block more going up
     if kind == "downsamplers":

@@ -1,4 +1,4 @@
-"""Plain safetensors files."""
+"""Tensors as files have them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor
 
 from latentdiff.core.errors import loading
 from latentdiff.formats.pickle import refuse_pickle
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """An 8-bit floating-point tensor in float16, which holds all its values; others as they are."""
+    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from latentdiff.core.errors import ModelError, loading, saving
 from latentdiff.core.files import let_others_read
 from latentdiff.formats.pickle import refuse_pickle
+from latentdiff.formats.tensors import widened
 
 FILE = "learned_embeds.safetensors"
 
@@ -22,7 +23,7 @@ def read_words(path: Path) -> tuple[Path, dict[str, Tensor]]:
         raise ModelError(f"no embeddings at {path}. Give a .safetensors file, or a folder with {FILE}")
     refuse_pickle(file)
     with loading(file):
-        return file, load_file(file)
+        return file, {name: widened(tensor) for name, tensor in load_file(file).items()}
 
 
 def save_word(vectors: Mapping[str, Tensor], folder: Path, word: str) -> Path:

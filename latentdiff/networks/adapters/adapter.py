@@ -15,7 +15,10 @@ Networks = Mapping[str, nn.Module]  # unet, text_encoder, text_encoder_2: the li
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter adds to one layer, by PEFT's names of the factors. alpha is None if the file has none."""
+    """What an adapter adds to one layer, by PEFT's names of the factors. alpha is None if the file has none.
+
+    Beside them LyCORIS' names: hada_*, lokr_*; dora_scale, lengths in the axes of the weight; diff and diff_b.
+    """
 
     factors: dict[str, Tensor]
     alpha: float | None = None
@@ -31,8 +34,14 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """The kind of factors: lora, loha or lokr."""
-        return next((kind for kind, mark in (("loha", "hada_"), ("lokr", "lokr_")) if self._has(mark)), "lora")
+        """The kind of factors: lora, loha, lokr, or full: a difference of the whole weight."""
+        marks = {"lora": "lora_", "loha": "hada_", "lokr": "lokr_", "full": "diff"}
+        return next((kind for kind, mark in marks.items() if self._has(mark)), "lora")
+
+    @property
+    def carried(self) -> bool:
+        """Whether PEFT has a layer that carries it beside the network's own; the others are added to the weights."""
+        return self.kind == "lora" and "dora_scale" not in self.factors
 
     @property
     def scale(self) -> float:
@@ -50,11 +59,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Layers by part and module, and the names in the file that match no layer of the model."""
+    """Layers by part and module, and the names in the file that match no layer of the model.
+
+    words: textual inversions in the same file, each as the tensors of a file of its own.
+    """
 
     layers: dict[str, dict[str, Layer]]
     unused: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def matched(self) -> int:

@@ -1,12 +1,14 @@
 """Learnt words (Gal et al. 2022): a file of embeddings, and the tokens that stand for them.
 
-A file holds {word: (D,) or (n, D)}; A1111's files hold `emb_params`, those of SDXL `clip_l` and `clip_g`, and the word
-is the file's name. A word of n vectors is n tokens: word, word_1, word_2, ...
+A file holds {word: (D,) or (n, D)}. Other files have no word, which is then the file's name: `emb_params` and
+`string_to_param.*` of A1111; `clip_l` and `clip_g`, the vectors of each text encoder, of Stable Diffusion XL. A word of
+n vectors is n tokens: word, word_1, word_2, ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,12 +19,26 @@ from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
 _OF_SDXL = ("clip_l", "clip_g")
+_NAMELESS = ("emb_params", "string_to_param.*", "string_to_param", "*")
 
 
-def teach(
+@dataclass(frozen=True)
+class Words:
+    """Words that fit their text encoder and are not in it yet: (encoder, word, vectors), and their names."""
+
+    names: list[str]
+    each: list[tuple[TextEncoder, str, Tensor]]
+
+    def add(self) -> None:
+        """Add them to their text encoders."""
+        for encoder, name, vectors in self.each:
+            _teach(encoder, name, vectors)
+
+
+def words_of(
     state: dict[str, Tensor], file: Path, text_encoder: TextEncoder | TwoTextEncoders, word: str | None = None
-) -> list[str]:
-    """Add the words of a file, {name: vectors}, to the text encoder; returns the words.
+) -> Words:
+    """The words of a file, {name: vectors}, for a text encoder, which is not changed yet.
 
     word: another name for the only word. Raises ModelError if the vectors do not fit or a word exists already.
     """
@@ -36,19 +52,18 @@ def teach(
     tokens = [token for encoder, name, vectors in each if encoder is encoders[0] for token in _tokens(name, vectors)]
     if len(set(tokens)) < len(tokens) or any(len({len(v) for v in vectors}) > 1 for vectors in words.values()):
         raise ModelError(f"two words share tokens, or the text encoders have different numbers of vectors ({file})")
-    for encoder, name, vectors in each:
-        _teach(encoder, name, vectors)
-    return [word] if word is not None else list(words)
+    return Words([word] if word is not None else list(words), each)
 
 
 def _by_word(
     state: dict[str, Tensor], stem: str, encoders: Sequence[TextEncoder], file: Path
 ) -> dict[str, list[Tensor]]:
     """Each word's vectors (n, D), one array for each encoder."""
-    if set(_OF_SDXL) <= state.keys() and len(encoders) == 2:
-        embeddings = {stem: [state[name] for name in _OF_SDXL]}
+    if state.keys() & set(_OF_SDXL):
+        embeddings = {stem: _by_encoder(state, encoders, file)}
     elif len(encoders) == 1:
-        named = {stem: state["emb_params"]} if "emb_params" in state else state
+        nameless = next((key for key in _NAMELESS if key in state), None)
+        named = state if nameless is None else {stem: state[nameless]}
         embeddings = {word: [vectors] for word, vectors in named.items()}
     else:
         raise ModelError(
@@ -59,6 +74,17 @@ def _by_word(
     if any(vectors.ndim not in (1, 2) or not vectors.numel() for each in embeddings.values() for vectors in each):
         raise ModelError(f"embeddings must have the shape (D,) or (n, D) ({file})")
     return {word: [vectors.reshape(-1, vectors.shape[-1]) for vectors in each] for word, each in embeddings.items()}
+
+
+def _by_encoder(state: dict[str, Tensor], encoders: Sequence[TextEncoder], file: Path) -> list[Tensor]:
+    """The vectors of each encoder, zeros for one that the file does not have. Raises ModelError for another's."""
+    names = _OF_SDXL[: len(encoders)]
+    if other := sorted(state.keys() - set(names)):
+        raise ModelError(f"{other[0]} belongs to a text encoder that this model does not have ({file})")
+    first = next(iter(state.values()))
+    count = first.shape[0] if first.ndim > 1 else 1
+    widths = [encoder.model.get_input_embeddings().weight.shape[1] for encoder in encoders]
+    return [state.get(name, first.new_zeros(count, width)) for name, width in zip(names, widths, strict=True)]
 
 
 def _tokens(word: str, vectors: Tensor) -> list[str]:
