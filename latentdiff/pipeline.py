@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,9 +90,9 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing.extras import check_merged
         from latentdiff.families.loading import save_model
 
-        self._in_torch("saving")
-        check_merged(self._painter)
-        save_model(self.model, as_path(directory))
+        with self._in_torch("saving"):
+            check_merged(self._painter)
+            save_model(self.model, as_path(directory))
 
     # what it is made of
 
@@ -118,8 +119,8 @@ class LatentDiffusionPipeline:
     @property
     def components(self) -> dict[str, Any]:
         """The libraries' own parts, by diffusers' names."""
-        self._in_torch("components")
-        return dict(self.model.parts)
+        with self._in_torch("components"):
+            return dict(self.model.parts)
 
     @property
     def runtime(self) -> Runtime:
@@ -141,13 +142,13 @@ class LatentDiffusionPipeline:
             return self
         from latentdiff.runtime.device import moved
 
-        self._change("moving")
-        painter = self._painter
-        weaker = None if painter.weaker is None else moved(painter.weaker, device, dtype)
-        self._painter = replace(painter, model=moved(painter.model, device, dtype), weaker=weaker)
-        if painter.scorer is not None:
-            painter.scorer.to(device=self.device)
-        return self
+        with self._changing("moving"):
+            painter = self._painter
+            weaker = None if painter.weaker is None else moved(painter.weaker, device, dtype)
+            self._painter = replace(painter, model=moved(painter.model, device, dtype), weaker=weaker)
+            if painter.scorer is not None:
+                painter.scorer.to(device=self.device)
+            return self
 
     def offload(self, device: str | torch.device, *, layers: bool = False) -> LatentDiffusionPipeline:
         """Keep the networks in the CPU's memory and compute on `device`; returns itself.
@@ -157,9 +158,9 @@ class LatentDiffusionPipeline:
         """
         from latentdiff.runtime.offload import offloaded
 
-        self._change("offloading")
-        self._painter = replace(self._painter, model=offloaded(self.model, device, layers=layers))
-        return self
+        with self._changing("offloading"):
+            self._painter = replace(self._painter, model=offloaded(self.model, device, layers=layers))
+            return self
 
     def enable_model_cpu_offload(self, device: str = "cuda") -> None:
         """See `offload`, under diffusers' name."""
@@ -178,39 +179,42 @@ class LatentDiffusionPipeline:
         """
         from latentdiff.drawing import extras
 
-        self._change("an adapter")
-        place = as_path(path)
-        self._painter, fit = extras.with_adapter(self._painter, place, name=adapter_name, weight=weight, merged=fuse)
-        return fit
+        with self._changing("an adapter"):
+            place = as_path(path)
+            self._painter, fit = extras.with_adapter(
+                self._painter, place, name=adapter_name, weight=weight, merged=fuse
+            )
+            return fit
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
         """Make these adapters active, with one weight for all or one each."""
         from latentdiff.drawing import extras
 
-        self._change("an adapter")
-        self._painter = extras.weighed(self._painter, extras.names_and_weights(names, weights))
+        with self._changing("an adapter"):
+            self._painter = extras.weighed(self._painter, extras.names_and_weights(names, weights))
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Add the active adapters to the weights: drawing is as fast as without them. This cannot be undone."""
         from latentdiff.drawing import extras
 
-        self._change("an adapter")
-        self._painter = extras.merged(self._painter, lora_scale)
+        with self._changing("an adapter"):
+            self._painter = extras.merged(self._painter, lora_scale)
 
     def unload_lora_weights(self) -> None:
         """Detach every adapter that is not fused."""
         from latentdiff.drawing import extras
 
-        self._change("an adapter")
-        self._painter = extras.unloaded(self._painter)
+        if any(source.kind == "lora" for source in self._painter.sources.values()):
+            with self._changing("an adapter"):
+                self._painter = extras.unloaded(self._painter)
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> list[str]:
         """Load learnt words for use in prompts; returns the words."""
         from latentdiff.drawing import extras
 
-        self._change("a learnt word")
-        self._painter, words = extras.with_words(self._painter, as_path(path), token)
-        return words
+        with self._changing("a learnt word"):
+            self._painter, words = extras.with_words(self._painter, as_path(path), token)
+            return words
 
     def load_clip(self, directory: str | Path | None = None) -> None:
         """Load a CLIP for guidance: a folder in open_clip's format, or the model's own.
@@ -220,11 +224,11 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing import extras
         from latentdiff.families import clip
 
-        self._in_torch("guidance by CLIP")
-        path = None if directory is None else as_path(directory)
-        scorer, sha256 = clip.scorer_of(path, self.card.folder)
-        source = Source("clip", "" if path is None else recorded(path), sha256)
-        self._painter = extras.with_scorer(self._painter, scorer, source)
+        with self._in_torch("guidance by CLIP"):
+            path = None if directory is None else as_path(directory)
+            scorer, sha256 = clip.scorer_of(path, self.card.folder)
+            source = Source("clip", "" if path is None else recorded(path), sha256)
+            self._painter = extras.with_scorer(self._painter, scorer, source)
 
     def load_weaker(self, path: str | Path) -> None:
         """Load a weaker model for autoguidance: smaller, or trained for less time.
@@ -235,10 +239,10 @@ class LatentDiffusionPipeline:
         from latentdiff.families.loading import stored_model
         from latentdiff.runtime.device import moved
 
-        self._in_torch("a weaker model")
-        backbone: Any = self.model.backbone
-        weaker = moved(stored_model(as_path(path)), self.device, backbone.dtype)
-        self._painter = extras.with_weaker(self._painter, weaker)
+        with self._in_torch("a weaker model"):
+            backbone: Any = self.model.backbone
+            weaker = moved(stored_model(as_path(path)), self.device, backbone.dtype)
+            self._painter = extras.with_weaker(self._painter, weaker)
 
     def load_vae(self, path: str | Path, *, as_stored: bool = False) -> None:
         """Load another VAE for the same latents, from its folder or a model folder.
@@ -249,49 +253,62 @@ class LatentDiffusionPipeline:
         from latentdiff.families import check_vae
         from latentdiff.families.weights import load_vae
 
-        self._change("another VAE")
-        place = as_path(path)
-        folder, own = check_vae(place), self.model.codec
-        dtype: Any = None if as_stored else own.dtype
-        vae = load_vae(folder).to(self.device, dtype)
-        self._painter = extras.with_codec(self._painter, vae, place, folder)
+        with self._changing("another VAE"):
+            place = as_path(path)
+            folder, own = check_vae(place), self.model.codec
+            dtype: Any = None if as_stored else own.dtype
+            vae = load_vae(folder).to(self.device, dtype)
+            self._painter = extras.with_codec(self._painter, vae, place, folder)
 
-    def _change(self, what: str) -> None:
-        """Prepare the networks for a change: torch's modules, without speed-ups and cached prompts."""
-        self._in_torch(what)
-        if self.model.speed != "exact":
-            from latentdiff.runtime.speed import slowed_down
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        """A change of the networks: of torch's modules, without speed-ups and cached prompts.
 
-            self._painter = replace(self._painter, model=slowed_down(self.model))
-        self._forget()
+        If it fails, a pipeline of compiled networks is as it was.
+        """
+        with self._in_torch(what):
+            if self.model.speed != "exact":
+                from latentdiff.runtime.speed import slowed_down
+
+                self._painter = replace(self._painter, model=slowed_down(self.model))
+            self._forget()
+            yield
 
     def _forget(self) -> None:
         """Clear cached prompts. New ones are cached unless the encoder is a torch module, which users may train."""
         cached = self.model.runtime != "torch"
         self._painter = replace(self._painter, memory=Memory() if cached else None)
 
-    def _in_torch(self, what: str) -> None:
-        """Replace compiled networks by torch's, with a warning.
+    @contextmanager
+    def _in_torch(self, what: str) -> Iterator[None]:
+        """Replace compiled networks by torch's, and say so; if the block fails, they are back.
 
         Raises ConfigError if the other runtime was requested by name.
         """
+        before = self._painter
         if self.runtime == "torch":
+            yield
             return
         if self.model.other is None:
             raise ConfigError(f"{what} requires the torch runtime; {self.runtime} was requested by name")
+        try:
+            self._painter = replace(before, model=self.model.other(), memory=None)
+            yield
+        except BaseException:
+            self._painter = before
+            raise
         warnings.warn(f"{what} requires torch: drawing with torch instead", stacklevel=4)
-        self._painter = replace(self._painter, model=self.model.other(), memory=None)
 
     # drawing
 
     def request(self, prompt: str, **settings: Any) -> Request:
         """A validated request with recommended settings; loads the model's own CLIP if the request requires it."""
         made = request(prompt=prompt, **{**self.card.defaults, **settings})
-        if what := torch_only(made, self.model):
-            self._in_torch(what)
-        if made.clip_guidance_scale and self._painter.scorer is None:
-            self.load_clip()
-        check(made, self._painter)
+        what = torch_only(made, self.model)
+        with self._in_torch(what) if what else nullcontext():
+            if made.clip_guidance_scale and self._painter.scorer is None:
+                self.load_clip()
+            check(made, self._painter)
         return made
 
     def begin(self, request: Request, pictures: int = 1) -> None:

@@ -199,6 +199,10 @@ def test_the_default_model_has_a_name(call, monkeypatch):
         call(*words, "--runtime", "torch", "--weaker", "scenes-64", "--set", "autoguidance_scale=2", "-o", "w.png")[0]
         == 0
     )
+    code, out, _ = call("info", "scenes-64")
+    assert (code, json.loads(out)["name"]) == (0, "scenes-64")
+    assert call("reproduce", "named.png", "-m", "scenes-64")[0] == 0
+    assert call("convert", "scenes-64", "half", "--dtype", "float16")[0] == 0
     Path("scenes-64").mkdir()
     code, _, err = call(*words, "-m", "scenes-64", "-o", "folder.png")
     assert (code, "no model_index.json (scenes-64)" in err) == (4, True), err

@@ -269,27 +269,74 @@ FALLBACKS = {
     "perturbed attention": lambda pipe: pipe.request(PROMPT, pag_scale=2.0),
     "vae_tiling": lambda pipe: pipe.request(PROMPT, vae_tiling=True),
     "guidance by CLIP": lambda pipe: pipe.request(PROMPT, clip_guidance_scale=2.0),
-    "an adapter": lambda pipe: pipe.load_lora_weights("nowhere"),
-    "a learnt word": lambda pipe: pipe.load_textual_inversion("nowhere"),
+    "an adapter": lambda pipe: pipe.load_lora_weights("lora.safetensors"),
+    "a learnt word": lambda pipe: pipe.load_textual_inversion("words.safetensors"),
     "a weaker model": lambda pipe: pipe.load_weaker(default_model()),
     "components": lambda pipe: pipe.components,
     "moving": lambda pipe: pipe.to(dtype=torch.float64),
 }
 
 
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory):
+    """An adapter and a learnt word for the default model."""
+    folder, parts = tmp_path_factory.mktemp("files"), stored_model(None).parts
+    name = next(n for n, _ in parts["unet"].named_modules() if n.endswith("attn1.to_q"))
+    out, into = parts["unet"].get_submodule(name).weight.shape
+    factors = {f"unet.{name}.lora_A.weight": torch.ones(1, into), f"unet.{name}.lora_B.weight": torch.ones(out, 1)}
+    save_file(factors, folder / "lora.safetensors")
+    width = parts["text_encoder"].get_input_embeddings().weight.shape[1]
+    save_file({"<a>": torch.ones(width)}, folder / "words.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("what", FALLBACKS)
-def test_what_only_torch_has(what, tmp_path):
+def test_what_only_torch_has(what, small_files, monkeypatch):
     """Torch takes over and says so; where OpenVINO was asked for by name it is an error."""
+    monkeypatch.chdir(small_files)
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
     assert pipe.runtime == "openvino"
     with pytest.warns(UserWarning, match=f"^{what} requires torch: drawing with torch instead$"):
-        try:
-            FALLBACKS[what](pipe)
-        except ModelError:  # of what is nowhere
-            assert "nowhere" in FALLBACKS[what].__code__.co_consts
+        FALLBACKS[what](pipe)
     assert pipe.runtime == "torch"
     with pytest.raises(ConfigError, match=f"{what} requires the torch runtime; openvino was requested by name"):
         FALLBACKS[what](LatentDiffusionPipeline.from_pretrained(runtime="openvino"))
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        lambda pipe: pipe.load_lora_weights("nowhere"),
+        lambda pipe: pipe.load_lora_weights(None),
+        lambda pipe: pipe.set_adapters("x"),
+        lambda pipe: pipe.load_textual_inversion("nowhere"),
+        lambda pipe: pipe.load_vae("nowhere"),
+        lambda pipe: pipe.load_clip("nowhere"),
+        lambda pipe: pipe.load_weaker("nowhere"),
+        lambda pipe: pipe.to("cuda" if not torch.cuda.is_available() else "nowhere"),
+        lambda pipe: pipe(PROMPT, autoguidance_scale=2.0),
+    ],
+)
+def test_a_change_that_fails_changes_no_runtime(fails):
+    """Nor does it warn; unloading nothing is no change either."""
+    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
+    before = pipe.painter
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((ConfigError, ModelError)):
+            fails(pipe)
+        pipe.unload_lora_weights()
+    assert pipe.painter is before
+    assert pipe.runtime == "openvino"
+
+
+def test_pictures_say_how_they_were_computed():
+    """bfloat16 is not exact."""
+    for speed in ("exact", "max"):
+        pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", runtime="openvino", speed=speed)
+        record = pipe(PROMPT, seed=1, num_inference_steps=1).metadata[0]
+        assert record.speed == ("exact" if record.dtype == "float32" else "max")
+        assert speed == "max" or record.dtype == "float32"
 
 
 def test_saved_by_torch(tmp_path):
@@ -308,13 +355,21 @@ def test_saved_by_torch(tmp_path):
     [
         ({"device": "cuda"}, "is for the CPU, not for cuda"),
         ({"torch_dtype": "float16"}, "computes in float32 or bfloat16, not in float16"),
-        ({"path": "tests"}, "no export in tests. Make one: latentdiff convert tests --to openvino"),
+        ({"path": "nowhere"}, r"no such model folder \(nowhere\)"),
+        ({"path": "tests"}, "no model_index.json"),
     ],
 )
 def test_cannot_be(settings, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises((ConfigError, ModelError), match=message):
         LatentDiffusionPipeline.from_pretrained(runtime="openvino", **settings)
+
+
+def test_no_export(folders):
+    with pytest.raises(
+        ModelError, match=f"no export in {folders['1']}. Make one: latentdiff convert {folders['1']} --to"
+    ):
+        LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino")
 
 
 def test_an_export_of_another_configuration(tmp_path):

@@ -346,6 +346,16 @@ def test_stochastic_ones_keep_the_marginal(name):
     assert x.mean() == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_tcd_without_noise_is_ddim(grid):
+    """On every grid, also between whole times: each step ends at its own level."""
+    levels = SD.levels(12, grid)
+    x = np.linspace(-2, 2, 9)
+    walks = (SAMPLERS[name].walk(gaussian(MEAN, STD), x, levels, silent, SD, eta=0.0) for name in ("tcd", "ddim"))
+    for ours, theirs in zip(*walks, strict=True):
+        np.testing.assert_allclose(ours.x, theirs.x, rtol=1e-9, atol=1e-12)
+
+
 def k_diffusion_ancestral(sigma_from, sigma_to, eta=1.0):
     up = min(sigma_to, eta * (sigma_to**2 * (sigma_from**2 - sigma_to**2) / sigma_from**2) ** 0.5)
     return (sigma_to**2 - up**2) ** 0.5, up

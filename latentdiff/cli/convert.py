@@ -48,6 +48,9 @@ def convert(
     A model folder to a single file and back, to another precision, with another VAE, with graphs for OpenVINO; an
     adapter to other names.
     """
+    from latentdiff.families.loading import default_model, is_default
+
+    source = default_model() if is_default(source) else source
     of_models = "--vae" if vae is not None else "--dtype" if dtype is not None else None
     if to is Form.openvino and output is None:
         if of_models:
@@ -98,6 +101,8 @@ def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
     if adapter.unused or adapter.missing:
         first = (adapter.unused + adapter.missing)[0]
         raise ConfigError(f"{first} of {source} has no place in the model and would be lost. Name its --model")
+    if adapter.words:
+        raise ConfigError(f"the learnt words {', '.join(adapter.words)} of {source} would be lost")
     with whole(output) as made:
         if to is Form.peft:
             adapter_file.save_peft(adapter, made)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff.cli import report_folder, terminal
-from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded, named
+from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime
 from latentdiff.core.errors import ConfigError
 
@@ -128,9 +128,9 @@ def evaluate(
         "variant": variant,
         "revision": revision,
     }
-    candidates = [_candidate(named(model), runtime, dtype, device=device, **beside)]
+    candidates = [_candidate(model, runtime, dtype, device=device, **beside)]
     if compare is not None:
-        candidates.append(_candidate(named(compare), runtime, dtype, device=device))
+        candidates.append(_candidate(compare, runtime, dtype, device=device))
     lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
     sources = Sources(data, training, features, lpips, geneval, [(key, True) for key, on in lenient.items() if on])
     references, identity = references_of(candidates[0], sources, pictures, report, terminal.note)

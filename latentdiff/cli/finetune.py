@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from latentdiff.cli import terminal
-from latentdiff.cli.loading import named
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable
 
@@ -156,6 +155,7 @@ def finetune(
     Writes pytorch_lora_weights.safetensors, model/ or learned_embeds.safetensors into the run folder, with a model card
     and a page of pictures before and after.
     """
+    from latentdiff.families.loading import is_default
     from latentdiff.settings.finetuning import load_finetuning
 
     for name, value in (("model", model), ("data", data)):
@@ -164,7 +164,7 @@ def finetune(
     training = "finetune.training."
     given: dict[str, Any] = {
         "name": _name(output) if config is None else None,
-        "model": named(model),
+        "model": None if is_default(model) else model,
         "data.kind": "pictures",
         "data.pictures.source": data,
         "method": method and method.value,

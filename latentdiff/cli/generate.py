@@ -14,7 +14,7 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.cli.batches import Process, Target, write_all
-from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded, named
+from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.core.errors import ConfigError
@@ -176,14 +176,11 @@ def generate(
     suffix = _suffix(output, picture_format, wishes)
     loras = [adapter_and_weight(text) for text in lora or []]
     words = [embedding_and_word(text) for text in embedding or []]
-    model = named(model)
     _check_sizes(model, requests)
     pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed)
     load_extras(pipe, loras, words, vae)
     if weaker is not None:
-        from latentdiff.families.loading import default_model
-
-        pipe.load_weaker(named(weaker) or default_model())
+        pipe.load_weaker(weaker)
     if clip is not None:
         pipe.load_clip(clip)
     if offload is not None:
@@ -290,10 +287,10 @@ def _check_sizes(model: str | None, requests: Sequence[Request]) -> None:
         return
     from latentdiff.drawing.request import SIDES, check_size
     from latentdiff.families import check_folder
-    from latentdiff.families.loading import default_model
+    from latentdiff.families.loading import default_model, is_default
     from latentdiff.formats.folder import picture_geometry
 
-    folder = default_model() if model is None else Path(model)
+    folder = default_model() if is_default(model) else Path(str(model))
     if not folder.is_dir():
         return  # unknown here; sizes are checked after loading
     check_folder(folder)

@@ -18,6 +18,10 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
     """
     import json
 
+    if not path.exists():
+        from latentdiff.families.loading import default_model, is_default
+
+        path = default_model() if is_default(path) else path
     weights = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
     if not path.exists():
         raise ConfigError(f"no such file or folder ({path})")

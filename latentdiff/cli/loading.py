@@ -66,13 +66,6 @@ def embedding_and_word(text: str) -> tuple[Path, str | None]:
     return (Path(text), None) if not equals or os.path.lexists(text) else (Path(path), word)
 
 
-def named(path: str | None) -> str | None:
-    """The model's path, or None for the default model, whose name is allowed too."""
-    from latentdiff.families.loading import DEFAULT_MODEL
-
-    return None if path == DEFAULT_MODEL and not Path(path).exists() else path
-
-
 def loaded(
     model: str | None,
     device: str | None,

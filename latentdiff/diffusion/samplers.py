@@ -494,14 +494,16 @@ def tcd(
 ) -> Iterator[Step]:
     """Trajectory consistency sampling (Zheng et al. 2024, algorithm 4), for distilled models; eta is their gamma.
 
-    From x0 and its noise straight to the level at (1 - eta) times the next time, then noised up to the next level.
+    From x0 and its noise straight to the level at (1 - eta) times the next time, then noised up to the next level. That
+    time is rounded down, as by its authors, where times are whole; grids between whole times keep it as it is.
     """
     for number, (t, s) in enumerate(pairwise(levels), 1):
         x0 = denoise(x, t)
         if s.sigma == 0 or path is None:
             x = _towards(x, x0, t, s)
         else:
-            between = path.level(math.floor((1 - eta) * s.t) if path.whole else (1 - eta) * s.t)
+            time = (1 - eta) * s.t
+            between = path.level(math.floor(time) if path.whole and s.t == int(s.t) else time) if eta > 0 else s
             x = between.alpha * x0 + between.sigma * (x - t.alpha * x0) / t.sigma
             if eta > 0:
                 r = s.alpha / between.alpha

@@ -41,6 +41,7 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
     """The model at a path or of a hub id, which is fetched unless cached; None is the default. Raises ModelError."""
     from latentdiff.formats.hub import fetched, is_hub_id
 
+    path = None if is_default(path) else path
     if revision is not None and (path is None or not is_hub_id(str(path))):
         what = "the default model" if path is None else f"a path ({path})"
         raise ConfigError(f"revision applies to hub ids, not to {what}")
@@ -54,6 +55,11 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
     place = Path(path)
     name = place.stem if place.is_file() else place.resolve().name
     return Located(place, name, recorded(place))
+
+
+def is_default(path: str | Path | None) -> bool:
+    """Whether this is the default model: by its name, unless a file is called so, or because nothing is named."""
+    return path is None or (str(path) == DEFAULT_MODEL and not Path(path).exists())
 
 
 def _possible(path: Path) -> bool:

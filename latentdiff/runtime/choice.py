@@ -114,6 +114,8 @@ def _export(source: Located, variant: str | None, *, required: bool) -> Exported
     """The export of a model, or None. If it is `required`, its absence raises ModelError."""
     from latentdiff.runtime.graphs import FOLDER, exported
 
+    if required and not source.path.is_file():
+        check_folder(source.path)
     if source.path.is_dir() and (source.path / FOLDER).is_dir():
         check_folder(source.path)
         try:
@@ -141,13 +143,24 @@ def _compiled(
     family, _ = check_folder(source.path)
     path, prediction, _ = read_scheduler(source.path)
     card = card_of(source, path.T, variant)
-    compiler = Compiler(export, precision or ("bfloat16" if has_bfloat16() else "float32"), card.hash)
+    precise = precision or ("bfloat16" if has_bfloat16() else "float32")
+    compiler = Compiler(export, precise, card.hash)
     networks = compiled_networks(export, compiler)
     ready = partial(begin, *networks)
     other = None if required else partial(_by_torch, source.path, "cpu", precision, speed, variant, None)
     backbone, encoder, codec = networks
     return Model(
-        backbone, encoder, codec, path, prediction, card, NumPyPlace(), family, other=_named(other, card), ready=ready
+        backbone,
+        encoder,
+        codec,
+        path,
+        prediction,
+        card,
+        NumPyPlace(),
+        family,
+        other=_named(other, card),
+        ready=ready,
+        speed="exact" if precise == "float32" else "max",
     )
 
 
