@@ -26,7 +26,11 @@ class Canary:
 
 @pytest.fixture
 def folder(tiny_model, tmp_path):
-    return shutil.copytree(tiny_model, tmp_path / "model")
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    card = json.loads((model / "latentdiff.json").read_text())
+    del card["weights"]  # as in a folder whose parts somebody has put together
+    (model / "latentdiff.json").write_text(json.dumps(card))
+    return model
 
 
 def refusal(folder, kind):

@@ -369,7 +369,7 @@ def test_no_export(folders):
     with pytest.raises(
         ModelError, match=f"no export in {folders['1']}. Make one: latentdiff convert {folders['1']} --to"
     ):
-        LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino")
+        LatentDiffusionPipeline.from_pretrained(folders["1"], runtime="openvino")
 
 
 def test_an_export_of_another_configuration(tmp_path):

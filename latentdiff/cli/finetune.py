@@ -238,8 +238,6 @@ def _check_run(folder: Path) -> None:
 def _finetune(
     path: Path | None, overrides: tuple[Any, ...], folder: Path, resume: str, allow_changed: bool, dry_run: bool
 ) -> list[Path]:
-    import shutil
-
     from latentdiff.data.dataset import open_data
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.settings.finetuning import STAGE
@@ -268,8 +266,6 @@ def _finetune(
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 data.write_quarantine(folder)
-                for left in folder.glob(".latentdiff-*"):  # left by a kill while a model was written
-                    shutil.rmtree(left, ignore_errors=True)
             return finetune(run, model, terminal.note if accelerator.is_main_process else _nothing)
 
 

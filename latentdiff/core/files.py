@@ -5,10 +5,14 @@ The package writes every file through here that replaces another, or that somebo
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +20,9 @@ from typing import Any
 
 from latentdiff.core.errors import ConfigError
 
-SCRATCH = ".latentdiff-"  # how the name of a folder for unfinished files begins; a killed process leaves it behind
+SCRATCH = ".latentdiff-"  # how the name of a folder for unfinished files begins
+_YOUNG = 10.0  # seconds in which a scratch folder may not be locked yet
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 def check_writable(output: Path, folder: Path) -> None:
@@ -60,29 +66,95 @@ def recorded(path: Path) -> str:
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, on the same disk, so that files can be renamed out of it."""
+    """A temporary folder inside `folder`, on the same disk, so that files can be renamed out of it.
+
+    Those that killed processes left there are removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as made:
+    for left in folder.glob(f"{SCRATCH}*"):
+        _remove_if_abandoned(left)
+    temporary = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True)
+    with temporary as made, _held(Path(made)):  # until this process ends, however it ends
         yield Path(made)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove a scratch folder whose process has ended: nothing holds its lock any more."""
+    with _held(folder) as ours:
+        if ours and time.time() - folder.stat().st_mtime > _YOUNG:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Lock a folder for this process; False if another holds it, or if the system has no such locks."""
+    if sys.platform == "win32" or folder.is_symlink() or not folder.is_dir():
+        yield False
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def whole(output: Path) -> Iterator[Path]:
     """A path to write a file or a folder to; it is renamed to `output` once the block ends without an error.
 
-    On failure nothing is left behind. If `output` is a folder, its files are replaced one by one and others stay.
+    On failure nothing is left behind. A folder that exists is exchanged for the new one in one step, so that whoever
+    reads it finds the old one or the new one; what the new one has not, at its top, is taken over from the old one.
     """
+    if output.is_symlink() and output.is_dir():
+        output = output.resolve()
     with scratch(output.parent) as unfinished:
         made = unfinished / output.name
         yield made
         let_others_read(unfinished)
-        if not output.is_dir():
+        if output.is_dir() and made.is_dir():
+            _take_over(output, made)
+            _exchange(made, output)
+        else:
             made.replace(output)
-            return
-        for file in [path for path in made.rglob("*") if path.is_file()]:
-            target = output / file.relative_to(made)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
+
+
+def _take_over(old: Path, new: Path) -> None:
+    """Give a new folder what only the old one has at its top, without a copy where the file system has links."""
+    new.chmod(old.stat().st_mode & 0o7777)
+    for entry in old.iterdir():
+        target = new / entry.name
+        if os.path.lexists(target):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Another name of the same file, or a copy where there are no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Exchange two folders: Linux in one step, other systems in two, between which `old` is absent."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(new.absolute()), os.fsencode(old.absolute())
+    if rename is not None and rename(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0:
+        return
+    aside = new.with_name(f"{new.name}.old")
+    old.rename(aside)
+    new.rename(old)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ class _Card(BaseModel):
     name: str = Field(min_length=1, max_length=200)
     size: tuple[Side, Side]
     defaults: Recommended | None
+    weights: str | None = None  # sha256 of all weights that were saved together
 
 
 def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard:
@@ -36,6 +37,11 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
         usual = read_scheduler(directory).recommended
         return ModelCard(directory.resolve().name, sha256, side, usual, folder=directory)
     card = read_json_as(_Card, path)
+    if variant is None and card.weights not in (None, sha256):
+        raise ModelError(
+            f"the weights were not saved together ({directory}): one part is of another model or another training. "
+            f'If you have replaced it on purpose, remove "weights" from {FILE}'
+        )
     if any(length % multiple for length in card.size):
         raise ModelError(f"size must be multiples of {multiple} (got {card.size} in {path})")
     defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}

@@ -10,8 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentdiff.core.errors import ConfigError, loading, saving
-from latentdiff.core.files import whole
+from latentdiff.core.files import whole, write_json
 from latentdiff.families import check_folder
+from latentdiff.families.card import FILE as CARD_FILE
+from latentdiff.formats.folder import folder_hash, read_json
 
 _TEXTS = (".json", ".txt", ".md", ".xml")
 
@@ -35,6 +37,8 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
             elif file.suffix in _TEXTS:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
+        if "weights" in (card := read_json(made / CARD_FILE) if (made / CARD_FILE).is_file() else {}):
+            write_json(made / CARD_FILE, card | {"weights": folder_hash(made)})
 
 
 def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from latentdiff.families.card import FILE as CARD_FILE
 from latentdiff.families.card import card_tree, model_card
 from latentdiff.families.scheduler import FILE as SCHEDULER_FILE
 from latentdiff.families.scheduler import scheduler_config
+from latentdiff.formats.folder import folder_hash
 from latentdiff.model import Model, ModelCard
 
 DEFAULT_MODEL = "scenes-64"
@@ -114,4 +115,4 @@ def save_model(model: Model, directory: Path) -> None:
         if model.path.whole is False:
             index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
         write_json(made / "model_index.json", index)
-        write_json(made / CARD_FILE, card_tree(model.card))
+        write_json(made / CARD_FILE, card_tree(model.card) | {"weights": folder_hash(made)})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.core.errors import ConfigError, saving
+from latentdiff.core.files import whole
 from latentdiff.core.images import to_images, to_uint8
 from latentdiff.data import oracle
 from latentdiff.data.dataset import VALIDATION, readable
@@ -92,8 +93,9 @@ def train_autoencoder(run: Run[Config]) -> None:
     if accelerator.is_main_process:
         if isinstance(module, KLAutoencoder):
             module.fold_statistics(*latent_statistics(module, config, run.data.training, accelerator.device))
-        with saving("the autoencoder", run.folder / "model" / "vae"):
-            module.save(run.folder / "model" / "vae")
+        place = run.folder / "model" / "vae"
+        with saving("the autoencoder", place), whole(place) as folder:
+            module.save(folder)
     accelerator.wait_for_everyone()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.core.errors import saving
+from latentdiff.core.files import whole
 from latentdiff.core.images import to_images
 from latentdiff.data import scenes
 from latentdiff.data.dataset import VALIDATION
@@ -45,8 +46,10 @@ def train_clip(run: Run[Config]) -> None:
     run_stage(accelerator, stage, config.clip.training, run.folder / "clip", report, start, run.interruption)
     if accelerator.is_main_process:
         with saving("CLIP", run.folder):
-            module.save(run.folder / "model" / "clip")
-            TextEncoder(tokenizer, text_model_of(module)).save(run.folder / "clip")
+            with whole(run.folder / "model" / "clip") as folder:
+                module.save(folder)
+            with whole(run.folder / "clip") as folder:
+                TextEncoder(tokenizer, text_model_of(module)).save(folder)
     accelerator.wait_for_everyone()
 
 
