@@ -6,11 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, NonFiniteError
 from latentdiff.diffusion import noise
+from latentdiff.diffusion.guidance import keep
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.canvas import Margins, canvas
@@ -152,6 +153,86 @@ def test_masks_reach_every_latent_they_touch(pipe, photo):
     picture = drawn(pipe, image=photo, mask_image=marked)[0]
     assert (picture != photo).any(-1).sum() <= 1
     assert np.array_equal(picture[~marked], photo[~marked])
+
+
+def soft(photo):
+    """A mask that rises from left to right, black and white at its ends."""
+    return np.broadcast_to(np.linspace(0, 255, photo.shape[1]).round().astype(np.uint8), photo.shape[:2]).copy()
+
+
+@pytest.mark.parametrize("kind", ["plain", "inpainter"])
+def test_soft_masks_mix(pipe, inpainter, photo, kind):
+    """given + w (drawn - given), pixel by pixel; black keeps its bits."""
+    model, mask = pipe if kind == "plain" else inpainter, soft(photo)
+    made = canvas(photo, mask, multiple=8)
+    image = np.random.default_rng(0).uniform(-1, 1, (3, *photo.shape[:2])).astype(np.float32)
+    share = np.where(mask < 8, 0, np.where(mask > 247, 255, mask)) / 255
+    given = photo.transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(made.kept(image, np.asarray), given + share * (image - given), atol=1e-6)
+    picture = drawn(model, image=photo, mask_image=mask)[0]
+    assert np.array_equal(picture[mask < 8], photo[mask < 8])
+    apart = np.abs(picture.astype(int) - photo).mean((0, 2)).reshape(4, -1).mean(1)
+    assert apart[0] < apart[1] < apart[3]
+
+
+def test_a_soft_edge_is_drawn_in_the_last_steps(pipe, photo):
+    """A weight w is known until the last w of the steps (differential diffusion, algorithm 1)."""
+    levels = pipe.model.path.levels(4, "trailing")
+    mask = np.array([0, 0.2, 0.25, 0.5, 0.6, 1], np.float32).reshape(1, 1, 1, 6)
+    known, free = np.zeros((1, 1, 1, 6), np.float32), np.ones((1, 1, 1, 6), np.float32)
+    denoise = keep(lambda x, level: free, known, mask, levels)
+    rows = [denoise(known, level).ravel().tolist() for level in levels[:-1]]
+    assert rows == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
+    between = pipe.model.path.level_of((levels[1].ratio * levels[2].ratio) ** 0.5)  # a sampler's step in between
+    assert denoise(known, between).ravel().tolist() == rows[2]
+
+
+def test_weights_of_a_mask_are_amounts_of_change(pipe, photo):
+    """A grey mask changes less than a white one and more than strength would leave."""
+    settings = {"image": photo, "num_inference_steps": 10, "guidance_scale": 1.0}
+    apart = []
+    for value in (80, 160, 255):
+        picture = drawn(pipe, mask_image=np.full(photo.shape[:2], value, np.uint8), **settings)[0]
+        apart.append(np.abs(picture.astype(int) - photo).mean())
+    assert apart[0] < apart[1] < apart[2]
+
+
+def test_masks_that_jpeg_has_changed_are_hard(photo, mask):
+    """Almost black is black, almost white is white; the hash is that of the hard mask."""
+    noisy = np.clip(mask.astype(int) + np.random.default_rng(0).integers(-7, 8, mask.shape), 0, 255).astype(np.uint8)
+    made = canvas(photo, noisy, multiple=8)
+    assert np.array_equal(made.mask, mask)
+    assert made.hash == canvas(photo, mask == 255, multiple=8).hash != canvas(photo, soft(photo), multiple=8).hash
+
+
+def test_mask_blur(pipe, photo, mask):
+    """The Gaussian of that deviation; what outpainting adds stays white, and the seam inside is soft."""
+    made = canvas(photo, mask, multiple=8, blur=4.0)
+    expected = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(4)))
+    assert np.array_equal(made.mask, expected)
+    outside = canvas(photo, multiple=8, margins=Margins(right=16), blur=4.0).mask
+    assert (outside[:, 96:] == 255).all()
+    assert (np.diff(outside[0, 86:97].astype(int)) > 0).all()
+    assert (outside[:, :70] == 0).all()
+    sharp, blurred = (drawn(pipe, image=photo, outpaint=(0, 0, 16, 0), mask_blur=blur)[0] for blur in (0.0, 4.0))
+    assert np.array_equal(sharp[:, :96], photo)
+    assert not np.array_equal(blurred[:, 80:96], photo[:, 80:96])
+    assert np.array_equal(blurred[:, :70], photo[:, :70])
+    for settings, message in (
+        ({}, "mask_blur requires an image"),
+        ({"image": photo}, "mask_blur requires a mask or outpainting"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            drawn(pipe, mask_blur=3.0, **settings)
+
+
+def test_nine_channels_start_from_noise_alone(inpainter, photo, mask):
+    """At strength 1, as diffusers does: the network reads the kept part beside x."""
+    request = inpainter.request(PROMPT, **QUICK)
+    batch = Batch(jobs_of(inpainter.model, request, canvas_of(inpainter.model, request, photo, mask)))
+    (only,) = passes_of(batch, inpainter.painter, [])
+    draw = keyed(batch.jobs, inpainter.model.codec.shape((64, 96)), inpainter.model.array)
+    assert torch.equal(only.start(None, draw).x, draw("initial latents"))
 
 
 def test_outpainting(pipe, photo):

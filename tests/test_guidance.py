@@ -209,7 +209,8 @@ def test_what_is_kept_walks_the_closed_form():
     levels = SD.levels(7)
     start = levels[0].alpha * known + levels[0].sigma * noise
     free = list(samplers.ddim(gaussian(0.0, 0.5), start, levels, samplers.silent))
-    kept = list(samplers.ddim(guidance.keep(gaussian(0.0, 0.5), known, mask), start, levels, samplers.silent))
+    denoise = guidance.keep(gaussian(0.0, 0.5), known, mask, levels)
+    kept = list(samplers.ddim(denoise, start, levels, samplers.silent))
     for step, other in zip(kept, free, strict=True):
         expected = step.level.alpha * known + step.level.sigma * noise
         np.testing.assert_allclose(step.x[:3], expected[:3], rtol=1e-12, atol=1e-12)

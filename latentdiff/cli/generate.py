@@ -78,8 +78,10 @@ def generate(
         Path | None, typer.Option(help="A mask of the image's size: white is redrawn, the rest stays.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How much of the image is redrawn, 0 to 1 (default: 0.8; with a mask 1).")
+        float | None,
+        typer.Option(help="How much of the image is redrawn, up to 1 (default: 0.8; with a mask 1)."),
     ] = None,
+    mask_blur: Annotated[float | None, typer.Option(help="Pixels by which the mask's edge is softened.")] = None,
     outpaint: Annotated[str | None, typer.Option(help="Pixels to add around the image: LEFT,TOP,RIGHT,BOTTOM.")] = None,
     hires_scale: Annotated[float | None, typer.Option(help="Draw, enlarge by this factor, redraw.")] = None,
     hires_strength: Annotated[
@@ -159,6 +161,7 @@ def generate(
         "eta": eta,
         **_sides(width, height, size),
         "strength": strength,
+        "mask_blur": mask_blur,
         "hires_scale": hires_scale,
         "hires_strength": hires_strength,
         "clip_skip": clip_skip,

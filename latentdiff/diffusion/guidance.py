@@ -8,8 +8,9 @@ evaluation through `once`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from latentdiff.core.arrays import library
 from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.parametrization import Array, Denoiser
 
@@ -149,12 +150,20 @@ def toward(
     return steered
 
 
-def keep(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
+def keep(denoise: Denoiser, known: Array, mask: Array, levels: Sequence[NoiseLevel]) -> Denoiser:
     """Inpainting with any network: x0 is predicted where `mask` is 1, and `known` where it is 0.
 
-    From a start at diffused `known`, this region then follows the closed form alpha known + sigma noise.
+    From a start at diffused `known`, this region then follows the closed form alpha known + sigma noise. A value w
+    between 0 and 1 is known until the last w of the steps, and drawn in them (Levin and Fried 2023, algorithm 1), so
+    that a soft edge changes by degrees. levels: those of the walk.
     """
-    return lambda x, level: mask * denoise(x, level) + (1 - mask) * known
+    steps = len(levels) - 1
+
+    def kept(x: Array, level: NoiseLevel) -> Array:
+        left = max(sum(each.ratio <= level.ratio for each in levels[:-1]), 1) / steps
+        return library(x).where(mask >= left, denoise(x, level), known)
+
+    return kept
 
 
 def _each(values: Array, x: Array) -> Array:

@@ -1,7 +1,8 @@
 """The picture that drawing starts from, and its masked part, which is redrawn.
 
 Sides that the networks cannot draw are padded with the edge's pixels, and the padding is cut off again: a picture keeps
-its size, and the part outside the mask keeps its bits.
+its size, and the part outside the mask keeps its bits. On the soft edge of a mask the drawn picture and the given one
+are mixed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from latentdiff.core.arrays import Array, Put, library
 from latentdiff.core.decoding import WHITE, Color, rgb
@@ -31,13 +32,15 @@ class Margins(NamedTuple):
 
 NONE = Margins()
 BLACK = (0, 0, 0)  # under a transparent mask: nothing is drawn there
+HALF = 128  # of a mask's value
+_ALMOST = 8  # a mask's values so near to black or white are meant to be black or white: JPEG changes them
 
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
     """pixels: uint8 (H, W, 3), padded; without padding it has `size`, (height, width) from the upper left.
 
-    mask: bool (H, W), True in the part to redraw; None to draw over the whole picture.
+    mask: uint8 (H, W), 255 in the part to redraw, between on its soft edge; None to draw over the whole picture.
     """
 
     pixels: np.ndarray
@@ -49,8 +52,10 @@ class Canvas:
     def kept(self, image: Array, put: Put) -> Array:
         """A drawn image (C, H, W) with the input's pixels outside the mask, without padding."""
         if self.mask is not None:
-            given = self.pixels if len(image) == 3 else luminance(self.pixels)
-            image = library(image).where(put(self.mask), image, put(to_values(given[None])[0]))
+            given = put(to_values((self.pixels if len(image) == 3 else luminance(self.pixels))[None])[0])
+            share = put(self.mask.astype(np.float32) / 255)
+            where = library(image).where
+            image = where(share == 1, image, where(share == 0, given, given + share * (image - given)))
         return image[:, : self.size[0], : self.size[1]]
 
     @property
@@ -58,7 +63,9 @@ class Canvas:
         """sha256 of the pixels and the mask, which identifies the picture."""
         digest = hashlib.sha256(repr((self.pixels.shape, self.size, self.mask is None)).encode())
         digest.update(self.pixels.tobytes())
-        digest.update(b"" if self.mask is None else self.mask.tobytes())
+        if self.mask is not None:
+            hard = not ((self.mask > 0) & (self.mask < 255)).any()
+            digest.update((self.mask == 255 if hard else self.mask).tobytes())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
@@ -74,10 +81,12 @@ def canvas(
     size: tuple[int | None, int | None] = (None, None),
     margins: Margins = NONE,
     names: tuple[str | None, str | None] = (None, None),
+    blur: float = 0.0,
 ) -> Canvas:
     """A canvas from a PIL image or uint8 (H, W, 3), and a mask of the same size, white or True in the part to redraw.
 
-    size: (height, width) to resize to, None for the image's; margins: pixels to add around it. Raises ConfigError.
+    size: (height, width) to resize to, None for the image's; margins: pixels to add around it. blur: the standard
+    deviation in pixels by which the mask's edge is softened. Raises ConfigError.
     """
     pixels = _pixels(image)
     marked = None if mask is None else _marked(mask, pixels.shape[:2])
@@ -87,8 +96,10 @@ def canvas(
     if marked is not None and marked.shape != (height, width):
         marked = np.asarray(Image.fromarray(marked).resize((width, height), Image.Resampling.NEAREST))
     if any(margins):
-        marked = np.zeros((height, width), bool) if marked is None else marked
+        marked = np.zeros((height, width), np.uint8) if marked is None else marked
         pixels, marked = _extended(pixels, marked, margins)
+    if marked is not None and blur:
+        marked = _blurred(marked, margins, blur)
     if marked is not None and not marked.any():
         raise ConfigError("the mask has no white: nothing would be drawn")
     return _padded(Canvas(pixels, marked, pixels.shape[:2], margins, names), multiple)
@@ -111,7 +122,17 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 def _extended(pixels: np.ndarray, marked: np.ndarray, margins: Margins) -> tuple[np.ndarray, np.ndarray]:
     """Outpainting: the edge's pixels repeated outwards, and marked to be drawn."""
     around = ((margins.top, margins.bottom), (margins.left, margins.right))
-    return np.pad(pixels, (*around, (0, 0)), mode="edge"), np.pad(marked, around, constant_values=True)
+    return np.pad(pixels, (*around, (0, 0)), mode="edge"), np.pad(marked, around, constant_values=255)
+
+
+def _blurred(marked: np.ndarray, margins: Margins, deviation: float) -> np.ndarray:
+    """The mask with a soft edge. What outpainting adds stays white: there is nothing to mix it with."""
+    soft = np.array(Image.fromarray(marked).filter(ImageFilter.GaussianBlur(deviation)))
+    height, width = marked.shape
+    inside = np.zeros(marked.shape, bool)
+    inside[margins.top : height - margins.bottom, margins.left : width - margins.right] = True
+    soft[~inside] = 255
+    return soft
 
 
 def _padded(whole: Canvas, multiple: int) -> Canvas:
@@ -150,13 +171,15 @@ def _array(values: Any, name: str) -> np.ndarray:
 
 
 def _marked(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """A mask as bool, True from half grey up. Raises ConfigError unless it has the picture's size."""
+    """A mask as uint8, what is almost black or white wholly so. Raises ConfigError unless it has the picture's size."""
     if isinstance(mask, Image.Image):
         mask = luminance(_decoded(mask, "mask_image", BLACK)[None])[0, ..., 0]
     array = _array(mask, "mask_image")
     if array.ndim != 2 or array.dtype not in (np.uint8, bool):
         raise ConfigError(f"mask_image must be a picture, or (H, W) of uint8 or bool (got {array.dtype} {array.shape})")
+    if array.dtype == bool:
+        array = np.uint8(255) * array
     if array.shape != size:
         sizes = [f"{width}x{height}" for height, width in (array.shape, size)]
         raise ConfigError(f"mask_image must be of the image's size: {sizes[0]}, the image is {sizes[1]}")
-    return array if array.dtype == bool else array >= 128
+    return np.where(array < _ALMOST, 0, np.where(array > 255 - _ALMOST, 255, array)).astype(np.uint8)

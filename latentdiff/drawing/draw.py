@@ -50,14 +50,18 @@ def canvas_of(
             raise ConfigError("a mask and outpainting require an image")
         if request.strength is not None:
             raise ConfigError("strength requires an image")
+        if request.mask_blur:
+            raise ConfigError("mask_blur requires an image")
         return None
     if request.hires_scale:
         raise ConfigError("hires_scale has no effect with an image; width and height enlarge it")
     for name, side in (("height", request.height), ("width", request.width)):
         if side is not None:
             check_size(name, side, model.multiple, lowest_side(model))
-    size = request.height, request.width
-    return canvas(image, mask, size=size, multiple=model.multiple, margins=margins, names=names)
+    if request.mask_blur and mask is None and not any(margins):
+        raise ConfigError("mask_blur requires a mask or outpainting")
+    size, blur = (request.height, request.width), request.mask_blur
+    return canvas(image, mask, size=size, multiple=model.multiple, margins=margins, names=names, blur=blur)
 
 
 def jobs_of(model: Model, request: Request, given: Canvas | None = None, embeds: Any = None) -> list[Job]:

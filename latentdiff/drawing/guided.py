@@ -96,7 +96,7 @@ def guided(
     if request.guidance_interval:
         denoise = guidance.within(denoise, plain, *request.guidance_interval)
     if start.mask is not None and start.extra is None:
-        denoise = guidance.keep(denoise, start.known, start.mask)
+        denoise = guidance.keep(denoise, start.known, start.mask, start.levels)
     return denoise
 
 

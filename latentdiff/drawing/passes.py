@@ -21,7 +21,7 @@ from latentdiff.diffusion.parametrization import Denoiser, denoiser
 from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import Batch
-from latentdiff.drawing.canvas import Canvas, resized
+from latentdiff.drawing.canvas import HALF, Canvas, resized
 from latentdiff.drawing.guided import Helpers, guided, network_of, prepared
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.plan import PlannedPass, Size, shortened
@@ -129,6 +129,8 @@ class ImageToImage(_Planned):
         mask = _each(masked, lambda canvas: _latent_mask(model, canvas)) if masked else None
         fresh = self.planned.strength == 1
         start = from_latents(self.levels(), self.noise(draw), known, mask, fresh=fresh)
+        if model.inpaints and fresh:  # as diffusers starts: the network reads the kept part beside x
+            start = replace(start, x=self.noise(draw))
         return with_extra(model, start, masked, notes=self.notes)
 
 
@@ -159,26 +161,30 @@ def _each(canvases: Sequence[Canvas], compute: Callable[[Canvas], Array]) -> Arr
 
 
 def with_extra(model: Model, start: Start, canvases: Sequence[Canvas] = (), *, notes: list[str] | None = None) -> Start:
-    """A start for an inpainting backbone, with a mask (by default of everything) and the masked latents."""
+    """A start for an inpainting backbone, with a mask (by default of everything) and the masked latents.
+
+    The network knows hard masks only: it draws where the mask is at least half, as diffusers has it.
+    """
     if not model.inpaints:
         return start
     if canvases:
         hidden = _each(canvases, lambda canvas: _hidden(model, canvas, notes))
-        mask = start.mask
+        assert start.mask is not None
+        ones = library(start.mask).ones_like(start.mask)
+        mask = library(ones).where(start.mask >= 0.5, ones, 0 * ones)
     else:
         height, width = (side * model.codec.factor for side in start.x.shape[-2:])
         blank = np.zeros((1, model.codec.image_channels, height, width), np.float32)
         grey = pixels.encode_images(model, model.array(blank), notes)
         hidden = library(grey).concatenate([grey] * len(start.x))
         mask = library(start.x).ones_like(start.x[:, :1])
-    assert mask is not None
     return replace(start, extra=library(hidden).concatenate([mask, hidden], 1))
 
 
 def _hidden(model: Model, canvas: Canvas, notes: list[str] | None) -> Array:
     """The latents of a picture whose masked part is grey."""
     assert canvas.mask is not None
-    visible = pixels.as_images(model, canvas.pixels[None]) * model.array(~canvas.mask)
+    visible = pixels.as_images(model, canvas.pixels[None]) * model.array(canvas.mask < HALF)
     return pixels.encode_images(model, visible, notes)
 
 

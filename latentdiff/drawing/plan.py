@@ -90,6 +90,8 @@ def strength_of(request: Request, masked: bool) -> float:
 def kept_steps(steps: int, strength: float) -> int:
     """int(steps * strength), as in SDEdit (Meng et al. 2022). Raises ConfigError if no step is left."""
     kept = min(int(steps * strength), steps)
+    if strength == 0:
+        raise ConfigError("strength must be over 0: with 0 nothing would be drawn")
     if kept < 1:
         raise ConfigError(f"strength {strength:g} of {steps} steps is less than one step. Raise either")
     return kept

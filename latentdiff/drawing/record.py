@@ -125,6 +125,8 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
         fields["Denoising strength"] = (
             f"{record.steps[-1] / request['num_inference_steps'] if given is None else given:g}"
         )
+    if request.get("mask_blur"):
+        fields["Mask blur"] = f"{request['mask_blur']:g}"
     if request.get("hires_scale") is not None:
         fields["Hires upscale"] = f"{request['hires_scale']:g}"
     if request.get("clip_skip") is not None:

@@ -78,6 +78,7 @@ class Request(BaseModel):
 
     # where sampling starts and ends
     strength: Fraction | None = None  # with an image; default 0.8, or 1 with a mask
+    mask_blur: Finite = Field(0.0, ge=0, le=256)  # pixels: softens the edge of a mask, or of outpainting
     hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # the second pass' size over the first's
     hires_strength: Fraction | None = None  # default 0.5
     variation_seed: Seed | None = None

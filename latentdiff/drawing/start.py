@@ -35,7 +35,8 @@ class Draw(Protocol):
 class Start:
     """The start of a pass: x at levels[0], and the latents and the mask of an input picture of which a part stays.
 
-    known: (B, C, h, w); mask: (B, 1, h, w), 1 in the part to draw. extra: channels that an inpainting network reads.
+    known: (B, C, h, w); mask: (B, 1, h, w), 1 in the part to draw, between 0 and 1 on its soft edge. extra: channels
+    that an inpainting network reads.
     """
 
     x: Array
@@ -99,7 +100,7 @@ def from_latents(
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
-    """bool (H, W) -> float32 (1, 1, h, w): 1 if any pixel under a latent is to be drawn."""
+    """uint8 (H, W) -> float32 (1, 1, h, w) in [0, 1]: the largest value of the pixels under a latent."""
     height, width = mask.shape
     blocks = mask.reshape(height // factor, factor, width // factor, factor)
-    return np.asarray(blocks.any((1, 3)), np.float32)[None, None]
+    return np.asarray(blocks.max((1, 3)) / np.float32(255), np.float32)[None, None]
