@@ -36,7 +36,7 @@ def _of_model(path: Path) -> dict[str, object]:
     from latentdiff.formats.folder import folder_hash, parameter_counts
 
     _, index = check_folder(path)
-    schedule, prediction, _ = read_scheduler(path)
+    schedule, prediction, *_ = read_scheduler(path)
     counts = parameter_counts(path)
     return {
         "name": path.resolve().name,

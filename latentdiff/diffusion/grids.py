@@ -34,6 +34,31 @@ def linspace(T: int, steps: int, whole: Whole) -> list[float]:
     return [whole(value) for value in _even(T - 1, 0, steps)]
 
 
+def leading_open(T: int, steps: int, whole: Whole) -> list[float]:
+    """Leading with one more time, of which the last is left out: diffusers' multistep solvers (DPM++, UniPC, DEIS)."""
+    if steps == T:
+        return leading(T, steps, whole)
+    stride = T // (steps + 1)
+    offset = min(1, T - 1 - steps * stride)
+    return [float(i * stride + offset) for i in reversed(range(1, steps + 1))]
+
+
+def linspace_open(T: int, steps: int, whole: Whole) -> list[float]:
+    """Linspace with one more time, of which the last is left out: diffusers' multistep solvers."""
+    return [whole(value) for value in _even(T - 1, 0, min(steps + 1, T))[:steps]]
+
+
+def linspace_exact(T: int, steps: int, whole: Whole) -> list[float]:
+    """Linspace between whole times too: diffusers' Euler, Heun, LMS and DPM2."""
+    return _even(T - 1, 0, steps)
+
+
+def distilled(T: int, steps: int, whole: Whole) -> list[float]:
+    """Of the fifty times T i / 50 - 1 that latent consistency models are distilled on, every fifty / steps-th."""
+    origins = max(50, steps)
+    return [float((origins - math.floor(i * origins / steps)) * T // origins - 1) for i in range(steps)]
+
+
 def sgm_uniform(T: int, steps: int, whole: Whole) -> list[float]:
     """Equal steps from the last time towards the first, which is left out (Stability AI's generative-models)."""
     return _even(T - 1, 0, steps + 1)[:-1]
@@ -95,6 +120,10 @@ TIME_GRIDS: dict[str, TimeGrid] = {
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,
+    "leading_open": leading_open,
+    "linspace_open": linspace_open,
+    "linspace_exact": linspace_exact,
+    "distilled": distilled,
     "sgm_uniform": sgm_uniform,
     "beta": beta,
 }

@@ -468,6 +468,29 @@ def ipndm(
         yield Step(number, s, x, x0)
 
 
+def plms(
+    denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent, path: Path | None = None
+) -> Iterator[Step]:
+    """Pseudo linear multistep (Liu et al. 2022, equations 11 to 13): Adams-Bashforth of eps in DDIM's step.
+
+    The first step is made twice: to its end, and again with the mean of eps at both ends.
+    """
+    history: list[Array] = []
+    for number, (t, s) in enumerate(pairwise(levels), 1):
+        x0 = denoise(x, t)
+        eps = (x - t.alpha * x0) / t.sigma
+        history = [eps, *history[:3]]
+        if number == 1 and s.sigma > 0:
+            ahead = s.alpha * x0 + s.sigma * eps
+            slope = (eps + (ahead - s.alpha * denoise(ahead, s)) / s.sigma) / 2
+        else:
+            slope = sum(weight * each for weight, each in zip(_ADAMS[len(history) - 1], history, strict=True))
+        if t.alpha > 0:
+            x0 = (x - t.sigma * slope) / t.alpha
+        x = s.alpha * x0 + s.sigma * slope
+        yield Step(number, s, x, x0)
+
+
 def res_multistep(
     denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent, path: Path | None = None
 ) -> Iterator[Step]:
@@ -543,7 +566,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun_exponential": Sampler(heun_exponential, "Heun exponential"),
     "dpm2": Sampler(dpm2, "DPM2", ("KDPM2DiscreteScheduler",)),
     "dpm2_ancestral": Sampler(dpm2_ancestral, "DPM2 a", ("KDPM2AncestralDiscreteScheduler",), _ETA),
-    "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M", ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")),
+    "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M", ("DPMSolverMultistepScheduler",)),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "DPM++ 2M SDE"),
     "dpmpp_2s_ancestral": Sampler(dpmpp_2s_ancestral, "DPM++ 2S a", (), _ETA),
     "dpmpp_sde": Sampler(dpmpp_sde, "DPM++ SDE", ("DPMSolverSDEScheduler",), _ETA),
@@ -551,7 +574,8 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": Sampler(unipc, "UniPC", ("UniPCMultistepScheduler",)),
     "deis": Sampler(deis, "DEIS", ("DEISMultistepScheduler",)),
     "lms": Sampler(lms, "LMS", ("LMSDiscreteScheduler",)),
-    "ipndm": Sampler(ipndm, "IPNDM", ("IPNDMScheduler", "PNDMScheduler")),
+    "ipndm": Sampler(ipndm, "IPNDM"),
+    "plms": Sampler(plms, "PLMS", ("PNDMScheduler",)),
     "res_multistep": Sampler(res_multistep, "Res Multistep"),
     "lcm": Sampler(lcm, "LCM", ("LCMScheduler",)),
     "tcd": Sampler(tcd, "TCD", ("TCDScheduler",), MappingProxyType({"eta": 0.3})),

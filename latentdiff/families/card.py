@@ -34,8 +34,9 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
     multiple, side = picture_geometry(directory)
     path, sha256 = directory / FILE, folder_hash(directory, variant)
     if not path.is_file():
-        usual = read_scheduler(directory).recommended
-        return ModelCard(directory.resolve().name, sha256, side, usual, folder=directory)
+        scheduler = read_scheduler(directory)
+        name, usual = directory.resolve().name, scheduler.recommended
+        return ModelCard(name, sha256, side, usual, folder=directory, notes=scheduler.notes)
     card = read_json_as(_Card, path)
     if variant is None and card.weights not in (None, sha256):
         raise ModelError(

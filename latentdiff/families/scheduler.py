@@ -10,9 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentdiff.core.errors import ModelError, raised_as
-from latentdiff.diffusion.grids import GRIDS
 from latentdiff.diffusion.path import Path, Straight, VariancePreserving
-from latentdiff.diffusion.samplers import sampler_of
+from latentdiff.families.sampling import sampling_of
 from latentdiff.settings.validation import first_fault
 
 FILE = "scheduler/scheduler_config.json"
@@ -23,17 +22,21 @@ Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Scheduler(NamedTuple):
-    """The content of a scheduler config: the path, the prediction, and diffusers' sampler and grid."""
+    """The content of a scheduler config: the path, the prediction, and diffusers' sampler and grid.
+
+    notes: what the config states of sampling that we do otherwise.
+    """
 
     path: Path
     prediction: str
     recommended: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class _Config(BaseModel):
-    """The keys that are read. The others are settings of samplers, which each call chooses."""
+    """The keys of the path. The others are settings of samplers: see sampling.py."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     num_train_timesteps: int = Field(1000, ge=2, le=100_000)
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow", "karras"] | None = None
@@ -43,9 +46,6 @@ class _Config(BaseModel):
     trained_betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     rescale_betas_zero_snr: bool | None = False
     class_name: str = Field("", alias="_class_name")
-    timestep_spacing: str = "leading"
-    algorithm_type: str | None = None
-    use_karras_sigmas: bool | None = False
     # of flow matching
     shift: float = Field(1.0, gt=0, le=100)
     use_dynamic_shifting: bool | None = False
@@ -53,17 +53,6 @@ class _Config(BaseModel):
     max_image_seq_len: int | None = Field(4096, ge=2)
     base_shift: float | None = Field(0.5, ge=-10, le=10)
     max_shift: float | None = Field(1.15, ge=-10, le=10)
-
-    @property
-    def recommended(self) -> dict[str, Any]:
-        """Recommended settings; dpmpp_2m if we do not have the config's sampler."""
-        sampler = sampler_of(self.class_name) or "dpmpp_2m"
-        if sampler == "dpmpp_2m" and (self.algorithm_type or "").startswith("sde"):
-            sampler = "dpmpp_2m_sde"
-        if self.class_name == _FLOW:
-            return {"sampler": "euler", "spacing": "trailing"}
-        spacing = self.timestep_spacing if self.timestep_spacing in GRIDS else "trailing"
-        return {"sampler": sampler, "spacing": "karras" if self.use_karras_sigmas else spacing}
 
 
 def read_json_as(model: type[Data], path: FilePath) -> Data:
@@ -84,10 +73,11 @@ def read_scheduler(directory: FilePath) -> Scheduler:
     """The scheduler config of a model folder. Raises ModelError."""
     path = directory / FILE
     config = read_json_as(_Config, path)
+    sampling = sampling_of(config.model_dump(by_alias=True))
     with raised_as(ModelError, f"no noise schedule ({path})"):
         if config.class_name == _FLOW:
-            return Scheduler(_straight(config), config.prediction_type or "flow", config.recommended)
-        return Scheduler(_variance_preserving(config, path), config.prediction_type or "epsilon", config.recommended)
+            return Scheduler(_straight(config), config.prediction_type or "flow", *sampling)
+        return Scheduler(_variance_preserving(config, path), config.prediction_type or "epsilon", *sampling)
 
 
 def _straight(config: _Config) -> Straight:

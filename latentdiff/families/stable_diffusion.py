@@ -37,7 +37,7 @@ def read(directory: Path, variant: str | None) -> Model:
     """The networks of a checked folder as a model whose family is not set yet."""
     from latentdiff.families.weights import load_codec, load_text_encoders, load_unet
 
-    path, prediction, _ = read_scheduler(directory)
+    path, prediction, *_ = read_scheduler(directory)
     codec, texts = load_codec(directory, variant), load_text_encoders(directory, variant)
     unet = load_unet(directory, variant)
     card = model_card(directory, path.T, variant)

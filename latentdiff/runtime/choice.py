@@ -61,8 +61,19 @@ def load(
     if required or (runtime == "auto" and not _lacks(device, precision)):
         source = located(path, variant, revision)
         if (export := _export(source, variant, required=required)) is not None:
-            return _compiled(source, export, precision, variant, chosen, required=required), chosen
-    return _by_torch(path, device, dtype, chosen, variant, revision), chosen
+            return _noted(_compiled(source, export, precision, variant, chosen, required=required)), chosen
+    return _noted(_by_torch(path, device, dtype, chosen, variant, revision)), chosen
+
+
+def _noted(model: Model) -> Model:
+    """The model, after a warning of what its scheduler's config wants and we do otherwise."""
+    if model.card.notes:
+        what = ", ".join(model.card.notes)
+        warnings.warn(
+            f"the model's scheduler has {what}, which this package has not: pictures differ from diffusers'",
+            stacklevel=4,
+        )
+    return model
 
 
 def _by_torch(
@@ -141,7 +152,7 @@ def _compiled(
     from latentdiff.runtime.openvino import begin, compiled_networks
 
     family, _ = check_folder(source.path)
-    path, prediction, _ = read_scheduler(source.path)
+    path, prediction, *_ = read_scheduler(source.path)
     card = card_of(source, path.T, variant)
     precise = precision or ("bfloat16" if has_bfloat16() else "float32")
     compiler = Compiler(export, precise, card.hash)

@@ -1,0 +1,90 @@
+"""What a diffusers scheduler config means here: a sampler, a grid, and what of it we do differently.
+
+Every class of diffusers has defaults of its own, which a config need not state. Keys that change pictures are honoured
+or named in a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from latentdiff.diffusion.samplers import sampler_of
+
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+_OTHERWISE = "dpmpp_2m"  # of classes without a sampler of ours
+_OPEN = {"leading": "leading_open", "linspace": "linspace_open"}  # of multistep solvers
+_EXACT = {"linspace": "linspace_exact"}
+_LCM = dict.fromkeys(("leading", "linspace", "trailing"), "distilled")
+_GRIDS: dict[str, tuple[str, Mapping[str, str]]] = {  # class -> its default spacing, and our names of its grids
+    "DDIMScheduler": ("leading", {}),
+    "DDPMScheduler": ("leading", {}),
+    "PNDMScheduler": ("leading", {}),
+    "EulerDiscreteScheduler": ("linspace", _EXACT),
+    "EulerAncestralDiscreteScheduler": ("linspace", _EXACT),
+    "HeunDiscreteScheduler": ("linspace", _EXACT),
+    "LMSDiscreteScheduler": ("linspace", _EXACT),
+    "KDPM2DiscreteScheduler": ("linspace", _EXACT),
+    "KDPM2AncestralDiscreteScheduler": ("linspace", _EXACT),
+    "DPMSolverSDEScheduler": ("linspace", _EXACT),
+    "DPMSolverMultistepScheduler": ("linspace", _OPEN),
+    "UniPCMultistepScheduler": ("linspace", _OPEN),
+    "DEISMultistepScheduler": ("linspace", _OPEN),
+    "LCMScheduler": ("leading", _LCM),
+    "TCDScheduler": ("leading", _LCM),
+    _FLOW: ("trailing", {}),
+}
+_SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
+_HONOURED: dict[str, tuple[Any, ...]] = {  # key -> the values that mean what we do
+    "solver_order": (None, 2),
+    "solver_type": (None, "midpoint", "bh2", "logrho"),
+    "algorithm_type": (None, "dpmsolver++", "sde-dpmsolver++", "deis"),
+    "final_sigmas_type": (None, "zero"),
+    "predict_x0": (None, True),
+    "disable_corrector": (None, []),
+    "euler_at_final": (None, False),
+    "use_beta_sigmas": (None, False),
+    "use_lu_lambdas": (None, False),
+    "use_flow_sigmas": (None, False),
+    "thresholding": (None, False),
+    "clip_sample": (None, False),
+    "interpolation_type": (None, "linear"),
+    "timestep_type": (None, "discrete"),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "original_inference_steps": (None, 50),
+    "variance_type": (None, "fixed_small"),
+    "stochastic_sampling": (None, False),
+    "shift_terminal": (None,),
+    "invert_sigmas": (None, False),
+}
+
+
+class Sampling(NamedTuple):
+    """Recommended settings, sampler and spacing, and notes on what a config wants otherwise."""
+
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def sampling_of(config: Mapping[str, Any]) -> Sampling:
+    """The sampling that a scheduler config describes, as diffusers reads it."""
+    name = str(config.get("_class_name") or "")
+    sampler = sampler_of(name)
+    notes = [f"{key}={str(config[key])[:40]}" for key, values in _HONOURED.items() if config.get(key) not in values]
+    if sampler is None and name:
+        notes.insert(0, name[:60])
+    if sampler == "dpmpp_2m" and str(config.get("algorithm_type") or "").startswith("sde"):
+        sampler = "dpmpp_2m_sde"
+    if name == "PNDMScheduler" and not config.get("skip_prk_steps"):
+        notes.append("skip_prk_steps=False")
+    usual, ours = _GRIDS.get(name, ("leading", {}))
+    stated = str(config.get("timestep_spacing") or usual) if name != _FLOW else "trailing"
+    spacing = ours.get(stated, stated if stated in ("leading", "linspace", "trailing") else "trailing")
+    if name in ("DDIMScheduler", "PNDMScheduler") and stated == "linspace":
+        notes.append("timestep_spacing=linspace")  # diffusers' would step from other times than it has reached
+    if spacing.startswith("leading") and config.get("steps_offset", 0) != 1:
+        notes.append(f"steps_offset={config.get('steps_offset', 0)}")
+    for key, grid in _SIGMAS.items():
+        spacing = grid if config.get(key) else spacing
+    return Sampling({"sampler": sampler or _OTHERWISE, "spacing": spacing}, tuple(notes))
