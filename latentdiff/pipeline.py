@@ -20,11 +20,12 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import recorded
 from latentdiff.core.turn import Turn
 from latentdiff.diffusion.samplers import Step
-from latentdiff.drawing import inputs, pixels
+from latentdiff.drawing import calls, inputs, pixels
 from latentdiff.drawing.batch import Job
-from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, batches_of, canvas_of, draw, jobs_of
+from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, Watch, batches_of, canvas_of, draw, jobs_of
 from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
+from latentdiff.drawing.passes import passes_of
 from latentdiff.drawing.plan import plan
 from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
@@ -63,19 +64,25 @@ class LatentDiffusionPipeline:
         revision: str | None = None,
         runtime: str = "auto",
         speed: str | None = None,
+        **parts: Any,
     ) -> LatentDiffusionPipeline:
         """Load a model from a folder in diffusers' layout, a single .safetensors file or a hub id.
 
         Without a path this is the default model inside the package. A hub id is fetched once, at `revision`. runtime:
         see `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. torch uses CUDA if
-        there is one, and float32 by default. Raises ModelError, UnsafeError, ConfigError.
+        there is one, and float32 by default. parts: a scheduler or a vae of diffusers', and diffusers' arguments that
+        ask for what is done here anyway (safety_checker=None). Raises ModelError, UnsafeError, ConfigError.
         """
         from latentdiff.runtime import choice
 
+        own = calls.loading_options(parts)
         model, chosen = choice.load(
             path, runtime=runtime, device=device, dtype=torch_dtype, variant=variant, revision=revision, speed=speed
         )
-        return cls(model, speed=chosen)
+        pipe = cls(model, speed=chosen)
+        for name, part in own.items():
+            setattr(pipe, name, part)
+        return pipe
 
     @classmethod
     def from_single_file(cls, path: str | Path, **settings: Any) -> LatentDiffusionPipeline:
@@ -134,7 +141,87 @@ class LatentDiffusionPipeline:
 
         return torch.device(self.model.place.device)
 
+    @property
+    def scheduler(self) -> Any:
+        """A scheduler of diffusers with the model's noise schedule; one that is set chooses sampler and spacing.
+
+        Setting raises ConfigError for a scheduler of another noise schedule or prediction than the model's.
+        """
+        from latentdiff.families.scheduler import as_diffusers
+
+        return as_diffusers(self.model)
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        from latentdiff.families.scheduler import sampling_for
+
+        sampling = sampling_for(self.model, scheduler)
+        if sampling.notes:
+            warnings.warn(f"of this scheduler, {', '.join(sampling.notes)} is not taken", stacklevel=2)
+        self._recommend(**sampling.settings)
+
+    @property
+    def vae(self) -> Any:
+        """The VAE's module, or one of diffusers' that is set in its place."""
+        return self.components["vae"]
+
+    @vae.setter
+    def vae(self, vae: Any) -> None:
+        from latentdiff.drawing import extras
+        from latentdiff.families.weights import codec_of, weights_hash
+
+        with self._changing("another VAE"):
+            codec = codec_of(vae)
+            if codec is None:
+                raise ConfigError(f"vae must be an AutoencoderKL or AutoencoderTiny (got {type(vae).__name__})")
+            source = Source("vae", "", weights_hash(vae))
+            self._painter = extras.with_codec(self._painter, codec.to(self.device), source)
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise AttributeError, which for a part of diffusers' pipelines names the place where it is here."""
+        place = f": use components[{name!r}]" if name in ("unet", "text_encoder", "text_encoder_2", "tokenizer") else ""
+        raise AttributeError(f"{type(self).__name__} has no {name}{place}")
+
     # changes
+
+    def _recommend(self, **settings: Any) -> None:
+        """Change the settings that calls without them have."""
+        model = self.model
+        card = replace(model.card, defaults={**model.card.defaults, **settings})
+        other = model.other
+        later = None if other is None else lambda: replace(other(), card=card)
+        self._painter = replace(self._painter, model=replace(model, card=card, other=later))
+
+    def enable_vae_tiling(self) -> None:
+        """Decode in tiles by default, for large pictures."""
+        self._recommend(vae_tiling=True)
+
+    def disable_vae_tiling(self) -> None:
+        """Undo `enable_vae_tiling`."""
+        self._recommend(vae_tiling=False)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode picture by picture by default."""
+        self._recommend(vae_slicing=True)
+
+    def disable_vae_slicing(self) -> None:
+        """Undo `enable_vae_slicing`."""
+        self._recommend(vae_slicing=False)
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Accepted for diffusers' code: a call shows no bar. `stream` yields every step to one of your own."""
+        if not settings.get("disable"):
+            warnings.warn("set_progress_bar_config has no effect: a call shows no progress bar", stacklevel=2)
+
+    def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
+        """Accepted for diffusers' code, without effect."""
+        warnings.warn("enable_attention_slicing has no effect: torch computes attention in parts anyway", stacklevel=2)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Accepted for diffusers' code, without effect."""
+        warnings.warn(
+            "enable_xformers_memory_efficient_attention has no effect: torch's attention is used", stacklevel=2
+        )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentDiffusionPipeline:
         """Move the networks and everything loaded beside them; returns itself. Raises ConfigError."""
@@ -258,7 +345,7 @@ class LatentDiffusionPipeline:
             folder, own = check_vae(place), self.model.codec
             dtype: Any = None if as_stored else own.dtype
             vae = load_vae(folder).to(self.device, dtype)
-            self._painter = extras.with_codec(self._painter, vae, place, folder)
+            self._painter = extras.with_codec(self._painter, vae, extras.source_of_vae(place, folder))
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
@@ -321,8 +408,11 @@ class LatentDiffusionPipeline:
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         image: Any = None,
         mask_image: Any = None,
         outpaint: Sequence[int] | None = None,
@@ -335,34 +425,75 @@ class LatentDiffusionPipeline:
         pooled_prompt_embeds: Any = None,
         negative_pooled_prompt_embeds: Any = None,
         **settings: Any,
-    ) -> Output:
+    ) -> Any:
         """Draw `num_images_per_prompt` pictures of each prompt; picture i of the call has seed `seed + i`.
 
         prompt: one or several; the empty prompt is unconditional.
-        image: a PIL image or uint8 (H, W, 3) to start from; mask_image: of its size, white is redrawn and the rest is
-        returned unchanged; outpaint: pixels to add on the (left, top, right, bottom).
-        settings: height, width, num_inference_steps, guidance_scale, sampler, strength, seed and others of `Request`.
+        image: a PIL image, uint8 (H, W, 3) or floats in [0, 1] to start from. mask_image: of its size; white is
+        redrawn, black is returned unchanged, grey is mixed. outpaint: pixels to add on the (left, top, right, bottom).
+        settings: guidance_scale, sampler, strength, seed and others of `Request`; of diffusers' also timesteps, sigmas,
+        callback_on_step_end, cross_attention_kwargs={"scale": s} and return_dict.
         latents: initial noise (N, C, h, w), generator: torch's, one or N, instead of the keyed noise.
         prompt_embeds: token embeddings (B, L, D) instead of B prompts, and the other embeds as in diffusers.
         output_type: "pil"; "np", float32 (N, H, W, 3) in [0, 1]; "pt", (N, 3, H, W) in [0, 1]; "latent"; "uint8",
         (N, H, W, 3).
+
+        Returns an Output, or with return_dict=False diffusers' tuple. Raises ConfigError, NonFiniteError.
         """
+        sizes = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+        call = calls.translated({**{name: side for name, side in sizes.items() if side is not None}, **settings})
+        settings = call.settings
+        calls.second_prompts(settings, prompt, negative_prompt)
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         self._check_call(output_type, settings, prompt, negative_prompt, embeds)
-        width = self.model.backbone.spec.reads.get("tokens", (None, None))[-1] or 0
-        own = inputs.embeds_of(*embeds, width=width, with_pooled=self.model.reads_sizes)
+        tokens = self.model.backbone.spec.reads.get("tokens", (None, None))[-1] or 0
+        own = inputs.embeds_of(*embeds, width=tokens, with_pooled=self.model.reads_sizes)
         prompts = ["(embeddings)"] * len(own) if own else inputs.prompts_of(prompt)
-        fields = {**settings, "num_images": num_images_per_prompt, "negative_prompt": negative_prompt or ""}
+        fields = {**settings, "num_images": num_images_per_prompt}
+        fields |= calls.batch_of_one_generator(settings, generator, len(prompts), num_images_per_prompt)
         margins = inputs.margins_of(outpaint)
+        image, mask_image = calls.picture(image), calls.mask(mask_image)
         jobs: list[Job] = []
+        negatives = calls.negatives(negative_prompt, len(prompts))
         for index, one in enumerate(prompts):
-            made = self.request(one, **fields)
+            made = self.request(one, negative_prompt=negatives[index], **fields)
             given = jobs[0].canvas if jobs else canvas_of(self.model, made, image, mask_image, margins=margins)
             jobs += jobs_of(self.model, made, given, own[index] if own else None)
-            fields["seed"] = made.seed + num_images_per_prompt  # the next prompt continues the count
+            fields["seed"] = made.seed + made.num_images  # the next prompt continues the count
         shape = (len(jobs), *self.model.codec.shape(jobs[0].plan.size))
         noise = inputs.noise_of(latents, generator, shape, self.model.array)
-        return draw(self.painter, jobs, output_type, noise)
+        with self._adapters_scaled(call.adapters):
+            out = draw(self.painter, jobs, output_type, noise, self._watch(call, jobs))
+        if not call.as_tuple:
+            return out
+        return (out.images,) if self.model.reads_sizes else (out.images, None)
+
+    @contextmanager
+    def _adapters_scaled(self, scale: float) -> Iterator[None]:
+        """A block in which every attached adapter has `scale` times its weight."""
+        from latentdiff.drawing import extras
+
+        before = {
+            name.removeprefix("adapter "): source.weight
+            for name, source in self._painter.sources.items()
+            if source.kind == "lora" and source.weight is not None
+        }
+        if scale == 1 or not before:
+            yield
+            return
+        self._painter = extras.weighed(self._painter, {name: scale * weight for name, weight in before.items()})
+        try:
+            yield
+        finally:
+            self._painter = extras.weighed(self._painter, before)
+
+    def _watch(self, call: calls.Call, jobs: Sequence[Job]) -> Watch | None:
+        if call.callback is None:
+            return None
+        painter = self.painter
+        passes = passes_of(next(batches_of(painter, jobs)), painter, [])
+        starts = [level.t for each in passes for level in each.levels()[:-1]]
+        return calls.watching(call, self, jobs[0].request.sampler, starts)
 
     def _check_call(
         self, output_type: str, settings: dict[str, Any], prompt: Any, negative: Any, embeds: tuple[Any, ...]
@@ -371,8 +502,6 @@ class LatentDiffusionPipeline:
             raise ConfigError(f"unknown output_type {output_type!r}; one of {', '.join(OUTPUT_TYPES)}")
         if "num_images" in settings:
             raise ConfigError("use num_images_per_prompt instead of num_images")
-        if "callback_on_step_end" in settings:
-            raise ConfigError("callbacks are not supported; `stream` yields every step instead")
         for name, text, given in (("prompt", prompt, embeds[0]), ("negative_prompt", negative, embeds[1])):
             if text is not None and given is not None:
                 raise ConfigError(f"{name}_embeds replace the {name}: give only one of them")

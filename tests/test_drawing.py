@@ -256,7 +256,7 @@ def test_outpainting(pipe, photo):
         ),
         ({"image": None, "mask_image": np.full((64, 96), 255, np.uint8)}, "require an image"),
         ({"image": None, "outpaint": (8, 8, 8, 8)}, "require an image"),
-        ({"image": np.zeros((64, 96, 3))}, r"image must be a PIL image or uint8 \(H, W, 3\) \(got ndarray, float64"),
+        ({"image": np.zeros((64, 96, 2))}, r"image must be a PIL image or uint8 \(H, W, 3\) \(got ndarray, float64"),
         ({"image": "photo.png"}, "image must be a PIL image"),
         ({"image": Image.new("F", (96, 64))}, "image: colour mode F"),
         ({"image": Image.new("RGB", (5000, 64))}, "width with its margins must be from 64 to 2048"),

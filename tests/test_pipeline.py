@@ -130,7 +130,7 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
     config = scheduler_config(schedule, "v_prediction", "trailing")
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    ours, prediction, _ = read_scheduler(tmp_path)
+    ours, prediction, *_ = read_scheduler(tmp_path)
     assert prediction == "v_prediction"
     np.testing.assert_allclose(ours.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-9, atol=1e-15)
     theirs = DDIMScheduler.from_config(config)
@@ -160,7 +160,7 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
         ({"latents": torch.zeros(5, 4, 32, 32), "batch_size": 1}, "latents must have the shape (1, 4, 32, 32)"),
         ({"latents": "x"}, "latents must be a tensor of shape (1, 4, 32, 32) (got str)"),
         ({"num_images": 3}, "use num_images_per_prompt instead of num_images"),
-        ({"callback_on_step_end": print}, "`stream` yields every step"),
+        ({"callback": print}, "use callback_on_step_end, or stream"),
         ({"sampler": "unipc", "eta": 0.5}, "eta has no effect on unipc; it applies to"),
         ({"guidance_interval": (5.0, -5.0)}, "the lower end comes first"),
         ({"steps": 5}, "unknown setting 'steps' (did you mean num_inference_steps?)"),

@@ -49,6 +49,10 @@ class Path(Protocol):
         """The level of a finite noise-to-signal ratio sigma / alpha, with the time that belongs to it."""
         ...
 
+    def level_of_sigma(self, sigma: float) -> NoiseLevel:
+        """The level of what diffusers calls sigma: sigma / alpha where variance is preserved, else sigma itself."""
+        ...
+
     def scales(self, t: Floats) -> tuple[Floats, Floats]:
         """(alpha, sigma) of many times, for training."""
         ...
@@ -147,6 +151,10 @@ class VariancePreserving:
         t = float(np.interp(math.atan(ratio), self._angles, np.arange(self.T)))
         return NoiseLevel(t, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
 
+    def level_of_sigma(self, sigma: float) -> NoiseLevel:
+        """See Path."""
+        return self.level_of(sigma)
+
     def scales(self, t: Floats) -> tuple[Floats, Floats]:
         """(alpha, sigma) of times in [0, T - 1]."""
         if (t == t.astype(np.int64)).all():
@@ -196,6 +204,10 @@ class Straight:
     def level_of(self, ratio: float) -> NoiseLevel:
         """See Path: s = ratio / (1 + ratio)."""
         return NoiseLevel(self.T * ratio / (1 + ratio), 1 / (1 + ratio), ratio / (1 + ratio))
+
+    def level_of_sigma(self, sigma: float) -> NoiseLevel:
+        """See Path."""
+        return self.level(sigma * self.T)
 
     def scales(self, t: Floats) -> tuple[Floats, Floats]:
         """(alpha, sigma) of times in [0, T]."""

@@ -18,7 +18,7 @@ SAMPLERS at the end is the one table of them: a sampler is one function and one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
@@ -45,11 +45,20 @@ class Step(NamedTuple):
 
 
 class Walk(Protocol):
-    """Walks `levels` from x at levels[0], yielding len(levels) - 1 steps."""
+    """Walks `levels` from x at levels[0], yielding len(levels) - 1 steps.
+
+    Whoever drives it may send another x, from which the walk goes on.
+    """
 
     def __call__(self, denoise: Denoiser, x: Array, levels: Levels, noise: Noise, path: Path) -> Iterator[Step]:
         """See the class."""
         ...
+
+
+def _reached(number: int, level: NoiseLevel, x: Array, x0: Array) -> Generator[Step, Array | None, Array]:
+    """Yield a step; returns x, or what was sent instead of it."""
+    sent = yield Step(number, level, x, x0)
+    return x if sent is None else sent
 
 
 def silent(number: int) -> Array:
@@ -98,7 +107,7 @@ def ddpm(
         if s.sigma > 0:
             step = transition(s, t)
             x = x + math.sqrt(step.variance if variance == "small" else step.beta) * noise(number)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def ddim(
@@ -112,7 +121,7 @@ def ddim(
         x = s.alpha * x0 + math.sqrt(max(s.sigma**2 - added**2, 0.0)) * eps
         if added > 0:
             x = x + added * noise(number)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def euler(
@@ -124,7 +133,7 @@ def euler(
     for number, (t, s) in enumerate(pairwise(levels), 1):
         x0 = denoise(x, t)
         x = _towards(x, x0, t, s)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def euler_ancestral(
@@ -137,7 +146,7 @@ def euler_ancestral(
         x = _towards(x, x0, t, down)
         if up > 0:
             x = x + up * noise(number)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def heun(
@@ -163,7 +172,7 @@ def heun(
             ahead = _towards(x, x0, t, s)
             slope_ahead = (ahead / s.alpha - denoise(ahead, s)) / s.ratio
             x = s.alpha * (y + (s.ratio - t.ratio) * 0.5 * (slope + slope_ahead))
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def heun_exponential(
@@ -178,7 +187,7 @@ def heun_exponential(
         if s.sigma > 0:
             x0 = 0.5 * (x0 + denoise(_towards(x, x0, t, s), s))
         x = _towards(x, x0, t, s)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def dpm2(
@@ -207,7 +216,7 @@ def dpm2_ancestral(
             x = down.alpha * (x / t.alpha + (down.ratio - t.ratio) * slope)
         if up > 0:
             x = x + up * noise(number)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def dpmpp_2s_ancestral(
@@ -222,7 +231,7 @@ def dpmpp_2s_ancestral(
         x = _towards(x, ahead, t, down)
         if up > 0:
             x = x + up * noise(number)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def dpmpp_sde(
@@ -248,7 +257,7 @@ def dpmpp_sde(
         x = _towards(x, ahead, t, down)
         if up > 0:
             x = x + up * second
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def _extrapolation(before: NoiseLevel | None, t: NoiseLevel, s: NoiseLevel) -> float:
@@ -268,7 +277,7 @@ def dpmpp_2m(
         ahead = _extrapolation(before, t, s)
         x = _towards(x, x0 + ahead * (x0 - x0_before) if ahead else x0, t, s)
         before, x0_before = t, x0
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def dpmpp_2m_sde(
@@ -288,7 +297,7 @@ def dpmpp_2m_sde(
         if s.sigma > 0:
             x = x + s.sigma * math.sqrt(1 - q**2) * noise(number)
         before, x0_before = t, x0
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 class _Knot(NamedTuple):
@@ -318,7 +327,7 @@ def unipc(
         last = _Knot(t, x, x0, slope, gap)
         second_order = math.isfinite(gap) and s.sigma > 0
         x = _towards(x, x0 + 0.5 * (s.log_snr - t.log_snr) * slope if second_order else x0, t, s)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def _corrected(knot: _Knot, x0_end: Array, s: NoiseLevel) -> Array:
@@ -351,7 +360,7 @@ def lcm(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent, path
         x = s.alpha * x0
         if s.sigma > 0:
             x = x + s.sigma * noise(number)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def dpmpp_3m_sde(
@@ -375,7 +384,7 @@ def dpmpp_3m_sde(
         if eta > 0 and s.sigma > 0:
             x = x + s.sigma * math.sqrt(-math.expm1(-2 * eta * h)) * noise(number)
         before = [(x0, h), *before[:1]] if math.isfinite(h) else []
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def _curvature(x0: Array, before: Sequence[tuple[Array, float]], h: float, k: float) -> Array:
@@ -407,7 +416,7 @@ def deis(
             then = _log_integral(s.ratio, u.ratio, t.ratio) - _log_integral(t.ratio, u.ratio, t.ratio)
             x = s.alpha * (x / t.alpha + now * eps + then * eps_before)
         before = (t, eps) if t.alpha else None
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def _log_integral(rho: float, here: float, other: float) -> float:
@@ -429,7 +438,7 @@ def lms(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent, path
             nodes = [rho for rho, _ in known]
             moved = sum(_lagrange_integral(nodes, i, t.ratio, s.ratio) * slope for i, (_, slope) in enumerate(known))
             x = s.alpha * (x / t.alpha + moved)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 _GAUSS = ((-0.5773502691896257, 1.0), (0.5773502691896257, 1.0))  # exact for cubics
@@ -465,7 +474,7 @@ def ipndm(
             slopes = [(x / t.alpha - x0) / t.ratio, *slopes[:3]]
             slope = sum(weight * each for weight, each in zip(_ADAMS[len(slopes) - 1], slopes, strict=True))
             x = s.alpha * (x / t.alpha + (s.ratio - t.ratio) * slope)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def plms(
@@ -488,7 +497,7 @@ def plms(
         if t.alpha > 0:
             x0 = (x - t.sigma * slope) / t.alpha
         x = s.alpha * x0 + s.sigma * slope
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def res_multistep(
@@ -509,7 +518,7 @@ def res_multistep(
             phi_2 = (1 + math.expm1(-h) / h) / h
             x = x + s.alpha * h * phi_2 * (h / h_before) * (x0 - x0_before)
         before = (x0, h) if math.isfinite(h) else None
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 def tcd(
@@ -531,7 +540,7 @@ def tcd(
             if eta > 0:
                 r = s.alpha / between.alpha
                 x = r * x + math.sqrt(max(s.sigma**2 - (r * between.sigma) ** 2, 0.0)) * noise(number)
-        yield Step(number, s, x, x0)
+        x = yield from _reached(number, s, x, x0)
 
 
 @dataclass(frozen=True)

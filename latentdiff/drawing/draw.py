@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +25,7 @@ from latentdiff.drawing.record import ImageMetadata, installed_versions
 from latentdiff.drawing.request import Request, check_size, request
 from latentdiff.model import Model
 
+Watch = Callable[[Step], Array | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
 
 
@@ -93,18 +94,20 @@ class Drawing:
     def __init__(self, painter: Painter, batch: Batch):
         self._painter, self.batch, self.notes = painter, batch, list[str]()
 
-    def __iter__(self) -> Iterator[Step]:
-        """Every step of every pass."""
+    def __iter__(self) -> Generator[Step, Array | None, None]:
+        """Every step of every pass; other latents may be sent, from which drawing goes on."""
         request = self.batch.request
         codec = self._painter.model.codec
         walk = steps(self.batch, self._painter, self.notes)
+        sent: Array | None = None
         while True:
             # entered for each step: a block that stays open in a generator would be open for its caller too
             with codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
-                step = next(walk, None)
-            if step is None:
-                return
-            yield step
+                try:
+                    step = walk.send(sent)
+                except StopIteration:
+                    return
+            sent = yield step
 
     def finish(self, latents: Array, output_type: str = "pil") -> Output:
         """Decode final latents and record how each picture was made. Raises NonFiniteError."""
@@ -123,11 +126,17 @@ class Drawing:
         records = [record_of(self._painter, job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
         return Output(_as_type(model, images, output_type), seeds, records, self.notes)
 
-    def drawn(self, output_type: str = "pil") -> Output:
-        """All steps, then `finish`."""
-        for step in self:
-            final = step.x
-        return self.finish(final, output_type)
+    def drawn(self, output_type: str = "pil", watch: Watch | None = None) -> Output:
+        """All steps, then `finish`. watch: sees each step, and may return other latents to go on from."""
+        walk = iter(self)
+        step = next(walk)
+        while True:
+            sent = None if watch is None else watch(step)
+            final = step.x if sent is None else sent
+            try:
+                step = walk.send(sent)
+            except StopIteration:
+                return self.finish(final, output_type)
 
 
 def _kept(model: Model, images: Array, canvases: Sequence[Canvas | None]) -> Array:
@@ -152,9 +161,15 @@ def _as_type(model: Model, images: Array, output_type: str) -> Any:
     return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in drawn]
 
 
-def draw(painter: Painter, jobs: Sequence[Job], output_type: str = "pil", noise: GivenNoise = NO_NOISE) -> Output:
-    """All pictures of jobs, batch by batch."""
-    return joined([Drawing(painter, batch).drawn(output_type) for batch in batches_of(painter, jobs, noise)])
+def draw(
+    painter: Painter,
+    jobs: Sequence[Job],
+    output_type: str = "pil",
+    noise: GivenNoise = NO_NOISE,
+    watch: Watch | None = None,
+) -> Output:
+    """All pictures of jobs, batch by batch. watch: see `Drawing.drawn`."""
+    return joined([Drawing(painter, batch).drawn(output_type, watch) for batch in batches_of(painter, jobs, noise)])
 
 
 def draw_prompts(painter: Painter, prompts: Sequence[str], *, seed: int, **settings: Any) -> np.ndarray:

@@ -169,16 +169,21 @@ def with_weaker(painter: Painter, weaker: Model) -> Painter:
     return replace(painter, weaker=weaker).with_source("weaker", source)
 
 
-def with_codec(painter: Painter, codec: Any, path: Path, folder: Path) -> Painter:
-    """Replace the model's VAE by the one in `folder`. Raises ModelError if its latents differ."""
+def source_of_vae(path: Path, folder: Path) -> Source:
+    """The record of a VAE from the user's path, which lies in `folder`."""
     from latentdiff.formats.folder import network_hash
+
+    return Source("vae", recorded(path), network_hash(folder))
+
+
+def with_codec(painter: Painter, codec: Any, source: Source) -> Painter:
+    """Replace the model's VAE. Raises ModelError if its latents differ."""
     from latentdiff.networks.codecs.autoencoder import misfit
 
     if why := misfit(painter.model.codec, codec):
-        raise ModelError(f"this VAE does not fit the model: {why} ({path})")
+        raise ModelError(f"this VAE does not fit the model: {why} ({source.path or 'a module'})")
     parts = {**painter.model.parts, "vae": codec.vae}
-    model = replace(painter.model, codec=codec, parts=parts)
-    return replace(painter, model=model).with_source("vae", Source("vae", recorded(path), network_hash(folder)))
+    return replace(painter, model=replace(painter.model, codec=codec, parts=parts)).with_source("vae", source)
 
 
 def _check_weight(weight: object) -> None:

@@ -7,7 +7,7 @@ Hires          from the previous pass' picture, enlarged
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -16,7 +16,7 @@ import numpy as np
 
 from latentdiff.core.arrays import Array, library
 from latentdiff.core.images import coloured, to_uint8
-from latentdiff.diffusion.level import NoiseLevel
+from latentdiff.diffusion.level import CLEAN, NoiseLevel
 from latentdiff.diffusion.parametrization import Denoiser, denoiser
 from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.drawing import pixels
@@ -43,6 +43,10 @@ class Pass(Protocol):
         """The key of the noise that the pass' sampler adds."""
         ...
 
+    def levels(self) -> tuple[NoiseLevel, ...]:
+        """The levels that it walks."""
+        ...
+
     def start(self, before: Array | None, draw: Draw) -> Start:
         """The start of the walk; before: the final latents of the previous pass."""
         ...
@@ -55,15 +59,15 @@ def passes_of(batch: Batch, painter: Painter, notes: list[str]) -> list[Pass]:
     return made + [Hires(batch, painter.model, planned, notes) for planned in later]
 
 
-def steps(batch: Batch, painter: Painter, notes: list[str]) -> Iterator[Step]:
-    """Sample a batch, yielding each step of each pass."""
+def steps(batch: Batch, painter: Painter, notes: list[str]) -> Generator[Step, Array | None, None]:
+    """Sample a batch, yielding each step of each pass; other latents may be sent, from which sampling goes on."""
     before: Array | None = None
     for each in passes_of(batch, painter, notes):
         last = yield from _walked(each, batch, painter, before)
         before = last.x
 
 
-def _walked(each: Pass, batch: Batch, painter: Painter, before: Array | None) -> Generator[Step, None, Step]:
+def _walked(each: Pass, batch: Batch, painter: Painter, before: Array | None) -> Generator[Step, Array | None, Step]:
     """Sample one pass, yielding each step; returns the last step."""
     model, request, size = painter.model, batch.request, each.planned.size
     draw = _draw(batch, model, size)
@@ -71,9 +75,14 @@ def _walked(each: Pass, batch: Batch, painter: Painter, before: Array | None) ->
     prompts = prompted(batch, model, size, painter.memory)
     denoise = guided(model.backbone, model.prediction, prompts, request, start, _helpers(batch, painter, size, start))
     sampler = SAMPLERS[request.sampler].with_options(eta=request.eta, churn=request.churn)
-    for step in sampler(denoise, start.x, start.levels, partial(draw, each.purpose), model.path):
-        yield step
-    return step
+    walk = sampler(denoise, start.x, start.levels, partial(draw, each.purpose), model.path)
+    step: Step = next(walk)
+    while True:
+        sent = yield step
+        try:
+            step = walk.send(sent)
+        except StopIteration:
+            return step if sent is None else step._replace(x=sent)
 
 
 def _draw(batch: Batch, model: Model, size: Size) -> Draw:
@@ -95,7 +104,13 @@ class _Planned:
         request = self.batch.request
         tokens = self.model.codec.shape(self.planned.size)
         count = int(np.prod(tokens[1:])) // self.model.backbone.spec.multiple**2 if len(tokens) == 3 else 0
-        levels = self.model.path.levels(request.num_inference_steps, request.spacing, count)
+        path = self.model.path
+        if request.timesteps:
+            levels = (*map(path.level, request.timesteps), CLEAN)
+        elif request.sigmas:
+            levels = (*map(path.level_of_sigma, request.sigmas), CLEAN)
+        else:
+            levels = path.levels(request.num_inference_steps, request.spacing, count)
         return shortened(levels, self.planned.steps)
 
     def noise(self, draw: Draw) -> Array:

@@ -52,6 +52,7 @@ def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
     steps = request.num_inference_steps
     if steps > model.path.T:
         raise ConfigError(f"num_inference_steps: the model has {model.path.T} (got {steps})")
+    _check_levels(request, model)
     size = _first_size(request, model, canvas)
     strength = 1.0 if canvas is None else strength_of(request, canvas.mask is not None)
     passes = [PlannedPass(size, steps if canvas is None else kept_steps(steps, strength), strength)]
@@ -62,6 +63,17 @@ def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
         strength = 0.5 if request.hires_strength is None else request.hires_strength
         passes.append(PlannedPass((height, width), kept_steps(steps, strength), strength))
     return Plan(tuple(passes))
+
+
+def _check_levels(request: Request, model: Model) -> None:
+    """Check the caller's own times or sigmas. Raises ConfigError."""
+    try:
+        for t in request.timesteps or ():
+            model.path.level(t)
+        for sigma in request.sigmas or ():
+            model.path.level_of_sigma(sigma)
+    except ValueError as error:
+        raise ConfigError(f"{'timesteps' if request.timesteps else 'sigmas'}: {error}") from None
 
 
 def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from numbers import Integral
+from itertools import pairwise
+from numbers import Integral, Real
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +16,7 @@ from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.settings.validation import Fault, did_you_mean, first_fault, one_of
 
 LONGEST_PROMPT = 10_000  # characters
+LARGEST_BATCH = 1024
 SIDES = (64, 2048)  # pixels
 _OTHER_NAMES = {  # of other tools, and of our command line
     "steps": "num_inference_steps",
@@ -48,11 +50,13 @@ class Request(BaseModel):
     num_inference_steps: int = Field(50, ge=1, le=1000)
     sampler: str = "ddim"
     spacing: str = "trailing"
+    timesteps: tuple[Finite, ...] | None = Field(None, min_length=1, max_length=1000)  # instead of a spacing
+    sigmas: tuple[Finite, ...] | None = Field(None, min_length=1, max_length=1000)  # the same as sigma / alpha
     eta: Fraction | None = None  # noise that a stochastic sampler adds; None is the sampler's default
     churn: Annotated[Finite, Field(ge=0, le=1000)] | None = None  # of heun: Karras et al. 2022, algorithm 2
     seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
     num_images: int = Field(1, ge=1, le=10_000)
-    batch_size: int = Field(8, ge=1, le=1024)
+    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH)
 
     # how the prompt is read, see networks/encoders/prompt.py
     prompt_weights: bool = True
@@ -104,6 +108,19 @@ class Request(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _own_levels(self) -> Request:
+        own = self.timesteps or self.sigmas
+        if own is None:
+            return self
+        if self.timesteps and self.sigmas:
+            raise ValueError("timesteps and sigmas exclude each other")
+        if any(later >= earlier for earlier, later in pairwise(own)) or own[-1] < 0 or own[0] <= 0:
+            raise ValueError("timesteps and sigmas must fall, and not below 0")
+        if len(own) != self.num_inference_steps:
+            raise ValueError(f"{len(own)} timesteps or sigmas for {self.num_inference_steps} num_inference_steps")
+        return self
+
+    @model_validator(mode="after")
     def _each_has_a_meaning(self) -> Request:
         """Refuse settings without effect."""
         for name in ("eta", "churn"):
@@ -128,10 +145,12 @@ class Request(BaseModel):
 
 def request(**fields: Any) -> Request:
     """A validated request; the first fault is raised as a ConfigError in one line."""
-    for name in ("seed", "variation_seed"):
-        if isinstance(fields.get(name), Integral) and not isinstance(fields[name], bool):
-            fields[name] = int(fields[name])  # NumPy's integers too
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    fields = {name: _plain(value) for name, value in fields.items()}
+    if fields.get("sigmas") and fields["sigmas"][-1] == 0:
+        fields["sigmas"] = fields["sigmas"][:-1]  # diffusers' lists end at 0, which every walk does
+    own = fields.get("timesteps") or fields.get("sigmas")
+    if own and "num_inference_steps" not in fields:
+        fields["num_inference_steps"] = len(own)
     try:
         made = Request(**{name: value for name, value in fields.items() if (name, value) != ("seed", None)})
     except ValidationError as error:
@@ -141,6 +160,19 @@ def request(**fields: Any) -> Request:
             f"seed: the last picture's seed is over {MAX_SEED} (seed {made.seed}, {made.num_images} pictures)"
         )
     return made
+
+
+def _plain(value: Any) -> Any:
+    """Python's own numbers for NumPy's, and tuples for lists and arrays."""
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1:  # an array
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _refusal(fault: Fault) -> ConfigError:

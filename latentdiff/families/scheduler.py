@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentdiff.core.errors import ModelError, raised_as
+from latentdiff.core.errors import ConfigError, ModelError, raised_as
 from latentdiff.diffusion.path import Path, Straight, VariancePreserving
-from latentdiff.families.sampling import sampling_of
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.families.sampling import Sampling, sampling_of
+from latentdiff.model import Model
 from latentdiff.settings.validation import first_fault
 
 FILE = "scheduler/scheduler_config.json"
@@ -78,6 +80,43 @@ def read_scheduler(directory: FilePath) -> Scheduler:
         if config.class_name == _FLOW:
             return Scheduler(_straight(config), config.prediction_type or "flow", *sampling)
         return Scheduler(_variance_preserving(config, path), config.prediction_type or "epsilon", *sampling)
+
+
+def as_diffusers(model: Model) -> Any:
+    """diffusers' scheduler of a model's path and prediction, of the class of its sampler where diffusers has one."""
+    import diffusers
+
+    kind = next(iter(SAMPLERS[model.card.defaults.get("sampler", "ddim")].schedulers), "DDIMScheduler")
+    config = scheduler_config(model.path, model.prediction, model.card.defaults.get("spacing", "trailing"))
+    if isinstance(model.path, Straight):
+        kind = _FLOW
+    return getattr(diffusers, kind).from_config({key: value for key, value in config.items() if key[0] != "_"})
+
+
+def sampling_for(model: Model, scheduler: Any) -> Sampling:
+    """The sampling that a scheduler object of diffusers asks of a model.
+
+    Raises ConfigError for anything else, and for a scheduler of another path or prediction than the model's.
+    """
+    try:
+        tree = {**dict(scheduler.config), "_class_name": type(scheduler).__name__}
+        config = _Config.model_validate(tree, strict=False)
+        path = _straight(config) if config.class_name == _FLOW else _variance_preserving(config, FilePath("scheduler"))
+    except (AttributeError, TypeError, ValueError, ModelError) as error:
+        raise ConfigError(f"scheduler must be a scheduler of diffusers: {str(error)[:100]}") from None
+    usual = "flow" if config.class_name == _FLOW else "epsilon"
+    prediction = config.prediction_type or usual
+    if prediction != model.prediction:
+        raise ConfigError(f"the scheduler is for {prediction}, the model predicts {model.prediction}")
+    if not _same(path, model.path):
+        raise ConfigError("the scheduler has another noise schedule than the model")
+    return sampling_of(tree)
+
+
+def _same(first: Path, second: Path) -> bool:
+    if isinstance(first, VariancePreserving) and isinstance(second, VariancePreserving):
+        return bool(same_schedule(first, second))
+    return first == second
 
 
 def _straight(config: _Config) -> Straight:

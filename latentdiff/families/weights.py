@@ -51,6 +51,15 @@ def load_vae(folder: Path, variant: str | None = None) -> KLAutoencoder | TinyAu
     return autoencoder.eval()
 
 
+def codec_of(vae: Any) -> KLAutoencoder | TinyAutoencoder | None:
+    """A module of diffusers' as a codec; None for anything else."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if isinstance(vae, AutoencoderKL):
+        return KLAutoencoder(vae).eval()
+    return TinyAutoencoder(vae).eval() if isinstance(vae, AutoencoderTiny) else None
+
+
 def _identity(directory: Path) -> IdentityCodec:
     channels = read_json(directory / "unet" / "config.json").get("in_channels")
     if channels not in (1, 3):

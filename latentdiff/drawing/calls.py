@@ -1,0 +1,198 @@
+"""Calls written for diffusers' pipelines, in our words: the same, or a ConfigError that names ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from latentdiff.core.arrays import Array, as_tensor
+from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.samplers import Step
+from latentdiff.drawing.draw import Watch
+from latentdiff.drawing.request import LARGEST_BATCH
+
+_OURS = {  # arguments of diffusers that are not taken -> what to use
+    "callback": "callback_on_step_end, or stream",
+    "callback_steps": "callback_on_step_end, or stream",
+    "ip_adapter_image": "nothing here: IP-Adapter is not supported",
+    "ip_adapter_image_embeds": "nothing here: IP-Adapter is not supported",
+    "denoising_end": "strength, with an image",
+    "denoising_start": "strength, with an image",
+    "padding_mask_crop": "a crop of the picture, or mask_blur",
+    "crops_coords_top_left": "crop",
+    "target_size": "width and height",
+    "negative_original_size": "original_size",
+    "negative_crops_coords_top_left": "crop",
+    "negative_target_size": "width and height",
+    "masked_image_latents": "image and mask_image",
+}
+_IN_SIGMAS = frozenset({"euler", "euler_ancestral", "heun", "lms", "dpm2", "dpm2_ancestral", "dpmpp_sde"})
+
+
+class Call(NamedTuple):
+    """What a call of diffusers' asks beside our settings.
+
+    adapters: a factor of the adapters' weights. callback: called after each step.
+    """
+
+    settings: dict[str, Any]
+    as_tuple: bool = False
+    adapters: float = 1.0
+    callback: Callable[..., Any] | None = None
+
+
+def translated(settings: Mapping[str, Any]) -> Call:
+    """The settings of a call without those that only diffusers has. Raises ConfigError."""
+    rest = dict(settings)
+    for name, ours in _OURS.items():
+        if rest.pop(name, None) is not None:
+            raise ConfigError(f"{name} is not taken: use {ours}")
+    callback = rest.pop("callback_on_step_end", None)
+    wanted = rest.pop("callback_on_step_end_tensor_inputs", None)
+    if wanted is not None and list(wanted) != ["latents"]:
+        raise ConfigError(f'callback_on_step_end_tensor_inputs can be ["latents"] only (got {str(list(wanted))[:60]})')
+    scale = _adapters(rest.pop("cross_attention_kwargs", None))
+    return Call(rest, rest.pop("return_dict", True) is False, scale, callback)
+
+
+def _adapters(given: Any) -> float:
+    if not given:
+        return 1.0
+    if not isinstance(given, Mapping) or given.keys() != {"scale"}:
+        raise ConfigError(f"cross_attention_kwargs can be a scale of the adapters only (got {str(given)[:60]})")
+    scale = given["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise ConfigError(f"cross_attention_kwargs: scale must be a number (got {str(scale)[:40]!r})")
+    return float(scale)
+
+
+def batch_of_one_generator(settings: Mapping[str, Any], generator: Any, prompts: int, each: Any) -> dict[str, Any]:
+    """One generator draws for all pictures, step by step: as one batch, like in diffusers."""
+    if generator is None or isinstance(generator, list | tuple) or not isinstance(each, Integral):
+        return {}
+    return {"batch_size": max(settings.get("batch_size", 1), min(prompts * int(each), LARGEST_BATCH))}
+
+
+def second_prompts(settings: dict[str, Any], prompt: Any, negative: Any) -> None:
+    """Drop `prompt_2` and `negative_prompt_2` that repeat the first ones: both encoders read one prompt here.
+
+    Raises ConfigError for other ones.
+    """
+    for name, first in (("prompt_2", prompt), ("negative_prompt_2", negative)):
+        other = settings.pop(name, None)
+        if other is not None and other != first:
+            raise ConfigError(f"{name} is not taken: both text encoders read the same prompt")
+
+
+def negatives(negative: Any, count: int) -> list[str]:
+    """A negative prompt for each of `count` prompts, from one or a list. Raises ConfigError."""
+    if negative is None or isinstance(negative, str):
+        return [negative or ""] * count
+    listed = list(negative) if isinstance(negative, Sequence) else []
+    if len(listed) not in (1, count) or not all(isinstance(each, str) for each in listed):
+        raise ConfigError(f"negative_prompt must be text, or a text for each of {count} prompts")
+    return listed * count if len(listed) == 1 else listed
+
+
+def picture(image: Any) -> Any:
+    """An input picture as our own: of tensors and floats (1, 3, H, W), (3, H, W), (H, W, 3) in [0, 1] uint8 (H, W, 3).
+
+    Others are returned as they are. Raises ConfigError for several pictures and for floats outside [0, 1].
+    """
+    image = _single(image, "image")
+    values = _floats(image, "image", 3)
+    if values is None:
+        return image
+    return np.rint(255 * (values.transpose(1, 2, 0) if values.shape[-1] != 3 else values)).astype(np.uint8)
+
+
+def mask(image: Any) -> Any:
+    """A mask as our own: of tensors and floats (1, 1, H, W), (1, H, W), (H, W) in [0, 1] uint8 (H, W)."""
+    image = _single(image, "mask_image")
+    values = _floats(image, "mask_image", 2)
+    return image if values is None else np.rint(255 * values).astype(np.uint8)
+
+
+def _single(image: Any, name: str) -> Any:
+    if isinstance(image, list | tuple) and image and hasattr(image[0], "size"):  # PIL images or arrays
+        if len(image) > 1:
+            raise ConfigError(f"{name} must be one picture; a call draws over one (got {len(image)})")
+        return image[0]
+    return image
+
+
+def _floats(image: Any, name: str, dimensions: int) -> np.ndarray | None:
+    """Values in [0, 1] of an array or a tensor of floats, without axes of length 1 in front; None for other things."""
+    tensor = hasattr(image, "detach")
+    if not tensor and not isinstance(image, np.ndarray):
+        return None
+    array = image.detach().float().cpu().numpy() if tensor else image
+    if array.dtype.kind != "f":
+        return None
+    while array.ndim > dimensions and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != dimensions or (dimensions == 3 and 3 not in (array.shape[0], array.shape[-1])):
+        return None
+    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        raise ConfigError(f"{name} of floats must be in [0, 1]")
+    return np.asarray(array)
+
+
+def watching(call: Call, pipeline: Any, sampler: str, starts: Sequence[float]) -> Watch | None:
+    """The caller's callback for `drawing.draw`: (pipeline, step, time, {"latents": ...}) -> changes, as in diffusers.
+
+    Solvers that diffusers writes in x / alpha show such latents. starts: the time at which each step starts.
+    """
+    callback = call.callback
+    if callback is None:
+        return None
+    count = 0
+
+    def watch(step: Step) -> Array | None:
+        nonlocal count
+        number = count % len(starts)
+        count += 1
+        scale = step.level.alpha if sampler in _IN_SIGMAS and step.level.alpha > 0 else 1.0
+        shown = as_tensor(step.x) / scale
+        before = shown.clone()
+        changes = callback(pipeline, number, starts[number], {"latents": shown})
+        latents = changes.get("latents", shown) if isinstance(changes, Mapping) else shown
+        if latents.shape == before.shape and bool((latents == before).all()):
+            return None
+        return pipeline.model.array(latents * scale)
+
+    return watch
+
+
+_WITHOUT_EFFECT = {  # arguments of diffusers' from_pretrained -> the values that mean what is done here
+    "safety_checker": (None,),
+    "requires_safety_checker": (None, False),
+    "feature_extractor": (None,),
+    "image_encoder": (None,),
+    "use_safetensors": (None, True),
+    "low_cpu_mem_usage": (None, True, False),
+    "add_watermarker": (None, False),
+    "local_files_only": (None, False),
+    "force_download": (None, False),
+    "trust_remote_code": (None, False),
+}
+
+
+def loading_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts among the arguments of diffusers' `from_pretrained`: scheduler and vae. Raises ConfigError for others.
+
+    Arguments that ask for what is done here anyway are accepted.
+    """
+    parts = {}
+    for name, value in options.items():
+        if name in ("scheduler", "vae"):
+            parts[name] = value
+        elif name not in _WITHOUT_EFFECT:
+            known = "device, torch_dtype, variant, revision, runtime, speed, scheduler, vae"
+            raise ConfigError(f"from_pretrained has no {name}. It has {known}")
+        elif value not in _WITHOUT_EFFECT[name]:
+            raise ConfigError(f"{name}={str(value)[:40]} is not taken")
+    return parts

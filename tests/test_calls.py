@@ -1,0 +1,357 @@
+"""Code written for diffusers' pipelines: the same result, or an error that names what to use here."""
+
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.drawing.extras import adapted
+from latentdiff.families.loading import default_model
+
+from .stable_diffusion import load
+
+PROMPT, NEGATIVE = "a castle on a hill", "fog"
+ASKED = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def ours(folders):
+    return LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def theirs(folders):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folders["1"], safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def noise(count=1):
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def close(a, b):
+    assert float((a - b).abs().max() / b.abs().max()) < 1e-5
+
+
+def scheduler(name, pipe, **changes):
+    config = dict(pipe.scheduler.config) | {"timestep_spacing": "trailing"} | changes
+    return getattr(diffusers, name).from_config(config)
+
+
+# schedulers
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
+def test_a_scheduler_is_taken(name, folders, theirs):
+    """`pipe.scheduler = X.from_config(pipe.scheduler.config)`, word for word, in both pipelines."""
+    pipe = load(folders["1"])
+    for each in (pipe, theirs):
+        each.scheduler = scheduler(name, each, skip_prk_steps=True)
+    assert type(pipe.scheduler) is type(theirs.scheduler)
+    x = noise()
+    start = x * pipe.model.path.level(999).sigma if name == "EulerDiscreteScheduler" else x
+    close(pipe(PROMPT, latents=start, **ASKED).images, theirs(PROMPT, latents=x, **ASKED).images)
+
+
+def test_schedulers_of_other_models(ours):
+    for changes, message in (
+        ({"prediction_type": "v_prediction"}, "is for v_prediction, the model predicts epsilon"),
+        ({"beta_end": 0.02}, "another noise schedule"),
+        ({"rescale_betas_zero_snr": True}, "another noise schedule"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ours.scheduler = scheduler("DDIMScheduler", ours, **changes)
+    for other in (None, "ddim", object()):
+        with pytest.raises(ConfigError, match="must be a scheduler of diffusers"):
+            ours.scheduler = other
+
+
+def test_what_a_scheduler_has_and_we_have_not(folders):
+    pipe = load(folders["1"])
+    with pytest.warns(UserWarning, match="of this scheduler, solver_order=3 is not taken"):
+        pipe.scheduler = scheduler("DPMSolverMultistepScheduler", pipe, solver_order=3)
+
+
+def test_a_scheduler_of_a_compiled_model():
+    """The default model by OpenVINO: sampler and spacing change, the runtime does not."""
+    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    record = pipe("a red circle", seed=1, num_inference_steps=2).metadata[0]
+    assert (record.request["sampler"], record.request["spacing"]) == ("euler", "linspace_exact")
+    assert pipe.runtime == record.runtime == "openvino"
+    with pytest.warns(UserWarning, match="components requires torch"):
+        assert pipe.components
+    assert pipe("a red circle", seed=1, num_inference_steps=2).metadata[0].request["sampler"] == "euler"
+
+
+def test_nothing_else_can_be_set(ours):
+    for name in ("unet", "safety_checker", "anything"):
+        with pytest.raises(AttributeError):
+            setattr(ours, name, None)
+    with pytest.raises(AttributeError, match=r"use components\['unet'\]"):
+        _ = ours.unet
+    with pytest.raises(AttributeError, match="has no anything"):
+        _ = ours.anything
+
+
+# the VAE
+
+
+def test_another_vae(folders, theirs):
+    other = diffusers.AutoencoderKL.from_pretrained(folders["1"], subfolder="vae")
+    with torch.no_grad():
+        other.decoder.conv_out.bias.add_(0.3)
+    pipe = load(folders["1"])
+    before = pipe(PROMPT, latents=noise(), **ASKED | {"output_type": "pt"}).images
+    pipe.vae = other
+    after = pipe(PROMPT, latents=noise(), **ASKED | {"output_type": "pt"}).images
+    assert not torch.equal(before, after)
+    latents = pipe(PROMPT, latents=noise(), **ASKED).images
+    expected = (other.decode(latents / other.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(after, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert pipe.vae is other
+    assert [source.kind for source in pipe.painter.sources.values()] == ["vae"]
+    with pytest.raises(ConfigError, match="vae must be an AutoencoderKL"):
+        pipe.vae = torch.nn.Linear(1, 1)
+    with pytest.raises(ModelError, match="does not fit"):
+        pipe.vae = diffusers.AutoencoderKL(latent_channels=3)
+    assert pipe.vae is other
+
+
+# arguments of calls
+
+
+def test_as_a_tuple(ours, folders):
+    images, nothing = ours(PROMPT, latents=noise(), return_dict=False, **ASKED)
+    assert torch.equal(images, ours(PROMPT, latents=noise(), **ASKED).images)
+    assert nothing is None
+    assert len(load(folders["XL"])(PROMPT, return_dict=False, **ASKED)) == 1
+
+
+def test_positional_sizes(ours):
+    out = ours(PROMPT, 64, 80, 3, seed=1, output_type="pt")
+    assert out.images.shape == (1, 3, 64, 80)
+    assert out.metadata[0].steps == (3,)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_timesteps_and_sigmas(name, folders, theirs):
+    pipe = load(folders["1"])
+    for each in (pipe, theirs):
+        each.scheduler = scheduler(name, each)
+    x = noise()
+    asked = {key: value for key, value in ASKED.items() if key != "num_inference_steps"}
+    if name == "DDIMScheduler":
+        levels = pipe(PROMPT, latents=x, timesteps=[900, 500, 100], **asked)
+        assert levels.metadata[0].steps == (3,)
+        assert levels.metadata[0].request["timesteps"] == (900.0, 500.0, 100.0)
+        same = [pipe.model.path.level(t) for t in (900, 500, 100)]
+        assert [round(level.t) for level in same] == [900, 500, 100]
+        return
+    start = x * pipe.model.path.level_of(10.0).sigma
+    expected = theirs(PROMPT, latents=x, sigmas=[10.0, 3.0, 1.0, 0.0], **asked).images
+    # theirs begins at the largest sigma of the table whatever the list says
+    scale = float(theirs.scheduler.init_noise_sigma) / 10
+    close(pipe(PROMPT, latents=start * scale, sigmas=[10.0, 3.0, 1.0, 0.0], **asked).images, expected)
+    drawn = pipe(PROMPT, latents=start * scale, sigmas=np.array([10.0, 3.0, 1.0]), **asked).images
+    close(drawn, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timesteps": [1, 2]}, "must fall"),
+        ({"timesteps": [5000, 2]}, "timesteps: t must be from 0 to 999"),
+        ({"timesteps": []}, "timesteps"),
+        ({"timesteps": [9, 2], "sigmas": [2.0, 1.0]}, "exclude each other"),
+        ({"timesteps": [9, 2], "num_inference_steps": 5}, "2 timesteps or sigmas for 5 num_inference_steps"),
+        ({"sigmas": [float("nan"), 1]}, "sigmas"),
+        ({"callback": print}, "callback is not taken: use callback_on_step_end, or stream"),
+        ({"ip_adapter_image": 1}, "IP-Adapter is not supported"),
+        ({"denoising_end": 0.8}, "denoising_end is not taken: use strength"),
+        ({"crops_coords_top_left": (0, 0)}, "use crop"),
+        ({"cross_attention_kwargs": {"gligen": 1}}, "can be a scale of the adapters only"),
+        ({"cross_attention_kwargs": {"scale": "x"}}, "scale must be a number"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r'can be \["latents"\] only'),
+        ({"prompt_2": "else"}, "both text encoders read the same prompt"),
+        ({"negative_prompt": ["a", "b"]}, "a text for each of 1 prompts"),
+        ({"negative_prompt": 5}, "negative_prompt must be text"),
+        ({"num_images_per_prompt": "x", "generator": torch.Generator()}, "num_images"),
+    ],
+)
+def test_refused(settings, message, ours):
+    with pytest.raises(ConfigError, match=message):
+        ours(PROMPT, **{"height": 64, "width": 64} | settings)
+
+
+def test_a_prompt_for_both_encoders(folders):
+    pipe = load(folders["XL"])
+    x = noise()
+    twice = pipe(PROMPT, negative_prompt=NEGATIVE, prompt_2=PROMPT, negative_prompt_2=NEGATIVE, latents=x, **ASKED)
+    assert torch.equal(twice.images, pipe(PROMPT, negative_prompt=NEGATIVE, latents=x, **ASKED).images)
+
+
+def test_a_negative_prompt_for_each(ours):
+    prompts, x = [PROMPT, "a boat"], noise(2)
+    out = ours(prompts, negative_prompt=["fog", "rain"], latents=x, **ASKED)
+    for row, (prompt, negative) in enumerate(zip(prompts, ["fog", "rain"], strict=True)):
+        alone = ours(prompt, negative_prompt=negative, latents=x[row : row + 1], **ASKED).images
+        torch.testing.assert_close(out.images[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+    assert [record.request["negative_prompt"] for record in out.metadata] == ["fog", "rain"]
+
+
+def test_numpy_s_numbers(ours):
+    numpy = {"num_inference_steps": np.int64(2), "height": np.int32(64), "width": np.int64(64), "seed": np.uint32(3)}
+    plain = {name: int(value) for name, value in numpy.items()}
+    more = {"guidance_scale": np.float32(3.0), "num_images_per_prompt": np.int64(2), "output_type": "latent"}
+    assert torch.equal(
+        ours(PROMPT, **numpy, **more).images,
+        ours(PROMPT, **plain, guidance_scale=3.0, num_images_per_prompt=2, output_type="latent").images,
+    )
+
+
+@pytest.mark.parametrize("form", ["pt", "pt batch", "np", "np batch", "list"])
+def test_pictures_of_other_kinds(form, ours):
+    """Of floats in [0, 1] the same picture as of uint8."""
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:32] = 255
+    floats = photo.astype(np.float32) / 255
+    given, marked = {
+        "pt": (torch.from_numpy(floats).permute(2, 0, 1), torch.from_numpy(mask / 255.0)),
+        "pt batch": (torch.from_numpy(floats).permute(2, 0, 1)[None], torch.from_numpy(mask / 255.0)[None, None]),
+        "np": (floats, mask / 255.0),
+        "np batch": (floats[None], (mask / 255.0)[None]),
+        "list": ([Image.fromarray(photo)], [Image.fromarray(mask)]),
+    }[form]
+    asked = {"num_inference_steps": 2, "seed": 1, "output_type": "uint8"}
+    expected = ours(PROMPT, image=photo, mask_image=mask, **asked).images
+    np.testing.assert_array_equal(ours(PROMPT, image=given, mask_image=marked, **asked).images, expected)
+    with pytest.raises(ConfigError, match=r"image of floats must be in \[0, 1\]"):
+        ours(PROMPT, image=2 * floats - 1, **asked)
+    with pytest.raises(ConfigError, match="image must be one picture"):
+        ours(PROMPT, image=[Image.fromarray(photo)] * 2, **asked)
+
+
+def test_one_generator_for_more_pictures_than_a_batch(ours):
+    """Drawn as one batch, as in diffusers, also by a sampler that adds noise."""
+    asked = {"num_images_per_prompt": 10, "sampler": "euler_ancestral", **ASKED}
+    alone = ours(PROMPT, generator=torch.Generator().manual_seed(1), **asked).images
+    whole = ours(PROMPT, generator=torch.Generator().manual_seed(1), batch_size=10, **asked).images
+    assert torch.equal(alone, whole)
+
+
+# callbacks
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_callbacks(name, folders, theirs):
+    """The same indices, times and latents as in diffusers, and the same effect of changing them."""
+    pipe, seen = load(folders["1"]), {}
+
+    def changing(each, index, t, given):
+        seen.setdefault(each, []).append((index, float(t), given["latents"].clone()))
+        return {"latents": 0.9 * given["latents"] + 0.01} if index == 1 else given
+
+    x, results = noise(), []
+    for each in (pipe, theirs):
+        each.scheduler = scheduler(name, each)
+        start = x * pipe.model.path.level(999).sigma if each is pipe and name == "EulerDiscreteScheduler" else x
+        results.append(each(PROMPT, latents=start, callback_on_step_end=changing, **ASKED).images)
+    close(*results)
+    for (i, t, latents), (j, s, others) in zip(seen[pipe], seen[theirs], strict=True):
+        assert (i, t) == (j, s)
+        close(latents, others)
+
+
+def test_a_callback_in_place_and_at_the_end(ours):
+    """What a callback does to the latents in place counts, and of the last step too."""
+    final = ours(PROMPT, latents=noise(), **ASKED).images
+
+    def halved(_, index, t, given):
+        if index == 3:
+            given["latents"] *= 0.5
+        return given
+
+    assert torch.equal(ours(PROMPT, latents=noise(), callback_on_step_end=halved, **ASKED).images, 0.5 * final)
+    same = ours(PROMPT, latents=noise(), callback_on_step_end=lambda *a: None, **ASKED).images
+    assert torch.equal(same, final)
+
+
+def test_a_callback_of_a_compiled_model():
+    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
+    asked = {"seed": 1, "num_inference_steps": 3, "output_type": "latent"}
+    plain = pipe("a red circle", **asked).images
+    seen = []
+    zero = pipe("a red circle", callback_on_step_end=lambda p, i, t, k: {"latents": 0 * k["latents"]}, **asked).images
+    same = pipe("a red circle", callback_on_step_end=lambda p, i, t, k: seen.append((i, t)) or k, **asked).images
+    assert torch.equal(same, plain)
+    assert not zero.any()
+    assert [i for i, _ in seen] == [0, 1, 2]
+
+
+# adapters, memory, loading
+
+
+def test_the_scale_of_adapters(folders, tmp_path):
+    from safetensors.torch import save_file
+
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    pipe = load(folders["1"])
+    wide = adapted(pipe.model)["unet"].get_submodule(name.removeprefix("unet.")).weight.shape[0]
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(1, wide), f"{name}.lora_B.weight": torch.ones(wide, 1)},
+        tmp_path / "x.safetensors",
+    )
+    plain = pipe(PROMPT, latents=noise(), **ASKED).images
+    pipe.load_lora_weights(tmp_path / "x.safetensors", weight=0.5)
+    half = pipe(PROMPT, latents=noise(), cross_attention_kwargs={"scale": 0.5}, **ASKED)
+    assert half.metadata[0].sources[0].weight == 0.25
+    whole = pipe(PROMPT, latents=noise(), **ASKED).images
+    pipe.set_adapters("x", 0.25)
+    assert torch.equal(pipe(PROMPT, latents=noise(), **ASKED).images, half.images)
+    assert not torch.equal(whole, half.images)
+    none = pipe(PROMPT, latents=noise(), cross_attention_kwargs={"scale": 0.0}, **ASKED).images
+    assert torch.equal(none, plain)
+
+
+def test_switches(folders):
+    pipe = load(folders["1"])
+    pipe.enable_vae_tiling()
+    pipe.enable_vae_slicing()
+    record = pipe(PROMPT, seed=1, num_inference_steps=1, height=64, width=64).metadata[0]
+    assert record.request["vae_tiling"]
+    assert record.request["vae_slicing"]
+    pipe.disable_vae_tiling()
+    pipe.disable_vae_slicing()
+    assert not pipe(PROMPT, seed=1, num_inference_steps=1, height=64, width=64).metadata[0].request["vae_tiling"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.set_progress_bar_config(disable=True)
+    for what in ("enable_attention_slicing", "enable_xformers_memory_efficient_attention", "set_progress_bar_config"):
+        with pytest.warns(UserWarning, match=f"{what} has no effect"):
+            getattr(pipe, what)()
+
+
+def test_arguments_of_loading(folders):
+    euler = diffusers.EulerDiscreteScheduler.from_pretrained(folders["1"], subfolder="scheduler")
+    usual = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+    pipe = LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu", scheduler=euler, **usual)
+    assert pipe.card.defaults["sampler"] == "euler"
+    for options, message in (
+        ({"use_safetensors": False}, "use_safetensors=False is not taken"),
+        ({"safety_checker": 5}, "safety_checker=5 is not taken"),
+        ({"trust_remote_code": True}, "trust_remote_code=True is not taken"),
+        ({"device_map": "auto"}, "from_pretrained has no device_map. It has device"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LatentDiffusionPipeline.from_pretrained(default_model(), **options)
