@@ -332,7 +332,7 @@ class LatentDiffusionPipeline:
             self._painter = extras.with_weaker(self._painter, weaker)
 
     def load_vae(self, path: str | Path, *, as_stored: bool = False) -> None:
-        """Load another VAE for the same latents, from its folder or a model folder.
+        """Load another VAE for the same latents, from its folder, a model folder or a .safetensors file.
 
         It gets the precision of the previous one, or with `as_stored` keeps its own. Raises ModelError, UnsafeError.
         """
@@ -342,10 +342,17 @@ class LatentDiffusionPipeline:
 
         with self._changing("another VAE"):
             place = as_path(path)
-            folder, own = check_vae(place), self.model.codec
-            dtype: Any = None if as_stored else own.dtype
-            vae = load_vae(folder).to(self.device, dtype)
-            self._painter = extras.with_codec(self._painter, vae, extras.source_of_vae(place, folder))
+            own: Any = self.model.codec
+            if place.is_file():
+                from latentdiff.families.single_file import load_vae_file
+
+                codec: Any = load_vae_file(place, own.scale)
+                source = extras.source_of_vae(place)
+            else:
+                folder = check_vae(place)
+                codec, source = load_vae(folder), extras.source_of_vae(place, folder)
+            codec = codec.to(self.device, None if as_stored else own.dtype)
+            self._painter = extras.with_codec(self._painter, codec, source)
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:

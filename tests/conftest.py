@@ -1,6 +1,7 @@
 """One tiny model, trained from nothing by the command line itself, serves every test that needs one."""
 
 import gc
+import json
 import os
 import shutil
 import sys
@@ -76,6 +77,14 @@ def call(monkeypatch, capsys, tmp_path):
         return stopped.value.code, *capsys.readouterr()
 
     return run
+
+
+def loosened(model):
+    """A model folder whose parts somebody may change: its card does not say that they were saved together."""
+    card = json.loads((model / "latentdiff.json").read_text())
+    card.pop("weights", None)
+    (model / "latentdiff.json").write_text(json.dumps(card))
+    return model
 
 
 def made_once(factory, name, make):

@@ -78,7 +78,7 @@ def assembled(network, path, prediction, card):
 
 def load(directory, variant):
     network = DiT(DiTTransformer2DModel.from_pretrained(directory / "transformer").eval())
-    path, prediction, _ = read_scheduler(directory)
+    path, prediction, *_ = read_scheduler(directory)
     return assembled(network, path, prediction, model_card(directory, path.T, variant))
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from latentdiff.cli.loading import adapter_and_weight
 from latentdiff.drawing.reproduce import read_record
+from latentdiff.drawing.request import request
 
 PROMPT = "a red circle above a blue square"
 
@@ -206,3 +207,35 @@ def test_the_default_model_has_a_name(call, monkeypatch):
     Path("scenes-64").mkdir()
     code, _, err = call(*words, "-m", "scenes-64", "-o", "folder.png")
     assert (code, "no model_index.json (scenes-64)" in err) == (4, True), err
+
+
+def test_lone_brackets_are_characters(call):
+    """Said once for all pictures; nothing is refused."""
+    words = ("generate", "a red circle :)", "-N", "3", "--batch-size", "1", "--steps", "1", "-s", "1")
+    code, out, err = call(*words)
+    assert code == 0
+    assert out.count("\n") == 3
+    assert err == "warning: prompt: ) without a partner is read as a character\n"
+
+
+def test_comments_in_a_file_of_prompts(call):
+    Path("prompts.txt").write_text("# scenes\na red circle\n\n  # not a comment\n")
+    code, out, _ = call("generate", "--prompts-file", "prompts.txt", "--steps", "1", "-s", "1", "--json")
+    assert code == 0
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a red circle", "# not a comment"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "spacing"),
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+        ("dpm++ 2m sde exponential", "dpmpp_2m_sde", "exponential"),
+        ("Euler a", "euler_ancestral", "trailing"),
+        ("Euler", "euler", "trailing"),
+        ("DPM++ 2M", "dpmpp_2m", "trailing"),
+        ("UniPC SGM Uniform", "unipc", "sgm_uniform"),
+    ],
+)
+def test_samplers_by_the_names_of_a1111(name, sampler, spacing):
+    made = request(prompt="a", sampler=name)
+    assert (made.sampler, made.spacing) == (sampler, spacing)

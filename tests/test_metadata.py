@@ -1,11 +1,15 @@
 """Picture metadata: readable by the field's tools, and not to be forged by a prompt."""
 
+import json
 import re
 from dataclasses import replace
 
 import numpy as np
+import piexif
 import pytest
+from piexif.helper import UserComment
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.core.errors import DataError
 from latentdiff.drawing.record import ImageMetadata, Source, parameters_text, png_info, read_metadata, save_options
@@ -108,3 +112,33 @@ def test_what_is_not_a_picture(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(DataError, match="not a readable picture"):
         read_metadata(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_exif_as_others_read_it(tmp_path, suffix):
+    """The comment has the type that EXIF gives it, UNDEFINED: piexif, sd-prompt-reader and others find it."""
+    prompt, path = "a red “circle” größer", tmp_path / f"a{suffix}"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, **save_options(record(prompt=prompt), suffix))
+    comment = piexif.load(str(path))["Exif"][piexif.ExifIFD.UserComment]
+    assert UserComment.load(comment).startswith(prompt)
+    kinds = {kind for tag in (b"\x92\x86\x00", b"\x86\x92") for kind in re.findall(tag + b"(.)", path.read_bytes())}
+    assert kinds == {b"\x07"}
+
+
+def test_what_comfyui_writes(tmp_path):
+    about = PngInfo()
+    about.add_text("prompt", json.dumps({"3": {"class_type": "KSampler", "inputs": {"seed": 5}}}))
+    about.add_text("workflow", "{not json")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png", pnginfo=about)
+    read = read_metadata(tmp_path / "a.png")
+    assert read["prompt"]["3"]["inputs"]["seed"] == 5
+    assert read["workflow"] == "{not json"
+
+
+def test_any_error_of_a_decoder_is_a_bad_picture(tmp_path, monkeypatch):
+    """As of a damaged AVIF, whose decoder raises RuntimeError."""
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: (_ for _ in ()).throw(RuntimeError("Failed to decode")))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", Image.Image.load, raising=False)
+    with pytest.raises(DataError, match=r"not a readable picture \(.*a.png\): Failed to decode"):
+        read_metadata(tmp_path / "a.png")

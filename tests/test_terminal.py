@@ -23,7 +23,7 @@ ESCAPES = "a\x1b[2J\x07\x9b31m\u202ereversed\x7f\r\nerror: forged"
         ("a\x1b[2Jb", "a\\u001b[2Jb"),
         ("a\x07\x7f\x9b", "a\\u0007\\u007f\\u009b"),
         ("\u202eevil\u2066\u200f", "\\u202eevil\\u2066\\u200f"),
-        ("a\nb\r\u2028\x85", "a\\u000ab\\u000d\\u2028\\u0085"),
+        ("a\nb\r\u2028\x85", "a\\nb\\r\\u2028\\u0085"),
         ("\udcff", "\\udcff"),
         ("\U000e0041", "\\udb40\\udc41"),  # an invisible letter, as JSON escapes it
         ("名前 مرحبا שלום é\u00a0ß 👩\u200d🚀 नमस्ते \\n", "名前 مرحبا שלום é\u00a0ß 👩\u200d🚀 नमस्ते \\n"),

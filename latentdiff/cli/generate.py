@@ -111,7 +111,7 @@ def generate(
     prompts_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file of prompts, one a line; .jsonl: objects with prompt, image, mask, outpaint and any setting."
+            help="Prompts, one a line, # for comments; .jsonl: objects with prompt, image, mask, outpaint, any setting."
         ),
     ] = None,
     settings: Annotated[

@@ -39,6 +39,8 @@ def one_prompt(prompt: str) -> str:
 def wishes_of(path: Path) -> list[Wish]:
     """A line a prompt, or a JSON object a line in a .jsonl file: prompt, any setting, image, mask, outpaint.
 
+    Lines that begin with # are comments, except in a .jsonl file.
+
     Paths are relative to the file; null is the same as a missing entry. Raises ConfigError, which names the line.
     """
     try:
@@ -56,7 +58,7 @@ def wishes_of(path: Path) -> list[Wish]:
 
 def _of_text(text: str, path: Path) -> Iterator[Wish]:
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+        if line.strip() and not line.startswith("#"):
             yield Wish(line.strip(), where=f"{path} line {number}")
 
 

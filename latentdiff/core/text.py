@@ -13,6 +13,7 @@ _HIDDEN = {
     "Zp",
 }  # controls, bidi and other formats, lone surrogates, line ends
 _BREAK = re.compile(r"[^\S ]*[\n\r\v\f\x85\u2028\u2029]\s*")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _JOINERS = "\u200c\u200d"  # in Persian words and between emoji
 
 
@@ -30,6 +31,8 @@ def _is_hidden(character: str) -> bool:
 
 
 def _escaped(character: str) -> str:
+    if character in _SHORT:
+        return _SHORT[character]
     units = character.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
@@ -37,3 +40,9 @@ def _escaped(character: str) -> str:
 def one_line(text: object) -> str:
     """A text of any number of lines on one line, printable."""
     return printable(_BREAK.sub(" ", str(text).strip("\r\n")).rstrip())
+
+
+def quoted(text: object) -> str:
+    """A text of others for Markdown, as it is: as code, where neither HTML nor Markdown has a meaning."""
+    plain = one_line(text).replace("`", "'").replace("|", "\\|")
+    return f"`{plain}`" if re.search(r"[<>&*_\[\]()#!\\|~]", plain) else plain

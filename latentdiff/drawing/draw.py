@@ -20,7 +20,7 @@ from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
 from latentdiff.drawing.passes import steps
 from latentdiff.drawing.plan import lowest_side, plan
-from latentdiff.drawing.prompts import chunks_of
+from latentdiff.drawing.prompts import chunks_of, notes_of
 from latentdiff.drawing.record import ImageMetadata, installed_versions
 from latentdiff.drawing.request import Request, check_size, request
 from latentdiff.model import Model
@@ -92,7 +92,8 @@ class Drawing:
     """A batch being drawn: iterate over its steps, then `finish`. notes: what the user should know of it."""
 
     def __init__(self, painter: Painter, batch: Batch):
-        self._painter, self.batch, self.notes = painter, batch, list[str]()
+        self._painter, self.batch = painter, batch
+        self.notes = notes_of(batch, painter.model.encoder)
 
     def __iter__(self) -> Generator[Step, Array | None, None]:
         """Every step of every pass; other latents may be sent, from which drawing goes on."""

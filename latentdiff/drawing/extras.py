@@ -169,11 +169,11 @@ def with_weaker(painter: Painter, weaker: Model) -> Painter:
     return replace(painter, weaker=weaker).with_source("weaker", source)
 
 
-def source_of_vae(path: Path, folder: Path) -> Source:
-    """The record of a VAE from the user's path, which lies in `folder`."""
+def source_of_vae(path: Path, folder: Path | None = None) -> Source:
+    """The record of a VAE from the user's path: a file, or what lies in `folder`."""
     from latentdiff.formats.folder import network_hash
 
-    return Source("vae", recorded(path), network_hash(folder))
+    return Source("vae", recorded(path), sha256_of(path) if folder is None else network_hash(folder))
 
 
 def with_codec(painter: Painter, codec: Any, source: Source) -> Painter:

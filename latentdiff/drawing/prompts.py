@@ -61,6 +61,17 @@ def chunks_of(job: Job, encoder: Encoder) -> int:
     return max(encoder.read(prompt, style).chunks for prompt in prompts)
 
 
+def notes_of(batch: Batch, encoder: Encoder) -> list[str]:
+    """What the writers of a batch's prompts may have meant otherwise, each once."""
+    notes: dict[str, None] = {}
+    for job in batch.jobs:
+        names = ("prompt", "negative_prompt") if job.request.guidance_scale > 1 else ("prompt",)
+        for name in names if job.embeds is None else ():
+            read = encoder.read(getattr(job.request, name), style_of(job.request))
+            notes |= dict.fromkeys(f"{name}: {note}" for note in read.notes)
+    return list(notes)
+
+
 def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = None) -> Prompted:
     """The conditions of a batch, whose pictures have one size and whose conditions have one length.
 

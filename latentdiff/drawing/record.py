@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import platform
+import struct
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +26,7 @@ from latentdiff.diffusion.grids import LABELS
 from latentdiff.diffusion.samplers import SAMPLERS
 
 _UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: the encoding of a user comment
+_COMFY = {"prompt", "workflow"}  # text chunks of ComfyUI
 VERSION = 2  # of the record's fields
 LARGEST_EXIF = 65_000  # bytes of a JPEG's segment
 
@@ -154,12 +157,20 @@ def save_options(record: ImageMetadata, suffix: str) -> dict[str, Any]:
     """
     if suffix == ".png":
         return {"pnginfo": png_info(record)}
-    exif = Image.Exif()
+    exif, comment = Image.Exif(), _UNICODE + parameters_text(record).encode("utf-16-be")
     exif[ExifTags.Base.ImageDescription] = json.dumps(asdict(record))
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + parameters_text(record).encode("utf-16-be")
-    if len(exif.tobytes()) > LARGEST_EXIF:
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    content = _typed(exif.tobytes(), len(comment))
+    if len(content) > LARGEST_EXIF:
         raise DataError("its record is too long for this format. Write a PNG, or none (--no-metadata)")
-    return {"exif": exif}
+    return {"exif": content}
+
+
+def _typed(exif: bytes, length: int) -> bytes:
+    """EXIF with the type that its standard gives a comment, UNDEFINED: Pillow writes BYTE, which readers pass over."""
+    order = "<" if exif[6:8] == b"II" else ">"
+    written, right = (struct.pack(f"{order}HHI", ExifTags.Base.UserComment, kind, length) for kind in (1, 7))
+    return exif.replace(written, right, 1)
 
 
 def png_info(record: ImageMetadata) -> PngInfo:
@@ -176,6 +187,8 @@ def png_info(record: ImageMetadata) -> PngInfo:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The record in a picture: {"parameters": text, "latentdiff": tree}, as far as it has them.
 
+    ComfyUI's PNG have `prompt` and `workflow`, trees that say how they were made there.
+
     Raises DataError if the file is not a picture. The tree comes from outside: validate it before use.
     """
     try:
@@ -184,8 +197,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
             tags: dict[str, Any] = _texts(image)
     except FileNotFoundError:
         raise DataError(f"no such file ({path})") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"not a readable picture ({path}): {error}") from None
+    except Exception as error:  # decoders raise nearly anything on bytes that are not theirs
+        raise DataError(f"not a readable picture ({path}): {str(error)[:200]}") from None
+    for key in _COMFY & tags.keys():
+        with suppress(ValueError, RecursionError):
+            tags[key] = json.loads(tags[key])
     if "latentdiff" in tags:
         try:
             tags["latentdiff"] = json.loads(tags["latentdiff"])
@@ -197,7 +213,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _texts(image: Image.Image) -> dict[str, Any]:
     """The texts of a PNG's chunks, or of EXIF, whose description may be a camera's instead of our record."""
     if image.format == "PNG":
-        return {k: v for k, v in image.info.items() if k in ("parameters", "latentdiff") and isinstance(v, str)}
+        keys = {"parameters", "latentdiff"} | _COMFY
+        return {key: text for key, text in image.info.items() if key in keys and isinstance(text, str)}
     exif, tags = image.getexif(), dict[str, Any]()
     comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if isinstance(comment, bytes) and comment.startswith(_UNICODE):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.diffusion.grids import GRIDS
+from latentdiff.diffusion.grids import GRIDS, LABELS
 from latentdiff.diffusion.noise import MAX_SEED
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.settings.validation import Fault, did_you_mean, first_fault, one_of
@@ -148,6 +148,7 @@ def request(**fields: Any) -> Request:
     fields = {name: _plain(value) for name, value in fields.items()}
     if fields.get("sigmas") and fields["sigmas"][-1] == 0:
         fields["sigmas"] = fields["sigmas"][:-1]  # diffusers' lists end at 0, which every walk does
+    _read_a1111(fields)
     own = fields.get("timesteps") or fields.get("sigmas")
     if own and "num_inference_steps" not in fields:
         fields["num_inference_steps"] = len(own)
@@ -160,6 +161,21 @@ def request(**fields: Any) -> Request:
             f"seed: the last picture's seed is over {MAX_SEED} (seed {made.seed}, {made.num_images} pictures)"
         )
     return made
+
+
+def _read_a1111(fields: dict[str, Any]) -> None:
+    """Replace A1111's name of a sampler, like `DPM++ 2M Karras`, by sampler and spacing."""
+    name = fields.get("sampler")
+    if not isinstance(name, str) or name in SAMPLERS:
+        return
+    for sampler, row in SAMPLERS.items():
+        rest = name.lower().removeprefix(row.label.lower()).strip()
+        grids = [grid for grid, label in LABELS.items() if label.lower() == rest]
+        if name.lower().startswith(row.label.lower()) and (not rest or grids):
+            fields["sampler"] = sampler
+            if grids:
+                fields["spacing"] = grids[0]
+            return
 
 
 def _plain(value: Any) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.core.errors import ConfigError, saving
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families.scheduler import same_schedule
+from latentdiff.families.single_file import unet_config, vae_config
 from latentdiff.formats.original import (
     CLIP,
     OPEN_CLIP,
@@ -52,6 +55,7 @@ def save_single_file(model: Model, path: Path) -> None:
         state |= _clip_state(texts.first, kind) | _open_clip_state(texts.second, kind)
     else:
         state |= (_clip_state if kind == "1" else _open_clip_state)(texts, kind)
+    _check_implied(state, kind, model)
     if model.prediction == "v_prediction":
         state["v_pred"] = torch.zeros(0)
     if zero_terminal_snr:
@@ -60,6 +64,35 @@ def save_single_file(model: Model, path: Path) -> None:
     with saving(path.name, path.parent):  # one entry of metadata, since safetensors writes several in random order
         contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(contiguous, path, {"modelspec.prediction_type": predicts})
+
+
+def _check_implied(state: State, kind: Kind, model: Model) -> None:
+    """Check that the networks which a reader infers from the file's shapes are these. Raises ConfigError.
+
+    Shapes do not show the number of heads, nor the epsilon of norms.
+    """
+    unet, texts, codec = cast(Any, model.backbone), cast(Any, model.encoder), cast(Any, model.codec)
+    with torch.device("meta"):
+        implied = {
+            "U-Net": (UNet2DConditionModel(**unet_config(state, kind)), unet.model),
+            "VAE": (AutoencoderKL(**vae_config(state, kind)), codec.vae),
+        }
+    for name, (theirs, ours) in implied.items():
+        if _computes(theirs) != _computes(ours):
+            raise ConfigError(f"a single file cannot say what its {name} computes: heads or norms. Use a folder")
+    for encoder in texts.encoders:
+        config = encoder.model.config
+        if config.num_attention_heads != max(config.hidden_size // 64, 1):
+            raise ConfigError("a single file cannot say how many heads its text encoder has. Use a folder")
+
+
+def _computes(network: torch.nn.Module) -> list[tuple[str, str, Any]]:
+    """The layers of a network with what their weights do not show."""
+    return [
+        (name, str(layer), getattr(layer, "heads", None))
+        for name, layer in network.named_modules()
+        if hasattr(layer, "heads") or not list(layer.children())
+    ]
 
 
 def _schedule(model: Model) -> bool:

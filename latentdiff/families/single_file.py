@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -28,10 +29,22 @@ from latentdiff.core.files import sha256_of
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families import stable_diffusion, stable_diffusion_xl
 from latentdiff.families.stable_diffusion import assembled
-from latentdiff.formats.original import CLIP, OPEN_CLIP, POSITIONS, SCALING, UNET, VAE, VOCABULARY, Kind
+from latentdiff.formats.original import (
+    CLIP,
+    EMA,
+    OPEN_CLIP,
+    POSITIONS,
+    SCALING,
+    UNET,
+    VAE,
+    VOCABULARY,
+    Kind,
+    unet_name,
+)
 from latentdiff.formats.pickle import is_pickle
 from latentdiff.model import Model, ModelCard
 from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.codecs.absent import AbsentCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
@@ -43,6 +56,17 @@ SIDES = {"1": 64, "2": 64, "XL": 128}  # of latents; Stable Diffusion 2 of veloc
 OPEN_CLIP_H = (1024, 23)  # width -> the layers that are read, of 24; some files omit the last
 
 
+_OTHER_KINDS = {  # weights by which models of SDXL's shape but of another path are known
+    "edm_vpred.sigma_max": "CosXL",
+    "edm_vpred.sigma_min": "CosXL",
+    "edm_mean": "Playground 2.5",
+    "edm_std": "Playground 2.5",
+}
+_XL: dict[str, Any] = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 56,
+}
 _PLAIN = {"sampler": "dpmpp_2m", "spacing": "trailing"}  # recommended settings, which a file does not contain
 
 
@@ -50,13 +74,14 @@ def load_single_file(path: Path) -> Model:
     """A model in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
     check_file(path)
     with loading(path):
-        state = load_file(path)
+        state = _with_averages(load_file(path))
         kind = _kind_of(state, path)
         config = unet_config(state, kind)
         unet = UNet(_filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config))).eval()
-        config = vae_config(state, kind)
-        vae = _filled(AutoencoderKL, config, conversion.convert_ldm_vae_checkpoint(state, config))
-        codec, texts = KLAutoencoder(vae).eval(), _text_encoder(state, kind).eval()
+        codec: Any = AbsentCodec(SCALING[kind])
+        if any(name.startswith(VAE) for name in state):
+            codec = KLAutoencoder(_vae(state, kind)).eval()
+        texts = _text_encoder(state, kind).eval()
     prediction, zero_terminal_snr = _prediction(path, state, kind, unet, texts)
     if kind == "2" and prediction == "v_prediction":
         unet.model.register_to_config(sample_size=96)
@@ -73,6 +98,68 @@ def load_single_file(path: Path) -> Model:
     )
     family = stable_diffusion_xl if isinstance(texts, TwoTextEncoders) else stable_diffusion
     return replace(model, family=family.FAMILY)
+
+
+def _vae(state: State, kind: Kind) -> AutoencoderKL:
+    config = vae_config(state, kind)
+    if not config["block_out_channels"]:
+        raise ModelError("its VAE has no encoder. Name a complete one")
+    return cast(AutoencoderKL, _filled(AutoencoderKL, config, conversion.convert_ldm_vae_checkpoint(state, config)))
+
+
+def load_vae_file(path: Path, scale: float) -> KLAutoencoder:
+    """A VAE from a .safetensors file: the original layout, alone or in a checkpoint, or diffusers' names.
+
+    scale: of its latents, which no file holds. Raises ModelError, UnsafeError.
+    """
+    check_file(path)
+    with loading(path):
+        state = load_file(path)
+        if not any(name.startswith(VAE) for name in state):
+            state = {VAE + name.removeprefix("vae."): tensor for name, tensor in state.items()}
+        if any(".down_blocks." in name or ".up_blocks." in name for name in state):
+            raise ModelError("it has diffusers' names without their config. Name the folder of the VAE")
+        if not any(".decoder." in f".{name}" for name in state):
+            raise ModelError("there is no VAE in it")
+        vae = _vae(state, "1")
+    vae.register_to_config(scaling_factor=scale)
+    return KLAutoencoder(vae).eval()
+
+
+def _with_averages(state: State) -> State:
+    """The weights, of a file that holds averages alone those: `model_ema.` and the name without its dots."""
+    if any(name.startswith(UNET) for name in state) or not any(name.startswith(EMA) for name in state):
+        return state
+    names = {name.replace(".", ""): name for name in _original_names()}
+    averages = {
+        UNET + names[flat]: tensor
+        for name, tensor in state.items()
+        if (flat := name.removeprefix(EMA)) in names and name.startswith(EMA)
+    }
+    return {name: tensor for name, tensor in state.items() if not name.startswith("model_ema.")} | averages
+
+
+def _original_names() -> set[str]:
+    """The names of every weight that a U-Net of Stable Diffusion 1, 2 or XL has in the original layout."""
+    names: set[str] = set()
+    for depths, layers, added in (((1, 1, 1, 0), 2, {}), ((1, 2, 10), 3, _XL)):
+        levels = len(depths)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(
+                block_out_channels=tuple(32 * (level + 1) for level in range(levels)),  # all with a shortcut
+                layers_per_block=layers,
+                down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
+                up_block_types=tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
+                transformer_layers_per_block=tuple(max(depth, 1) for depth in depths),
+                cross_attention_dim=32,
+                **added,
+            )
+        for shorter in range(1, layers + 1):  # of fewer blocks at each level the numbers are others
+            config = SimpleNamespace(**{**dict(unet.config), "layers_per_block": shorter})
+            for name in unet.state_dict():
+                with suppress(KeyError):
+                    names.add(unet_name(name, config))
+    return names
 
 
 def check_file(path: Path) -> None:
@@ -121,12 +208,13 @@ def _of_adapter(names: Sequence[str]) -> bool:
 
 def _kind_of(state: Iterable[str], path: Path) -> Kind:
     state = list(state)
+    for name, kind in _OTHER_KINDS.items():
+        if name in state:
+            raise ModelError(f"{kind} is not supported: it is trained on another path ({path} has {name})")
     if _of_adapter(state):
         raise ModelError(f"{path} is an adapter, not a model. Load it with --lora, convert it with --to")
     if not any(name.startswith(UNET) for name in state):
         raise ModelError(f"no U-Net under {UNET}* ({path}). Give a complete Stable Diffusion checkpoint")
-    if not any(name.startswith(VAE) for name in state):
-        raise ModelError(f"no autoencoder under {VAE}* ({path}). Give a complete Stable Diffusion checkpoint")
     held = {prefix for prefix in (*CLIP.values(), *OPEN_CLIP.values()) if any(n.startswith(prefix) for n in state)}
     kinds: dict[frozenset[str], Kind] = {
         frozenset({CLIP["1"]}): "1",
@@ -291,8 +379,14 @@ def _prediction(
     Files that differ from their family's usual kind say so with an empty weight of that name, or in their metadata.
     """
     with safe_open(path, "pt") as file:
-        hint = (file.metadata() or {}).get("modelspec.prediction_type", "")
-    if "v_pred" in state or hint in ("v", "v_prediction"):
+        metadata = {key.lower(): value.strip().lower() for key, value in (file.metadata() or {}).items()}
+    hint = metadata.get("modelspec.prediction_type") or metadata.get("prediction_type") or ""
+    hint = hint.replace("-", "_").replace("prediction", "").strip("_")
+    if metadata.get("ss_v_parameterization") == "true":
+        hint = "v"
+    if hint not in ("", "v", "epsilon", "eps", "noise"):
+        raise ModelError(f"its metadata says that it predicts {hint[:40]}, which is not supported ({path})")
+    if "v_pred" in state or hint == "v":
         return "v_prediction", "ztsnr" in state
     if hint or kind != "2":
         return "epsilon", "ztsnr" in state

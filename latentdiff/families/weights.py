@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,14 +98,17 @@ def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: st
         with _without_collections():
             tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     model = _pretrained(network, directory, f"text_encoder{suffix}", variant)
-    read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
-    if not (isinstance(read, int) and 2 <= read <= positions):
-        raise ModelError(f"tokenizer reads {read} tokens, the text encoder has {positions} positions ({directory})")
-    ids, rows = [tokenizer.convert_tokens_to_ids(t) for t in (START, END, tokenizer.pad_token)], len(_rows(model))
-    most = max(tokenizer.get_vocab().values(), default=0)
-    if not all(isinstance(index, int) and index < rows for index in ids) or most >= rows:
-        raise ModelError(f"{tokenizer_folder.name} does not fit the text encoder's {rows} words ({directory})")
-    return TextEncoder(tokenizer, model, penultimate=penultimate).eval()
+    with loading(tokenizer_folder.name, directory):
+        read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
+        if not (isinstance(read, int) and 2 <= read <= positions):
+            raise ModelError(f"tokenizer reads {read} tokens, the text encoder has {positions} positions ({directory})")
+        ids, rows = [tokenizer.convert_tokens_to_ids(t) for t in (START, END, tokenizer.pad_token)], len(_rows(model))
+        most = max(tokenizer.get_vocab().values(), default=0)
+        if not all(isinstance(index, int) and index < rows for index in ids) or most >= rows:
+            raise ModelError(f"{tokenizer_folder.name} does not fit the text encoder's {rows} words ({directory})")
+        encoder = TextEncoder(tokenizer, model, penultimate=penultimate).eval()
+        encoder.tokenize(["a"])
+    return encoder
 
 
 @contextmanager
@@ -147,7 +152,11 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
         config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
         kinds = {name: kind for file in files for name, kind in _kinds(file).items()}
         check_depth(config, len(kinds), part, directory)
-        _check_size(network, directory, part, sum(map(numbers_in, files)))
+        described, held = parameters_of(network, json.dumps(config, sort_keys=True)), sum(map(numbers_in, files))
+        if described > 2 * held:  # below twice, the loaders name the weights that do not fit
+            raise ModelError(
+                f"{part}/config.json describes {described:,} parameters, its weights hold {held:,} ({directory})"
+            )
         model, report = network.from_pretrained(
             directory / part,
             local_files_only=True,
@@ -203,22 +212,42 @@ def _kinds(file: Path) -> dict[str, str]:
         return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
 
 
-def _check_size(network: Any, directory: Path, part: str, held: int) -> None:
-    """Refuse a config whose network is twice as large as its weights, before memory is allocated for it.
+@lru_cache(maxsize=64)
+def parameters_of(network: Any, config: str) -> int:
+    """The number of parameters of the network that a config describes, which is run once by shapes alone.
 
-    Below twice, the loaders name the weights that do not fit, and old checkpoints may lack a buffer.
+    So whatever a config gets wrong is an error of a library here, before memory is allocated or a weight is read.
     """
-    folder = directory / part
-    with torch.device("meta"):
+    tree = json.loads(config)
+    with torch.device("meta"), torch.no_grad():
         if hasattr(network, "load_config"):  # diffusers
-            skeleton = network.from_config(network.load_config(folder, local_files_only=True))
+            skeleton = network.from_config(tree)
         else:
-            skeleton = network(network.config_class.from_pretrained(folder, local_files_only=True))
-    described = sum(p.numel() for p in skeleton.parameters())
-    if described > 2 * held:
-        raise ModelError(
-            f"{part}/config.json describes {described:,} parameters, its weights hold {held:,} ({directory})"
-        )
+            skeleton = network(network.config_class.from_dict(tree))
+        _run(skeleton)
+    return sum(p.numel() for p in skeleton.parameters())
+
+
+def _run(skeleton: Any) -> None:
+    """Run a network of the meta device on small inputs."""
+    config = skeleton.config
+    if hasattr(skeleton, "down_blocks"):  # a U-Net
+        width = config.cross_attention_dim
+        tokens = torch.zeros(1, 3, width if isinstance(width, int) else width[0])
+        added = None
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            added = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
+        side = 2 ** len(config.block_out_channels)
+        labels = None if skeleton.class_embedding is None else torch.zeros(1, dtype=torch.long)
+        x = torch.zeros(1, config.in_channels, side, side)
+        skeleton(x, torch.zeros(1), tokens, class_labels=labels, added_cond_kwargs=added)
+    elif hasattr(skeleton, "decoder"):  # a VAE
+        side = 4 * 2 ** len(config.block_out_channels)
+        encoded = skeleton.encode(torch.zeros(1, config.in_channels, side, side))
+        skeleton.decode(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
+    else:
+        skeleton(torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True)
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -63,8 +63,8 @@ def check_network(path: Path, part: str, classes: Set[str]) -> Path:
         raise ModelError(f"no {what} ({path}). Give a folder with its config.json and safetensors weights")
     _check_contents(folder, of_model=False)
     name = read_json(folder / "config.json").get("_class_name")
-    if name not in classes:
-        raise UnsafeError(f"a {what} of unknown class {name} ({path}). Known: {', '.join(sorted(classes))}")
+    if not isinstance(name, str) or name not in classes:
+        raise UnsafeError(f"a {what} of unknown class {str(name)[:60]} ({path}). Known: {', '.join(sorted(classes))}")
     return folder
 
 
@@ -128,6 +128,7 @@ def check_index(index: dict[str, Any], directory: Path, parts: Mapping[str, Set[
         if part in optional | _UNREAD and entry in (None, [None, None]):
             continue
         module, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        module = module if isinstance(module, str | None) else str(module)
         if part == "_class_name" or (part in _UNREAD and module in _MODULES):
             continue
         if part in _UNREAD:

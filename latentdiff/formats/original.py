@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 Kind = Literal["1", "2", "XL"]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+EMA = "model_ema.diffusion_model"  # and a name without its dots
 CLIP = {"1": "cond_stage_model.transformer.", "XL": "conditioner.embedders.0.transformer."}
 OPEN_CLIP = {"2": "cond_stage_model.model.", "XL": "conditioner.embedders.1.model."}
 SCALING = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
         raise ModelError(f"an export of format {record.get('format')!r}, not {FORMAT} ({path}). {again}")
     try:
         changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
-        whole = {"unet", "vae", "zero_empty"} <= record.keys() and {"unet", "text_encoder"} <= record["configs"].keys()
+        texts = [part for part in TOKENIZER if part in record["configs"]]
+        whole = {"unet", "text_encoder"} <= record["configs"].keys() and _is_whole(record, texts)
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -115,6 +116,20 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
     if changed:
         raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). {again}")
     return Exported(directory, variant, folder, record)
+
+
+_FACTS: dict[str, dict[str, type]] = {  # part of export.json -> its keys and the types of their values
+    "unet": {"inputs": int, "outputs": int, "multiple": int, "reads": dict, "deep_levels": int},
+    "vae": {"factor": int, "latent_channels": int, "image_channels": int},
+    "text_encoder": {"layers": int, "length": int, "tokenizer": str, "start": int, "end": int, "pad": int},
+}
+
+
+def _is_whole(record: dict[str, Any], texts: Sequence[str]) -> bool:
+    """Whether export.json has all facts that are read, of their types."""
+    facts = {"unet": _FACTS["unet"], "vae": _FACTS["vae"], **dict.fromkeys(texts, _FACTS["text_encoder"])}
+    typed = all(type(record[part][key]) is kind for part, keys in facts.items() for key, kind in keys.items())
+    return typed and type(record["zero_empty"]) is bool
 
 
 def config_hash(part: Path) -> str:

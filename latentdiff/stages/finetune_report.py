@@ -15,7 +15,7 @@ from PIL import Image
 from latentdiff.core.errors import DataError
 from latentdiff.core.files import recorded
 from latentdiff.core.images import coloured, to_images
-from latentdiff.core.text import printable
+from latentdiff.core.text import printable, quoted
 from latentdiff.data.examples import Examples
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
@@ -151,11 +151,11 @@ def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _card(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> str:
     """A model card: the model, the data, the method, how to use it, what changed."""
     config = run.config
-    settings = "\n".join(f"| `{key}` | {value} |" for key, value in _differing(config).items())
+    settings = "\n".join(f"| `{key}` | {quoted(value)} |" for key, value in _differing(config).items())
     numbers = "\n".join(f"- {line}" for line in _compared(lines))
-    return f"""# {config.name}
+    return f"""# {quoted(config.name)}
 
-Trained on {len(run.data.training):,} pictures from {_model(config)}, by {config.method}.
+Trained on {len(run.data.training):,} pictures from {quoted(_model(config))}, by {config.method}.
 Made with latentdiff {version("latentdiff")}.
 
 ![from the first step to the last, always the same prompts and noise]({STRIP})

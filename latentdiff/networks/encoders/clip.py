@@ -65,7 +65,7 @@ class TextEncoder(nn.Module):
         return conditions_of(tokens, getattr(output, "text_embeds", None))
 
     def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
-        """See Encoder. Raises ConfigError for bad brackets."""
+        """See Encoder. Raises ConfigError for weights that are too large."""
         with self._turn:
             return self.reader.read(prompt, style)
 

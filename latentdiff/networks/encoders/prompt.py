@@ -3,7 +3,8 @@ r"""Prompts as people write them, with weights, breaks and any length -> chunks 
     (word)      1.1 times the attention        (word:1.3)    1.3 times        [word]    1 / 1.1 times
     BREAK       begins a new chunk                            \( \) \[ \] \\   the character itself
 
-Weights of nested brackets multiply. A text encoder reads one chunk at a time: a start, up to 75 tokens, an end.
+Weights of nested brackets multiply; a bracket without a partner is a character. A text encoder reads one chunk at a
+time: a start, up to 75 tokens, an end.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ STRONGER = 1.1
 LARGEST_WEIGHT = 10.0
 _WORDS = re.compile(r"\\[\\()\[\]]|:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|[\\:]")
 _BREAK = re.compile(r"\bBREAK\b")
+_OF_A1111 = {  # what its prompts may hold -> its name there
+    r"\[[^\[\]()]*:[^\[\]()]*:\s*[\d.]+\s*\]|\[[^\[\]():]*:\s*[\d.]+\s*\]": "prompt editing",
+    r"\[[^\[\]()]*\|[^\[\]()]*\]": "alternation",
+    r"(?<!\w)AND(?!\w)": "AND between prompts",
+}
 _ELSEWHERE = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
 
 
@@ -71,11 +77,15 @@ EMPTY = Chunk([], [])
 
 
 class Reading(NamedTuple):
-    """How a prompt is read: the number of tokens with start and end, of chunks, and of tokens that are cut."""
+    """How a prompt is read: the number of tokens with start and end, of chunks, and of tokens that are cut.
+
+    notes: what its writer may have meant otherwise.
+    """
 
     tokens: int
     chunks: int
     cut: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Reader:
     length: int
 
     def chunks(self, prompt: str, style: Style) -> list[Chunk]:
-        """The chunks of a prompt. Raises ConfigError for bad brackets."""
+        """The chunks of a prompt. Raises ConfigError for weights that are too large."""
         return chunks(prompt, style, self.ids_of, self.length - 2)
 
     def filled(self, prompt: str, style: Style, least: int) -> list[Chunk]:
@@ -99,12 +109,13 @@ class Reader:
         return parts + [EMPTY] * (least - len(parts))
 
     def read(self, prompt: str, style: Style) -> Reading:
-        """How a prompt is read. Raises ConfigError for bad brackets."""
+        """How a prompt is read. Raises ConfigError for weights that are too large."""
         parts = self.chunks(prompt, style)
         tokens = 2 + sum(len(chunk.ids) for chunk in parts)
+        notes = notes_on(prompt) if style.weights else ()
         if style.chunked:
-            return Reading(tokens, len(parts), 0)
-        return Reading(tokens, 1, tokens - 2 - len(parts[0].ids))
+            return Reading(tokens, len(parts), 0, notes)
+        return Reading(tokens, 1, tokens - 2 - len(parts[0].ids), notes)
 
     def ids(self, parts: Sequence[Chunk]) -> NDArray[np.int64]:
         """Token ids (n, L) of chunks, with start, end and padding."""
@@ -133,32 +144,48 @@ def weighted(hidden: Array, empty: Array, weights: Array) -> Array:
     return library(hidden).where(weights == 1, hidden, empty + weights * (hidden - empty))
 
 
+def notes_on(prompt: str) -> tuple[str, ...]:
+    """What the writer of a prompt may have meant otherwise: lone brackets, and what only A1111 reads."""
+    notes = []
+    alone = _parsed(prompt)[1]
+    if alone:
+        notes.append(f"{' '.join(alone)} without a partner is read as a character")
+    plain = re.sub(r"\\.", "", prompt)
+    for pattern, what in _OF_A1111.items():
+        if match := re.search(pattern, plain):
+            notes.append(f"{match[0][:40]!r} is read as text: {what} is not supported")
+    return tuple(notes)
+
+
 def parse(prompt: str) -> list[list[Piece]]:
-    """The pieces of a prompt between its BREAKs. Raises ConfigError for brackets that do not close."""
+    """The pieces of a prompt between its BREAKs. Raises ConfigError for weights that are too large."""
     if foreign := _ELSEWHERE.search(prompt):
         raise ConfigError(f"{foreign[0][:40]!r} in a prompt would be read as text. Name adapters by --lora")
+    return _sections(_parsed(prompt)[0])
+
+
+def _parsed(prompt: str) -> tuple[list[Piece], list[str]]:
+    """The pieces of a prompt, and its brackets without a partner, which are pieces too."""
     pieces: list[Piece] = []
-    opened: list[tuple[str, int, int]] = []  # the bracket, its place in the prompt, the first piece within
+    opened: list[tuple[str, int]] = []  # the bracket, the first piece within
+    alone: list[str] = []
     for match in _WORDS.finditer(prompt):
         word, weight = match[0], match[1]
         if word in "([":
-            opened.append((word, match.start(), len(pieces)))
-        elif word in ")]" or (weight is not None and opened and opened[-1][0] == "("):
-            _close(word[-1], float(weight) if weight else None, match.start(), opened, pieces)
+            opened.append((word, len(pieces)))
+        elif opened and opened[-1][0] + word[-1] in ("()", "[]") and (word in ")]" or weight is not None):
+            _close(word[-1], float(weight) if weight else None, opened.pop()[1], pieces)
         else:
-            pieces.append(Piece(word[1:] if len(word) == 2 and word[0] == "\\" else word, 1.0))
-    if opened:
-        raise _unbalanced(*opened[-1][:2])
-    return _sections(pieces)
+            alone += [word[-1]] if word in ")]" or weight is not None else []
+            pieces.append(Piece(word[1:] if len(word) == 2 and word[0] == "\\" and word[1] in "\\()[]" else word, 1.0))
+    for bracket, first in reversed(opened):  # from the last one, so that places stay
+        pieces.insert(first, Piece(bracket, 1.0))
+        alone.append(bracket)
+    return pieces, alone
 
 
-def _close(
-    bracket: str, weight: float | None, place: int, opened: list[tuple[str, int, int]], pieces: list[Piece]
-) -> None:
+def _close(bracket: str, weight: float | None, first: int, pieces: list[Piece]) -> None:
     """Multiply the weights of the pieces since the opening bracket."""
-    if not opened or opened[-1][0] + bracket not in ("()", "[]"):
-        raise _unbalanced(bracket, place)
-    _, _, first = opened.pop()
     if bracket == "]":
         weight = 1 / STRONGER
     for index, piece in enumerate(pieces[first:], first):
@@ -166,12 +193,6 @@ def _close(
         if not abs(combined) <= LARGEST_WEIGHT:
             raise ConfigError(f"prompt: a weight of {combined:g} is over {LARGEST_WEIGHT:g} ({piece.text[:30]!r})")
         pieces[index] = Piece(piece.text, combined)
-
-
-def _unbalanced(bracket: str, place: int) -> ConfigError:
-    return ConfigError(
-        rf"prompt: {bracket} at character {place + 1} has no partner. Write \{bracket} for the character"
-    )
 
 
 def _sections(pieces: Sequence[Piece]) -> list[list[Piece]]:

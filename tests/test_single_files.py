@@ -1,0 +1,235 @@
+"""Single files as people have them: of other kinds, without parts, averages alone; and what one cannot express."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.families.original import save_single_file
+from latentdiff.formats.original import EMA, UNET, VAE
+
+from .stable_diffusion import load, stored
+
+PROMPT = "a castle on a hill"
+ASKED = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
+
+
+@pytest.fixture(scope="module")
+def files(folders, tmp_path_factory):
+    """A tiny model of each family as a single file."""
+    place = tmp_path_factory.mktemp("single")
+    for family, folder in folders.items():
+        save_single_file(stored(folder).model, place / f"{family}.safetensors")
+    return place
+
+
+def changed(file, target, change, metadata=None):
+    """The file with its tensors changed, at another path."""
+    save_file(change(load_file(file)), target, metadata)
+    return target
+
+
+def opened(path, **settings):
+    return LatentDiffusionPipeline.from_pretrained(path, device="cpu", **settings)
+
+
+@pytest.mark.parametrize("family", ["1", "2", "XL"])
+def test_averages_alone(family, files, folders, tmp_path):
+    """`model_ema.` and names without dots, no other U-Net: drawn as the same weights under their own names."""
+
+    def averages(state):
+        return {
+            EMA + name.removeprefix(UNET).replace(".", "") if name.startswith(UNET) else name: tensor
+            for name, tensor in state.items()
+        } | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(5)}
+
+    file = changed(files / f"{family}.safetensors", tmp_path / "ema.safetensors", averages)
+    drawn, expected = (opened(path)(PROMPT, **ASKED).images for path in (file, files / f"{family}.safetensors"))
+    assert torch.equal(drawn, expected)
+
+
+def without_vae(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith(VAE)}
+
+
+def vae_alone(state):
+    return {name.removeprefix(VAE): tensor for name, tensor in state.items() if name.startswith(VAE)}
+
+
+def test_a_checkpoint_without_vae(files, folders, tmp_path, call):
+    """It draws latents, says what it needs for pictures, and takes any VAE: a folder, a file, a checkpoint."""
+    bare = changed(files / "1.safetensors", tmp_path / "bare.safetensors", without_vae)
+    alone = changed(files / "1.safetensors", tmp_path / "vae.safetensors", vae_alone)
+    whole = opened(files / "1.safetensors")
+    pipe = opened(bare)
+    assert torch.equal(pipe(PROMPT, **ASKED).images, whole(PROMPT, **ASKED).images)
+    for act in (lambda: pipe(PROMPT, **ASKED | {"output_type": "pt"}), lambda: pipe.save_pretrained(tmp_path / "x")):
+        with pytest.raises(ModelError, match=r"this checkpoint has no VAE\. Name one: --vae, load_vae"):
+            act()
+    assert not (tmp_path / "x").exists()
+    expected = whole(PROMPT, **ASKED | {"output_type": "pt"}).images
+    for vae in (folders["1"], alone, files / "1.safetensors"):
+        one = opened(bare)
+        one.load_vae(vae)
+        torch.testing.assert_close(one(PROMPT, **ASKED | {"output_type": "pt"}).images, expected, rtol=0, atol=1e-6)
+    words = ("generate", PROMPT, "-m", bare, "--vae", alone, "--steps", 2, "-W", 64, "-H", 64, "-s", 1)
+    assert call(*words, "-o", "a.png")[0] == 0
+    code, out, _ = call("reproduce", "a.png", "-m", bare, "--source", alone)
+    assert (code, out.startswith("equal")) == (0, True)
+    code, _, err = call(*words[:4], *words[6:], "-o", "b.png")
+    assert (code, err) == (4, "error: this checkpoint has no VAE. Name one: --vae, load_vae\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {"x": torch.zeros(1)}, "there is no VAE in it"),
+        (lambda state: {n: t for n, t in vae_alone(state).items() if not n.startswith("encoder")}, "has no encoder"),
+        (lambda state: {"decoder.up_blocks.0.x": torch.zeros(1)}, "diffusers' names without their config"),
+    ],
+)
+def test_vae_files_that_lack_something(change, message, files, tmp_path):
+    file = changed(files / "1.safetensors", tmp_path / "vae.safetensors", change)
+    with pytest.raises(ModelError, match=message):
+        opened(files / "1.safetensors").load_vae(file)
+
+
+# other kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("edm_vpred.sigma_max", "CosXL"), ("edm_mean", "Playground 2.5"), ("edm_std", "Playground 2.5")],
+)
+def test_models_of_another_path_are_refused_by_name(name, kind, files, tmp_path):
+    file = changed(files / "XL.safetensors", tmp_path / "x.safetensors", lambda s: s | {name: torch.zeros(4)})
+    with pytest.raises(ModelError, match=f"{kind} is not supported"):
+        opened(file)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "prediction"),
+    [
+        ({"modelspec.prediction_type": "v"}, "v_prediction"),
+        ({"modelspec.prediction_type": "v-prediction"}, "v_prediction"),
+        ({"prediction_type": "v_prediction"}, "v_prediction"),
+        ({"ss_v_parameterization": "True"}, "v_prediction"),
+        ({"ss_v_parameterization": "False"}, "epsilon"),
+        ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ({"prediction_type": "eps"}, "epsilon"),
+        ({}, "epsilon"),
+    ],
+)
+def test_predictions_in_metadata(metadata, prediction, files, tmp_path):
+    file = changed(files / "XL.safetensors", tmp_path / "x.safetensors", lambda s: s, metadata)
+    assert opened(file).model.prediction == prediction
+
+
+def test_a_prediction_of_an_unknown_kind(files, tmp_path):
+    file = changed(files / "XL.safetensors", tmp_path / "x.safetensors", lambda s: s, {"prediction_type": "sample"})
+    with pytest.raises(ModelError, match="its metadata says that it predicts sample, which is not supported"):
+        opened(file)
+
+
+# what a file cannot say
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "changes", "message"),
+    [
+        ("1", "unet", {"attention_head_dim": [2, 4]}, "U-Net computes"),
+        ("XL", "unet", {"attention_head_dim": [1, 2, 2]}, "U-Net computes"),
+        ("1", "unet", {"norm_eps": 1e-3}, "U-Net computes"),
+        ("1", "text_encoder", {"num_attention_heads": 2}, "how many heads its text encoder has"),
+        ("1", "vae", {"act_fn": "relu"}, "VAE computes"),
+    ],
+)
+def test_what_a_single_file_cannot_say(family, part, changes, message, folders, tmp_path, call):
+    """Refused when it is written: the picture would change, or nothing could read it."""
+    folder = shutil.copytree(folders[family], tmp_path / "model")
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    code, _, err = call("convert", folder, tmp_path / "x.safetensors")
+    assert (code, message in err) == (2, True), err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+# folders of wrong configs
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("model_index.json", {"unet": [["diffusers"], "UNet2DConditionModel"]}),
+        ("model_index.json", {"vae": ["diffusers", {"a": 1}]}),
+        ("model_index.json", {"scheduler": [{}, {}]}),
+        ("unet/config.json", {"freq_shift": "x"}),
+        ("unet/config.json", {"downsample_padding": "x"}),
+        ("unet/config.json", {"mid_block_scale_factor": "x"}),
+        ("unet/config.json", {"norm_num_groups": 32.0}),
+        ("unet/config.json", {"attention_head_dim": "8"}),
+        ("unet/config.json", {"attention_head_dim": [8.5, 8]}),
+        ("unet/config.json", {"cross_attention_dim": 63}),
+        ("unet/config.json", {"center_input_sample": "x", "act_fn": 5}),
+        ("text_encoder/config.json", {"eos_token_id": "x"}),
+        ("text_encoder/config.json", {"num_attention_heads": 7}),
+        ("text_encoder/config.json", {"num_attention_heads": "x"}),
+        ("text_encoder/config.json", {"hidden_act": 5}),
+        ("tokenizer/tokenizer_config.json", {"pad_token": 5}),
+        ("tokenizer/tokenizer_config.json", {"pad_token": ["a"]}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 0}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}),
+        ("vae/config.json", {"up_block_types": ["UpDecoderBlock2D", "Magic", "UpDecoderBlock2D", "UpDecoderBlock2D"]}),
+        ("vae/config.json", {"up_block_types": 5}),
+        ("vae/config.json", {"norm_num_groups": 7}),
+        ("vae/config.json", {"scaling_factor": [1]}),
+    ],
+)
+def test_configs_of_wrong_types_are_one_line(file, changes, folders, tmp_path, call):
+    """Found before a weight is read or a picture is begun; a value that a library takes anyway draws."""
+    folder = shutil.copytree(folders["1"], tmp_path / "sd")
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    code, out, err = call("generate", "a", "-m", folder, "--steps", 1, "-W", 64, "-H", 64, "-o", "x.png")
+    assert code in (0, 4, 7), err
+    assert (out if code == 0 else err).count("\n") == 1
+
+
+def test_numbers_of_many_digits(folders, tmp_path, call):
+    folder = shutil.copytree(folders["1"], tmp_path / "sd")
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"):
+        path = folder / name
+        before = path.read_text()
+        path.write_text(before.replace("{", '{"odd": ' + "9" * 5000 + ",", 1))
+        code, _, err = call("generate", "a", "-m", folder, "--steps", 1, "-W", 64, "-H", 64, "-o", f"{path.stem}.png")
+        assert code in (0, 4), err
+        assert len(err) < 600
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_an_export_that_lacks_a_fact(part, tmp_path, call):
+    """Any key of export.json, missing or of another type."""
+    from latentdiff.families.loading import default_model
+
+    folder = shutil.copytree(default_model(), tmp_path / "model")
+    path = folder / "openvino" / "export.json"
+    whole = json.loads(path.read_text())
+    for key in whole[part]:
+        for change in ({}, {key: None}):
+            rest = {name: value for name, value in whole[part].items() if name != key}
+            path.write_text(json.dumps(whole | {part: rest | change}))
+            with pytest.raises(ModelError, match="does not name its configurations"):
+                opened(folder, runtime="openvino")
+
+
+def test_a_layout_that_only_a_folder_has(folders):
+    """Learnt words stay out of single files, as before."""
+    pipe = load(folders["1"])
+    pipe.model.encoder.tokenizer.add_tokens(["<x>"])
+    with pytest.raises(ConfigError, match="cannot hold learnt words"):
+        save_single_file(pipe.model, "nowhere.safetensors")
