@@ -355,3 +355,20 @@ def test_arguments_of_loading(folders):
     ):
         with pytest.raises(ConfigError, match=message):
             LatentDiffusionPipeline.from_pretrained(default_model(), **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_guidance_rescale(name, folders, theirs):
+    """Of the network's output, as in the paper and in diffusers."""
+    pipe, x, asked = load(folders["1"]), noise(), ASKED | {"guidance_scale": 7.5, "guidance_rescale": 0.7}
+    for each in (pipe, theirs):
+        each.scheduler = scheduler(name, each)
+    close(pipe(PROMPT, latents=x, **asked).images, theirs(PROMPT, latents=x, **asked).images)
+
+
+def test_the_guidance_of_sdxl(folders):
+    """5, as in diffusers' pipeline; 7.5 of the others."""
+    for family, scale in (("XL", 5.0), ("1", 7.5)):
+        record = load(folders[family])(PROMPT, num_inference_steps=1, height=64, width=64).metadata[0]
+        assert record.request["guidance_scale"] == scale

@@ -89,7 +89,7 @@ def test_rescaled_has_the_conditional_deviation(library):
 
     guided, cond = guidance.classifier_free(both, 5.0), guidance.chosen(both, 1)
     plain = guided(x, level)
-    full, half, none = (guidance.rescaled(guided, cond, share)(x, level) for share in (1.0, 0.5, 0.0))
+    full, half, none = (guidance.rescaled(guided, cond, share, "sample")(x, level) for share in (1.0, 0.5, 0.0))
     for picture in range(3):
         assert float(full[picture].std()) == pytest.approx(float(both_values[1][picture].std()), rel=1e-12)
     np.testing.assert_allclose(half, (plain + full) / 2, rtol=1e-12)
@@ -109,7 +109,7 @@ def test_rescaling_what_is_constant_changes_nothing(kind):
     """An epsilon network at zero SNR predicts x0 = 0: no deviation to pull back to, and none is made up."""
     both = kind.zeros((2, 3, 1, 4, 4))
     guided = guidance.classifier_free(lambda x, level: both, 7.0)
-    drawn = guidance.rescaled(guided, guidance.chosen(lambda x, level: both, 1), 0.7)(both[0], None)
+    drawn = guidance.rescaled(guided, guidance.chosen(lambda x, level: both, 1), 0.7, "sample")(both[0], SD.level(5))
     assert (drawn == 0).all()
 
 
@@ -122,7 +122,7 @@ def test_one_evaluation_is_shared():
         return np.stack([0 * x, x])
 
     shared = guidance.once(both)
-    guided = guidance.rescaled(guidance.classifier_free(shared, 3.0), guidance.chosen(shared, 1), 0.5)
+    guided = guidance.rescaled(guidance.classifier_free(shared, 3.0), guidance.chosen(shared, 1), 0.5, "sample")
     x = np.arange(8.0).reshape(1, 8)
     guided(x, SD.level(5))
     assert asked == [5.0]

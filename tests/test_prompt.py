@@ -133,7 +133,7 @@ def test_all_of_a_long_prompt_is_read(encoder):
     other = prompt.removesuffix("circle") + "square"
     assert (encoder.encode(Prompt(other))["tokens"] - context).abs().max() > 1e-3
     cut = Style(chunked=False)
-    assert encoder.read(prompt, cut) == (202, 1, 125)
+    assert encoder.read(prompt, cut)[:3] == (202, 1, 125)
     assert torch.equal(encoder.encode(Prompt(prompt, cut))["tokens"], encoder(encoder.tokenize([prompt]))["tokens"][0])
 
 

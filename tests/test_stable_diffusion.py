@@ -335,7 +335,6 @@ def single_file(folders, tmp_path_factory):
     ("prefix", "message"),
     [
         ("model.diffusion_model.", "no U-Net under model.diffusion_model"),
-        ("first_stage_model.", "no autoencoder under first_stage_model"),
         ("cond_stage_model.", "no Stable Diffusion 1, 2 or XL by its text encoders"),
         ("model.diffusion_model.middle_block.1", "cannot load"),
     ],

@@ -19,7 +19,7 @@ from latentdiff.stages.denoiser import train_denoiser
 from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume
 
 from .conftest import ROOT
-from .forked import Started
+from .forked import Started, train
 from .small import logged
 
 TINY = ROOT / "configs" / "scenes-tiny.toml"
@@ -226,3 +226,27 @@ def test_cached_latents_that_cannot_be_read_are_named(tiny_run, tmp_path, cut):
     examples, autoencoder = open_data(config).training, load_codec(tiny_run / "model")
     with pytest.raises(DataError, match=f"cached rows are damaged .*{file.name}"):
         latents_of(config.denoiser, [examples], autoencoder, tmp_path / "cache", Accelerator(cpu=True))
+
+
+def planned(run, *changes):
+    """What `train --dry-run` of a run says on standard error, and its exit code."""
+    code, err = train(run, "--dry-run", changes=changes).ended()
+    return code, err
+
+
+def test_a_longer_schedule_is_said(whole):
+    """Its learning rate would jump back up: with both rates and what to do; not for a shorter end or none."""
+    code, err = planned(whole, "denoiser.training.max_train_steps=100")
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("warning: denoiser goes on at a learning rate of ")]
+    assert " at step 13: its schedule ends later now. To go on as low, lower denoiser.training.learning_rate" in line
+    assert "goes on at" not in planned(whole)[1]
+
+
+def test_other_shapes_cannot_be_allowed(whole):
+    """--allow-changed could not help: the message does not offer it."""
+    for change in ("denoiser.layers_per_block=2", "clip.text_width=96"):
+        code, err = planned(whole, change)
+        assert code == 2
+        assert "the weights have other shapes. Name another run folder" in err
+        assert "allow-changed" not in err

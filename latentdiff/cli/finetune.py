@@ -88,7 +88,7 @@ def finetune(
     dora: Annotated[
         bool, typer.Option("--dora", "--use-dora", help="DoRA: train lengths and directions separately.")
     ] = False,
-    kohya: Annotated[bool, typer.Option("--kohya", help="Write the LoRA under kohya's names too.")] = False,
+    kohya: Annotated[bool, typer.Option("--kohya", help="Also write the LoRA under kohya's names.")] = False,
     instance_prompt: Annotated[
         str | None, typer.Option("--instance-prompt", help="The caption of pictures without one.")
     ] = None,
@@ -242,7 +242,7 @@ def _finetune(
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.settings.finetuning import STAGE
     from latentdiff.stages.finetune import check_fits, finetune, opened, rehearse
-    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator
+    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator, rates_that_jump
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
     from latentdiff.training.optim import check_optimizer
@@ -257,6 +257,7 @@ def _finetune(
         check_fits(model, config, data)
         checkpoints, notes = checkpoints_to_resume(folder, [STAGE], resume)
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
+        notes += rates_that_jump(config, folder, checkpoints)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
             terminal.note(*notes, *(f"warning: going on although {change}" for change in changed))

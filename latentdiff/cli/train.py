@@ -93,7 +93,14 @@ def _train(
     from latentdiff.settings.config import save_config
     from latentdiff.stages.chain import TRAIN
     from latentdiff.stages.plan import plan_of
-    from latentdiff.stages.run import Run, check_trainable, check_unchanged, checkpoints_to_resume, new_accelerator
+    from latentdiff.stages.run import (
+        Run,
+        check_trainable,
+        check_unchanged,
+        checkpoints_to_resume,
+        new_accelerator,
+        rates_that_jump,
+    )
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
     from latentdiff.training.optim import check_optimizer
@@ -111,6 +118,7 @@ def _train(
         check_trainable(config, data, stages, accelerator.num_processes)
         checkpoints, notes = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
+        notes += rates_that_jump(config, folder, checkpoints)
         run = Run(config, folder, accelerator, data, checkpoints, interruption)
         if accelerator.is_main_process:
             terminal.note(*notes, *(f"warning: going on although {change}" for change in changed), *plan_of(run))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from latentdiff.core.arrays import library
 from latentdiff.diffusion.level import NoiseLevel
-from latentdiff.diffusion.parametrization import Array, Denoiser
+from latentdiff.diffusion.parametrization import Array, Denoiser, parametrization_named, x0_from
 
 TINY = 1e-30  # keeps 0 / 0 finite
 
@@ -79,19 +79,24 @@ def apg(both: Denoiser, scale: float, *, eta: float = 0.0, norm: float = math.in
     return denoise
 
 
-def rescaled(guided: Denoiser, cond: Denoiser, share: float) -> Denoiser:
+def rescaled(guided: Denoiser, cond: Denoiser, share: float, prediction: str) -> Denoiser:
     """Guidance pulled back to the conditional standard deviation (Lin et al. 2023, eq. 15-16).
 
-    The deviation is taken over each picture's predicted x0; `share` in [0, 1] is the mixing factor phi.
+    The deviation is that of each picture's network output, which the parametrization turns into x0; `share` in [0, 1]
+    is the mixing factor phi. Where the output says nothing of x0, at zero SNR of an epsilon network, nothing changes.
     """
+    coefficients = parametrization_named(prediction)
 
     def denoise(x: Array, level: NoiseLevel) -> Array:
-        x0 = guided(x, level)
+        c, x0 = coefficients(level), guided(x, level)
+        if c.out == 0:
+            return x0
+        output, plain = ((each - c.skip * x) / c.out for each in (x0, cond(x, level)))
         flat = (len(x), -1)
-        target, actual = cond(x, level).reshape(flat).std(1), x0.reshape(flat).std(1)
-        constant = actual == 0  # as where an epsilon network says nothing of x0, at zero SNR: nothing to rescale
+        target, actual = plain.reshape(flat).std(1), output.reshape(flat).std(1)
+        constant = actual == 0
         ratio = (target + constant) / (actual + constant)
-        return x0 * _each(share * ratio + (1 - share), x)
+        return x0_from(c, output * _each(share * ratio + (1 - share), x), x)
 
     return denoise
 

@@ -88,7 +88,7 @@ def guided(
     if helpers.weaker is not None:
         denoise = guidance.away_from(denoise, cond, helpers.weaker, request.autoguidance_scale - 1)
     if request.guidance_rescale:
-        denoise = guidance.rescaled(denoise, cond, request.guidance_rescale)
+        denoise = guidance.rescaled(denoise, cond, request.guidance_rescale, prediction)
     if request.threshold is not None:
         denoise = guidance.thresholded(denoise, cond, request.threshold)
     if helpers.gradient is not None:

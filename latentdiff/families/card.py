@@ -14,6 +14,7 @@ from latentdiff.model import ModelCard
 from latentdiff.settings.recommended import Recommended
 
 FILE = "latentdiff.json"
+GUIDANCE_OF_SDXL = 5.0  # the default of its pipeline in diffusers
 Side = Annotated[int, Field(ge=8, le=2048)]
 
 
@@ -36,6 +37,8 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
     if not path.is_file():
         scheduler = read_scheduler(directory)
         name, usual = directory.resolve().name, scheduler.recommended
+        if (directory / "text_encoder_2").is_dir():
+            usual = usual | {"guidance_scale": GUIDANCE_OF_SDXL}
         return ModelCard(name, sha256, side, usual, folder=directory, notes=scheduler.notes)
     card = read_json_as(_Card, path)
     if variant is None and card.weights not in (None, sha256):

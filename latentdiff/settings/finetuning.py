@@ -36,7 +36,7 @@ class Lora(Section):
         False, description="Liu et al. 2024: lengths of the rows are trained separately from their directions"
     )
     convolutions: bool = Field(False, description="also factors for convolutions")
-    kohya: bool = Field(False, description="also write the adapter under kohya's names")
+    kohya: bool = Field(False, description="also write the adapter under kohya's names, as always with convolutions")
 
 
 class Prior(Section):

@@ -91,7 +91,7 @@ def _factors(model: Model, config: FineTuning) -> Tuning:
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         adapter, paths = trained.as_adapter(networks), [folder / adapter_file.NAMES[0]]
         adapter_file.save_peft(adapter, paths[0], metadata)
-        if settings.kohya:
+        if settings.kohya or (settings.convolutions and not settings.rslora):
             paths.append(folder / f"{config.name}-kohya.safetensors")
             adapter_file.save_kohya(adapter, paths[1], known, metadata)
         return paths

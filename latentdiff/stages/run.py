@@ -17,6 +17,8 @@ from latentdiff.data.dataset import DataSet
 from latentdiff.settings.config import STAGES, AnySettings, Config, Settings, flat
 from latentdiff.training.checkpoint import check_whole, load_state, newest_whole
 from latentdiff.training.interruption import Interruption
+from latentdiff.training.log import last_rate
+from latentdiff.training.optim import learning_rate
 from latentdiff.training.run import Origin
 
 FREE = (
@@ -36,6 +38,25 @@ FREE = (
     "gradient_accumulation_steps",
     "cache",  # the same numbers, faster
 )
+SHAPES = {  # settings of networks that their weights' shapes depend on
+    "block_out_channels",
+    "attention",
+    "layers_per_block",
+    "latent_channels",
+    "pooled_text",
+    "embed_dim",
+    "text_width",
+    "text_layers",
+    "max_length",
+    "patch_size",
+    "vision_width",
+    "vision_layers",
+    "grey",
+    "rank",
+    "dora",
+    "convolutions",
+    "vectors",
+}
 FOUND = (  # the identities of the pictures show their effect
     "source",
     "layout",
@@ -171,9 +192,36 @@ def check_unchanged(
         if path:
             here = _changes(load_state(path), config, data, stage, processes)
             changes += [change for change in here if change not in changes]
+    shapes = [change for change in changes if _changes_shapes(change)]
+    if shapes:
+        raise ConfigError(f"cannot resume: {'; '.join(shapes)}: the weights have other shapes. Name another run folder")
     if changes and not allow:
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. Use --allow-changed to accept, or another run folder")
     return changes
+
+
+def _changes_shapes(change: str) -> bool:
+    """Whether a change of a setting, "stage.key old -> new", is one of the networks' shapes."""
+    key = change.split(" ", 1)[0]
+    return key == "autoencoder.kind" or key.rsplit(".", 1)[-1] in SHAPES
+
+
+def rates_that_jump(config: Settings, folder: Path, checkpoints: Mapping[str, Path | None]) -> list[str]:
+    """Warnings of stages that go on with a higher learning rate than they had reached: their schedule got longer."""
+    jumps = []
+    for stage, path in checkpoints.items():
+        settings = getattr(config, stage).training
+        step = load_state(path)["step"] if path else 0
+        before = last_rate(folder / stage, step)
+        if before is None or step >= settings.max_train_steps:
+            continue
+        now = learning_rate(step, settings)
+        if now > 1.5 * before:
+            jumps.append(
+                f"warning: {stage} goes on at a learning rate of {now:.1e}, after {before:.1e} at step {step:,}: its "
+                f"schedule ends later now. To go on as low, lower {stage}.training.learning_rate (--allow-changed)"
+            )
+    return jumps
 
 
 def _changes(state: Mapping[str, Any], config: Settings, data: DataSet, stage: str, processes: int) -> list[str]:

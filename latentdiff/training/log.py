@@ -44,6 +44,15 @@ class Log:
         self._events.close()
 
 
+def last_rate(directory: Path, step: int) -> float | None:
+    """The learning rate that a run had reached by a step; None if its log does not say."""
+    for line in reversed(_lines(directory / "log.jsonl")):
+        if 0 < _step(line) <= step and "loss" in (tree := json.loads(line)):
+            rate = tree.get("learning_rate")
+            return float(rate) if isinstance(rate, int | float) and math.isfinite(rate) else None
+    return None
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text(errors="replace").splitlines() if path.exists() else []
 
