@@ -62,3 +62,29 @@ def test_overrides(tmp_path):
     assert (config.seed, config.name, config.clip.training.learning_rate) == (7, "mine", 1e-4)
     with pytest.raises(ConfigError, match="is not key=value"):
         load_config(path, ["seed"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["denoiser.snr_gamma=3"], "snr_gamma requires a weighting that is not uniform"),
+        (["denoiser.logit_mean=2"], "logit_mean and logit_std require times = logit_normal"),
+        (["denoiser.logit_std=0.5"], "logit_mean and logit_std require times = logit_normal"),
+        (
+            ['denoiser.path="straight"', 'denoiser.prediction="flow"', 'denoiser.schedule.kind="cosine"'],
+            "has no effect",
+        ),
+    ],
+)
+def test_settings_without_effect(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, changes)
+
+
+def test_settings_with_their_effect():
+    for changes in (
+        ["denoiser.snr_gamma=3", 'denoiser.weighting="p2"'],
+        ["denoiser.logit_mean=2", 'denoiser.times="logit_normal"'],
+        ['denoiser.path="straight"', 'denoiser.prediction="flow"', "denoiser.schedule.num_train_timesteps=500"],
+    ):
+        load_config(None, changes)

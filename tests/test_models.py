@@ -201,3 +201,9 @@ def test_luminance():
     """ITU-R 601: 0.299 R + 0.587 G + 0.114 B; greys stay what they are."""
     colors = np.array([[[[255, 0, 0], [0, 255, 0], [0, 0, 255], [77, 77, 77]]]], np.uint8)
     assert luminance(colors).ravel().tolist() == [76, 150, 29, 77]
+
+
+def test_saving_is_silent(pipe, tmp_path, capfd):
+    """No bars of libraries, such as "Writing model shards"."""
+    pipe.save_pretrained(tmp_path / "model")
+    assert capfd.readouterr() == ("", "")

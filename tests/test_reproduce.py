@@ -300,5 +300,6 @@ def test_records_of_version_1(tmp_path):
     old = {name: value for name, value in tree.items() if name != "version"}
     old["request"] = request | {"sampler": "heun", "spacing": "uniform"}
     assert again(written("old.png", old))[1].equal
+    assert again(written("one.png", old | {"version": 1}))[1].equal
     with pytest.raises(DataError, match="version"):
         again(written("later.png", tree | {"version": 3}))

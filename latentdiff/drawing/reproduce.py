@@ -102,8 +102,8 @@ _RENAMED = {  # names in records of version 1 -> today's
 
 
 def _of_this_version(record: Any) -> Any:
-    """A record in today's version."""
-    if not isinstance(record, dict) or "version" in record or not isinstance(record.get("request"), dict):
+    """A record in today's version; the first one had no number."""
+    if not isinstance(record, dict) or record.get("version", 1) != 1 or not isinstance(record.get("request"), dict):
         return record
     request = dict(record["request"])
     for key, names in _RENAMED.items():

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import check_depth, numbers_in, read_json, variant_of, weight_files
@@ -27,6 +25,7 @@ from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
+from latentdiff.networks.quiet import quietly
 
 if TYPE_CHECKING:
     from latentdiff.networks.clip import Clip
@@ -146,7 +145,7 @@ def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
 
 def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -> Any:
     """A network of a checked folder; all its weights come from the file."""
-    with loading(part, directory), _quietly():
+    with loading(part, directory), quietly():
         if not (directory / part / "config.json").is_file():  # or transformers searches the hub
             raise ModelError(f"{part} is missing ({directory})")
         config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
@@ -173,26 +172,6 @@ def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -
             count = len(report["unexpected_keys"])
             warnings.warn(f"{part}: {count} weights are of no layer, the first is {first} ({directory})", stacklevel=2)
         return model
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """A block without the libraries' progress bars and warnings.
-
-    diffusers warns about settings that it does not read, even one that it writes itself for a tiny VAE. We check
-    weights ourselves.
-    """
-    bars, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    hook = transformers_logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(hook)
-        diffusers_logging.set_verbosity(level)
-        if bars:
-            diffusers_logging.enable_progress_bar()
 
 
 def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:

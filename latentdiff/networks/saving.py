@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.core.files import let_others_read
+from latentdiff.networks.quiet import quietly
 
 
 def save_network(network: Any, directory: Path) -> None:
     """Write config.json and safetensors weights. The config does not contain the path that the network came from."""
-    network.save_pretrained(directory, safe_serialization=True)
+    with quietly():
+        network.save_pretrained(directory, safe_serialization=True)
     let_others_read(directory)
     config = directory / "config.json"
     tree = json.loads(config.read_text(encoding="utf-8"))

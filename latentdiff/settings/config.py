@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -203,6 +203,14 @@ class Learning(Section):
     gradient_checkpointing: bool = Field(False, description="less memory, but a third more time")
     training: Training = Training()
 
+    @model_validator(mode="after")
+    def _each_has_an_effect(self) -> Self:
+        if self.snr_gamma is not None and self.weighting == "uniform":
+            raise ValueError("snr_gamma requires a weighting that is not uniform: min_snr, soft_min_snr or p2")
+        if self.times == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ValueError("logit_mean and logit_std require times = logit_normal")
+        return self
+
 
 class Denoiser(Learning):
     """diffusers.UNet2DConditionModel and the objective it is trained on."""
@@ -257,7 +265,7 @@ class Config(Settings):
         if denoiser.path == "straight" and denoiser.prediction == "v_prediction":
             raise ValueError("denoiser.prediction v_prediction requires a variance-preserving path; use flow")
         if denoiser.path == "straight" and denoiser.schedule.zero_terminal_snr:
-            raise ValueError("denoiser.schedule has no effect on a straight path, which ends in pure noise by itself")
+            raise ValueError("zero_terminal_snr has no effect on a straight path, which ends in pure noise by itself")
         if denoiser.path != "straight" and denoiser.shift != 1:
             raise ValueError('denoiser.shift requires denoiser.path = "straight"')
         return self

@@ -114,8 +114,6 @@ class FineTuning(Settings):
         """Refuse settings without effect that every method has."""
         if self.prior.prompt is None and self.prior != Prior():
             raise ValueError("prior requires prior.prompt (--class-prompt), the class")
-        if self.finetune.snr_gamma is not None and self.finetune.weighting == "uniform":
-            raise ValueError('finetune.snr_gamma requires finetune.weighting = "min_snr"')
         if self.prior.source and self.prior.pictures != Prior().pictures:  # a saved config has it
             raise ValueError("prior.pictures has no effect with prior.source, which has its own")
         instance = self.data.pictures.instance_prompt

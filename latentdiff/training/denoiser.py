@@ -167,6 +167,10 @@ def validation_losses(stage: DenoiserStage, bins: int, timesteps: int, batch_siz
                 batch = stage.batch_of([(int(row), number) for row in rows[first : first + batch_size]])
                 losses.append(stage.loss(stage.module, {name: tensor.to(device) for name, tensor in batch.items()}))
         means.append(float(torch.cat(losses).mean()))
-    edges = [number * timesteps // bins for number in range(bins + 1)]
-    named = {f"loss_at_{low}_to_{high - 1}": value for low, high, value in zip(edges, edges[1:], means, strict=False)}
+    edges = [number * timesteps // bins for number in range(bins + 1)]  # of fewer times than bins some are empty
+    named = {
+        f"loss_at_{low}_to_{high - 1}": value
+        for low, high, value in zip(edges, edges[1:], means, strict=False)
+        if low < high
+    }
     return {"validation_loss": float(np.mean(means)), **named}
