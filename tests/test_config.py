@@ -71,8 +71,8 @@ def test_overrides(tmp_path):
         (["denoiser.logit_mean=2"], "logit_mean and logit_std require times = logit_normal"),
         (["denoiser.logit_std=0.5"], "logit_mean and logit_std require times = logit_normal"),
         (
-            ['denoiser.path="straight"', 'denoiser.prediction="flow"', 'denoiser.schedule.kind="cosine"'],
-            "has no effect",
+            ['denoiser.path="straight"', 'denoiser.prediction="flow"', "denoiser.schedule.zero_terminal_snr=true"],
+            "zero_terminal_snr has no effect on a straight path",
         ),
     ],
 )
