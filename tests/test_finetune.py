@@ -122,11 +122,16 @@ def test_a_method_from_command_to_picture(finetune, pictures, tmp_path, tiny_mod
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 4], "a validation before the first step and at the end"
     assert log[0]["validation_loss"] != log[-1]["validation_loss"]
     assert ("clip_score" in log[0]) == (method in ("full", "lora"))
-    strip = np.asarray(Image.open(folder / "strip.png"))
+    strip = np.asarray(picture := Image.open(folder / "strip.png"))
     count = 4 if method == "dreambooth" else 2
     assert strip.shape == (2 * 64, count * 64, 3), "a row before, a row after"
     page, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
-    assert page.count("data:image/png") == 2 * count
+    shown = json.loads(picture.text["Description"])
+    assert (shown["steps"], len(shown["prompts"])) == ([0, 4], count)
+    assert all(f"{prompt}" in card for prompt in shown["prompts"])
+    assert "Rows: steps 0, 4. Columns: " in card
+    assert page.count("data:image/png") == page.count("before, after") == count
+    assert page.count('class="small"') == count
     assert page.count("data:image/svg+xml") == 1
     assert f"{log[0]['validation_loss']:.4f} -> {log[-1]['validation_loss']:.4f}" in card
     assert str(pictures) not in page + card

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.core.errors import DataError
 from latentdiff.core.files import recorded
@@ -45,7 +46,7 @@ def report(
     numbers = validation_losses(validation, TIME_BINS, painter.model.path.T, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
     pictures = _drawn(painter, config, prompts)
-    _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png")
+    _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png", {"step": step, "prompts": prompts})
     folder = painter.model.card.folder
     if config.method in ("full", "lora") and folder and (folder / "clip").is_dir():
         device = painter.model.place.device
@@ -80,18 +81,23 @@ def _drawn(painter: Painter, config: FineTuning, prompts: list[str]) -> np.ndarr
     return draw_prompts(painter, prompts, seed=config.previews.seed, height=side, width=side, num_inference_steps=steps)
 
 
-def _save(pixels: np.ndarray, path: Path) -> None:
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+def _save(pixels: np.ndarray, path: Path, about: Mapping[str, Any]) -> None:
+    """Write a sheet of pictures that says in a text chunk what it shows."""
+    info = PngInfo()
+    info.add_itxt("Description", json.dumps(dict(about), ensure_ascii=False))
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=info)
 
 
 def write_page(run: Run[FineTuning], paths: Sequence[Path]) -> list[Path]:
     """Write the page and the card beside the trained weights; returns their paths."""
     folder, lines = run.folder, _lines(run.folder / STAGE / "log.jsonl")
-    rows = [_row(path) for path in sorted((folder / STAGE / "samples").glob("step-*.png"))]
+    files = sorted((folder / STAGE / "samples").glob("step-*.png"))
+    rows, steps = [_row(path) for path in files], [int(path.stem.removeprefix("step-")) for path in files]
     if rows:
-        _save(np.concatenate(rows), folder / STRIP)
+        about = {"steps": steps, "prompts": prompts_of(run.config, run.data.validation)}
+        _save(np.concatenate(rows), folder / STRIP, about)
     (folder / PAGE).write_text(_page(run, lines, rows), encoding="utf-8")
-    (folder / CARD).write_text(_card(run, lines, paths), encoding="utf-8")
+    (folder / CARD).write_text(_card(run, lines, paths, steps), encoding="utf-8")
     return [folder / PAGE, folder / CARD]
 
 
@@ -113,7 +119,8 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[n
     ends = [np.split(row, len(prompts), 1) for row in (rows[:1] + rows[-1:])] or [[], []]
     sheet = []
     for prompt, first, last in zip(prompts, *ends, strict=False):
-        sheet += [(first, {"before": prompt}), (last, {"after": prompt})]
+        gap = np.full((len(first), 2, 3), 255, np.uint8)
+        sheet.append((np.concatenate([first, gap, last], 1), {"before, after": prompt}))
     settings = tuple(f"{key} = {value}" for key, value in _differing(config).items())
     sections = [
         Entry("model", _model(config)),
@@ -145,20 +152,32 @@ def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """The numbers of the first and the last validation, compared."""
     reports = [line for line in lines if "loss" not in line]
     first, last = reports[0], reports[-1]
-    return [f"{name}: {first[name]:.4f} -> {last[name]:.4f}" for name in first if name != "step" and name in last]
+    names = [name for name in first if name != "step" and name in last]
+    return [f"{_in_words(name)}: {first[name]:.4f} -> {last[name]:.4f}" for name in names]
 
 
-def _card(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> str:
+def _in_words(name: str) -> str:
+    """What a number of a validation is."""
+    if name == "clip_score":
+        return "CLIP score of the drawn pictures by the model's own CLIP, which knows what it was trained on"
+    low, _, high = name.removeprefix("loss_at_").partition("_to_")
+    return f"validation loss at times {low} to {high}" if high else name.replace("_", " ")
+
+
+def _card(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], paths: Sequence[Path], steps: Sequence[int]) -> str:
     """A model card: the model, the data, the method, how to use it, what changed."""
     config = run.config
     settings = "\n".join(f"| `{key}` | {quoted(value)} |" for key, value in _differing(config).items())
     numbers = "\n".join(f"- {line}" for line in _compared(lines))
+    prompts = "; ".join(map(quoted, prompts_of(config, run.data.validation)))
     return f"""# {quoted(config.name)}
 
 Trained on {len(run.data.training):,} pictures from {quoted(_model(config))}, by {config.method}.
 Made with latentdiff {version("latentdiff")}.
 
 ![from the first step to the last, always the same prompts and noise]({STRIP})
+
+Rows: steps {", ".join(f"{step:,}" for step in steps)}. Columns: {prompts}.
 
 ## Use
 

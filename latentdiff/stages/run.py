@@ -192,9 +192,10 @@ def check_unchanged(
         if path:
             here = _changes(load_state(path), config, data, stage, processes)
             changes += [change for change in here if change not in changes]
-    shapes = [change for change in changes if _changes_shapes(change)]
-    if shapes:
-        raise ConfigError(f"cannot resume: {'; '.join(shapes)}: the weights have other shapes. Name another run folder")
+    if any(map(_changes_shapes, changes)):
+        raise ConfigError(
+            f"cannot resume: {'; '.join(changes)}. The weights have other shapes: name another run folder"
+        )
     if changes and not allow:
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. Use --allow-changed to accept, or another run folder")
     return changes

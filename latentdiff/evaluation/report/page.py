@@ -30,7 +30,7 @@ STYLE = (
     "body{font:15px system-ui;margin:2em}th,td{text-align:left;vertical-align:top;padding:0 1.5em 0 0}"
     "ul{margin:0;color:#555;list-style:none;padding:0}main{display:flex;flex-wrap:wrap;gap:12px;margin:1em 0}"
     "figure{margin:0;width:160px;overflow-wrap:anywhere}img{max-width:160px;outline:1px solid #ddd}b{color:#777}"
-    ".strip,.strip img{width:320px;max-width:100%}"
+    ".strip,.strip img:not(.small){width:320px;max-width:100%}.small{image-rendering:pixelated}"
     "figcaption{font-size:12px;max-height:12em;overflow:auto}"
     ".plot,.plot img{width:540px;max-width:100%}.number{text-align:right;white-space:nowrap}"
     ".note{color:#777;font-size:12px;max-width:32em}.wide{overflow-x:auto}.wide td{padding-bottom:3px}"
@@ -93,8 +93,10 @@ def _figure(pixels: np.ndarray, caption: Mapping[str, str]) -> str:
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     lines = "".join(f"<div><b>{escaped(key)}</b> {escaped(value)}</div>" for key, value in caption.items())
-    kind = ' class="strip"' if pixels.shape[1] > 2 * pixels.shape[0] else ""
-    return f'<figure{kind}><img src="data:image/png;base64,{data}"><figcaption>{lines}</figcaption></figure>'
+    strip = pixels.shape[1] > 2 * pixels.shape[0]
+    kind, times = ' class="strip"' if strip else "", (320 if strip else 160) // pixels.shape[1]
+    size = f' class="small" width="{times * pixels.shape[1]}"' if times > 1 else ""  # small ones enlarged by pixels
+    return f'<figure{kind}><img{size} src="data:image/png;base64,{data}"><figcaption>{lines}</figcaption></figure>'
 
 
 def escaped(text: str) -> str:
