@@ -248,5 +248,5 @@ def test_other_shapes_cannot_be_allowed(whole):
     for change in ("denoiser.layers_per_block=2", "clip.text_width=96"):
         code, err = planned(whole, change)
         assert code == 2
-        assert "The weights have other shapes: name another run folder" in err
+        assert "The weights have other shapes: name another folder" in err
         assert "allow-changed" not in err
