@@ -179,8 +179,18 @@ def test_timesteps_and_sigmas(name, folders, theirs):
         ({"denoising_end": 0.8}, "denoising_end is not taken: use strength"),
         ({"crops_coords_top_left": (0, 0)}, "use crop"),
         ({"cross_attention_kwargs": {"gligen": 1}}, "can be a scale of the adapters only"),
-        ({"cross_attention_kwargs": {"scale": "x"}}, "scale must be a number"),
+        ({"cross_attention_kwargs": {"scale": "x"}}, "scale must be a number up to 10"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r'can be \["latents"\] only'),
+        ({"timesteps": 5}, "timesteps must be a list"),
+        ({"timesteps": (t for t in (5, 4))}, "timesteps must be a list"),
+        ({"timesteps": np.array([[5, 4]])}, "timesteps"),
+        ({"sigmas": {900: 1}}, "sigmas must be a list"),
+        ({"sigmas": [1.0, 0.0, 0.0]}, "must fall"),
+        ({"callback_on_step_end": 5}, "must be a function"),
+        ({"callback_on_step_end_tensor_inputs": 5}, "can be"),
+        ({"cross_attention_kwargs": {"scale": 10**400}}, "scale must be a number up to 10"),
+        ({"image": np.zeros((0, 0, 3), "f4")}, "image must be a PIL image"),
+        ({"image": torch.zeros(3, 64, 64, device="meta")}, "image"),
         ({"prompt_2": "else"}, "both text encoders read the same prompt"),
         ({"negative_prompt": ["a", "b"]}, "a text for each of 1 prompts"),
         ({"negative_prompt": 5}, "negative_prompt must be text"),
@@ -285,6 +295,14 @@ def test_a_callback_in_place_and_at_the_end(ours):
     assert torch.equal(ours(PROMPT, latents=noise(), callback_on_step_end=halved, **ASKED).images, 0.5 * final)
     same = ours(PROMPT, latents=noise(), callback_on_step_end=lambda *a: None, **ASKED).images
     assert torch.equal(same, final)
+
+
+@pytest.mark.parametrize(
+    "latents", [None, "x", [1], torch.zeros(2, 4, 8, 8), torch.zeros(1), torch.zeros(1, 4, 4, 4), 1j * noise()]
+)
+def test_callbacks_that_return_something_else(latents, ours):
+    with pytest.raises(ConfigError, match="must return latents like those it gets"):
+        ours(PROMPT, latents=noise(), callback_on_step_end=lambda *a: {"latents": latents}, **ASKED)
 
 
 def test_a_callback_of_a_compiled_model():

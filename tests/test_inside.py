@@ -32,7 +32,10 @@ def outside(tmp_path, pictures):
 @pytest.fixture
 def no_network(monkeypatch):
     """Any attempt to reach another machine fails the test."""
+    import datasets
+
     reached = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # even if nothing forbids the network
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: reached.append(a) or (_ for _ in ()).throw(OSError()))
     yield
     assert not reached
@@ -202,6 +205,15 @@ def test_splits_of_a_folder(pictures, tmp_path):
         surveyed(tmp_path, Options(split="dev"))
     (tmp_path / "test").rename(tmp_path / "more")  # no split's name: one set
     assert len(surveyed(tmp_path).pictures) == 4
+
+
+@pytest.mark.parametrize("name", [".", "./", "a/..", "train/.."])
+def test_rows_that_name_the_folder_itself(name, pictures, tmp_path):
+    """They are rows without a picture."""
+    as_jsonl(tmp_path, pictures)
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": name, "text": "x"}) + "\n")
+    assert surveyed(tmp_path).listing.orphans == (f"{name} (metadata.jsonl line 5)",)
 
 
 def test_rows_above_splits(pictures, tmp_path):

@@ -116,6 +116,12 @@ def test_times_of_multistep_solvers(spacing, steps):
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, ("algorithm_type=dpmsolver",)),
         ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, ("use_lu_lambdas=True",)),
         ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, ("use_beta_sigmas=True",)),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -1.0}, ("lambda_min_clipped=-1.0",)),
+        (
+            "EulerDiscreteScheduler",
+            {"use_karras_sigmas": True, "timestep_spacing": "trailing"},
+            ("use_karras_sigmas with timestep_spacing=trailing",),
+        ),
         ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}, ()),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, ()),
         ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, ("interpolation_type=log_linear",)),

@@ -143,9 +143,15 @@ def test_a_prediction_of_an_unknown_kind(files, tmp_path):
     [
         ("1", "unet", {"attention_head_dim": [2, 4]}, "U-Net computes"),
         ("XL", "unet", {"attention_head_dim": [1, 2, 2]}, "U-Net computes"),
-        ("1", "unet", {"norm_eps": 1e-3}, "U-Net computes"),
+        ("1", "unet", {"norm_eps": 1e-3}, "norm_eps of its U-Net"),
         ("1", "text_encoder", {"num_attention_heads": 2}, "how many heads its text encoder has"),
         ("1", "vae", {"act_fn": "relu"}, "VAE computes"),
+        ("1", "unet", {"flip_sin_to_cos": False}, "that flip_sin_to_cos of its U-Net is False"),
+        ("XL", "unet", {"freq_shift": 1}, "that freq_shift of its U-Net is 1"),
+        ("1", "unet", {"mid_block_scale_factor": 2.0}, "mid_block_scale_factor"),
+        ("1", "unet", {"center_input_sample": True}, "center_input_sample"),
+        ("1", "text_encoder", {"layer_norm_eps": 1e-3}, "epsilon of its text encoder's norms"),
+        ("1", "vae", {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 1.0, 1.0, 1.0]}, "latents_mean"),
     ],
 )
 def test_what_a_single_file_cannot_say(family, part, changes, message, folders, tmp_path, call):
@@ -179,6 +185,7 @@ def test_what_a_single_file_cannot_say(family, part, changes, message, folders, 
         ("text_encoder/config.json", {"num_attention_heads": 7}),
         ("text_encoder/config.json", {"num_attention_heads": "x"}),
         ("text_encoder/config.json", {"hidden_act": 5}),
+        ("text_encoder/config.json", {"num_hidden_layers": 0}),
         ("tokenizer/tokenizer_config.json", {"pad_token": 5}),
         ("tokenizer/tokenizer_config.json", {"pad_token": ["a"]}),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 0}),
@@ -197,6 +204,15 @@ def test_configs_of_wrong_types_are_one_line(file, changes, folders, tmp_path, c
     code, out, err = call("generate", "a", "-m", folder, "--steps", 1, "-W", 64, "-H", 64, "-o", "x.png")
     assert code in (0, 4, 7), err
     assert (out if code == 0 else err).count("\n") == 1
+
+
+@pytest.mark.parametrize("width", [0, 8, 128])
+def test_sizes_of_sdxl_that_do_not_fit(width, folders, tmp_path, call):
+    folder = shutil.copytree(folders["XL"], tmp_path / "sd")
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"addition_time_embed_dim": width}))
+    code, _, err = call("generate", "a", "-m", folder, "--steps", 1, "-W", 64, "-H", 64, "-o", "x.png")
+    assert (code, err.count("\n")) == (4, 1)
 
 
 def test_numbers_of_many_digits(folders, tmp_path, call):

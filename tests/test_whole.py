@@ -14,6 +14,9 @@ from latentdiff.core import files
 from latentdiff.core.errors import ModelError
 from latentdiff.core.files import SCRATCH, scratch, whole
 
+from .stable_diffusion import load
+
+MARK = ".scratch-of-latentdiff"
 CONTEXT = multiprocessing.get_context("fork")
 
 
@@ -152,19 +155,32 @@ def _replace_often(folder):
 
 
 def test_scratch_of_a_living_process_stays(tmp_path):
-    """However old it is; one that nobody holds goes, unless it is young."""
+    """However old it is; one that nobody holds goes, unless it is young; somebody else's folder stays."""
     with scratch(tmp_path) as ours:
         os.utime(ours, (0, 0))
-        (tmp_path / f"{SCRATCH}young").mkdir()
-        (tmp_path / f"{SCRATCH}old").mkdir()
-        os.utime(tmp_path / f"{SCRATCH}old", (0, 0))
+        for name in ("young", "old", "theirs"):
+            (tmp_path / f"{SCRATCH}{name}").mkdir()
+            (tmp_path / f"{SCRATCH}{name}" / ("thesis.txt" if name == "theirs" else MARK)).touch()
+        for name in ("old", "theirs"):
+            os.utime(tmp_path / f"{SCRATCH}{name}", (0, 0))
         assert in_process(replace, tmp_path / "model", "new") == 0
         assert ours.is_dir()
         assert (tmp_path / f"{SCRATCH}young").is_dir()
         assert not (tmp_path / f"{SCRATCH}old").exists()
+        assert (tmp_path / f"{SCRATCH}theirs" / "thesis.txt").exists()
 
 
 # a model's parts
+
+
+def test_a_smaller_model_over_a_larger_one(folders, tmp_path):
+    """No part of the old one stays: it loads, as the new one."""
+    model = shutil.copytree(folders["XL"], tmp_path / "model")
+    (model / "notes.txt").write_text("mine")
+    load(folders["1"]).save_pretrained(model)
+    assert load(model).model.family.name == "Stable Diffusion"
+    assert not (model / "text_encoder_2").exists()
+    assert (model / "notes.txt").read_text() == "mine"
 
 
 def test_parts_that_were_not_saved_together(call, tiny_model, tmp_path):

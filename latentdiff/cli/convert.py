@@ -157,6 +157,6 @@ def _model(
         (save_single_file if single else save_model)(model, made)
         if exporting:
             _tell(export(model, made))
-    if single and (source / "latentdiff.json").is_file():
+    if single and source.is_dir():
         height, width = model.card.size
         terminal.note(f"note: a single file holds no size ({width}x{height}) and no recommended settings")

@@ -21,6 +21,7 @@ from typing import Any
 from latentdiff.core.errors import ConfigError
 
 SCRATCH = ".latentdiff-"  # how the name of a folder for unfinished files begins
+_MARK = ".scratch-of-latentdiff"
 _YOUNG = 10.0  # seconds in which a scratch folder may not be locked yet
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
@@ -72,9 +73,11 @@ def scratch(folder: Path) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{SCRATCH}*"):
-        _remove_if_abandoned(left)
+        if (left / _MARK).is_file():  # else a folder of somebody else
+            _remove_if_abandoned(left)
     temporary = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True)
     with temporary as made, _held(Path(made)):  # until this process ends, however it ends
+        (Path(made) / _MARK).touch()
         yield Path(made)
 
 
@@ -106,11 +109,12 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def whole(output: Path) -> Iterator[Path]:
+def whole(output: Path, replaces: frozenset[str] = frozenset()) -> Iterator[Path]:
     """A path to write a file or a folder to; it is renamed to `output` once the block ends without an error.
 
     On failure nothing is left behind. A folder that exists is exchanged for the new one in one step, so that whoever
-    reads it finds the old one or the new one; what the new one has not, at its top, is taken over from the old one.
+    reads it finds the old one or the new one; what the new one has not, at its top, is taken over from the old one,
+    except for what it `replaces`.
     """
     if output.is_symlink() and output.is_dir():
         output = output.resolve()
@@ -119,18 +123,18 @@ def whole(output: Path) -> Iterator[Path]:
         yield made
         let_others_read(unfinished)
         if output.is_dir() and made.is_dir():
-            _take_over(output, made)
+            _take_over(output, made, replaces)
             _exchange(made, output)
         else:
             made.replace(output)
 
 
-def _take_over(old: Path, new: Path) -> None:
+def _take_over(old: Path, new: Path, replaces: frozenset[str]) -> None:
     """Give a new folder what only the old one has at its top, without a copy where the file system has links."""
     new.chmod(old.stat().st_mode & 0o7777)
     for entry in old.iterdir():
         target = new / entry.name
-        if os.path.lexists(target):
+        if os.path.lexists(target) or entry.name in replaces:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, target, symlinks=True, copy_function=_link)

@@ -36,7 +36,7 @@ def listing(root: Path, options: Options) -> Listing:
     """Every picture of a folder and its sub-folders. Raises DataError."""
     files = sorted(_files(root, options.follow_links))
     others = _other_splits(root, files, options)
-    files = [file for file in files if PurePosixPath(file).parts[0] not in others]
+    files = [file for file in files if file.split("/")[0] not in others]
     metadata = [file for file in files if PurePosixPath(file).name in METADATA]
     pictures = [file for file in files if _is_picture(file)]
     stems = {_stem(file) for file in pictures}
@@ -61,7 +61,7 @@ def listing(root: Path, options: Options) -> Listing:
 
 def _other_splits(root: Path, files: list[str], options: Options) -> set[str]:
     """The top folders that hold splits not to be read; none unless the folder has two. Raises ConfigError."""
-    tops = {PurePosixPath(file).parts[0] for file in files if "/" in file.rstrip("/")}
+    tops = {file.split("/")[0] for file in files if "/" in file.rstrip("/")}
     splits = {top: top.lower() for top in tops if top.lower() in _SPLITS}
     if len(splits) < 2:
         return set()
@@ -116,7 +116,7 @@ def _by_metadata(
         parent = PurePosixPath(file).parent
         for where, row in _rows(root / file, file, options):
             path = named_inside(parent, row.get("file_name"), where)
-            if PurePosixPath(path).parts[0] in others:
+            if path.split("/")[0] in others:
                 continue
             name = known.find(path)
             captions = captions_in(row, where, options.caption_column)

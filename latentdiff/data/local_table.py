@@ -7,6 +7,7 @@ would follow any path or address there. So we resolve the names first, and hand 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,7 +43,20 @@ def open_table(path: Path, options: Options) -> Any:
     if options.split not in splits:
         raise ConfigError(f'{path} has no split "{options.split}". Its splits: {", ".join(splits)}')
     files = {name: [str(file) for file in own] for name, own in splits.items()}
-    return load_dataset("parquet", data_files=files, split=options.split, streaming=options.streaming)
+    with _uncounted():
+        return load_dataset("parquet", data_files=files, split=options.split, streaming=options.streaming)
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """A block in which `datasets` does not tell the hub that its reader for .parquet was used."""
+    from datasets import config
+
+    before, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _saved(path: Path, options: Options) -> Any:

@@ -12,6 +12,7 @@ from latentdiff.core.arrays import Array, as_tensor
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing.draw import Watch
+from latentdiff.drawing.extras import LARGEST_WEIGHT
 from latentdiff.drawing.request import LARGEST_BATCH
 
 _OURS = {  # arguments of diffusers that are not taken -> what to use
@@ -52,8 +53,10 @@ def translated(settings: Mapping[str, Any]) -> Call:
             raise ConfigError(f"{name} is not taken: use {ours}")
     callback = rest.pop("callback_on_step_end", None)
     wanted = rest.pop("callback_on_step_end_tensor_inputs", None)
-    if wanted is not None and list(wanted) != ["latents"]:
-        raise ConfigError(f'callback_on_step_end_tensor_inputs can be ["latents"] only (got {str(list(wanted))[:60]})')
+    if wanted is not None and (not isinstance(wanted, list | tuple) or list(wanted) != ["latents"]):
+        raise ConfigError(f'callback_on_step_end_tensor_inputs can be ["latents"] only (got {str(wanted)[:60]})')
+    if callback is not None and not callable(callback):
+        raise ConfigError(f"callback_on_step_end must be a function (got {str(callback)[:40]!r})")
     scale = _adapters(rest.pop("cross_attention_kwargs", None))
     return Call(rest, rest.pop("return_dict", True) is False, scale, callback)
 
@@ -64,8 +67,9 @@ def _adapters(given: Any) -> float:
     if not isinstance(given, Mapping) or given.keys() != {"scale"}:
         raise ConfigError(f"cross_attention_kwargs can be a scale of the adapters only (got {str(given)[:60]})")
     scale = given["scale"]
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise ConfigError(f"cross_attention_kwargs: scale must be a number (got {str(scale)[:40]!r})")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST_WEIGHT:
+        most = f"a number up to {LARGEST_WEIGHT:g}"
+        raise ConfigError(f"cross_attention_kwargs: scale must be {most} (got {str(scale)[:40]!r})")
     return float(scale)
 
 
@@ -129,12 +133,16 @@ def _floats(image: Any, name: str, dimensions: int) -> np.ndarray | None:
     tensor = hasattr(image, "detach")
     if not tensor and not isinstance(image, np.ndarray):
         return None
+    if tensor and (image.is_meta or image.is_sparse or not image.is_floating_point()):
+        return None
     array = image.detach().float().cpu().numpy() if tensor else image
     if array.dtype.kind != "f":
         return None
     while array.ndim > dimensions and array.shape[0] == 1:
         array = array[0]
     if array.ndim != dimensions or (dimensions == 3 and 3 not in (array.shape[0], array.shape[-1])):
+        return None
+    if not array.size:
         return None
     if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
         raise ConfigError(f"{name} of floats must be in [0, 1]")
@@ -160,7 +168,9 @@ def watching(call: Call, pipeline: Any, sampler: str, starts: Sequence[float]) -
         before = shown.clone()
         changes = callback(pipeline, number, starts[number], {"latents": shown})
         latents = changes.get("latents", shown) if isinstance(changes, Mapping) else shown
-        if latents.shape == before.shape and bool((latents == before).all()):
+        if getattr(latents, "shape", None) != before.shape or not latents.is_floating_point():
+            raise ConfigError(f"callback_on_step_end must return latents like those it gets, {tuple(before.shape)}")
+        if bool((latents == before).all()):
             return None
         return pipeline.model.array(latents * scale)
 
@@ -193,6 +203,6 @@ def loading_options(options: Mapping[str, Any]) -> dict[str, Any]:
         elif name not in _WITHOUT_EFFECT:
             known = "device, torch_dtype, variant, revision, runtime, speed, scheduler, vae"
             raise ConfigError(f"from_pretrained has no {name}. It has {known}")
-        elif value not in _WITHOUT_EFFECT[name]:
+        elif not any(value is usual for usual in _WITHOUT_EFFECT[name]):
             raise ConfigError(f"{name}={str(value)[:40]} is not taken")
     return parts

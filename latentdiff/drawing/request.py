@@ -114,7 +114,12 @@ class Request(BaseModel):
             return self
         if self.timesteps and self.sigmas:
             raise ValueError("timesteps and sigmas exclude each other")
-        if any(later >= earlier for earlier, later in pairwise(own)) or own[-1] < 0 or own[0] <= 0:
+        if (
+            any(later >= earlier for earlier, later in pairwise(own))
+            or own[-1] < 0
+            or own[0] <= 0
+            or (self.sigmas and own[-1] == 0)
+        ):
             raise ValueError("timesteps and sigmas must fall, and not below 0")
         if len(own) != self.num_inference_steps:
             raise ValueError(f"{len(own)} timesteps or sigmas for {self.num_inference_steps} num_inference_steps")
@@ -146,6 +151,9 @@ class Request(BaseModel):
 def request(**fields: Any) -> Request:
     """A validated request; the first fault is raised as a ConfigError in one line."""
     fields = {name: _plain(value) for name, value in fields.items()}
+    for name in ("timesteps", "sigmas"):
+        if fields.get(name) is not None and not isinstance(fields[name], tuple):
+            raise ConfigError(f"{name} must be a list of numbers (got {str(fields[name])[:40]!r})")
     if fields.get("sigmas") and fields["sigmas"][-1] == 0:
         fields["sigmas"] = fields["sigmas"][:-1]  # diffusers' lists end at 0, which every walk does
     _read_a1111(fields)

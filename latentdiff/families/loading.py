@@ -15,10 +15,11 @@ from latentdiff.families.card import FILE as CARD_FILE
 from latentdiff.families.card import card_tree, model_card
 from latentdiff.families.scheduler import FILE as SCHEDULER_FILE
 from latentdiff.families.scheduler import scheduler_config
-from latentdiff.formats.folder import folder_hash
+from latentdiff.formats.folder import NETWORKS, folder_hash
 from latentdiff.model import Model, ModelCard
 
 DEFAULT_MODEL = "scenes-64"
+_PARTS = frozenset({*NETWORKS, "tokenizer", "tokenizer_2"})  # of another model none may stay
 
 
 class Located(NamedTuple):
@@ -104,7 +105,7 @@ def save_model(model: Model, directory: Path) -> None:
         raise ConfigError("saving requires a model that belongs to a family, which defines the layout")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file; a model is a folder")
-    with saving("the model", directory.parent), whole(directory) as made:
+    with saving("the model", directory.parent), whole(directory, _PARTS) as made:
         clip = None if model.card.folder is None else model.card.folder / "clip"
         if clip is not None and clip.is_dir() and not (directory / "clip").exists():
             shutil.copytree(clip, made / "clip")

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPTextConfig
 
 from latentdiff.core.errors import ConfigError, saving
 from latentdiff.diffusion.path import VariancePreserving
@@ -48,7 +49,10 @@ def save_single_file(model: Model, path: Path) -> None:
         raise ConfigError("a single file cannot hold learnt words. Use a folder")
     if model.prediction not in ("epsilon", "v_prediction"):
         raise ConfigError(f"a single file cannot say that its U-Net predicts {model.prediction}. Use a folder")
-    state = {UNET + unet_name(name, unet.model.config): t for name, t in _weights(unet.model)}
+    try:
+        state = {UNET + unet_name(name, unet.model.config): t for name, t in _weights(unet.model)}
+    except KeyError:
+        raise _another_shape() from None
     levels = len(autoencoder.vae.config.block_out_channels)
     state |= {VAE + vae_name(name, levels): _as_conv(name, t) for name, t in _weights(autoencoder.vae)}
     if isinstance(texts, TwoTextEncoders):
@@ -69,7 +73,7 @@ def save_single_file(model: Model, path: Path) -> None:
 def _check_implied(state: State, kind: Kind, model: Model) -> None:
     """Check that the networks which a reader infers from the file's shapes are these. Raises ConfigError.
 
-    Shapes do not show the number of heads, nor the epsilon of norms.
+    Shapes do not show the number of heads, the epsilon of norms, how times are embedded, and the like.
     """
     unet, texts, codec = cast(Any, model.backbone), cast(Any, model.encoder), cast(Any, model.codec)
     with torch.device("meta"):
@@ -78,12 +82,31 @@ def _check_implied(state: State, kind: Kind, model: Model) -> None:
             "VAE": (AutoencoderKL(**vae_config(state, kind)), codec.vae),
         }
     for name, (theirs, ours) in implied.items():
+        if key := _first_other(theirs.config, ours.config):
+            raise ConfigError(f"a single file cannot say that {key} of its {name} is {ours.config[key]}. Use a folder")
         if _computes(theirs) != _computes(ours):
             raise ConfigError(f"a single file cannot say what its {name} computes: heads or norms. Use a folder")
     for encoder in texts.encoders:
         config = encoder.model.config
         if config.num_attention_heads != max(config.hidden_size // 64, 1):
             raise ConfigError("a single file cannot say how many heads its text encoder has. Use a folder")
+        if config.layer_norm_eps != CLIPTextConfig().layer_norm_eps:
+            raise ConfigError("a single file cannot say the epsilon of its text encoder's norms. Use a folder")
+
+
+_WITHOUT_EFFECT = {"sample_size", "scaling_factor", "force_upcast", "upcast_attention", "act_fn"}  # or named elsewhere
+
+
+def _first_other(theirs: Any, ours: Any) -> str | None:
+    """The first key of two configs whose single values differ; lists are compared by the networks they make."""
+    for key, value in sorted(theirs.items()):
+        own = ours.get(key, value)
+        single = not isinstance(value, list | tuple | dict) and not isinstance(own, list | tuple | dict)
+        heads = key in ("attention_head_dim", "num_attention_heads", "transformer_layers_per_block")
+        absent = (value is None) != (own is None)
+        if key[0] != "_" and key not in _WITHOUT_EFFECT and not heads and own != value and (single or absent):
+            return key
+    return None
 
 
 def _computes(network: torch.nn.Module) -> list[tuple[str, str, Any]]:

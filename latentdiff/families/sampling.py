@@ -6,6 +6,7 @@ or named in a note.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ _HONOURED: dict[str, tuple[Any, ...]] = {  # key -> the values that mean what we
     "stochastic_sampling": (None, False),
     "shift_terminal": (None,),
     "invert_sigmas": (None, False),
+    "lambda_min_clipped": (None, -math.inf, "-Infinity", "-inf"),
 }
 
 
@@ -86,5 +88,9 @@ def sampling_of(config: Mapping[str, Any]) -> Sampling:
     if spacing.startswith("leading") and config.get("steps_offset", 0) != 1:
         notes.append(f"steps_offset={config.get('steps_offset', 0)}")
     for key, grid in _SIGMAS.items():
-        spacing = grid if config.get(key) else spacing
+        if config.get(key):
+            spacing = grid
+            ranged = ours is _EXACT and stated != "linspace"  # diffusers' range is then that of the spaced times
+            if ranged or (ours is _OPEN and grid == "exponential"):
+                notes.append(f"{key} with timestep_spacing={stated}")
     return Sampling({"sampler": sampler or _OTHERWISE, "spacing": spacing}, tuple(notes))

@@ -54,8 +54,20 @@ def assembled(unet: Any, texts: Any, codec: Any, *, path: Any, prediction: str, 
     two = isinstance(texts, TwoTextEncoders)
     if ("sizes" in unet.spec.reads) != two:
         raise ModelError(f"a U-Net of SDXL requires two text encoders, others require one ({where})")
+    _check_widths(unet, texts, where)
     parts = parts_of(unet, texts, codec)
     return Model(unet, texts, codec, path, prediction, card, TorchPlace("cpu"), parts=parts)
+
+
+def _check_widths(unet: Any, texts: Any, where: Path) -> None:
+    """Check that the U-Net reads what the text encoders give. Raises ModelError."""
+    configs = [encoder.model.config for encoder in texts.encoders]
+    given = {"tokens": sum(int(config.hidden_size) for config in configs)}
+    if "pooled" in unet.spec.reads:
+        given["pooled"] = int(configs[-1].projection_dim)
+    for name, width in given.items():
+        if unet.spec.reads[name][-1] != width:
+            raise ModelError(f"the U-Net reads {name} of {unet.spec.reads[name][-1]}, the texts have {width} ({where})")
 
 
 def parts_of(unet: Any, texts: Any, codec: Any) -> dict[str, Any]:

@@ -226,7 +226,9 @@ def _run(skeleton: Any) -> None:
         encoded = skeleton.encode(torch.zeros(1, config.in_channels, side, side))
         skeleton.decode(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
     else:
-        skeleton(torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True)
+        hidden = skeleton(torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True).hidden_states
+        if len(hidden) < 2:
+            raise ValueError("it has no layers")
 
 
 def weights_hash(network: nn.Module) -> str:
