@@ -114,12 +114,8 @@ class Request(BaseModel):
             return self
         if self.timesteps and self.sigmas:
             raise ValueError("timesteps and sigmas exclude each other")
-        if (
-            any(later >= earlier for earlier, later in pairwise(own))
-            or own[-1] < 0
-            or own[0] <= 0
-            or (self.sigmas and own[-1] == 0)
-        ):
+        lowest = own[-1] if self.timesteps else own[-1] or -1.0  # time 0 has noise, sigma 0 has none
+        if any(later >= earlier for earlier, later in pairwise(own)) or lowest < 0:
             raise ValueError("timesteps and sigmas must fall, and not below 0")
         if len(own) != self.num_inference_steps:
             raise ValueError(f"{len(own)} timesteps or sigmas for {self.num_inference_steps} num_inference_steps")
