@@ -83,6 +83,7 @@ def kernel_of_moments(first, second):
     return first[2] * second[2] + 3 * first[1] * second[1] + 3 * first[0] * second[0] + 1
 
 
+@pytest.mark.slow
 def test_kernel_of_known_distributions():
     """N(0, 1) from N(m, 1) in one dimension, by their moments; and no bias where they are the same."""
     m = 0.5

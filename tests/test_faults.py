@@ -198,6 +198,7 @@ def test_a_second_signal_stops_at_once(begun):
     assert [path.name for path in (begun / "denoiser" / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group(whole, begun):
     """Loader workers get it too, and still make the batch that the step in hand needs."""
     workers = ["denoiser.training.num_workers=2"]

@@ -33,9 +33,27 @@ def flat(module):
     return "lora_unet_" + module.replace(".", "_")
 
 
+@pytest.fixture(scope="module")
+def loaded(folders):
+    """A pipeline and the weights of its U-Net, for tests that leave its other parts as they are."""
+    pipe = load(folders["1"])
+    return pipe, {name: value.clone() for name, value in pipe.model.backbone.model.state_dict().items()}
+
+
 @pytest.fixture
-def unet(folders):
-    """A pipeline, and the weights of its U-Net before anything is loaded."""
+def unet(loaded):
+    """The same, as it was before anything was loaded."""
+    pipe, before = loaded
+    painter = pipe.painter
+    yield pipe, before
+    pipe.unload_lora_weights()
+    pipe.model.backbone.model.load_state_dict(before)
+    pipe._painter = painter
+
+
+@pytest.fixture
+def fresh(folders):
+    """A pipeline of its own, whose text encoder may learn words."""
     pipe = load(folders["1"])
     return pipe, {name: value.clone() for name, value in pipe.model.backbone.model.state_dict().items()}
 
@@ -159,7 +177,7 @@ def factors(kind, outputs, inputs):
     return state, torch.kron(first, a @ b) / 2
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.5, -0.3])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("module", [QUERY, WIDE])
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
@@ -224,7 +242,7 @@ def test_dora_of_weight_0_is_the_base(folders, dora_file, unet):
     assert_only(pipe, before)
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.5, -0.7])
+@pytest.mark.parametrize("weight", [1.0, -0.7])
 def test_dora_beside_the_weights_is_dora_in_them(weight, folders, dora_file, tmp_path):
     """In PEFT's names and in kohya's; half the weight is half the change of every layer's weight."""
     networks = adapted(load(folders["1"]).model)
@@ -418,9 +436,9 @@ def test_a_bias_beside_low_rank(unet, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_eight_bits(dtype, unet, folders, tmp_path):
+def test_eight_bits(dtype, fresh, folders, tmp_path):
     """Every value of float8 is one of float16."""
-    pipe, before = unet
+    pipe, before = fresh
     down, up = DOWN.to(dtype), UP.to(dtype)
     save_file({f"unet.{QUERY}.lora_A.weight": down, f"unet.{QUERY}.lora_B.weight": up}, tmp_path / "x.safetensors")
     pipe.load_lora_weights(tmp_path / "x.safetensors", fuse=True)
@@ -518,9 +536,9 @@ def test_words_of_any_name(call, folders, tmp_path):
     assert [s["word"] for s in json.loads(out)["latentdiff"]["sources"]] == ["<cat>"]
 
 
-def test_a_bundle(unet, tmp_path):
+def test_a_bundle(fresh, tmp_path):
     """A LoRA with its words in the same file, as A1111 reads it; a word that exists gets brackets."""
-    pipe, before = unet
+    pipe, before = fresh
     state = {f"{flat(QUERY)}.lora_down.weight": DOWN, f"{flat(QUERY)}.lora_up.weight": UP}
     words = {"bundle_emb.inkish.string_to_param.*": some(2, 64), "bundle_emb.chalk.emb_params": some(1, 64, seed=3)}
     save_file(state | words, tmp_path / "bundle.safetensors")
@@ -531,8 +549,8 @@ def test_a_bundle(unet, tmp_path):
     assert torch.equal(vectors_of(pipe, "<chalk>"), some(1, 64, seed=3)[0])
 
 
-def test_a_bundle_that_does_not_fit_changes_nothing(unet, tmp_path):
-    pipe, before = unet
+def test_a_bundle_that_does_not_fit_changes_nothing(fresh, tmp_path):
+    pipe, before = fresh
     state = {f"{flat(QUERY)}.lora_down.weight": DOWN, f"{flat(QUERY)}.lora_up.weight": UP}
     save_file(state | {"bundle_emb.inkish.emb_params": some(2, 63)}, tmp_path / "bundle.safetensors")
     for fuse in (True, False):

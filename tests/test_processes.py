@@ -108,6 +108,7 @@ def test_a_finished_run_is_only_saved_again(both, tmp_path):
     assert logged(run / "denoiser") == logged(both / "two" / "denoiser")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_one_step(both, begun):
     hooks = {1: partial(forked.in_loss, "denoiser", 8, partial(forked.send, signal.SIGTERM))}
     ended = all_ended(ranks(2, begun, *WORDS, hooks=hooks, changes=SHARED))

@@ -69,16 +69,16 @@ def test_as_diffusers_draws(name, spacing, both):
         return
     assert not sampling.notes
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    theirs.scheduler.set_timesteps(8)
-    first = ours.model.path.levels(8, sampling.settings["spacing"])[0]
+    theirs.scheduler.set_timesteps(4)
+    first = ours.model.path.levels(4, sampling.settings["spacing"])[0]
     # theirs is in x / alpha for solvers of sigmas, some of which start from sigma / alpha instead of 1 / alpha
     scale = float(theirs.scheduler.init_noise_sigma)
     start = noise * (scale * first.alpha if scale > 1.01 else 1.0)
-    settings = {"num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent", "height": 64, "width": 64}
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "height": 64, "width": 64}
     expected = theirs("a cat", latents=noise, **settings).images
     drawn = ours("a cat", latents=start, **sampling.settings, **settings).images
     apart = float((drawn - expected).abs().max() / expected.abs().max())
-    assert apart < (2e-3 if name == "DEISMultistepScheduler" else 3e-6)
+    assert apart < (6e-3 if name == "DEISMultistepScheduler" else 3e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

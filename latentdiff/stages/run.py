@@ -193,9 +193,7 @@ def check_unchanged(
             here = _changes(load_state(path), config, data, stage, processes)
             changes += [change for change in here if change not in changes]
     if any(map(_changes_shapes, changes)):
-        raise ConfigError(
-            f"cannot resume: {'; '.join(changes)}. The weights have other shapes: name another run folder"
-        )
+        raise ConfigError(f"cannot resume: {'; '.join(changes)}. The weights have other shapes: name another folder")
     if changes and not allow:
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. Use --allow-changed to accept, or another run folder")
     return changes
