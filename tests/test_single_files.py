@@ -52,6 +52,20 @@ def test_averages_alone(family, files, folders, tmp_path):
     assert torch.equal(drawn, expected)
 
 
+def test_averages_beside_the_weights(files, tmp_path, capfd):
+    """The weights are read, and no flag of another library's script is advised."""
+
+    def both(state):
+        named = {name: tensor for name, tensor in state.items() if name.startswith(UNET)}
+        return state | {EMA + name.removeprefix(UNET).replace(".", ""): 0 * tensor for name, tensor in named.items()}
+
+    file = changed(files / "1.safetensors", tmp_path / "both.safetensors", both)
+    expected = opened(files / "1.safetensors")(PROMPT, **ASKED).images
+    capfd.readouterr()
+    assert torch.equal(opened(file)(PROMPT, **ASKED).images, expected)
+    assert capfd.readouterr() == ("", "")
+
+
 def without_vae(state):
     return {name: tensor for name, tensor in state.items() if not name.startswith(VAE)}
 

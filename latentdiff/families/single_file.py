@@ -51,6 +51,7 @@ from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 from latentdiff.networks.encoders.prompt import Prompt
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
+from latentdiff.networks.quiet import quietly
 
 State = dict[str, Tensor]
 SIDES = {"1": 64, "2": 64, "XL": 128}  # of latents; Stable Diffusion 2 of velocity: 96
@@ -78,7 +79,7 @@ _PLAIN: dict[str, Any] = {
 def load_single_file(path: Path) -> Model:
     """A model in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
     check_file(path)
-    with loading(path):
+    with loading(path), quietly():  # diffusers advises a flag of its own scripts
         state = _with_averages(load_file(path))
         kind = _kind_of(state, path)
         config = unet_config(state, kind)
