@@ -1,6 +1,7 @@
 """Code written for diffusers' pipelines: the same result, or an error that names what to use here."""
 
 import warnings
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.diffusion.path import Straight
 from latentdiff.drawing.extras import adapted
 from latentdiff.families.loading import default_model
 
@@ -58,6 +60,17 @@ def test_a_scheduler_is_taken(name, folders, theirs):
     x = noise()
     start = x * pipe.model.path.level(999).sigma if name == "EulerDiscreteScheduler" else x
     close(pipe(PROMPT, latents=start, **ASKED).images, theirs(PROMPT, latents=x, **ASKED).images)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_a_scheduler_comes_back_as_it_was_set(name, spacing, folders):
+    """So that `X.from_config(pipe.scheduler.config)` keeps the spacing."""
+    pipe = load(folders["1"])
+    pipe.scheduler = scheduler(name, pipe, timestep_spacing=spacing)
+    before = dict(pipe.card.defaults)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    assert pipe.card.defaults == before
 
 
 def test_schedulers_of_other_models(ours):
@@ -281,6 +294,17 @@ def test_callbacks(name, folders, theirs):
     for (i, t, latents), (j, s, others) in zip(seen[pipe], seen[theirs], strict=True):
         assert (i, t) == (j, s)
         close(latents, others)
+
+
+def test_callbacks_on_a_straight_path(ours):
+    """Flow matching of diffusers has no x / alpha: the latents are those of the walk."""
+    model = replace(ours.model, path=Straight(), prediction="flow")
+    pipe, seen = LatentDiffusionPipeline(model), []
+    asked = {"sampler": "euler", "spacing": "trailing", "seed": 1, "num_inference_steps": 3, "height": 64, "width": 64}
+    steps = [step.x for step in pipe.stream(PROMPT, **asked)]
+    pipe(PROMPT, callback_on_step_end=lambda *a: seen.append(a[3]["latents"].clone()), **asked)
+    for latents, x in zip(seen, steps, strict=True):
+        assert torch.equal(latents, x)
 
 
 def test_a_callback_in_place_and_at_the_end(ours):

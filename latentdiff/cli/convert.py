@@ -48,9 +48,9 @@ def convert(
     A model folder to a single file and back, to another precision, with another VAE, with graphs for OpenVINO; an
     adapter to other names.
     """
-    from latentdiff.families.loading import default_model, is_default
+    from latentdiff.families.loading import place_of
 
-    source = default_model() if is_default(source) else source
+    source = place_of(source)
     of_models = "--vae" if vae is not None else "--dtype" if dtype is not None else None
     if to is Form.openvino and output is None:
         if of_models:

@@ -290,10 +290,10 @@ def _check_sizes(model: str | None, requests: Sequence[Request]) -> None:
         return
     from latentdiff.drawing.request import SIDES, check_size
     from latentdiff.families import check_folder
-    from latentdiff.families.loading import default_model, is_default
+    from latentdiff.families.loading import place_of
     from latentdiff.formats.folder import picture_geometry
 
-    folder = default_model() if is_default(model) else Path(str(model))
+    folder = place_of(model)
     if not folder.is_dir():
         return  # unknown here; sizes are checked after loading
     check_folder(folder)

@@ -19,9 +19,9 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
     import json
 
     if not path.exists():
-        from latentdiff.families.loading import default_model, is_default
+        from latentdiff.families.loading import place_of
 
-        path = default_model() if is_default(path) else path
+        path = place_of(path)
     weights = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
     if not path.exists():
         raise ConfigError(f"no such file or folder ({path})")

@@ -548,13 +548,15 @@ class Sampler:
     """A row of the table.
 
     label: A1111's name, for the metadata of pictures. schedulers: diffusers' classes that it replaces. options: the
-    settings that a request may change, with their defaults.
+    settings that a request may change, with their defaults. by_ratio: whether those classes work on x / alpha over
+    sigma / alpha, and between whole times.
     """
 
     walk: Callable[..., Iterator[Step]]
     label: str
     schedulers: tuple[str, ...] = ()
     options: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    by_ratio: bool = False
 
     def with_options(self, **options: float | None) -> Any:
         """The walk with those options that are set. Raises ValueError for one that it does not take."""
@@ -569,20 +571,20 @@ _ETA: Mapping[str, float] = MappingProxyType({"eta": 1.0})
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm, "DDPM", ("DDPMScheduler",)),
     "ddim": Sampler(ddim, "DDIM", ("DDIMScheduler",), MappingProxyType({"eta": 0.0})),
-    "euler": Sampler(euler, "Euler", ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")),
-    "euler_ancestral": Sampler(euler_ancestral, "Euler a", ("EulerAncestralDiscreteScheduler",), _ETA),
-    "heun": Sampler(heun, "Heun", ("HeunDiscreteScheduler",), MappingProxyType({"churn": 0.0})),
+    "euler": Sampler(euler, "Euler", ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"), by_ratio=True),
+    "euler_ancestral": Sampler(euler_ancestral, "Euler a", ("EulerAncestralDiscreteScheduler",), _ETA, by_ratio=True),
+    "heun": Sampler(heun, "Heun", ("HeunDiscreteScheduler",), MappingProxyType({"churn": 0.0}), by_ratio=True),
     "heun_exponential": Sampler(heun_exponential, "Heun exponential"),
-    "dpm2": Sampler(dpm2, "DPM2", ("KDPM2DiscreteScheduler",)),
-    "dpm2_ancestral": Sampler(dpm2_ancestral, "DPM2 a", ("KDPM2AncestralDiscreteScheduler",), _ETA),
+    "dpm2": Sampler(dpm2, "DPM2", ("KDPM2DiscreteScheduler",), by_ratio=True),
+    "dpm2_ancestral": Sampler(dpm2_ancestral, "DPM2 a", ("KDPM2AncestralDiscreteScheduler",), _ETA, by_ratio=True),
     "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M", ("DPMSolverMultistepScheduler",)),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, "DPM++ 2M SDE"),
     "dpmpp_2s_ancestral": Sampler(dpmpp_2s_ancestral, "DPM++ 2S a", (), _ETA),
-    "dpmpp_sde": Sampler(dpmpp_sde, "DPM++ SDE", ("DPMSolverSDEScheduler",), _ETA),
+    "dpmpp_sde": Sampler(dpmpp_sde, "DPM++ SDE", ("DPMSolverSDEScheduler",), _ETA, by_ratio=True),
     "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, "DPM++ 3M SDE", (), _ETA),
     "unipc": Sampler(unipc, "UniPC", ("UniPCMultistepScheduler",)),
     "deis": Sampler(deis, "DEIS", ("DEISMultistepScheduler",)),
-    "lms": Sampler(lms, "LMS", ("LMSDiscreteScheduler",)),
+    "lms": Sampler(lms, "LMS", ("LMSDiscreteScheduler",), by_ratio=True),
     "ipndm": Sampler(ipndm, "IPNDM"),
     "plms": Sampler(plms, "PLMS", ("PNDMScheduler",)),
     "res_multistep": Sampler(res_multistep, "Res Multistep"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from latentdiff.core.arrays import Array, as_tensor
 from latentdiff.core.errors import ConfigError
-from latentdiff.diffusion.samplers import Step
+from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.drawing.draw import Watch
 from latentdiff.drawing.extras import LARGEST_WEIGHT
 from latentdiff.drawing.request import LARGEST_BATCH
@@ -30,7 +30,6 @@ _OURS = {  # arguments of diffusers that are not taken -> what to use
     "negative_target_size": "width and height",
     "masked_image_latents": "image and mask_image",
 }
-_IN_SIGMAS = frozenset({"euler", "euler_ancestral", "heun", "lms", "dpm2", "dpm2_ancestral", "dpmpp_sde"})
 
 
 class Call(NamedTuple):
@@ -152,18 +151,20 @@ def _floats(image: Any, name: str, dimensions: int) -> np.ndarray | None:
 def watching(call: Call, pipeline: Any, sampler: str, starts: Sequence[float]) -> Watch | None:
     """The caller's callback for `drawing.draw`: (pipeline, step, time, {"latents": ...}) -> changes, as in diffusers.
 
-    Solvers that diffusers writes in x / alpha show such latents. starts: the time at which each step starts.
+    Solvers that diffusers writes in x / alpha show such latents, on variance-preserving paths only. starts: the
+    time at which each step starts.
     """
     callback = call.callback
     if callback is None:
         return None
-    count = 0
+    model, count = pipeline.model, 0
+    divided = SAMPLERS[sampler].by_ratio and model.path.whole
 
     def watch(step: Step) -> Array | None:
         nonlocal count
         number = count % len(starts)
         count += 1
-        scale = step.level.alpha if sampler in _IN_SIGMAS and step.level.alpha > 0 else 1.0
+        scale = step.level.alpha if divided and step.level.alpha > 0 else 1.0
         shown = as_tensor(step.x) / scale
         before = shown.clone()
         changes = callback(pipeline, number, starts[number], {"latents": shown})
@@ -172,7 +173,7 @@ def watching(call: Call, pipeline: Any, sampler: str, starts: Sequence[float]) -
             raise ConfigError(f"callback_on_step_end must return latents like those it gets, {tuple(before.shape)}")
         if bool((latents == before).all()):
             return None
-        return pipeline.model.array(latents * scale)
+        return model.array(latents * scale)
 
     return watch
 

@@ -64,6 +64,11 @@ def is_default(path: str | Path | None) -> bool:
     return path is None or (str(path) == DEFAULT_MODEL and not Path(path).exists())
 
 
+def place_of(path: str | Path | None) -> Path:
+    """A path of a model on this disk, in which the default model's name stands for its folder."""
+    return default_model() if path is None or is_default(path) else Path(path)
+
+
 def _possible(path: Path) -> bool:
     """Whether a path can exist: its names are not too long and have no NUL."""
     try:

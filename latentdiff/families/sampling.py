@@ -10,24 +10,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from latentdiff.diffusion.samplers import sampler_of
+from latentdiff.diffusion.samplers import SAMPLERS, sampler_of
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _OTHERWISE = "dpmpp_2m"  # of classes without a sampler of ours
 _OPEN = {"leading": "leading_open", "linspace": "linspace_open"}  # of multistep solvers
-_EXACT = {"linspace": "linspace_exact"}
+_EXACT = {"linspace": "linspace_exact"}  # of solvers by ratio, whose default is linspace
 _LCM = dict.fromkeys(("leading", "linspace", "trailing"), "distilled")
 _GRIDS: dict[str, tuple[str, Mapping[str, str]]] = {  # class -> its default spacing, and our names of its grids
     "DDIMScheduler": ("leading", {}),
     "DDPMScheduler": ("leading", {}),
     "PNDMScheduler": ("leading", {}),
-    "EulerDiscreteScheduler": ("linspace", _EXACT),
-    "EulerAncestralDiscreteScheduler": ("linspace", _EXACT),
-    "HeunDiscreteScheduler": ("linspace", _EXACT),
-    "LMSDiscreteScheduler": ("linspace", _EXACT),
-    "KDPM2DiscreteScheduler": ("linspace", _EXACT),
-    "KDPM2AncestralDiscreteScheduler": ("linspace", _EXACT),
-    "DPMSolverSDEScheduler": ("linspace", _EXACT),
     "DPMSolverMultistepScheduler": ("linspace", _OPEN),
     "UniPCMultistepScheduler": ("linspace", _OPEN),
     "DEISMultistepScheduler": ("linspace", _OPEN),
@@ -35,6 +28,7 @@ _GRIDS: dict[str, tuple[str, Mapping[str, str]]] = {  # class -> its default spa
     "TCDScheduler": ("leading", _LCM),
     _FLOW: ("trailing", {}),
 }
+THEIRS = {ours: theirs for grids in (_OPEN, _EXACT, {"leading": "distilled"}) for theirs, ours in grids.items()}
 _SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
 _HONOURED: dict[str, tuple[Any, ...]] = {  # key -> the values that mean what we do
     "solver_order": (None, 2),
@@ -80,7 +74,8 @@ def sampling_of(config: Mapping[str, Any]) -> Sampling:
         sampler = "dpmpp_2m_sde"
     if name == "PNDMScheduler" and not config.get("skip_prk_steps"):
         notes.append("skip_prk_steps=False")
-    usual, ours = _GRIDS.get(name, ("leading", {}))
+    by_ratio = sampler is not None and SAMPLERS[sampler].by_ratio
+    usual, ours = _GRIDS.get(name, ("linspace", _EXACT) if by_ratio else ("leading", {}))
     stated = str(config.get("timestep_spacing") or usual) if name != _FLOW else "trailing"
     spacing = ours.get(stated, stated if stated in ("leading", "linspace", "trailing") else "trailing")
     if name in ("DDIMScheduler", "PNDMScheduler") and stated == "linspace":

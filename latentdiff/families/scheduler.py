@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from latentdiff.core.errors import ConfigError, ModelError, raised_as
 from latentdiff.diffusion.path import Path, Straight, VariancePreserving
 from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.families.sampling import Sampling, sampling_of
+from latentdiff.families.sampling import THEIRS, Sampling, sampling_of
 from latentdiff.model import Model
 from latentdiff.settings.validation import first_fault
 
@@ -87,7 +87,8 @@ def as_diffusers(model: Model) -> Any:
     import diffusers
 
     kind = next(iter(SAMPLERS[model.card.defaults.get("sampler", "ddim")].schedulers), "DDIMScheduler")
-    config = scheduler_config(model.path, model.prediction, model.card.defaults.get("spacing", "trailing"))
+    spacing = model.card.defaults.get("spacing", "trailing")
+    config = scheduler_config(model.path, model.prediction, THEIRS.get(spacing, spacing))
     if isinstance(model.path, Straight):
         kind = _FLOW
     return getattr(diffusers, kind).from_config({key: value for key, value in config.items() if key[0] != "_"})

@@ -177,7 +177,7 @@ def _parsed(prompt: str) -> tuple[list[Piece], list[str]]:
             _close(word[-1], float(weight) if weight else None, opened.pop()[1], pieces)
         else:
             alone += [word[-1]] if word in ")]" or weight is not None else []
-            pieces.append(Piece(word[1:] if len(word) == 2 and word[0] == "\\" and word[1] in "\\()[]" else word, 1.0))
+            pieces.append(Piece(word[1:] if len(word) == 2 and word[0] == "\\" else word, 1.0))
     for bracket, first in reversed(opened):  # from the last one, so that places stay
         pieces.insert(first, Piece(bracket, 1.0))
         alone.append(bracket)
