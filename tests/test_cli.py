@@ -119,9 +119,9 @@ def test_bad_arguments_are_one_line_before_anything_loads(call, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("-W", 7), "width must be a multiple of 8 from 64 to 2048 (got 7)"),
-        (("-W", 0), "width must be a multiple of 8 from 64 to 2048 (got 0)"),
-        (("-H", 10**9), "height must be a multiple of 8 from 64 to 2048 (got 1000000000)"),
+        (("-W", 7), "width must be a multiple of 2 from 2 to 2048 (got 7)"),
+        (("-W", 0), "width must be a multiple of 2 from 2 to 2048 (got 0)"),
+        (("-H", 10**9), "height must be a multiple of 2 from 2 to 2048 (got 1000000000)"),
         (("--device", "meta"), "device 'meta' cannot be used here"),
     ],
 )

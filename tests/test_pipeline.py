@@ -140,8 +140,8 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 7}, "width must be a multiple of 8 from 64 to 2048 (got 7)"),
-        ({"height": 4096}, "height must be a multiple of 8 from 64 to 2048 (got 4096)"),
+        ({"width": 7}, "width must be a multiple of 2 from 2 to 2048 (got 7)"),
+        ({"height": 4096}, "height must be a multiple of 2 from 2 to 2048 (got 4096)"),
         ({"sampler": "magic"}, "unknown sampler 'magic'; one of ddpm, ddim, euler"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 10**6}, "num_inference_steps"),

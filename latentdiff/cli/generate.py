@@ -288,7 +288,7 @@ def _check_sizes(model: str | None, requests: Sequence[Request]) -> None:
     sizes = {(one.width, one.height) for one in requests} - {(None, None)}
     if not sizes:
         return
-    from latentdiff.drawing.request import SIDES, check_size
+    from latentdiff.drawing.request import check_size
     from latentdiff.families import check_folder
     from latentdiff.families.loading import place_of
     from latentdiff.formats.folder import picture_geometry
@@ -297,11 +297,11 @@ def _check_sizes(model: str | None, requests: Sequence[Request]) -> None:
     if not folder.is_dir():
         return  # unknown here; sizes are checked after loading
     check_folder(folder)
-    multiple, own = picture_geometry(folder)
+    multiple, _ = picture_geometry(folder)
     for width, height in sizes:
         for name, side in (("width", width), ("height", height)):
             if side is not None:
-                check_size(name, side, multiple, min(*SIDES, *own))
+                check_size(name, side, multiple)
 
 
 def _jobs(

@@ -18,7 +18,7 @@ from latentdiff.core.arrays import Array, Put, library
 from latentdiff.core.decoding import WHITE, Color, rgb
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.images import luminance, to_values
-from latentdiff.drawing.request import SIDES
+from latentdiff.drawing.request import LONGEST
 
 
 class Margins(NamedTuple):
@@ -108,8 +108,8 @@ def canvas(
 def _check_sides(height: int, width: int) -> None:
     """Check the sides before any allocation. Raises ConfigError."""
     for name, side in (("height", height), ("width", width)):
-        if not 1 <= side <= SIDES[1]:
-            raise ConfigError(f"{name} with its margins must be from {SIDES[0]} to {SIDES[1]} (got {side})")
+        if not 1 <= side <= LONGEST:
+            raise ConfigError(f"{name} with its margins must be from 1 to {LONGEST} (got {side})")
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

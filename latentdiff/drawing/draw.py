@@ -19,7 +19,7 @@ from latentdiff.drawing.canvas import Canvas, Margins, canvas
 from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
 from latentdiff.drawing.passes import steps
-from latentdiff.drawing.plan import lowest_side, plan
+from latentdiff.drawing.plan import plan
 from latentdiff.drawing.prompts import chunks_of, notes_of
 from latentdiff.drawing.record import ImageMetadata, installed_versions
 from latentdiff.drawing.request import Request, check_size, request
@@ -58,7 +58,7 @@ def canvas_of(
         raise ConfigError("hires_scale has no effect with an image; width and height enlarge it")
     for name, side in (("height", request.height), ("width", request.width)):
         if side is not None:
-            check_size(name, side, model.multiple, lowest_side(model))
+            check_size(name, side, model.multiple)
     if request.mask_blur and mask is None and not any(margins):
         raise ConfigError("mask_blur requires a mask or outpainting")
     size, blur = (request.height, request.width), request.mask_blur
@@ -93,7 +93,7 @@ class Drawing:
 
     def __init__(self, painter: Painter, batch: Batch):
         self._painter, self.batch = painter, batch
-        self.notes = notes_of(batch, painter.model.encoder)
+        self.notes = notes_of(batch, painter.model, adapted=painter.learnt_more)
 
     def __iter__(self) -> Generator[Step, Array | None, None]:
         """Every step of every pass; other latents may be sent, from which drawing goes on."""

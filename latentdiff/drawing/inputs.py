@@ -10,7 +10,7 @@ import numpy as np
 from latentdiff.core.arrays import Put
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.batch import NO_NOISE, GivenNoise
-from latentdiff.drawing.request import SIDES
+from latentdiff.drawing.request import LONGEST
 
 if TYPE_CHECKING:
     from latentdiff.drawing.canvas import Margins
@@ -34,8 +34,8 @@ def margins_of(outpaint: Any) -> Margins:
     if outpaint is None:
         return NONE
     whole = isinstance(outpaint, Sequence) and len(outpaint) == 4
-    if not whole or not all(type(side) is int and 0 <= side <= SIDES[1] for side in outpaint):
-        raise ConfigError(f"outpaint must be (left, top, right, bottom) pixels from 0 to {SIDES[1]} (got {outpaint})")
+    if not whole or not all(type(side) is int and 0 <= side <= LONGEST for side in outpaint):
+        raise ConfigError(f"outpaint must be (left, top, right, bottom) pixels from 0 to {LONGEST} (got {outpaint})")
     if not any(outpaint):
         raise ConfigError("outpaint must add at least one pixel")
     return Margins(*outpaint)

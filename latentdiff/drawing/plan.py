@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.drawing.request import SIDES, Request, check_size
+from latentdiff.drawing.request import Request, check_size
 
 if TYPE_CHECKING:
     from latentdiff.drawing.canvas import Canvas
@@ -59,7 +59,7 @@ def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
     if request.hires_scale is not None:
         height, width = (max(1, round(side * request.hires_scale / model.multiple)) * model.multiple for side in size)
         for name, side in (("height", height), ("width", width)):
-            check_size(f"{name} after hires_scale", side, model.multiple, lowest_side(model))
+            check_size(f"{name} after hires_scale", side, model.multiple)
         strength = 0.5 if request.hires_strength is None else request.hires_strength
         passes.append(PlannedPass((height, width), kept_steps(steps, strength), strength))
     return Plan(tuple(passes))
@@ -77,21 +77,15 @@ def _check_levels(request: Request, model: Model) -> None:
 
 
 def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
-    lowest = lowest_side(model)
     if canvas is not None:
         height, width = canvas.pixels.shape[:2]
-        if min(height, width) < lowest:
-            size = f"{canvas.size[1]}x{canvas.size[0]} pixels, less than {lowest}. Enlarge it (width, height)"
+        if min(canvas.size) < model.multiple:
+            size = f"{canvas.size[1]}x{canvas.size[0]} pixels, less than {model.multiple}. Enlarge it (width, height)"
             raise ConfigError(f"{canvas.names[0] or 'the image'} has {size}")
     else:
         height = model.card.size[0] if request.height is None else request.height
         width = model.card.size[1] if request.width is None else request.width
-    return check_size("height", height, model.multiple, lowest), check_size("width", width, model.multiple, lowest)
-
-
-def lowest_side(model: Model) -> int:
-    """The smallest side in pixels, which is smaller for models of small pictures."""
-    return min(*SIDES, *model.card.size)
+    return check_size("height", height, model.multiple), check_size("width", width, model.multiple)
 
 
 def strength_of(request: Request, masked: bool) -> float:

@@ -26,12 +26,12 @@ from latentdiff.drawing.files import encoded, open_picture
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.plan import plan
 from latentdiff.drawing.record import VERSION, installed_versions, read_metadata
-from latentdiff.drawing.request import SIDES, Pixels, Request
+from latentdiff.drawing.request import LONGEST, Pixels, Request
 from latentdiff.settings.validation import first_fault
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(max_length=1000)]
-Margin = Annotated[int, Field(ge=0, le=SIDES[1])]
+Margin = Annotated[int, Field(ge=0, le=LONGEST)]
 
 
 class Opened(Protocol):

@@ -174,12 +174,9 @@ def check_networks(config: Config) -> None:
         with _described("denoiser"):
             latents = torch.zeros(1, codec.latent_channels, side // codec.factor, side // codec.factor)
             unet = new_unet(config, latents.shape[1], latents.shape[2])
-            own, step = unet.spec.multiple, config.data.pictures.bucket_step
-            if latents.shape[2] % own:
-                raise ConfigError(f"latents of side {latents.shape[2]} must be a multiple of the U-Net's {own}")
-            multiple = codec.factor * own
-            if step and step % multiple:
-                raise ConfigError(f"data.pictures.bucket_step must be a multiple of {multiple} (got {step})")
+            step = config.data.pictures.bucket_step
+            if step and step % codec.factor:
+                raise ConfigError(f"data.pictures.bucket_step must be a multiple of {codec.factor} (got {step})")
             tokens = torch.zeros(1, config.clip.max_length, config.clip.text_width)
             unet(latents, 0, Conditions({"tokens": tokens}))
 

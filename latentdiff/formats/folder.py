@@ -34,8 +34,8 @@ _ASKS_TO_RUN_CODE = {
     "_attn_implementation_internal",
     "quantization_config",  # calls the loader of another package
 }
-_SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?\.safetensors")
-_INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.(\w+))?\.json")
+_SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w.]+))?\.safetensors")
+_INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.([\w.]+))?\.json")
 
 
 def read_index(directory: Path) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
         if type(sample) is not int or sample < 1:
             raise ModelError(f"{part}/config.json: sample_size must be a whole number of latents (got {sample!r})")
         side = sample * factor
-        multiple = 2 ** (len(backbone["block_out_channels"]) - 1) if part == "unet" else int(backbone["patch_size"])
+        multiple = 1 if part == "unet" else int(backbone["patch_size"])
         return factor * multiple, (side, side)
 
 

@@ -129,7 +129,8 @@ def _parts(model: Model, unet: UNet, texts: TextEncoder | TwoTextEncoders) -> di
     for name, encoder in zip(("text_encoder", "text_encoder_2"), texts.encoders, strict=False):
         ids = torch.arange(encoder.length).expand(2, -1) % encoder.reader.end
         parts[name] = _Texts(encoder), [ids]
-    latents = _normal(3, spec.inputs, 2 * spec.multiple, 3 * spec.multiple)
+    side = 2**unet.deep_levels  # odd sides: each level is enlarged to the size of its skip connections, whatever it is
+    latents = _normal(3, spec.inputs, 2 * side + 1, 3 * side + 1)
     lengths = {"tokens": (texts.length, spec.reads["tokens"][1])}
     arrays = [_normal(3, *(int(side or 0) for side in lengths.get(name, shape))) for name, shape in spec.reads.items()]
     if model.reads_sizes:
@@ -226,7 +227,6 @@ def _record(model: Model, directory: Path, made: Path) -> dict[str, Any]:
         "unet": {
             "inputs": unet.spec.inputs,
             "outputs": unet.spec.outputs,
-            "multiple": unet.spec.multiple,
             "reads": {name: list(shape) for name, shape in unet.spec.reads.items()},
             "deep_levels": unet.deep_levels,
         },

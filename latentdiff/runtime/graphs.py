@@ -23,7 +23,7 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import read_json, weight_files
 
 FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
-FORMAT = 2
+FORMAT = 3
 TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 NETWORKS = {"unet_deep": "unet", "unet_shallow": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}  # of graphs
 WEIGHT = "weight:"  # how the name of an input begins that is a weight
@@ -119,7 +119,7 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
 
 
 _FACTS: dict[str, dict[str, type]] = {  # part of export.json -> its keys and the types of their values
-    "unet": {"inputs": int, "outputs": int, "multiple": int, "reads": dict, "deep_levels": int},
+    "unet": {"inputs": int, "outputs": int, "reads": dict, "deep_levels": int},
     "vae": {"factor": int, "latent_channels": int, "image_channels": int},
     "text_encoder": {"layers": int, "length": int, "tokenizer": str, "start": int, "end": int, "pad": int},
 }

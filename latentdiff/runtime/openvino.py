@@ -31,7 +31,7 @@ class CompiledUNet:
     def __init__(self, compiler: Compiler, record: dict[str, Any]):
         self._compiler, self.dtype = compiler, compiler.precision
         reads = {name: tuple(shape) for name, shape in record["reads"].items()}
-        self.spec = Spec(int(record["inputs"]), int(record["outputs"]), int(record["multiple"]), reads)
+        self.spec = Spec(int(record["inputs"]), int(record["outputs"]), reads=reads)
         self.deep_levels = int(record["deep_levels"])
 
     def begin(self, rows: int, size: tuple[int, ...], tokens: int, part: str = "unet") -> None:

@@ -69,7 +69,7 @@ class UNet(nn.Module):
 
     @property
     def spec(self) -> Spec:
-        """See Spec. Sides of latents halve at every level but the last."""
+        """See Spec. Latents may have any sides: each level is enlarged to the size of its skip connections."""
         config = self.model.config
         width = config.cross_attention_dim
         width = int(width if isinstance(width, int) else width[0])  # of every level
@@ -77,8 +77,7 @@ class UNet(nn.Module):
         if config.addition_embed_type == "text_time":
             sizes = 6 * int(config.addition_time_embed_dim)
             reads |= {"pooled": (int(config.projection_class_embeddings_input_dim) - sizes,), "sizes": (6,)}
-        multiple = 2 ** (len(config.block_out_channels) - 1)
-        return Spec(int(config.in_channels), int(config.out_channels), multiple, reads)
+        return Spec(int(config.in_channels), int(config.out_channels), reads=reads)
 
     @property
     def dtype(self) -> torch.dtype:
