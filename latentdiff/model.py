@@ -35,6 +35,7 @@ class ModelCard:
     source: str | None = None  # the user's path or hub id; None is the default model
     variant: str | None = None  # the variant of its weights
     folder: FilePath | None = field(default=None, compare=False)  # the model's folder, unless it is a single file
+    words: frozenset[str] | None = None  # of all captions that it was trained on, if they are known
     notes: tuple[str, ...] = ()  # what its scheduler's config wants and we do otherwise
 
 

@@ -32,12 +32,13 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
 def _of_model(path: Path) -> dict[str, object]:
     """A model's description, from its JSON and the headers of its weights; no network is built."""
     from latentdiff.families import check_folder
+    from latentdiff.families.card import known_words
     from latentdiff.families.scheduler import read_scheduler
     from latentdiff.formats.folder import folder_hash, parameter_counts
 
     _, index = check_folder(path)
     schedule, prediction, *_ = read_scheduler(path)
-    counts = parameter_counts(path)
+    counts, words = parameter_counts(path), known_words(path)
     return {
         "name": path.resolve().name,
         "class": index.get("_class_name"),
@@ -46,6 +47,7 @@ def _of_model(path: Path) -> dict[str, object]:
         "prediction": prediction,
         "timesteps": schedule.T,
         "terminal_snr": schedule.numbered(schedule.T - 1).snr,
+        **({} if words is None else {"words": len(words)}),
     }
 
 

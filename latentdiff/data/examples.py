@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 
 from latentdiff.core.images import luminance
+from latentdiff.core.vocabulary import words_of
 from latentdiff.data.buckets import Size
 from latentdiff.data.captions import CaptionRule
 from latentdiff.data.pictures import View
@@ -110,6 +112,11 @@ class Examples:
         """The identity of the result of `image`."""
         key = self.pictures.key(row, view)
         return hashlib.sha256(f"{key} grey".encode()).hexdigest()[:32] if self.grey else key
+
+    def words(self) -> frozenset[str]:
+        """The words of all captions, templates and prefixes."""
+        captions = (caption for row in range(len(self)) for caption in self.pictures.captions(row))
+        return words_of(chain(captions, (self.rule.prefix,), self.rule.templates))
 
     def every_caption(self) -> list[str] | None:
         """Everything that `caption` can return, or None if tags are shuffled."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.turn import Turn
+from latentdiff.core.vocabulary import unseen
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.plan import Size
 from latentdiff.drawing.request import Request
@@ -61,14 +62,22 @@ def chunks_of(job: Job, encoder: Encoder) -> int:
     return max(encoder.read(prompt, style).chunks for prompt in prompts)
 
 
-def notes_of(batch: Batch, encoder: Encoder) -> list[str]:
-    """What the writers of a batch's prompts may have meant otherwise, each once."""
+def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
+    """What the writers of a batch's prompts should know, each once.
+
+    Text that they may have meant otherwise, and words that the model has never seen, unless it is `adapted`: an adapter
+    does not say which words it was trained on.
+    """
     notes: dict[str, None] = {}
+    encoder, known = model.encoder, None if adapted else model.card.words
     for job in batch.jobs:
         names = ("prompt", "negative_prompt") if job.request.guidance_scale > 1 else ("prompt",)
         for name in names if job.embeds is None else ():
-            read = encoder.read(getattr(job.request, name), style_of(job.request))
+            prompt = getattr(job.request, name)
+            read = encoder.read(prompt, style_of(job.request))
             notes |= dict.fromkeys(f"{name}: {note}" for note in read.notes)
+            if known is not None and (words := unseen(prompt, known)):
+                notes[f"{model.card.name} has never seen: {', '.join(words)}"] = None
     return list(notes)
 
 

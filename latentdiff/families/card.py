@@ -1,4 +1,8 @@
-"""`latentdiff.json`: the model's name, size and recommended settings, which diffusers' layout does not contain."""
+"""The facts about a model that diffusers' layout does not contain.
+
+latentdiff.json   its name, size and recommended settings
+words.txt         the words of the captions that it was trained on, one a line; models from elsewhere have none
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentdiff.core.errors import ModelError
+from latentdiff.core.errors import ModelError, loading
 from latentdiff.families.scheduler import read_json_as, read_scheduler
 from latentdiff.formats.folder import folder_hash, picture_geometry
 from latentdiff.model import ModelCard
 from latentdiff.settings.recommended import Recommended
 
 FILE = "latentdiff.json"
+WORDS = "words.txt"
 GUIDANCE_OF_SDXL = 5.0  # the default of its pipeline in diffusers
 Side = Annotated[int, Field(ge=8, le=2048)]
 
@@ -51,9 +56,19 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
     defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}
     if defaults.get("num_inference_steps", 1) > T:
         raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {T} times ({path})")
-    return ModelCard(card.name, sha256, card.size, defaults, folder=directory)
+    return ModelCard(card.name, sha256, card.size, defaults, folder=directory, words=known_words(directory))
+
+
+def known_words(directory: Path) -> frozenset[str] | None:
+    """The words that a model was trained on, or None if its folder does not say. Raises ModelError."""
+    path = directory / WORDS
+    if not path.is_file():
+        return None
+    with loading(WORDS, directory):
+        return frozenset(path.read_text(encoding="utf-8").split())
 
 
 def card_tree(card: ModelCard) -> dict[str, Any]:
     """The content of latentdiff.json for a card."""
-    return {"name": card.name, "size": list(card.size), "defaults": card.defaults or None}
+    defaults = {name: value for name, value in card.defaults.items() if name in Recommended.model_fields}
+    return {"name": card.name, "size": list(card.size), "defaults": defaults or None}

@@ -71,7 +71,8 @@ def train_denoiser(run: Run[Config]) -> None:
     run_stage(accelerator, stage, settings, run.folder / "denoiser", report, start, run.interruption)
     if accelerator.is_main_process:
         with saving("the model", run.folder / "model"):
-            save_model(model, run.folder / "model")
+            card = replace(model.card, words=run.data.training.words())
+            save_model(replace(model, card=card), run.folder / "model")
     accelerator.wait_for_everyone()
 
 

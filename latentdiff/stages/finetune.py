@@ -46,7 +46,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     config, accelerator = run.config, run.accelerator
     made_from = identity_of_model(model)
     prior = _prior(run, model, made_from)
-    tuning = begin(model, config)
+    tuning = begin(model, config, run.data.training.words())
     say(*plan(run, model, tuning))
     unet, text_encoder, _ = trainable(model)
     prepare_unet(unet, config.finetune, accelerator.device)

@@ -17,6 +17,7 @@ from latentdiff.core.errors import DataError
 from latentdiff.core.files import recorded
 from latentdiff.core.images import coloured, to_images
 from latentdiff.core.text import printable, quoted
+from latentdiff.core.vocabulary import words_of
 from latentdiff.data.examples import Examples
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
@@ -48,7 +49,8 @@ def report(
     pictures = _drawn(painter, config, prompts)
     _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png", {"step": step, "prompts": prompts})
     folder = painter.model.card.folder
-    if config.method in ("full", "lora") and folder and (folder / "clip").is_dir():
+    known = painter.model.card.words or frozenset()
+    if config.method in ("full", "lora") and folder and (folder / "clip").is_dir() and words_of(prompts) <= known:
         device = painter.model.place.device
         images = to_images(coloured(pictures)).to(device)
         numbers["clip_score"] = float(load_own_scorer(folder).to(device).score(prompts, images).mean())
@@ -159,7 +161,7 @@ def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _in_words(name: str) -> str:
     """What a number of a validation is."""
     if name == "clip_score":
-        return "CLIP score of the drawn pictures by the model's own CLIP, which knows what it was trained on"
+        return "CLIP score of the drawn pictures, by the model's own CLIP"
     low, _, high = name.removeprefix("loss_at_").partition("_to_")
     return f"validation loss at times {low} to {high}" if high else name.replace("_", " ")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -39,8 +39,11 @@ class Tuning:
     write: Write
 
 
-def begin(model: Model, config: FineTuning) -> Tuning:
-    """Prepare a model for a method: add the parameters to train, freeze the others. Raises ConfigError."""
+def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset()) -> Tuning:
+    """Prepare a model for a method: add the parameters to train, freeze the others. words: of the training captions.
+
+    Raises ConfigError.
+    """
     if model.inpaints:
         raise ConfigError("fine-tuning an inpainting model is not supported: give the plain model that it comes from")
     _, text_encoder, codec = trainable(model)
@@ -48,7 +51,7 @@ def begin(model: Model, config: FineTuning) -> Tuning:
     text_encoder.requires_grad_(False)
     if config.method == "textual-inversion":
         return _word(model, config)
-    return _factors(model, config) if config.low_rank else _weights(model, config)
+    return _factors(model, config) if config.low_rank else _weights(model, config, words)
 
 
 def trainable(model: Model) -> tuple[UNet, AnyTextEncoder, AnyCodec]:
@@ -59,13 +62,15 @@ def trainable(model: Model) -> tuple[UNet, AnyTextEncoder, AnyCodec]:
     return backbone, encoder, codec
 
 
-def _weights(model: Model, config: FineTuning) -> Tuning:
+def _weights(model: Model, config: FineTuning, words: frozenset[str]) -> Tuning:
     """All weights of the U-Net, and optionally of the text encoder."""
     unet, text_encoder, _ = trainable(model)
     parts: dict[str, nn.Module] = {"unet": unet}
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-        save_model(model, folder / "model")
+        known = model.card.words
+        card = replace(model.card, words=None if known is None else known | words)
+        save_model(replace(model, card=card), folder / "model")
         return [folder / "model"]
 
     if not config.finetune.tune_text_encoder:

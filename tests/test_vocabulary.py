@@ -1,0 +1,53 @@
+"""The words that a model was trained on: in its folder, and named where a prompt has others."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ModelError
+from latentdiff.core.vocabulary import unseen, words_of
+from latentdiff.data.dataset import open_data
+from latentdiff.families.card import known_words
+from latentdiff.settings.config import load_config
+
+from .conftest import ROOT
+
+
+def test_words_are_runs_of_letters():
+    assert words_of(["A red_apple, 3 Äpfel (cat:1.2)", "don't"]) == {"a", "red", "apple", "äpfel", "cat", "don", "t"}
+    assert unseen("A (Cat:1.2) BREAK on a cat, a dog break", {"a", "on"}) == ["cat", "dog", "break"]
+
+
+def test_the_default_model_knows_its_captions():
+    """The file that is shipped has the words of the captions that its own config trains on."""
+    training = open_data(load_config(ROOT / "configs" / "scenes-64.toml", ())).training
+    assert known_words(ROOT / "assets" / "scenes-64") == training.words()
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+def test_words_that_it_has_never_seen_are_named(runtime):
+    pipe = LatentDiffusionPipeline.from_pretrained(runtime=runtime, device="cpu")
+    asked = {"num_inference_steps": 1, "negative_prompt": "a blue fog", "guidance_scale": 2.0}
+    assert pipe("a cat on a table", **asked).notes == [
+        "scenes-64 has never seen: cat, table",
+        "scenes-64 has never seen: fog",
+    ]
+    assert not pipe("two blue stars above a ring", num_inference_steps=1).notes
+
+
+def test_models_say_nothing_of_words_they_do_not_list(tiny_model, tmp_path):
+    """A folder without the list, and a model with an adapter, which may know more words."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    assert {"red", "circle"} <= known_words(folder)
+    asked = {"prompt": "a cat", "num_inference_steps": 1}
+    pipe = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+    assert [note.partition(" has ")[2] for note in pipe(**asked).notes] == ["never seen: cat"]
+    pipe.save_pretrained(tmp_path / "again")
+    assert known_words(tmp_path / "again") == known_words(folder)
+    (folder / "words.txt").write_bytes(b"\xff\xfe\x00cat")
+    with pytest.raises(ModelError, match=r"words\.txt"):
+        LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+    (folder / "words.txt").unlink()
+    assert not LatentDiffusionPipeline.from_pretrained(folder, device="cpu")(**asked).notes
