@@ -143,9 +143,10 @@ class LatentDiffusionPipeline:
 
     @property
     def scheduler(self) -> Any:
-        """A scheduler of diffusers with the model's noise schedule; one that is set chooses sampler and spacing.
+        """A scheduler of diffusers with the model's noise schedule.
 
-        Setting raises ConfigError for a scheduler of another noise schedule or prediction than the model's.
+        One that is set chooses sampler and spacing, and says what the network predicts. Setting raises ConfigError for
+        another noise schedule than the model's.
         """
         from latentdiff.families.scheduler import as_diffusers
 
@@ -155,10 +156,11 @@ class LatentDiffusionPipeline:
     def scheduler(self, scheduler: Any) -> None:
         from latentdiff.families.scheduler import sampling_for
 
-        sampling = sampling_for(self.model, scheduler)
+        prediction, sampling = sampling_for(self.model, scheduler)
         if sampling.notes:
             warnings.warn(f"of this scheduler, {', '.join(sampling.notes)} is not taken", stacklevel=2)
         self._recommend(**sampling.settings)
+        self._revise(prediction=prediction)
 
     @property
     def vae(self) -> Any:
@@ -186,11 +188,13 @@ class LatentDiffusionPipeline:
 
     def _recommend(self, **settings: Any) -> None:
         """Change the settings that calls without them have."""
-        model = self.model
-        card = replace(model.card, defaults={**model.card.defaults, **settings})
-        other = model.other
-        later = None if other is None else lambda: replace(other(), card=card)
-        self._painter = replace(self._painter, model=replace(model, card=card, other=later))
+        self._revise(card=replace(self.card, defaults={**self.card.defaults, **settings}))
+
+    def _revise(self, **facts: Any) -> None:
+        """Change what is known of the model, in both runtimes."""
+        other = self.model.other
+        later = None if other is None else lambda: replace(other(), **facts)
+        self._painter = replace(self._painter, model=replace(self.model, other=later, **facts))
 
     def enable_vae_tiling(self) -> None:
         """Decode in tiles by default, for large pictures."""

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 
 import diffusers
 import numpy as np
@@ -12,11 +13,14 @@ from PIL import Image
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.diffusion.path import Straight
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.extras import adapted
 from latentdiff.families.loading import default_model
+from latentdiff.families.sampling import sampling_of, scheduler_of
 
 from .stable_diffusion import load
 
+SPACINGS = ("leading", "linspace", "trailing")
 PROMPT, NEGATIVE = "a castle on a hill", "fog"
 ASKED = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "latent"}
 
@@ -29,6 +33,7 @@ def ours(folders):
 @pytest.fixture(scope="module")
 def theirs(folders):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folders["1"], safety_checker=None)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -44,6 +49,16 @@ def close(a, b):
 def scheduler(name, pipe, **changes):
     config = dict(pipe.scheduler.config) | {"timestep_spacing": "trailing"} | changes
     return getattr(diffusers, name).from_config(config)
+
+
+@pytest.mark.parametrize(("width", "height"), [(72, 40), (88, 56), (8, 8), (64, 136)])
+def test_any_multiple_of_the_vaes_factor(ours, theirs, width, height):
+    """Sides that the U-Net's levels do not halve evenly: each level is enlarged to the size of its skip connections."""
+    x = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
+    asked = ASKED | {"width": width, "height": height, "output_type": "pt", "latents": x}
+    drawn = ours(PROMPT, sampler="ddim", spacing="leading", **asked).images
+    assert drawn.shape == (1, 3, height, width)
+    close(drawn, theirs(PROMPT, **asked).images)
 
 
 # schedulers
@@ -73,9 +88,39 @@ def test_a_scheduler_comes_back_as_it_was_set(name, spacing, folders):
     assert pipe.card.defaults == before
 
 
+@pytest.mark.filterwarnings("ignore:of this scheduler")  # exponential sigmas of multistep solvers differ
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy's, of KDPM2
+@pytest.mark.parametrize("sampler", [*(name for name, row in SAMPLERS.items() if row.schedulers), "dpmpp_2m_sde"])
+def test_every_sampling_comes_back(sampler, folders):
+    """The scheduler of a sampler and a grid asks for that sampler and that grid."""
+    pipe = load(folders["1"])
+    grids = {"karras", "exponential", "trailing"}
+    kind, _ = scheduler_of(sampler, "trailing")
+    grids |= {sampling_of({"_class_name": kind, "timestep_spacing": s}).settings["spacing"] for s in SPACINGS}
+    for spacing in grids - ({"trailing"} if sampler in ("lcm", "tcd") else set()):
+        pipe._recommend(sampler=sampler, spacing=spacing)
+        if sampler == "dpmpp_sde" and find_spec("torchsde") is None:
+            with pytest.raises(ConfigError, match="DPMSolverSDEScheduler requires the torchsde library"):
+                _ = pipe.scheduler
+            continue
+        pipe.scheduler = pipe.scheduler
+        assert (pipe.card.defaults["sampler"], pipe.card.defaults["spacing"]) == (sampler, spacing)
+
+
+def test_a_scheduler_says_what_is_predicted(folders):
+    """As in diffusers: `from_config(pipe.scheduler.config, prediction_type=...)` mends a model that is read wrongly."""
+    pipe = load(folders["1"])
+    asked = {**ASKED, "latents": noise()}
+    as_epsilon = pipe(PROMPT, **asked).images
+    as_v = pipe(PROMPT, prediction="v_prediction", **asked).images
+    assert not torch.equal(as_v, as_epsilon)
+    pipe.scheduler = scheduler("DDIMScheduler", pipe, prediction_type="v_prediction")
+    assert torch.equal(pipe(PROMPT, **asked).images, as_v)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
 def test_schedulers_of_other_models(ours):
     for changes, message in (
-        ({"prediction_type": "v_prediction"}, "is for v_prediction, the model predicts epsilon"),
         ({"beta_end": 0.02}, "another noise schedule"),
         ({"rescale_betas_zero_snr": True}, "another noise schedule"),
     ):

@@ -1,6 +1,9 @@
 """Models and adapters in other forms: precision, layout, names; and pickles, read in a process of their own."""
 
+import argparse
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -176,6 +179,27 @@ def test_no_tensor_is_lost(convert, tree, message):
     torch.save([torch.ones(1), {"x": torch.zeros(2)}], "list.ckpt")
     assert convert("list.ckpt", "list.safetensors", "--trust-pickle")[0] == 0
     assert load_file("list.safetensors").keys() == {"0", "1.x"}
+
+
+def test_what_lies_beside_the_tensors(convert, monkeypatch):
+    """Objects of training libraries are dropped by name and never built; of any other library the file is refused."""
+    for name in ("pytorch_lightning.callbacks", "os_helper"):
+        module = types.ModuleType(name)
+        module.Checkpoint = type("Checkpoint", (), {"__module__": name, "__qualname__": "Checkpoint"})
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, name.partition(".")[0], module)
+        made = module.Checkpoint()
+        made.best = {"score": torch.ones(1)}
+        beside = {"callbacks": {"one": made}, "hyper": argparse.Namespace(rate=0.1), "seen": np.float64(3)}
+        torch.save({"state_dict": {"a": torch.arange(3.0)}, **beside}, f"{name}.ckpt")
+    code, _, err = convert("pytorch_lightning.callbacks.ckpt", "a.safetensors", "--trust-pickle")
+    assert (code, err.count("\n")) == (0, 1), err
+    assert err.startswith("note: objects beside the tensors are dropped: argparse.Namespace, numpy.")
+    assert err.endswith(", pytorch_lightning.callbacks.Checkpoint\n")
+    found = load_file("a.safetensors")
+    assert (list(found), found["a"].tolist()) == (["a"], [0.0, 1.0, 2.0])
+    code, _, err = convert("os_helper.ckpt", "b.safetensors", "--trust-pickle")
+    assert (code, "os_helper.Checkpoint" in err) == (7, True)
 
 
 @pytest.mark.parametrize("archive", [False, True])

@@ -29,6 +29,7 @@ def said(err):
     return [line for line in lines if re.match("error|warning|saved|micro-batch|no checkpoint", line)]
 
 
+@pytest.mark.slow
 def test_killed_three_times_in_three_stages(whole, tmp_path):
     """Once in each stage, the last between the two parts of an accumulated step: the ends are the same bits."""
     run = tmp_path / "run"

@@ -3,9 +3,11 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
@@ -106,11 +108,28 @@ def test_a_checkpoint_without_vae(files, folders, tmp_path, call):
     assert (code, err) == (4, "error: this checkpoint has no VAE. Name one: --vae, load_vae\n")
 
 
+def decoder_alone(state):
+    return {name: tensor for name, tensor in vae_alone(state).items() if not name.startswith("encoder.")}
+
+
+def test_a_vae_without_an_encoder(files, tmp_path):
+    """It decodes as the whole one does; what requires an encoder says so, and nothing is written without one."""
+    decoder = changed(files / "1.safetensors", tmp_path / "decoder.safetensors", decoder_alone)
+    whole, pipe = opened(files / "1.safetensors"), opened(files / "1.safetensors")
+    pipe.load_vae(decoder)
+    asked = ASKED | {"output_type": "pt"}
+    assert torch.equal(pipe(PROMPT, **asked).images, whole(PROMPT, **asked).images)
+    with pytest.raises(ModelError, match="this VAE has no encoder, which input pictures require"):
+        pipe(PROMPT, image=Image.new("RGB", (64, 64)), **ASKED | {"strength": 1.0})
+    with pytest.raises(ConfigError, match="a model folder requires a complete VAE; this one has no encoder"):
+        pipe.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda state: {"x": torch.zeros(1)}, "there is no VAE in it"),
-        (lambda state: {n: t for n, t in vae_alone(state).items() if not n.startswith("encoder")}, "has no encoder"),
         (lambda state: {"decoder.up_blocks.0.x": torch.zeros(1)}, "diffusers' names without their config"),
     ],
 )
@@ -143,6 +162,7 @@ def test_models_of_another_path_are_refused_by_name(name, kind, files, tmp_path)
         ({"ss_v_parameterization": "False"}, "epsilon"),
         ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
         ({"prediction_type": "eps"}, "epsilon"),
+        ({"prediction_type": "sample"}, "sample"),
         ({}, "epsilon"),
     ],
 )
@@ -151,10 +171,28 @@ def test_predictions_in_metadata(metadata, prediction, files, tmp_path):
     assert opened(file).model.prediction == prediction
 
 
-def test_a_prediction_of_an_unknown_kind(files, tmp_path):
-    file = changed(files / "XL.safetensors", tmp_path / "x.safetensors", lambda s: s, {"prediction_type": "sample"})
-    with pytest.raises(ModelError, match="its metadata says that it predicts sample, which is not supported"):
-        opened(file)
+def test_a_prediction_that_is_named_by_hand(files, tmp_path, call):
+    """A file that says something unknown is not drawn, unless the user says what it predicts; pictures record that."""
+    file = changed(files / "1.safetensors", tmp_path / "x.safetensors", lambda s: s, {"prediction_type": "magic"})
+    with pytest.raises(ConfigError, match=r"say that it predicts 'magic'\. Set prediction to one of epsilon, sample"):
+        opened(file)(PROMPT, **ASKED)
+    plain = opened(files / "1.safetensors")
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        drawn = opened(file)(PROMPT, prediction=prediction, **ASKED)
+        expected = plain.model
+        plain._revise(prediction=prediction)
+        assert torch.equal(drawn.images, plain(PROMPT, **ASKED).images)
+        plain._revise(prediction=expected.prediction)
+    words = ("generate", PROMPT, "-m", file, "--steps", 2, "-W", 64, "-H", 64, "-s", 1)
+    assert call(*words, "--set", "prediction=v_prediction", "-o", "a.png")[0] == 0
+    code, out, _ = call("reproduce", "a.png", "-m", file)
+    assert (code, out.startswith("equal")) == (0, True)
+    code, _, err = call(*words, "--set", "prediction=velocity", "-o", "b.png")
+    assert (code, "unknown prediction 'velocity'; one of epsilon, sample, v_prediction" in err) == (2, True)
+    assert call("convert", file, "right", "--prediction", "v_prediction")[0] == 0
+    assert opened("right").model.prediction == "v_prediction"
+    code, _, err = call("convert", file, "wrong")
+    assert (code, "predicts 'magic'" in err, Path("wrong").exists()) == (2, True, False)
 
 
 # what a file cannot say

@@ -446,13 +446,15 @@ def test_variants_and_shards(folders, tmp_path):
     assert (half.model.backbone.dtype, again.model.backbone.dtype) == (torch.float16, torch.float32)
     same_networks(again, plain)
     same_networks(half, plain.to(dtype=torch.float16))
+    theirs.to(torch.float32).save_pretrained(folder, variant="fp16.ema", max_shard_size="300KB")
+    same_networks(stable_diffusion.stored(folder, variant="fp16.ema"), plain)
     assert folder_hash(folder) != folder_hash(folder, "fp16")
-    with pytest.raises(ModelError, match=r"no weights of variant bf16 .* There are: fp16, the plain one"):
+    with pytest.raises(ModelError, match=r"no weights of variant bf16 .* There are: fp16, fp16.ema, the plain one"):
         stable_diffusion.stored(folder, variant="bf16")
     for part in ("unet", "vae", "text_encoder"):
         for file in weight_files(folder / part):
             file.unlink()
-        for index in (folder / part).glob("*.index.json"):
+        for index in [*(folder / part).glob("*.index.json"), *(folder / part).glob("*fp16.ema*")]:
             index.unlink()
     same_networks(stable_diffusion.stored(folder), half)
 

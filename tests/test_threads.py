@@ -20,7 +20,7 @@ WAYS = (  # each changes something of the networks while it draws, which no othe
 )
 
 
-@pytest.mark.parametrize("kind", ["torch", "XL", "openvino"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("XL", marks=pytest.mark.slow), "openvino"])
 def test_at_once_is_as_one_after_another(kind, tiny_model, folders):
     folder = {"torch": tiny_model, "XL": folders["XL"], "openvino": None}[kind]
     runtime = "openvino" if kind == "openvino" else "torch"

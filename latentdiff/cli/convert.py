@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,9 @@ def convert(
     vae: Annotated[
         Path | None, typer.Option(help="For a model: replace its VAE by this one, which may be tiny.")
     ] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="What the model's U-Net predicts, where its files are wrong: v_prediction, ...")
+    ] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Read the tensors of a pickle (.ckpt, .bin) in a separate process.")
     ] = False,
@@ -51,7 +55,8 @@ def convert(
     from latentdiff.families.loading import place_of
 
     source = place_of(source)
-    of_models = "--vae" if vae is not None else "--dtype" if dtype is not None else None
+    given = {"--vae": vae, "--dtype": dtype, "--prediction": prediction}
+    of_models = next((option for option, value in given.items() if value is not None), None)
     if to is Form.openvino and output is None:
         if of_models:
             raise ConfigError(
@@ -76,7 +81,7 @@ def convert(
     elif adapter:
         _adapter(source, output, adapter, model)
     else:
-        _model(source, output, dtype, variant, vae, exporting=to is Form.openvino)
+        _model(source, output, dtype, variant, vae, prediction, exporting=to is Form.openvino)
     terminal.result(output)
 
 
@@ -87,7 +92,9 @@ def _pickle(source: Path, output: Path) -> None:
     if not source.is_file() or not is_pickle(source):
         raise ConfigError(f"--trust-pickle requires a pickle (got {source})")
     with whole(output) as made:
-        unpickled(source, made)
+        dropped = unpickled(source, made)
+    if dropped:
+        terminal.note(f"note: objects beside the tensors are dropped: {', '.join(dropped)}")
 
 
 def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
@@ -131,10 +138,19 @@ def _tell(differences: dict[str, float]) -> None:
 
 
 def _model(
-    source: Path, output: Path, dtype: Precision | None, variant: str | None, vae: Path | None, *, exporting: bool
+    source: Path,
+    output: Path,
+    dtype: Precision | None,
+    variant: str | None,
+    vae: Path | None,
+    prediction: str | None,
+    *,
+    exporting: bool,
 ) -> None:
     import torch
 
+    from latentdiff.drawing.painter import prediction_of
+    from latentdiff.drawing.request import request
     from latentdiff.families.convert import convert_folder
     from latentdiff.families.loading import save_model, stored_model
     from latentdiff.families.original import save_single_file
@@ -144,7 +160,7 @@ def _model(
 
     single = output.suffix.lower() == ".safetensors"
     precision = None if dtype is None else getattr(torch, dtype.value)
-    if source.is_dir() and not single and variant is None and vae is None and not exporting:
+    if source.is_dir() and not single and variant is None and vae is None and prediction is None and not exporting:
         if precision is None:
             raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
         convert_folder(source, output, precision)
@@ -153,6 +169,7 @@ def _model(
     if vae is not None:
         pipe.load_vae(vae, as_stored=True)
     model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
+    model = replace(model, prediction=prediction_of(request(prompt="", prediction=prediction), model))
     with whole(output) as made:
         (save_single_file if single else save_model)(model, made)
         if exporting:

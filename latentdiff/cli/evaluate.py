@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MOST = 1000  # settings of a sweep
 OWN = ("seed", "num_images", "width", "height", "prompt_weights", "hires_scale", "hires_strength")
-LACKING = ("autoguidance_scale", "strength")
+LACKING = ("autoguidance_scale", "strength", "prediction")
 
 
 def evaluate(

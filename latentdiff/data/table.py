@@ -6,6 +6,7 @@ fetched because the user named it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -87,6 +88,8 @@ def _opened(source: str, options: Options) -> Any:
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
+    # without a network it prints each of five retries; our error names the reason
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     path = Path(source)
     try:
         if path.exists():

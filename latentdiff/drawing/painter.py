@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
+from latentdiff.diffusion.path import Straight
 from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request
@@ -27,6 +29,11 @@ class Painter:
     sources: Mapping[str, Source] = field(default_factory=dict)
     memory: Memory | None = None
 
+    @property
+    def learnt_more(self) -> bool:
+        """Whether an adapter or a learnt word is loaded, which may know other words than the model."""
+        return any(source.kind in ("lora", "merged", "embedding") for source in self.sources.values())
+
     def with_source(self, name: str, source: Source) -> Painter:
         """A painter with one more source."""
         return replace(self, sources={**self.sources, name: source})
@@ -45,10 +52,22 @@ def torch_only(request: Request, model: Model) -> str | None:
     return "vae_tiling" if request.vae_tiling else None
 
 
+def prediction_of(request: Request, model: Model) -> str:
+    """What the network predicts: by the request, otherwise by the model's files. Raises ConfigError."""
+    prediction = request.prediction or model.prediction
+    if prediction not in PARAMETRIZATIONS:
+        known = ", ".join(PARAMETRIZATIONS)
+        raise ConfigError(f"the model's files say that it predicts {prediction!r}. Set prediction to one of {known}")
+    if prediction == "v_prediction" and isinstance(model.path, Straight):
+        raise ConfigError("prediction: v_prediction requires a variance-preserving path; this model's is straight")
+    return prediction
+
+
 def check(request: Request, painter: Painter) -> None:
     """Refuse settings that have no effect on this model, or lack what they require. Raises ConfigError."""
     model = painter.model
     backbone = model.backbone
+    prediction_of(request, model)
     if (request.original_size or request.crop != (0, 0)) and not model.reads_sizes:
         raise ConfigError("original_size and crop require SDXL; this model reads no sizes")
     if request.pag_scale and not (isinstance(backbone, PerturbedAttention) and backbone.perturbed_blocks):

@@ -23,7 +23,7 @@ from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import Batch
 from latentdiff.drawing.canvas import HALF, Canvas, resized
 from latentdiff.drawing.guided import Helpers, guided, network_of, prepared
-from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.painter import Painter, prediction_of
 from latentdiff.drawing.plan import PlannedPass, Size, shortened
 from latentdiff.drawing.prompts import prompted
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
@@ -73,7 +73,8 @@ def _walked(each: Pass, batch: Batch, painter: Painter, before: Array | None) ->
     draw = _draw(batch, model, size)
     start = each.start(before, draw)
     prompts = prompted(batch, model, size, painter.memory)
-    denoise = guided(model.backbone, model.prediction, prompts, request, start, _helpers(batch, painter, size, start))
+    prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
+    denoise = guided(model.backbone, prediction, prompts, request, start, helpers)
     sampler = SAMPLERS[request.sampler].with_options(eta=request.eta, churn=request.churn)
     walk = sampler(denoise, start.x, start.levels, partial(draw, each.purpose), model.path)
     step: Step = next(walk)

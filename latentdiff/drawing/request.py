@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.grids import GRIDS, LABELS
 from latentdiff.diffusion.noise import MAX_SEED
+from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.settings.validation import Fault, did_you_mean, first_fault, one_of
 
 LONGEST_PROMPT = 10_000  # characters
 LARGEST_BATCH = 1024
-SIDES = (64, 2048)  # pixels
+LONGEST = 2048  # pixels of a side
 _OTHER_NAMES = {  # of other tools, and of our command line
     "steps": "num_inference_steps",
     "cfg": "guidance_scale",
@@ -53,6 +54,9 @@ class Request(BaseModel):
     timesteps: tuple[Finite, ...] | None = Field(None, min_length=1, max_length=1000)  # instead of a spacing
     sigmas: tuple[Finite, ...] | None = Field(None, min_length=1, max_length=1000)  # the same as sigma / alpha
     eta: Fraction | None = None  # noise that a stochastic sampler adds; None is the sampler's default
+    prediction: str | None = (
+        None  # what the network predicts, where its files are wrong; see diffusion/parametrization.py
+    )
     churn: Annotated[Finite, Field(ge=0, le=1000)] | None = None  # of heun: Karras et al. 2022, algorithm 2
     seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
     num_images: int = Field(1, ge=1, le=10_000)
@@ -99,6 +103,11 @@ class Request(BaseModel):
     @classmethod
     def _known_spacing(cls, value: str) -> str:
         return one_of("spacing", GRIDS, value)
+
+    @field_validator("prediction")
+    @classmethod
+    def _known_prediction(cls, value: str | None) -> str | None:
+        return None if value is None else one_of("prediction", tuple(PARAMETRIZATIONS), value)
 
     @field_validator("guidance_interval")
     @classmethod
@@ -206,9 +215,8 @@ def _refusal(fault: Fault) -> ConfigError:
     return ConfigError(f"{fault.key}: {fault.message} (got {text})")
 
 
-def check_size(name: str, value: int, multiple: int, lowest: int = SIDES[0]) -> int:
+def check_size(name: str, value: int, multiple: int) -> int:
     """Raises ConfigError for a side in pixels that the networks cannot draw."""
-    low, high = lowest, SIDES[1]
-    if not (low <= value <= high and value % multiple == 0):
-        raise ConfigError(f"{name} must be a multiple of {multiple} from {low} to {high} (got {value})")
+    if not (multiple <= value <= LONGEST and value % multiple == 0):
+        raise ConfigError(f"{name} must be a multiple of {multiple} from {multiple} to {LONGEST} (got {value})")
     return value

@@ -42,7 +42,7 @@ def save_single_file(model: Model, path: Path) -> None:
     unet, texts, autoencoder = model.backbone, model.encoder, model.codec
     if not (isinstance(unet, UNet) and isinstance(texts, TextEncoder | TwoTextEncoders)):
         raise _another_shape()
-    if not isinstance(autoencoder, KLAutoencoder):
+    if not isinstance(autoencoder, KLAutoencoder) or not autoencoder.has_encoder:
         raise _another_shape()
     kind = _kind(autoencoder, texts, unet)
     if any(len(encoder.tokenizer) > VOCABULARY for encoder in texts.encoders):

@@ -28,7 +28,7 @@ _GRIDS: dict[str, tuple[str, Mapping[str, str]]] = {  # class -> its default spa
     "TCDScheduler": ("leading", _LCM),
     _FLOW: ("trailing", {}),
 }
-THEIRS = {ours: theirs for grids in (_OPEN, _EXACT, {"leading": "distilled"}) for theirs, ours in grids.items()}
+_THEIRS = {ours: theirs for grids in (_OPEN, _EXACT, {"leading": "distilled"}) for theirs, ours in grids.items()}
 _SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
 _HONOURED: dict[str, tuple[Any, ...]] = {  # key -> the values that mean what we do
     "solver_order": (None, 2),
@@ -56,11 +56,28 @@ _HONOURED: dict[str, tuple[Any, ...]] = {  # key -> the values that mean what we
 }
 
 
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+
 class Sampling(NamedTuple):
     """Recommended settings, sampler and spacing, and notes on what a config wants otherwise."""
 
     settings: dict[str, Any]
     notes: tuple[str, ...]
+
+
+def scheduler_of(sampler: str, spacing: str) -> tuple[str, dict[str, Any]]:
+    """The class of diffusers that a sampler stands for, DDIM's if there is none, and the keys of its config.
+
+    The reverse of `sampling_of`.
+    """
+    flags: dict[str, Any] = {key: True for key, grid in _SIGMAS.items() if grid == spacing}
+    flags["timestep_spacing"] = "linspace" if flags else _THEIRS.get(spacing, spacing)
+    if sampler == "dpmpp_2m_sde":
+        return "DPMSolverMultistepScheduler", flags | _SDE
+    if sampler == "plms":
+        flags["skip_prk_steps"] = True
+    return next(iter(SAMPLERS[sampler].schedulers), "DDIMScheduler"), flags
 
 
 def sampling_of(config: Mapping[str, Any]) -> Sampling:

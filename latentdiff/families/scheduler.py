@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentdiff.core.errors import ConfigError, ModelError, raised_as
+from latentdiff.core.text import one_line
 from latentdiff.diffusion.path import Path, Straight, VariancePreserving
-from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.families.sampling import THEIRS, Sampling, sampling_of
+from latentdiff.families.sampling import Sampling, sampling_of, scheduler_of
 from latentdiff.model import Model
 from latentdiff.settings.validation import first_fault
 
@@ -83,21 +83,27 @@ def read_scheduler(directory: FilePath) -> Scheduler:
 
 
 def as_diffusers(model: Model) -> Any:
-    """diffusers' scheduler of a model's path and prediction, of the class of its sampler where diffusers has one."""
+    """diffusers' scheduler of a model's path and prediction, of the class of its sampler where diffusers has one.
+
+    Raises ConfigError for a class that requires a library which is not installed.
+    """
     import diffusers
 
-    kind = next(iter(SAMPLERS[model.card.defaults.get("sampler", "ddim")].schedulers), "DDIMScheduler")
-    spacing = model.card.defaults.get("spacing", "trailing")
-    config = scheduler_config(model.path, model.prediction, THEIRS.get(spacing, spacing))
+    defaults = model.card.defaults
+    kind, flags = scheduler_of(defaults.get("sampler", "ddim"), defaults.get("spacing", "trailing"))
+    config = scheduler_config(model.path, model.prediction, flags["timestep_spacing"]) | flags
     if isinstance(model.path, Straight):
         kind = _FLOW
-    return getattr(diffusers, kind).from_config({key: value for key, value in config.items() if key[0] != "_"})
+    try:
+        return getattr(diffusers, kind).from_config({key: value for key, value in config.items() if key[0] != "_"})
+    except ImportError as error:
+        raise ConfigError(f"diffusers cannot make the scheduler: {one_line(error)}") from None
 
 
-def sampling_for(model: Model, scheduler: Any) -> Sampling:
-    """The sampling that a scheduler object of diffusers asks of a model.
+def sampling_for(model: Model, scheduler: Any) -> tuple[str, Sampling]:
+    """The prediction of a scheduler object of diffusers, and the sampling that it asks of a model.
 
-    Raises ConfigError for anything else, and for a scheduler of another path or prediction than the model's.
+    Raises ConfigError for anything else, and for a scheduler of another path than the model's.
     """
     try:
         tree = {**dict(scheduler.config), "_class_name": type(scheduler).__name__}
@@ -106,12 +112,9 @@ def sampling_for(model: Model, scheduler: Any) -> Sampling:
     except (AttributeError, TypeError, ValueError, ModelError) as error:
         raise ConfigError(f"scheduler must be a scheduler of diffusers: {str(error)[:100]}") from None
     usual = "flow" if config.class_name == _FLOW else "epsilon"
-    prediction = config.prediction_type or usual
-    if prediction != model.prediction:
-        raise ConfigError(f"the scheduler is for {prediction}, the model predicts {model.prediction}")
     if not _same(path, model.path):
         raise ConfigError("the scheduler has another noise schedule than the model")
-    return sampling_of(tree)
+    return config.prediction_type or usual, sampling_of(tree)
 
 
 def _same(first: Path, second: Path) -> bool:

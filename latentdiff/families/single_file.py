@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -46,7 +46,7 @@ from latentdiff.formats.pickle import is_pickle
 from latentdiff.model import Model, ModelCard
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.absent import AbsentCodec
-from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.codecs.kl import KLAutoencoder, without_encoder
 from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 from latentdiff.networks.encoders.prompt import Prompt
@@ -64,6 +64,7 @@ _OTHER_KINDS = {  # weights by which models of SDXL's shape but of another path 
     "edm_mean": "Playground 2.5",
     "edm_std": "Playground 2.5",
 }
+_HINTS = {"": "epsilon", "eps": "epsilon", "noise": "epsilon", "x0": "sample"}  # metadata's words -> predictions
 _XL: dict[str, Any] = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
@@ -108,9 +109,14 @@ def load_single_file(path: Path) -> Model:
 
 def _vae(state: State, kind: Kind) -> AutoencoderKL:
     config = vae_config(state, kind)
-    if not config["block_out_channels"]:
-        raise ModelError("its VAE has no encoder. Name a complete one")
-    return cast(AutoencoderKL, _filled(AutoencoderKL, config, conversion.convert_ldm_vae_checkpoint(state, config)))
+    weights = conversion.convert_ldm_vae_checkpoint(state, config)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**config)
+    if not any(name.startswith("encoder.") for name in weights):
+        without_encoder(vae)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("quant_conv.")}
+    vae.load_state_dict(weights, assign=True)
+    return vae
 
 
 def load_vae_file(path: Path, scale: float) -> KLAutoencoder:
@@ -269,15 +275,17 @@ def unet_config(state: State, kind: Kind) -> dict[str, Any]:
 
 
 def vae_config(state: State, kind: Kind) -> dict[str, Any]:
-    """The autoencoder's config, from the shapes of its encoder."""
-    levels = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
+    """The autoencoder's config, from the shapes of its decoder: some files have no encoder. Raises ModelError."""
+    for numbered in (r"down\.(\d+)\.", r"down\.\d+\.block\.(\d+)\."):
+        _count(state, rf"{re.escape(VAE)}encoder\.{numbered}")
+    levels = _count(state, rf"{re.escape(VAE)}decoder\.up\.(\d+)\.")
     return {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "block_out_channels": tuple(
-            state[f"{VAE}encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)
+            state[f"{VAE}decoder.up.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)
         ),
-        "layers_per_block": _count(state, rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": _count(state, rf"{re.escape(VAE)}decoder\.up\.0\.block\.(\d+)\.") - 1,
         "latent_channels": state[f"{VAE}decoder.conv_in.weight"].shape[1],
         "scaling_factor": SCALING[kind],
         "sample_size": 8 * SIDES[kind],
@@ -382,7 +390,8 @@ def _prediction(
 ) -> tuple[str, bool]:
     """The U-Net's prediction, and whether it was trained with zero terminal SNR.
 
-    Files that differ from their family's usual kind say so with an empty weight of that name, or in their metadata.
+    Files that differ from their family's usual kind say so with an empty weight of that name, or in their metadata. A
+    name that is not known here is returned as it is: drawing requires the user's own word for it.
     """
     with safe_open(path, "pt") as file:
         metadata = {key.lower(): value.strip().lower() for key, value in (file.metadata() or {}).items()}
@@ -390,12 +399,10 @@ def _prediction(
     hint = hint.replace("-", "_").replace("prediction", "").strip("_")
     if metadata.get("ss_v_parameterization") == "true":
         hint = "v"
-    if hint not in ("", "v", "epsilon", "eps", "noise"):
-        raise ModelError(f"its metadata says that it predicts {hint[:40]}, which is not supported ({path})")
     if "v_pred" in state or hint == "v":
         return "v_prediction", "ztsnr" in state
     if hint or kind != "2":
-        return "epsilon", "ztsnr" in state
+        return _HINTS.get(hint, hint[:40]), "ztsnr" in state
     return ("epsilon" if predicts_noise(unet, text_encoder) else "v_prediction"), "ztsnr" in state
 
 

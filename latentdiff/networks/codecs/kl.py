@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
+from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.networks.codecs.autoencoder import Autoencoder
+
+
+class _NoEncoder(nn.Module):
+    def forward(self, images: Tensor) -> NoReturn:
+        raise ModelError("this VAE has no encoder, which input pictures require. Name a complete one: --vae, load_vae")
+
+
+def without_encoder(vae: AutoencoderKL) -> None:
+    """Remove the encoder of a VAE, of which a file holds the decoder alone. Encoding then raises ModelError."""
+    vae.encoder, vae.quant_conv = _NoEncoder(), None
 
 
 class KLAutoencoder(Autoencoder):
@@ -44,6 +57,17 @@ class KLAutoencoder(Autoencoder):
         """Mean and log-variance of the posterior q(x0 | image), (B, L, H/f, W/f) each, with gradients."""
         posterior = self.vae.encode(images).latent_dist
         return (posterior.mean - self.shift) * self.scale, posterior.logvar + 2 * math.log(self.scale)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether pictures can be encoded; some files hold the decoder alone."""
+        return not isinstance(self.vae.encoder, _NoEncoder)
+
+    def save(self, directory: Path) -> None:
+        """Write config.json and safetensors weights. Raises ConfigError for a VAE without an encoder."""
+        if not self.has_encoder:
+            raise ConfigError("a model folder requires a complete VAE; this one has no encoder")
+        super().save(directory)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See `encode` and Posterior."""
