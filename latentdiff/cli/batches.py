@@ -31,12 +31,13 @@ _OF_A_RUN = ("runtime", "device", "dtype", "speed", "versions", "batch", "model"
 
 @dataclass(frozen=True)
 class Target:
-    """The output of pictures. resume: existing files are kept and skipped."""
+    """The output of pictures. resume: existing files are kept and skipped. steps_gif: an animation beside each."""
 
     path: Path
     suffix: str
     metadata: bool
     resume: bool = False
+    steps_gif: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,11 @@ def write_all(
     with _bar(total) as bar:
         for batch in batches:
             drawing = Drawing(painter, Batch([job for _, job in batch]))
+            walked = []
             for step in drawing:
                 bar.update()
                 latents = step.x
+                walked += [latents] if target.steps_gif else []
             output = drawing.finish(latents)
             bar.clear()  # end the bar's line
             for note in set(output.notes) - written:
@@ -91,8 +94,25 @@ def write_all(
             written |= set(output.notes)
             paths = _paths(batch, target, process)
             records = output.metadata
-            yield from write_pictures(output.images, records, target.path, target.suffix, target.metadata, paths)
+            for path, record in write_pictures(
+                output.images, records, target.path, target.suffix, target.metadata, paths
+            ):
+                if target.steps_gif:
+                    number = next(index for index, each in enumerate(records) if each is record)
+                    _write_animation(painter, [latents[number : number + 1] for latents in walked], path)
+                yield path, record
             bar.refresh()
+
+
+def _write_animation(painter: Painter, steps: Sequence[Any], picture: Path) -> None:
+    """Write the decoded latents of every step of a picture beside it."""
+    from latentdiff.core.files import write_new
+    from latentdiff.core.images import to_uint8
+    from latentdiff.drawing.pixels import decode
+    from latentdiff.drawing.sheet import animation
+
+    frames = [to_uint8(decode(painter.model, latents))[0] for latents in steps]
+    write_new(picture.with_suffix(".gif"), animation(frames))
 
 
 def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Process) -> list[list[Numbered]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,13 +12,13 @@ import typer
 from latentdiff.cli import report_folder, terminal
 from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime
+from latentdiff.cli.variations import grid_of
 from latentdiff.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from latentdiff.drawing.painter import Painter
     from latentdiff.evaluation.evaluate import Candidate
 
-MOST = 1000  # settings of a sweep
 OWN = ("seed", "num_images", "width", "height", "prompt_weights", "hires_scale", "hires_strength")
 LACKING = ("autoguidance_scale", "strength", "prediction")
 
@@ -193,26 +191,10 @@ def _grid(options: Sequence[str], drawing: dict[str, Any]) -> dict[str, tuple[An
     """The grid of NAME=VALUE,VALUE, checked together with the settings of all drawing. Raises ConfigError."""
     from latentdiff.evaluation.sweep import GRID, combinations
 
-    grid: dict[str, tuple[Any, ...]] = {}
-    for text in options:
-        name, equals, values = text.partition("=")
-        if not equals or not values or name in grid:
-            raise ConfigError(f"--sweep is NAME=VALUE,VALUE, once a name (got {text[:60]!r})")
-        given = [_setting(name, value) for value in re.split(r",(?![^\[]*\])", values)]  # outside brackets
-        grid[next(iter(given[0]))] = tuple(next(iter(one.values())) for one in given)
-    grid = grid or dict(GRID)
-    if (count := math.prod(map(len, grid.values()))) > MOST:
-        raise ConfigError(f"a sweep of {count:,} settings. At most {MOST:,} are tried")
+    grid = grid_of(options, "--sweep") or dict(GRID)
     for combination in combinations(grid):
         _drawing(drawing | combination, [])
     return grid
-
-
-def _setting(name: str, value: str) -> dict[str, Any]:
-    """One setting, which may require others."""
-    values = common_settings({}, [f"{name}={value}"])
-    del values["num_images"]
-    return values
 
 
 def _names(only: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from latentdiff.cli.batches import Process, Target, write_all
 from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
 from latentdiff.cli.options import Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
+from latentdiff.cli.variations import grid_of, varied, write_grid
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.grids import GRIDS
 from latentdiff.diffusion.samplers import SAMPLERS
@@ -117,6 +119,14 @@ def generate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; the README lists them.")
     ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw under each value of a setting, cfg=1,3,7; repeated, under every combination."),
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures as one, with labels.")] = False,
+    steps_gif: Annotated[
+        bool, typer.Option("--steps-gif", help="Also write the way from noise to each picture, as a GIF.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a file for a single picture.")] = Path(
         "outputs"
     ),
@@ -170,12 +180,14 @@ def generate(
         "batch_size": batch_size,
     }
     common = common_settings(given, settings or [])
-    wishes = _wishes(prompt, prompts_file, image, mask, outpaint)
-    requests = _requests(wishes, common)  # refused before any library or weight is loaded
+    wishes, axes = _wishes(prompt, prompts_file, image, mask, outpaint), grid_of(vary or [], "--vary")
     process = Process.of_launcher()
     _check_seed(wishes, common, resume, process)
+    wishes = varied(wishes, axes, common)
+    requests = _requests(wishes, common)  # refused before any library or weight is loaded
     check_target(output, sum(request.num_images for request in requests), resume=resume)
     _check_used(requests, weaker, clip)
+    _check_beside(output, requests, process, resume=resume, grid=grid, steps_gif=steps_gif)
     suffix = _suffix(output, picture_format, wishes)
     loras = [adapter_and_weight(text) for text in lora or []]
     words = [embedding_and_word(text) for text in embedding or []]
@@ -189,9 +201,13 @@ def generate(
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
     jobs = _jobs(pipe, wishes, requests, common)
-    for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume), process):
+    paths: list[Path] = []
+    for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume, steps_gif), process):
+        paths.append(path)
         line = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
         terminal.result(json.dumps(line | {"prompt": record.request["prompt"]}) if json_lines else path)
+    if grid:
+        terminal.result(write_grid(paths, wishes, axes, requests[0].num_images, output))
 
 
 def _sides(width: int | None, height: int | None, size: str | None) -> dict[str, int | None]:
@@ -270,6 +286,21 @@ def _check_used(requests: Sequence[Request], weaker: str | None, clip: Path | No
         raise ConfigError("--weaker has no effect without --set autoguidance_scale=2")
     if clip is not None and not any(one.clip_guidance_scale for one in requests):
         raise ConfigError("--clip has no effect without --clip-guidance-scale")
+
+
+def _check_beside(
+    output: Path, requests: Sequence[Request], process: Process, *, resume: bool, grid: bool, steps_gif: bool
+) -> None:
+    """Raises ConfigError for a grid or animations that cannot be written beside the pictures."""
+    from latentdiff.drawing.sheet import MOST_CELLS
+
+    if grid and (resume or process.processes > 1 or suffix_of(output)):
+        raise ConfigError("--grid requires all pictures of one command in a folder: no --resume, no other process")
+    counts = {one.num_images for one in requests}
+    if grid and (len(counts) > 1 or sum(one.num_images for one in requests) > MOST_CELLS):
+        raise ConfigError(f"--grid requires as many pictures of each prompt, and at most {MOST_CELLS} in all")
+    if steps_gif and suffix_of(output) and os.path.lexists(output.with_suffix(".gif")):
+        raise ConfigError(f"file exists ({output.with_suffix('.gif')}). Pictures are never overwritten")
 
 
 def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:

@@ -1,0 +1,87 @@
+"""`--vary NAME=VALUE,VALUE`: the same pictures under every combination of settings, and `--grid`, which shows them."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from latentdiff.cli.loading import common_settings
+from latentdiff.cli.prompts import Wish
+from latentdiff.core.errors import ConfigError
+
+Grid = Mapping[str, tuple[Any, ...]]
+MOST = 1000  # combinations
+_SHORT = {"cfg": "guidance_scale", "steps": "num_inference_steps"}
+
+
+def grid_of(options: Sequence[str], option: str) -> dict[str, tuple[Any, ...]]:
+    """The settings and their values of NAME=VALUE,VALUE, each name once. Raises ConfigError."""
+    grid: dict[str, tuple[Any, ...]] = {}
+    for text in options:
+        name, equals, values = text.partition("=")
+        name = _SHORT.get(name.strip(), name.strip())
+        if not equals or not values or name in grid:
+            raise ConfigError(f"{option} is NAME=VALUE,VALUE, once a name (got {text[:60]!r})")
+        given = [_setting(name, value.strip()) for value in re.split(r",(?![^\[]*\])", values)]  # outside brackets
+        grid[name] = tuple(given)
+    if (count := math.prod(map(len, grid.values()))) > MOST:
+        raise ConfigError(f"{option} gives {count:,} combinations of settings. At most {MOST:,} are tried")
+    return grid
+
+
+def _setting(name: str, value: str) -> Any:
+    return common_settings({}, [f"{name}={value}"])[name]
+
+
+def varied(wishes: Sequence[Wish], grid: Grid, common: Mapping[str, Any]) -> list[Wish]:
+    """Each wish under every combination, with the same seeds. Raises ConfigError for a setting that is given too."""
+    from latentdiff.evaluation.sweep import combinations
+
+    if not grid:
+        return list(wishes)
+    seed = common.get("seed")
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    results: list[Wish] = []
+    for wish in wishes:
+        given = common.keys() | wish.settings.keys()
+        if twice := [name for name in grid if name in given or name in ("num_images", "batch_size")]:
+            raise ConfigError(f"--vary {twice[0]}: it is given elsewhere, or does not change pictures")
+        first = {"seed": wish.settings.get("seed", seed)}
+        results += [replace(wish, settings=wish.settings | first | chosen) for chosen in combinations(grid)]
+        seed = int(first["seed"]) + int(wish.settings.get("num_images", common["num_images"]))
+    return results
+
+
+def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images: int, folder: Path) -> Path:
+    """Write the labelled grid of all pictures of a command, `grid-NNNNN.png` in their folder.
+
+    Columns are the last setting's values, or without one a prompt's pictures; rows are everything else.
+    """
+    from PIL import Image
+
+    from latentdiff.core.files import write_new
+    from latentdiff.drawing.files import encoded
+    from latentdiff.drawing.sheet import grid as drawn
+
+    others, last = list(grid)[:-1], list(grid)[-1] if grid else None
+    across = images if last is None else len(grid[last])
+    columns = [""] * across if last is None else [f"{last} {value}" for value in grid[last]]
+    prompts = len({wish.where for wish in wishes}) > 1
+    rows: dict[tuple[Any, ...], list[Image.Image]] = {}
+    for number, path in enumerate(paths):
+        wish, picture = wishes[number // images], number % images
+        key = (wish.where, wish.prompt if prompts else "", *(f"{name} {wish.settings[name]}" for name in others))
+        with Image.open(path) as opened:
+            rows.setdefault(key if last is None else (*key, picture), []).append(opened.copy())
+    names = [", ".join(str(part) for part in key[1 : 2 + len(others)] if part) for key in rows]
+    number = 1 + max(
+        (int(path.stem[5:]) for path in folder.glob("grid-?????.png") if path.stem[5:].isdecimal()), default=0
+    )
+    path = folder / f"grid-{number:05d}.png"
+    write_new(path, encoded(drawn(list(rows.values()), columns, names), ".png", None))
+    return path

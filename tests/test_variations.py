@@ -1,0 +1,126 @@
+"""`--vary`, `--grid` and `--steps-gif`: pictures of every combination, shown together, and the way to each."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from latentdiff.drawing.sheet import CELL, GAP, animation, grid
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def asked(*more):
+    return ("generate", "a red circle", "-m", "{model}", "--steps", 2, *more)
+
+
+@pytest.fixture
+def draw(call, tiny_model):
+    """The command on the tiny model: exit code, lines on stdout, stderr."""
+
+    def drawn(*words):
+        code, out, err = call(*(str(word).replace("{model}", str(tiny_model)) for word in words))
+        return code, out.split(), err
+
+    return drawn
+
+
+def test_every_combination_is_what_it_is_alone(draw):
+    """The same seeds under each; the last setting changes first."""
+    code, paths, err = draw(*asked("-s", 3, "-N", 2, "--vary", "cfg=1,4", "--vary", "sampler=ddim,euler", "-o", "out"))
+    assert (code, [path[-11:] for path in paths]) == (0, [f"{n:05}-{3 + (n - 1) % 2}.png" for n in range(1, 9)]), err
+    for number, (cfg, sampler) in enumerate([(1, "ddim"), (1, "euler"), (4, "ddim"), (4, "euler")]):
+        _, alone, _ = draw(*asked("-s", 3, "-N", 2, "--cfg", cfg, "--sampler", sampler, "-o", f"alone{number}"))
+        for ours, theirs in zip(paths[2 * number :], alone, strict=False):
+            assert np.array_equal(pixels(ours), pixels(theirs))
+
+
+def test_seeds_of_several_prompts(draw, tmp_path):
+    """Each prompt goes on counting, as without variations; without a seed all variations share a random one."""
+    (tmp_path / "p.txt").write_text("a ring\na star\n")
+    words = ("generate", "--prompts-file", "p.txt", "-m", "{model}", "--steps", 1, "--vary", "cfg=1,2", "-o", "out")
+    _, paths, _ = draw(*words, "-s", 5, "-N", 2)
+    assert [int(path[-5]) for path in paths] == [5, 6, 5, 6, 7, 8, 7, 8]
+    _, paths, _ = draw(*words)
+    seeds = [int(path.rpartition("-")[2][:-4]) for path in paths]
+    assert (seeds[0], seeds[2], seeds[3]) == (seeds[1], seeds[0] + 1, seeds[0] + 1)
+
+
+def test_the_grid_shows_every_picture(draw):
+    """Columns are the last setting's values; each cell is its picture, enlarged by pixels, and nothing else."""
+    code, paths, err = draw(*asked("-s", 3, "--vary", "cfg=1,4", "--vary", "steps=1,2,3", "--grid", "-o", "out"))
+    assert code == 2, "steps are given twice"
+    words = [word for word in asked("-s", 3, "--vary", "cfg=1,4", "--vary", "steps=1,2,3", "--grid", "-o", "out")]
+    del words[4:6]
+    code, paths, err = draw(*words)
+    assert (code, len(paths), paths[-1]) == (0, 7, "out/grid-00001.png"), err
+    sheet, factor = pixels(paths[-1]), CELL // 64
+    left, top = CELL, sheet.shape[0] - 2 * (CELL + GAP) - GAP
+    assert sheet.shape[1] == left + 3 * (CELL + GAP) + GAP
+    for number, path in enumerate(paths[:6]):
+        y, x = top + GAP + number // 3 * (CELL + GAP), left + GAP + number % 3 * (CELL + GAP)
+        expected = pixels(path).repeat(factor, 0).repeat(factor, 1)
+        assert np.array_equal(sheet[y : y + CELL, x : x + CELL], expected)
+    assert (sheet[:top, left:] < 128).any(), "names above"
+    assert (sheet[top:, :left] < 128).any(), "names beside"
+    assert draw(*words)[1][-1] == "out/grid-00002.png"
+
+
+def test_pictures_of_several_sizes_stand_in_the_middle():
+    small, large = Image.new("RGB", (200, 100), "red"), Image.new("RGB", (300, 200), "blue")
+    sheet = np.asarray(grid([[small, large]], ["", ""], [""]))
+    assert sheet.shape == (200 + 2 * GAP, 2 * 300 + 3 * GAP, 3)
+    assert (sheet[GAP + 50 : GAP + 150, GAP + 50 : GAP + 250] == (255, 0, 0)).all()
+    assert (sheet[GAP : GAP + 50, GAP : GAP + 300] == 255).all()
+
+
+def test_the_way_from_noise(draw):
+    """A frame a step; the last one is the picture, up to the palette."""
+    code, paths, err = draw(*asked("-s", 3, "-N", 2, "--steps-gif", "-o", "out"))
+    assert code == 0, err
+    for path in paths:
+        with Image.open(path.replace(".png", ".gif")) as made:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(made)]
+        assert len(frames) == 2
+        last = frames[-1].astype(int)
+        assert np.abs(last - pixels(path)).mean() < 6
+    assert not np.array_equal(pixels(paths[0].replace("png", "gif")), pixels(paths[1].replace("png", "gif")))
+
+
+def test_animations_of_many_steps_and_of_two_passes():
+    """At most sixty frames, the first and the last among them; frames of a smaller pass are enlarged."""
+    frames = [np.full((8, 8, 3), value, np.uint8) for value in range(0, 200)] + [np.full((16, 16, 1), 255, np.uint8)]
+    made = Image.open(io.BytesIO(animation(frames)))
+    assert (made.n_frames, made.size) == (60, (16, 16))
+    values = [int(np.asarray(frame.convert("L")).max()) for frame in ImageSequence.Iterator(made)]
+    assert (values[0], values[-1]) == (0, 255)
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--vary", "cfg"), "--vary is NAME=VALUE,VALUE, once a name (got 'cfg')"),
+        (("--vary", "cfg=1", "--vary", "guidance_scale=2"), "once a name"),
+        (("--vary", "cfg=1,x"), "guidance_scale: must be a number (got 'x')"),
+        (("--vary", "cfg=1", "--cfg", 3), "--vary guidance_scale: it is given elsewhere"),
+        (("--vary", "num_images=1,2"), "--vary num_images: it is given elsewhere, or does not change pictures"),
+        (("--vary", "batch_size=1,2"), "does not change pictures"),
+        (("--vary", "prompt=a,b"), "the prompt is an argument"),
+        (("--vary", f"seed={','.join(map(str, range(2000)))}"), "gives 2,000 combinations of settings. At most 1,000"),
+        (("--vary", "cfg=1,2", "--resume"), "--resume requires --seed"),
+        (("--grid", "--resume", "-s", 1), "--grid requires all pictures of one command in a folder"),
+        (("--grid", "-o", "a.png"), "--grid requires all pictures of one command in a folder"),
+        (("--grid", "-N", 500), "at most 400 in all"),
+        (("--steps-gif", "-o", "there.png"), "file exists (there.gif)"),
+    ],
+)
+def test_refused(draw, tmp_path, words, message):
+    (tmp_path / "there.gif").write_bytes(b"")
+    code, out, err = draw("generate", "a ring", "-m", "nowhere", *words)
+    assert (code, out, err.count("\n")) == (2, [], 1)
+    assert message in err
