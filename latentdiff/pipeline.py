@@ -397,6 +397,11 @@ class LatentDiffusionPipeline:
             raise
         warnings.warn(f"{what} requires torch: drawing with torch instead", stacklevel=4)
 
+    def use_torch(self, what: str) -> None:
+        """Change to torch's networks, if others compute; a warning names what requires them. Raises ConfigError."""
+        with self._in_torch(what):
+            pass
+
     # drawing
 
     def request(self, prompt: str, **settings: Any) -> Request:

@@ -23,7 +23,7 @@ WORDS = ("generate", "--prompts-file", "prompts.txt", "-s", "5", "--steps", "2",
 
 
 def prompts(folder, count):
-    lines = [f"a {COLORS[i % 5]} {SHAPES[i % 4]} number {i}" for i in range(count)]
+    lines = [f"a {COLORS[i % 5]} {SHAPES[i % 4]} and {i}" for i in range(count)]
     (folder / "prompts.txt").write_text("\n".join(lines))
 
 

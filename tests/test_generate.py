@@ -150,7 +150,7 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
         (("--embedding", "none.safetensors"), 4, "no embeddings at none.safetensors"),
         (("--lora", "text.png:strong"), 2, "--lora must be PATH:WEIGHT, and 'strong' is not a number"),
         (("--weaker", "none", "--set", "autoguidance_scale=2"), 4, "no such model folder (none)"),
-        (("-i", "small.png"), 2, "small.png has 32x1 pixels, less than 2. Enlarge it (width, height)"),
+        (("-i", "small.png"), 2, "small.png has 2x1 pixels, less than 2. Enlarge it (width, height)"),
         (("--set", "autoguidance_scale=2"), 2, "autoguidance_scale requires a weaker model"),
         (("--clip", "none", "--clip-guidance-scale", 3), 4, "no CLIP in open_clip's format at none"),
         (("--set", "original_size=[64, 64]"), 2, "original_size and crop require SDXL"),
@@ -168,7 +168,7 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
 def test_refused(generate, photo, tmp_path, words, code, message):
     (tmp_path / "text.png").write_text("<html>")
     Image.new("L", (64, 64), 255).save(tmp_path / "photo2.png")
-    Image.new("L", (32, 1), 255).save(tmp_path / "small.png")
+    Image.new("L", (2, 1), 255).save(tmp_path / "small.png")
     found, out, err = generate(PROMPT, *words)
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert message in err

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NUMBERS = {"core", "diffusion"}  # the mathematics
 NETWORKS = NUMBERS | {"networks", "model"}
 MODELS = NETWORKS | {"formats", "families", "settings"}  # all that reads and writes models
-DOING = {"drawing", "data", "runtime", "training", "evaluation", "stages", "pipeline"}
+DOING = {"drawing", "data", "runtime", "training", "evaluation", "stages", "pipeline", "show"}
 ARROWS = {  # the rooms that each room may import: a change here is a change of the design
     "core": set(),
     "diffusion": {"core"},
@@ -27,6 +27,7 @@ ARROWS = {  # the rooms that each room may import: a change here is a change of 
     "evaluation": MODELS | {"drawing", "data"},
     "stages": MODELS | {"drawing", "data", "runtime", "training", "evaluation"},
     "pipeline": NUMBERS | {"model", "families", "drawing", "runtime"},
+    "show": NUMBERS | {"networks", "evaluation", "pipeline"},
     "cli": (MODELS - {"model"}) | DOING | {"__init__"},
     "__init__": {"pipeline"},
     "__main__": {"cli"},
@@ -45,7 +46,7 @@ HOMES = {  # the rooms that may import a library
     "typer": {"cli"},
     "torchmetrics": {"evaluation", "networks"},
     "torch_fidelity": {"evaluation", "networks"},
-    "matplotlib": {"evaluation"},
+    "matplotlib": {"evaluation", "show"},
     "PIL": {"core", "data", "drawing", "evaluation", "stages"},
     "huggingface_hub": {"formats", "data"},
 }

@@ -38,6 +38,7 @@ def test_the_whole_chain(tiny_run):
     assert (tiny_run / "config.toml").is_file()
     assert {path.name for path in (tiny_run / "model").iterdir()} == {
         "clip", "latentdiff.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+        "words.txt",
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from latentdiff import __version__
-from latentdiff.cli import convert, data, evaluate, finetune, generate, info, reproduce, runs, terminal, train
+from latentdiff.cli import convert, data, evaluate, finetune, generate, info, reproduce, runs, show, terminal, train
 from latentdiff.core.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command("finetune")(finetune.finetune)
 app.command("runs")(runs.runs)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
+app.add_typer(show.app, name="show")
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("reproduce")(reproduce.reproduce)

@@ -62,22 +62,19 @@ def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images
 
     Columns are the last setting's values, or without one a prompt's pictures; rows are everything else.
     """
-    from PIL import Image
-
     from latentdiff.core.files import write_new
-    from latentdiff.drawing.files import encoded
+    from latentdiff.drawing.files import encoded, open_picture
     from latentdiff.drawing.sheet import grid as drawn
 
     others, last = list(grid)[:-1], list(grid)[-1] if grid else None
     across = images if last is None else len(grid[last])
     columns = [""] * across if last is None else [f"{last} {value}" for value in grid[last]]
     prompts = len({wish.where for wish in wishes}) > 1
-    rows: dict[tuple[Any, ...], list[Image.Image]] = {}
+    rows: dict[tuple[Any, ...], list[Any]] = {}
     for number, path in enumerate(paths):
         wish, picture = wishes[number // images], number % images
         key = (wish.where, wish.prompt if prompts else "", *(f"{name} {wish.settings[name]}" for name in others))
-        with Image.open(path) as opened:
-            rows.setdefault(key if last is None else (*key, picture), []).append(opened.copy())
+        rows.setdefault(key if last is None else (*key, picture), []).append(open_picture(path))
     names = [", ".join(str(part) for part in key[1 : 2 + len(others)] if part) for key in rows]
     number = 1 + max(
         (int(path.stem[5:]) for path in folder.glob("grid-?????.png") if path.stem[5:].isdecimal()), default=0

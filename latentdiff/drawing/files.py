@@ -13,6 +13,7 @@ from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.files import check_writable, write_new
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from latentdiff.core.decoding import Color
@@ -106,6 +107,17 @@ def _next_path(folder: Path, seed: int, suffix: str) -> Path:
 def numbered(folder: Path, number: int, seed: int, suffix: str) -> Path:
     """folder/NNNNN-SEED.png."""
     return folder / f"{number:05d}-{seed}{suffix}"
+
+
+def open_fitted(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """The largest middle part of a picture file in the aspect of `size`, (height, width), resized to it, uint8.
+
+    Raises DataError.
+    """
+    import numpy as np
+    from PIL import ImageOps
+
+    return np.asarray(ImageOps.fit(open_picture(path), size[::-1]))
 
 
 def open_picture(path: Path, background: Color = (255, 255, 255)) -> Image.Image:

@@ -126,6 +126,10 @@ class UNet(nn.Module):
             self.model.set_attn_processor(AttnProcessor2_0())
         self._fused = False
 
+    def cross_attentions(self) -> list[tuple[str, Any]]:
+        """The layers that attend to the text, by name."""
+        return self._attentions("attn2")
+
     def _attentions(self, kind: str) -> list[tuple[str, Any]]:
         return [(name, module) for name, module in self.model.named_modules() if name.endswith(f".{kind}")]
 
