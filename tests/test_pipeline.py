@@ -1,5 +1,8 @@
 """The pipeline: equal to diffusers on the same folder, and a function of seeds alone."""
 
+import base64
+import io
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -256,3 +259,17 @@ def test_refused_places(tiny_model, options):
 def test_missing_folder(tmp_path):
     with pytest.raises(ModelError, match="no such model folder"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "none")
+
+
+def test_pictures_show_themselves_in_a_notebook(pipe):
+    """Each with its prompt, escaped, and its seed; notes below; other output as text."""
+    out = pipe(["a <b>cat</b>", "a ring"], seed=3, num_inference_steps=1)
+    page = out._repr_html_()
+    encoded = re.findall(r"base64,([^']+)'", page)
+    for image, text in zip(out.images, encoded, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(text))) as shown:
+            assert np.array_equal(np.asarray(shown), np.asarray(image))
+    assert "a &lt;b&gt;cat&lt;/b&gt; (seed 3)" in page
+    assert "a ring (seed 4)" in page
+    assert "<p>scenes-tiny has never seen: b, cat</p>" in page
+    assert pipe("a ring", seed=3, num_inference_steps=1, output_type="latent")._repr_html_().startswith("Output(")

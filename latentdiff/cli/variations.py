@@ -40,10 +40,10 @@ def _setting(name: str, value: str) -> Any:
 
 def varied(wishes: Sequence[Wish], grid: Grid, common: Mapping[str, Any]) -> list[Wish]:
     """Each wish under every combination, with the same seeds. Raises ConfigError for a setting that is given too."""
-    from latentdiff.evaluation.sweep import combinations
-
     if not grid:
         return list(wishes)
+    from latentdiff.evaluation.sweep import combinations
+
     seed = common.get("seed")
     seed = secrets.randbelow(2**32) if seed is None else seed
     results: list[Wish] = []

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from latentdiff.core.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
 from latentdiff.core.errors import DataError, ResourceError

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from latentdiff.core.arrays import library
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.record import ImageMetadata
+
+SHOWN = 192  # pixels: the least width of a picture in a notebook
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,24 @@ class Output:
         path = as_path(target)
         check_target(path, len(self.images))
         return [written for written, _ in write_pictures(self.images, self.metadata, path, ".png", metadata=True)]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: PIL pictures with their prompts and seeds, small ones enlarged by pixels, and the notes."""
+        shown = zip(self.images, self.seeds, self.metadata, strict=True) if isinstance(self.images, list) else ()
+        cells = "".join(_figure(image, f"{record.request['prompt']} (seed {seed})") for image, seed, record in shown)
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{cells}</div>{notes}" if cells else repr(self)
+
+
+def _figure(image: Any, caption: str) -> str:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    data = base64.b64encode(content.getvalue()).decode()
+    width = image.width * max(1, SHOWN // image.width)
+    style = f"width:{width}px;max-width:100%;image-rendering:pixelated"
+    picture = f"<img style='{style}' alt='' src='data:image/png;base64,{data}'>"
+    below = f"<figcaption>{escape(caption)}</figcaption>"
+    return f"<figure style='margin:0;max-width:{max(width, SHOWN)}px'>{picture}{below}</figure>"
 
 
 def as_path(value: object) -> Path:

@@ -44,55 +44,75 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    prompt: str = Field(max_length=LONGEST_PROMPT)  # the empty prompt is the unconditional one
-    negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
-    width: int | None = None
-    height: int | None = None
-    num_inference_steps: int = Field(50, ge=1, le=1000)
-    sampler: str = "ddim"
-    spacing: str = "trailing"
-    timesteps: tuple[Finite, ...] | None = Field(None, min_length=1, max_length=1000)  # instead of a spacing
-    sigmas: tuple[Finite, ...] | None = Field(None, min_length=1, max_length=1000)  # the same as sigma / alpha
-    eta: Fraction | None = None  # noise that a stochastic sampler adds; None is the sampler's default
-    prediction: str | None = (
-        None  # what the network predicts, where its files are wrong; see diffusion/parametrization.py
+    prompt: str = Field(max_length=LONGEST_PROMPT, description="what to draw; empty is unconditional")
+    negative_prompt: str = Field("", max_length=LONGEST_PROMPT, description="what not to draw")
+    width: int | None = Field(None, description="pixels; none: the model's, or the picture's")
+    height: int | None = Field(None, description="pixels; none: the model's, or the picture's")
+    num_inference_steps: int = Field(50, ge=1, le=1000, description="sampling steps")
+    sampler: str = Field("ddim", description="the sampler")
+    spacing: str = Field("trailing", description="the grid of the steps")
+    timesteps: tuple[Finite, ...] | None = Field(
+        None, min_length=1, max_length=1000, description="the caller's own times, falling, instead of a spacing"
     )
-    churn: Annotated[Finite, Field(ge=0, le=1000)] | None = None  # of heun: Karras et al. 2022, algorithm 2
-    seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32))
-    num_images: int = Field(1, ge=1, le=10_000)
-    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH)
+    sigmas: tuple[Finite, ...] | None = Field(
+        None, min_length=1, max_length=1000, description="the caller's own sigma / alpha, falling, instead of a spacing"
+    )
+    eta: Fraction | None = Field(None, description="noise that a stochastic sampler adds; none: the sampler's default")
+    prediction: str | None = Field(None, description="what the network predicts, where the model's files are wrong")
+    churn: Annotated[Finite, Field(ge=0, le=1000)] | None = Field(
+        None, description="noise that heun adds (Karras et al. 2022, algorithm 2)"
+    )
+    seed: Seed = Field(default_factory=lambda: secrets.randbelow(2**32), description="picture i has seed + i")
+    num_images: int = Field(1, ge=1, le=10_000, description="pictures of the prompt")
+    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="pictures that are drawn at once")
 
     # how the prompt is read, see networks/encoders/prompt.py
-    prompt_weights: bool = True
-    long_prompts: bool = True
-    clip_skip: int | None = Field(None, ge=0, le=100)
-    original_size: tuple[Pixels, Pixels] | None = None  # (height, width) for SDXL; None is the picture's
-    crop: tuple[Pixels, Pixels] = (0, 0)  # (top, left) for SDXL
+    prompt_weights: bool = Field(True, description="whether brackets and BREAK have a meaning")
+    long_prompts: bool = Field(True, description="whether a long prompt is read in chunks, or cut")
+    clip_skip: int | None = Field(
+        None, ge=0, le=100, description="number of the text encoder's last layers to leave out"
+    )
+    original_size: tuple[Pixels, Pixels] | None = Field(
+        None, description="SDXL: (height, width) of the picture as it was; none: the picture's"
+    )
+    crop: tuple[Pixels, Pixels] = Field((0, 0), description="SDXL: (top, left) of the crop")
 
     # guidance, see diffusion/guidance.py
-    guidance_scale: Finite = Field(7.5, ge=0, le=100)
-    guidance_rescale: Fraction = 0.0
-    guidance_interval: tuple[Finite, Finite] | None = None  # of log-SNR
-    threshold: Annotated[Finite, Field(gt=0, le=1)] | None = None  # the quantile of dynamic thresholding
-    apg: bool = False
-    apg_eta: Finite = Field(0.0, ge=-10, le=10)
-    apg_norm: Annotated[Finite, Field(gt=0, le=1e6)] | None = None
-    apg_momentum: Finite = Field(0.0, ge=-1, le=1)
-    pag_scale: Finite = Field(0.0, ge=0, le=100)  # perturbed attention
-    autoguidance_scale: Finite = Field(1.0, ge=0, le=100)  # 1 is off; requires a weaker model
-    clip_guidance_scale: Finite = Field(0.0, ge=0, le=10_000)
+    guidance_scale: Finite = Field(7.5, ge=0, le=100, description="classifier-free guidance; 1 is none")
+    guidance_rescale: Fraction = Field(0.0, description="restores the unguided contrast (Lin et al. 2023)")
+    guidance_interval: tuple[Finite, Finite] | None = Field(
+        None, description="log-SNR between which guidance acts (Kynkaanniemi et al. 2024)"
+    )
+    threshold: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
+        None, description="quantile of dynamic thresholding (Saharia et al. 2022)"
+    )
+    apg: bool = Field(False, description="adaptive projected guidance (Sadat et al. 2024)")
+    apg_eta: Finite = Field(0.0, ge=-10, le=10, description="share of the parallel part")
+    apg_norm: Annotated[Finite, Field(gt=0, le=1e6)] | None = Field(None, description="largest norm of the difference")
+    apg_momentum: Finite = Field(0.0, ge=-1, le=1, description="momentum of the difference")
+    pag_scale: Finite = Field(0.0, ge=0, le=100, description="perturbed-attention guidance (Ahn et al. 2024)")
+    autoguidance_scale: Finite = Field(
+        1.0, ge=0, le=100, description="guidance by a weaker model (Karras et al. 2024); 1 is none"
+    )
+    clip_guidance_scale: Finite = Field(0.0, ge=0, le=10_000, description="guidance by CLIP's gradient")
 
-    cache_interval: int = Field(1, ge=1, le=100)  # deep features are computed in one of so many evaluations
+    cache_interval: int = Field(
+        1, ge=1, le=100, description="deep features are computed in one of so many evaluations (Ma et al. 2024)"
+    )
 
     # where sampling starts and ends
-    strength: Fraction | None = None  # with an image; default 0.8, or 1 with a mask
-    mask_blur: Finite = Field(0.0, ge=0, le=256)  # pixels: softens the edge of a mask, or of outpainting
-    hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = None  # the second pass' size over the first's
-    hires_strength: Fraction | None = None  # default 0.5
-    variation_seed: Seed | None = None
-    variation_strength: Fraction = 0.0
-    vae_tiling: bool = False
-    vae_slicing: bool = False
+    strength: Fraction | None = Field(
+        None, description="share of the noise that an input picture gets; none: 0.8, with a mask 1"
+    )
+    mask_blur: Finite = Field(0.0, ge=0, le=256, description="pixels: softens the edge of a mask, or of outpainting")
+    hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = Field(
+        None, description="size of the second pass over the first's"
+    )
+    hires_strength: Fraction | None = Field(None, description="share of the noise that the second pass adds; none: 0.5")
+    variation_seed: Seed | None = Field(None, description="seed of the noise that is mixed in")
+    variation_strength: Fraction = Field(0.0, description="share of it")
+    vae_tiling: bool = Field(False, description="decode in tiles")
+    vae_slicing: bool = Field(False, description="decode picture by picture")
 
     @field_validator("sampler")
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from latentdiff.core.arrays import to_numpy
 from latentdiff.core.errors import NonFiniteError

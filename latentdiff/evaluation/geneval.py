@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.files import write_new

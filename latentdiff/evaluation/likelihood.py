@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from latentdiff.core.errors import ModelError, NonFiniteError
 from latentdiff.data.memo import read_memo, write_memo

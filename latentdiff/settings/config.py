@@ -32,20 +32,27 @@ class Section(BaseModel):
 class Training(Section):
     """The optimisation of one stage; names are those of diffusers' training scripts."""
 
-    max_train_steps: int = Field(10_000, ge=1, le=10**9)
-    train_batch_size: int = Field(64, ge=1, le=2**20)
-    gradient_accumulation_steps: int = Field(1, ge=1, le=2**20)
-    learning_rate: float = Field(1e-3, gt=0)
-    lr_schedule: Literal["trapezoid", "cosine", "linear", "constant"] = "trapezoid"
-    lr_warmup_steps: int = Field(200, ge=0)
+    max_train_steps: int = Field(10_000, ge=1, le=10**9, description="steps of the optimizer")
+    train_batch_size: int = Field(64, ge=1, le=2**20, description="pictures of a batch on one process")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**20, description="batches whose gradients make one step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the learning rate")
+    lr_schedule: Literal["trapezoid", "cosine", "linear", "constant"] = Field(
+        "trapezoid", description="course of the learning rate after the warm-up"
+    )
+    lr_warmup_steps: int = Field(200, ge=0, description="steps in which the learning rate rises from 0")
     lr_decay: float = Field(
         0.3, ge=0, le=1, description="share of the steps at the end in which a trapezoid falls to 0"
     )
-    optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
-    adam_beta2: float = Field(0.99, gt=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    ema: Literal["constant", "power"] = "constant"
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = Field(
+        "adamw", description="muon applies to matrices, AdamW to the rest; adamw_8bit requires bitsandbytes"
+    )
+    adam_beta2: float = Field(0.99, gt=0, lt=1, description="decay of AdamW's second moment")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradient; a longer one is scaled down")
+    ema: Literal["constant", "power"] = Field(
+        "constant",
+        description="average of the weights: with a constant decay, or a power of the step (Karras et al. 2024)",
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="limit of the constant decay; 0 turns averaging off")
     ema_power: float = Field(
         6.94, gt=0, description="power decay: step t has the weight t^ema_power (6.94: a width of 10%)"
@@ -53,9 +60,9 @@ class Training(Section):
     ema_offload: bool = Field(False, description="store the average in the CPU's memory, a little slower")
     num_workers: int = Field(0, ge=0, le=64, description="processes that prepare batches; they change no number")
     compile: bool = Field(False, description="torch.compile: takes a minute or two first, then steps are faster")
-    checkpointing_steps: int = Field(500, ge=1)
-    checkpoints_total_limit: int = Field(2, ge=2)
-    validation_steps: int = Field(1000, ge=1)
+    checkpointing_steps: int = Field(500, ge=1, description="steps between checkpoints")
+    checkpoints_total_limit: int = Field(2, ge=2, description="number of checkpoints that are kept")
+    validation_steps: int = Field(1000, ge=1, description="steps between validations")
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -67,18 +74,22 @@ class Captions(Section):
     choice: Literal["random", "first"] = Field("random", description="the choice among several captions in each epoch")
     shuffle_tags: bool = Field(False, description="a new order of comma-separated tags in each epoch")
     keep_tags: int = Field(0, ge=0, description="number of tags that stay in front")
-    templates: tuple[Annotated[str, Field(pattern=r"\{\}")], ...] = Field(("{}",), min_length=1)
-    prefix: str = ""
+    templates: tuple[Annotated[str, Field(pattern=r"\{\}")], ...] = Field(
+        ("{}",), min_length=1, description="texts in which {} is replaced by the caption; one is chosen each epoch"
+    )
+    prefix: str = Field("", description="text before every caption")
 
 
 class Pictures(Section):
     """A data set of the user's own: its place, what is read from it, and how a picture becomes a sample."""
 
     source: str = Field("", description="a folder, shards-{000..099}.tar, .parquet files, or a hub id")
-    layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "shards", "table"] = "auto"
-    split: str = "train"
-    image_column: str | None = None
-    caption_column: str | None = None
+    layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "shards", "table"] = Field(
+        "auto", description="where captions are; auto finds out"
+    )
+    split: str = Field("train", description="the split of a table or of folders named train, test, ...")
+    image_column: str | None = Field(None, description="a table's column of pictures (default: image)")
+    caption_column: str | None = Field(None, description="a table's column of captions (default: text)")
     streaming: bool = Field(False, description="for a table: read in order, never stored")
     follow_links: bool = Field(False, description="read what symbolic links out of the folder lead to")
     instance_prompt: str | None = Field(None, min_length=1, description="caption of pictures without one")
@@ -91,7 +102,7 @@ class Pictures(Section):
     )
     flip: bool = Field(False, description="mirror half of the samples, left to right")
     bucket_step: int | None = Field(None, ge=1, description="multiple of the buckets' sides; none: only squares")
-    bucket_max_aspect: float = Field(2.0, ge=1, le=16)
+    bucket_max_aspect: float = Field(2.0, ge=1, le=16, description="largest ratio of the sides of a bucket")
     validation_pictures: int = Field(
         0, ge=0, description="number held out of training; 0: validation uses training pictures"
     )
@@ -107,7 +118,7 @@ class Pictures(Section):
 class Data(Section):
     """The data. Scenes are procedural: training reads scenes 0, 1, 2, ... of one seed, validation those of another."""
 
-    kind: Literal["scenes", "pictures"] = "scenes"
+    kind: Literal["scenes", "pictures"] = Field("scenes", description="procedural scenes, or pictures of your own")
     grey: bool = Field(False, description="one channel of luminance instead of three of colour")
     count: int = Field(50_000, ge=1, le=10**8, description="distinct scenes for the denoiser's training")
     mix: tuple[Fraction, Fraction, Fraction, Fraction, Fraction, Fraction] = Field(
@@ -132,17 +143,23 @@ class Data(Section):
 class Autoencoder(Section):
     """diffusers.AutoencoderKL; AutoencoderTiny, which learns the latents of another; or none: a pixel-space model."""
 
-    kind: Literal["kl", "tiny", "identity"] = "kl"
+    kind: Literal["kl", "tiny", "identity"] = Field(
+        "kl", description="kl: a VAE; tiny: a small one that learns from another; identity: none, pixels"
+    )
     teacher: str = Field(
         "", description="for a tiny one: the VAE that it learns from, or its model (none: the default)"
     )
-    block_out_channels: tuple[int, ...] = (16, 32, 64)
-    layers_per_block: int = Field(1, ge=1)
-    latent_channels: int = Field(4, ge=1)
-    norm_num_groups: int = Field(8, ge=1)
+    block_out_channels: tuple[int, ...] = Field(
+        (16, 32, 64), description="channels of each level; a level halves the sides"
+    )
+    layers_per_block: int = Field(1, ge=1, description="residual blocks of each level")
+    latent_channels: int = Field(4, ge=1, description="channels of the latents")
+    norm_num_groups: int = Field(8, ge=1, description="groups of the normalisation")
     crop: int = Field(32, ge=8, description="side in pixels of the random crops for training")
-    gradient_weight: float = Field(0.5, ge=0)
-    kl_weight: float = Field(1e-4, ge=0)
+    gradient_weight: float = Field(
+        0.5, ge=0, description="weight of the error of spatial differences, which keeps edges sharp"
+    )
+    kl_weight: float = Field(1e-4, ge=0, description="weight of the posterior's divergence from the standard normal")
     latent_weight: float = Field(
         1.0, ge=0, description="for a tiny one: weight of the difference to the teacher's latents"
     )
@@ -160,30 +177,34 @@ class Autoencoder(Section):
 class Clip(Section):
     """open_clip towers; the text tower becomes the text encoder of the denoiser."""
 
-    embed_dim: int = Field(128, ge=1)
-    text_width: int = Field(128, ge=1)
-    text_layers: int = Field(3, ge=1)
-    text_heads: int = Field(4, ge=1)
+    embed_dim: int = Field(128, ge=1, description="length of the common embedding")
+    text_width: int = Field(128, ge=1, description="width of the text tower, which is the U-Net's context")
+    text_layers: int = Field(3, ge=1, description="layers of the text tower")
+    text_heads: int = Field(4, ge=1, description="heads of its attention")
     max_length: int = Field(32, ge=4, le=77, description="tokens, with start and end")
-    patch_size: int = Field(8, ge=1)
-    vision_width: int = Field(128, ge=1)
-    vision_layers: int = Field(4, ge=1)
-    vision_head_width: int = Field(32, ge=1)
+    patch_size: int = Field(8, ge=1, description="side in pixels of a patch of the vision tower")
+    vision_width: int = Field(128, ge=1, description="width of the vision tower")
+    vision_layers: int = Field(4, ge=1, description="layers of the vision tower")
+    vision_head_width: int = Field(32, ge=1, description="width of a head of its attention")
     training: Training = Training()
 
 
 class Schedule(Section):
     """The noise schedule; `scaled_linear` is Stable Diffusion's."""
 
-    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "scaled_linear"
-    num_train_timesteps: int = Field(1000, ge=2)
-    zero_terminal_snr: bool = False
+    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = Field(
+        "scaled_linear", description="course of the noise"
+    )
+    num_train_timesteps: int = Field(1000, ge=2, description="number of times")
+    zero_terminal_snr: bool = Field(False, description="the last time has no signal (Lin et al. 2023)")
 
 
 class Learning(Section):
     """How a denoiser is trained or fine-tuned: the objective's weights, times and noise, and what is cached."""
 
-    weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = "uniform"
+    weighting: Literal["uniform", "min_snr", "soft_min_snr", "p2"] = Field(
+        "uniform", description="weight of the loss over noise levels"
+    )
     snr_gamma: float | None = Field(None, gt=0, description="gamma of the weighting (default: 5, p2: 1)")
     noise_offset: float = Field(0.0, ge=0, description="deviation of a constant added to each channel's noise")
     input_perturbation: float = Field(
@@ -191,9 +212,11 @@ class Learning(Section):
     )
     times: Literal["uniform", "logit_normal"] = Field("uniform", description="distribution of noise levels")
     logit_mean: float = Field(0.0, ge=-10, le=10, description="mean of logit_normal; below 0 nearer to the picture")
-    logit_std: float = Field(1.0, gt=0, le=10)
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    tune_text_encoder: bool = False
+    logit_std: float = Field(1.0, gt=0, le=10, description="standard deviation of logit_normal")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of samples whose caption is left out, for guidance"
+    )
+    tune_text_encoder: bool = Field(False, description="train the text encoder too")
     cache: bool = Field(
         True, description="encode pictures, and captions if the text encoder is frozen, once before training"
     )
@@ -215,13 +238,19 @@ class Learning(Section):
 class Denoiser(Learning):
     """diffusers.UNet2DConditionModel and the objective it is trained on."""
 
-    block_out_channels: tuple[int, ...] = (64, 128, 192)
-    attention: tuple[bool, ...] = (False, True, True)
-    layers_per_block: int = Field(1, ge=1)
-    num_heads: int = Field(4, ge=1)
-    norm_num_groups: int = Field(16, ge=1)
+    block_out_channels: tuple[int, ...] = Field(
+        (64, 128, 192), description="channels of each level; a level halves the sides"
+    )
+    attention: tuple[bool, ...] = Field(
+        (False, True, True), description="which levels attend to the text, from the finest"
+    )
+    layers_per_block: int = Field(1, ge=1, description="residual blocks of each level")
+    num_heads: int = Field(4, ge=1, description="heads of the attention")
+    norm_num_groups: int = Field(16, ge=1, description="groups of the normalisation")
     pooled_text: bool = Field(False, description="the pooled text also scales and shifts every residual block")
-    prediction: Literal["epsilon", "sample", "v_prediction", "flow", "karras"] = "epsilon"
+    prediction: Literal["epsilon", "sample", "v_prediction", "flow", "karras"] = Field(
+        "epsilon", description="what the network predicts"
+    )
     path: Literal["variance_preserving", "straight"] = Field(
         "variance_preserving", description="straight: a rectified flow, x_t = (1 - s) x0 + s noise"
     )
@@ -236,12 +265,14 @@ class Denoiser(Learning):
 class Settings(Section):
     """The settings that every kind of run has."""
 
-    name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0, lt=2**63)
+    name: str = Field(
+        "model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the model and of its folder in runs/"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the run")
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="precision of the arithmetic; weights stay float32"
     )
-    image_size: int = Field(64, ge=8, le=2048)
+    image_size: int = Field(64, ge=8, le=2048, description="side of the pictures in pixels")
     data: Data = Data()
 
 

@@ -44,16 +44,16 @@ class Prior(Section):
 
     prompt: PromptText | None = Field(None, description='"a dog", if the instance is "a sks dog"')
     source: str = Field("", description="a folder of class pictures, instead of drawn ones")
-    pictures: int = Field(100, ge=1, le=100_000)
+    pictures: int = Field(100, ge=1, le=100_000, description="number of class pictures that are drawn")
     weight: float = Field(1.0, ge=0, le=1000, description="weight of their loss")
 
 
 class Word(Section):
     """The word of a textual inversion."""
 
-    token: Annotated[str, Field(max_length=60, pattern=r"^[^/\s]*$")] = ""
+    token: Annotated[str, Field(max_length=60, pattern=r"^[^/\s]*$")] = Field("", description="the new word")
     initial: Annotated[str, Field(max_length=200)] = Field("", description="words that its vectors begin as")
-    vectors: int = Field(1, ge=1, le=64)
+    vectors: int = Field(1, ge=1, le=64, description="number of its vectors")
 
 
 class Previews(Section):
@@ -61,19 +61,21 @@ class Previews(Section):
 
     prompts: tuple[PromptText, ...] = Field((), max_length=64, description="default: captions of validation pictures")
     count: int = Field(8, ge=1, le=64, description="number of those captions")
-    seed: int = Field(0, ge=0, lt=2**63)
-    num_inference_steps: int = Field(20, ge=1, le=1000)
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise")
+    num_inference_steps: int = Field(20, ge=1, le=1000, description="sampling steps")
 
 
 class FineTuning(Settings):
     """One fine-tuning. image_size 0 stands for the model's size."""
 
-    name: str = Field("finetune", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        "finetune", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its model"
+    )
     model: str = Field("", description="a folder, a .safetensors file or a hub id; none is the default model")
-    variant: str | None = None
-    revision: str | None = None
-    method: Literal["full", "lora", "dreambooth", "textual-inversion"] = "lora"
-    image_size: int = Field(0, ge=0, le=2048)
+    variant: str | None = Field(None, description="variant of the model's weights: fp16, ...")
+    revision: str | None = Field(None, description="revision of a hub id")
+    method: Literal["full", "lora", "dreambooth", "textual-inversion"] = Field("lora", description="what is trained")
+    image_size: int = Field(0, ge=0, le=2048, description="side of the pictures in pixels; 0: the model's")
     data: Data = Data()
     finetune: Learning = Learning()
     lora: Lora = Lora()

@@ -17,7 +17,11 @@ class Recommended(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    num_inference_steps: int = Field(20, ge=1, le=1000)
-    guidance_scale: float = Field(3.0, ge=0, le=100)
-    sampler: Annotated[str, AfterValidator(partial(one_of, "sampler", tuple(SAMPLERS)))] = "ddim"
-    spacing: Annotated[str, AfterValidator(partial(one_of, "spacing", GRIDS))] = "trailing"
+    num_inference_steps: int = Field(20, ge=1, le=1000, description="sampling steps")
+    guidance_scale: float = Field(3.0, ge=0, le=100, description="classifier-free guidance")
+    sampler: Annotated[str, AfterValidator(partial(one_of, "sampler", tuple(SAMPLERS)))] = Field(
+        "ddim", description="sampler"
+    )
+    spacing: Annotated[str, AfterValidator(partial(one_of, "spacing", GRIDS))] = Field(
+        "trailing", description="grid of the steps"
+    )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from latentdiff.core.errors import DataError
 from latentdiff.core.images import to_images

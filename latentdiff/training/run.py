@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from latentdiff.core.errors import Interrupted, ModelError, NonFiniteError
 from latentdiff.settings.config import Training
