@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all lint types clean
+.PHONY: demo test test-all lint types docs lessons clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,5 +28,13 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+lessons: $(VENV)/.installed  ## run the lessons and write their pages
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python scripts/docs/lessons.py
+
+docs: $(VENV)/.installed  ## the manual, into site/; warnings are errors, links are checked
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Draw the README's pictures: eight prompts with the default model, seeds 1 to 4, unpicked, and print their table.
+"""Draw the pictures of the gallery: eight prompts with the default model, seeds 1 to 4, unpicked, and print their table.
 
     python scripts/gallery.py [MODEL]
 
@@ -23,7 +23,7 @@ PROMPTS = (
     "a green ring below a red star",
     "a pink cross",  # a pair that training never drew
 )
-FOLDER = Path(__file__).parent.parent / "assets" / "gallery"
+FOLDER = Path(__file__).parent.parent / "docs" / "images" / "gallery"
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         sheet = Image.fromarray(np.vstack([np.hstack([a, b]), np.hstack([c, d])]))
         path = FOLDER / f"{number}.png"
         sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path, optimize=True)
-        cells.append(f"![{prompt}](assets/gallery/{path.name})<br>{prompt}")
+        cells.append(f"![{prompt}](docs/images/gallery/{path.name})<br>{prompt}")
     for first in range(0, len(cells), 4):
         print("| " + " | ".join(cells[first : first + 4]) + " |")
         if first == 0:
