@@ -112,8 +112,9 @@ for axis, (name, chosen) in zip(
     axis.title.set_fontsize(8)
 
 # %% [markdown]
-# The first steps decide what is where; the last ones only clean up. [Lesson 9](9-guidance.md) uses this: guidance in the
-# middle of the road is enough.
+# With words in the first half alone, the things are in their places, but their shapes are not exact. With words in the
+# second half alone, the shapes are exact, but the things are others and elsewhere than with all words. So words act on the
+# whole road, on different things. [Lesson 9](9-guidance.md) limits guidance to a part of it.
 #
 # **What to remember.** A part can be studied by silencing it. But a network that was *trained* without a part would make
 # up for some of it: this shows what this network relies on, not what any network needs.
