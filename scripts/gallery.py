@@ -1,4 +1,4 @@
-"""Draw the pictures of the gallery: eight prompts with the default model, seeds 1 to 4, unpicked, and print their table.
+"""Draw the pictures of the gallery: eight prompts, the default model, seeds 1 to 4, unpicked; print their table.
 
     python scripts/gallery.py [MODEL]
 

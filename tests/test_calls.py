@@ -107,6 +107,14 @@ def test_every_sampling_comes_back(sampler, folders):
         assert (pipe.card.defaults["sampler"], pipe.card.defaults["spacing"]) == (sampler, spacing)
 
 
+def test_samplings_that_no_scheduler_has(folders):
+    """One line instead of the library's own error."""
+    pipe = load(folders["1"])
+    pipe._recommend(sampler="heun", spacing="beta")
+    with pytest.raises(ConfigError, match="diffusers cannot make the scheduler: beta is not supported"):
+        _ = pipe.scheduler
+
+
 def test_a_scheduler_says_what_is_predicted(folders):
     """As in diffusers: `from_config(pipe.scheduler.config, prediction_type=...)` mends a model that is read wrongly."""
     pipe = load(folders["1"])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.families.convert import convert_folder
+from latentdiff.formats import unpickle
 
 from . import stable_diffusion
 
@@ -148,6 +149,10 @@ class Canary:
         return open, ("canary", "w")
 
 
+ITSELF = {"a": torch.ones(1)}
+ITSELF["state_dict"] = ITSELF
+
+
 def test_a_pickle_is_read_by_its_tensors_alone(convert, tmp_path):
     weights = {"a": torch.randn(3), "b": torch.ones(2, 2)}
     torch.save({"state_dict": weights | {"shared": weights["a"]}, "epoch": 3}, "model.ckpt")
@@ -170,15 +175,25 @@ def test_a_module_of_the_current_folder_is_not_imported(convert, tmp_path):
 
 @pytest.mark.parametrize(
     ("tree", "message"),
-    [({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "have the same name"), ({"epoch": 3}, "holds no tensors")],
+    [
+        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "have the same name"),
+        ({"epoch": 3}, "holds no tensors"),
+        ({"__metadata__": torch.ones(1)}, "has a name that no safetensors file can hold"),
+        ({(1, 2): torch.ones(1)}, "has a name that no safetensors file can hold"),
+        (ITSELF, "a dictionary in it contains itself"),
+    ],
 )
-def test_no_tensor_is_lost(convert, tree, message):
-    torch.save(tree, "model.ckpt")
+def test_no_tensor_is_lost(tree, message):
+    with pytest.raises(ValueError, match=message):
+        unpickle.tensors_of(tree)
+
+
+def test_tensors_have_the_names_of_their_places(convert):
+    """In lists their numbers; a checkpoint without any is refused in one line."""
+    assert unpickle.tensors_of([torch.ones(1), {"x": torch.zeros(2)}]).keys() == {"0", "1.x"}
+    torch.save({"epoch": 3}, "model.ckpt")
     code, _, err = convert("model.ckpt", "model.safetensors", "--trust-pickle")
-    assert (code, message in err) == (4, True)
-    torch.save([torch.ones(1), {"x": torch.zeros(2)}], "list.ckpt")
-    assert convert("list.ckpt", "list.safetensors", "--trust-pickle")[0] == 0
-    assert load_file("list.safetensors").keys() == {"0", "1.x"}
+    assert (code, "holds no tensors" in err, err.count("\n")) == (4, True, 1)
 
 
 def test_what_lies_beside_the_tensors(convert, monkeypatch):
@@ -200,6 +215,26 @@ def test_what_lies_beside_the_tensors(convert, monkeypatch):
     assert (list(found), found["a"].tolist()) == (["a"], [0.0, 1.0, 2.0])
     code, _, err = convert("os_helper.ckpt", "b.safetensors", "--trust-pickle")
     assert (code, "os_helper.Checkpoint" in err) == (7, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_dropped"),
+    [
+        ("argparse.Namespace", True),
+        ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", True),
+        ("numpy._core.multiarray.scalar", True),
+        ("numpy.dtype", True),
+        ("numpy.load", False),
+        ("numpy.testing._private.utils.runstring", False),
+        ("pathlib.os.system", False),
+        ("typing.sys.modules", False),
+        ("builtins.eval", False),
+        ("os.system", False),
+        ("argparse_.Namespace", False),
+    ],
+)
+def test_only_classes_of_known_libraries_are_dropped(name, is_dropped):
+    assert unpickle._is_dropped(name) == is_dropped
 
 
 @pytest.mark.parametrize("archive", [False, True])

@@ -126,6 +126,29 @@ def test_a_vae_without_an_encoder(files, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_vae_of_eight_bits(files, tmp_path, call):
+    """It is widened when it is read, so that what is converted with it can be read again."""
+
+    def narrow(state):
+        return {name: tensor.to(torch.float8_e4m3fn) for name, tensor in vae_alone(state).items()}
+
+    vae = changed(files / "1.safetensors", tmp_path / "f8.safetensors", narrow)
+    assert call("convert", files / "1.safetensors", "folder", "--vae", vae)[0] == 0
+    drawn = opened("folder")(PROMPT, **ASKED | {"output_type": "pt"}).images
+    expected = opened(files / "1.safetensors")(PROMPT, **ASKED | {"output_type": "pt"}).images
+    assert 0 < float((drawn.float() - expected).abs().mean()) < 0.05
+
+
+def encoder_alone(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith(f"{VAE}decoder")}
+
+
+def test_a_checkpoint_whose_vae_has_no_decoder(files, tmp_path):
+    file = changed(files / "1.safetensors", tmp_path / "half.safetensors", encoder_alone)
+    with pytest.raises(ModelError, match="its VAE has no decoder"):
+        opened(file)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

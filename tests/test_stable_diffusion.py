@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.drawing.reproduce import read_record
 from latentdiff.families import FAMILIES
 from latentdiff.families.original import save_single_file
 from latentdiff.families.single_file import load_single_file, predicts_noise
@@ -446,15 +447,22 @@ def test_variants_and_shards(folders, tmp_path):
     assert (half.model.backbone.dtype, again.model.backbone.dtype) == (torch.float16, torch.float32)
     same_networks(again, plain)
     same_networks(half, plain.to(dtype=torch.float16))
-    theirs.to(torch.float32).save_pretrained(folder, variant="fp16.ema", max_shard_size="300KB")
-    same_networks(stable_diffusion.stored(folder, variant="fp16.ema"), plain)
+    for variant in ("fp16.ema", "fp16-ema"):
+        theirs.to(torch.float32).save_pretrained(folder, variant=variant, max_shard_size="300KB")
+        named = stable_diffusion.stored(folder, variant=variant)
+        same_networks(named, plain)
+        picture = tmp_path / f"{variant}.png"
+        named("a", seed=1, num_inference_steps=1, height=16, width=16).save(picture)
+        assert read_record(picture).variant == variant
     assert folder_hash(folder) != folder_hash(folder, "fp16")
-    with pytest.raises(ModelError, match=r"no weights of variant bf16 .* There are: fp16, fp16.ema, the plain one"):
+    with pytest.raises(
+        ModelError, match=r"no weights of variant bf16 .* There are: fp16, fp16-ema, fp16.ema, the plain one"
+    ):
         stable_diffusion.stored(folder, variant="bf16")
     for part in ("unet", "vae", "text_encoder"):
         for file in weight_files(folder / part):
             file.unlink()
-        for index in [*(folder / part).glob("*.index.json"), *(folder / part).glob("*fp16.ema*")]:
+        for index in [*(folder / part).glob("*.index.json"), *(folder / part).glob("*fp16?ema*")]:
             index.unlink()
     same_networks(stable_diffusion.stored(folder), half)
 

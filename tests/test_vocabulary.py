@@ -4,12 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ModelError
 from latentdiff.core.vocabulary import unseen, words_of
 from latentdiff.data.dataset import open_data
 from latentdiff.families.card import known_words
+from latentdiff.families.convert import convert_folder
 from latentdiff.settings.config import load_config
 
 from .conftest import ROOT
@@ -22,7 +24,7 @@ def test_words_are_runs_of_letters():
 
 def test_the_default_model_knows_its_captions():
     """The file that is shipped has the words of the captions that its own config trains on."""
-    training = open_data(load_config(ROOT / "configs" / "scenes-64.toml", ())).training
+    training = open_data(load_config(ROOT / "configs" / "scenes-64.toml", ["data.count=5000"])).training
     assert known_words(ROOT / "assets" / "scenes-64") == training.words()
 
 
@@ -49,5 +51,9 @@ def test_models_say_nothing_of_words_they_do_not_list(tiny_model, tmp_path):
     (folder / "words.txt").write_bytes(b"\xff\xfe\x00cat")
     with pytest.raises(ModelError, match=r"words\.txt"):
         LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+    with pytest.raises(ModelError, match=r"words\.txt"):
+        convert_folder(folder, tmp_path / "half", torch.float16)
+    (folder / "words.txt").write_bytes("\ufeffA\r\nCat\r\n".encode())
+    assert known_words(folder) == {"a", "cat"}
     (folder / "words.txt").unlink()
     assert not LatentDiffusionPipeline.from_pretrained(folder, device="cpu")(**asked).notes

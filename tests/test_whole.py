@@ -13,8 +13,9 @@ import pytest
 from latentdiff.core import files
 from latentdiff.core.errors import ModelError
 from latentdiff.core.files import SCRATCH, scratch, whole
+from latentdiff.families.loading import default_model
 
-from .stable_diffusion import load
+from .stable_diffusion import load, stored
 
 MARK = ".scratch-of-latentdiff"
 CONTEXT = multiprocessing.get_context("fork")
@@ -181,6 +182,19 @@ def test_a_smaller_model_over_a_larger_one(folders, tmp_path):
     assert load(model).model.family.name == "Stable Diffusion"
     assert not (model / "text_encoder_2").exists()
     assert (model / "notes.txt").read_text() == "mine"
+
+
+def test_the_clip_of_another_model_does_not_stay(folders, tiny_model, tmp_path):
+    """A model with a CLIP over another brings its own; one without leaves none. Saved in its own place it keeps it."""
+    stored(default_model()).save_pretrained(tmp_path / "x")
+    of_default = (tmp_path / "x" / "clip" / "open_clip_model.safetensors").read_bytes()
+    stored(tmp_path / "x").save_pretrained(tmp_path / "x")
+    assert (tmp_path / "x" / "clip" / "open_clip_model.safetensors").read_bytes() == of_default
+    stored(tiny_model).save_pretrained(tmp_path / "x")
+    own = (tiny_model / "clip" / "open_clip_model.safetensors").read_bytes()
+    assert (tmp_path / "x" / "clip" / "open_clip_model.safetensors").read_bytes() == own != of_default
+    stored(folders["1"]).save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x" / "clip").exists()
 
 
 def test_parts_that_were_not_saved_together(call, tiny_model, tmp_path):

@@ -117,7 +117,7 @@ def generate(
         ),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; the README lists them.")
+        list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; see the manual.")
     ] = None,
     vary: Annotated[
         list[str] | None,
@@ -205,6 +205,8 @@ def generate(
     for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume, steps_gif), process):
         paths.append(path)
         line = {"path": str(path), "seed": record.seed, "width": record.width, "height": record.height}
+        if steps_gif:
+            line["steps_gif"] = str(path.with_suffix(".gif"))
         terminal.result(json.dumps(line | {"prompt": record.request["prompt"]}) if json_lines else path)
     if grid:
         terminal.result(write_grid(paths, wishes, axes, requests[0].num_images, output))

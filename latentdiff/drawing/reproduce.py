@@ -86,7 +86,7 @@ class Record(_Data):
     versions: dict[str, str]
     steps: tuple[int, ...] = ()
     model_source: Name | None = None
-    variant: Annotated[str, Field(pattern=r"^\w{1,30}$")] | None = None
+    variant: Annotated[str, Field(pattern=r"^[\w.-]{1,60}$")] | None = None
     sources: tuple[SourceRecord, ...] = Field((), max_length=100)
     canvas: CanvasRecord | None = None
     batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)

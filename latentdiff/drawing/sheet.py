@@ -27,8 +27,8 @@ def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: S
     height = max(cell.height for row in cells for cell in row)
     font = ImageFont.load_default(TEXT)
     letters = max(8, int(width / font.getlength("n")))
-    above = [textwrap.wrap(text, letters) for text in columns]
-    beside = [textwrap.wrap(text, letters) for text in names]
+    above = [_lines(text, letters) for text in columns]
+    beside = [_lines(text, letters) for text in names]
     line = TEXT + 4
     top = max((len(lines) for lines in above), default=0) * line
     left = width if any(beside) else 0
@@ -46,6 +46,11 @@ def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: S
             y = top + GAP + row * (height + GAP) + (height - cell.height) // 2
             sheet.paste(cell, (x, y))
     return sheet
+
+
+def _lines(text: str, letters: int) -> list[str]:
+    """A label in lines; names of settings break at their underscores."""
+    return [line.replace(" _", "_") for line in textwrap.wrap(text.replace("_", " _"), letters)]
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:

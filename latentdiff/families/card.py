@@ -65,7 +65,7 @@ def known_words(directory: Path) -> frozenset[str] | None:
     if not path.is_file():
         return None
     with loading(WORDS, directory):
-        return frozenset(path.read_text(encoding="utf-8").split())
+        return frozenset(path.read_text(encoding="utf-8-sig").lower().split())
 
 
 def card_tree(card: ModelCard) -> dict[str, Any]:

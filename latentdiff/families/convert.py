@@ -13,6 +13,7 @@ from latentdiff.core.errors import ConfigError, loading, saving
 from latentdiff.core.files import whole, write_json
 from latentdiff.families import check_folder
 from latentdiff.families.card import FILE as CARD_FILE
+from latentdiff.families.card import known_words
 from latentdiff.formats.folder import folder_hash, read_json
 
 _TEXTS = (".json", ".txt", ".md", ".xml")
@@ -25,6 +26,7 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
     large for `dtype`, ModelError and UnsafeError for a bad `source`.
     """
     check_folder(source)
+    known_words(source)
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; nothing is overwritten")
     if target.resolve().is_relative_to(source.resolve()):

@@ -110,9 +110,10 @@ def save_model(model: Model, directory: Path) -> None:
         raise ConfigError("saving requires a model that belongs to a family, which defines the layout")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file; a model is a folder")
-    with saving("the model", directory.parent), whole(directory, _PARTS) as made:
+    made_here = model.card.folder is None and model.card.source is None  # by a run, which has put its CLIP there
+    with saving("the model", directory.parent), whole(directory, _PARTS | (set() if made_here else {"clip"})) as made:
         clip = None if model.card.folder is None else model.card.folder / "clip"
-        if clip is not None and clip.is_dir() and not (directory / "clip").exists():
+        if clip is not None and clip.is_dir():
             shutil.copytree(clip, made / "clip")
         model.family.save(model, made)
         spacing = model.card.defaults.get("spacing", "leading")

@@ -42,8 +42,10 @@ def save_single_file(model: Model, path: Path) -> None:
     unet, texts, autoencoder = model.backbone, model.encoder, model.codec
     if not (isinstance(unet, UNet) and isinstance(texts, TextEncoder | TwoTextEncoders)):
         raise _another_shape()
-    if not isinstance(autoencoder, KLAutoencoder) or not autoencoder.has_encoder:
+    if not isinstance(autoencoder, KLAutoencoder):
         raise _another_shape()
+    if not autoencoder.has_encoder:
+        raise ConfigError("a single file requires a complete VAE; this one has no encoder")
     kind = _kind(autoencoder, texts, unet)
     if any(len(encoder.tokenizer) > VOCABULARY for encoder in texts.encoders):
         raise ConfigError("a single file cannot hold learnt words. Use a folder")

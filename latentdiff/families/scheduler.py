@@ -96,7 +96,7 @@ def as_diffusers(model: Model) -> Any:
         kind = _FLOW
     try:
         return getattr(diffusers, kind).from_config({key: value for key, value in config.items() if key[0] != "_"})
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(f"diffusers cannot make the scheduler: {one_line(error)}") from None
 
 

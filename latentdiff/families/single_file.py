@@ -43,6 +43,7 @@ from latentdiff.formats.original import (
     unet_name,
 )
 from latentdiff.formats.pickle import is_pickle
+from latentdiff.formats.tensors import widened
 from latentdiff.model import Model, ModelCard
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.absent import AbsentCodec
@@ -112,6 +113,7 @@ def _vae(state: State, kind: Kind) -> AutoencoderKL:
     weights = conversion.convert_ldm_vae_checkpoint(state, config)
     with torch.device("meta"):
         vae = AutoencoderKL(**config)
+    weights = {name: widened(tensor) for name, tensor in weights.items()}
     if not any(name.startswith("encoder.") for name in weights):
         without_encoder(vae)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("quant_conv.")}
@@ -276,6 +278,8 @@ def unet_config(state: State, kind: Kind) -> dict[str, Any]:
 
 def vae_config(state: State, kind: Kind) -> dict[str, Any]:
     """The autoencoder's config, from the shapes of its decoder: some files have no encoder. Raises ModelError."""
+    if f"{VAE}decoder.conv_in.weight" not in state:
+        raise ModelError("its VAE has no decoder")
     for numbered in (r"down\.(\d+)\.", r"down\.\d+\.block\.(\d+)\."):
         _count(state, rf"{re.escape(VAE)}encoder\.{numbered}")
     levels = _count(state, rf"{re.escape(VAE)}decoder\.up\.(\d+)\.")

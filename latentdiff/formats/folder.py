@@ -34,8 +34,8 @@ _ASKS_TO_RUN_CODE = {
     "_attn_implementation_internal",
     "quantization_config",  # calls the loader of another package
 }
-_SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w.]+))?\.safetensors")
-_INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.([\w.]+))?\.json")
+_SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.((?:(?!-\d{5}-of-)[\w.-])+))?\.safetensors")
+_INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.([\w.-]+))?\.json")
 
 
 def read_index(directory: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from latentdiff.core.errors import ModelError, UnsafeError
 
 _NESTS = ("state_dict", "model", "string_to_param")  # where checkpoints keep their tensors
 _REFUSED = 7
+LONGEST = 3600  # seconds
+_PARTS_OF_NUMPY = {"scalar", "_reconstruct", "dtype", "ndarray"}  # the objects that it pickles are made of these
 _LIBRARIES = {  # whose objects lie beside the tensors of checkpoints; none of them is imported
     "argparse",
     "diffusers",
@@ -61,7 +63,10 @@ def unpickled(source: Path, target: Path) -> list[str]:
     """
     # -P: otherwise a file in the working directory could be imported in place of a module
     words = [sys.executable, "-P", "-m", "latentdiff.formats.unpickle", str(source.absolute()), str(target.absolute())]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=3600, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST, check=False)
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"cannot read the pickle {source}: it took over {LONGEST} seconds") from None
     lines = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
     if done.returncode == _REFUSED:
         raise UnsafeError(f"{source} holds more than tensors ({lines[0]}). latentdiff never loads such files")
@@ -72,7 +77,11 @@ def unpickled(source: Path, target: Path) -> list[str]:
 
 def tensors_of(tree: Any) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name."""
+    outer: list[Any] = []
     while isinstance(tree, dict) and (nest := next((n for n in _NESTS if isinstance(tree.get(n), dict)), None)):
+        if any(tree is each for each in outer):
+            raise ValueError("a dictionary in it contains itself")
+        outer.append(tree)
         one = nest == "string_to_param" and len(tree[nest]) == 1
         tree = {"emb_params": next(iter(tree[nest].values()))} if one else tree[nest]
     named = list(_named(tree, ""))
@@ -88,6 +97,8 @@ def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield prefix.removesuffix("."), tree.detach().clone().contiguous()  # tensors that share memory become separate
     elif isinstance(tree, dict | list | tuple):
         for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            if not isinstance(name, str | int) or name == "__metadata__":
+                raise ValueError("a tensor in it has a name that no safetensors file can hold")
             yield from _named(value, f"{prefix}{name}.")
 
 
@@ -97,16 +108,31 @@ def _foreign(source: str) -> list[str]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
     except Exception:
         return []
-    return sorted(names) if all(name.partition(".")[0] in _LIBRARIES for name in names) else []
+    return sorted(names) if all(map(_is_dropped, names)) else []
+
+
+def _is_dropped(name: str) -> bool:
+    """Whether an object is dropped: a class of a known library, by the way its name is written, or NumPy's numbers.
+
+    A function may do anything; a file that names one is refused.
+    """
+    library, last = name.partition(".")[0], name.rpartition(".")[2]
+    return library in _LIBRARIES and (last[:1].isupper() or (library == "numpy" and last in _PARTS_OF_NUMPY))
 
 
 def _calls(source: Path) -> tuple[str, str] | None:
-    """The first name that a bare pickle of another protocol would import; it is not run."""
+    """The first name that a pickle of another protocol would import, in an archive or bare; it is not run."""
     import pickletools
+    import zipfile
 
     try:
-        named = [opcode.name for opcode, _, _ in pickletools.genops(source.read_bytes())]
-    except ValueError:  # not a pickle
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                content = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            content = source.read_bytes()
+        named = [opcode.name for opcode, _, _ in pickletools.genops(content)]
+    except (ValueError, StopIteration, OSError, zipfile.BadZipFile):  # not a pickle
         return None
     return next(
         (("", f"opcode {name}") for name in named if name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE")), None
@@ -123,7 +149,7 @@ def main(source: str, target: str) -> int:
             tree = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error)) or _calls(Path(source))
-        print(foreign[1] if foreign else "it is not a complete pickle", file=sys.stderr)
+        print(foreign[1] if foreign else "it is not a complete pickle of protocol 2", file=sys.stderr)
         return _REFUSED if foreign else 1
     try:
         save_file(tensors_of(tree), target, {"format": "pt"})

@@ -19,7 +19,7 @@ from latentdiff.settings.config import Data, Learning, Override, Section, Settin
 STAGE = "finetune"  # the only stage of such a run
 FILE = "finetune.toml"  # the effective settings, in the run's folder
 RANK = 16
-SMALL = 100e6  # parameters of a U-Net below which it is small; Stable Diffusion 1 has 860 million, the default model 10
+SMALL = 100e6  # parameters of a U-Net below which it is small; Stable Diffusion 1 has 860 million, the default model 7
 TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # captions for pictures of a new word
 PromptText = Annotated[str, Field(min_length=1, max_length=10_000)]
 
@@ -133,7 +133,7 @@ def load_finetuning(path: Path | None, overrides: tuple[Override, ...] = (), une
 
 
 def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
-    """The defaults of each method; the reasons are in the README.
+    """The defaults of each method; the manual gives the reasons.
 
     small: the learning rates are ten times as large; the papers' are for Stable Diffusion's 860 million weights.
     """
