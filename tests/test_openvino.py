@@ -159,19 +159,14 @@ def test_bfloat16_is_near(default):
 
 
 @pytest.mark.skipif(not compiling.has_bfloat16(), reason="the CPU has no bfloat16")
-def test_sizes_at_which_bfloat16_has_no_numbers(default):
-    """OpenVINO's kernels give NaN for latents of few columns and many rows: float32 takes their place and says so."""
+@pytest.mark.parametrize("height", [9, 16])
+def test_narrow_pictures_are_computed_in_float32(default, height):
+    """The library's kernels in bfloat16 give NaN or other numbers in each run for latents of one to four columns."""
     narrow = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
-    asked = {"seed": 5, "width": 4, "height": 64, "num_inference_steps": 2, "output_type": "uint8"}
-    with pytest.warns(UserWarning, match=r"no finite numbers in bfloat16 at 2x4x16x1: float32 is used"):
-        drawn = narrow(PROMPT, **asked).images
-    x = np.random.default_rng(0).standard_normal((2, 4, 16, 1)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((2, 4, height, 2)).astype(np.float32)
     conditions = stacked([default[0].model.encoder.encode(Prompt(PROMPT))] * 2)
-    output = narrow.model.backbone.predict(x, 500.0, conditions)
-    assert np.array_equal(output, default[0].model.backbone.predict(x, 500.0, conditions))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.array_equal(narrow(PROMPT, **asked).images, drawn)
+    output, expected = (p.model.backbone.predict(x, 500.0, conditions) for p in (narrow, default[0]))
+    assert np.array_equal(output, expected)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 
 SHAPES = 4  # compiled versions of a graph in memory, each with its own weights; the oldest is dropped
 LARGE = 32 * 32  # latents or pixels from which generated kernels pay off even if they run once
+NARROW_LATENTS, NARROW_PICTURE = 8, 64  # columns below which bfloat16 is not used
 Shapes = tuple[tuple[int, ...], ...]  # of a graph's inputs except its weights, in order
 
 
@@ -59,10 +59,6 @@ class Ready(NamedTuple):
     held: list[np.ndarray]
 
 
-def _finite(arrays: Sequence[np.ndarray]) -> bool:
-    return all(bool(np.isfinite(array).all()) for array in arrays)
-
-
 class Compiler:
     """The graphs of one model in one precision; each is compiled once for each set of shapes, in its own thread."""
 
@@ -72,7 +68,6 @@ class Compiler:
         self._begun: dict[tuple[str, Shapes], tuple[Future[Ready], user_cache.Kept | None]] = {}
         self._ready: dict[tuple[str, Shapes], Ready] = {}
         self._worker, self._turn = ThreadPoolExecutor(1, "compile"), RLock()
-        self._overflows: dict[tuple[str, Shapes], Compiler] = {}
 
     def __deepcopy__(self, memo: object) -> Compiler:
         """Itself: it is immutable, and callers take turns."""
@@ -95,8 +90,6 @@ class Compiler:
 
     def _run(self, part: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         shapes = tuple(array.shape for array in inputs)
-        if (part, shapes) in self._overflows:
-            return self._overflows[part, shapes].run(part, *inputs)
         if (part, shapes) not in self._ready:
             for older in [key for key in self._ready if key[0] == part][: 1 - SHAPES]:
                 del self._ready[older]
@@ -105,20 +98,7 @@ class Compiler:
         for index, array in enumerate(inputs):
             request.set_input_tensor(index, openvino().Tensor(np.ascontiguousarray(array), shared_memory=True))
         request.infer()
-        outputs = [tensor.data.copy() for tensor in request.output_tensors]
-        if self.precision == "bfloat16" and not _finite(outputs) and _finite(inputs):
-            return self._in_float32(part, shapes, inputs)
-        return outputs
-
-    def _in_float32(self, part: str, shapes: Shapes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The outputs in float32, for shapes at which the library's kernels in bfloat16 give NaN.
-
-        They do for latents of 1 to 4 columns and a dozen rows or more (OpenVINO 2026.4).
-        """
-        size = "x".join(map(str, inputs[0].shape))
-        warnings.warn(f"OpenVINO gives no finite numbers in bfloat16 at {size}: float32 is used", stacklevel=2)
-        self._overflows[part, shapes] = Compiler(self._model, "float32", self._model_hash)
-        return self._overflows[part, shapes].run(part, *inputs)
+        return [tensor.data.copy() for tensor in request.output_tensors]
 
     def _made_ready(self, part: str, shapes: Shapes) -> Ready:
         """The request of a graph. A cached file is checked here while the other thread loads it."""
@@ -150,10 +130,15 @@ class Compiler:
         Snippets, kernels generated for groups of operations, make a step a fifth faster. They cost a small model a
         tenth of a second at the start. A few pictures save that again in the U-Net, but not in parts that run once a
         picture. In float32 their search for patterns crashes on some U-Nets (OpenVINO 2026.4).
+
+        Pictures of few columns are computed in float32: at 1 to 4 columns of latents the library's kernels in bfloat16
+        read numbers that nothing has written, and their outputs are NaN or change from run to run (OpenVINO 2026.4).
         """
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[self.precision]}
+        narrow = len(shapes[0]) == 4 and shapes[0][3] < (NARROW_PICTURE if part == "vae_encoder" else NARROW_LATENTS)
+        precision = "float32" if narrow else self.precision
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[precision]}
         often = part.startswith("unet") or (len(shapes[0]) == 4 and shapes[0][2] * shapes[0][3] >= LARGE)
-        return settings if often and self.precision != "float32" else settings | {"SNIPPETS_MODE": "DISABLE"}
+        return settings if often and precision != "float32" else settings | {"SNIPPETS_MODE": "DISABLE"}
 
     def _bound(self, part: str, shapes: Shapes) -> tuple[Any, list[np.ndarray]]:
         """A part's graph with its weights and shapes set, and the arrays of its weights."""
