@@ -23,7 +23,7 @@ QUICK = {  # what makes a command of the README quick; everything else of it is 
     "finetune": "--steps 2 --validation-pictures 2 --set previews.count=2 --set previews.num_inference_steps=2",
     "train": "--set autoencoder.training.max_train_steps=2 --set clip.training.max_train_steps=2"
     " --set clip.training.train_batch_size=8 --set denoiser.training.max_train_steps=2"
-    " --set denoiser.preview_pictures=8",
+    " --set denoiser.preview_pictures=8 --set data.pictures.validation_pictures=2",
     "evaluate": "--pictures 20",
 }
 LONG = ("train", "finetune", "evaluate")
@@ -53,7 +53,7 @@ def place(tmp_path_factory):
     theirs.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     factors = get_peft_model_state_dict(theirs.unet)
     save_file({f"unet.{name}": tensor.contiguous() for name, tensor in factors.items()}, folder / "ink.safetensors")
-    as_jsonl(folder / "my-pictures", some_pictures(12))
+    as_jsonl(folder / "my-pictures", some_pictures(24))
     shutil.copytree(ROOT / "configs", folder / "configs")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
@@ -81,11 +81,11 @@ def test_a_command_of_the_readme(run, words):
 
 
 @pytest.mark.slow
-def test_the_readmes_training_and_measuring(run):
-    """In their order, since later ones use what earlier ones leave."""
+def test_the_readmes_training_and_measuring(command, place):
+    """In their order, since later ones use what earlier ones leave; each in a process of its own."""
     for words in commands(README):
         if needs_training(words):
-            run(words)
+            assert command(*words, *shlex.split(QUICK.get(words[0], "")), cwd=place).stdout
 
 
 def test_the_readmes_python(place, monkeypatch):
