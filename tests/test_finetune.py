@@ -82,7 +82,7 @@ def drawn(pipe, prompt=PROMPT):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_from_command_to_picture(finetune, pictures, tmp_path, tiny_model, method):
+def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, tiny_model, method):
     """What is written changes the picture; what is not taught stays, to the bit; the page and the card say how."""
     code, out, err = finetune(source(pictures, method), "out", *METHODS[method], *QUICK)
     assert code == 0, err
@@ -122,6 +122,9 @@ def test_a_method_from_command_to_picture(finetune, pictures, tmp_path, tiny_mod
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 4], "a validation before the first step and at the end"
     assert log[0]["validation_loss"] != log[-1]["validation_loss"]
     assert "clip_score" not in log[0], "the model's CLIP has never seen these words"
+    if method == "lora":
+        kinds = [json.loads(call("info", path)[1]) for path in (folder, folder / "pytorch_lora_weights.safetensors")]
+        assert kinds[0] == kinds[1]
     strip = np.asarray(picture := Image.open(folder / "strip.png"))
     count = 4 if method == "dreambooth" else 2
     assert strip.shape == (2 * 64, count * 64, 3), "a row before, a row after"

@@ -22,11 +22,21 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
         from latentdiff.families.loading import place_of
 
         path = place_of(path)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        path = _adapter_in(path)
     weights = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
     if not path.exists():
         raise ConfigError(f"no such file or folder ({path})")
     facts = _of_model(path) if path.is_dir() else _of_weights(path) if weights else _of_picture(path)
     terminal.result(*json.dumps(facts, indent=1, ensure_ascii=False).split("\n"))
+
+
+def _adapter_in(folder: Path) -> Path:
+    """The adapter or the learnt words in the folder of a fine-tuning; the folder itself if there are none."""
+    from latentdiff.formats import adapter_file, words_file
+
+    files = [folder / name for name in (*adapter_file.NAMES, words_file.FILE)]
+    return next((file for file in files if file.is_file()), folder)
 
 
 def _of_model(path: Path) -> dict[str, object]:
