@@ -63,7 +63,7 @@ def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images
     Columns are the last setting's values, or without one a prompt's pictures; rows are everything else.
     """
     from latentdiff.core.files import write_new
-    from latentdiff.drawing.files import encoded, open_picture
+    from latentdiff.drawing.files import encoded, next_number, open_picture
     from latentdiff.drawing.sheet import grid as drawn
 
     others, last = list(grid)[:-1], list(grid)[-1] if grid else None
@@ -76,9 +76,7 @@ def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images
         key = (wish.where, wish.prompt if prompts else "", *(f"{name} {wish.settings[name]}" for name in others))
         rows.setdefault(key if last is None else (*key, picture), []).append(open_picture(path))
     names = [", ".join(str(part) for part in key[1 : 2 + len(others)] if part) for key in rows]
-    number = 1 + max(
-        (int(path.stem[5:]) for path in folder.glob("grid-?????.png") if path.stem[5:].isdecimal()), default=0
-    )
+    number = next_number(folder, r"grid-(\d{5})\.png")
     path = folder / f"grid-{number:05d}.png"
     write_new(path, encoded(drawn(list(rows.values()), columns, names), ".png", None))
     return path

@@ -99,9 +99,13 @@ def loses_pixels(suffix: str) -> bool:
 
 def _next_path(folder: Path, seed: int, suffix: str) -> Path:
     """folder/NNNNN-SEED.png with the next number after the existing files."""
-    names = (re.match(r"(\d{5,9})-.*\.(png|jpe?g|webp)$", path.name) for path in folder.glob("*-*.*"))
-    numbers = [int(name[1]) for name in names if name]
-    return numbered(folder, max(numbers, default=0) + 1, seed, suffix)
+    return numbered(folder, next_number(folder, r"(\d{5,9})-.*\.(png|jpe?g|webp)"), seed, suffix)
+
+
+def next_number(folder: Path, pattern: str) -> int:
+    """One more than the largest number of the folder's files, which is the pattern's first group; 1 without any."""
+    names = (re.fullmatch(pattern, path.name) for path in folder.glob("*-*.*"))
+    return 1 + max((int(name[1]) for name in names if name), default=0)
 
 
 def numbered(folder: Path, number: int, seed: int, suffix: str) -> Path:

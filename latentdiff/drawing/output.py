@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -51,9 +50,9 @@ class Output:
 
 
 def _figure(image: Any, caption: str) -> str:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    data = base64.b64encode(content.getvalue()).decode()
+    from latentdiff.drawing.files import encoded
+
+    data = base64.b64encode(encoded(image, ".png", None)).decode()
     width = image.width * max(1, SHOWN // image.width)
     style = f"width:{width}px;max-width:100%;image-rendering:pixelated"
     picture = f"<img style='{style}' alt='' src='data:image/png;base64,{data}'>"

@@ -30,7 +30,7 @@ _OTHER_CODES = {
     130: "Interrupted by Ctrl-C. A training has saved its state.",
     143: "Terminated by SIGTERM. A training has saved its state.",
 }
-_BOUNDS = {Ge: "from {}", Gt: "over {}", Le: "to {}", Lt: "under {}"}
+_BOUNDS = {Ge: ("ge", "from"), Gt: ("gt", "over"), Le: ("le", "to"), Lt: ("lt", "under")}  # attribute, word
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -121,13 +121,9 @@ def _default(field: FieldInfo) -> str:
 
 def _values(field: FieldInfo) -> str:
     kind = _kind(field.annotation)
-    bounds = [_BOUNDS[type(each)].format(_number(vars_of(each)[0])) for each in field.metadata if type(each) in _BOUNDS]
+    named = [(each, *_BOUNDS[type(each)]) for each in field.metadata if type(each) in _BOUNDS]
+    bounds = [f"{word} {_number(getattr(bound, attribute))}" for bound, attribute, word in named]
     return f"{kind} {' '.join(bounds)}".strip()
-
-
-def vars_of(bound: Any) -> list[float]:
-    """The number of a bound."""
-    return [getattr(bound, name) for name in ("ge", "gt", "le", "lt") if hasattr(bound, name)]
 
 
 def _number(value: float) -> str:
