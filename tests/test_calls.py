@@ -105,6 +105,7 @@ def test_every_sampling_comes_back(sampler, folders):
             continue
         pipe.scheduler = pipe.scheduler
         assert (pipe.card.defaults["sampler"], pipe.card.defaults["spacing"]) == (sampler, spacing)
+        assert pipe.scheduler.config.get("skip_prk_steps", True), "the steps of PNDM that plms has not"
 
 
 def test_samplings_that_no_scheduler_has(folders):
