@@ -151,6 +151,8 @@ def test_missing_things(call, tmp_path):
         code, err = call(command, "none.png")
         assert (code, err.count("\n")) == (2 if command == "info" else 3, 1)
         assert err.startswith("error: no such file")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n   ")
+    assert call("generate", PROMPT, "-m", "photo.png")[1].startswith("error: photo.png is not a safetensors file")
     assert call("generate", PROMPT, "-m", "none.safetensors")[1].startswith("error: no such file (none.safetensors)")
     code, err = call("train", "none.toml")
     assert (code, err) == (2, "error: cannot read config (none.toml): No such file or directory\n")

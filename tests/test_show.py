@@ -179,12 +179,14 @@ def test_files(default, picture, tmp_path):
 @pytest.mark.parametrize(
     ("words", "made"),
     [
-        (("schedule",), "schedule.png"),
+        (("schedule",), "outputs/schedule-00001.png"),
         (("reverse", PROMPT, "--set", "num_inference_steps=2", "-o", "r.html"), "r.html"),
-        (("samplers", PROMPT, "--names", "ddim, unipc", "--steps", "1,2"), "samplers.png"),
+        (("samplers", PROMPT, "--names", "ddim, unipc", "--steps", "1,2", "-o", "here"), "here/samplers-00008.png"),
     ],
 )
 def test_on_the_command_line(call, tmp_path, words, made):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/samplers-00007.png").touch()
     code, out, err = call("show", *words)
     assert (code, out) == (0, made + "\n"), err
     assert (tmp_path / made).stat().st_size > 1000

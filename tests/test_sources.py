@@ -179,15 +179,41 @@ def test_captions_without_a_picture(pictures, tmp_path):
     with (tmp_path / "rows" / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "gone.png", "text": "x"}\n')
     assert refusal(tmp_path / "rows") == (
-        "1 captions have no image: gone.png (metadata.jsonl line 4). Mend them or pass --skip-bad"
+        "1 caption has no image: gone.png (metadata.jsonl line 4). Mend them or pass --skip-bad"
     )
     as_sidecars(tmp_path / "beside", some)
     (tmp_path / "beside" / "1_things" / "gone.txt").write_text("x")
-    assert refusal(tmp_path / "beside").startswith("1 captions have no image: 1_things/gone.txt.")
+    assert refusal(tmp_path / "beside").startswith("1 caption has no image: 1_things/gone.txt.")
     as_shards(tmp_path / "tar", some)
     with tarfile.open(tmp_path / "tar" / "00000.tar", "a") as archive:
         archive.add(tmp_path / "beside" / "1_things" / "gone.txt", "gone.txt")
-    assert refusal(tmp_path / "tar").startswith("1 captions have no image: 00000.tar/gone.txt.")
+    assert refusal(tmp_path / "tar").startswith("1 caption has no image: 00000.tar/gone.txt.")
+
+
+def test_the_advice_fits_every_fault(pictures, tmp_path):
+    """A flag that allows missing captions would not help a caption without a picture."""
+    as_jsonl(tmp_path, dict(list(pictures.items())[:3]))
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "gone.png", "text": "x"}\n')
+    (tmp_path / "bare.png").write_bytes(pictures["000.png"][0])
+    assert refusal(tmp_path) == (
+        "1 image has no caption: bare.png; 1 caption has no image: gone.png (metadata.jsonl line 4). "
+        "Mend them or pass --skip-bad"
+    )
+
+
+def test_an_instance_prompt_goes_before_a_folder_s_words(pictures, tmp_path):
+    for folder in ("10_a dog", "plain"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "10_a dog" / "a.png").write_bytes(pictures["000.png"][0])
+    (tmp_path / "plain" / "b.jpg").write_bytes(pictures["001.jpg"][0])
+
+    def captions(instance_prompt):
+        found = surveyed(tmp_path, allow_missing_captions=True, instance_prompt=instance_prompt)
+        return {picture.name: (picture.captions, picture.repeats) for picture in found.pictures}
+
+    assert captions(None) == {"10_a dog/a.png": (("a dog",), 10), "plain/b.jpg": (("",), 1)}
+    assert captions("<pet>") == {"10_a dog/a.png": (("<pet>",), 10), "plain/b.jpg": (("<pet>",), 1)}
 
 
 def test_two_rows_for_one_picture(pictures, tmp_path):

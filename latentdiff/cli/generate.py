@@ -16,7 +16,7 @@ import typer
 from latentdiff.cli import terminal
 from latentdiff.cli.batches import Process, Target, write_all
 from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
-from latentdiff.cli.options import Precision, Runtime, Speed
+from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.cli.variations import grid_of, varied, write_grid
 from latentdiff.core.errors import ConfigError
@@ -127,9 +127,9 @@ def generate(
     steps_gif: Annotated[
         bool, typer.Option("--steps-gif", help="Also write the way from noise to each picture, as a GIF.")
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a file for a single picture.")] = Path(
-        "outputs"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder, or a file for a single picture.")
+    ] = OUTPUTS,
     picture_format: Annotated[
         Format | None, typer.Option("--format", help="Format of pictures in a folder (default: png).")
     ] = None,

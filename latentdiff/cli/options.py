@@ -1,6 +1,9 @@
 """Choices that several commands offer."""
 
 from enum import StrEnum
+from pathlib import Path
+
+OUTPUTS = Path("outputs")  # the folder of what is drawn
 
 
 class Runtime(StrEnum):

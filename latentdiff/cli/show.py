@@ -9,7 +9,7 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.cli.loading import common_settings, loaded
-from latentdiff.cli.options import Runtime
+from latentdiff.cli.options import OUTPUTS, Runtime
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable
 
@@ -25,7 +25,7 @@ Model = Annotated[
     str | None, typer.Option("--model", "-m", help="A folder, a .safetensors file or a hub id (default: scenes-64).")
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="A new .png, .svg or .html file (default: NAME.png).")
+    Path | None, typer.Option("--output", "-o", help="A folder, or a new .png, .svg or .html file (default: outputs).")
 ]
 Picture = Annotated[Path, typer.Argument(help="A picture; it is resized to the model's size.")]
 Prompt = Annotated[str, typer.Argument(help="The prompt.")]
@@ -122,10 +122,14 @@ def samplers(
 
 
 def _target(output: Path | None, name: str) -> Path:
-    """The file to write, checked before any work. Raises ConfigError."""
+    """The file to write, in a folder NAME-NNNNN.png, checked before any work. Raises ConfigError."""
+    from latentdiff.drawing.files import next_number
     from latentdiff.show.sheet import check_suffix
 
-    path = output or Path(f"{name}.png")
+    path = output or OUTPUTS
+    if not path.suffix:
+        number = next_number(path, rf"{name}-(\d{{5}})\.png")
+        path = path / f"{name}-{number:05d}.png"
     check_suffix(path)
     if path.exists():
         raise ConfigError(f"file exists ({path}). Name another by --output")

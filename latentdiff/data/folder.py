@@ -2,7 +2,7 @@
 
 - metadata: metadata.jsonl or .csv in the folder or below, `file_name` relative to it, the caption in `text`
 - sidecars: kohya's, img.png with img.txt (or .caption), each line one caption; a folder `10_name` counts 10 times
-- uncaptioned: neither; in a folder `10_a dog` the caption is "a dog"
+- uncaptioned: neither; in a folder `10_a dog` the caption is "a dog", unless there is an instance prompt
 
 Folders `train` and `test` (or `val`, ...) beside each other are splits, of which one is read, as by `datasets`.
 """
@@ -50,8 +50,9 @@ def listing(root: Path, options: Options) -> Listing:
     elif layout == "sidecars":
         paths, read = _by_sidecars(root, pictures, beside), {*beside}
     else:
-        records = (Record(name, _reader(root, name), *_of_folder_name(name)) for name in pictures)
-        paths, read = Listing("uncaptioned", list(records)), set()
+        names = [(name, *_of_folder_name(name)) for name in pictures]
+        records = [Record(name, _reader(root, name), repeats=repeats, words=words) for name, words, repeats in names]
+        paths, read = Listing("uncaptioned", records), set()
     if not paths.records:
         raise DataError(f"no pictures in {root}. Known suffixes: {', '.join(sorted(SUFFIXES))}")
     unread = sorted(set(files) - read - {record.name for record in paths.records})
@@ -206,7 +207,7 @@ def _by_sidecars(root: Path, pictures: list[str], beside: list[str]) -> Listing:
         sidecar, others = sidecars.get(stem), [other for other in of_stem[stem] if other != name]
         captions = _lines_as_captions(_read_text(root / sidecar, sidecar), sidecar) if sidecar else ()
         fault = f"shares {printable(sidecar)} with {printable(', '.join(others))}" if sidecar and others else ""
-        records.append(Record(name, _reader(root, name), captions, _of_folder_name(name)[1], fault))
+        records.append(Record(name, _reader(root, name), captions, _of_folder_name(name)[1], fault=fault))
     orphans = [printable(file) for stem, file in sidecars.items() if stem not in of_stem]
     unread = sorted(set(beside) - set(sidecars.values()))
     notes = [f"{len(unread)} captions are not read, because another is beside each"] if unread else []
@@ -217,10 +218,10 @@ def _lines_as_captions(data: bytes, name: str) -> tuple[str, ...]:
     return captions_in({"text": [line for line in lines_of(data, printable(name)) if line.strip()]}, printable(name))
 
 
-def _of_folder_name(name: str) -> tuple[tuple[str, ...], int]:
-    """The caption and the repeats in a folder name like `10_a dog`."""
+def _of_folder_name(name: str) -> tuple[str, int]:
+    """The words and the repeats in a folder name like `10_a dog`."""
     match = re.fullmatch(r"(\d{1,6})_(.+)", PurePosixPath(name).parent.name)
-    return ((match[2],), max(int(match[1]), 1)) if match else ((), 1)
+    return (match[2], max(int(match[1]), 1)) if match else ("", 1)
 
 
 def _is_sidecar(file: str) -> bool:

@@ -18,6 +18,7 @@ CAPTION_KEYS = ("text", "caption", "prompt")  # tried in this order
 class Record:
     """One listed picture: the user's name of it, a function that reads its bytes, and its captions.
 
+    words: the caption if there is neither a caption nor an instance prompt.
     fault: why the picture cannot be used although its file may be readable.
     """
 
@@ -25,6 +26,7 @@ class Record:
     read: Callable[[], bytes]
     captions: tuple[str, ...] = ()
     repeats: int = 1
+    words: str = ""
     fault: str = ""
 
 

@@ -98,17 +98,18 @@ class Survey:
 
     def refusal(self) -> str | None:
         """Why training refuses this set, in one line; None if it does not."""
-        total = self.count
+        total, orphans = self.count, len(self.listing.orphans)
         reasons = [
             _named(self.unreadable, 20, f"{len(self.unreadable)} of {total:,} images cannot be read"),
-            _named(self.uncaptioned, 5, f"{_images(len(self.uncaptioned))} no caption", names_only=True),
-            _named(self.ambiguous, 5, f"{_images(len(self.ambiguous))} captions that are ambiguous"),
-            _named(self.listing.orphans, 5, f"{len(self.listing.orphans)} captions have no image"),
+            _named(self.uncaptioned, 5, f"{_count(len(self.uncaptioned), *_HAVE)} no caption", names_only=True),
+            _named(self.ambiguous, 5, f"{_count(len(self.ambiguous), *_HAVE)} captions that are ambiguous"),
+            _named(self.listing.orphans, 5, f"{_count(orphans, 'caption has', 'captions have')} no image"),
         ]
         texts = [reason for reason in reasons if reason]
         if not texts:
             return None if self.pictures else "no images can be used"
-        advice = "Add rows or pass --allow-missing-captions" if self.uncaptioned else "Mend them or pass --skip-bad"
+        alone = bool(self.uncaptioned) and len(texts) == 1
+        advice = "Add rows or pass --allow-missing-captions" if alone else "Mend them or pass --skip-bad"
         return f"{'; '.join(texts)}. {advice}"
 
     def sound(self, skip_bad: bool) -> Survey:
@@ -147,7 +148,7 @@ def survey(
     pictures: list[Picture] = []
     faults: dict[str, list[Fault]] = {"unreadable": [], "ambiguous": [], "uncaptioned": []}
     for record, key, facts in _opened(listing.records, known, max_pixels):
-        captions = record.captions or ((instance_prompt,) if instance_prompt else ())
+        captions = record.captions or tuple(filter(None, [instance_prompt or record.words]))
         if facts.fault:
             faults["unreadable"].append(Fault(record.name, facts.fault, key))
         elif record.fault:
@@ -232,8 +233,11 @@ def _streamed() -> bytes:
     raise DataError("a streamed picture can only be read with its stream")
 
 
-def _images(count: int) -> str:
-    return "1 image has" if count == 1 else f"{count:,} images have"
+_HAVE = "image has", "images have"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"1 {one}" if number == 1 else f"{number:,} {many}"
 
 
 def _named(faults: tuple[Any, ...], most: int, what: str, names_only: bool = False) -> str:

@@ -239,7 +239,7 @@ def file_named(name: str, places: Sequence[Path]) -> Path:
         for candidate in candidates:
             if _is_there(candidate):
                 return candidate
-    raise ConfigError(f"{name} is not here. Give its place by --source")
+    raise ConfigError(f"{name} is not here. Give a file or folder of this name, or the folder above it, by --source")
 
 
 def _is_there(path: Path) -> bool:

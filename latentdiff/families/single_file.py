@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from latentdiff.core.errors import ModelError, UnsafeError, loading
+from latentdiff.core.errors import ModelError, loading
 from latentdiff.core.files import sha256_of
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families import stable_diffusion, stable_diffusion_xl
@@ -42,7 +42,7 @@ from latentdiff.formats.original import (
     Kind,
     unet_name,
 )
-from latentdiff.formats.pickle import is_pickle
+from latentdiff.formats.pickle import check_safetensors
 from latentdiff.formats.tensors import widened
 from latentdiff.model import Model, ModelCard
 from latentdiff.networks.backbones.unet import UNet
@@ -180,9 +180,7 @@ def check_file(path: Path) -> None:
     """Refuse what is not a safetensors file, by content. Raises ModelError, UnsafeError."""
     if not path.is_file():
         raise ModelError(f"no such file ({path})")
-    if is_pickle(path):
-        hint = "latentdiff loads safetensors only. `latentdiff convert --trust-pickle` converts it"
-        raise UnsafeError(f"{path} is a pickle file; {hint}")
+    check_safetensors(path, ". `latentdiff convert --trust-pickle` converts it")
     with loading(path), safe_open(path, "pt"):
         pass
 

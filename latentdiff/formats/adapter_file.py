@@ -25,7 +25,7 @@ from latentdiff.core.errors import ModelError, loading, raised_as, saving
 from latentdiff.core.files import let_others_read
 from latentdiff.formats.adapter_names import kohya_name, other_kind, places, split
 from latentdiff.formats.folder import read_json
-from latentdiff.formats.pickle import refuse_pickle
+from latentdiff.formats.pickle import check_safetensors
 from latentdiff.formats.tensors import widened
 from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 
@@ -47,7 +47,7 @@ def adapter_path(path: Path) -> Path:
     match = next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path
     if not match.is_file():
         raise ModelError(f"no adapter at {path}. Give a .safetensors file, or a folder with {NAMES[0]}")
-    refuse_pickle(match)
+    check_safetensors(match)
     return match
 
 

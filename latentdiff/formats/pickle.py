@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentdiff.core.errors import UnsafeError
+from latentdiff.core.errors import ModelError, UnsafeError
 
 _ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -23,10 +23,13 @@ def is_pickle(file: Path) -> bool:
     return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
 
 
-def refuse_pickle(file: Path) -> None:
-    """Raises UnsafeError for a pickle in place of a weights file."""
+def check_safetensors(file: Path, advice: str = "") -> None:
+    """Refuse what does not begin as a safetensors file. Raises UnsafeError for a pickle, ModelError for others."""
     if is_pickle(file):
-        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only")
+        raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only{advice}")
+    with file.open("rb") as handle:
+        if handle.read(9)[8:] != b"{":
+            raise ModelError(f"{file} is not a safetensors file")
 
 
 def named_safetensors(file: Path) -> bool:

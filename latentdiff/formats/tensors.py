@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentdiff.core.errors import loading
-from latentdiff.formats.pickle import refuse_pickle
+from latentdiff.formats.pickle import check_safetensors
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -19,5 +19,5 @@ def widened(tensor: Tensor) -> Tensor:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by name. Raises ModelError, UnsafeError."""
     with loading(file.name, file.parent):
-        refuse_pickle(file)
+        check_safetensors(file)
         return load_file(file)

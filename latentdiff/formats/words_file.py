@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.core.errors import ModelError, loading, saving
 from latentdiff.core.files import let_others_read
-from latentdiff.formats.pickle import refuse_pickle
+from latentdiff.formats.pickle import check_safetensors
 from latentdiff.formats.tensors import widened
 
 FILE = "learned_embeds.safetensors"
@@ -21,7 +21,7 @@ def read_words(path: Path) -> tuple[Path, dict[str, Tensor]]:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"no embeddings at {path}. Give a .safetensors file, or a folder with {FILE}")
-    refuse_pickle(file)
+    check_safetensors(file)
     with loading(file):
         return file, {name: widened(tensor) for name, tensor in load_file(file).items()}
 

@@ -197,7 +197,7 @@ def _check_captions(config: FineTuning, data: DataSet) -> None:
     own = data.survey and instance is not None and all(p.captions != (instance,) for p in data.survey.pictures)
     if own:
         why = "the instance prompt is the caption of pictures that have none, and all of these have their own"
-        raise ConfigError(f"{why}. Leave it out, or --set data.pictures.layout=uncaptioned")
+        raise ConfigError(f"{why}. Leave it out, or ignore theirs by --set data.pictures.layout=uncaptioned")
     if config.method == "textual-inversion" and captions and not any(config.word.token in c for c in captions):
         raise ConfigError(f"no caption holds the word {config.word.token}: it would learn nothing")
 
