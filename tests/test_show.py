@@ -11,7 +11,7 @@ from PIL import Image
 from latentdiff import LatentDiffusionPipeline, show
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.objective import weights
-from latentdiff.networks.backbones.maps import mean_map, recorded_attention
+from latentdiff.networks.backbones.maps import AttentionMaps, recorded_attention
 from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.prompt import Prompt
 from latentdiff.show.maps import words_and_places
@@ -97,7 +97,7 @@ def test_samplers_are_drawn_as_asked(default):
 # attention
 
 
-def test_recorded_maps_are_the_softmax_and_change_nothing(folders):
+def test_recorded_maps_are_the_softmax_and_change_nothing(folders, monkeypatch):
     """Every map is a distribution over tokens, of each head the mean; the output is that of torch's own attention."""
     unet, encoder = (part := load(folders["1"]).model).backbone, part.encoder
     conditions = stacked([encoder.encode(Prompt("a cat"))])
@@ -106,28 +106,30 @@ def test_recorded_maps_are_the_softmax_and_change_nothing(folders):
     captured = []
     layer = dict(unet.cross_attentions())[unet.cross_attentions()[0][0]]
     layer.to_q.register_forward_hook(lambda *given: captured.append(given[2]))
-    with recorded_attention(unet) as maps:
+    maps = []
+    monkeypatch.setattr(AttentionMaps, "add", lambda _, scores: maps.append(scores))
+    with recorded_attention(unet):
         recorded = unet.predict(x, 500, conditions)
     torch.testing.assert_close(recorded, plain, rtol=0, atol=1e-5)
     assert len(maps) == len(unet.cross_attentions())
     for each in maps:
-        torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:2]))
+        torch.testing.assert_close(each.sum(-1), torch.ones(len(each)))
     query = captured[0].unflatten(-1, (layer.heads, -1)).transpose(1, 2)
     key = layer.to_k(conditions["tokens"]).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
     expected = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1).mean(1)
-    torch.testing.assert_close(maps[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(maps[0], expected[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(unet.predict(x, 500, conditions), plain)
 
 
 def test_maps_of_several_levels_are_averaged():
-    """Latents of 5 x 3: levels of 5 x 3 and of 3 x 2, the last row of each batch."""
-    fine, coarse = torch.zeros(2, 15, 2), torch.ones(2, 6, 2)
-    fine[1, 0, 0] = 1
-    mean = mean_map([fine, coarse], 5, 3)
-    assert mean.shape == (2, 5, 3)
-    expected = torch.full((2, 5, 3), 0.5)
+    """Latents of 5 x 3: two layers of 5 x 3 and one of 3 x 2."""
+    fine, coarse, maps = torch.zeros(15, 2), torch.ones(6, 2), AttentionMaps()
+    fine[0, 0] = 1
+    for scores in (fine, coarse, fine):
+        maps.add(scores)
+    expected = torch.full((2, 5, 3), 1 / 3)
     expected[0, 0, 0] = 1
-    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(maps.mean(5, 3), expected)
 
 
 def test_words_have_the_places_of_their_tokens(default):

@@ -27,7 +27,7 @@ def attention(pipe: LatentDiffusionPipeline, prompt: str, **settings: Any) -> Sh
 
     It requires torch, to which the pipeline changes. Raises ConfigError for a backbone without cross-attention.
     """
-    from latentdiff.networks.backbones.maps import mean_map, recorded_attention
+    from latentdiff.networks.backbones.maps import recorded_attention
     from latentdiff.networks.backbones.unet import UNet
 
     pipe.use_torch("attention maps")
@@ -40,7 +40,7 @@ def attention(pipe: LatentDiffusionPipeline, prompt: str, **settings: Any) -> Sh
         raise ConfigError(f"attention maps require a prompt of 1 to {MOST} words (got {len(words)})")
     with recorded_attention(unet) as maps:
         last = list(pipe.stream(prompt, **settings))[-1]
-    heat = mean_map(maps, *last.x.shape[-2:]).numpy()
+    heat = maps.mean(*last.x.shape[-2:]).numpy()
     picture = to_uint8(pipe.decode(last.x[:1]))[0]
     shown = [(word, heat[places].mean(0)) for word, places in words]
     high = max(float(each.max()) for _, each in shown)

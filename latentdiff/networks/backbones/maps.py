@@ -15,10 +15,35 @@ from torch.nn import functional
 from latentdiff.networks.backbones.unet import UNet
 
 
-class _Recorded:
-    """Attention as two products and a softmax, whose result is kept: (B, HW, L), the mean over heads."""
+class AttentionMaps:
+    """Sums of maps (HW, L) by their size, so that memory does not grow with steps and layers."""
 
-    def __init__(self, maps: list[Tensor]):
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._count = 0
+
+    def add(self, scores: Tensor) -> None:
+        """Add one map (HW, L)."""
+        size = scores.shape[0]
+        self._sums[size] = self._sums[size] + scores if size in self._sums else scores
+        self._count += 1
+
+    def mean(self, height: int, width: int) -> Tensor:
+        """The mean of all maps, (L, height, width), those of deeper levels enlarged. height, width: of the latents."""
+        return torch.stack([_enlarged(total.cpu(), height, width) for total in self._sums.values()]).sum(0) / self._count
+
+
+def _enlarged(scores: Tensor, height: int, width: int) -> Tensor:
+    """A map (HW, L) of one level as (L, height, width)."""
+    levels = ((math.ceil(height / 2**k), math.ceil(width / 2**k)) for k in range(16))
+    sides = next(sides for sides in levels if math.prod(sides) == scores.shape[0])
+    return functional.interpolate(scores.T.reshape(1, -1, *sides), (height, width), mode="bilinear")[0]
+
+
+class _Recorded:
+    """Attention as two products and a softmax, whose last row, the prompt's, is added to the maps."""
+
+    def __init__(self, maps: AttentionMaps):
         self._maps = maps
 
     def __call__(
@@ -33,15 +58,15 @@ class _Recorded:
             )
         )
         scores = attention.get_attention_scores(query, key)
-        self._maps.append(scores.detach().float().unflatten(0, (-1, attention.heads)).mean(1))
+        self._maps.add(scores.detach()[-attention.heads :].float().mean(0))
         drawn = attention.batch_to_head_dim(torch.bmm(scores, value))
         return attention.to_out[1](attention.to_out[0](drawn)) / attention.rescale_output_factor
 
 
 @contextmanager
-def recorded_attention(unet: UNet) -> Iterator[list[Tensor]]:
-    """A block in which every cross-attention appends its map (B, HW, L) to the list; outputs change by rounding."""
-    maps: list[Tensor] = []
+def recorded_attention(unet: UNet) -> Iterator[AttentionMaps]:
+    """A block in which every cross-attention adds its map of the last condition; outputs change by rounding."""
+    maps = AttentionMaps()
     before = {name: module.processor for name, module in unet.cross_attentions()}
     try:
         for _, module in unet.cross_attentions():
@@ -50,17 +75,3 @@ def recorded_attention(unet: UNet) -> Iterator[list[Tensor]]:
     finally:
         for name, module in unet.cross_attentions():
             module.set_processor(before[name])
-
-
-def mean_map(maps: list[Tensor], height: int, width: int) -> Tensor:
-    """The mean (L, height, width) of maps of several levels in their last row, which is the prompt's, enlarged.
-
-    height, width: of the latents.
-    """
-    total = torch.zeros(maps[0].shape[-1], height, width)
-    for each in maps:
-        level = next(k for k in range(16) if math.ceil(height / 2**k) * math.ceil(width / 2**k) == each.shape[1])
-        sides = math.ceil(height / 2**level), math.ceil(width / 2**level)
-        square = each[-1].T.reshape(-1, *sides).cpu()
-        total += functional.interpolate(square[None], (height, width), mode="bilinear")[0]
-    return total / len(maps)
