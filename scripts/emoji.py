@@ -3,7 +3,7 @@
     npm install @iconify-json/{noto,fluent-emoji,fluent-emoji-flat,twemoji} emojibase-data
     pip install resvg-py
     python scripts/emoji.py node_modules emoji            # emoji/sprites: RGBA pictures and metadata.jsonl
-    python scripts/emoji.py node_modules emoji --scenes 40000   # and emoji/scenes: sprites on backgrounds
+    python scripts/emoji.py node_modules emoji --scenes 40000   # and emoji/scenes, composed of them
 
 Licences: noto Apache-2.0 (Google), fluent-emoji and fluent-emoji-flat MIT (Microsoft), twemoji CC-BY-4.0 (Twitter).
 Icons that differ from another one by skin tone only are left out.
@@ -24,6 +24,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latentdiff.data.scenes import CATEGORIES
+from latentdiff.data.sprites.color import main_color
+from latentdiff.data.sprites.description import Describer
+from latentdiff.data.sprites.library import Library
+from latentdiff.data.sprites.scene import compose, render
 from latentdiff.diffusion import noise
 
 SETS = {"noto": "noto", "fluent-emoji": "glossy", "fluent-emoji-flat": "flat", "twemoji": "twemoji"}  # set -> style
@@ -77,10 +82,66 @@ def rendered(size: int, item: dict[str, Any]) -> bytes:
     return bytes(resvg_py.svg_to_bytes(svg_string=item["svg"], width=size, height=size))
 
 
-def captions(row: dict[str, Any]) -> list[str]:
-    """From the bare name to the full caption: style, name, keywords."""
-    name, style, words = row["name"], row["style"], [w for w in row["keywords"] if w != row["name"]]
-    return list(dict.fromkeys([name, f"{name}, {style} style", f"{name}, {style} style, {', '.join(words[:4])}"]))
+WEIGHTS = {"flags": 0.25, "symbols": 0.5}  # flags and signs are a fifth of all, and should not be a fifth of training
+# subcategories, or their first words, of things that can be counted and stand beside others
+_THINGS = {
+    "animal",
+    "cat-face",
+    "monkey-face",
+    "plant",
+    "food",
+    "drink",
+    "dishware",
+    "clothing",
+    "tool",
+    "household",
+    "office",
+    "book-paper",
+    "musical-instrument",
+    "light-video",
+    "computer",
+    "phone",
+    "transport-ground",
+    "transport-air",
+    "transport-water",
+    "mail",
+    "writing",
+    "medical",
+    "science",
+    "game",
+    "money",
+    "lock",
+    "other-object",
+    "arts-crafts",
+    "place-building",
+}
+_BODIES = ("smileys-emotion", "people-body")  # their colour is that of all faces
+
+
+def spoken(name: str) -> str:
+    """A label as people say it: "flag: France" is "flag of France", "person: beard" is "person with beard"."""
+    before, colon, after = name.partition(": ")
+    link = {"flag": " of ", "keycap": " ", "family": " of "}.get(before, " with ")
+    return f"{before}{link}{after}" if colon else name
+
+
+def is_countable(name: str, subcategory: str) -> bool:
+    """Whether "three ..." can be said of it: a short name in small letters, of a thing."""
+    words = name.split()
+    thing = subcategory in _THINGS or subcategory.split("-")[0] in _THINGS
+    return thing and len(words) <= 2 and all(word.isalpha() and word.islower() for word in words)
+
+
+def facts(row: dict[str, Any], picture: Image.Image) -> dict[str, Any]:
+    """What scenes must know: the main colour, whether the thing can be counted, how often it is drawn, a caption."""
+    name, category = spoken(row["name"]), row["category"]
+    return {
+        "name": name,
+        "color": "" if category in _BODIES else main_color(np.asarray(picture)),
+        "countable": is_countable(name, row["subcategory"]),
+        "weight": WEIGHTS.get(category, 1.0),
+        "text": f"{name}, {row['style']} style",
+    }
 
 
 def write_sprites(folder: Path, target: Path, size: int) -> int:
@@ -92,50 +153,32 @@ def write_sprites(folder: Path, target: Path, size: int) -> int:
         with ProcessPoolExecutor() as pool:
             pictures = pool.map(partial(rendered, size), items, chunksize=32)
             for item, picture in zip(items, pictures, strict=True):
-                alpha = np.asarray(Image.open(io.BytesIO(picture)).convert("RGBA"))[..., 3]
-                if alpha.mean() < 2:  # nothing to see
+                image = Image.open(io.BytesIO(picture)).convert("RGBA")
+                if np.asarray(image)[..., 3].mean() < 2:  # nothing to see
                     continue
-                spoken = {"name": item["icon"].replace("-", " "), "keywords": [], "category": "other"}
+                labels = {
+                    "name": item["icon"].replace("-", " "),
+                    "keywords": [],
+                    "category": "other",
+                    "subcategory": "",
+                }
                 row = {"file_name": f"{style}/{item['icon']}.png", "style": style, "icon": item["icon"]}
-                row |= spoken | known.get(plain(item["code"]), {})
+                row |= labels | known.get(plain(item["code"]), {})
                 file = target / row["file_name"]
                 file.parent.mkdir(exist_ok=True)
                 file.write_bytes(picture)
-                rows.append(row | {"text": captions(row)})
-    (target / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                rows.append(row | facts(row, image))
+    (target / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return len(rows)
 
 
-def scene(sprites: list[Path], size: int, seed: int, index: int) -> Image.Image:
-    """One to four sprites on a plain or graded background, a function of (seed, index)."""
+def _write_scene(describer: Describer, target: Path, size: int, seed: int, index: int) -> str:
     rng = noise.generator(seed, "emoji scene", index)
-    picture = Image.fromarray(background(rng, size))
-    count = int(rng.choice([1, 2, 3, 4], p=[0.7, 0.15, 0.08, 0.07]))
-    for _ in range(count):
-        side = int(size * (rng.uniform(0.6, 1.0) if count == 1 else rng.uniform(0.25, 0.6)))
-        sprite = Image.open(sprites[rng.integers(len(sprites))]).convert("RGBA")
-        sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
-        place = tuple(int(corner) for corner in rng.integers(0, size - side + 1, 2))
-        picture.paste(sprite, place, sprite)
-    return picture
-
-
-def background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """White half of the time, else a colour, or a linear gradient between two: uint8 (size, size, 3)."""
-    kind = rng.random()
-    first, last = rng.integers(0, 256, (2, 3))
-    if kind < 0.5:
-        first = last = np.array([255, 255, 255])
-    elif kind < 0.75:
-        last = first
-    angle = rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
-    share = np.clip(0.5 + (np.cos(angle) * x + np.sin(angle) * y), 0, 1)[..., None]
-    return np.rint(first * (1 - share) + last * share).astype(np.uint8)
-
-
-def _write_scene(sprites: list[Path], target: Path, size: int, seed: int, index: int) -> None:
-    scene(sprites, size, seed, index).save(target / f"{index:06d}.png", compress_level=1)
+    category = CATEGORIES[rng.choice(len(CATEGORIES), p=(0.7, 0.06, 0.08, 0.06, 0.06, 0.04))]
+    scene = compose(describer.describe(rng, category), rng)
+    name = f"{index:06d}.png"
+    Image.fromarray(render(scene, describer.library, size)).save(target / name, compress_level=1)
+    return json.dumps({"file_name": name, "text": scene.captions}, ensure_ascii=False) + "\n"
 
 
 def main() -> None:
@@ -144,7 +187,7 @@ def main() -> None:
     parser.add_argument("packages", type=Path, help="node_modules with the packages")
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--scenes", type=int, default=0, help="composed pictures for the autoencoder")
+    parser.add_argument("--scenes", type=int, default=0, help="captioned pictures of composed scenes")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     sprites = given.out / "sprites"
@@ -152,10 +195,10 @@ def main() -> None:
         print(f"{write_sprites(given.packages, sprites, given.size):,} sprites in {sprites}")
     if given.scenes:
         (given.out / "scenes").mkdir()
-        files = sorted(sprites.glob("*/*.png"))
-        make = partial(_write_scene, files, given.out / "scenes", given.size, given.seed)
+        make = partial(_write_scene, Describer(Library(sprites)), given.out / "scenes", given.size, given.seed)
         with ProcessPoolExecutor() as pool:
-            list(pool.map(make, range(given.scenes), chunksize=64))
+            lines = pool.map(make, range(given.scenes), chunksize=64)
+            (given.out / "scenes" / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{given.scenes:,} scenes in {given.out / 'scenes'}")
 
 

@@ -80,7 +80,7 @@ def check(
         },
     )
     settings = config.data.pictures
-    if config.data.kind == "scenes":
+    if config.data.is_procedural:
         raise ConfigError(f"the data of {source} are procedural scenes: there is nothing to check")
     table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
     survey = look(config)

@@ -127,9 +127,7 @@ def generate(
     steps_gif: Annotated[
         bool, typer.Option("--steps-gif", help="Also write the way from noise to each picture, as a GIF.")
     ] = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder, or a file for a single picture.")
-    ] = OUTPUTS,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder, or a file for a single picture.")] = OUTPUTS,
     picture_format: Annotated[
         Format | None, typer.Option("--format", help="Format of pictures in a folder (default: png).")
     ] = None,

@@ -15,6 +15,7 @@ from latentdiff.data.buckets import bucket_table
 from latentdiff.data.captions import CaptionRule
 from latentdiff.data.examples import Examples
 from latentdiff.data.layouts import find
+from latentdiff.data.makers import maker_of
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.scene_set import Scenes
@@ -49,10 +50,10 @@ class DataSet:
 
 def open_data(config: Settings, cache: Path | None = None) -> DataSet:
     """The data set of a config; cache: a folder for slow results. Raises DataError for faults in it."""
-    if config.data.kind == "scenes":
-        training = Scenes(config, "training scene", config.data.count, cache)
-        grey = config.data.grey
-        validation = Examples(Scenes(config, "validation scene", VALIDATION), config.seed, grey=grey)
+    if config.data.is_procedural:
+        maker, grey = maker_of(config.data), config.data.grey
+        training = Scenes(config, maker, "training scene", config.data.count, cache)
+        validation = Examples(Scenes(config, maker, "validation scene", VALIDATION), config.seed, grey=grey)
         return DataSet(Examples(training, config.seed, grey=grey), validation)
     result = look(config, cache).sound(config.data.pictures.skip_bad)
     return picture_data(config, result)

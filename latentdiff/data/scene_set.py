@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from latentdiff.data import scenes
 from latentdiff.data.buckets import Size
+from latentdiff.data.makers import Maker
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.pictures import View
 from latentdiff.diffusion import noise
@@ -19,18 +20,20 @@ from latentdiff.settings.config import Settings
 
 
 class Scenes:
-    """Procedural scenes of one purpose; rows beyond the last are scenes too, for stages that never repeat one."""
+    """Scenes of one purpose; rows beyond the last are scenes too, for stages that never repeat one.
 
-    def __init__(self, config: Settings, purpose: str, count: int, memo: Path | None = None):
-        self._config, self._purpose, self._count, self._memo = config, purpose, count, memo
+    memo: a folder for the captions, which take a while to compute.
+    """
+
+    def __init__(self, config: Settings, maker: Maker, purpose: str, count: int, memo: Path | None = None):
+        self._config, self.maker, self._purpose, self._count, self._memo = config, maker, purpose, count, memo
 
     def __len__(self) -> int:
         return self._count
 
-    def scene(self, row: int) -> scenes.Scene:
-        """The scene itself, which the oracle's readings are compared with."""
-        rng = noise.generator(self._config.seed, self._purpose, row)
-        return scenes.scene(rng, mix=self._config.data.mix)
+    def scene(self, row: int) -> Any:
+        """The scene itself, as its maker makes it."""
+        return self.maker.scene(noise.generator(self._config.seed, self._purpose, row))
 
     def size(self, row: int) -> Size:
         """The size, which all scenes share; they are squares."""
@@ -45,8 +48,8 @@ class Scenes:
         return f"scene {row}"
 
     def captions(self, row: int) -> Sequence[str]:
-        """The caption of a scene."""
-        return (self._captions[row] if row < self._count else self.scene(row).caption,)
+        """The captions of a scene."""
+        return self._captions[row] if row < self._count else self.maker.captions(self.scene(row))
 
     def key(self, row: int, view: View) -> str:
         """The identity: a hash of the settings, the purpose and the number."""
@@ -54,7 +57,7 @@ class Scenes:
 
     def pixels(self, row: int, view: View, size: Size | None = None) -> np.ndarray:
         """The rendered scene; scenes have one view."""
-        return scenes.render(self.scene(row), self._config.image_size)
+        return self.maker.picture(self.scene(row), self._config.image_size)
 
     def geometry(self, row: int, view: View) -> tuple[int, ...]:
         """The geometry of a picture that is not cropped."""
@@ -71,20 +74,21 @@ class Scenes:
     @cached_property
     def _identity(self) -> str:
         data = self._config.data
-        settings = [self._config.seed, self._config.image_size, data.grey, data.count, data.mix]
+        settings = [self._config.seed, self._config.image_size, data.grey, data.count, *self.maker.identity()]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for row in range(min(16, self._count)):
             digest.update(self.pixels(row, View()).tobytes())
-            digest.update(self.scene(row).caption.encode())
+            digest.update("".join(self.maker.captions(self.scene(row))).encode())
         return digest.hexdigest()
 
     @cached_property
-    def _captions(self) -> list[str]:
+    def _captions(self) -> list[Sequence[str]]:
         """All captions, computed once for a run: for 50,000 scenes this takes seconds."""
         path, rules = self._memo and self._memo / "captions.jsonl", {"scenes": self.identity()}
-        drawn = read_memo(path, rules) if path else []
-        if len(drawn) != self._count:
-            drawn = [self.scene(row).caption for row in range(self._count)]
-            if path:
-                write_memo(path, rules, drawn)
-        return drawn
+        known = read_memo(path, rules) if path else []
+        if len(known) == self._count:
+            return known
+        captions = [self.maker.captions(self.scene(row)) for row in range(self._count)]
+        if path:
+            write_memo(path, rules, captions)
+        return captions

@@ -232,28 +232,28 @@ def layout(description: Description, rng: np.random.Generator) -> tuple[Thing, .
         radius = rng.uniform(*RADII[description.size])
         cells = tuple(PLACES)
         place = cells[rng.integers(len(cells))] if description.place is None else description.place
-        centers = [_in_cell(place, radius, rng)]
+        centers = [in_cell(place, radius, rng)]
         radii = [radius]
     elif len(description.groups) == 2:
         radii = list(rng.uniform(8.5, 11.5, 2))
-        centers = _related(description.relation or RELATIONS[rng.integers(4)], radii, rng)
+        centers = related(description.relation or RELATIONS[rng.integers(4)], radii, rng)
     else:
         radii = list(rng.uniform(7.5, 12.0 - len(kinds), 1).repeat(len(kinds)))
-        centers = _scattered(radii, rng)
+        centers = scattered(radii, rng)
     return tuple(
         Thing(g.shape, g.color, float(x), float(y), float(r))
         for g, (x, y), r in zip(kinds, centers, radii, strict=True)
     )
 
 
-def _in_cell(place: tuple[int, int], radius: float, rng: np.random.Generator) -> tuple[float, float]:
+def in_cell(place: tuple[int, int], radius: float, rng: np.random.Generator) -> tuple[float, float]:
     """A centre near the middle (|offset| < 2) or 0.65 to 1 of the way to the border, by cell."""
     reach = SIZE / 2 - GAP - radius
     offset = [rng.uniform(-2, 2) if side == 0 else side * reach * rng.uniform(0.65, 1) for side in place]
     return SIZE / 2 + offset[0], SIZE / 2 + offset[1]
 
 
-def _related(relation: str, radii: Sequence[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+def related(relation: str, radii: Sequence[float], rng: np.random.Generator) -> list[tuple[float, float]]:
     """Two centres along one axis, the first before the second for "left of" and "above"."""
     slack = SIZE - 3 * GAP - 2 * sum(radii)
     cuts = np.sort(rng.uniform(0, max(slack, 0.0), 2))
@@ -267,7 +267,7 @@ def _related(relation: str, radii: Sequence[float], rng: np.random.Generator) ->
     return [(along[i], across[i]) for i in (0, 1)]
 
 
-def _scattered(radii: Sequence[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+def scattered(radii: Sequence[float], rng: np.random.Generator) -> list[tuple[float, float]]:
     """Centres anywhere, bounding boxes apart: the first good one of many candidates drawn at once."""
     r = np.asarray(radii)
     while True:

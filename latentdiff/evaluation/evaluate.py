@@ -101,7 +101,7 @@ def references_of(
     model = candidate.painter.model
     side = model.card.size[0]
     config = _config(sources.data, side, sources.lenient)
-    survey = None if config.data.kind == "scenes" else look(config).sound(config.data.pictures.skip_bad)
+    survey = None if config.data.is_procedural else look(config).sound(config.data.pictures.skip_bad)
     held, trained = held_out(config, count, survey)
     if len(held) < LEAST:
         raise DataError(f"{len(held)} different pictures are too few: an evaluation requires at least {LEAST}")

@@ -10,6 +10,7 @@ import numpy as np
 from latentdiff.core.images import coloured
 from latentdiff.data.dataset import as_validated, by_identity, look, picture_set
 from latentdiff.data.examples import Examples
+from latentdiff.data.makers import maker_of
 from latentdiff.data.scene_set import Scenes
 from latentdiff.data.survey import Picture, Survey
 from latentdiff.evaluation.room import room
@@ -26,8 +27,9 @@ def held_out(config: Settings, count: int, known: Survey | None = None) -> tuple
     the first by their identity, which may have been trained on. known: an earlier survey. Raises DataError.
     """
     trained_count = min(TRAINED * count, max(1, LARGEST // (3 * config.image_size**2)))
-    if config.data.kind == "scenes":
-        sets = (Scenes(config, "evaluation scene", count), Scenes(config, "training scene", trained_count))
+    if config.data.is_procedural:
+        maker, purposes = maker_of(config.data), {"evaluation scene": count, "training scene": trained_count}
+        sets = [Scenes(config, maker, purpose, number) for purpose, number in purposes.items()]
         held, trained = (Examples(scenes, config.seed, grey=config.data.grey) for scenes in sets)
         return held, trained
     survey = known or look(config).sound(config.data.pictures.skip_bad)

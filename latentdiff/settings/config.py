@@ -115,22 +115,39 @@ class Pictures(Section):
         return red, green, blue
 
 
+class Sprites(Section):
+    """Sprites of which scenes are composed."""
+
+    source: str = Field("", description="a folder with RGBA pictures and metadata.jsonl: file_name, name, style, ...")
+    shapes: Fraction = Field(0.1, description="share of objects that are coloured shapes instead")
+
+
 class Data(Section):
     """The data. Scenes are procedural: training reads scenes 0, 1, 2, ... of one seed, validation those of another."""
 
-    kind: Literal["scenes", "pictures"] = Field("scenes", description="procedural scenes, or pictures of your own")
+    kind: Literal["scenes", "sprites", "pictures"] = Field(
+        "scenes", description="procedural scenes of shapes, or of sprites; or pictures of your own"
+    )
     grey: bool = Field(False, description="one channel of luminance instead of three of colour")
     count: int = Field(50_000, ge=1, le=10**8, description="distinct scenes for the denoiser's training")
     mix: tuple[Fraction, Fraction, Fraction, Fraction, Fraction, Fraction] = Field(
         (0.24, 0.12, 0.18, 0.04, 0.3, 0.12),
         description="shares of single, two, counting, colors, position, binding",
     )
+    sprites: Sprites = Sprites()
     pictures: Pictures = Pictures()
+
+    @property
+    def is_procedural(self) -> bool:
+        """Whether pictures are made, not read."""
+        return self.kind != "pictures"
 
     @model_validator(mode="after")
     def _somewhere(self) -> Data:
         if self.kind == "pictures" and not self.pictures.source:
             raise ValueError("data.pictures.source is missing: give the pictures")
+        if self.kind == "sprites" and not self.sprites.source:
+            raise ValueError("data.sprites.source is missing: give the folder of sprites")
         return self
 
     @model_validator(mode="after")
@@ -314,7 +331,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _whole_twins(self) -> Config:
-        if self.data.kind == "scenes" and self.clip.training.train_batch_size % 2:
+        if self.data.is_procedural and self.clip.training.train_batch_size % 2:
             raise ValueError("clip.training.train_batch_size must be even: half of a batch are twins of the other half")
         return self
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from latentdiff.core.errors import saving
 from latentdiff.core.files import whole
 from latentdiff.core.images import to_images
-from latentdiff.data import scenes
 from latentdiff.data.dataset import VALIDATION
 from latentdiff.data.examples import Examples
+from latentdiff.data.makers import Maker
+from latentdiff.data.scene_set import Scenes
 from latentdiff.diffusion import noise
 from latentdiff.families.own import new_clip, seeded
 from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
@@ -34,14 +35,16 @@ def train_clip(run: Run[Config]) -> None:
     with seeded(config.seed):
         module = new_clip(config)
     tokenizer = clip_tokenizer(config.clip.max_length)
+    pictures = run.data.training.pictures
+    maker = pictures.maker if isinstance(pictures, Scenes) else None
     to_ids = partial(tokenize, tokenizer)
     stage = ClipStage(
         module,
-        partial(captioned_twins, config) if config.data.kind == "scenes" else _captioned(run),
+        _captioned(run) if maker is None else partial(captioned_twins, config, maker),
         to_ids,
         contrastive_loss(accelerator.process_index, accelerator.num_processes),
     )
-    report = partial(_report, config, run.data.validation, to_ids, accelerator.device, module)
+    report = partial(_report, config, maker, run.data.validation, to_ids, accelerator.device, module)
     start = run.start("clip")
     run_stage(accelerator, stage, config.clip.training, run.folder / "clip", report, start, run.interruption)
     if accelerator.is_main_process:
@@ -53,14 +56,20 @@ def train_clip(run: Run[Config]) -> None:
     accelerator.wait_for_everyone()
 
 
-def captioned_twins(config: Config, positions: range, purpose: str = "clip scene") -> list[CaptionedPicture]:
+def captioned_twins(
+    config: Config, maker: Maker, positions: range, purpose: str = "clip scene"
+) -> list[CaptionedPicture]:
     """Scenes at even positions, and after each a twin that differs in one fact. The range begins and ends even."""
     pairs = []
-    for number in range(positions.start // 2, positions.stop // 2):
-        rng = noise.generator(config.seed, purpose, number)
-        first = scenes.scene(rng, mix=config.data.mix)
-        second = scenes.compose(scenes.twin(first.description, rng), rng)
-        pairs += [(scenes.render(scene, config.image_size), scene.caption) for scene in (first, second)]
+    for position in range(positions.start // 2, positions.stop // 2):
+        rng = noise.generator(config.seed, purpose, position)
+        first = maker.scene(rng)
+        scenes = (first, maker.twin(first, rng))
+        whole = rng.random() < 0.5  # the first caption states all facts, so it tells twins apart
+        for scene in scenes:
+            captions = maker.captions(scene)
+            number = 0 if whole else int(rng.integers(len(captions)))
+            pairs.append((maker.picture(scene, config.image_size), captions[number]))
     return pairs
 
 
@@ -83,13 +92,18 @@ def _square(config: Config, examples: Examples, row: int, epoch: int) -> np.ndar
 
 @torch.no_grad()
 def _report(
-    config: Config, validation: Examples, to_ids: Tokenize, device: torch.device, module: Clip, step: int
+    config: Config,
+    maker: Maker | None,
+    validation: Examples,
+    to_ids: Tokenize,
+    device: torch.device,
+    module: Clip,
+    step: int,
 ) -> dict[str, float]:
     """The validation loss, and how often CLIP picks the right caption: of all, and of a picture's and its twin's."""
     module.eval()
-    twins = config.data.kind == "scenes"
-    if twins:
-        pairs = captioned_twins(config, range(2 * VALIDATION), "clip validation")
+    if maker is not None:
+        pairs = captioned_twins(config, maker, range(2 * VALIDATION), "clip validation")
     else:
         rows = range(min(len(validation), 2 * VALIDATION))
         pairs = [(_square(config, validation, row, 0), validation.caption(row, 0)) for row in rows]
@@ -102,7 +116,7 @@ def _report(
         "validation_loss": float(contrastive_loss()(image_features, text_features, scale)),
         "found_of_all": float((similarity.argmax(1) == rows_of).float().mean()),
     }
-    if twins:
+    if maker is not None:
         own, twin = similarity[rows_of, rows_of], similarity[rows_of, rows_of ^ 1]
         numbers["found_of_twins"] = float((own > twin).float().mean())
     return numbers

@@ -30,7 +30,9 @@ class AttentionMaps:
 
     def mean(self, height: int, width: int) -> Tensor:
         """The mean of all maps, (L, height, width), those of deeper levels enlarged. height, width: of the latents."""
-        return torch.stack([_enlarged(total.cpu(), height, width) for total in self._sums.values()]).sum(0) / self._count
+        return (
+            torch.stack([_enlarged(total.cpu(), height, width) for total in self._sums.values()]).sum(0) / self._count
+        )
 
 
 def _enlarged(scores: Tensor, height: int, width: int) -> Tensor:
