@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.nn import functional
+from transformers import CLIPTextModel
 
 from latentdiff.core.images import luminance, to_images, to_uint8
+from latentdiff.families.clip import load_own_scorer
 from latentdiff.families.weights import load_clip
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
+from latentdiff.networks.encoders.clip import END, START, TextEncoder, clip_tokenizer, learnt_tokenizer, tokenize
 from latentdiff.networks.encoders.prompt import Prompt
 
 PROMPTS = ["a red circle above a blue square", "", "Ein Größenwahn, 猫 & \U0001f600!", "3 green stars " * 20]
@@ -86,9 +89,44 @@ def test_tokenizer_is_clip_s():
     assert torch.equal(ours, theirs)
 
 
-def clip_towers():
+def test_a_learnt_tokenizer_reads_any_text():
+    """Merges of the captions' most frequent pairs; every text comes back, and a known word is one token."""
+    captions = ["a red circle above a blue square", "two blue squares", "a red ring"] * 5
+    tokenizer = learnt_tokenizer(captions, 40, 32)
+    assert len(tokenizer) <= 514 + 40
+    assert tokenizer("red", add_special_tokens=False).input_ids == [tokenizer.get_vocab()["red</w>"]]
+    for text in ("a red zebra", "caf\u00e9 \u732b \U0001f431!", "square-red"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert "".join(tokenizer.decode(ids).split()) == "".join(text.split())
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in (START, END))
+    assert (start, end) == (len(tokenizer) - 2, len(tokenizer) - 1)  # open_clip reads the text at the largest id
+    again = learnt_tokenizer(captions, 40, 32)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    bytes_alone = learnt_tokenizer(captions, 0, 32)
+    assert len(bytes_alone) == 514
+    assert len(bytes_alone("red", add_special_tokens=False).input_ids) == 3
+
+
+@torch.no_grad()
+def test_a_text_tower_of_a_learnt_vocabulary(tmp_path):
+    """Saved and loaded by transformers, it pools at the end token, as the towers do."""
+    tokenizer = learnt_tokenizer(PROMPTS, 60, 32)
+    clip = clip_towers(vocabulary=len(tokenizer))
+    TextEncoder(tokenizer, text_model_of(clip)).save(tmp_path)
+    clip.save(tmp_path / "clip")
+    scorer = load_own_scorer(tmp_path)
+    ids = tokenize(tokenizer, PROMPTS)
+    expected = functional.normalize(clip.towers.encode_text(ids), dim=-1)
+    torch.testing.assert_close(scorer.texts(PROMPTS), expected, rtol=1e-4, atol=1e-5)
+    model = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
+    pooled = model(ids).pooler_output @ clip.towers.text_projection
+    torch.testing.assert_close(functional.normalize(pooled, dim=-1), expected, rtol=1e-4, atol=1e-5)
+
+
+def clip_towers(**more):
     torch.manual_seed(0)
     return Clip.create(
+        **more,
         image_size=16,
         embed_dim=24,
         text_width=32,

@@ -7,9 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import DataError
 from latentdiff.data.makers import SpriteScenes
 from latentdiff.data.scenes import CATEGORIES, COLORS, HELD_OUT, PLACES
@@ -19,6 +21,9 @@ from latentdiff.data.sprites.description import GROUNDS, Describer, is_held_out
 from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import UNIT, background, compose, render
 from latentdiff.diffusion import noise
+
+from .conftest import ROOT
+from .forked import SHORT
 
 NAMES = [
     f"{first} {second}" for first in ("old", "new", "big", "odd") for second in ("cat", "fly", "box", "fish", "cup")
@@ -307,3 +312,31 @@ def test_shapes_keep_their_held_out_pairs(library):
     }
     assert seen.isdisjoint(HELD_OUT)
     assert len(seen) == 6 * 8 - len(HELD_OUT)
+
+
+# training
+
+
+def test_a_run_on_sprites_with_a_vocabulary_of_its_own(library, tmp_path, call):
+    """All three stages; the model folder knows the sprites' names, and draws by the short vocabulary."""
+    overrides = (*SHORT, "data.kind=sprites", f"data.sprites.source={library.folder}", "clip.merges=80")
+    words = [word for each in overrides for word in ("--set", each)]
+    code, _, err = call("train", ROOT / "configs" / "scenes-tiny.toml", "-o", "run", *words)
+    assert code == 0, err
+    model = tmp_path / "run" / "model"
+    known = set((model / "words.txt").read_text().split())
+    assert {word for name in NAMES for word in name.split()} | set(STYLES) | set(COLORS) <= known
+    pipe = LatentDiffusionPipeline.from_pretrained(model)
+    assert pipe.components["text_encoder"].config.vocab_size <= 514 + 80
+    assert pipe("an odd cat on a blue background", seed=1, num_inference_steps=2, output_type="np").images.shape == (
+        1,
+        32,
+        32,
+        3,
+    )
+    theirs = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    ids = theirs.tokenizer("an odd cat", padding="max_length", return_tensors="pt").input_ids
+    encoder = pipe.model.encoder
+    np.testing.assert_array_equal(ids, encoder.tokenize(["an odd cat"]))
+    rows = [json.loads(line) for line in (tmp_path / "run/clip/log.jsonl").read_text().splitlines()]
+    assert any("found_of_twins" in row for row in rows)

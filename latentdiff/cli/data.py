@@ -63,6 +63,7 @@ def check(
     from latentdiff.data.survey import QUARANTINED
     from latentdiff.evaluation.report.data_set import as_lines, sections
     from latentdiff.evaluation.report.page import PAGE, as_html
+    from latentdiff.families.own import new_tokenizer
 
     if skip_bad:
         check_page(quarantine, QUARANTINED)
@@ -84,7 +85,7 @@ def check(
         raise ConfigError(f"the data of {source} are procedural scenes: there is nothing to check")
     table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
     survey = look(config)
-    tokenizer = _tokenizer(config)
+    tokenizer = new_tokenizer(config, (caption for picture in survey.pictures for caption in picture.captions))
     limit = config.clip.max_length
     report = sections(survey, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
     tree = {section.title: {"text": section.text, "lines": section.lines} for section in report}
@@ -115,12 +116,13 @@ def preview(
     """Show what the network sees: cropped samples of an epoch, with the words that the text encoder reads."""
     from latentdiff.data.dataset import open_data
     from latentdiff.evaluation.report.page import PAGE, Entry, as_html
+    from latentdiff.families.own import new_tokenizer
 
     check_page(output, PAGE)
     config = _config(source, set_, {"image_size": resolution})
     data = open_data(config)
     tree = f"{min(count, len(data.training)):,} of {len(data.training):,} samples, epoch {epoch}"
-    sheet = _sheet(data, count, epoch, _tokenizer(config))
+    sheet = _sheet(data, count, epoch, new_tokenizer(config, data.training.all_captions()))
     page = as_html(config.data.pictures.source or config.name, [Entry("preview", tree)], sheet)
     output.write_text(page, encoding="utf-8")
     terminal.result(output)
@@ -160,12 +162,6 @@ def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Confi
     if source.endswith(".toml") and not Path(source).is_dir():
         return load_config(Path(source), [*(set_ or ()), *given])
     return load_config(None, [*own_pictures(source), *(set_ or ()), *given])
-
-
-def _tokenizer(config: Config) -> Tokenizer:
-    from latentdiff.networks.encoders.clip import clip_tokenizer
-
-    return clip_tokenizer(config.clip.max_length)
 
 
 def _token_counts(tokenizer: Tokenizer, texts: list[str]) -> list[int]:

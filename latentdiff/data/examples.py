@@ -113,10 +113,13 @@ class Examples:
         key = self.pictures.key(row, view)
         return hashlib.sha256(f"{key} grey".encode()).hexdigest()[:32] if self.grey else key
 
+    def all_captions(self) -> Iterator[str]:
+        """The captions of all pictures as they are in the data set."""
+        return (caption for row in range(len(self)) for caption in self.pictures.captions(row))
+
     def words(self) -> frozenset[str]:
         """The words of all captions, templates and prefixes."""
-        captions = (caption for row in range(len(self)) for caption in self.pictures.captions(row))
-        return words_of(chain(captions, (self.rule.prefix,), self.rule.templates))
+        return words_of(chain(self.all_captions(), (self.rule.prefix,), self.rule.templates))
 
     def every_caption(self) -> list[str] | None:
         """Everything that `caption` can return, or None if tags are shuffled."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentdiff.core.errors import ConfigError, ModelError, loading
 from latentdiff.core.files import sha256_of
-from latentdiff.families.weights import load_clip
+from latentdiff.families.weights import load_clip, load_tokenizer
 from latentdiff.formats.folder import check_json
 from latentdiff.networks.clip import Clip
 from latentdiff.networks.encoders.clip import clip_tokenizer
@@ -18,8 +18,7 @@ WEIGHTS = "open_clip_model.safetensors"
 
 def load_own_scorer(folder: Path, text_encoder: Path | None = None) -> Scorer:
     """The CLIP of a model folder, with the token embeddings of the model's text encoder. Raises ModelError."""
-    clip = load_clip(folder, text_encoder)
-    return Scorer(clip, clip_tokenizer(int(clip.config["text_cfg"]["context_length"])))
+    return Scorer(load_clip(folder, text_encoder), load_tokenizer(text_encoder or folder))
 
 
 def load_scorer(directory: Path) -> Scorer:

@@ -6,9 +6,10 @@ contain the CLIP of their text encoder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from latentdiff.networks.codecs.identity import IdentityCodec
     from latentdiff.networks.codecs.kl import KLAutoencoder
     from latentdiff.networks.codecs.tiny import TinyAutoencoder
-    from latentdiff.networks.encoders.clip import TextEncoder
+    from latentdiff.networks.encoders.clip import TextEncoder, Tokenizer
     from latentdiff.settings.config import Config, Learning
 
     AnyCodec = KLAutoencoder | TinyAutoencoder | IdentityCodec
+
+_CAPTIONS = 200_000  # from which merges are learnt
 
 
 def made_here(directory: FilePath) -> bool:
@@ -102,11 +105,23 @@ def new_codec(config: Config) -> AnyCodec:
     )
 
 
-def new_clip(config: Config) -> Clip:
-    """Both towers with random weights."""
-    from latentdiff.networks.clip import Clip
+def new_tokenizer(config: Config, captions: Iterable[str]) -> Tokenizer:
+    """CLIP's tokenizer, or one whose merges are learnt from the first captions of the training set."""
+    from latentdiff.networks.encoders.clip import clip_tokenizer, learnt_tokenizer
 
-    return Clip.create(image_size=config.image_size, **config.clip.model_dump(exclude={"training"}))
+    if config.clip.merges is None:
+        return clip_tokenizer(config.clip.max_length)
+    return learnt_tokenizer(islice(captions, _CAPTIONS), config.clip.merges, config.clip.max_length)
+
+
+def new_clip(config: Config, vocabulary: int | None = None) -> Clip:
+    """Both towers with random weights. vocabulary: the number of words, by default as many as the config allows."""
+    from latentdiff.networks.clip import BYTES, VOCABULARY, Clip
+
+    if vocabulary is None:
+        vocabulary = VOCABULARY if config.clip.merges is None else BYTES + config.clip.merges
+    settings = config.clip.model_dump(exclude={"training", "merges"})
+    return Clip.create(image_size=config.image_size, vocabulary=vocabulary, **settings)
 
 
 def new_unet(config: Config, channels: int, side: int) -> UNet:

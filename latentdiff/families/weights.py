@@ -28,6 +28,8 @@ from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 from latentdiff.networks.quiet import quietly
 
 if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
     from latentdiff.networks.clip import Clip
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
@@ -88,14 +90,7 @@ def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncod
 
 
 def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool) -> TextEncoder:
-    from transformers import CLIPTokenizer
-
-    tokenizer_folder = directory / f"tokenizer{suffix}"
-    with loading(tokenizer_folder.name, directory):
-        if not tokenizer_folder.is_dir():  # or transformers searches the hub
-            raise ModelError(f"{tokenizer_folder.name} is missing ({directory})")
-        with _without_collections():
-            tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    tokenizer, tokenizer_folder = load_tokenizer(directory, suffix), directory / f"tokenizer{suffix}"
     model = _pretrained(network, directory, f"text_encoder{suffix}", variant)
     with loading(tokenizer_folder.name, directory):
         read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
@@ -108,6 +103,18 @@ def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: st
         encoder = TextEncoder(tokenizer, model, penultimate=penultimate).eval()
         encoder.tokenize(["a"])
     return encoder
+
+
+def load_tokenizer(directory: Path, suffix: str = "") -> CLIPTokenizer:
+    """The tokenizer of a model folder. Raises ModelError."""
+    from transformers import CLIPTokenizer
+
+    folder = directory / f"tokenizer{suffix}"
+    with loading(folder.name, directory), _without_collections():
+        if not folder.is_dir():  # or transformers searches the hub
+            raise ModelError(f"{folder.name} is missing ({directory})")
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentdiff.core.files import let_others_read
 
-VOCABULARY = 49408
+VOCABULARY = 49408  # of CLIP
+BYTES = 514  # words of a vocabulary without merges: bytes, bytes that end a word, start and end
 _EMBEDDING = "token_embedding.weight"
 
 
@@ -42,6 +43,7 @@ class Clip(nn.Module):
         vision_width: int,
         vision_layers: int,
         vision_head_width: int,
+        vocabulary: int = VOCABULARY,
     ) -> Clip:
         """New towers with random weights: a ViT for images (B, 3, S, S), a causal transformer for tokens."""
         vision = CLIPVisionCfg(
@@ -52,7 +54,7 @@ class Clip(nn.Module):
             image_size=image_size,
         )
         text = CLIPTextCfg(
-            context_length=max_length, vocab_size=VOCABULARY, width=text_width, heads=text_heads, layers=text_layers
+            context_length=max_length, vocab_size=vocabulary, width=text_width, heads=text_heads, layers=text_layers
         )
         clip = cls(embed_dim, vision, text)
         clip._spread_embeddings()
@@ -130,9 +132,9 @@ def text_model_of(clip: Clip) -> CLIPTextModel:
             num_attention_heads=text["heads"],
             max_position_embeddings=text["context_length"],
             hidden_act="gelu",
-            bos_token_id=VOCABULARY - 2,
-            eos_token_id=VOCABULARY - 1,
-            pad_token_id=VOCABULARY - 1,
+            bos_token_id=text["vocab_size"] - 2,
+            eos_token_id=text["vocab_size"] - 1,
+            pad_token_id=text["vocab_size"] - 1,
         )
     )
     renamed = {

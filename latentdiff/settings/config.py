@@ -199,6 +199,9 @@ class Clip(Section):
     text_layers: int = Field(3, ge=1, description="layers of the text tower")
     text_heads: int = Field(4, ge=1, description="heads of its attention")
     max_length: int = Field(32, ge=4, le=77, description="tokens, with start and end")
+    merges: int | None = Field(
+        None, ge=0, le=100_000, description="merges of the vocabulary, learnt from the captions (default: CLIP's)"
+    )
     patch_size: int = Field(8, ge=1, description="side in pixels of a patch of the vision tower")
     vision_width: int = Field(128, ge=1, description="width of the vision tower")
     vision_layers: int = Field(4, ge=1, description="layers of the vision tower")

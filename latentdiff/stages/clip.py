@@ -17,9 +17,9 @@ from latentdiff.data.examples import Examples
 from latentdiff.data.makers import Maker
 from latentdiff.data.scene_set import Scenes
 from latentdiff.diffusion import noise
-from latentdiff.families.own import new_clip, seeded
+from latentdiff.families.own import new_clip, new_tokenizer, seeded
 from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
-from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer, tokenize
+from latentdiff.networks.encoders.clip import TextEncoder, tokenize
 from latentdiff.settings.config import Config
 from latentdiff.stages.run import Run
 from latentdiff.training.clip import CaptionedPicture, ClipStage
@@ -32,9 +32,9 @@ Tokenize = Callable[[Sequence[str]], Tensor]
 def train_clip(run: Run[Config]) -> None:
     """Train both towers; save the text tower in transformers' format in `run/clip`, both as `run/model/clip`."""
     config, accelerator = run.config, run.accelerator
+    tokenizer = new_tokenizer(config, run.data.training.all_captions())
     with seeded(config.seed):
-        module = new_clip(config)
-    tokenizer = clip_tokenizer(config.clip.max_length)
+        module = new_clip(config, len(tokenizer))
     pictures = run.data.training.pictures
     maker = pictures.maker if isinstance(pictures, Scenes) else None
     to_ids = partial(tokenize, tokenizer)

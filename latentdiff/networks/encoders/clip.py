@@ -1,12 +1,14 @@
 """Prompts to conditions: CLIP's tokenizer and text transformer (Radford et al. 2021), from transformers.
 
-The vocabulary is CLIP's own byte-pair encoding, which open_clip ships as a file, so no hub is needed.
+The vocabulary is CLIP's own byte-pair encoding, which open_clip ships as a file, so no hub is needed, or one of the
+same form that is learnt from captions.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,20 +166,35 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def clip_tokenizer(max_length: int, pad: str = END) -> CLIPTokenizer:
-    """CLIP's tokenizer, from the merges that open_clip ships; OpenCLIP's own models pad with "!", which has id 0.
-
-    The vocabulary is CLIP's: 256 bytes, the same ending a word, one entry a merge, start and end.
-    """
-    from open_clip.tokenizer import bytes_to_unicode, default_bpe
+    """CLIP's tokenizer, from the merges that open_clip ships; OpenCLIP's own models pad with "!", which has id 0."""
+    from open_clip.tokenizer import default_bpe
 
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
-    merges = lines[1 : 49152 - 256 - 2 + 1]
+    merges = [(first, second) for first, second in map(str.split, lines[1 : 49152 - 256 - 2 + 1])]
+    return _tokenizer(merges, max_length, pad)
+
+
+def learnt_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CLIPTokenizer:
+    """CLIP's tokenizer with merges learnt from captions (Sennrich et al. 2016), at most `merges`.
+
+    It reads any text, because every byte is a word of it. Training is deterministic.
+    """
+    plain = _tokenizer([], max_length)
+    learnt = plain.train_new_from_iterator(captions, len(plain) + merges, show_progress=False)
+    pairs = json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]
+    return _tokenizer([(first, second) for first, second in pairs[:merges]], max_length)
+
+
+def _tokenizer(merges: Sequence[tuple[str, str]], max_length: int, pad: str = END) -> CLIPTokenizer:
+    """CLIP's vocabulary: 256 bytes, the same ending a word, one entry a merge, start and end."""
+    from open_clip.tokenizer import bytes_to_unicode
+
     letters = list(bytes_to_unicode().values())
-    words = [*letters, *(f"{c}</w>" for c in letters), *("".join(m.split()) for m in merges), START, END]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]
     return CLIPTokenizer(
         vocab={word: index for index, word in enumerate(words)},
-        merges=[tuple(m.split()) for m in merges],
+        merges=list(merges),
         model_max_length=max_length,
         pad_token=pad,
     )
