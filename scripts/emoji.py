@@ -118,8 +118,12 @@ _THINGS = {
 _BODIES = ("smileys-emotion", "people-body")  # their colour is that of all faces
 
 
+RENAMED = {"ring": "diamond ring"}  # "ring" is a shape
+
+
 def spoken(name: str) -> str:
     """A label as people say it: "flag: France" is "flag of France", "person: beard" is "person with beard"."""
+    name = RENAMED.get(name, name)
     before, colon, after = name.partition(": ")
     link = {"flag": " of ", "keycap": " ", "family": " of "}.get(before, " with ")
     return f"{before}{link}{after}" if colon else name

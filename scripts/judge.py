@@ -21,10 +21,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from latentdiff.core.images import to_images
-from latentdiff.data.scenes import COLORS
+from latentdiff.data.scenes import COLORS, SHAPES, coverage
 from latentdiff.data.sprites.color import turned
 from latentdiff.data.sprites.description import GROUNDS
-from latentdiff.data.sprites.library import Library, Sprite
+from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import background
 from latentdiff.diffusion import noise
 from latentdiff.evaluation.judge import Judge
@@ -32,21 +32,17 @@ from latentdiff.evaluation.judge import Judge
 ARCHITECTURE, SIDE = "regnety_002", 64
 
 
-def sample(library: Library, sprite: Sprite, rng: np.random.Generator) -> np.ndarray:
-    """A square of the judge's size around a sprite, uint8 (SIDE, SIDE, 3)."""
-    rgba = Image.fromarray(library.pixels(sprite.row))
-    rgba = rgba.crop(rgba.getchannel("A").point(lambda a: 255 * (a > 25)).getbbox())
-    inner = int(rng.uniform(32, 112))  # pixels of the sprite in a picture of 128
-    scale = inner / max(rgba.size)
-    small = rgba.resize([max(2, round(side * scale)) for side in rgba.size], Image.Resampling.HAMMING)
-    pixels = np.asarray(small)
-    if sprite.color and rng.random() < 0.2:
-        pixels = turned(pixels, list(COLORS)[rng.integers(len(COLORS))])
+def sample(library: Library, row: int, rng: np.random.Generator) -> np.ndarray:
+    """A square of the judge's size around a sprite, or behind the last one a shape, uint8 (SIDE, SIDE, 3)."""
+    inner = int(rng.uniform(32, 112))  # pixels of the thing in a picture of 128
+    pixels = (
+        of_shape(SHAPES[row - len(library)], inner, rng) if row >= len(library) else of_sprite(library, row, inner, rng)
+    )
     side = round(inner * (1.16 + rng.uniform(-0.1, 0.1)))
     kind, names = rng.random(), rng.choice(list(GROUNDS), 2, replace=False)
     colors = ("white",) if kind < 0.4 else tuple(names[: 1 if kind < 0.75 else 2])
     picture = Image.fromarray(background(colors, rng.uniform(0, 2 * np.pi), max(side, 2)))
-    left, top = ((side - length) // 2 + int(rng.integers(-2, 3)) for length in small.size)
+    left, top = ((side - length) // 2 + int(rng.integers(-2, 3)) for length in pixels.shape[1::-1])
     picture.paste(Image.fromarray(pixels), (left, top), Image.fromarray(pixels[..., 3]))
     if rng.random() < 0.5:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
@@ -54,22 +50,43 @@ def sample(library: Library, sprite: Sprite, rng: np.random.Generator) -> np.nda
     return np.clip(square + rng.normal(0, rng.uniform(0, 8), square.shape), 0, 255).astype(np.uint8)
 
 
+def of_sprite(library: Library, row: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A sprite without its margin, sometimes in another colour, uint8 (H, W, 4), the longer side as given."""
+    rgba = Image.fromarray(library.pixels(row))
+    rgba = rgba.crop(rgba.getchannel("A").point(lambda alpha: 255 * (alpha > 25)).getbbox())
+    scale = side / max(rgba.size)
+    pixels = np.asarray(rgba.resize([max(2, round(n * scale)) for n in rgba.size], Image.Resampling.HAMMING))
+    if library.sprites[row].color and rng.random() < 0.2:
+        pixels = turned(pixels, list(COLORS)[rng.integers(len(COLORS))])
+    return pixels
+
+
+def of_shape(name: str, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A shape in any colour, uint8 (side, side, 4)."""
+    color = np.broadcast_to(np.uint8(list(COLORS.values())[rng.integers(len(COLORS))]), (side, side, 3))
+    alpha = coverage(name, side / 2, side / 2, side / 2 - 0.5, side, side)[..., None]
+    return np.concatenate([color, np.rint(alpha * 255).astype(np.uint8)], -1)
+
+
 def batch(library: Library, rows: np.ndarray, purpose: str, first: int) -> np.ndarray:
-    """A sample of each sprite, uint8 (B, SIDE, SIDE, 3)."""
-    return np.stack(
-        [sample(library, library.sprites[row], noise.generator(0, purpose, first + k)) for k, row in enumerate(rows)]
-    )
+    """A sample of each row, uint8 (B, SIDE, SIDE, 3)."""
+    return np.stack([sample(library, row, noise.generator(0, purpose, first + k)) for k, row in enumerate(rows)])
+
+
+def names_of(library: Library) -> list[str]:
+    """The name of each row: of the sprites, then of the shapes."""
+    return [*(sprite.name for sprite in library.sprites), *SHAPES]
 
 
 def train(library: Library, judge: Judge, steps: int, size: int) -> None:
     """AdamW, one cycle. Batches are drawn by a thread while the network learns."""
     classes = {name: number for number, name in enumerate(judge.classes)}
-    labels = torch.tensor([classes[sprite.name] for sprite in library.sprites])
+    labels = torch.tensor([classes[name] for name in names_of(library)])
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
 
     def drawn(step: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = noise.generator(0, "judge rows", step).integers(len(library), size=size)
+        rows = noise.generator(0, "judge rows", step).integers(len(labels), size=size)
         return rows, batch(library, rows, "judge", step * size)
 
     judge.train()
@@ -90,19 +107,18 @@ def train(library: Library, judge: Judge, steps: int, size: int) -> None:
 
 def accuracy(library: Library, judge: Judge, renderings: int) -> dict[str, float]:
     """The share of unseen renderings whose name is the judge's first, and among its first five, by style."""
-    rows = np.tile(np.arange(len(library)), renderings)
+    names, styles = (
+        np.array(names_of(library)),
+        [*(sprite.style for sprite in library.sprites), *["shape"] * len(SHAPES)],
+    )
+    rows = np.tile(np.arange(len(names)), renderings)
     best: list[list[str]] = []
     for first in range(0, len(rows), 256):
         best += judge.best(batch(library, rows[first : first + 256], "judge accuracy", first))
-    right = np.array(
-        [
-            [library.sprites[row].name == names[0], library.sprites[row].name in names]
-            for row, names in zip(rows, best, strict=True)
-        ]
-    )
-    styles = np.array([library.sprites[row].style for row in rows])
+    right = np.array([(names[row] == found[0], names[row] in found) for row, found in zip(rows, best, strict=True)])
+    of_style = np.array(styles)[rows]
     shares = {"accuracy@1": right[:, 0].mean(), "accuracy@5": right[:, 1].mean(), "renderings": len(rows)}
-    shares |= {f"accuracy@1 {style}": right[styles == style, 0].mean() for style in sorted(set(styles))}
+    shares |= {f"accuracy@1 {style}": right[of_style == style, 0].mean() for style in sorted(set(styles))}
     return {name: round(float(share), 4) for name, share in shares.items()}
 
 
@@ -117,7 +133,7 @@ def main() -> None:
     given = parser.parse_args()
     library = Library(given.sprites)
     torch.manual_seed(0)
-    judge = Judge(ARCHITECTURE, SIDE, sorted(library.by_name))
+    judge = Judge(ARCHITECTURE, SIDE, sorted({*names_of(library)}))
     train(library, judge, given.steps, given.batch_size)
     judge.save(given.out)
     print(json.dumps(accuracy(library, Judge.load(given.out), given.renderings), indent=1))

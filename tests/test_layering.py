@@ -38,7 +38,7 @@ HOMES = {  # the rooms that may import a library
     "open_clip": {"networks"},
     "peft": {"networks"},
     "accelerate": {"training", "stages", "runtime"},
-    "timm": {"training"},
+    "timm": {"training", "evaluation"},
     "datasets": {"data"},
     "braceexpand": {"data"},
     "openvino": {"runtime"},

@@ -42,8 +42,8 @@ def evaluate(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Some of likelihood, distances, composition, autoencoder, diversity, memorisation, sweep, geneval,"
-            " separated by commas (default: all that are possible)."
+            help="Some of likelihood, distances, composition, recognition, autoencoder, diversity, memorisation, sweep,"
+            " geneval, separated by commas (default: all that are possible)."
         ),
     ] = None,
     pictures: Annotated[
@@ -84,6 +84,10 @@ def evaluate(
     geneval: Annotated[
         Path | None,
         typer.Option(help="GenEval's evaluation_metadata.jsonl, whose prompts are drawn for its evaluator."),
+    ] = None,
+    judge: Annotated[
+        Path | None,
+        typer.Option(help="The judge that names what pictures of sprites show (scripts/judge.py trains one)."),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out unusable pictures.")] = False,
     allow_missing_captions: Annotated[
@@ -130,7 +134,9 @@ def evaluate(
     if compare is not None:
         candidates.append(_candidate(compare, runtime, dtype, device=device))
     lenient = {"data.pictures.skip_bad": skip_bad, "data.pictures.allow_missing_captions": allow_missing_captions}
-    sources = Sources(data, training, features, lpips, geneval, [(key, True) for key, on in lenient.items() if on])
+    sources = Sources(
+        data, training, features, lpips, geneval, judge, [(key, True) for key, on in lenient.items() if on]
+    )
     references, identity = references_of(candidates[0], sources, pictures, report, terminal.note)
     evaluation = EvaluationSettings(seed, times, drawing | sized(candidates), grid)
     subjects = [

@@ -1,8 +1,8 @@
 """Composition in GenEval's form (Ghosh et al. 2023): does a picture show what its prompt states?
 
-There are six categories. A picture counts if the oracle finds everything in the prompt and nothing else. The overall
-score is the unweighted mean of the categories. The ceiling is the score of rendered scenes after encoding and decoding:
-no denoiser can be better than its decoder.
+There are six categories. A picture counts if the benchmark's reader finds everything in the prompt and nothing else.
+The overall score is the unweighted mean of the categories. The ceiling is the score of the scenes' own pictures after
+encoding and decoding: no denoiser can be better than its decoder.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentdiff.core.errors import ModelError
-from latentdiff.data import oracle, scenes
+from latentdiff.data.scenes import CATEGORIES
 from latentdiff.diffusion import noise
 from latentdiff.drawing import pixels
 from latentdiff.drawing.painter import Painter
+from latentdiff.evaluation.benchmark import SHAPES, Benchmark
 from latentdiff.evaluation.drawn import AT_ONCE, drawn_pictures
 from latentdiff.model import Model
 
@@ -58,14 +59,18 @@ class Composition:
         return float(np.linalg.norm(errors) / len(errors))
 
 
-def evaluation_scenes(category: str, count: int, seed: int, held_out: bool = False) -> list[scenes.Scene]:
+def evaluation_scenes(
+    category: str, count: int, seed: int, held_out: bool = False, benchmark: Benchmark = SHAPES
+) -> list[Any]:
     """The scenes of the evaluation, which no training set contains."""
     purpose = f"composition {category}{' held out' if held_out else ''}"
-    return [scenes.scene(noise.generator(seed, purpose, index), category, held_out=held_out) for index in range(count)]
+    generators = (noise.generator(seed, purpose, index) for index in range(count))
+    return [benchmark.scene(rng, category, held_out) for rng in generators]
 
 
 def evaluate_composition(
     painter: Painter,
+    benchmark: Benchmark = SHAPES,
     *,
     pictures: int,
     seed: int = 0,
@@ -76,53 +81,47 @@ def evaluate_composition(
     """Draw `pictures` a category, four a prompt, with the model's recommended settings or others.
 
     folder: where pictures are stored, so that an interrupted call can go on. Raises ModelError for a model whose
-    pictures the oracle cannot read.
+    pictures the benchmark cannot read.
     """
-    _check_readable(painter.model)
+    _check_readable(benchmark, painter.model)
     drawn, scenes_of, kind = {}, {}, "held out" if held_out else "composition"
-    for category in scenes.CATEGORIES:
-        prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out)
+    for category in CATEGORIES:
+        prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out, benchmark)
         chosen = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
         place, title = folder and folder / kind.replace(" ", "-") / category, f"{kind} {category}"
-        captions = [scene.caption for scene in chosen]
+        captions = [benchmark.prompt(scene) for scene in chosen]
         drawn[category] = drawn_pictures(painter, captions, seed=seed, folder=place, title=title, **settings)
         scenes_of[category] = chosen
-    return _read(drawn, scenes_of, PICTURES_A_PROMPT)
+    return _read(benchmark, drawn, scenes_of, PICTURES_A_PROMPT)
 
 
-def ceiling(model: Model, *, pictures: int, seed: int = 0) -> Composition:
-    """The score of rendered scenes after encoding and decoding."""
-    _check_readable(model)
+def ceiling(model: Model, benchmark: Benchmark = SHAPES, *, pictures: int, seed: int = 0) -> Composition:
+    """The score of the scenes' own pictures after encoding and decoding."""
+    _check_readable(benchmark, model)
     decoded, scenes_of = {}, {}
-    for category in scenes.CATEGORIES:
-        chosen = scenes_of[category] = evaluation_scenes(category, pictures, seed)
-        rendered = np.stack([scenes.render(scene) for scene in chosen])
+    for category in CATEGORIES:
+        chosen = scenes_of[category] = evaluation_scenes(category, pictures, seed, benchmark=benchmark)
+        rendered = np.stack([benchmark.picture(scene) for scene in chosen])
         decoded[category] = np.concatenate(
             [pixels.reconstruct(model, batch) for batch in np.array_split(rendered, -(-len(rendered) // AT_ONCE))]
         )
-    return _read(decoded, scenes_of, 1)
+    return _read(benchmark, decoded, scenes_of, 1)
 
 
-def readable(model: Model) -> bool:
-    """Whether the oracle can read pictures of this model."""
-    return model.card.size == (scenes.SIZE, scenes.SIZE) and model.codec.image_channels == 3
+def _check_readable(benchmark: Benchmark, model: Model) -> None:
+    if why := benchmark.lacking(model):
+        raise ModelError(why)
 
 
-def _check_readable(model: Model) -> None:
-    if not readable(model):
-        size = f"{model.card.size[1]}x{model.card.size[0]}, {model.codec.image_channels} channels"
-        raise ModelError(f"composition is read from pictures of {scenes.SIZE}x{scenes.SIZE} in colour, not of {size}")
-
-
-def _read(pictures: dict[str, NDArray[np.uint8]], scenes_of: dict[str, list[scenes.Scene]], group: int) -> Composition:
-    """The oracle's verdict on pictures, `group` of them a prompt."""
+def _read(
+    benchmark: Benchmark, pictures: dict[str, NDArray[np.uint8]], scenes_of: dict[str, list[Any]], group: int
+) -> Composition:
+    """The benchmark's verdict on pictures, `group` of them a prompt."""
     right = {
-        name: np.array(
-            [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(rows, scenes_of[name], strict=True)]
-        )
+        name: np.array([benchmark.is_right(p, scene) for p, scene in zip(rows, scenes_of[name], strict=True)])
         for name, rows in pictures.items()
     }
-    captions = {name: [scene.caption for scene in chosen] for name, chosen in scenes_of.items()}
+    captions = {name: [benchmark.prompt(scene) for scene in chosen] for name, chosen in scenes_of.items()}
     return Composition({name: _score(rows, group) for name, rows in right.items()}, pictures, captions, right)
 
 

@@ -14,12 +14,15 @@ from latentdiff.core.errors import DataError
 from latentdiff.core.files import sha256_of
 from latentdiff.data.dataset import look
 from latentdiff.data.examples import Examples
+from latentdiff.data.sprites.library import Library
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.record import installed_versions
 from latentdiff.evaluation import features as extractors
+from latentdiff.evaluation.benchmark import SHAPES, Benchmark, SpriteBenchmark
 from latentdiff.evaluation.features import Extractor
 from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.held_out import held_out, pictures_of
+from latentdiff.evaluation.judge import WEIGHTS, Judge
 from latentdiff.evaluation.sections import EvaluationSettings, References
 from latentdiff.families.loading import default_model
 from latentdiff.formats.folder import settings_hash
@@ -64,7 +67,7 @@ class Sources:
     """The sources of an evaluation's references; None is the default of each.
 
     data: captioned pictures, or the config of a run. training: pictures that the model was trained on. features, lpips,
-    geneval: files and folders. lenient: settings that leave out unusable pictures.
+    geneval, judge: files and folders. lenient: settings that leave out unusable pictures.
     """
 
     data: str | None = None
@@ -72,6 +75,7 @@ class Sources:
     features: Path | None = None
     lpips: Path | None = None
     geneval: Path | None = None
+    judge: Path | None = None
     lenient: Overrides = ()
 
 
@@ -117,7 +121,7 @@ def references_of(
         partial(pictures_of, trained, report) if trained else None,
         distance,
         prompts,
-        scenes=config.data.kind == "scenes",
+        _benchmark(config, sources.judge),
     )
     name = "scenes" if sources.data is None else sources.data
     identity = {"data": name, "pictures": len(held), "data sha256": _identity(config, held)}
@@ -126,8 +130,19 @@ def references_of(
         say(f"left out: {identity['left out']} that cannot be used (`latentdiff data` lists them)")
     if trained:
         identity |= {"training pictures": len(trained), "training sha256": trained.pictures.identity()}
-    files = (("lpips", sources.lpips), ("geneval", sources.geneval))
+    judge = sources.judge and sources.judge / WEIGHTS
+    files = (("lpips", sources.lpips), ("geneval", sources.geneval), ("judge", judge))
     return references, identity | {f"{name} sha256": sha256_of(file) for name, file in files if file}
+
+
+def _benchmark(config: Config, judge: Path | None) -> Benchmark | None:
+    """The benchmark of a config's scenes; None if their pictures cannot be read."""
+    if config.data.kind == "scenes":
+        return SHAPES
+    if config.data.kind == "sprites" and judge is not None:
+        settings = config.data.sprites
+        return SpriteBenchmark(Library(Path(settings.source)), Judge.load(judge), config.image_size, settings.shapes)
+    return None
 
 
 def _identity(config: Config, held: Examples) -> str:

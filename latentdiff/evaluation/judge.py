@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.core.images import to_images
 from latentdiff.evaluation.objects import cropped, objects
 
+CONFIG, WEIGHTS = "judge.json", "judge.safetensors"
 AT_ONCE = 64
 
 
@@ -48,6 +50,16 @@ class Judge(nn.Module):
             rows += [[self.classes[k] for k in row] for row in top.tolist()]
         return rows
 
+    @torch.no_grad()
+    def features(self, squares: np.ndarray) -> np.ndarray:
+        """Unit features (B, D), float32, of uint8 (B, side, side, 3): what the last layer reads."""
+        self.eval()
+        rows = []
+        for first in range(0, len(squares), AT_ONCE):
+            maps = self.network.forward_features(to_images(squares[first : first + AT_ONCE]))
+            rows.append(functional.normalize(self.network.forward_head(maps, pre_logits=True), dim=-1))
+        return np.asarray(torch.cat(rows).numpy())
+
     def look(self, picture: np.ndarray) -> np.ndarray:
         """The square that shows everything in a picture, uint8 (side, side, 3)."""
         boxes = np.array([each.box for each in objects(picture)])
@@ -60,18 +72,18 @@ class Judge(nn.Module):
         """Write the folder, in half precision."""
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"architecture": self.architecture, "side": self.side, "names": self.classes}
-        (folder / "judge.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
         state = self.state_dict().items()
         halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state}
-        save_file(halves, folder / "judge.safetensors")
+        save_file(halves, folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> Judge:
         """Read what `save` wrote. Raises ModelError."""
-        if not (folder / "judge.json").is_file():
+        if not (folder / CONFIG).is_file():
             raise ModelError(f"no judge at {folder}. It is a folder with judge.json (scripts/judge.py makes one)")
         with loading("judge", folder):
-            facts = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
+            facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             judge = cls(str(facts["architecture"]), int(facts["side"]), [str(name) for name in facts["names"]])
-            judge.load_state_dict(load_file(folder / "judge.safetensors"))
+            judge.load_state_dict(load_file(folder / WEIGHTS))
         return judge.eval()

@@ -17,7 +17,8 @@ from latentdiff.core.images import coloured, luminance, to_images
 from latentdiff.diffusion.bound import bits
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation import autoencoder as compressing
-from latentdiff.evaluation import geneval
+from latentdiff.evaluation import geneval, recognition
+from latentdiff.evaluation.benchmark import Benchmark, SpriteBenchmark
 from latentdiff.evaluation.composition import PICTURES_A_PROMPT, ceiling, evaluate_composition
 from latentdiff.evaluation.distances import distances, frechet, nearest, vendi
 from latentdiff.evaluation.drawn import drawn_pictures
@@ -53,7 +54,7 @@ class References:
     """The references: captioned pictures that the model was not trained on, and networks.
 
     held: the held-out pictures and their captions; training: some that the model was trained on. scorer: CLIP, for the
-    agreement of pictures and captions. scenes: whether the oracle can read the pictures.
+    agreement of pictures and captions. benchmark: scenes whose pictures can be read, for the composition.
     """
 
     held: Read
@@ -62,7 +63,7 @@ class References:
     training: Read | None = None
     lpips: Callable[[Tensor, Tensor], Any] | None = None
     prompts: Sequence[dict[str, Any]] = ()
-    scenes: bool = False
+    benchmark: Benchmark | None = None
 
     @cached_property
     def _held(self) -> tuple[np.ndarray, list[str]]:
@@ -188,11 +189,14 @@ def clip_scores(scorer: Scorer, captions: Sequence[str], pictures: np.ndarray) -
 
 
 def of_composition(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
-    """GenEval's six categories as the oracle reads them, a tenth of the pictures a category."""
+    """GenEval's six categories as the benchmark reads them, a tenth of the pictures a category."""
     count = max(1, len(references.pictures) // 10 // PICTURES_A_PROMPT) * PICTURES_A_PROMPT
     kept: dict[str, Any] = {"folder": subject.folder / "composition", **settings.drawing}
-    score = partial(evaluate_composition, subject.painter, pictures=count, seed=settings.seed, **kept)
-    scores = {"": score(), "held_out": score(held_out=True), "ceiling": ceiling(subject.exact().model, pictures=count)}
+    benchmark = references.benchmark
+    assert benchmark is not None
+    score = partial(evaluate_composition, subject.painter, benchmark, pictures=count, seed=settings.seed, **kept)
+    scores = {"": score(), "held_out": score(held_out=True)}
+    scores["ceiling"] = ceiling(subject.exact().model, benchmark, pictures=count)
     figures: dict[str, Figure] = {}
     for title, outcome in scores.items():
         suffix = f"_{title}" if title else ""
@@ -205,7 +209,40 @@ def of_composition(subject: Subject, references: References, settings: Evaluatio
         for name, rows in scores[""].pictures.items()
         for row, caption, right in zip(rows[:2], scores[""].captions[name], scores[""].right[name], strict=False)
     ]
-    return Result(figures, {"pictures a category": count, "reader": "oracle"}, pictures=pictures)
+    return Result(figures, {"pictures a category": count, "reader": benchmark.reader}, pictures=pictures)
+
+
+def of_recognition(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
+    """The share of pictures of one thing each whose name the judge finds, beside the things' own pictures."""
+    benchmark, count = references.benchmark, len(references.pictures)
+    assert isinstance(benchmark, SpriteBenchmark)
+    library, folder = benchmark.library, subject.folder / "recognition"
+    held = [library.sprites[row] for row in sorted(library.held_out)][: max(1, count // 5)]
+    figures: dict[str, Figure] = {}
+    outcomes = {}
+    for suffix, sprites in (("", recognition.chosen(library, count, settings.seed)), ("_held_out", held)):
+        if not sprites:
+            continue
+        place = folder / ("things" + suffix.replace("_", "-"))
+        found = recognition.drawn(subject.painter, benchmark, sprites, settings.seed, place, **settings.drawing)
+        outcomes[suffix] = found
+        own = recognition.own_pictures(benchmark, sprites, settings.seed)
+        decoded = recognition.through(subject.exact().model, own)
+        for among in (1, recognition.MOST_LIKELY):
+            figures[f"recognised_{among}{suffix}"] = mean(found.right(among), "higher", paired=True)
+            for title, pictures in (("rendered", own), ("decoded", decoded)):
+                right = replace(found, names=recognition.named(benchmark.judge, pictures)).right(among)
+                figures[f"recognised_{among}_{title}{suffix}"] = mean(right, "neither")
+        if suffix:
+            ratios = recognition.style_distances(benchmark, found, settings.seed)
+            figures[f"style_distance{suffix}"] = mean(ratios, "lower", paired=True)
+    first = outcomes[""]
+    shown = [
+        (picture, {prompt: ", ".join(names[:2])})
+        for picture, prompt, names in zip(first.pictures[:100], first.prompts, first.names, strict=False)
+    ]
+    facts = {"things": len(first.sprites), "held-out pairs": len(held), "judge": benchmark.judge.architecture}
+    return Result(figures, facts, pictures=shown)
 
 
 def _share(value: float, error: float, each: Sequence[float]) -> Figure:

@@ -18,7 +18,7 @@ from typing import Any
 from latentdiff.core.files import whole, write_json
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation import sections
-from latentdiff.evaluation.composition import readable
+from latentdiff.evaluation.benchmark import Benchmark, SpriteBenchmark
 from latentdiff.evaluation.drawn import read, write
 from latentdiff.evaluation.meaning import MEANING
 from latentdiff.evaluation.report import page
@@ -66,13 +66,20 @@ SECTIONS = {
     ),
     "composition": Chapter(
         sections.of_composition,
-        "The share of pictures that show what their prompt says, in GenEval's six categories, as an oracle reads them."
-        " held_out: pairs of shape and colour that were never trained on. ceiling: rendered scenes through the"
-        " autoencoder.",
+        "The share of pictures that show what their prompt says, in GenEval's six categories, as an oracle or a"
+        " judge reads them. held_out: scenes with something that was never trained on, a thing in a colour or a"
+        " style. ceiling: rendered scenes through the autoencoder.",
         (
             "composition",
             "composition_held_out",
         ),
+    ),
+    "recognition": Chapter(
+        sections.of_recognition,
+        "The share of pictures of one thing whose name is the judge's first, or among its first five. rendered: the"
+        " thing's own picture; decoded: the same through the autoencoder, which no model can exceed. held_out: things"
+        " in a style in which they were never trained on.",
+        ("recognised_1", "recognised_1_held_out"),
     ),
     "autoencoder": Chapter(
         sections.of_autoencoder,
@@ -111,8 +118,8 @@ SECTIONS = {
 
 def lacking(name: str, subject: Subject, references: References) -> str | None:
     """Why a section cannot be measured; None if it can."""
-    if name == "composition" and not (references.scenes and readable(subject.painter.model)):
-        return "the oracle reads only scenes of 64x64 pixels in colour"
+    if name in ("composition", "recognition"):
+        return _unreadable(name, subject, references.benchmark)
     if name == "memorisation" and references.training is None:
         return "no pictures are known that the model was trained on (--training)"
     if name == "geneval" and not references.prompts:
@@ -120,6 +127,15 @@ def lacking(name: str, subject: Subject, references: References) -> str | None:
     if name == "likelihood" and not isinstance(subject.exact().model.codec, Posterior):
         return "a tiny VAE has no posterior, so pixels have no likelihood"
     return None
+
+
+def _unreadable(name: str, subject: Subject, benchmark: Benchmark | None) -> str | None:
+    """Why nothing can say what the pictures of a model show; None if something can."""
+    if benchmark is None:
+        return "its data are not scenes, or they are of sprites and no judge was given (--judge)"
+    if name == "recognition" and not isinstance(benchmark, SpriteBenchmark):
+        return "it requires scenes of sprites and a judge (--judge)"
+    return benchmark.lacking(subject.painter.model)
 
 
 def known(subjects: Sequence[Subject], rules: Mapping[str, Any]) -> dict[str, list[Result]]:

@@ -1,0 +1,168 @@
+"""What composition is measured on: scenes with prompts, and a reader that says whether a picture shows one.
+
+The oracle reads scenes of shapes exactly. Scenes of sprites are read by finding the objects, naming each by the judge,
+and naming its main colour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import permutations
+from typing import Any, Protocol
+
+import numpy as np
+
+from latentdiff.data import oracle, scenes
+from latentdiff.data.sprites.captions import sentence
+from latentdiff.data.sprites.color import main_color
+from latentdiff.data.sprites.description import Describer, Description, Group
+from latentdiff.data.sprites.library import Library
+from latentdiff.data.sprites.scene import Scene, compose, render
+from latentdiff.evaluation.judge import Judge
+from latentdiff.evaluation.objects import Found, cropped, objects
+from latentdiff.model import Model
+
+OF_COLORS = ("colors", "binding")
+
+
+class Benchmark(Protocol):
+    """See the module. reader: its name in a report."""
+
+    @property
+    def reader(self) -> str:
+        """The name of the reader."""
+        ...
+
+    def scene(self, rng: np.random.Generator, category: str, held_out: bool) -> Any:
+        """A scene of a category; held_out: with something that training never draws."""
+        ...
+
+    def prompt(self, scene: Any) -> str:
+        """The prompt of a scene."""
+        ...
+
+    def picture(self, scene: Any) -> np.ndarray:
+        """The scene's own picture, uint8 (H, W, 3)."""
+        ...
+
+    def is_right(self, picture: np.ndarray, scene: Any) -> bool:
+        """Whether uint8 (H, W, 3) shows everything that the prompt states, and nothing else."""
+        ...
+
+    def lacking(self, model: Model) -> str | None:
+        """Why a model's pictures cannot be read; None if they can."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShapeBenchmark:
+    """Scenes of shapes, 64 x 64, read by the oracle."""
+
+    reader: str = "oracle"
+
+    def scene(self, rng: np.random.Generator, category: str, held_out: bool) -> scenes.Scene:
+        """See Benchmark."""
+        return scenes.scene(rng, category, held_out=held_out)
+
+    def prompt(self, scene: scenes.Scene) -> str:
+        """See Benchmark."""
+        return scene.caption
+
+    def picture(self, scene: scenes.Scene) -> np.ndarray:
+        """See Benchmark."""
+        return scenes.render(scene)
+
+    def is_right(self, picture: np.ndarray, scene: scenes.Scene) -> bool:
+        """See Benchmark."""
+        return oracle.satisfies(oracle.read(picture), scene.description)
+
+    def lacking(self, model: Model) -> str | None:
+        """See Benchmark."""
+        if model.card.size == (scenes.SIZE, scenes.SIZE) and model.codec.image_channels == 3:
+            return None
+        size = f"{model.card.size[1]}x{model.card.size[0]}, {model.codec.image_channels} channels"
+        return f"the oracle reads pictures of {scenes.SIZE}x{scenes.SIZE} in colour, not of {size}"
+
+
+SHAPES = ShapeBenchmark()
+
+
+@dataclass(frozen=True)
+class SpriteBenchmark:
+    """Scenes of sprites read by a judge, with prompts as people type them. shapes: their share of the objects.
+
+    An object has a name if the name is among the judge's `among` likeliest.
+    """
+
+    library: Library
+    judge: Judge
+    size: int
+    shapes: float = 0.1
+    among: int = 1
+    reader: str = field(default="judge", init=False)
+
+    def scene(self, rng: np.random.Generator, category: str, held_out: bool) -> Scene:
+        """See Benchmark."""
+        return compose(self._describers[held_out].describe(rng, category), rng)
+
+    @cached_property
+    def _describers(self) -> tuple[Describer, Describer]:
+        """Of what training draws, and of what it holds out."""
+        return Describer(self.library, self.shapes), Describer(self.library, self.shapes, held_out=True)
+
+    def prompt(self, scene: Scene) -> str:
+        """Number, colour where the category is about colours, names and relation; the style of what is held out."""
+        held = any(g.sprite and g.sprite.row in self.library.held_out for g in scene.description.groups)
+        stated = {"article", "relation"} | ({"style"} if held else set())
+        return sentence(scene.description, stated.__contains__, np.random.default_rng(0))
+
+    def picture(self, scene: Scene) -> np.ndarray:
+        """See Benchmark."""
+        return render(scene, self.library, self.size)
+
+    def is_right(self, picture: np.ndarray, scene: Scene) -> bool:
+        """See Benchmark. In the categories about colours, and for shapes, the main colour must be the stated one."""
+        description = scene.description
+        groups = [group for group in description.groups for _ in range(group.count)]
+        parts = objects(picture)
+        if len(groups) == 1 and description.category == "single" and parts:
+            parts = [_united(parts)]  # a thing may have several parts
+        if len(parts) != len(groups):
+            return False
+        squares = np.stack([cropped(picture, part.box, self.judge.side) for part in parts])
+        names = self.judge.best(squares, self.among)
+        colors = [main_color(np.dstack([picture, 255 * part.mask.astype(np.uint8)])) for part in parts]
+
+        def fits(group: Group, k: int) -> bool:
+            about = group.sprite is None or description.category in OF_COLORS
+            return group.name in names[k] and (not about or colors[k] == group.color)
+
+        for order in permutations(range(len(parts))):
+            if all(fits(group, k) for group, k in zip(groups, order, strict=True)):
+                return not description.relation or _related(description, [parts[k] for k in order])
+        return False
+
+    def lacking(self, model: Model) -> str | None:
+        """See Benchmark."""
+        if model.card.size == (self.size, self.size) and model.codec.image_channels == 3:
+            return None
+        return f"the judge reads pictures of {self.size}x{self.size} in colour"
+
+
+def _united(parts: list[Found]) -> Found:
+    boxes = np.array([part.box for part in parts])
+    (top, left), (bottom, right) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    return Found((int(top), int(left), int(bottom), int(right)), np.any([part.mask for part in parts], 0))
+
+
+def _related(description: Description, parts: list[Found]) -> bool:
+    """Whether the relation holds between the centres of the first and the second object."""
+    (x0, y0), (x1, y1) = parts[0].centre, parts[1].centre
+    across = abs(x1 - x0) > abs(y1 - y0)
+    return {
+        "left of": across and x0 < x1,
+        "right of": across and x0 > x1,
+        "above": not across and y0 < y1,
+        "below": not across and y0 > y1,
+    }[description.relation]
