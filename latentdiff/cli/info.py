@@ -11,7 +11,12 @@ from latentdiff.cli import terminal
 from latentdiff.core.errors import ConfigError
 
 
-def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors file or a picture.")]) -> None:
+def info(
+    path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors file or a picture.")],
+    find: Annotated[
+        str | None, typer.Option(help="Print the things that a model draws whose names hold this text; '' for all.")
+    ] = None,
+) -> None:
     """Describe a model, an adapter or a picture as JSON.
 
     The parts and sizes of a model, the kind of an adapter, the record in a picture of how it was made.
@@ -27,8 +32,24 @@ def info(path: Annotated[Path, typer.Argument(help="A model folder, a .safetenso
     weights = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
     if not path.exists():
         raise ConfigError(f"no such file or folder ({path})")
+    if find is not None:
+        _print_things(path, find)
+        return
     facts = _of_model(path) if path.is_dir() else _of_weights(path) if weights else _of_picture(path)
     terminal.result(*json.dumps(facts, indent=1, ensure_ascii=False).split("\n"))
+
+
+def _print_things(path: Path, text: str) -> None:
+    """A line for each category with the names that hold the text. Raises ConfigError for what names no things."""
+    from latentdiff.families.card import known_things
+
+    things = known_things(path) if path.is_dir() else None
+    if things is None:
+        raise ConfigError(f"{path} has no things.json, so what it draws is not known")
+    found = {category: [name for name in names if text.lower() in name.lower()] for category, names in things.items()}
+    if not any(found.values()):
+        terminal.note(f"it draws nothing whose name holds {text!r}")
+    terminal.result(*(f"{category}: {', '.join(names)}" for category, names in found.items() if names))
 
 
 def _adapter_in(folder: Path) -> Path:
@@ -42,13 +63,13 @@ def _adapter_in(folder: Path) -> Path:
 def _of_model(path: Path) -> dict[str, object]:
     """A model's description, from its JSON and the headers of its weights; no network is built."""
     from latentdiff.families import check_folder
-    from latentdiff.families.card import known_words
+    from latentdiff.families.card import known_things, known_words
     from latentdiff.families.scheduler import read_scheduler
     from latentdiff.formats.folder import folder_hash, parameter_counts
 
     _, index = check_folder(path)
     schedule, prediction, *_ = read_scheduler(path)
-    counts, words = parameter_counts(path), known_words(path)
+    counts, words, things = parameter_counts(path), known_words(path), known_things(path)
     return {
         "name": path.resolve().name,
         "class": index.get("_class_name"),
@@ -58,6 +79,7 @@ def _of_model(path: Path) -> dict[str, object]:
         "timesteps": schedule.T,
         "terminal_snr": schedule.numbered(schedule.T - 1).snr,
         **({} if words is None else {"words": len(words)}),
+        **({} if things is None else {"things": {category: len(names) for category, names in things.items()}}),
     }
 
 

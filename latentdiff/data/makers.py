@@ -35,6 +35,10 @@ class Maker(Protocol):
         """The picture of a scene, uint8 (size, size, 3)."""
         ...
 
+    def things(self) -> dict[str, tuple[str, ...]]:
+        """The names of what is in the scenes, by category."""
+        ...
+
     def identity(self) -> list[Any]:
         """Everything that scenes depend on beside the random numbers, as JSON values."""
         ...
@@ -61,6 +65,10 @@ class ShapeScenes:
     def picture(self, scene: scenes.Scene, size: int) -> np.ndarray:
         """See Maker."""
         return scenes.render(scene, size)
+
+    def things(self) -> dict[str, tuple[str, ...]]:
+        """See Maker."""
+        return {"shapes": scenes.SHAPES}
 
     def identity(self) -> list[Any]:
         """See Maker."""
@@ -90,6 +98,13 @@ class SpriteScenes:
     def picture(self, scene: composed.Scene, size: int) -> np.ndarray:
         """See Maker."""
         return composed.render(scene, self.describer.library, size)
+
+    def things(self) -> dict[str, tuple[str, ...]]:
+        """See Maker."""
+        names: dict[str, set[str]] = {"shapes": {*scenes.SHAPES}} if self.describer.shapes else {}
+        for sprite in self.describer.library.sprites:
+            names.setdefault(sprite.category or "things", set()).add(sprite.name)
+        return {category: tuple(sorted(names[category])) for category in sorted(names)}
 
     def identity(self) -> list[Any]:
         """See Maker."""

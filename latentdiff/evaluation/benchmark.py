@@ -19,6 +19,7 @@ from latentdiff.data.sprites.color import main_color
 from latentdiff.data.sprites.description import Describer, Description, Group
 from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import Scene, compose, render
+from latentdiff.diffusion import noise
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.objects import Found, cropped, objects
 from latentdiff.model import Model
@@ -115,7 +116,7 @@ class SpriteBenchmark:
         """Number, colour where the category is about colours, names and relation; the style of what is held out."""
         held = any(g.sprite and g.sprite.row in self.library.held_out for g in scene.description.groups)
         stated = {"article", "relation"} | ({"style"} if held else set())
-        return sentence(scene.description, stated.__contains__, np.random.default_rng(0))
+        return sentence(scene.description, stated.__contains__, noise.generator(0, "prompt of a scene"))
 
     def picture(self, scene: Scene) -> np.ndarray:
         """See Benchmark."""

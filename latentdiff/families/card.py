@@ -2,6 +2,7 @@
 
 latentdiff.json   its name, size and recommended settings
 words.txt         the words of the captions that it was trained on, one a line; models from elsewhere have none
+things.json       the names of what it draws, by category, for models of named things
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.families.scheduler import read_json_as, read_scheduler
@@ -18,7 +19,7 @@ from latentdiff.model import ModelCard
 from latentdiff.settings.recommended import Recommended
 
 FILE = "latentdiff.json"
-WORDS = "words.txt"
+WORDS, THINGS = "words.txt", "things.json"
 GUIDANCE_OF_SDXL = 5.0  # the default of its pipeline in diffusers
 Side = Annotated[int, Field(ge=8, le=2048)]
 
@@ -30,6 +31,10 @@ class _Card(BaseModel):
     size: tuple[Side, Side]
     defaults: Recommended | None
     weights: str | None = None  # sha256 of all weights that were saved together
+
+
+class _Things(RootModel[dict[str, tuple[str, ...]]]):
+    """Names by category."""
 
 
 def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard:
@@ -56,7 +61,8 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
     defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}
     if defaults.get("num_inference_steps", 1) > T:
         raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {T} times ({path})")
-    return ModelCard(card.name, sha256, card.size, defaults, folder=directory, words=known_words(directory))
+    words, things = known_words(directory), known_things(directory)
+    return ModelCard(card.name, sha256, card.size, defaults, folder=directory, words=words, things=things)
 
 
 def known_words(directory: Path) -> frozenset[str] | None:
@@ -66,6 +72,12 @@ def known_words(directory: Path) -> frozenset[str] | None:
         return None
     with loading(WORDS, directory):
         return frozenset(path.read_text(encoding="utf-8-sig").lower().split())
+
+
+def known_things(directory: Path) -> dict[str, tuple[str, ...]] | None:
+    """The names of what a model draws, by category, or None if its folder does not say. Raises ModelError."""
+    path = directory / THINGS
+    return read_json_as(_Things, path).root if path.is_file() else None
 
 
 def card_tree(card: ModelCard) -> dict[str, Any]:

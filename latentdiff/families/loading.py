@@ -12,14 +12,14 @@ from latentdiff.core.errors import ConfigError, ModelError, saving
 from latentdiff.core.files import recorded, whole, write_json, write_text
 from latentdiff.families import check_folder
 from latentdiff.families.card import FILE as CARD_FILE
-from latentdiff.families.card import WORDS, card_tree, model_card
+from latentdiff.families.card import THINGS, WORDS, card_tree, model_card
 from latentdiff.families.scheduler import FILE as SCHEDULER_FILE
 from latentdiff.families.scheduler import scheduler_config
 from latentdiff.formats.folder import NETWORKS, folder_hash
 from latentdiff.model import Model, ModelCard
 
 DEFAULT_MODEL = "scenes-64"
-_PARTS = frozenset({*NETWORKS, "tokenizer", "tokenizer_2", WORDS})  # of another model none may stay
+_PARTS = frozenset({*NETWORKS, "tokenizer", "tokenizer_2", WORDS, THINGS})  # of another model none may stay
 
 
 class Located(NamedTuple):
@@ -124,4 +124,6 @@ def save_model(model: Model, directory: Path) -> None:
         write_json(made / "model_index.json", index)
         if model.card.words is not None:
             write_text(made / WORDS, "".join(f"{word}\n" for word in sorted(model.card.words)))
+        if model.card.things is not None:
+            write_json(made / THINGS, model.card.things)
         write_json(made / CARD_FILE, card_tree(model.card) | {"weights": folder_hash(made)})

@@ -15,6 +15,7 @@ from latentdiff.core.errors import ConfigError, saving
 from latentdiff.data import scenes
 from latentdiff.data.dataset import readable
 from latentdiff.data.examples import Examples
+from latentdiff.data.scene_set import Scenes
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
 from latentdiff.drawing.draw import draw_prompts
@@ -71,7 +72,9 @@ def train_denoiser(run: Run[Config]) -> None:
     run_stage(accelerator, stage, settings, run.folder / "denoiser", report, start, run.interruption)
     if accelerator.is_main_process:
         with saving("the model", run.folder / "model"):
-            card = replace(model.card, words=run.data.training.words())
+            pictures = run.data.training.pictures
+            things = pictures.maker.things() if isinstance(pictures, Scenes) else None
+            card = replace(model.card, words=run.data.training.words(), things=things)
             save_model(replace(model, card=card), run.folder / "model")
     accelerator.wait_for_everyone()
 
