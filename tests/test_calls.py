@@ -15,6 +15,7 @@ from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.diffusion.path import Straight
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.request import request
 from latentdiff.families.loading import default_model
 from latentdiff.families.sampling import sampling_of, scheduler_of
 
@@ -49,6 +50,15 @@ def close(a, b):
 def scheduler(name, pipe, **changes):
     config = dict(pipe.scheduler.config) | {"timestep_spacing": "trailing"} | changes
     return getattr(diffusers, name).from_config(config)
+
+
+def test_names_of_other_programs_for_grids():
+    """A1111's "Karras" and "SGM Uniform"; one that nobody knows is named once."""
+    for name, ours in (("Karras", "karras"), ("SGM Uniform", "sgm_uniform"), ("Align Your Steps", "align_your_steps")):
+        assert request(prompt="a", spacing=name).spacing == ours
+    with pytest.raises(ConfigError) as caught:
+        request(prompt="a", spacing="Nobody's")
+    assert str(caught.value).count("Nobody's") == 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(72, 40), (88, 56), (8, 8), (64, 136)])

@@ -78,6 +78,18 @@ def test_the_report(tmp_path):
     assert code == 0
     assert said["images"]["text"] == "10 = 10 that can be used + 0 that cannot"
     assert said["duplicates"] == {"text": "2 images in 1 group of the same bytes", "lines": ["000.png, again.png"]}
+    assert said["summary"] == {
+        "source": str(folder),
+        "layout": "metadata",
+        "images": 10,
+        "usable": 10,
+        "samples": 10,
+        "captions": 10,
+        "duplicates": 2,
+        "unusable": [],
+        "captions_without_an_image": [],
+        "refused": None,
+    }
     assert said["captions"]["lines"] == ["wide.png: 102 tokens"]
     assert "1 images with a caption cut at 32 tokens" in said["captions"]["text"]
     assert said["colour modes"]["text"] == "RGB 7, P 2, RGBA 1" or "RGBA 1" in said["colour modes"]["text"]

@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import DataError
 from latentdiff.diffusion import noise
 from latentdiff.drawing.pixels import reconstruct
+from latentdiff.drawing.record import Source
 from latentdiff.evaluation.autoencoder import decoded, psnr, ssim
 from latentdiff.evaluation.drawn import drawn_pictures
+from latentdiff.evaluation.evaluate import titles
 from latentdiff.evaluation.features import Extractor, of_model
 from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.held_out import held_out, pictures_of
@@ -27,6 +30,7 @@ from latentdiff.evaluation.report.report import as_lines, compared
 from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
 from latentdiff.evaluation.sections import _share_nearer
 from latentdiff.evaluation.sweep import combinations, pareto
+from latentdiff.model import ModelCard
 from latentdiff.settings.config import load_config
 
 from .conftest import ROOT, loosened
@@ -63,7 +67,7 @@ def test_a_whole_report(whole_report):
     folder, done = whole_report
     told = metrics(folder)
     assert list(told["models"][0]["sections"]) == EVERYTHING
-    assert told["skipped"] == {}
+    assert told["skipped"] == {"recognition": "it requires scenes of sprites and a judge (--judge)"}
     assert done.stdout.splitlines()[-1] == str(folder / "report.html")
     for section in told["models"][0]["sections"].values():
         assert section["facts"]["seconds"] >= 0
@@ -103,7 +107,9 @@ def test_the_page_stands_alone(whole_report):
     folder, _ = whole_report
     page = Page((folder / "report.html").read_text())
     assert all(value.startswith(("data:image/", "#")) for value in page.loads)
-    assert {value for value in page.loads if value[0] == "#"} == {f"#{name}" for name in [*EVERYTHING, "settings"]}
+    assert {value for value in page.loads if value[0] == "#"} == {
+        f"#{name}" for name in [*EVERYTHING, "not%20measured", "settings"]
+    }
     assert "script" not in page.tags
     assert set(EVERYTHING) < set(page.words)
     assert page.tags.count("img") > 40
@@ -222,8 +228,11 @@ def test_two_models(call, tiny_model, tmp_path):
     assert figures(tmp_path / "out", "autoencoder", 1)["psnr"] < figures(tmp_path / "out", "autoencoder")["psnr"]
     line = next(line for line in out.splitlines() if line.startswith("  psnr "))
     assert "worse by" in line
+    by = json.loads((tmp_path / "out" / "metrics.json").read_text())["second_is_worse_by"]["autoencoder"]["psnr"]
+    assert f"worse by {Figure(by['value'], by['error'])}" in line
+    assert next(line for line in out.splitlines() if "scenes-tiny (damaged) is" in line).split()[-1] == "is"
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "the second is" in page
+    assert "scenes-tiny (damaged) is" in page
     assert page.count('class="plot"') == 1, "both in the same axes"
     assert "worse by" in page
 
@@ -281,7 +290,7 @@ def test_own_pictures(call, tmp_path, folders):
         ),
         (("--data", "data", "-o", "data/report"), "data/report lies inside the data and would add pictures to it"),
         (("--steps", "0"), "num_inference_steps"),
-        (("--pictures", "3"), "greater than or equal to 16"),
+        (("--pictures", "3"), "must be at least 16"),
         (("--data", "nowhere"), "nowhere"),
         (("--data", ""), "data.pictures.source is missing: give the pictures"),
         (("--features", "nowhere"), "no CLIP in open_clip's format at nowhere"),
@@ -520,6 +529,16 @@ def test_every_figure_is_told_what_it_is(whole_report):
         assert {
             name for name in section["figures"] if name not in MEANING and variants.sub("", name) not in MEANING
         } == set()
+
+
+def test_a_model_is_called_by_what_is_loaded_beside_it():
+    def candidate(name, *paths):
+        sources = {path: Source("lora", path, "0" * 64) for path in paths}
+        painter = SimpleNamespace(model=SimpleNamespace(card=ModelCard(name)), sources=sources)
+        return SimpleNamespace(painter=painter, path=name)
+
+    assert titles([candidate("m", "loras/ink.safetensors"), candidate("m")]) == ["m + ink", "m"]
+    assert titles([candidate("m"), candidate("m")]) == ["m (A)", "m (B)"]
 
 
 def test_which_is_worse():

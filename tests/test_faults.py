@@ -26,7 +26,7 @@ def denoiser(run, *words, hook=None, changes=(), env=None):
 def said(err):
     """The lines on stderr that are not the plan's or a bar's."""
     lines = [line.strip() for line in re.split("[\r\n]", err)]
-    return [line for line in lines if re.match("error|warning|saved|micro-batch|no checkpoint", line)]
+    return [line for line in lines if re.match("error|warning|saved|micro-batch|a new run", line)]
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_nothing_to_resume(begun):
     where = begun / "denoiser" / "checkpoints"
     assert (code, said(err)) == (4, [f"error: no checkpoint in {where}. Use --resume auto to start fresh"])
     code, err = denoiser(begun, "--resume", "auto", "--dry-run")
-    assert (code, said(err)) == (0, [f"no checkpoint in {where}: starting fresh"])
+    assert (code, said(err)) == (0, [f"a new run: no checkpoint in {where}"])
     assert not (begun / "denoiser").exists()
 
 
@@ -194,7 +194,7 @@ def test_a_second_signal_stops_at_once(begun):
     code, err = denoiser(begun, hook=partial(forked.in_loss, "denoiser", 9, forked.insist))
     assert (code, said(err)) == (
         143,
-        ["no checkpoint in " + str(begun / "denoiser" / "checkpoints") + ": starting fresh"],
+        ["a new run: no checkpoint in " + str(begun / "denoiser" / "checkpoints")],
     )
     assert [path.name for path in (begun / "denoiser" / "checkpoints").iterdir()] == ["step-00000003"]
 

@@ -294,7 +294,7 @@ def test_the_plan_alone(finetune, pictures, tmp_path):
     code, out, err = finetune(pictures / "captioned", "out", *METHODS["lora"], "--dry-run", "--steps", 1000)
     assert (code, out) == (0, "")
     assert "by lora, rank 2, alpha 2, learning rate 0.001" in err
-    assert "1,000 of 1,000 steps from the start" in err
+    assert "1,000 of 1,000 steps to train" in err
     assert "for frozen weights" in err
     assert "a step takes" in err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []

@@ -532,6 +532,10 @@ def test_words_of_any_name(call, folders, tmp_path):
     code, _, err = call(*common, "--embedding", f"<cat>={tmp_path / 'cat.safetensors'}", "-o", "a.png")
     assert code == 0
     assert "words: <cat>\n" in err
+    assert "has no learnt word" not in err
+    code, _, err = call(*common[:1], "a dog", *common[2:], "--embedding", f"<cat>={tmp_path / 'cat.safetensors'}")
+    assert (code, "warning: the prompt has no learnt word (<cat>)\n" in err) == (0, True)
+    assert json.loads(call("info", tmp_path / "cat.safetensors")[1])["kind"] == "learnt words"
     code, out, _ = call("info", "a.png")
     assert [s["word"] for s in json.loads(out)["latentdiff"]["sources"]] == ["<cat>"]
 

@@ -210,6 +210,19 @@ def test_the_default_model_has_a_name(call, monkeypatch):
     assert (code, "no model_index.json (scenes-64)" in err) == (4, True), err
 
 
+def test_a_folder_that_holds_something_else_than_a_model(call, tmp_path, tiny_model):
+    """The folder of a run, of an adapter, of a learnt word: what to do instead."""
+    for name, file in (("run", "model/model_index.json"), ("mine", "pytorch_lora_weights.safetensors")):
+        (tmp_path / name / file).parent.mkdir(parents=True)
+        (tmp_path / name / file).touch()
+    (tmp_path / "word").mkdir()
+    (tmp_path / "word" / "learned_embeds.safetensors").touch()
+    advice = {"run": "Its model is run/model", "mine": "use --lora", "word": "use --embedding"}
+    for name, words in advice.items():
+        code, _, err = call("generate", PROMPT, "-m", name)
+        assert (code, err.count("\n"), words in err) == (4, 1, True), err
+
+
 def test_lone_brackets_are_characters(call):
     """Said once for all pictures; nothing is refused."""
     words = ("generate", "a red circle :)", "-N", "3", "--batch-size", "1", "--steps", "1", "-s", "1")

@@ -127,7 +127,7 @@ def test_what_the_hub_does_not_have(hub, tmp_path, words):
 def test_offline_and_never_fetched(tmp_path):
     code, err = generate(tmp_path, "http://127.0.0.1:9", offline=True)
     assert (code, err.count("\n")) == (4, 1)
-    assert err.startswith(f"error: cannot fetch {NAME} from the hub: ")
+    assert err.startswith(f"error: no folder {NAME} here, and it cannot be fetched from the hub: ")
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "./a/b", "/a/b", "here/model", "a/b.safetensors/"])

@@ -102,8 +102,8 @@ def test_further_fields():
     made = replace(made, steps=(11,), sources=(lora,), canvas={"image": "a.png"})
     line = parameters_text(made).splitlines()[-1]
     assert (
-        "Variation seed: 3, Variation seed strength: 0.25, Denoising strength: 0.55, Clip skip: 2, "
-        'Lora hashes: "ink: abababababab", Version' in line
+        "Variation seed: 5, Variation seed strength: 0.25, Denoising strength: 0.55, Clip skip: 2, "
+        'Lora hashes: "ink: abababababab", Lora weights: "ink: 0.8", Version' in line
     )
 
 
@@ -142,3 +142,10 @@ def test_any_error_of_a_decoder_is_a_bad_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", Image.Image.load, raising=False)
     with pytest.raises(DataError, match=r"not a readable picture \(.*a.png\): Failed to decode"):
         read_metadata(tmp_path / "a.png")
+
+
+def test_a_variation_is_the_first_seed_with_a_further_variation_seed():
+    """Picture 2 of a command starts from the noise of the command's seed, 5, and of variation seed + 2."""
+    line = parameters_text(record(variation_seed=3, variation_strength=0.25)).splitlines()[-1]
+    assert ", Seed: 5, " in line
+    assert ", Variation seed: 5, " in line

@@ -106,6 +106,19 @@ def test_every_kind_of_picture_is_made_again(pictures, place, monkeypatch):
     assert {name: str(like) for name, like in likes.items() if not like.equal} == {}
 
 
+def test_a_variation_is_drawn_by_what_its_text_says(pictures, place, call, tiny_model):
+    """The second of two variations, alone, with the seeds in A1111's text."""
+    path = place / "out" / "variation" / "00002-2.png"
+    line = read_metadata(path)["parameters"].splitlines()[-1]
+    fields = dict(field.split(": ", 1) for field in line.split(", ") if ": " in field)
+    words = ("-s", fields["Seed"], "--set", f"variation_seed={fields['Variation seed']}")
+    words += ("--set", "variation_strength=0.3", "--steps", 3, "-m", tiny_model, "-o", "alone.png")
+    assert (fields["Seed"], fields["Variation seed"]) == ("1", "8")
+    assert call("generate", "a (red:1.3) <ink> circle and more ", *words)[0] == 0
+    difference = np.abs(np.asarray(Image.open("alone.png")).astype(int) - np.asarray(Image.open(path)))
+    assert difference.max() <= 1, "in a batch of one: rounding"
+
+
 def test_no_place_of_its_maker_is_told(pictures, place):
     for path in pictures.values():
         assert str(place).encode() not in path.read_bytes()

@@ -99,9 +99,9 @@ def test_the_plan_is_the_arithmetic(tiny_run, tmp_path):
     new = Run(config, tmp_path / "new", accelerator, data, {"clip": None, "denoiser": None})
     fresh = plan_of(new)
     assert fresh[0] == f"run {tmp_path / 'new'} on cpu x 1, mixed precision no, seed 0"
-    assert fresh[1] == "clip: 40 of 40 steps from the start, 32 x 1 accumulated x 1 processes = 32 pictures a step"
+    assert fresh[1] == "clip: 40 of 40 steps to train, 32 x 1 accumulated x 1 processes = 32 pictures a step"
     assert fresh[3] == (
-        "denoiser: 100 of 100 steps from the start, 8 x 3 accumulated x 1 processes = 24 pictures a step; "
+        "denoiser: 100 of 100 steps to train, 8 x 3 accumulated x 1 processes = 24 pictures a step; "
         "256 pictures, 9.4 epochs"
     )
     found, _ = checkpoints_to_resume(tiny_run, ["denoiser"], "latest")

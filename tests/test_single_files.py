@@ -3,10 +3,12 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +16,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.families.original import save_single_file
 from latentdiff.formats.original import EMA, UNET, VAE
+from latentdiff.networks.codecs.kl import KLAutoencoder
 
 from .stable_diffusion import load, stored
 
@@ -332,3 +335,18 @@ def test_a_layout_that_only_a_folder_has(folders):
     pipe.model.encoder.tokenizer.add_tokens(["<x>"])
     with pytest.raises(ConfigError, match="cannot hold learnt words"):
         save_single_file(pipe.model, "nowhere.safetensors")
+
+
+def test_networks_that_a_reader_could_not_build(folders, tmp_path):
+    """Norms of 8 groups over 16 channels: readers assume 32 groups, and no such network exists."""
+    model = load(folders["1"]).model
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    other = replace(model, codec=KLAutoencoder(vae))
+    with pytest.raises(ConfigError, match="a single file cannot describe this model"):
+        save_single_file(other, tmp_path / "a.safetensors")

@@ -38,6 +38,7 @@ def test_the_whole_chain(tiny_run):
     assert (tiny_run / "config.toml").is_file()
     assert {path.name for path in (tiny_run / "model").iterdir()} == {
         "clip", "latentdiff.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+        "things.json",
         "words.txt",
     }  # fmt: skip
 
@@ -202,7 +203,7 @@ def test_nothing_to_go_on_from(tmp_path):
         checkpoints_to_resume(tmp_path, ["denoiser"], "latest")
     found, told = checkpoints_to_resume(tmp_path, ["denoiser"], "auto")
     assert found == {"denoiser": None}
-    assert re.fullmatch(rf"no checkpoint in {where}: starting fresh", told[0])
+    assert re.fullmatch(rf"a new run: no checkpoint in {where}", told[0])
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "clip"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from latentdiff.drawing import sheet
 from latentdiff.drawing.sheet import CELL, GAP, animation, grid
 
 
@@ -58,24 +59,42 @@ def test_the_grid_shows_every_picture(draw):
     del words[4:6]
     code, paths, err = draw(*words)
     assert (code, len(paths), paths[-1]) == (0, 7, "out/grid-00001.png"), err
-    sheet, factor = pixels(paths[-1]), CELL // 64
-    left, top = CELL, sheet.shape[0] - 2 * (CELL + GAP) - GAP
-    assert sheet.shape[1] == left + 3 * (CELL + GAP) + GAP
+    made, factor = pixels(paths[-1]), CELL // 64
+    left, top = CELL, made.shape[0] - 2 * (CELL + GAP) - GAP
+    assert made.shape[1] == left + 3 * (CELL + GAP) + GAP
     for number, path in enumerate(paths[:6]):
         y, x = top + GAP + number // 3 * (CELL + GAP), left + GAP + number % 3 * (CELL + GAP)
         expected = pixels(path).repeat(factor, 0).repeat(factor, 1)
-        assert np.array_equal(sheet[y : y + CELL, x : x + CELL], expected)
-    assert (sheet[:top, left:] < 128).any(), "names above"
-    assert (sheet[top:, :left] < 128).any(), "names beside"
+        assert np.array_equal(made[y : y + CELL, x : x + CELL], expected)
+    assert (made[:top, left:] < 128).any(), "names above"
+    assert (made[top:, :left] < 128).any(), "names beside"
     assert draw(*words)[1][-1] == "out/grid-00002.png"
+
+
+def test_rows_and_columns_of_a_grid_are_named(draw, monkeypatch):
+    """Without settings a prompt's columns are its seeds; with them the seeds stand beside the rows."""
+    drawn = []
+    monkeypatch.setattr(sheet, "grid", lambda *names: drawn.append(names[1:]) or grid(*names))
+    plain = [word for word in asked("-s", 3, "-N", 2, "--grid", "-o", "a")]
+    assert draw(*plain)[0] == 0
+    assert draw(*asked("-s", 3, "-N", 2, "--vary", "cfg=1,4", "--vary", "eta=0,1", "--grid", "-o", "b"))[0] == 0
+    assert drawn[0] == (["seed 3", "seed 4"], [""])
+    names = [f"guidance_scale {cfg}, seed {seed}" for cfg in ("1", "4") for seed in (3, 4)]
+    assert (drawn[1][0], sorted(drawn[1][1])) == (["eta 0", "eta 1"], names)
+
+
+def test_long_names_do_not_run_into_the_next_row():
+    cells = [[Image.new("RGB", (256, 40), color)] for color in ("red", "blue")]
+    flat = np.asarray(grid(cells, [""], ["many words " * 12, ""]))
+    assert flat.shape[0] > 2 * (40 + GAP) + GAP + 60
 
 
 def test_pictures_of_several_sizes_stand_in_the_middle():
     small, large = Image.new("RGB", (200, 100), "red"), Image.new("RGB", (300, 200), "blue")
-    sheet = np.asarray(grid([[small, large]], ["", ""], [""]))
-    assert sheet.shape == (200 + 2 * GAP, 2 * 300 + 3 * GAP, 3)
-    assert (sheet[GAP + 50 : GAP + 150, GAP + 50 : GAP + 250] == (255, 0, 0)).all()
-    assert (sheet[GAP : GAP + 50, GAP : GAP + 300] == 255).all()
+    made = np.asarray(grid([[small, large]], ["", ""], [""]))
+    assert made.shape == (200 + 2 * GAP, 2 * 300 + 3 * GAP, 3)
+    assert (made[GAP + 50 : GAP + 150, GAP + 50 : GAP + 250] == (255, 0, 0)).all()
+    assert (made[GAP : GAP + 50, GAP : GAP + 300] == 255).all()
 
 
 def test_the_way_from_noise(draw):

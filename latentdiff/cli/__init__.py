@@ -93,7 +93,7 @@ def _fail_as_told(error: Exception) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # a command without arguments prints its help
             terminal.note(*usage().split("\n"))
             sys.exit(2)
-        _fail(usage(), 2)
+        _fail(usage().replace("Input should be ", "must be ").replace("greater than or equal to", "at least"), 2)
     # a class of its own on a GPU; on a CPU a RuntimeError with these words
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         _fail("out of memory. Draw fewer or smaller pictures at once", ResourceError.exit_code)

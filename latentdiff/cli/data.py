@@ -61,7 +61,7 @@ def check(
     from latentdiff.data.buckets import bucket_table
     from latentdiff.data.dataset import look, picture_data
     from latentdiff.data.survey import QUARANTINED
-    from latentdiff.evaluation.report.data_set import as_lines, sections
+    from latentdiff.evaluation.report.data_set import as_lines, sections, summary
     from latentdiff.evaluation.report.page import PAGE, as_html
     from latentdiff.families.own import new_tokenizer
 
@@ -88,7 +88,8 @@ def check(
     tokenizer = new_tokenizer(config, (caption for picture in survey.pictures for caption in picture.captions))
     limit = config.clip.max_length
     report = sections(survey, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))
-    tree = {section.title: {"text": section.text, "lines": section.lines} for section in report}
+    tree: dict[str, Any] = {"summary": summary(survey, settings.source)}
+    tree |= {section.title: {"text": section.text, "lines": section.lines} for section in report}
     terminal.result(*json.dumps(tree, indent=1).split("\n") if json_ else as_lines(report))
     data = picture_data(config, survey) if survey.pictures else None  # refuses like training
     if html:

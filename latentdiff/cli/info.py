@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,7 +63,7 @@ def _adapter_in(folder: Path) -> Path:
 def _of_model(path: Path) -> dict[str, object]:
     """A model's description, from its JSON and the headers of its weights; no network is built."""
     from latentdiff.families import check_folder
-    from latentdiff.families.card import known_things, known_words
+    from latentdiff.families.card import known_name, known_things, known_words
     from latentdiff.families.scheduler import read_scheduler
     from latentdiff.formats.folder import folder_hash, parameter_counts
 
@@ -71,7 +71,7 @@ def _of_model(path: Path) -> dict[str, object]:
     schedule, prediction, *_ = read_scheduler(path)
     counts, words, things = parameter_counts(path), known_words(path), known_things(path)
     return {
-        "name": path.resolve().name,
+        "name": known_name(path),
         "class": index.get("_class_name"),
         "hash": folder_hash(path),
         "parameters": counts | {"total": sum(counts.values())},
@@ -97,4 +97,11 @@ def _of_picture(path: Path) -> dict[str, object]:
     metadata = read_metadata(path)
     if not metadata:
         raise DataError(f"this picture has no record of how it was made ({path})")
-    return metadata
+    return _without_nulls(metadata)
+
+
+def _without_nulls(tree: Any) -> Any:
+    """A JSON tree without the keys that say nothing."""
+    if isinstance(tree, dict):
+        return {key: _without_nulls(value) for key, value in tree.items() if value not in (None, [], {})}
+    return tree

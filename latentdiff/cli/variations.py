@@ -60,7 +60,7 @@ def varied(wishes: Sequence[Wish], grid: Grid, common: Mapping[str, Any]) -> lis
 def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images: int, folder: Path) -> Path:
     """Write the labelled grid of all pictures of a command, `grid-NNNNN.png` in their folder.
 
-    Columns are the last setting's values, or without one a prompt's pictures; rows are everything else.
+    Columns are the last setting's values, or without one the seeds of a prompt's pictures; rows are everything else.
     """
     from latentdiff.core.files import write_new
     from latentdiff.drawing.files import encoded, next_number, open_picture
@@ -68,14 +68,19 @@ def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images
 
     others, last = list(grid)[:-1], list(grid)[-1] if grid else None
     across = images if last is None else len(grid[last])
-    columns = [""] * across if last is None else [f"{last} {value}" for value in grid[last]]
     prompts = len({wish.where for wish in wishes}) > 1
+    seeds = [f"seed {path.stem.rpartition('-')[2]}" for path in paths]
+    columns = [""] * across if prompts else seeds[:across]
+    if last is not None:
+        columns = [f"{last} {value}" for value in grid[last]]
     rows: dict[tuple[Any, ...], list[Any]] = {}
     for number, path in enumerate(paths):
-        wish, picture = wishes[number // images], number % images
+        wish = wishes[number // images]
         key = (wish.where, wish.prompt if prompts else "", *(f"{name} {wish.settings[name]}" for name in others))
-        rows.setdefault(key if last is None else (*key, picture), []).append(open_picture(path))
-    names = [", ".join(str(part) for part in key[1 : 2 + len(others)] if part) for key in rows]
+        if last is not None:
+            key = (*key, seeds[number] if images > 1 else "")
+        rows.setdefault(key, []).append(open_picture(path))
+    names = [", ".join(str(part) for part in key[1:] if part) for key in rows]
     number = next_number(folder, r"grid-(\d{5})\.png")
     path = folder / f"grid-{number:05d}.png"
     write_new(path, encoded(drawn(list(rows.values()), columns, names), ".png", None))

@@ -99,7 +99,8 @@ def _opened(source: str, options: Options) -> Any:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot read the data set {source}: {reason}") from None
+        what = f"cannot read the data set {source}" if path.exists() else f"no {source} here, nor on the hub"
+        raise DataError(f"{what} ({reason})") from None
 
 
 def _undecoded(table: Any, image: str, caption: str | None) -> Any:

@@ -132,7 +132,7 @@ def open_picture(path: Path, background: Color = (255, 255, 255)) -> Image.Image
 
     try:
         if path.exists() and not path.is_file():
-            raise DataError("is not a file")
+            raise DataError("is a folder, not a picture" if path.is_dir() else "is not a file")
         with silent_decoders():
             return Image.fromarray(decode(path.read_bytes(), background).pixels)
     except DataError as error:

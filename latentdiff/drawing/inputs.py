@@ -23,7 +23,8 @@ def prompts_of(prompt: str | Sequence[str] | None) -> list[str]:
     """One prompt or several as a list. Raises ConfigError for an empty list, or for anything but text."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not prompts or not all(isinstance(one, str) for one in prompts):
-        raise ConfigError(f"prompt must be text or a list of texts (got {str(prompt)[:40]!r})")
+        got = "an empty list" if prompt == [] else repr(str(prompt)[:40])
+        raise ConfigError(f"prompt must be text or a list of texts (got {got})")
     return prompts
 
 

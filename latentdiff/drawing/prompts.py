@@ -69,6 +69,10 @@ def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
     does not say which words it was trained on.
     """
     notes: dict[str, None] = {}
+    learnt = _learnt_words(model.encoder)
+    texts = " ".join(f"{job.request.prompt} {job.request.negative_prompt}" for job in batch.jobs).lower()
+    if learnt and not any(word.lower() in texts for word in learnt):
+        notes[f"the prompt has no learnt word ({', '.join(learnt)})"] = None
     encoder, known = model.encoder, None if adapted else model.card.words
     for job in batch.jobs:
         names = ("prompt", "negative_prompt") if job.request.guidance_scale > 1 else ("prompt",)
@@ -124,3 +128,9 @@ def _check_shapes(cond: Conditions, uncond: Conditions) -> None:
         if array.shape != uncond[name].shape:
             shapes = f"{tuple(array.shape[1:])}, the empty prompt's {tuple(uncond[name].shape[1:])}"
             raise ConfigError(f"prompt_embeds of {shapes} require negative_prompt_embeds")
+
+
+def _learnt_words(encoder: Encoder) -> list[str]:
+    """The learnt words that prompts may have; word_1, word_2, ... are further vectors of a word."""
+    words = [word for each in getattr(encoder, "encoders", ())[:1] for word in each.learnt_words]
+    return [word for word in words if word.rpartition("_")[0] not in words]

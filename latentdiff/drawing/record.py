@@ -104,7 +104,7 @@ def parameters_text(record: ImageMetadata) -> str:
         "Sampler": SAMPLERS[request["sampler"]].label,
         "Schedule type": LABELS.get(request["spacing"], "Automatic"),
         "CFG scale": f"{request['guidance_scale']:g}",
-        "Seed": record.seed,
+        "Seed": request["seed"] if request.get("variation_seed") is not None else record.seed,
         "Size": f"{record.width}x{record.height}",
         "Model hash": record.model_hash[:10],
         "Model": _quoted(record.model),
@@ -120,7 +120,7 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
     request, fields = record.request, dict[str, Any]()
     if request.get("variation_seed") is not None:
         fields |= {
-            "Variation seed": request["variation_seed"],
+            "Variation seed": request["variation_seed"] + record.index,
             "Variation seed strength": request["variation_strength"],
         }
     if record.canvas is not None or request.get("hires_scale") is not None:
@@ -137,6 +137,7 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
     loras = [source for source in record.sources if source.kind in ("lora", "merged")]
     if loras:
         fields["Lora hashes"] = _quoted(", ".join(f"{Path(s.path).stem}: {s.sha256[:12]}" for s in loras))
+        fields["Lora weights"] = _quoted(", ".join(f"{Path(s.path).stem}: {s.weight:g}" for s in loras))
     return fields
 
 

@@ -30,6 +30,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: S
     above = [_lines(text, letters) for text in columns]
     beside = [_lines(text, letters) for text in names]
     line = TEXT + 4
+    height = max(height, *(len(lines) * line for lines in beside), 0)
     top = max((len(lines) for lines in above), default=0) * line
     left = width if any(beside) else 0
     across, down = max(map(len, cells)), len(cells)

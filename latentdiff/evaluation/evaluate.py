@@ -88,7 +88,10 @@ def sized(candidates: Sequence[Candidate]) -> dict[str, int]:
 
 def titles(candidates: Sequence[Candidate]) -> list[str]:
     """The candidates' names; equal names are distinguished by the models' places, or by letters."""
-    names = [candidate.painter.model.card.name for candidate in candidates]
+    names = [
+        " + ".join([each.painter.model.card.name, *(Path(s.path).stem for s in each.painter.sources.values())])
+        for each in candidates
+    ]
     if len(set(names)) < len(names):
         places = [Path(candidate.path or "").name for candidate in candidates]
         marks = places if len(set(places)) == len(places) else "AB"
@@ -106,6 +109,8 @@ def references_of(
     side = model.card.size[0]
     config = _config(sources.data, side, sources.lenient)
     survey = None if config.data.is_procedural else look(config).sound(config.data.pictures.skip_bad)
+    for note in survey.listing.notes if survey else ():
+        say(f"data: {note}")
     held, trained = held_out(config, count, survey)
     if len(held) < LEAST:
         raise DataError(f"{len(held)} different pictures are too few: an evaluation requires at least {LEAST}")

@@ -65,6 +65,12 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
     return ModelCard(card.name, sha256, card.size, defaults, folder=directory, words=words, things=things)
 
 
+def known_name(directory: Path) -> str:
+    """The name in a model's latentdiff.json, or the folder's."""
+    path = directory / FILE
+    return read_json_as(_Card, path).name if path.is_file() else directory.resolve().name
+
+
 def known_words(directory: Path) -> frozenset[str] | None:
     """The words that a model was trained on, or None if its folder does not say. Raises ModelError."""
     path = directory / WORDS

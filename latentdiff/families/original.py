@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from latentdiff.core.errors import ConfigError, saving
+from latentdiff.core.errors import ConfigError, raised_as, saving
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families.scheduler import same_schedule
 from latentdiff.families.single_file import unet_config, vae_config
@@ -78,7 +78,7 @@ def _check_implied(state: State, kind: Kind, model: Model) -> None:
     Shapes do not show the number of heads, the epsilon of norms, how times are embedded, and the like.
     """
     unet, texts, codec = cast(Any, model.backbone), cast(Any, model.encoder), cast(Any, model.codec)
-    with torch.device("meta"):
+    with raised_as(ConfigError, "a single file cannot describe this model. Use a folder"), torch.device("meta"):
         implied = {
             "U-Net": (UNet2DConditionModel(**unet_config(state, kind)), unet.model),
             "VAE": (AutoencoderKL(**vae_config(state, kind)), codec.vae),

@@ -47,9 +47,20 @@ def read_index(directory: Path) -> dict[str, Any]:
         kind = "file" if named_safetensors(directory) else "model folder"
         raise ModelError(f"no such {kind} ({directory}). Give a folder with a model_index.json, or a .safetensors")
     if not (directory / "model_index.json").is_file():
-        raise ModelError(f"no model_index.json ({directory}). Give a folder in diffusers' layout")
+        raise ModelError(f"no model_index.json ({directory}). {_advice(directory)}")
     _check_contents(directory)
     return read_json(directory / "model_index.json")
+
+
+def _advice(directory: Path) -> str:
+    """What to do about a folder that is no model."""
+    if (directory / "model" / "model_index.json").is_file():
+        return f"Its model is {directory / 'model'}"
+    if any(directory.glob("*lora_weights.safetensors")):
+        return "It holds an adapter: use --lora"
+    if any(directory.glob("learned_embeds.safetensors")):
+        return "It holds a learnt word: use --embedding"
+    return "Give a folder in diffusers' layout"
 
 
 def check_network(path: Path, part: str, classes: Set[str]) -> Path:

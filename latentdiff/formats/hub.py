@@ -45,8 +45,9 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     try:
         return Path(str(snapshot_download(**settings)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ModelError(f"cannot fetch {name}{f' at {revision}' if revision else ''} from the hub: {reason}") from None
+        reason = textwrap.shorten(str(error).partition("An error happened")[0], 120, placeholder=" ...")
+        wanted = f"{name}{f' at {revision}' if revision else ''}"
+        raise ModelError(f"no folder {wanted} here, and it cannot be fetched from the hub: {reason}") from None
 
 
 def _whole(folder: Path, named: str) -> Path:

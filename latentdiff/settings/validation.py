@@ -60,7 +60,8 @@ def did_you_mean(name: str, known: Iterable[str], others: Mapping[str, str] = Ma
 
 
 def one_of(name: str, known: tuple[str, ...], value: str) -> str:
-    """The value, unchanged. Raises ValueError if it is not a known one."""
-    if value not in known:
+    """The known name that is meant: "SGM Uniform" is sgm_uniform. Raises ValueError if none is."""
+    plain = value.lower().replace(" ", "_")
+    if plain not in known:
         raise ValueError(f"unknown {name} {value!r}; one of {', '.join(known)}")
-    return value
+    return plain

@@ -69,7 +69,8 @@ def _weights(model: Model, config: FineTuning, words: frozenset[str]) -> Tuning:
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         known = model.card.words
-        card = replace(model.card, words=None if known is None else known | words)
+        name = folder.resolve().name
+        card = replace(model.card, name=name, words=None if known is None else known | words)
         save_model(replace(model, card=card), folder / "model")
         return [folder / "model"]
 

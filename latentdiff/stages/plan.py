@@ -16,6 +16,8 @@ from latentdiff.stages.run import Run
 from latentdiff.training.checkpoint import label, load_state
 from latentdiff.training.loop import Batching
 
+MANY_EPOCHS = 400  # of a fine-tuning
+
 
 class Weights(NamedTuple):
     """Bytes of a stage's trained weights, and of the frozen ones beside them."""
@@ -46,6 +48,10 @@ def plan_lines(run: Run[Any], weights: Mapping[str, Weights | None]) -> list[str
         checkpoint = 4 * size.trained  # weights, average and two moments
         needed += checkpoint * (settings.checkpoints_total_limit + 1)
         lines += [_steps_line(run, stage, settings), _size_line(size, checkpoint, settings)]
+        if _batching(run, settings).global_batch > len(run.data.training):
+            lines.append("    warning: a step takes more pictures than there are")
+        if stage == "finetune" and (epochs := _epochs(run, settings)) > MANY_EPOCHS:
+            lines.append(f"    every picture is seen {epochs:,.0f} times; 50 to 200 are usual (--max-train-steps)")
     free = shutil.disk_usage(next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())).free
     lines.append(f"disk: checkpoints up to {_size(needed)}, {_size(free)} free")
     if needed > free:
@@ -69,11 +75,20 @@ def _data_lines(run: Run[Any]) -> list[str]:
     return [line, buckets, *(f"    {note}" for note in survey.listing.notes)]
 
 
+def _batching(run: Run[Any], settings: Training) -> Batching:
+    return Batching(settings.train_batch_size, settings.gradient_accumulation_steps, run.accelerator.num_processes)
+
+
+def _epochs(run: Run[Any], settings: Training) -> float:
+    """How often a training sees each sample."""
+    return settings.max_train_steps * _batching(run, settings).global_batch / len(run.data.training)
+
+
 def _steps_line(run: Run[Any], stage: str, settings: Training) -> str:
-    batching = Batching(settings.train_batch_size, settings.gradient_accumulation_steps, run.accelerator.num_processes)
+    batching = _batching(run, settings)
     checkpoint = run.checkpoints[stage]
     done = load_state(checkpoint)["step"] if checkpoint else 0
-    where = f"from {label(checkpoint)} ({checkpoint})" if checkpoint else "from the start"
+    where = f"from {label(checkpoint)} ({checkpoint})" if checkpoint else "to train"
     steps = max(settings.max_train_steps - done, 0)
     batch = (
         f"{batching.batch_size} x {batching.accumulation_steps} accumulated x {batching.processes} processes = "
@@ -82,8 +97,7 @@ def _steps_line(run: Run[Any], stage: str, settings: Training) -> str:
     line = f"{stage}: {steps:,} of {settings.max_train_steps:,} steps {where}, {batch}"
     if stage in ("denoiser", "finetune"):  # with scenes the other stages never repeat one
         count = len(run.data.training)
-        epochs = settings.max_train_steps * batching.global_batch / count
-        line += f"; {count:,} pictures, {epochs:.1f} epochs"
+        line += f"; {count:,} pictures, {_epochs(run, settings):,.1f} epochs"
     return line
 
 

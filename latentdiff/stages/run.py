@@ -176,7 +176,7 @@ def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> t
         where = folder / (stages[0] if len(stages) == 1 else "*") / "checkpoints"
         if resume == "latest":
             raise ModelError(f"no checkpoint in {where}. Use --resume auto to start fresh")
-        notes.append(f"no checkpoint in {where}: starting fresh")
+        notes.append(f"a new run: no checkpoint in {where}")
     return checkpoints, notes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from latentdiff.core.text import printable
@@ -30,6 +31,22 @@ def sections(
         *_kinds(survey),
         *_geometry(survey.pictures, table),
     ]
+
+
+def summary(survey: Survey, source: str) -> dict[str, Any]:
+    """The numbers of a survey, and every fault with its reason, as JSON values."""
+    return {
+        "source": source,
+        "layout": survey.listing.layout,
+        "images": survey.count,
+        "usable": len(survey.pictures),
+        "samples": sum(picture.repeats for picture in survey.pictures),
+        "captions": len({caption for picture in survey.pictures for caption in picture.captions}),
+        "duplicates": sum(map(len, survey.duplicates.values())),
+        "unusable": [asdict(fault) for fault in survey.quarantined],
+        "captions_without_an_image": list(survey.listing.orphans),
+        "refused": survey.refusal(),
+    }
 
 
 def _faults(survey: Survey) -> list[Entry]:

@@ -198,6 +198,8 @@ def write_report(
     for number, subject in enumerate(subjects):
         own = {name: _metrics(results[number]) for name, results in by_section.items()}
         tree["models"].append({"name": subject.name, "hash": subject.painter.model.card.hash, "sections": own})
+    if len(subjects) == 2:
+        tree["second_is_worse_by"] = {name: _differences(*results) for name, results in by_section.items()}
     write_json(folder / METRICS, finite(tree))
     entries = [page.Entry(key, "", tuple(_lines(value))) for key, value in settings.items()]
     titles = [*by_section, *(["not measured"] if skipped else []), "settings"]
@@ -209,6 +211,17 @@ def write_report(
     title = " beside ".join(names)
     with whole(folder / PAGE) as made:
         made.write_text(page.document(title, *parts), encoding="utf-8")
+
+
+def _differences(first: Result, second: Result) -> dict[str, dict[str, float | None]]:
+    """How much worse the second model's figures are, with errors, negative if better."""
+    pairs = zip(_comparable([first, second])[0].items(), [second] * len(first.figures), strict=True)
+    differences = {
+        name: result.figures[name].worse(figure)
+        for (name, figure), result in pairs
+        if figure.better != "neither" and name in result.figures
+    }
+    return {name: {"value": figure.value, "error": figure.error} for name, figure in differences.items()}
 
 
 def _metrics(result: Result) -> dict[str, Any]:
@@ -279,7 +292,7 @@ def _rows(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> tupl
     head = (
         ["", *names]
         + (["better"] if has_direction else [])
-        + (["the second is"] if has_direction and len(names) == 2 else [])
+        + ([f"{names[1]} is"] if has_direction and len(names) == 2 else [])
     )
     rows = []
     for name in figures[0]:
@@ -310,7 +323,7 @@ def as_lines(names: Sequence[str], name: str, results: Sequence[Result]) -> list
     head, rows = _rows(names, _comparable(results))
     lines = [f"{name} ({', '.join(f'{key} {value}' for key, value in _facts(results).items())})"]
     widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
-    for row in rows:
+    for row in [head, *rows] if len(names) > 1 else rows:
         lines.append("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
     return lines
 
