@@ -261,7 +261,7 @@ def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
             4,
             "there.safetensors is an adapter, not a model. Load it with --lora, convert it with --to",
         ),
-        (("{sd1}/model_index.json", "copy"), 4, "cannot load"),
+        (("{sd1}/model_index.json", "copy"), 4, "is not a safetensors file"),
         (("{tiny}", "one.safetensors"), 2, "which a single file"),
         (("{sd1}", "there.safetensors"), 2, "exists; nothing is overwritten"),
         (("{sd1}", "x.safetensors", "--trust-pickle"), 2, "--trust-pickle requires a pickle"),
