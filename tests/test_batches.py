@@ -70,6 +70,7 @@ def same(found, expected):
     assert all((found[name] == expected[name]).all() for name in expected)
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_by_others(tmp_path):
     """One process is killed; two go on, of which one is killed; a single one ends it."""
     prompts(tmp_path, 22)

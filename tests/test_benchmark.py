@@ -98,7 +98,7 @@ def benchmark(library):
     return SpriteBenchmark(library, WindowJudge(), 128, shapes=0.0)
 
 
-def scenes(benchmark, category, count=40):
+def scenes(benchmark, category, count=24):
     return [benchmark.scene(noise.generator(0, category, index), category, False) for index in range(count)]
 
 
@@ -186,7 +186,7 @@ def test_a_scene_s_own_picture_is_right_and_its_twin_s_is_wrong(benchmark, categ
         elif category != "two":  # "a and b" is also true of "a above b"
             assert not benchmark.is_right(benchmark.picture(twin), scene)
             wrong += 1
-    assert wrong > 20 or category in ("single", "two")
+    assert wrong > 12 or category in ("single", "two")
 
 
 def test_prompts_are_what_people_type(benchmark):

@@ -22,6 +22,7 @@ def test_words_are_runs_of_letters():
     assert unseen("A (Cat:1.2) BREAK on a cat, a dog break", {"a", "on"}) == ["cat", "dog", "break"]
 
 
+@pytest.mark.slow
 def test_the_default_model_knows_its_captions():
     """The file that is shipped has the words of the captions that its own config trains on."""
     training = open_data(load_config(ROOT / "configs" / "scenes-64.toml", ["data.count=5000"])).training
