@@ -73,7 +73,7 @@ def test_a_folder_without_captions(pictures, expected, tmp_path):
     write_pictures(tmp_path / "set", pictures)
     assert refusal(tmp_path / "set") == (
         "50 images have no caption: 000.png, 001.jpg, 002.webp, 003.png, 004.jpg, ... (45 more). "
-        "Add captions or pass --allow-missing-captions"
+        "Add rows or pass --allow-missing-captions"
     )
     found = surveyed(tmp_path / "set", instance_prompt="a photo of sks dog")
     assert [picture.id for picture in found.pictures] == [key for key, _ in expected[0]]
@@ -155,7 +155,7 @@ def test_metadata_below_and_pictures_not_in_it(pictures, tmp_path):
     as_csv(tmp_path / "b" / "c", {name: pictures[name] for name in names[3:5]})
     assert len(surveyed(tmp_path).pictures) == 5
     write_pictures(tmp_path / "b", {names[5]: pictures[names[5]]})
-    assert refusal(tmp_path).startswith(f"1 image has no caption: b/{names[5]}. Add captions or pass")
+    assert refusal(tmp_path).startswith(f"1 image has no caption: b/{names[5]}. Add rows or pass")
 
 
 @pytest.mark.parametrize("layout", ["metadata.jsonl", "metadata.csv", "sidecars"])
@@ -165,7 +165,7 @@ def test_empty_captions_are_missing_ones(layout, text, pictures, tmp_path):
             for number, (name, (data, caption)) in enumerate(list(pictures.items())[:5])}  # fmt: skip
     LAYOUTS[layout](tmp_path / "set", some)
     assert re.match(
-        r"2 images have no caption: \S*001.jpg, \S*002.webp\. Add captions or pass", refusal(tmp_path / "set")
+        r"2 images have no caption: \S*001.jpg, \S*002.webp\. Add rows or pass", refusal(tmp_path / "set")
     )
 
 

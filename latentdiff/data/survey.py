@@ -109,7 +109,7 @@ class Survey:
         if not texts:
             return None if self.pictures else "no images can be used"
         alone = bool(self.uncaptioned) and len(texts) == 1
-        advice = "Add captions or pass --allow-missing-captions" if alone else "Mend them or pass --skip-bad"
+        advice = "Add rows or pass --allow-missing-captions" if alone else "Mend them or pass --skip-bad"
         return f"{'; '.join(texts)}. {advice}"
 
     def sound(self, skip_bad: bool) -> Survey:
