@@ -28,7 +28,8 @@ ARROWS = {  # the rooms that each room may import: a change here is a change of 
     "stages": MODELS | {"drawing", "data", "runtime", "training", "evaluation"},
     "pipeline": NUMBERS | {"model", "families", "drawing", "runtime"},
     "show": NUMBERS | {"networks", "evaluation", "pipeline"},
-    "cli": (MODELS - {"model"}) | DOING | {"__init__"},
+    "server": {"core", "drawing", "pipeline"},
+    "cli": {"server"} | (MODELS - {"model"}) | DOING | {"__init__"},
     "__init__": {"pipeline"},
     "__main__": {"cli"},
 }
@@ -44,10 +45,14 @@ HOMES = {  # the rooms that may import a library
     "openvino": {"runtime"},
     "tokenizers": {"runtime"},
     "typer": {"cli"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "prometheus_client": {"server"},
     "torchmetrics": {"evaluation", "networks"},
     "torch_fidelity": {"evaluation", "networks"},
     "matplotlib": {"evaluation", "show"},
-    "PIL": {"core", "data", "drawing", "evaluation", "stages"},
+    "PIL": {"core", "data", "drawing", "evaluation", "server", "stages"},
     "huggingface_hub": {"formats", "data"},
 }
 

@@ -164,9 +164,7 @@ def test_empty_captions_are_missing_ones(layout, text, pictures, tmp_path):
     some = {name: (data, text if number in (1, 2) else caption)
             for number, (name, (data, caption)) in enumerate(list(pictures.items())[:5])}  # fmt: skip
     LAYOUTS[layout](tmp_path / "set", some)
-    assert re.match(
-        r"2 images have no caption: \S*001.jpg, \S*002.webp\. Add rows or pass", refusal(tmp_path / "set")
-    )
+    assert re.match(r"2 images have no caption: \S*001.jpg, \S*002.webp\. Add rows or pass", refusal(tmp_path / "set"))
 
 
 def test_null_captions_are_missing_ones(pictures, tmp_path):

@@ -12,7 +12,20 @@ from typing import Any
 import typer
 
 from latentdiff import __version__
-from latentdiff.cli import convert, data, evaluate, finetune, generate, info, reproduce, runs, show, terminal, train
+from latentdiff.cli import (
+    convert,
+    data,
+    evaluate,
+    finetune,
+    generate,
+    info,
+    reproduce,
+    runs,
+    serve,
+    show,
+    terminal,
+    train,
+)
 from latentdiff.core.errors import Interrupted, LatentDiffError, ResourceError
 
 app = typer.Typer(
@@ -38,6 +51,7 @@ app.add_typer(show.app, name="show")
 app.command("convert")(convert.convert)
 app.command("info")(info.info)
 app.command("reproduce")(reproduce.reproduce)
+app.command("serve")(serve.serve)
 
 
 @app.callback(invoke_without_command=True)

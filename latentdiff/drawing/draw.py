@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -71,15 +72,16 @@ def jobs_of(model: Model, request: Request, given: Canvas | None = None, embeds:
     return [Job(request, index, planned, given, embeds) for index in range(request.num_images)]
 
 
+def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
+    """What jobs must have in common to be drawn in one batch."""
+    given = job.canvas and (job.canvas.pixels.shape, job.canvas.size, job.canvas.mask is None)
+    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None
+
+
 def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
     """Jobs in batches, in their order; a batch's pictures differ only in prompt, seed and input picture."""
-
-    def alike(job: Job) -> tuple[Any, ...]:
-        given = job.canvas and (job.canvas.pixels.shape, job.canvas.size, job.canvas.mask is None)
-        return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None
-
     first = 0
-    for _, group in groupby(jobs, alike):
+    for _, group in groupby(jobs, partial(batch_key, painter)):
         same = list(group)
         size = same[0].request.batch_size
         for start in range(0, len(same), size):

@@ -82,11 +82,12 @@ def write_pictures(
         yield path, record
 
 
-def encoded(image: Any, suffix: str, record: ImageMetadata | None) -> bytes:
-    """A PIL image encoded as a file; JPEG at quality 95, WebP lossless."""
+def encoded(image: Any, suffix: str, record: ImageMetadata | None, quality: int | None = None) -> bytes:
+    """A PIL image encoded as a file; without a quality, 0 to 100, JPEG has 95 and WebP is lossless."""
     from latentdiff.drawing.record import save_options
 
     kind, options = _FORMATS[suffix]
+    options = options if quality is None else {"quality": quality}
     content = io.BytesIO()
     image.save(content, kind, **options, **(save_options(record, suffix) if record else {}))
     return content.getvalue()

@@ -1,0 +1,72 @@
+"""`latentdiff serve`: the HTTP API."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentdiff.cli import terminal
+from latentdiff.cli.loading import adapter_and_weight, embedding_and_word, load_extras, loaded
+from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
+from latentdiff.core.errors import ConfigError, UnsafeError
+from latentdiff.core.files import check_writable
+
+HOST = "127.0.0.1"
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A folder, a .safetensors file or a hub id (default: scenes-64)."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; any other than this machine's needs a token.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="The port.")] = 7860,
+    token: Annotated[
+        str | None, typer.Option(envvar="LATENTDIFF_TOKEN", help="Clients must send it: Authorization: Bearer TOKEN.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of all pictures.")] = OUTPUTS,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; may be repeated.")
+    ] = None,
+    embedding: Annotated[list[str] | None, typer.Option(help="Learnt words, PATH or WORD=PATH.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Another VAE for the same latents.")] = None,
+    most_waiting: Annotated[int, typer.Option(min=1, max=100_000, help="Pictures that may wait.")] = 200,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Precision of the arithmetic.")] = None,
+    runtime: Annotated[
+        Runtime, typer.Option(help="auto: openvino on a CPU if the model has an export, otherwise torch.")
+    ] = Runtime.auto,
+    speed: Annotated[Speed | None, typer.Option(help="exact, fast or max.")] = None,
+) -> None:
+    """Serve a model over HTTP, by OpenAI's images API. Ctrl-C stops it."""
+    _check_token(host, token)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file. Name a folder")
+    check_writable(output, output)
+    adapters = [adapter_and_weight(each) for each in lora or []]
+    words = [embedding_and_word(each) for each in embedding or []]
+    from latentdiff.server.run import serve as run
+    from latentdiff.server.studio import Studio
+
+    pipe = loaded(model, device, dtype, None, None, runtime, speed)
+    load_extras(pipe, adapters, words, vae)
+    shown = f"[{host}]" if ":" in host else host
+    terminal.note(f"{pipe.card.name} at http://{shown}:{port}/v1; pictures go to {output}")
+    run(Studio(pipe, output, most_waiting), host, port, token)
+
+
+def _check_token(host: str, token: str | None) -> None:
+    """Raises UnsafeError for another address than this machine's without a token, ConfigError for a short token."""
+    if token is not None and len(token) < 8:
+        raise ConfigError("a token has at least 8 characters")
+    try:
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = False
+    if not is_local and token is None:
+        raise UnsafeError(f"--host {host} needs --token or LATENTDIFF_TOKEN")

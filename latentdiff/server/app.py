@@ -1,0 +1,52 @@
+"""The application: routes behind the guard, errors in one form, health and metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import generate_latest
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from latentdiff.core.errors import LatentDiffError
+from latentdiff.server.guard import Guard, Limits
+from latentdiff.server.openai import failure, routes, status_of
+from latentdiff.server.studio import Studio
+
+
+def application(studio: Studio, hosts: tuple[str, ...] | None, token: str | None, limits: Limits | None = None) -> Any:
+    """The ASGI application. hosts: see Guard; None requires a token."""
+    app = FastAPI(title="latentdiff", docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(routes(studio))
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        return {"status": "ok", "model": studio.pipe.card.name, "waiting": studio.worker.waiting}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(studio.registry), media_type="text/plain; version=0.0.4")
+
+    def refused(status: int, message: str) -> JSONResponse:
+        studio.refused.labels(str(status)).inc()
+        return failure(status, message)
+
+    @app.exception_handler(LatentDiffError)
+    async def _ours(_: Request, error: LatentDiffError) -> JSONResponse:
+        return refused(status_of(error), str(error))
+
+    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(ValidationError)
+    async def _invalid(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+        return refused(422, f"{key[:80]}: {first['msg'][:200]}")
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        return refused(error.status_code, str(error.detail))
+
+    return Guard(app, hosts, token, limits or Limits())

@@ -1,0 +1,133 @@
+"""What is refused before a route sees it: foreign hosts and origins, wrong tokens, bodies that are too large or slow.
+
+A page of another site can send requests to a server on this machine, and a name that it controls can be made to lead
+here (DNS rebinding). So the Host must be one of ours, and an Origin must be the Host itself. No CORS header is ever
+sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+TYPES = ("application/json", "multipart/form-data")
+OPEN = ("/health",)  # needs no token
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request: bytes of its body, and seconds until it has arrived."""
+
+    body: int = 64 * 2**20
+    seconds: float = 30.0
+
+
+class Guard:
+    """An ASGI application around another one. hosts: allowed names, without ports; None: any, behind a token."""
+
+    def __init__(self, app: Any, hosts: tuple[str, ...] | None, token: str | None, limits: Limits):
+        self._app, self._hosts, self._token, self._limits = app, hosts, token, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the module."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if refusal := self._refusal(scope, headers):
+            await _answer(send, *refusal)
+            return
+        body = await self._body(receive, headers)
+        if isinstance(body, tuple):
+            await _answer(send, *body)
+            return
+        await self._app(scope, _again(body, receive), send)
+
+    def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
+        host = headers.get("host", "")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            return 403, "this Host is not served here"
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return 403, "requests of other sites are refused"
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and scope["method"] != "GET":
+            return 403, "requests of other sites are refused"
+        if self._token and scope["path"] not in OPEN and not self._is_known(headers.get("authorization", "")):
+            return 401, "a token is required: Authorization: Bearer TOKEN"
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind not in TYPES and headers.get("content-length", "0") != "0":
+            return 415, f"the body must be {' or '.join(TYPES)}"
+        return None
+
+    def _is_known(self, authorization: str) -> bool:
+        """Whether it holds the token: OpenAI's Bearer, or Basic with the token as the password."""
+        assert self._token
+        kind, _, value = authorization.partition(" ")
+        if kind.lower() == "basic":
+            try:
+                value = base64.b64decode(value, validate=True).decode().partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                return False
+        return kind.lower() in ("bearer", "basic") and hmac.compare_digest(value.encode(), self._token.encode())
+
+    async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes | tuple[int, str]:
+        """The whole body, or why it is refused."""
+        most = self._limits.body
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > most:
+            return 413, f"a body has at most {most} bytes"
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                while True:
+                    message = await receive()
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        return 413, f"a body has at most {most} bytes"
+                    if message["type"] != "http.request" or not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            return 408, f"the body did not arrive in {self._limits.seconds:g} seconds"
+
+
+def _name(host: str) -> str:
+    """A Host without its port."""
+    return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.rpartition(":")[0] or host
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives the body, which has been read, and then what comes after it."""
+    given = False
+
+    async def first_the_body() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return first_the_body
+
+
+async def _answer(send: Send, status: int, message: str) -> None:
+    content = json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"x-content-type-options", b"nosniff"),
+        (b"connection", b"close"),
+    ]
+    headers += [(b"www-authenticate", b"Basic")] if status == 401 else []
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content.encode()})

@@ -1,0 +1,202 @@
+"""OpenAI's images API: generations, edits and variations, whole or streamed, and the list of models.
+
+https://platform.openai.com/docs/api-reference/images. A mask's fully transparent parts are redrawn. What the API has
+and this server does not use is named in the header `x-ignored`; settings of drawing may be sent beside OpenAI's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+
+from latentdiff.core.errors import ConfigError, DataError, LatentDiffError
+from latentdiff.drawing.files import encoded
+from latentdiff.drawing.request import Request
+from latentdiff.server.studio import Given, Studio, read_picture, transparent_parts
+from latentdiff.server.work import Drawn, Preview, Ticket
+
+ALIASES = ("default", "dall-e-2", "dall-e-3", "gpt-image-1")
+VARIED = 0.6  # strength of a variation
+_LOSSY = ("jpeg", "webp")
+
+
+class Order(BaseModel):
+    """The body of a request; further keys are settings of drawing, or ignored."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str = ""
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=10)] = 1
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] = "auto"
+    response_format: Literal["url", "b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
+    background: Literal["auto", "opaque"] = "auto"
+    stream: bool = False
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    user: str | None = None
+
+    def settings(self) -> tuple[dict[str, Any], list[str]]:
+        """The settings of drawing, and the keys that are ignored."""
+        extra = self.model_extra or {}
+        known = {name: value for name, value in extra.items() if name in Request.model_fields}
+        settings: dict[str, Any] = {"prompt": self.prompt, "num_images": self.n, **known}
+        if self.size != "auto":
+            settings["width"], settings["height"] = map(int, self.size.split("x"))
+        return settings, sorted({*extra} - {*known})
+
+
+def routes(studio: Studio) -> APIRouter:
+    """The routes under /v1, and the pictures that URLs lead to."""
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    def models() -> dict[str, Any]:
+        name = studio.pipe.card.name
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "latentdiff"}]}
+
+    @router.post("/v1/images/generations")
+    async def generations(order: Order, http: HttpRequest) -> Response:
+        if not order.prompt.strip():
+            raise ConfigError("prompt is empty. Say what to draw")
+        return await _answered(studio, order, http, "image_generation", Given())
+
+    @router.post("/v1/images/edits")
+    async def edits(http: HttpRequest) -> Response:
+        order, files = await _form(http)
+        pictures = files.get("image", []) + files.get("image[]", [])
+        if len(pictures) != 1:
+            raise ConfigError(f"image must be one picture; this model draws over one (got {len(pictures)})")
+        mask = files.get("mask", pictures)[0]
+        transparent = transparent_parts(mask, "mask")
+        given = Given(read_picture(pictures[0], "image"), transparent if transparent.any() else None)
+        return await _answered(studio, order, http, "image_edit", given)
+
+    @router.post("/v1/images/variations")
+    async def variations(http: HttpRequest) -> Response:
+        order, files = await _form(http, strength=VARIED)
+        if len(files.get("image", [])) != 1:
+            raise ConfigError(f"image must be one picture (got {len(files.get('image', []))})")
+        return await _answered(studio, order, http, "image_variation", Given(read_picture(files["image"][0], "image")))
+
+    @router.get("/pictures/{name}")
+    def picture(name: str) -> Response:
+        path = studio.path_of(name)
+        if path is None:
+            return failure(404, "no such picture was drawn here")
+        return Response(path.read_bytes(), media_type="image/png", headers={"x-content-type-options": "nosniff"})
+
+    return router
+
+
+async def _form(http: HttpRequest, **defaults: Any) -> tuple[Order, dict[str, list[bytes]]]:
+    """The fields and the files of a multipart body. Raises pydantic's ValidationError."""
+    files: dict[str, list[bytes]] = {}
+    fields = defaults
+    async with http.form(max_files=17, max_fields=100) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                files.setdefault(name, []).append(await value.read())
+            else:
+                fields[name] = _as_json(name, str(value))
+    return Order.model_validate(fields), files
+
+
+def _as_json(name: str, text: str) -> Any:
+    """A form's text as the setting's value: numbers and booleans are written as in JSON."""
+    if name in ("prompt", "negative_prompt", "model", "size", "user"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+async def _answered(studio: Studio, order: Order, http: HttpRequest, kind: str, given: Given) -> Response:
+    """Draw, and answer whole or as a stream."""
+    name = studio.pipe.card.name
+    if order.model not in (None, name, *ALIASES):
+        return failure(404, f"the model {str(order.model)[:60]!r} is not served here; {name!r} is", "model_not_found")
+    settings, ignored = order.settings()
+    previews = order.partial_images if order.stream else 0
+    ticket = studio.order(settings, http.client.host if http.client else "", given, previews=previews)
+    headers = {"x-ignored": ", ".join(ignored)[:500].encode("ascii", "replace").decode()} if ignored else {}
+    if order.stream:
+        return StreamingResponse(_streamed(order, ticket, kind), media_type="text/event-stream", headers=headers)
+    pictures: dict[int, dict[str, Any]] = {}
+    async for event in ticket.events():
+        if await http.is_disconnected():
+            break
+        if isinstance(event, Drawn):
+            pictures[event.number] = _item(order, event, str(http.base_url))
+    data = [pictures[number] for number in sorted(pictures)]
+    return JSONResponse({"created": int(time.time()), "data": data}, headers=headers)
+
+
+def _item(order: Order, event: Drawn, base: str) -> dict[str, Any]:
+    if order.response_format == "url":
+        return {"url": f"{base}pictures/{event.kept}"}
+    return {"b64_json": _encoded(order, event)}
+
+
+def _encoded(order: Order, event: Drawn | Preview) -> str:
+    """The picture in base64, with its record if it is finished."""
+    record = event.record if isinstance(event, Drawn) else None
+    quality = order.output_compression if order.output_format in _LOSSY and order.output_compression < 100 else None
+    return base64.b64encode(encoded(event.image, f".{order.output_format}", record, quality)).decode()
+
+
+async def _streamed(order: Order, ticket: Ticket, kind: str) -> AsyncIterator[str]:
+    """Server-sent events: previews of each picture, then the picture."""
+    shown: dict[int, int] = {}
+    try:
+        async for event in ticket.events():
+            facts = {
+                "created_at": int(time.time()),
+                "size": f"{event.image.width}x{event.image.height}",
+                "quality": "auto",
+                "background": "opaque",
+                "output_format": order.output_format,
+                "b64_json": _encoded(order, event),
+            }
+            if isinstance(event, Preview):
+                number = shown[event.number] = shown.get(event.number, -1) + 1
+                yield _sse(f"{kind}.partial_image", {**facts, "partial_image_index": number})
+            else:
+                usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
+                usage["input_tokens_details"] = {"text_tokens": 0, "image_tokens": 0}  # type: ignore[assignment]
+                yield _sse(f"{kind}.completed", {**facts, "usage": usage})
+    except LatentDiffError as error:
+        yield _sse("error", {"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
+
+
+def _sse(kind: str, facts: dict[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **facts})}\n\n"
+
+
+def failure(status: int, message: str, code: str | None = None) -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    content = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return JSONResponse(content, status, headers={"retry-after": "5"} if status == 429 else None)
+
+
+def status_of(error: LatentDiffError) -> int:
+    """The HTTP status of an error of ours."""
+    from latentdiff.server.work import FullError, StoppedError
+
+    if isinstance(error, FullError):
+        return 429
+    if isinstance(error, StoppedError):
+        return 503
+    return 422 if isinstance(error, ConfigError | DataError) else 500

@@ -1,0 +1,216 @@
+"""The queue and the worker that draws it: pictures of equal settings are drawn in one batch, across clients.
+
+A ticket is what one client has asked for. The worker is a thread: it draws step by step, so that a ticket can be
+cancelled, and shown, between steps. What happens to a ticket comes back as events in the client's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from PIL import Image
+
+from latentdiff.core.errors import LatentDiffError
+from latentdiff.drawing.batch import Batch, Job
+from latentdiff.drawing.draw import Drawing, batch_key
+from latentdiff.drawing.record import ImageMetadata
+from latentdiff.pipeline import LatentDiffusionPipeline
+
+Finish = Callable[[Image.Image, ImageMetadata], Any]
+
+
+class FullError(LatentDiffError):
+    """The queue takes no more pictures now."""
+
+
+class StoppedError(LatentDiffError):
+    """The server stops, or the ticket was cancelled."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a picture would be by the network's guess after a step. number: of the ticket's picture."""
+
+    number: int
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished picture of a ticket, its record, and the result of the worker's `finish`."""
+
+    number: int
+    image: Image.Image
+    record: ImageMetadata
+    kept: Any
+    notes: Sequence[str] = ()
+
+
+Event = Preview | Drawn | Exception
+
+
+@dataclass(eq=False)
+class Ticket:
+    """The pictures that one client has asked for.
+
+    keys: what pictures of one batch have in common. previews: how many of each picture. steps, done: of all pictures.
+    """
+
+    jobs: Sequence[Job]
+    keys: Sequence[Any]
+    client: str
+    previews: int = 0
+    cancelled: bool = False
+    steps: int = 0
+    done: int = 0
+    _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def tell(self, event: Event) -> None:
+        """Pass an event to the client; called by the worker."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self) -> AsyncIterator[Preview | Drawn]:
+        """Previews and pictures until all are drawn. Leaving early cancels the rest. Raises what drawing raised."""
+        left = len(self.jobs)
+        try:
+            while left:
+                event = await self._events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                left -= isinstance(event, Drawn)
+        finally:
+            self.cancelled = self.cancelled or left > 0
+
+
+class Worker:
+    """See the module. most: pictures that may wait; most_of_one: of one client. finish: is called with each picture."""
+
+    def __init__(self, pipe: LatentDiffusionPipeline, finish: Finish, most: int = 200, most_of_one: int = 50):
+        self.pipe, self.drawn = pipe, 0
+        self._finish, self._most, self._most_of_one = finish, most, most_of_one
+        self._waiting: deque[tuple[Ticket, int]] = deque()
+        self._current: list[tuple[Ticket, int]] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to draw."""
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[Job], client: str, previews: int = 0) -> Ticket:
+        """Queue pictures, in the running event loop. Raises FullError, and StoppedError when the server stops."""
+        keys = [batch_key(self.pipe.painter, job) for job in jobs]
+        ticket = Ticket(jobs, keys, client, previews, steps=sum(sum(job.plan.steps) for job in jobs))
+        ticket._loop = asyncio.get_running_loop()
+        with self._changed:
+            if self._stopping:
+                raise StoppedError("the server stops")
+            own = sum(other.client == client for other, _ in (*self._waiting, *self._current))
+            if len(self._waiting) + len(jobs) > self._most:
+                raise FullError(f"{len(self._waiting)} pictures wait, and at most {self._most} may. Ask again later")
+            if own + len(jobs) > self._most_of_one:
+                raise FullError(f"{own} of your pictures wait, and at most {self._most_of_one} may. Ask again later")
+            self._waiting.extend((ticket, number) for number in range(len(jobs)))
+            self._changed.notify()
+        return ticket
+
+    @property
+    def waiting(self) -> int:
+        """The number of pictures that wait."""
+        return len(self._waiting)
+
+    def current(self) -> list[Ticket]:
+        """The tickets whose pictures are being drawn."""
+        return list(dict.fromkeys(ticket for ticket, _ in self._current))
+
+    def interrupt(self) -> None:
+        """Cancel what is being drawn."""
+        for ticket in self.current():
+            ticket.cancelled = True
+
+    def stop(self, wait: float = 30.0) -> None:
+        """Finish the step in hand, and answer everything that is open with StoppedError."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(wait)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    break
+                self._current = self._next()
+            if self._current:
+                try:
+                    self._draw(self._current)
+                except Exception as error:  # the client gets it; the worker goes on
+                    self._tell_all(error)
+                self._current = []
+        for ticket, _ in (*self._current, *self._waiting):
+            ticket.tell(StoppedError("the server stops"))
+
+    def _next(self) -> list[tuple[Ticket, int]]:
+        """The first picture that waits, with others of equal settings, as many as its batch takes."""
+        live = [(ticket, number) for ticket, number in self._waiting if not ticket.cancelled]
+        some: list[tuple[Ticket, int]] = []
+        if live:
+            first, number = live[0]
+            equal = (each for each in live if each[0].keys[each[1]] == first.keys[number])
+            some = list(islice(equal, first.jobs[number].request.batch_size))
+        chosen = set(map(_identity, some))
+        self._waiting = deque(each for each in live if _identity(each) not in chosen)
+        return some
+
+    def _draw(self, some: Sequence[tuple[Ticket, int]]) -> None:
+        """Draw one batch; a batch that nobody waits for any more is left."""
+        drawing = Drawing(self.pipe.painter, Batch([ticket.jobs[number] for ticket, number in some]))
+        total, last = sum(drawing.batch.plan.steps), None
+        for count, step in enumerate(drawing, 1):
+            last = step
+            for ticket, _ in some:
+                ticket.done += 1
+            if self._stopping or all(ticket.cancelled for ticket, _ in some):
+                raise StoppedError("the server stops" if self._stopping else "cancelled")
+            for row, (ticket, number) in enumerate(some):
+                if count < total and count in _preview_steps(total, ticket.previews):
+                    ticket.tell(Preview(number, self._preview(step.x0[row : row + 1])))
+        assert last is not None
+        output = drawing.finish(last.x)
+        for (ticket, number), image, record in zip(some, output.images, output.metadata, strict=True):
+            self.drawn += 1
+            if not ticket.cancelled:
+                ticket.tell(Drawn(number, image, record, self._finish(image, record), tuple(output.notes)))
+
+    def _preview(self, x0: Any) -> Image.Image:
+        from latentdiff.core.images import to_uint8
+
+        pixels = to_uint8(self.pipe.decode(x0))[0]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+    def _tell_all(self, error: Exception) -> None:
+        for ticket in self.current():
+            ticket.cancelled = True
+            ticket.tell(error)
+
+
+def _identity(each: tuple[Ticket, int]) -> tuple[int, int]:
+    return id(each[0]), each[1]
+
+
+def _preview_steps(total: int, count: int) -> set[int]:
+    """The numbers of the steps after which a picture is previewed, evenly spaced."""
+    return {round(total * k / (count + 1)) for k in range(1, count + 1)}

@@ -1,0 +1,409 @@
+"""`latentdiff serve`: OpenAI's images API by its own client, the queue, and what is refused."""
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.drawing.record import read_metadata
+from latentdiff.server.app import application
+from latentdiff.server.guard import LOOPBACK, Limits
+from latentdiff.server.studio import Studio
+
+from .forked import Started
+
+PROMPT = "a red circle above a blue square"
+QUICK = {"num_inference_steps": 4, "seed": 7}
+
+
+class Served:
+    """A server in a thread of this process, at a free port."""
+
+    def __init__(self, pipe, folder, hosts=LOOPBACK, token=None, limits=None, most_waiting=40):
+        self.studio = Studio(pipe, folder, most_waiting)
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        config = uvicorn.Config(application(self.studio, hosts, token, limits), log_level="warning", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
+
+    def __enter__(self):
+        self.studio.worker.start()
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_):
+        self.studio.worker.stop()
+        self._server.should_exit = True
+        self._thread.join(20)
+
+    def client(self, **more):
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="not used", max_retries=0, **more)
+
+    def post(self, path, body=None, **more):
+        return httpx.post(self.address + path, json=body, timeout=60, **more)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model):
+    return LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
+
+
+@pytest.fixture(scope="module")
+def served(tiny, tmp_path_factory):
+    with Served(tiny, tmp_path_factory.mktemp("served") / "outputs") as server:
+        yield server
+
+
+def decoded(item):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json))))
+
+
+def png(image):
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photo(tiny):
+    return tiny(PROMPT, seed=3, num_inference_steps=2).images[0]
+
+
+# OpenAI's client
+
+
+def test_pictures_are_those_of_the_pipeline(served, tiny):
+    """To the bit, with the record; extra settings are drawing's."""
+    answer = served.client().images.generate(prompt=PROMPT, n=2, extra_body=QUICK)
+    expected = tiny(PROMPT, num_images_per_prompt=2, **QUICK).images
+    for item, own in zip(answer.data, expected, strict=True):
+        np.testing.assert_array_equal(decoded(item), np.asarray(own))
+    record = Image.open(io.BytesIO(base64.b64decode(answer.data[1].b64_json))).text
+    assert json.loads(record["latentdiff"])["seed"] == 8
+    assert "Seed: 8" in record["parameters"]
+
+
+def test_urls_lead_to_the_files(served):
+    answer = served.client().images.generate(prompt=PROMPT, response_format="url", extra_body=QUICK)
+    picture = httpx.get(answer.data[0].url)
+    assert (picture.status_code, picture.headers["x-content-type-options"]) == (200, "nosniff")
+    file = served.studio.folder / answer.data[0].url.rpartition("/")[2]
+    assert picture.content == file.read_bytes()
+    assert read_metadata(file)["latentdiff"]["request"]["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize(("kind", "name"), [("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_formats(served, kind, name):
+    client = served.client()
+    sizes = []
+    for compression in (20, 90):
+        answer = client.images.generate(
+            prompt=PROMPT, output_format=kind, output_compression=compression, size="64x48", extra_body=QUICK
+        )
+        data = base64.b64decode(answer.data[0].b64_json)
+        sizes.append(len(data))
+        with Image.open(io.BytesIO(data)) as image:
+            assert (image.format, image.size) == (name, (64, 48))
+    assert sizes[0] < sizes[1]
+
+
+def test_a_stream_previews_and_ends_with_the_picture(served, tiny):
+    events = list(served.client().images.generate(prompt=PROMPT, stream=True, partial_images=3, extra_body=QUICK))
+    kinds = [event.type for event in events]
+    assert kinds == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:-1]] == [0, 1, 2]
+    (expected,) = tiny(PROMPT, **QUICK).images
+    np.testing.assert_array_equal(decoded(events[-1]), np.asarray(expected))
+    steps = [tiny.decode(step.x0) for step in tiny.stream(PROMPT, **QUICK)]
+    from latentdiff.core.images import to_uint8
+
+    for number, event in enumerate(events[:-1]):
+        np.testing.assert_array_equal(decoded(event), to_uint8(steps[number])[0])
+
+
+def test_transparent_parts_of_a_mask_are_redrawn(served, tiny, photo):
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[:, :32] = 0
+    mask = photo.convert("RGBA")
+    mask.putalpha(Image.fromarray(alpha))
+    answer = served.client().images.edit(
+        image=("a.png", png(photo)), mask=("m.png", png(mask)), prompt="two pink rings", extra_body=QUICK
+    )
+    (expected,) = tiny("two pink rings", image=photo, mask_image=255 - alpha, **QUICK).images
+    np.testing.assert_array_equal(decoded(answer.data[0]), np.asarray(expected))
+    np.testing.assert_array_equal(decoded(answer.data[0])[:, 32:], np.asarray(photo)[:, 32:])
+
+
+def test_without_a_mask_the_whole_picture_is_redrawn(served, tiny, photo):
+    body = {**QUICK, "strength": 0.5}
+    answer = served.client().images.edit(image=("a.png", png(photo)), prompt="two pink rings", extra_body=body)
+    (expected,) = tiny("two pink rings", image=photo, **body).images
+    np.testing.assert_array_equal(decoded(answer.data[0]), np.asarray(expected))
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # OpenAI's own models
+def test_variations(served, tiny, photo):
+    answer = served.client().images.create_variation(image=("a.png", png(photo)), n=2, extra_body=QUICK)
+    expected = tiny("", image=photo, strength=0.6, num_images_per_prompt=2, **QUICK).images
+    for item, own in zip(answer.data, expected, strict=True):
+        np.testing.assert_array_equal(decoded(item), np.asarray(own))
+
+
+def test_models_and_aliases(served):
+    client = served.client()
+    assert [model.id for model in client.models.list()] == ["scenes-tiny"]
+    for name in ("scenes-tiny", "gpt-image-1", "default"):
+        assert client.images.generate(prompt="a ring", model=name, extra_body=QUICK).data
+    with pytest.raises(openai.NotFoundError, match="'scenes-tiny' is"):
+        client.images.generate(prompt="a ring", model="../../etc", extra_body=QUICK)
+
+
+def test_what_is_ignored_is_named(served):
+    answer = served.post("/v1/images/generations", {"prompt": "a ring", "quality": "hd", "style": "vivid", **QUICK})
+    assert (answer.status_code, answer.headers["x-ignored"]) == (200, "quality, style")
+
+
+# the queue
+
+
+def test_requests_at_once_share_batches_and_none_is_lost(served, tiny):
+    """As many as wait are drawn together; each client gets the picture of its own prompt and seed."""
+    before = served.studio.worker.drawn
+    answers = {}
+
+    def ask(seed):
+        body = {"prompt": PROMPT, "seed": seed, "num_inference_steps": 4}
+        answers[seed] = served.post("/v1/images/generations", body).json()["data"][0]["b64_json"]
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert served.studio.worker.drawn - before == 12
+    sizes = set()
+    for seed, data in answers.items():
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        facts = json.loads(image.text["latentdiff"])
+        sizes.add(facts["batch"][1])
+        (expected,) = tiny(PROMPT, seed=seed, num_inference_steps=4).images
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+        assert facts["seed"] == seed
+    assert max(sizes) > 1
+
+
+def test_a_full_queue_refuses(tiny, tmp_path):
+    with Served(tiny, tmp_path / "out", most_waiting=2) as server:
+        answer = server.post("/v1/images/generations", {"prompt": "a", "n": 3, **QUICK})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_client_that_goes_away_cancels(served):
+    """Its pictures are left between steps, and the next client is served."""
+    body = {"prompt": PROMPT, "num_inference_steps": 1000, "stream": True, "partial_images": 1}
+    before = served.studio.worker.drawn
+    with httpx.stream("POST", f"{served.address}/v1/images/generations", json=body, timeout=60) as answer:
+        assert answer.status_code == 200
+    assert served.post("/v1/images/generations", {"prompt": "a ring", **QUICK}).status_code == 200
+    assert served.studio.worker.drawn == before + 1
+
+
+def test_what_is_open_when_the_server_stops_is_answered(tiny, tmp_path):
+    with Served(tiny, tmp_path / "out") as server:
+        answers = []
+        body = {"prompt": PROMPT, "num_inference_steps": 1000}
+        asking = threading.Thread(target=lambda: answers.append(server.post("/v1/images/generations", body)))
+        asking.start()
+        while not server.studio.worker.current():
+            time.sleep(0.01)
+        server.studio.worker.stop()
+        asking.join()
+        assert (answers[0].status_code, answers[0].json()["error"]["message"]) == (503, "the server stops")
+        assert server.post("/v1/images/generations", {"prompt": "a"}).status_code == 503
+    assert not list(tmp_path.rglob("*.png"))
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "evil.example"}, 403),
+        ({"host": "127.0.0.1.evil.example:80"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+    ],
+)
+def test_foreign_requests(served, headers, status):
+    body = json.dumps({"prompt": "a", **QUICK})
+    answer = httpx.post(
+        f"{served.address}/v1/images/generations",
+        content=body,
+        headers={"content-type": "application/json", **headers},
+    )
+    assert answer.status_code == status
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"prompt": ""}, 422, "prompt is empty"),
+        ({"prompt": 5}, 422, "prompt: "),
+        ({"prompt": "a", "n": 0}, 422, "n: "),
+        ({"prompt": "a", "n": 11}, 422, "n: "),
+        ({"prompt": "a", "size": "10x"}, 422, "size: "),
+        ({"prompt": "a", "size": "99999x99999"}, 422, "height must be a multiple"),
+        ({"prompt": "a", "num_inference_steps": 10**9}, 422, "num_inference_steps: "),
+        ({"prompt": "a", "sampler": "magic"}, 422, "unknown sampler 'magic'"),
+        ({"prompt": "x" * 10_001}, 422, "prompt: "),
+        ({"prompt": "a", "background": "transparent"}, 422, "background: "),
+        ({"prompt": "a", "seed": "x"}, 422, "seed: "),
+        ([1], 422, ""),
+        ("text", 422, ""),
+    ],
+)
+def test_bad_bodies(served, body, status, message):
+    answer = served.post("/v1/images/generations", body)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_bad_pictures(served):
+    url = f"{served.address}/v1/images/edits"
+    for content, message in ((b"<html>", "not an image"), (b"", "empty"), (png(Image.new("L", (2, 1))), "pixels")):
+        answer = httpx.post(url, files={"image": ("a.png", content)}, data={"prompt": "a"}, timeout=30)
+        assert (answer.status_code, message in answer.json()["error"]["message"]) == (422, True), answer.text
+    answer = httpx.post(url, data={"prompt": "a", "image": "http://169.254.169.254/"}, files={"x": b""}, timeout=30)
+    assert (answer.status_code, "image must be one picture" in answer.text) == (422, True)
+
+
+def test_only_pictures_that_were_drawn_are_served(served, tmp_path):
+    secret = served.studio.folder / "secret.txt"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text("x")
+    (served.studio.folder / "00099-1.png").symlink_to(secret)
+    for name in ("secret.txt", "../secret.txt", "..%2fsecret.txt", "00099-1.png", "00001-1.svg", "%00.png"):
+        assert httpx.get(f"{served.address}/pictures/{name}").status_code == 404
+
+
+def test_a_token(tiny, tmp_path):
+    with Served(tiny, tmp_path / "out", hosts=None, token="long enough") as server:
+        good = base64.b64encode(b"anybody:long enough").decode()
+        for value, status in (
+            (None, 401),
+            ("Bearer wrong", 401),
+            ("Basic !!!", 401),
+            ("Bearer long enough", 200),
+            (f"Basic {good}", 200),
+        ):
+            answer = httpx.get(f"{server.address}/v1/models", headers={} if value is None else {"authorization": value})
+            assert answer.status_code == status
+        assert httpx.get(f"{server.address}/health").status_code == 200
+        assert httpx.get(f"{server.address}/metrics").status_code == 401
+
+
+def test_large_and_slow_bodies(tiny, tmp_path):
+    with Served(tiny, tmp_path / "out", limits=Limits(body=1000, seconds=0.3)) as server:
+        assert server.post("/v1/images/generations", {"prompt": "x" * 2000}).status_code == 413
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_health_and_metrics(served):
+    health = httpx.get(f"{served.address}/health").json()
+    assert (health["status"], health["model"]) == ("ok", "scenes-tiny")
+    text = httpx.get(f"{served.address}/metrics").text
+    assert f"latentdiff_pictures_total {served.studio.worker.drawn:.1f}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--host", "0.0.0.0"), 7, "--host 0.0.0.0 needs --token or LATENTDIFF_TOKEN"),
+        (("--host", "example.org"), 7, "--host example.org needs --token or LATENTDIFF_TOKEN"),
+        (("--token", "short"), 2, "a token has at least 8 characters"),
+        (("--port", 0), 2, "--port"),
+        (("-m", "nowhere"), 4, "no such model folder (nowhere)"),
+        (("-o", "file"), 2, "file is a file. Name a folder"),
+    ],
+)
+def test_starts_that_are_refused(call, tmp_path, words, code, message):
+    (tmp_path / "file").touch()
+    ended, out, err = call("serve", *words)
+    assert (ended, out, err.count("\n")) == (code, "", 1)
+    assert message in err
+
+
+# the command
+
+
+def test_the_command_from_start_to_signal(tiny_model, tmp_path, call):
+    """It draws what `generate` draws, to the bit; after SIGTERM under load no half file is left."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = Started("serve", "-m", tiny_model, "--port", port, "--runtime", "torch", cwd=tmp_path)
+    address = f"http://127.0.0.1:{port}"
+    wait_for(lambda: httpx.get(f"{address}/health").status_code == 200)
+    assert f"scenes-tiny at {address}/v1; pictures go to outputs" in server.err.read_text()
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="not used", max_retries=0)
+    answer = client.images.generate(prompt=PROMPT, n=2, extra_body=QUICK)
+    words = ("generate", PROMPT, "-m", tiny_model, "--steps", 4, "-s", 7, "-N", 2, "--runtime", "torch", "-o", "own")
+    assert call(*words)[0] == 0
+    for item, path in zip(answer.data, sorted((tmp_path / "own").iterdir()), strict=True):
+        np.testing.assert_array_equal(decoded(item), np.asarray(Image.open(path)))
+    answers = []
+
+    def ask(seed):
+        body = {"prompt": PROMPT, "seed": seed, "num_inference_steps": 200}
+        answers.append(httpx.post(f"{address}/v1/images/generations", json=body, timeout=60).status_code)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: httpx.get(f"{address}/health").json()["waiting"] > 0)
+    server.process.terminate()
+    code, err = server.ended(60)
+    for thread in threads:
+        thread.join()
+    assert (code, err.splitlines()[-1]) == (143, "error: terminated"), err
+    assert set(answers) <= {200, 503}
+    assert 503 in answers
+    for path in (tmp_path / "outputs").iterdir():
+        assert path.suffix == ".png", "no half file"
+        with Image.open(path) as image:
+            image.load()
+
+
+def wait_for(is_true, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if is_true():
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError("it did not happen")
