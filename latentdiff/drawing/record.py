@@ -7,6 +7,7 @@ WebP they are EXIF's UserComment, where those tools look, and its ImageDescripti
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import struct
@@ -193,13 +194,22 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises DataError if the file is not a picture. The tree comes from outside: validate it before use.
     """
     try:
-        with silent_decoders(), Image.open(path, formats=FORMATS) as image:
-            image.load()
-            tags: dict[str, Any] = _texts(image)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"no such file ({path})") from None
+    except OSError as error:
+        raise DataError(f"not a readable picture ({path}): {error}") from None
+    return read_metadata_of(data, path)
+
+
+def read_metadata_of(data: bytes, name: object) -> dict[str, Any]:
+    """The record in a picture's bytes; see `read_metadata`. name: for messages."""
+    try:
+        with silent_decoders(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
+            tags: dict[str, Any] = _texts(image)
     except Exception as error:  # decoders raise nearly anything on bytes that are not theirs
-        raise DataError(f"not a readable picture ({path}): {str(error)[:200]}") from None
+        raise DataError(f"not a readable picture ({name}): {str(error)[:200]}") from None
     for key in _COMFY & tags.keys():
         with suppress(ValueError, RecursionError):
             tags[key] = json.loads(tags[key])
@@ -207,7 +217,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         try:
             tags["latentdiff"] = json.loads(tags["latentdiff"])
         except (ValueError, RecursionError):
-            raise DataError(f"its latentdiff record is not JSON ({path})") from None
+            raise DataError(f"its latentdiff record is not JSON ({name})") from None
     return tags
 
 

@@ -12,15 +12,19 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from latentdiff.core.errors import LatentDiffError
+from latentdiff.server import a1111, a1111_facts, openai
 from latentdiff.server.guard import Guard, Limits
-from latentdiff.server.openai import failure, routes, status_of
+from latentdiff.server.openai import failure, status_of
 from latentdiff.server.studio import Studio
 
 
 def application(studio: Studio, hosts: tuple[str, ...] | None, token: str | None, limits: Limits | None = None) -> Any:
     """The ASGI application. hosts: see Guard; None requires a token."""
     app = FastAPI(title="latentdiff", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(routes(studio))
+    app.include_router(openai.routes(studio))
+    app.include_router(a1111.routes(studio))
+    for router in (a1111_facts.model_routes(studio), a1111_facts.list_routes(studio), a1111_facts.tool_routes()):
+        app.include_router(router)
 
     @app.get("/health")
     def health() -> dict[str, Any]:

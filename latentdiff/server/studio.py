@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import re
 from collections.abc import Sequence
@@ -50,6 +52,11 @@ class Studio:
         waiting = Gauge("latentdiff_waiting", "Pictures that wait", registry=self.registry)
         waiting.set_function(lambda: self.worker.waiting)
 
+    @property
+    def title(self) -> str:
+        """The model's name and the beginning of its hash, as A1111 has it."""
+        return f"{self.pipe.card.name} [{self.pipe.card.hash[:10]}]"
+
     def order(
         self,
         settings: dict[str, Any],
@@ -90,3 +97,18 @@ def transparent_parts(data: bytes, what: str) -> np.ndarray:
     read_picture(data, what)  # bounds and refusals
     with Image.open(io.BytesIO(data)) as image:
         return 255 - np.asarray(image.convert("RGBA").getchannel("A"))
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of base64, or of a data URL. Raises ConfigError; addresses are never fetched."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ConfigError("a picture must be in base64; addresses are never fetched") from None
+
+
+def to_base64(data: bytes) -> str:
+    """Base64 without a prefix."""
+    return base64.b64encode(data).decode()

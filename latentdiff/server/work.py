@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ class Ticket:
     cancelled: bool = False
     steps: int = 0
     done: int = 0
+    began: float = 0.0  # time.monotonic() at its first step
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     _loop: asyncio.AbstractEventLoop | None = None
 
@@ -100,7 +102,8 @@ class Worker:
         self._waiting: deque[tuple[Ticket, int]] = deque()
         self._current: list[tuple[Ticket, int]] = []
         self._changed = threading.Condition()
-        self._stopping = False
+        self.stopping = False
+        self._latest: Any = None  # the network's guess of the first picture of the batch
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
@@ -113,7 +116,7 @@ class Worker:
         ticket = Ticket(jobs, keys, client, previews, steps=sum(sum(job.plan.steps) for job in jobs))
         ticket._loop = asyncio.get_running_loop()
         with self._changed:
-            if self._stopping:
+            if self.stopping:
                 raise StoppedError("the server stops")
             own = sum(other.client == client for other, _ in (*self._waiting, *self._current))
             if len(self._waiting) + len(jobs) > self._most:
@@ -133,6 +136,11 @@ class Worker:
         """The tickets whose pictures are being drawn."""
         return list(dict.fromkeys(ticket for ticket, _ in self._current))
 
+    def preview(self) -> Image.Image | None:
+        """What the first picture that is being drawn would be now."""
+        latest = self._latest
+        return None if latest is None else self._preview(latest)
+
     def interrupt(self) -> None:
         """Cancel what is being drawn."""
         for ticket in self.current():
@@ -141,7 +149,7 @@ class Worker:
     def stop(self, wait: float = 30.0) -> None:
         """Finish the step in hand, and answer everything that is open with StoppedError."""
         with self._changed:
-            self._stopping = True
+            self.stopping = True
             self._changed.notify()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(wait)
@@ -149,9 +157,9 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._stopping:
+                while not self._waiting and not self.stopping:
                     self._changed.wait()
-                if self._stopping:
+                if self.stopping:
                     break
                 self._current = self._next()
             if self._current:
@@ -159,7 +167,7 @@ class Worker:
                     self._draw(self._current)
                 except Exception as error:  # the client gets it; the worker goes on
                     self._tell_all(error)
-                self._current = []
+                self._current, self._latest = [], None
         for ticket, _ in (*self._current, *self._waiting):
             ticket.tell(StoppedError("the server stops"))
 
@@ -178,13 +186,15 @@ class Worker:
     def _draw(self, some: Sequence[tuple[Ticket, int]]) -> None:
         """Draw one batch; a batch that nobody waits for any more is left."""
         drawing = Drawing(self.pipe.painter, Batch([ticket.jobs[number] for ticket, number in some]))
-        total, last = sum(drawing.batch.plan.steps), None
+        total, last, now = sum(drawing.batch.plan.steps), None, time.monotonic()
         for count, step in enumerate(drawing, 1):
             last = step
+            self._latest = step.x0[:1]
             for ticket, _ in some:
                 ticket.done += 1
-            if self._stopping or all(ticket.cancelled for ticket, _ in some):
-                raise StoppedError("the server stops" if self._stopping else "cancelled")
+                ticket.began = ticket.began or now
+            if self.stopping or all(ticket.cancelled for ticket, _ in some):
+                raise StoppedError("the server stops" if self.stopping else "cancelled")
             for row, (ticket, number) in enumerate(some):
                 if count < total and count in _preview_steps(total, ticket.previews):
                     ticket.tell(Preview(number, self._preview(step.x0[row : row + 1])))

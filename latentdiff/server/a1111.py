@@ -1,0 +1,217 @@
+"""A1111's API under /sdapi/v1, as its clients speak it: text and picture to picture, progress, interruption.
+
+https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. A mask's white is redrawn. Pictures come back in
+base64 without a prefix, and `info` is JSON in a string. What this server cannot do is refused, never left out; only
+`inpaint_full_res` is read as false, and `x-ignored` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.drawing.files import encoded
+from latentdiff.drawing.record import parameters_text
+from latentdiff.server.studio import MOST_PICTURES, NOTHING, Given, Studio, from_base64, read_picture, to_base64
+from latentdiff.server.work import Drawn, StoppedError, Ticket
+
+Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
+_AUTOMATIC = ("automatic", "use same scheduler", "")
+
+
+class Settings(BaseModel):
+    """The body of txt2img and img2img, as far as it is read."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = -1
+    subseed: int = -1
+    subseed_strength: float = 0.0
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
+    batch_size: Count = 1
+    n_iter: Count = 1
+    steps: int | None = None
+    cfg_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    eta: float | None = None
+    enable_hr: bool = False
+    hr_scale: float = 2.0
+    denoising_strength: float | None = None
+    init_images: list[str] = []
+    mask: str | None = None
+    mask_blur: float = 4.0
+    inpainting_mask_invert: int = 0
+    inpaint_full_res: bool = False
+    send_images: bool = True
+    override_settings: dict[str, Any] = {}
+
+    def drawing(self) -> dict[str, Any]:
+        """The settings of drawing. Raises ConfigError for what is not supported."""
+        self._refuse()
+        given: dict[str, Any] = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": _seed(self.seed),
+            "num_images": self.batch_size * self.n_iter,
+            "batch_size": self.batch_size,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.cfg_scale,
+            "width": self.width,
+            "height": self.height,
+        }
+        sampler = self.sampler_name or self.sampler_index
+        if sampler is not None:
+            given["sampler"] = sampler
+        if self.scheduler is not None and self.scheduler.lower() not in _AUTOMATIC:
+            given["spacing"] = self.scheduler
+        if self.subseed_strength:
+            given |= {"variation_seed": _seed(self.subseed), "variation_strength": self.subseed_strength}
+        if self.enable_hr:
+            given |= {"hires_scale": self.hr_scale, "hires_strength": self.denoising_strength}
+        skipped = self.override_settings.get("CLIP_stop_at_last_layers", 1)
+        if isinstance(skipped, int) and skipped > 1:
+            given["clip_skip"] = skipped - 1
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _refuse(self) -> None:
+        extra = self.model_extra or {}
+        for name in ("restore_faces", "tiling", "styles", "script_name", "alwayson_scripts", "refiner_checkpoint"):
+            if extra.get(name):
+                raise ConfigError(f"{name} is not supported")
+
+
+def _seed(seed: int) -> int:
+    """A1111's -1 is a random seed."""
+    return secrets.randbelow(2**32) if seed == -1 else seed
+
+
+def routes(studio: Studio) -> APIRouter:
+    """The routes under /sdapi/v1."""
+    router = APIRouter(prefix="/sdapi/v1")
+
+    @router.post("/txt2img")
+    async def txt2img(settings: Settings, http: HttpRequest) -> Response:
+        return await _answered(studio, settings, http, NOTHING, {})
+
+    @router.post("/img2img")
+    async def img2img(settings: Settings, http: HttpRequest) -> Response:
+        if len(settings.init_images) != 1:
+            raise ConfigError(f"init_images must be one picture (got {len(settings.init_images)})")
+        image = read_picture(from_base64(settings.init_images[0]), "init_images")
+        further: dict[str, Any] = {
+            "strength": 0.75 if settings.denoising_strength is None else settings.denoising_strength
+        }
+        mask = None
+        if settings.mask is not None:
+            mask = _mask(read_picture(from_base64(settings.mask), "mask"), image, bool(settings.inpainting_mask_invert))
+            further["mask_blur"] = settings.mask_blur
+        return await _answered(studio, settings, http, Given(image, mask), further)
+
+    @router.get("/progress")
+    def progress(skip_current_image: bool = False) -> dict[str, Any]:
+        tickets = studio.worker.current()
+        steps, done = sum(t.steps for t in tickets), sum(t.done for t in tickets)
+        share = done / steps if steps else 0.0
+        began = min((t.began for t in tickets if t.began), default=0.0)
+        left = (time.monotonic() - began) * (1 - share) / share if share and began else 0.0
+        preview = None if skip_current_image or not tickets else studio.worker.preview()
+        state = {
+            "skipped": False,
+            "interrupted": any(t.cancelled for t in tickets),
+            "job": "drawing" if tickets else "",
+            "job_count": len(tickets) + studio.worker.waiting,
+            "job_no": 0,
+            "job_timestamp": "0",
+            "sampling_step": done,
+            "sampling_steps": steps,
+        }
+        image = None if preview is None else to_base64(encoded(preview, ".png", None))
+        return {"progress": share, "eta_relative": left, "state": state, "current_image": image, "textinfo": None}
+
+    @router.post("/interrupt")
+    @router.post("/skip")
+    def interrupt() -> dict[str, Any]:
+        studio.worker.interrupt()
+        return {}
+
+    return router
+
+
+def _mask(mask: np.ndarray, image: np.ndarray, inverted: bool) -> np.ndarray:
+    """The mask in grey at the picture's size, uint8 (H, W); white is redrawn."""
+    grey = Image.fromarray(mask).convert("L")
+    if mask.shape != image.shape:
+        grey = grey.resize(image.shape[1::-1], Image.Resampling.LANCZOS)
+    return 255 - np.asarray(grey) if inverted else np.asarray(grey)
+
+
+async def _answered(
+    studio: Studio, settings: Settings, http: HttpRequest, given: Given, further: dict[str, Any]
+) -> Response:
+    client = http.client.host if http.client else ""
+    ticket = studio.order(settings.drawing() | further, client, given)
+    pictures: dict[int, Drawn] = {}
+    try:
+        async for event in ticket.events():
+            if isinstance(event, Drawn):
+                pictures[event.number] = event
+    except StoppedError:
+        if not ticket.cancelled or studio.worker.stopping:
+            raise  # otherwise interrupted: what is drawn is the answer
+    drawn = [pictures[number] for number in sorted(pictures)]
+    images = [to_base64(encoded(each.image, ".png", each.record)) for each in drawn] if settings.send_images else []
+    body = settings.model_dump(exclude={"init_images", "mask"})
+    headers = {"x-ignored": "inpaint_full_res"} if settings.inpaint_full_res and settings.mask else None
+    return JSONResponse({"images": images, "parameters": body, "info": _info(studio, ticket, drawn)}, headers=headers)
+
+
+def _info(studio: Studio, ticket: Ticket, drawn: list[Drawn]) -> str:
+    """A1111's `info`, JSON in a string."""
+    request = ticket.jobs[0].request
+    height, width = ticket.jobs[0].plan.final
+    varied = request.variation_seed is not None
+    seeds = [job.request.seed if varied else job.seed for job in ticket.jobs]
+    subseeds = [(job.request.variation_seed or 0) + job.index if varied else job.seed for job in ticket.jobs]
+    count = len(ticket.jobs)
+    return json.dumps(
+        {
+            "prompt": request.prompt,
+            "all_prompts": [request.prompt] * count,
+            "negative_prompt": request.negative_prompt,
+            "all_negative_prompts": [request.negative_prompt] * count,
+            "seed": seeds[0],
+            "all_seeds": seeds,
+            "subseed": subseeds[0],
+            "all_subseeds": subseeds,
+            "subseed_strength": request.variation_strength,
+            "width": width,
+            "height": height,
+            "sampler_name": SAMPLERS[request.sampler].label,
+            "cfg_scale": request.guidance_scale,
+            "steps": request.num_inference_steps,
+            "batch_size": request.batch_size,
+            "sd_model_name": studio.pipe.card.name,
+            "sd_model_hash": studio.pipe.card.hash[:10],
+            "denoising_strength": request.strength or request.hires_strength,
+            "clip_skip": (request.clip_skip or 0) + 1,
+            "index_of_first_image": 0,
+            "styles": [],
+            "infotexts": [parameters_text(each.record) for each in drawn],
+        }
+    )

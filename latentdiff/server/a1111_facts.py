@@ -1,0 +1,150 @@
+"""What A1111's clients ask beside pictures: options and lists, the text in a picture, a larger picture."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body
+from PIL import Image
+
+from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.grids import GRIDS, LABELS
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.drawing.files import encoded
+from latentdiff.drawing.record import read_metadata_of
+from latentdiff.server.studio import Studio, from_base64, read_picture, to_base64
+
+UPSCALERS = {"None": None, "Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
+LARGEST = 4096  # pixels of an enlarged picture's side
+EMPTY = (
+    "latent-upscale-modes",
+    "sd-vae",
+    "loras",
+    "hypernetworks",
+    "face-restorers",
+    "realesrgan-models",
+    "prompt-styles",
+)
+REFRESHED = ("refresh-loras", "refresh-checkpoints", "refresh-vae")
+
+
+def model_routes(studio: Studio) -> APIRouter:
+    """The model, and the options that A1111 keeps it in."""
+    router = APIRouter(prefix="/sdapi/v1")
+
+    @router.get("/options")
+    def options() -> dict[str, Any]:
+        card = studio.pipe.card
+        return {
+            "sd_model_checkpoint": studio.title,
+            "sd_checkpoint_hash": card.hash,
+            "sd_vae": "Automatic",
+            "CLIP_stop_at_last_layers": 1,
+            "samples_save": True,
+            "samples_format": "png",
+        }
+
+    @router.post("/options")
+    def set_options(options: Annotated[dict[str, Any], Body()]) -> None:
+        name = options.get("sd_model_checkpoint")
+        if name is not None and name not in (studio.title, studio.pipe.card.name, studio.pipe.card.hash[:10]):
+            raise ConfigError(f"the model {str(name)[:60]!r} is not served here; {studio.title!r} is")
+
+    @router.get("/sd-models")
+    def models() -> list[dict[str, Any]]:
+        card = studio.pipe.card
+        facts = {"model_name": card.name, "hash": card.hash[:10], "sha256": card.hash, "filename": card.name}
+        return [{"title": studio.title, **facts, "config": None}]
+
+    return router
+
+
+def list_routes(studio: Studio) -> APIRouter:
+    """What may be chosen, and facts about the machine."""
+    router = APIRouter(prefix="/sdapi/v1")
+
+    @router.get("/samplers")
+    def samplers() -> list[dict[str, Any]]:
+        return [{"name": row.label, "aliases": [name], "options": {}} for name, row in SAMPLERS.items()]
+
+    @router.get("/schedulers")
+    def schedulers() -> list[dict[str, Any]]:
+        rows = [{"name": name, "label": LABELS.get(name, name), "aliases": None} for name in GRIDS]
+        return [row | {"default_rho": -1.0, "need_inner_model": False} for row in rows]
+
+    @router.get("/upscalers")
+    def upscalers() -> list[dict[str, Any]]:
+        return [
+            {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4} for name in UPSCALERS
+        ]
+
+    for name in EMPTY:
+        router.add_api_route(f"/{name}", _none_of_these)
+    for name in REFRESHED:
+        router.add_api_route(f"/{name}", _nothing_to_do, methods=["POST"])
+
+    @router.get("/embeddings")
+    def embeddings() -> dict[str, Any]:
+        words = [s.word or s.path for s in studio.pipe.painter.sources.values() if s.kind == "embedding"]
+        return {"loaded": {word: {"step": None, "shape": 0, "vectors": 0} for word in words}, "skipped": {}}
+
+    @router.get("/cmd-flags")
+    def flags() -> dict[str, Any]:
+        return {"api": True, "listen": False}
+
+    @router.get("/scripts")
+    def scripts() -> dict[str, list[str]]:
+        return {"txt2img": [], "img2img": []}
+
+    @router.get("/memory")
+    def memory() -> dict[str, Any]:
+        page, pages = os.sysconf("SC_PAGE_SIZE"), (os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PHYS_PAGES"))
+        free, total = (page * number for number in pages)
+        return {"ram": {"free": free, "used": total - free, "total": total}, "cuda": {"error": "not measured"}}
+
+    return router
+
+
+def _none_of_these() -> list[Any]:
+    return []
+
+
+def _nothing_to_do() -> dict[str, Any]:
+    return {}
+
+
+def tool_routes() -> APIRouter:
+    """What is done with a client's picture alone."""
+    router = APIRouter(prefix="/sdapi/v1")
+
+    @router.post("/png-info")
+    def png_info(image: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
+        found = read_metadata_of(from_base64(image), "image")
+        return {"info": found.get("parameters", ""), "items": found, "parameters": {}}
+
+    @router.post("/extra-single-image")
+    def enlarge(body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
+        image = Image.fromarray(read_picture(from_base64(str(body.get("image", ""))), "image"))
+        name = body.get("upscaler_1", "None")
+        if name not in UPSCALERS:
+            raise ConfigError(f"unknown upscaler {str(name)[:40]!r}; one of {', '.join(UPSCALERS)}")
+        resized = image if UPSCALERS[name] is None else image.resize(_enlarged(image, body), UPSCALERS[name])
+        return {"html_info": "", "image": to_base64(encoded(resized, ".png", None))}
+
+    return router
+
+
+def _enlarged(image: Image.Image, body: dict[str, Any]) -> tuple[int, int]:
+    """The new (width, height): by a factor, or as given. Raises ConfigError."""
+    if body.get("resize_mode", 0) == 1:
+        size = body.get("upscaling_resize_w", 0), body.get("upscaling_resize_h", 0)
+    else:
+        factor = body.get("upscaling_resize", 2)
+        number = float(factor) if isinstance(factor, int | float) else float("nan")
+        if not 0 < number <= 16:
+            raise ConfigError("upscaling_resize must be from 0 to 16")
+        size = round(image.width * number), round(image.height * number)
+    if not all(isinstance(side, int) and 1 <= side <= LARGEST for side in size):
+        raise ConfigError(f"an enlarged picture has sides of at most {LARGEST} pixels")
+    return size

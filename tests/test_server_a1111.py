@@ -1,0 +1,168 @@
+"""A1111's API, by the client that people use for it."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import webuiapi
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.drawing.record import parameters_text
+
+from .test_server import PROMPT, Served, png
+
+QUICK = {"steps": 4, "seed": 7, "width": 64, "height": 64, "cfg_scale": 2.0, "sampler_name": "DDIM"}
+OURS = {"num_inference_steps": 4, "seed": 7, "guidance_scale": 2.0, "sampler": "ddim"}
+
+SMALL = base64.b64encode(png(Image.new("L", (9, 9)))).decode()
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model):
+    return LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
+
+
+@pytest.fixture(scope="module")
+def served(tiny, tmp_path_factory):
+    with Served(tiny, tmp_path_factory.mktemp("served") / "outputs") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    host, port = served.address.removeprefix("http://").split(":")
+    return webuiapi.WebUIApi(host=host, port=int(port), sampler="DDIM", steps=4)
+
+
+@pytest.fixture(scope="module")
+def photo(tiny):
+    return tiny(PROMPT, seed=3, num_inference_steps=2).images[0]
+
+
+def test_text_to_picture(client, tiny):
+    """To the bit; `info` is a string of JSON with a seed and an infotext of each picture."""
+    result = client.txt2img(prompt=PROMPT, negative_prompt="a star", n_iter=2, **QUICK)
+    expected = tiny(PROMPT, negative_prompt="a star", num_images_per_prompt=2, batch_size=1, **OURS)
+    assert len(result.images) == 2
+    for image, own in zip(result.images, expected.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(own))
+    assert isinstance(result.json["info"], str)
+    info = json.loads(result.json["info"])
+    assert (info["all_seeds"], info["sd_model_name"]) == ([7, 8], "scenes-tiny")
+    assert info["infotexts"] == [parameters_text(record) for record in expected.metadata]
+
+
+def test_variations_and_two_passes(client, tiny):
+    varied = client.txt2img(prompt=PROMPT, subseed=3, subseed_strength=0.5, batch_size=2, **QUICK)
+    expected = tiny(PROMPT, variation_seed=3, variation_strength=0.5, num_images_per_prompt=2, batch_size=2, **OURS)
+    for image, own in zip(varied.images, expected.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(own))
+    assert (varied.info["all_seeds"], varied.info["all_subseeds"]) == ([7, 7], [3, 4])
+    large = client.txt2img(prompt=PROMPT, enable_hr=True, hr_scale=1.5, denoising_strength=0.5, **QUICK)
+    (own,) = tiny(PROMPT, hires_scale=1.5, hires_strength=0.5, width=64, height=64, **OURS).images
+    np.testing.assert_array_equal(np.asarray(large.image), np.asarray(own))
+
+
+@pytest.mark.parametrize("inverted", [0, 1])
+def test_picture_to_picture_with_a_mask(client, tiny, photo, inverted):
+    """White is redrawn, or with `inpainting_mask_invert` black."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :32] = 255
+    result = client.img2img(
+        images=[photo], prompt="two pink rings", denoising_strength=0.8, mask_image=Image.fromarray(mask), mask_blur=2,
+        inpaint_full_res=False, inpainting_mask_invert=inverted, **QUICK,
+    )  # fmt: skip
+    own_mask = 255 - mask if inverted else mask
+    (expected,) = tiny("two pink rings", image=photo, mask_image=own_mask, mask_blur=2.0, strength=0.8, **OURS).images
+    np.testing.assert_array_equal(np.asarray(result.image), np.asarray(expected))
+
+
+def test_samplers_of_the_list_are_taken(client, tiny):
+    names = [row["name"] for row in client.get_samplers()]
+    assert {"Euler a", "DPM++ 2M", "DDIM", "UniPC"} <= set(names)
+    karras = next(row for row in client.get_schedulers() if row["label"] == "Karras")
+    result = client.txt2img(prompt=PROMPT, scheduler=karras["label"], **{**QUICK, "sampler_name": "DPM++ 2M"})
+    (expected,) = tiny(PROMPT, **{**OURS, "sampler": "dpmpp_2m", "spacing": "karras"}).images
+    np.testing.assert_array_equal(np.asarray(result.image), np.asarray(expected))
+    with pytest.raises(RuntimeError, match="unknown sampler"):
+        client.txt2img(prompt=PROMPT, **{**QUICK, "sampler_name": "Magic"})
+
+
+def test_lists_options_and_models(client):
+    (model,) = client.get_sd_models()
+    assert model["title"] == client.util_get_current_model() == f"scenes-tiny [{model['hash']}]"
+    client.set_options({"sd_model_checkpoint": model["title"]})
+    assert client.util_get_sampler_names()
+    for name in ("get_loras", "get_sd_vae", "get_hypernetworks", "get_face_restorers", "get_prompt_styles"):
+        assert list(getattr(client, name)()) == []
+    assert [row["name"] for row in client.get_upscalers()] == ["None", "Lanczos", "Nearest"]
+    assert client.get_memory()["ram"]["total"] > 2**30
+    assert client.get_embeddings() == {"loaded": {}, "skipped": {}}
+    assert client.get_cmd_flags()["api"]
+    assert client.refresh_checkpoints() == {}
+
+
+def test_the_text_in_a_picture_and_a_larger_picture(client, tiny, photo):
+    out = client.txt2img(prompt=PROMPT, **QUICK)
+    assert client.png_info(out.image).info == out.info["infotexts"][0]
+    large = client.extra_single_image(photo, upscaling_resize=2, upscaler_1="Nearest").image
+    np.testing.assert_array_equal(np.asarray(large), np.asarray(photo).repeat(2, 0).repeat(2, 1))
+
+
+def test_progress_and_interruption(served, client):
+    """At rest all is 0; while it draws there is a preview; interrupted, the answer has what is drawn."""
+    rest = client.get_progress()
+    assert (rest["progress"], rest["state"]["job_count"], rest["current_image"]) == (0.0, 0, None)
+    results = []
+    body = {"prompt": PROMPT, "steps": 1000, "n_iter": 2, "sampler_name": "DDIM", "width": 64, "height": 64}
+    address = f"{served.address}/sdapi/v1/txt2img"
+    asking = threading.Thread(target=lambda: results.append(httpx.post(address, json=body, timeout=60)))
+    asking.start()
+    end = time.monotonic() + 30
+    while not (now := client.get_progress())["current_image"]:
+        assert time.monotonic() < end
+    assert 0 < now["progress"] < 1
+    assert now["state"]["sampling_steps"] == 2000
+    assert now["eta_relative"] > 0
+    assert Image.open(io.BytesIO(base64.b64decode(now["current_image"]))).size == (64, 64)
+    client.interrupt()
+    asking.join(30)
+    assert (results[0].status_code, results[0].json()["images"]) == (200, [])
+    assert client.get_progress()["progress"] == 0.0
+
+
+def test_a_token_as_a_password(tiny, tmp_path):
+    with Served(tiny, tmp_path / "out", hosts=None, token="long enough") as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        known = webuiapi.WebUIApi(host=host, port=int(port), username="anybody", password="long enough")
+        assert known.get_sd_models()[0]["model_name"] == "scenes-tiny"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("txt2img", {"prompt": "a", "tiling": True}, "tiling is not supported"),
+        ("txt2img", {"prompt": "a", "script_name": "x"}, "script_name is not supported"),
+        ("txt2img", {"prompt": "a", "alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts is not supported"),
+        ("txt2img", {"prompt": "a", "steps": 0}, "num_inference_steps: "),
+        ("txt2img", {"prompt": "a", "batch_size": 10**6}, "batch_size: "),
+        ("txt2img", {"prompt": "a", "n_iter": 64, "batch_size": 64}, "at most 64 pictures"),
+        ("txt2img", {"prompt": "a <lora:ink:0.8>"}, "would be read as text"),
+        ("img2img", {"prompt": "a"}, "init_images must be one picture (got 0)"),
+        ("img2img", {"init_images": ["http://169.254.169.254/"]}, "addresses are never fetched"),
+        ("img2img", {"init_images": ["file:///etc/passwd"]}, "addresses are never fetched"),
+        ("png-info", {"image": "!"}, "a picture must be in base64"),
+        ("png-info", {"image": "AAAA"}, "not a readable picture"),
+        ("extra-single-image", {"image": SMALL, "upscaling_resize": 1e9, "upscaler_1": "Lanczos"}, "from 0 to 16"),
+        ("options", {"sd_model_checkpoint": "/etc/passwd"}, "is not served here"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(served, path, body, message):
+    answer = served.post(f"/sdapi/v1/{path}", body)
+    assert (answer.status_code, message in answer.text) == (422, True), answer.text
