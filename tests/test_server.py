@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import re
+import shlex
 import socket
+import subprocess
 import threading
 import time
 
@@ -20,6 +23,7 @@ from latentdiff.server.app import application
 from latentdiff.server.guard import LOOPBACK, Limits
 from latentdiff.server.studio import Studio
 
+from .conftest import ROOT
 from .forked import Started
 
 PROMPT = "a red circle above a blue square"
@@ -357,6 +361,41 @@ def test_starts_that_are_refused(call, tmp_path, words, code, message):
     assert message in err
 
 
+SOUND = {
+    "/v1/images/generations": {"prompt": "a ring", "n": 1, "size": "64x64", "response_format": "url", "seed": 1},
+    "/sdapi/v1/txt2img": {"prompt": "a ring", "seed": 1, "batch_size": 1, "subseed": 2, "subseed_strength": 0.5},
+    "/sdapi/v1/img2img": {"prompt": "a ring", "init_images": ["AAAA"], "mask": "AAAA", "mask_blur": 2},
+    "/sdapi/v1/options": {"sd_model_checkpoint": "scenes-tiny"},
+    "/sdapi/v1/png-info": {"image": "AAAA"},
+    "/sdapi/v1/extra-single-image": {"image": "AAAA", "upscaling_resize": 2, "upscaler_1": "Lanczos"},
+}
+ODD = [None, "", -1, 0, 1e308, 10**30, True, [], {}, [[]], "\0", "\ud800", "x" * 5000, float("nan"), {"a": 1}, "../.."]
+
+
+def mutated(body, rng):
+    """The body with one to three of its values, or a new key, replaced by odd ones."""
+    body = {**body, "num_inference_steps": 1, "steps": 1}
+    for _ in range(rng.integers(1, 4)):
+        names = [*body, "strength", "sampler", "width", "eta", "hires_scale", "alwayson_scripts", "\u2603", "__class__"]
+        body[names[rng.integers(len(names))]] = ODD[rng.integers(len(ODD))]
+    return body
+
+
+@pytest.mark.parametrize("path", SOUND)
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_bodies(served, path, count):
+    """Every answer is a picture or a refusal in a line, never a failure of the server."""
+    rng = np.random.default_rng(len(path))
+    with httpx.Client(base_url=served.address, timeout=60) as client:
+        for _ in range(count):
+            content = json.dumps(mutated(SOUND[path], rng)).encode()
+            cut = content[: rng.integers(len(content))] if rng.random() < 0.2 else content
+            answer = client.post(path, content=cut, headers={"content-type": "application/json"})
+            assert answer.status_code in (200, 422), (answer.status_code, content[:300], answer.text[:300])
+            if answer.status_code == 422:
+                assert "\n" not in answer.json()["error"]["message"]
+
+
 # the command
 
 
@@ -395,6 +434,22 @@ def test_the_command_from_start_to_signal(tiny_model, tmp_path, call):
         assert path.suffix == ".png", "no half file"
         with Image.open(path) as image:
             image.load()
+
+
+def test_the_examples_of_the_manual(served, tmp_path, monkeypatch):
+    """Its Python and its curl, at this server's address."""
+    page = (ROOT / "docs" / "guides" / "serve.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    port = served.address.rpartition(":")[2]
+    python = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(python) == 2
+    for block in python:
+        assert "7860" in block
+        exec(compile(block.replace("7860", port), "serve.md", "exec"), {})
+    assert {path.name for path in tmp_path.iterdir()} == {"star-0.png", "star-1.png", "rings.png"}
+    (curl,) = re.findall(r"^\$ (curl .*)$", page, re.M)
+    answer = subprocess.run(shlex.split(curl.replace("7860", port)), capture_output=True, text=True, check=True)
+    assert httpx.get(json.loads(answer.stdout)["data"][0]["url"]).status_code == 200
 
 
 def wait_for(is_true, seconds=60):

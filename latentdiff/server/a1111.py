@@ -33,7 +33,7 @@ _AUTOMATIC = ("automatic", "use same scheduler", "")
 class Settings(BaseModel):
     """The body of txt2img and img2img, as far as it is read."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -80,6 +80,8 @@ class Settings(BaseModel):
             given["sampler"] = sampler
         if self.scheduler is not None and self.scheduler.lower() not in _AUTOMATIC:
             given["spacing"] = self.scheduler
+        if self.eta not in (None, 1.0):  # clients send 1, the default of ancestral samplers, with every sampler
+            given["eta"] = self.eta
         if self.subseed_strength:
             given |= {"variation_seed": _seed(self.subseed), "variation_strength": self.subseed_strength}
         if self.enable_hr:
@@ -176,7 +178,8 @@ async def _answered(
             raise  # otherwise interrupted: what is drawn is the answer
     drawn = [pictures[number] for number in sorted(pictures)]
     images = [to_base64(encoded(each.image, ".png", each.record)) for each in drawn] if settings.send_images else []
-    body = settings.model_dump(exclude={"init_images", "mask"})
+    read = {*Settings.model_fields} - {"init_images", "mask", "override_settings"}
+    body = settings.model_dump(include=read)
     headers = {"x-ignored": "inpaint_full_res"} if settings.inpaint_full_res and settings.mask else None
     return JSONResponse({"images": images, "parameters": body, "info": _info(studio, ticket, drawn)}, headers=headers)
 

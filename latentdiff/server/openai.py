@@ -32,7 +32,7 @@ _LOSSY = ("jpeg", "webp")
 class Order(BaseModel):
     """The body of a request; further keys are settings of drawing, or ignored."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     prompt: str = ""
     model: str | None = None
@@ -186,6 +186,7 @@ def _sse(kind: str, facts: dict[str, Any]) -> str:
 
 def failure(status: int, message: str, code: str | None = None) -> JSONResponse:
     """An error in OpenAI's form."""
+    message = message.encode("utf-8", "backslashreplace").decode()  # of halves of surrogate pairs
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     content = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return JSONResponse(content, status, headers={"retry-after": "5"} if status == 429 else None)

@@ -1,0 +1,134 @@
+"""The server beside the pipeline: a lone request, 200 requests of 20 clients, and the time until the first picture.
+
+    python scripts/bench/serve.py [-m MODEL] [--clients 20] [--each 10]
+
+A lone request and a call of the warm pipeline take turns. Under load every request is for one picture of its own seed;
+throughput is compared with one call of the pipeline for as many pictures, in full batches. Memory is the server's.
+"""
+
+import argparse
+import base64
+import io
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+
+PROMPT = "a red circle above a blue square"
+
+
+def asked(address: str, seed: int) -> dict:
+    """One picture."""
+    body = json.dumps({"prompt": PROMPT, "seed": seed}).encode()
+    request = urllib.request.Request(
+        f"{address}/v1/images/generations", body, {"content-type": "application/json"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
+
+
+def seed_of(answer: dict) -> int:
+    """The seed in the picture's own record."""
+    image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    return json.loads(image.text["latentdiff"])["seed"]
+
+
+def megabytes(process: int) -> float:
+    """The resident memory of a process."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
+
+
+def seconds(call) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def first_picture(address: str, server: subprocess.Popen) -> None:
+    """Ask until the server answers."""
+    while server.poll() is None:
+        try:
+            asked(address, 0)
+            return
+        except OSError:
+            time.sleep(0.01)
+    raise SystemExit("the server has ended")
+
+
+def lone(pipe: LatentDiffusionPipeline, address: str, rounds: int) -> tuple[float, float]:
+    """Medians of the pipeline and of the server, in turn."""
+    own, served = [], []
+    for seed in range(rounds):
+        own.append(seconds(lambda seed=seed: pipe(PROMPT, seed=seed)))
+        served.append(seconds(lambda seed=seed: asked(address, seed)))
+    return statistics.median(own[2:]), statistics.median(served[2:])
+
+
+def load(address: str, clients: int, each: int) -> tuple[float, int]:
+    """The seconds for all requests, and how many answers have the seed that was asked for."""
+    right = []
+
+    def client(number: int) -> None:
+        for k in range(each):
+            seed = 1000 * number + k
+            right.append(seed_of(asked(address, seed)) == seed)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began, sum(right)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", default=None)
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--each", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=22)
+    given = parser.parse_args()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address, model = f"http://127.0.0.1:{port}", ["-m", given.model] if given.model else []
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "latentdiff", "serve", "--port", str(port), "-o", folder, *model]
+        server = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        try:
+            print(f"from the command to the first picture: {seconds(lambda: first_picture(address, server)):.2f} s")
+            pipe = LatentDiffusionPipeline.from_pretrained(given.model)
+            own, served = lone(pipe, address, given.rounds)
+            more = f"{(served - own) * 1e3:+.0f} ms"
+            print(f"a lone request: {served * 1e3:.0f} ms, the warm pipeline {own * 1e3:.0f} ms: {more}")
+            count = given.clients * given.each
+            load(address, given.clients, 2)  # compiles the batch sizes
+            before = megabytes(server.pid)
+            taken, right = load(address, given.clients, given.each)
+            after = megabytes(server.pid)
+            batches = seconds(lambda: pipe(PROMPT, seed=0, num_images_per_prompt=count))
+            print(f"{count} requests of {given.clients} clients: {count / taken:.1f} pictures a second, {right} right")
+            print(
+                f"one call in full batches: {count / batches:.1f} a second; the server has {batches / taken:.2f} of it"
+            )
+            print(f"memory: {before:.0f} MB before, {after:.0f} MB after")
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+if __name__ == "__main__":
+    main()
