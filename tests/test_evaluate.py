@@ -159,6 +159,7 @@ def test_pictures_are_those_of_the_pipeline(whole_report, tiny_model, pipe):
     assert np.abs(one.astype(int) - kept[3]).max() <= 1
 
 
+@pytest.mark.slow
 def test_one_that_was_interrupted_ends_the_same(whole_report, call, tiny_model, tmp_path):
     """Half of the pictures and sections are gone: what is made again is what was there."""
     folder, _ = whole_report

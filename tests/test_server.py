@@ -227,6 +227,16 @@ def test_a_client_that_goes_away_cancels(served):
     assert served.studio.worker.drawn == before + 1
 
 
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_a_client_without_a_stream_that_goes_away_cancels(served, path):
+    before = served.studio.worker.drawn
+    body = {"prompt": PROMPT, "num_inference_steps": 1000, "steps": 1000, "n": 10, "n_iter": 10}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(served.address + path, json=body, timeout=0.5)
+    wait_for(lambda: not served.studio.worker.current() and not served.studio.worker.waiting, 20)
+    assert served.studio.worker.drawn == before
+
+
 def test_what_is_open_when_the_server_stops_is_answered(tiny, tmp_path):
     with Served(tiny, tmp_path / "out") as server:
         answers = []

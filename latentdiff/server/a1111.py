@@ -24,7 +24,7 @@ from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import parameters_text
 from latentdiff.server.studio import MOST_PICTURES, NOTHING, Given, Studio, from_base64, read_picture, to_base64
-from latentdiff.server.work import Drawn, StoppedError, Ticket
+from latentdiff.server.work import Drawn, StoppedError, Ticket, all_drawn
 
 Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
 _AUTOMATIC = ("automatic", "use same scheduler", "")
@@ -170,9 +170,8 @@ async def _answered(
     ticket = studio.order(settings.drawing() | further, client, given)
     pictures: dict[int, Drawn] = {}
     try:
-        async for event in ticket.events():
-            if isinstance(event, Drawn):
-                pictures[event.number] = event
+        async for event in all_drawn(ticket, http.is_disconnected):
+            pictures[event.number] = event
     except StoppedError:
         if not ticket.cancelled or studio.worker.stopping:
             raise  # otherwise interrupted: what is drawn is the answer

@@ -22,7 +22,7 @@ from latentdiff.core.errors import ConfigError, DataError, LatentDiffError
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.request import Request
 from latentdiff.server.studio import Given, Studio, read_picture, transparent_parts
-from latentdiff.server.work import Drawn, Preview, Ticket
+from latentdiff.server.work import Drawn, Preview, Ticket, all_drawn
 
 ALIASES = ("default", "dall-e-2", "dall-e-3", "gpt-image-1")
 VARIED = 0.6  # strength of a variation
@@ -134,11 +134,8 @@ async def _answered(studio: Studio, order: Order, http: HttpRequest, kind: str, 
     if order.stream:
         return StreamingResponse(_streamed(order, ticket, kind), media_type="text/event-stream", headers=headers)
     pictures: dict[int, dict[str, Any]] = {}
-    async for event in ticket.events():
-        if await http.is_disconnected():
-            break
-        if isinstance(event, Drawn):
-            pictures[event.number] = _item(order, event, str(http.base_url))
+    async for event in all_drawn(ticket, http.is_disconnected):
+        pictures[event.number] = _item(order, event, str(http.base_url))
     data = [pictures[number] for number in sorted(pictures)]
     return JSONResponse({"created": int(time.time()), "data": data}, headers=headers)
 

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ from latentdiff.drawing.draw import Drawing, batch_key
 from latentdiff.drawing.record import ImageMetadata
 from latentdiff.pipeline import LatentDiffusionPipeline
 
+GONE = 0.25  # seconds between two looks whether a client is there
 Finish = Callable[[Image.Image, ImageMetadata], Any]
 
 
@@ -93,6 +94,23 @@ class Ticket:
             self.cancelled = self.cancelled or left > 0
 
 
+async def all_drawn(ticket: Ticket, is_gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Drawn]:
+    """The pictures of a ticket as they are drawn. is_gone: whether the client has gone away, which cancels the rest."""
+
+    async def watch() -> None:
+        while not await is_gone():
+            await asyncio.sleep(GONE)
+        ticket.cancelled = True
+
+    watching = asyncio.create_task(watch())
+    try:
+        async for event in ticket.events():
+            if isinstance(event, Drawn):
+                yield event
+    finally:
+        watching.cancel()
+
+
 class Worker:
     """See the module. most: pictures that may wait; most_of_one: of one client. finish: is called with each picture."""
 
@@ -118,6 +136,7 @@ class Worker:
         with self._changed:
             if self.stopping:
                 raise StoppedError("the server stops")
+            self._waiting = deque(each for each in self._waiting if not each[0].cancelled)
             own = sum(other.client == client for other, _ in (*self._waiting, *self._current))
             if len(self._waiting) + len(jobs) > self._most:
                 raise FullError(f"{len(self._waiting)} pictures wait, and at most {self._most} may. Ask again later")
