@@ -21,11 +21,11 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from latentdiff.core.images import to_images
-from latentdiff.data.scenes import COLORS, SHAPES, coverage
+from latentdiff.data.scenes import COLORS, SHAPES
 from latentdiff.data.sprites.color import turned
 from latentdiff.data.sprites.description import GROUNDS
 from latentdiff.data.sprites.library import Library
-from latentdiff.data.sprites.scene import background
+from latentdiff.data.sprites.scene import background, shape_pixels
 from latentdiff.diffusion import noise
 from latentdiff.evaluation.judge import Judge
 
@@ -35,9 +35,10 @@ ARCHITECTURE, SIDE = "regnety_002", 64
 def sample(library: Library, row: int, rng: np.random.Generator) -> np.ndarray:
     """A square of the judge's size around a sprite, or behind the last one a shape, uint8 (SIDE, SIDE, 3)."""
     inner = int(rng.uniform(32, 112))  # pixels of the thing in a picture of 128
-    pixels = (
-        of_shape(SHAPES[row - len(library)], inner, rng) if row >= len(library) else of_sprite(library, row, inner, rng)
-    )
+    if row < len(library):
+        pixels = of_sprite(library, row, inner, rng)
+    else:
+        pixels = shape_pixels(SHAPES[row - len(library)], list(COLORS)[rng.integers(len(COLORS))], inner)
     side = round(inner * (1.16 + rng.uniform(-0.1, 0.1)))
     kind, names = rng.random(), rng.choice(list(GROUNDS), 2, replace=False)
     colors = ("white",) if kind < 0.4 else tuple(names[: 1 if kind < 0.75 else 2])
@@ -59,13 +60,6 @@ def of_sprite(library: Library, row: int, side: int, rng: np.random.Generator) -
     if library.sprites[row].color and rng.random() < 0.2:
         pixels = turned(pixels, list(COLORS)[rng.integers(len(COLORS))])
     return pixels
-
-
-def of_shape(name: str, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A shape in any colour, uint8 (side, side, 4)."""
-    color = np.broadcast_to(np.uint8(list(COLORS.values())[rng.integers(len(COLORS))]), (side, side, 3))
-    alpha = coverage(name, side / 2, side / 2, side / 2 - 0.5, side, side)[..., None]
-    return np.concatenate([color, np.rint(alpha * 255).astype(np.uint8)], -1)
 
 
 def batch(library: Library, rows: np.ndarray, purpose: str, first: int) -> np.ndarray:

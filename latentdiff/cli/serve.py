@@ -24,7 +24,7 @@ def serve(
     ] = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; any other than this machine's needs a token.")
-    ] = ("127.0.0.1"),
+    ] = HOST,
     port: Annotated[int, typer.Option(min=1, max=65_535, help="The port.")] = 7860,
     token: Annotated[
         str | None, typer.Option(envvar="LATENTDIFF_TOKEN", help="Clients must send it: Authorization: Bearer TOKEN.")

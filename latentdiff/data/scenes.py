@@ -167,7 +167,7 @@ def caption(description: Description, rng: np.random.Generator) -> str:
     """One of several sentences that state everything in the description and nothing else."""
     subject = _subject(description, rng)
     if description.background:
-        ground = f"{_article(description.background)} {description.background} background"
+        ground = f"{article(description.background)} {description.background} background"
         joined = (f"{subject} on {ground}", f"{subject} against {ground}", f"on {ground}, {subject}")
         subject = joined[rng.integers(3)]
         if subject.startswith("on "):
@@ -193,12 +193,13 @@ def _subject(description: Description, rng: np.random.Generator) -> str:
 def _noun_phrase(group: Group, size: str, rng: np.random.Generator) -> str:
     words = f"{size} {group.color} {group.shape}".strip()
     if group.count == 1:
-        return f"{_article(words)} {words}"
+        return f"{article(words)} {words}"
     number = str(group.count) if rng.random() < 0.3 else NUMBERS[group.count]
     return f"{number} {words}{'es' if words.endswith('s') else 's'}"
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """The article of some words: "an" before a vowel, else "a"."""
     return "an" if words[0] in "aeiou" else "a"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.data.sprites.captions import article
+from latentdiff.data.scenes import article
 from latentdiff.data.sprites.description import Description, Group
 from latentdiff.data.sprites.library import Library, Sprite
 from latentdiff.data.sprites.scene import compose, render

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from latentdiff.data.scenes import COLORS, INVERSE, NUMBERS, PLACES
+from latentdiff.data.scenes import COLORS, INVERSE, NUMBERS, PLACES, article
 from latentdiff.data.sprites.description import Description, Group
 
 Keep = Callable[[str], bool]
@@ -83,11 +83,6 @@ def _noun_phrase(group: Group, description: Description, keep: Keep, rng: np.ran
     phrase = " ".join([*words, group.name])
     several = len(description.groups) > 1
     return f"{article(phrase)} {phrase}" if (several or keep("article")) and not _is_plural(group.name) else phrase
-
-
-def article(words: str) -> str:
-    """The article of some words: "an" before a vowel, else "a"."""
-    return "an" if words[0] in "aeiou" else "a"
 
 
 def _is_plural(name: str) -> bool:

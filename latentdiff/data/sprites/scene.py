@@ -96,12 +96,17 @@ def background(colors: Sequence[str], angle: float, size: int) -> np.ndarray:
 def _pixels(group: Group, library: Library, side: int) -> np.ndarray:
     """An object as uint8 (side, side, 4)."""
     if group.sprite is None:
-        alpha = coverage(group.name, side / 2, side / 2, side / 2 - 0.5, side, side)[..., None]
-        color = np.broadcast_to(np.array(COLORS[group.color], np.uint8), (side, side, 3))
-        return np.concatenate([color, np.rint(alpha * 255).astype(np.uint8)], -1)
+        return shape_pixels(group.name, group.color, side)
     image = Image.fromarray(library.pixels(group.sprite.row))
     pixels = np.asarray(image.resize((side, side), Image.Resampling.HAMMING))  # Lanczos leaves specks around edges
     return turned(pixels, group.color) if group.is_turned else pixels
+
+
+def shape_pixels(name: str, color: str, side: int) -> np.ndarray:
+    """A shape as uint8 (side, side, 4), transparent around it."""
+    alpha = coverage(name, side / 2, side / 2, side / 2 - 0.5, side, side)[..., None]
+    rgb = np.broadcast_to(np.array(COLORS[color], np.uint8), (side, side, 3))
+    return np.concatenate([rgb, np.rint(alpha * 255).astype(np.uint8)], -1)
 
 
 def _paste(picture: np.ndarray, sprite: np.ndarray, left: int, top: int) -> None:

@@ -215,11 +215,10 @@ def write_report(
 
 def _differences(first: Result, second: Result) -> dict[str, dict[str, float | None]]:
     """How much worse the second model's figures are, with errors, negative if better."""
-    pairs = zip(_comparable([first, second])[0].items(), [second] * len(first.figures), strict=True)
     differences = {
-        name: result.figures[name].worse(figure)
-        for (name, figure), result in pairs
-        if figure.better != "neither" and name in result.figures
+        name: second.figures[name].worse(figure)
+        for name, figure in _comparable([first, second])[0].items()
+        if figure.better != "neither" and name in second.figures
     }
     return {name: {"value": figure.value, "error": figure.error} for name, figure in differences.items()}
 
