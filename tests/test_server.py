@@ -21,7 +21,8 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.drawing.record import read_metadata
 from latentdiff.server.app import application
 from latentdiff.server.guard import LOOPBACK, Limits
-from latentdiff.server.studio import Studio
+from latentdiff.server.shelf import Shelf
+from latentdiff.server.studio import RUNS, Studio
 
 from .conftest import ROOT
 from .forked import Started
@@ -33,8 +34,8 @@ QUICK = {"num_inference_steps": 4, "seed": 7}
 class Served:
     """A server in a thread of this process, at a free port."""
 
-    def __init__(self, pipe, folder, hosts=LOOPBACK, token=None, limits=None, most_waiting=40):
-        self.studio = Studio(pipe, folder, most_waiting)
+    def __init__(self, pipe, folder, hosts=LOOPBACK, token=None, limits=None, most_waiting=40, shelf=None, runs=RUNS):
+        self.studio = Studio(shelf or Shelf(pipe, lambda *_: pipe), folder, most_waiting, runs)
         listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(application(self.studio, hosts, token, limits), log_level="warning", lifespan="off")
@@ -171,7 +172,7 @@ def test_models_and_aliases(served):
     assert [model.id for model in client.models.list()] == ["scenes-tiny"]
     for name in ("scenes-tiny", "gpt-image-1", "default"):
         assert client.images.generate(prompt="a ring", model=name, extra_body=QUICK).data
-    with pytest.raises(openai.NotFoundError, match="'scenes-tiny' is"):
+    with pytest.raises(openai.NotFoundError, match="one of scenes-tiny"):
         client.images.generate(prompt="a ring", model="../../etc", extra_body=QUICK)
 
 
@@ -416,7 +417,7 @@ def test_the_command_from_start_to_signal(tiny_model, tmp_path, call):
     server = Started("serve", "-m", tiny_model, "--port", port, "--runtime", "torch", cwd=tmp_path)
     address = f"http://127.0.0.1:{port}"
     wait_for(lambda: httpx.get(f"{address}/health").status_code == 200)
-    assert f"scenes-tiny at {address}/v1; pictures go to outputs" in server.err.read_text()
+    assert f"scenes-tiny at {address}, for programs at {address}/v1; pictures go to outputs" in server.err.read_text()
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="not used", max_retries=0)
     answer = client.images.generate(prompt=PROMPT, n=2, extra_body=QUICK)
     words = ("generate", PROMPT, "-m", tiny_model, "--steps", 4, "-s", 7, "-N", 2, "--runtime", "torch", "-o", "own")

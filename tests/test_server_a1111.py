@@ -153,7 +153,7 @@ def test_a_token_as_a_password(tiny, tmp_path):
         ("txt2img", {"prompt": "a", "steps": 0}, "num_inference_steps: "),
         ("txt2img", {"prompt": "a", "batch_size": 10**6}, "batch_size: "),
         ("txt2img", {"prompt": "a", "n_iter": 64, "batch_size": 64}, "at most 64 pictures"),
-        ("txt2img", {"prompt": "a <lora:ink:0.8>"}, "would be read as text"),
+        ("txt2img", {"prompt": "a <lora:ink:0.8>"}, "unknown adapter 'ink'; no folder of adapters"),
         ("img2img", {"prompt": "a"}, "init_images must be one picture (got 0)"),
         ("img2img", {"init_images": ["http://169.254.169.254/"]}, "addresses are never fetched"),
         ("img2img", {"init_images": ["file:///etc/passwd"]}, "addresses are never fetched"),

@@ -1,10 +1,10 @@
-"""`latentdiff serve`: the HTTP API."""
+"""`latentdiff serve`: the web page and the HTTP API."""
 
 from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from latentdiff.cli.loading import adapter_and_weight, embedding_and_word, load_
 from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
 from latentdiff.core.errors import ConfigError, UnsafeError
 from latentdiff.core.files import check_writable
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import LatentDiffusionPipeline
 
 HOST = "127.0.0.1"
 
@@ -29,6 +32,11 @@ def serve(
     token: Annotated[
         str | None, typer.Option(envvar="LATENTDIFF_TOKEN", help="Clients must send it: Authorization: Bearer TOKEN.")
     ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    models: Annotated[Path | None, typer.Option(help="A folder of models that clients may choose by name.")] = None,
+    loras: Annotated[Path | None, typer.Option(help="A folder of adapters that clients may choose by name.")] = None,
+    keep: Annotated[int, typer.Option(min=1, max=100, help="Models in memory at most.")] = 2,
+    runs: Annotated[Path, typer.Option(help="The folder of the training runs that the page shows.")] = Path("runs"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of all pictures.")] = OUTPUTS,
     lora: Annotated[
         list[str] | None, typer.Option(help="An adapter and its weight, PATH:0.8; may be repeated.")
@@ -43,21 +51,33 @@ def serve(
     ] = Runtime.auto,
     speed: Annotated[Speed | None, typer.Option(help="exact, fast or max.")] = None,
 ) -> None:
-    """Serve a model over HTTP, by OpenAI's images API. Ctrl-C stops it."""
+    """Serve a web page, OpenAI's images API and A1111's API. Ctrl-C stops it."""
     _check_token(host, token)
+    for folder in (models, loras):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"no such folder ({folder})")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file. Name a folder")
     check_writable(output, output)
     adapters = [adapter_and_weight(each) for each in lora or []]
     words = [embedding_and_word(each) for each in embedding or []]
     from latentdiff.server.run import serve as run
+    from latentdiff.server.shelf import Shelf
     from latentdiff.server.studio import Studio
 
-    pipe = loaded(model, device, dtype, None, None, runtime, speed)
-    load_extras(pipe, adapters, words, vae)
-    shown = f"[{host}]" if ":" in host else host
-    terminal.note(f"{pipe.card.name} at http://{shown}:{port}/v1; pictures go to {output}")
-    run(Studio(pipe, output, most_waiting), host, port, token)
+    def opened(path: Path | None, torch: bool = False) -> LatentDiffusionPipeline:
+        """A model with the command's options; the one of the start with what is loaded beside it."""
+        chosen = Runtime.torch if torch and runtime == Runtime.auto else runtime
+        pipe = loaded(model if path is None else str(path), device, dtype, None, None, chosen, speed)
+        if path is None:
+            load_extras(pipe, adapters, words, vae)
+        return pipe
+
+    pipe = opened(None)
+    shelf = Shelf(pipe, opened, models, loras, keep)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    terminal.note(f"{pipe.card.name} at {address}, for programs at {address}/v1; pictures go to {output}")
+    run(Studio(shelf, output, most_waiting, runs), host, port, token, address if open_ else None)
 
 
 def _check_token(host: str, token: str | None) -> None:

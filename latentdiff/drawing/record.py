@@ -186,10 +186,11 @@ def png_info(record: ImageMetadata) -> PngInfo:
     return info
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path, *, decoded: bool = True) -> dict[str, Any]:
     """The record in a picture: {"parameters": text, "latentdiff": tree}, as far as it has them.
 
-    ComfyUI's PNG have `prompt` and `workflow`, trees that say how they were made there.
+    ComfyUI's PNG have `prompt` and `workflow`, trees that say how they were made there. decoded: whether the pixels
+    are decoded as well, which finds damage.
 
     Raises DataError if the file is not a picture. The tree comes from outside: validate it before use.
     """
@@ -199,14 +200,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise DataError(f"no such file ({path})") from None
     except OSError as error:
         raise DataError(f"not a readable picture ({path}): {error}") from None
-    return read_metadata_of(data, path)
+    return read_metadata_of(data, path, decoded=decoded)
 
 
-def read_metadata_of(data: bytes, name: object) -> dict[str, Any]:
+def read_metadata_of(data: bytes, name: object, *, decoded: bool = True) -> dict[str, Any]:
     """The record in a picture's bytes; see `read_metadata`. name: for messages."""
     try:
         with silent_decoders(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
+            if decoded:
+                image.load()
             tags: dict[str, Any] = _texts(image)
     except Exception as error:  # decoders raise nearly anything on bytes that are not theirs
         raise DataError(f"not a readable picture ({name}): {str(error)[:200]}") from None

@@ -7,6 +7,7 @@ and in the current folder, and are used only if they have the hash of the record
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,23 +143,25 @@ class Likeness:
 
 
 def read_record(path: Path) -> Record:
-    """The validated record of a picture. Raises DataError."""
-    import json
-
-    metadata = read_metadata(path)
-    if "latentdiff" not in metadata:
-        raise DataError(f"this picture has no record of latentdiff ({path})")
-    try:
-        record = Record.model_validate_json(json.dumps(_of_this_version(metadata["latentdiff"])))
-    except ValidationError as error:
-        fault = first_fault(error)
-        raise DataError(f"its record is not valid: {fault.key}: {fault.message[:100]} ({path})") from None
+    """The validated record of a picture that can be drawn again. Raises DataError."""
+    record = record_in(read_metadata(path), path)
     if record.own_noise:
         raise ConfigError(f"drawn from a caller's own noise or embeddings, which the record does not contain ({path})")
     place, size = record.batch
     if record.seed != record.request.seed + record.index or not place < size <= record.request.batch_size:
         raise DataError(f"its record contradicts itself ({path})")
     return record
+
+
+def record_in(metadata: dict[str, Any], name: object) -> Record:
+    """The validated record in a picture's metadata. name: for messages. Raises DataError."""
+    if "latentdiff" not in metadata:
+        raise DataError(f"this picture has no record of latentdiff ({name})")
+    try:
+        return Record.model_validate_json(json.dumps(_of_this_version(metadata["latentdiff"])))
+    except ValidationError as error:
+        fault = first_fault(error)
+        raise DataError(f"its record is not valid: {fault.key}: {fault.message[:100]} ({name})") from None
 
 
 def reproduce(

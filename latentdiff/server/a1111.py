@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import parameters_text
-from latentdiff.server.studio import MOST_PICTURES, NOTHING, Given, Studio, from_base64, read_picture, to_base64
+from latentdiff.server.studio import (
+    MOST_PICTURES,
+    Order,
+    Studio,
+    client_of,
+    from_base64,
+    picture_mask,
+    read_picture,
+    to_base64,
+)
 from latentdiff.server.work import Drawn, StoppedError, Ticket, all_drawn
 
 Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
@@ -103,13 +109,27 @@ def _seed(seed: int) -> int:
     return secrets.randbelow(2**32) if seed == -1 else seed
 
 
+def title(studio: Studio, name: str) -> str:
+    """A model's name with the beginning of its hash, if it is loaded."""
+    sha256 = studio.shelf.hash_of(name)
+    return name if sha256 is None else f"{name} [{sha256[:10]}]"
+
+
+def checkpoint_named(studio: Studio, checkpoint: Any) -> str:
+    """The model of a title, a name or the beginning of a hash. Raises ConfigError."""
+    for name in studio.shelf.names():
+        if checkpoint in (name, title(studio, name), (studio.shelf.hash_of(name) or "")[:10] or None):
+            return name
+    raise ConfigError(f"the model {str(checkpoint)[:60]!r} is not served here; {', '.join(studio.shelf.names()[:20])}")
+
+
 def routes(studio: Studio) -> APIRouter:
     """The routes under /sdapi/v1."""
     router = APIRouter(prefix="/sdapi/v1")
 
     @router.post("/txt2img")
     async def txt2img(settings: Settings, http: HttpRequest) -> Response:
-        return await _answered(studio, settings, http, NOTHING, {})
+        return await _answered(studio, settings, http, {})
 
     @router.post("/img2img")
     async def img2img(settings: Settings, http: HttpRequest) -> Response:
@@ -121,17 +141,16 @@ def routes(studio: Studio) -> APIRouter:
         }
         mask = None
         if settings.mask is not None:
-            mask = _mask(read_picture(from_base64(settings.mask), "mask"), image, bool(settings.inpainting_mask_invert))
+            mask = picture_mask(from_base64(settings.mask), image, inverted=bool(settings.inpainting_mask_invert))
             further["mask_blur"] = settings.mask_blur
-        return await _answered(studio, settings, http, Given(image, mask), further)
+        return await _answered(studio, settings, http, further, image=image, mask=mask)
 
     @router.get("/progress")
     def progress(skip_current_image: bool = False) -> dict[str, Any]:
         tickets = studio.worker.current()
         steps, done = sum(t.steps for t in tickets), sum(t.done for t in tickets)
         share = done / steps if steps else 0.0
-        began = min((t.began for t in tickets if t.began), default=0.0)
-        left = (time.monotonic() - began) * (1 - share) / share if share and began else 0.0
+        left = max((t.seconds_left or 0.0 for t in tickets), default=0.0)
         preview = None if skip_current_image or not tickets else studio.worker.preview()
         state = {
             "skipped": False,
@@ -155,19 +174,12 @@ def routes(studio: Studio) -> APIRouter:
     return router
 
 
-def _mask(mask: np.ndarray, image: np.ndarray, inverted: bool) -> np.ndarray:
-    """The mask in grey at the picture's size, uint8 (H, W); white is redrawn."""
-    grey = Image.fromarray(mask).convert("L")
-    if mask.shape != image.shape:
-        grey = grey.resize(image.shape[1::-1], Image.Resampling.LANCZOS)
-    return 255 - np.asarray(grey) if inverted else np.asarray(grey)
-
-
 async def _answered(
-    studio: Studio, settings: Settings, http: HttpRequest, given: Given, further: dict[str, Any]
+    studio: Studio, settings: Settings, http: HttpRequest, further: dict[str, Any], **given: Any
 ) -> Response:
-    client = http.client.host if http.client else ""
-    ticket = studio.order(settings.drawing() | further, client, given)
+    model = settings.override_settings.get("sd_model_checkpoint")
+    chosen = None if model is None else checkpoint_named(studio, model)
+    ticket = await studio.submit(Order(settings.drawing() | further, client_of(http), chosen, **given))
     pictures: dict[int, Drawn] = {}
     try:
         async for event in all_drawn(ticket, http.is_disconnected):
@@ -180,11 +192,12 @@ async def _answered(
     read = {*Settings.model_fields} - {"init_images", "mask", "override_settings"}
     body = settings.model_dump(include=read)
     headers = {"x-ignored": "inpaint_full_res"} if settings.inpaint_full_res and settings.mask else None
-    return JSONResponse({"images": images, "parameters": body, "info": _info(studio, ticket, drawn)}, headers=headers)
+    return JSONResponse({"images": images, "parameters": body, "info": _info(ticket, drawn)}, headers=headers)
 
 
-def _info(studio: Studio, ticket: Ticket, drawn: list[Drawn]) -> str:
+def _info(ticket: Ticket, drawn: list[Drawn]) -> str:
     """A1111's `info`, JSON in a string."""
+    card = ticket.painter.model.card
     request = ticket.jobs[0].request
     height, width = ticket.jobs[0].plan.final
     varied = request.variation_seed is not None
@@ -208,8 +221,8 @@ def _info(studio: Studio, ticket: Ticket, drawn: list[Drawn]) -> str:
             "cfg_scale": request.guidance_scale,
             "steps": request.num_inference_steps,
             "batch_size": request.batch_size,
-            "sd_model_name": studio.pipe.card.name,
-            "sd_model_hash": studio.pipe.card.hash[:10],
+            "sd_model_name": card.name,
+            "sd_model_hash": card.hash[:10],
             "denoising_strength": request.strength or request.hires_strength,
             "clip_skip": (request.clip_skip or 0) + 1,
             "index_of_first_image": 0,

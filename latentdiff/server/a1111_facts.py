@@ -13,6 +13,7 @@ from latentdiff.diffusion.grids import GRIDS, LABELS
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import read_metadata_of
+from latentdiff.server.a1111 import checkpoint_named, title
 from latentdiff.server.studio import Studio, from_base64, read_picture, to_base64
 
 UPSCALERS = {"None": None, "Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
@@ -20,7 +21,6 @@ LARGEST = 4096  # pixels of an enlarged picture's side
 EMPTY = (
     "latent-upscale-modes",
     "sd-vae",
-    "loras",
     "hypernetworks",
     "face-restorers",
     "realesrgan-models",
@@ -35,10 +35,10 @@ def model_routes(studio: Studio) -> APIRouter:
 
     @router.get("/options")
     def options() -> dict[str, Any]:
-        card = studio.pipe.card
+        name = studio.shelf.current
         return {
-            "sd_model_checkpoint": studio.title,
-            "sd_checkpoint_hash": card.hash,
+            "sd_model_checkpoint": title(studio, name),
+            "sd_checkpoint_hash": studio.shelf.hash_of(name) or "",
             "sd_vae": "Automatic",
             "CLIP_stop_at_last_layers": 1,
             "samples_save": True,
@@ -46,21 +46,36 @@ def model_routes(studio: Studio) -> APIRouter:
         }
 
     @router.post("/options")
-    def set_options(options: Annotated[dict[str, Any], Body()]) -> None:
-        name = options.get("sd_model_checkpoint")
-        if name is not None and name not in (studio.title, studio.pipe.card.name, studio.pipe.card.hash[:10]):
-            raise ConfigError(f"the model {str(name)[:60]!r} is not served here; {studio.title!r} is")
+    async def set_options(options: Annotated[dict[str, Any], Body()]) -> None:
+        checkpoint = options.get("sd_model_checkpoint")
+        if checkpoint is not None:
+            name = checkpoint_named(studio, checkpoint)
+            await studio.model(name)  # loaded now, so that a model that cannot be loaded is never chosen
+            studio.shelf.current = name
 
     @router.get("/sd-models")
     def models() -> list[dict[str, Any]]:
-        card = studio.pipe.card
-        facts = {"model_name": card.name, "hash": card.hash[:10], "sha256": card.hash, "filename": card.name}
-        return [{"title": studio.title, **facts, "config": None}]
+        rows = []
+        for name in studio.shelf.names():
+            sha256 = studio.shelf.hash_of(name)
+            facts = {"model_name": name, "hash": sha256 and sha256[:10], "sha256": sha256, "filename": name}
+            rows.append({"title": title(studio, name), **facts, "config": None})
+        return rows
+
+    @router.get("/loras")
+    def loras() -> list[dict[str, Any]]:
+        return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in studio.shelf.adapters()]
+
+    @router.get("/embeddings")
+    async def embeddings() -> dict[str, Any]:
+        sources = (await studio.model()).painter.sources.values()
+        words = [source.word or source.path for source in sources if source.kind == "embedding"]
+        return {"loaded": {word: {"step": None, "shape": 0, "vectors": 0} for word in words}, "skipped": {}}
 
     return router
 
 
-def list_routes(studio: Studio) -> APIRouter:
+def list_routes() -> APIRouter:
     """What may be chosen, and facts about the machine."""
     router = APIRouter(prefix="/sdapi/v1")
 
@@ -83,11 +98,6 @@ def list_routes(studio: Studio) -> APIRouter:
         router.add_api_route(f"/{name}", _none_of_these)
     for name in REFRESHED:
         router.add_api_route(f"/{name}", _nothing_to_do, methods=["POST"])
-
-    @router.get("/embeddings")
-    def embeddings() -> dict[str, Any]:
-        words = [s.word or s.path for s in studio.pipe.painter.sources.values() if s.kind == "embedding"]
-        return {"loaded": {word: {"step": None, "shape": 0, "vectors": 0} for word in words}, "skipped": {}}
 
     @router.get("/cmd-flags")
     def flags() -> dict[str, Any]:

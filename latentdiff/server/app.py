@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from latentdiff.core.errors import LatentDiffError
-from latentdiff.server import a1111, a1111_facts, openai
+from latentdiff.server import a1111, a1111_facts, gallery, openai, page, runs
 from latentdiff.server.guard import Guard, Limits
 from latentdiff.server.openai import failure, status_of
 from latentdiff.server.studio import Studio
@@ -21,14 +21,21 @@ from latentdiff.server.studio import Studio
 def application(studio: Studio, hosts: tuple[str, ...] | None, token: str | None, limits: Limits | None = None) -> Any:
     """The ASGI application. hosts: see Guard; None requires a token."""
     app = FastAPI(title="latentdiff", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(openai.routes(studio))
-    app.include_router(a1111.routes(studio))
-    for router in (a1111_facts.model_routes(studio), a1111_facts.list_routes(studio), a1111_facts.tool_routes()):
+    for router in (
+        openai.routes(studio),
+        a1111.routes(studio),
+        a1111_facts.model_routes(studio),
+        a1111_facts.list_routes(),
+        a1111_facts.tool_routes(),
+        gallery.routes(studio),
+        page.routes(studio),
+        runs.routes(studio.runs),
+    ):
         app.include_router(router)
 
     @app.get("/health")
-    def health() -> dict[str, Any]:
-        return {"status": "ok", "model": studio.pipe.card.name, "waiting": studio.worker.waiting}
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "model": studio.shelf.current, "waiting": studio.worker.waiting}
 
     @app.get("/metrics")
     def metrics() -> Response:

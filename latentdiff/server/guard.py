@@ -23,6 +23,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 TYPES = ("application/json", "multipart/form-data")
 OPEN = ("/health",)  # needs no token
+ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Guard:
         if isinstance(body, tuple):
             await _answer(send, *body)
             return
-        await self._app(scope, _again(body, receive), send)
+        await self._app(scope, _again(body, receive), _with_headers(send))
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
@@ -121,13 +122,20 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return first_the_body
 
 
+def _with_headers(send: Send) -> Send:
+    """A send that adds the headers of every answer: types are not guessed, other sites cannot show what is here."""
+
+    async def sent(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], *ALWAYS]
+        await send(message)
+
+    return sent
+
+
 async def _answer(send: Send, status: int, message: str) -> None:
     content = json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"x-content-type-options", b"nosniff"),
-        (b"connection", b"close"),
-    ]
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *ALWAYS]
     headers += [(b"www-authenticate", b"Basic")] if status == 401 else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content.encode()})

@@ -18,18 +18,18 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
-from latentdiff.core.errors import ConfigError, DataError, LatentDiffError
+from latentdiff.core.errors import ConfigError, DataError, LatentDiffError, ModelError, UnsafeError
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.request import Request
-from latentdiff.server.studio import Given, Studio, read_picture, transparent_parts
-from latentdiff.server.work import Drawn, Preview, Ticket, all_drawn
+from latentdiff.server.studio import MissingError, Order, Studio, client_of, read_picture, transparent_parts
+from latentdiff.server.work import Drawn, Moved, Preview, Ticket, all_drawn
 
 ALIASES = ("default", "dall-e-2", "dall-e-3", "gpt-image-1")
 VARIED = 0.6  # strength of a variation
 _LOSSY = ("jpeg", "webp")
 
 
-class Order(BaseModel):
+class Body(BaseModel):
     """The body of a request; further keys are settings of drawing, or ignored."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -57,49 +57,43 @@ class Order(BaseModel):
 
 
 def routes(studio: Studio) -> APIRouter:
-    """The routes under /v1, and the pictures that URLs lead to."""
+    """The routes under /v1."""
     router = APIRouter()
 
     @router.get("/v1/models")
     def models() -> dict[str, Any]:
-        name = studio.pipe.card.name
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "latentdiff"}]}
+        facts = {"object": "model", "created": 0, "owned_by": "latentdiff"}
+        return {"object": "list", "data": [{"id": name} | facts for name in studio.shelf.names()]}
 
     @router.post("/v1/images/generations")
-    async def generations(order: Order, http: HttpRequest) -> Response:
-        if not order.prompt.strip():
+    async def generations(body: Body, http: HttpRequest) -> Response:
+        if not body.prompt.strip():
             raise ConfigError("prompt is empty. Say what to draw")
-        return await _answered(studio, order, http, "image_generation", Given())
+        return await _answered(studio, body, http, "image_generation")
 
     @router.post("/v1/images/edits")
     async def edits(http: HttpRequest) -> Response:
-        order, files = await _form(http)
+        body, files = await _form(http)
         pictures = files.get("image", []) + files.get("image[]", [])
         if len(pictures) != 1:
             raise ConfigError(f"image must be one picture; this model draws over one (got {len(pictures)})")
         mask = files.get("mask", pictures)[0]
         transparent = transparent_parts(mask, "mask")
-        given = Given(read_picture(pictures[0], "image"), transparent if transparent.any() else None)
-        return await _answered(studio, order, http, "image_edit", given)
+        given = {"image": read_picture(pictures[0], "image"), "mask": transparent if transparent.any() else None}
+        return await _answered(studio, body, http, "image_edit", **given)
 
     @router.post("/v1/images/variations")
     async def variations(http: HttpRequest) -> Response:
-        order, files = await _form(http, strength=VARIED)
+        body, files = await _form(http, strength=VARIED)
         if len(files.get("image", [])) != 1:
             raise ConfigError(f"image must be one picture (got {len(files.get('image', []))})")
-        return await _answered(studio, order, http, "image_variation", Given(read_picture(files["image"][0], "image")))
-
-    @router.get("/pictures/{name}")
-    def picture(name: str) -> Response:
-        path = studio.path_of(name)
-        if path is None:
-            return failure(404, "no such picture was drawn here")
-        return Response(path.read_bytes(), media_type="image/png", headers={"x-content-type-options": "nosniff"})
+        image = read_picture(files["image"][0], "image")
+        return await _answered(studio, body, http, "image_variation", image=image)
 
     return router
 
 
-async def _form(http: HttpRequest, **defaults: Any) -> tuple[Order, dict[str, list[bytes]]]:
+async def _form(http: HttpRequest, **defaults: Any) -> tuple[Body, dict[str, list[bytes]]]:
     """The fields and the files of a multipart body. Raises pydantic's ValidationError."""
     files: dict[str, list[bytes]] = {}
     fields = defaults
@@ -109,7 +103,7 @@ async def _form(http: HttpRequest, **defaults: Any) -> tuple[Order, dict[str, li
                 files.setdefault(name, []).append(await value.read())
             else:
                 fields[name] = _as_json(name, str(value))
-    return Order.model_validate(fields), files
+    return Body.model_validate(fields), files
 
 
 def _as_json(name: str, text: str) -> Any:
@@ -122,49 +116,53 @@ def _as_json(name: str, text: str) -> Any:
         return text
 
 
-async def _answered(studio: Studio, order: Order, http: HttpRequest, kind: str, given: Given) -> Response:
-    """Draw, and answer whole or as a stream."""
-    name = studio.pipe.card.name
-    if order.model not in (None, name, *ALIASES):
-        return failure(404, f"the model {str(order.model)[:60]!r} is not served here; {name!r} is", "model_not_found")
-    settings, ignored = order.settings()
-    previews = order.partial_images if order.stream else 0
-    ticket = studio.order(settings, http.client.host if http.client else "", given, previews=previews)
+async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **given: Any) -> Response:
+    """Draw, and answer whole or as a stream. given: what drawing starts from, see Order."""
+    names = studio.shelf.names()
+    if body.model not in (None, *names, *ALIASES):
+        known = ", ".join(names[:20])
+        return failure(404, f"the model {str(body.model)[:60]!r} is not served here; one of {known}", "model_not_found")
+    settings, ignored = body.settings()
+    previews = body.partial_images if body.stream else 0
+    model = body.model if body.model in names else None
+    ticket = await studio.submit(Order(settings, client_of(http), model, previews=previews, **given))
     headers = {"x-ignored": ", ".join(ignored)[:500].encode("ascii", "replace").decode()} if ignored else {}
-    if order.stream:
-        return StreamingResponse(_streamed(order, ticket, kind), media_type="text/event-stream", headers=headers)
+    if body.stream:
+        return StreamingResponse(_streamed(body, ticket, kind), media_type="text/event-stream", headers=headers)
     pictures: dict[int, dict[str, Any]] = {}
     async for event in all_drawn(ticket, http.is_disconnected):
-        pictures[event.number] = _item(order, event, str(http.base_url))
+        pictures[event.number] = _item(body, event, str(http.base_url))
     data = [pictures[number] for number in sorted(pictures)]
     return JSONResponse({"created": int(time.time()), "data": data}, headers=headers)
 
 
-def _item(order: Order, event: Drawn, base: str) -> dict[str, Any]:
-    if order.response_format == "url":
+def _item(body: Body, event: Drawn, base: str) -> dict[str, Any]:
+    if body.response_format == "url":
         return {"url": f"{base}pictures/{event.kept}"}
-    return {"b64_json": _encoded(order, event)}
+    return {"b64_json": _encoded(body, event)}
 
 
-def _encoded(order: Order, event: Drawn | Preview) -> str:
+def _encoded(body: Body, event: Drawn | Preview) -> str:
     """The picture in base64, with its record if it is finished."""
     record = event.record if isinstance(event, Drawn) else None
-    quality = order.output_compression if order.output_format in _LOSSY and order.output_compression < 100 else None
-    return base64.b64encode(encoded(event.image, f".{order.output_format}", record, quality)).decode()
+    quality = body.output_compression if body.output_format in _LOSSY and body.output_compression < 100 else None
+    return base64.b64encode(encoded(event.image, f".{body.output_format}", record, quality)).decode()
 
 
-async def _streamed(order: Order, ticket: Ticket, kind: str) -> AsyncIterator[str]:
+async def _streamed(body: Body, ticket: Ticket, kind: str) -> AsyncIterator[str]:
     """Server-sent events: previews of each picture, then the picture."""
     shown: dict[int, int] = {}
     try:
         async for event in ticket.events():
+            if isinstance(event, Moved):
+                continue
             facts = {
                 "created_at": int(time.time()),
                 "size": f"{event.image.width}x{event.image.height}",
                 "quality": "auto",
                 "background": "opaque",
-                "output_format": order.output_format,
-                "b64_json": _encoded(order, event),
+                "output_format": body.output_format,
+                "b64_json": _encoded(body, event),
             }
             if isinstance(event, Preview):
                 number = shown[event.number] = shown.get(event.number, -1) + 1
@@ -197,4 +195,6 @@ def status_of(error: LatentDiffError) -> int:
         return 429
     if isinstance(error, StoppedError):
         return 503
-    return 422 if isinstance(error, ConfigError | DataError) else 500
+    if isinstance(error, MissingError):
+        return 404
+    return 422 if isinstance(error, ConfigError | DataError | ModelError | UnsafeError) else 500

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import webbrowser
+from socket import socket
 from types import FrameType
 
 import uvicorn
@@ -15,18 +18,26 @@ CLOSING = 10  # seconds for answers that are on their way
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which tells the worker to stop as soon as a signal comes: open requests are then answered by 503."""
+    """uvicorn's, which tells the worker to stop as soon as a signal comes: open requests are then answered by 503.
 
-    def __init__(self, config: uvicorn.Config, studio: Studio):
+    address: is opened in a browser as soon as the server listens.
+    """
+
+    def __init__(self, config: uvicorn.Config, studio: Studio, address: str | None):
         super().__init__(config)
-        self._studio = studio
+        self._studio, self._address = studio, address
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._address is not None and self.started:
+            await asyncio.to_thread(webbrowser.open, self._address)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._studio.worker.stop(wait=0)
         super().handle_exit(sig, frame)
 
 
-def serve(studio: Studio, host: str, port: int, token: str | None) -> None:
+def serve(studio: Studio, host: str, port: int, token: str | None, address: str | None = None) -> None:
     """Serve until SIGINT or SIGTERM, which uvicorn raises again when all is closed."""
     hosts = LOOPBACK if host in ("127.0.0.1", "localhost", "::1") else None
     config = uvicorn.Config(
@@ -42,6 +53,6 @@ def serve(studio: Studio, host: str, port: int, token: str | None) -> None:
     )
     studio.worker.start()
     try:
-        _Server(config, studio).run()
+        _Server(config, studio, address).run()
     finally:
         studio.worker.stop()

@@ -1,12 +1,11 @@
-"""What all routes share: the pipeline, its worker, the folder of pictures, and one way from settings to a ticket."""
+"""What all routes share: the models, the worker, the folder of pictures, and one way from settings to a ticket."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,63 +13,87 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from latentdiff.core.decoding import decode
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.drawing.canvas import Margins
 from latentdiff.drawing.draw import canvas_of, jobs_of
 from latentdiff.drawing.files import write_pictures
+from latentdiff.drawing.painter import torch_only
 from latentdiff.drawing.record import ImageMetadata
+from latentdiff.drawing.request import request as made
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.server.history import PICTURE, History
+from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
 from latentdiff.server.work import Ticket, Worker
 
-PICTURE = re.compile(r"\d{5,9}-\d{1,20}\.png")
+RUNS = Path("runs")
 MOST_PIXELS = 2048 * 2048  # of an input picture
 MOST_PICTURES = 64  # of one request
 
 
-@dataclass(frozen=True)
-class Given:
-    """The pictures of a request: what it starts from, and the mask, uint8 (H, W, 3) and (H, W); white is redrawn."""
+class MissingError(DataError):
+    """There is nothing of this name."""
 
+
+@dataclass(frozen=True)
+class Order:
+    """What a client asks for: settings of drawing, and the model and adapters beside those that the prompt names.
+
+    image, mask: what drawing starts from, uint8 (H, W, 3) and (H, W); white is redrawn. margins: to add around it.
+    previews, follow: see Ticket.
+    """
+
+    settings: Mapping[str, Any]
+    client: str = ""
+    model: str | None = None
+    adapters: tuple[Adapter, ...] = ()
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
-
-
-NOTHING = Given()
+    margins: Margins = Margins()  # noqa: RUF009 - frozen
+    previews: int = 0
+    follow: bool = False
 
 
 class Studio:
-    """See the module. folder: where every picture is written."""
+    """See the module. folder: where every picture is written. runs: the folder of the run folders, to be shown."""
 
-    def __init__(self, pipe: LatentDiffusionPipeline, folder: Path, most_waiting: int = 200):
-        self.pipe, self.folder = pipe, folder
-        self.worker = Worker(pipe, self._keep, most_waiting)
+    def __init__(self, shelf: Shelf, folder: Path, most_waiting: int = 200, runs: Path = RUNS):
+        self.shelf, self.folder, self.runs = shelf, folder, runs
+        self.history = History(folder)
+        self.worker = Worker(self._keep, most_waiting)
         self.registry = CollectorRegistry()
         self.pictures = Counter("latentdiff_pictures", "Pictures drawn", registry=self.registry)
         self.refused = Counter("latentdiff_refused", "Requests refused", ["status"], registry=self.registry)
         waiting = Gauge("latentdiff_waiting", "Pictures that wait", registry=self.registry)
         waiting.set_function(lambda: self.worker.waiting)
 
-    @property
-    def title(self) -> str:
-        """The model's name and the beginning of its hash, as A1111 has it."""
-        return f"{self.pipe.card.name} [{self.pipe.card.hash[:10]}]"
+    async def model(self, name: str | None = None) -> LatentDiffusionPipeline:
+        """A model without adapters; None is the one that is chosen now. Raises ConfigError, ModelError."""
+        return await self._take(Wanted(name or self.shelf.current))
 
-    def order(
-        self,
-        settings: dict[str, Any],
-        client: str,
-        given: Given = NOTHING,
-        margins: Sequence[int] = (0, 0, 0, 0),
-        previews: int = 0,
-    ) -> Ticket:
-        """A ticket for a request's pictures. Raises ConfigError, FullError, StoppedError."""
-        if settings.get("num_images", 1) > MOST_PICTURES:
-            raise ConfigError(f"a request has at most {MOST_PICTURES} pictures (got {settings['num_images']})")
-        request = self.pipe.request(**settings)
-        canvas = canvas_of(self.pipe.model, request, given.image, given.mask, margins=Margins(*margins))
-        return self.worker.submit(jobs_of(self.pipe.model, request, canvas), client, previews)
+    async def submit(self, order: Order) -> Ticket:
+        """A ticket for an order's pictures. Raises ConfigError, ModelError, FullError, StoppedError."""
+        count = order.settings.get("num_images", 1)
+        if isinstance(count, int) and count > MOST_PICTURES:
+            raise ConfigError(f"a request has at most {MOST_PICTURES} pictures (got {count})")
+        prompt, adapters = without_tags(order.settings["prompt"])
+        settings = {**order.settings, "prompt": prompt}
+        wanted = Wanted(order.model or self.shelf.current, (*order.adapters, *adapters))
+        pipe = await self._take(wanted)
+        if torch_only(made(**{**pipe.card.defaults, **settings}), pipe.model):
+            pipe = await self._take(wanted._replace(torch=True))  # so that other clients' pictures stay as they are
+        request = pipe.request(**settings)
+        canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)
+        jobs = jobs_of(pipe.model, request, canvas)
+        return self.worker.submit(Ticket(pipe.painter, jobs, order.client, order.previews, order.follow))
+
+    async def _take(self, wanted: Wanted) -> LatentDiffusionPipeline:
+        """From the shelf; what must be loaded first is loaded in a thread, and other clients are answered meanwhile."""
+        loaded = self.shelf.loaded(wanted)
+        return await run_in_threadpool(self.shelf.take, wanted) if loaded is None else loaded
 
     def _keep(self, image: Image.Image, record: ImageMetadata) -> str:
         """Write a picture into the folder; its name there."""
@@ -84,12 +107,25 @@ class Studio:
         return path if PICTURE.fullmatch(name) and path.is_file() and not path.is_symlink() else None
 
 
+def client_of(http: Request) -> str:
+    """The address that a request comes from: what one client may have in the queue is bounded."""
+    return http.client.host if http.client else ""
+
+
 def read_picture(data: bytes, what: str) -> np.ndarray:
     """A client's picture, uint8 (H, W, 3), on white. Raises DataError."""
     try:
         return decode(data, (255, 255, 255), MOST_PIXELS).pixels
     except DataError as error:
         raise DataError(f"{what}: {error}") from None
+
+
+def picture_mask(data: bytes, image: np.ndarray, *, inverted: bool = False) -> np.ndarray:
+    """A client's mask in grey at the picture's size, uint8 (H, W); white is redrawn. Raises DataError."""
+    grey = Image.fromarray(read_picture(data, "mask")).convert("L")
+    if grey.size != image.shape[1::-1]:
+        grey = grey.resize(image.shape[1::-1], Image.Resampling.LANCZOS)
+    return 255 - np.asarray(grey) if inverted else np.asarray(grey)
 
 
 def transparent_parts(data: bytes, what: str) -> np.ndarray:

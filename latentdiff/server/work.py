@@ -18,10 +18,12 @@ from typing import Any
 from PIL import Image
 
 from latentdiff.core.errors import LatentDiffError
+from latentdiff.core.images import to_uint8
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.draw import Drawing, batch_key
+from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.pixels import decode
 from latentdiff.drawing.record import ImageMetadata
-from latentdiff.pipeline import LatentDiffusionPipeline
 
 GONE = 0.25  # seconds between two looks whether a client is there
 Finish = Callable[[Image.Image, ImageMetadata], Any]
@@ -54,34 +56,52 @@ class Drawn:
     notes: Sequence[str] = ()
 
 
-Event = Preview | Drawn | Exception
+@dataclass(frozen=True)
+class Moved:
+    """A step of a ticket is done, see `Ticket.done`, or its place in the queue is another."""
+
+
+Event = Preview | Drawn | Moved | Exception
 
 
 @dataclass(eq=False)
 class Ticket:
-    """The pictures that one client has asked for.
+    """The pictures that one client has asked for, and the painter that draws them.
 
-    keys: what pictures of one batch have in common. previews: how many of each picture. steps, done: of all pictures.
+    previews: how many of each picture. follow: whether each step is an event. steps, done: of all pictures.
     """
 
+    painter: Painter
     jobs: Sequence[Job]
-    keys: Sequence[Any]
     client: str
     previews: int = 0
+    follow: bool = False
     cancelled: bool = False
     steps: int = 0
     done: int = 0
     began: float = 0.0  # time.monotonic() at its first step
+    keys: Sequence[Any] = ()  # what pictures of one batch have in common
     _events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     _loop: asyncio.AbstractEventLoop | None = None
+
+    def __post_init__(self) -> None:
+        self.keys = [(id(self.painter), batch_key(self.painter, job)) for job in self.jobs]
+        self.steps = sum(sum(job.plan.steps) for job in self.jobs)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the mean of its steps until now; None before the first."""
+        if not (self.began and self.done):
+            return None
+        return (time.monotonic() - self.began) * (self.steps - self.done) / self.done
 
     def tell(self, event: Event) -> None:
         """Pass an event to the client; called by the worker."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def events(self) -> AsyncIterator[Preview | Drawn]:
-        """Previews and pictures until all are drawn. Leaving early cancels the rest. Raises what drawing raised."""
+    async def events(self) -> AsyncIterator[Preview | Drawn | Moved]:
+        """Steps, previews and pictures; leaving before all are drawn cancels the rest. Raises what drawing raised."""
         left = len(self.jobs)
         try:
             while left:
@@ -112,26 +132,28 @@ async def all_drawn(ticket: Ticket, is_gone: Callable[[], Awaitable[bool]]) -> A
 
 
 class Worker:
-    """See the module. most: pictures that may wait; most_of_one: of one client. finish: is called with each picture."""
+    """See the module. most: pictures that may wait; most_of_one: of one client. finish: is called with each picture.
 
-    def __init__(self, pipe: LatentDiffusionPipeline, finish: Finish, most: int = 200, most_of_one: int = 50):
-        self.pipe, self.drawn = pipe, 0
+    One worker draws for all models, since they share one machine: a picture of another model waits like any other.
+    """
+
+    def __init__(self, finish: Finish, most: int = 200, most_of_one: int = 50):
+        self.drawn = 0
         self._finish, self._most, self._most_of_one = finish, most, most_of_one
         self._waiting: deque[tuple[Ticket, int]] = deque()
         self._current: list[tuple[Ticket, int]] = []
         self._changed = threading.Condition()
         self.stopping = False
-        self._latest: Any = None  # the network's guess of the first picture of the batch
+        self._latest: tuple[Painter, Any] | None = None  # the network's guess of the first picture of the batch
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
         """Begin to draw."""
         self._thread.start()
 
-    def submit(self, jobs: Sequence[Job], client: str, previews: int = 0) -> Ticket:
-        """Queue pictures, in the running event loop. Raises FullError, and StoppedError when the server stops."""
-        keys = [batch_key(self.pipe.painter, job) for job in jobs]
-        ticket = Ticket(jobs, keys, client, previews, steps=sum(sum(job.plan.steps) for job in jobs))
+    def submit(self, ticket: Ticket) -> Ticket:
+        """Queue a ticket's pictures, in the running event loop. Raises FullError, StoppedError."""
+        jobs, client = ticket.jobs, ticket.client
         ticket._loop = asyncio.get_running_loop()
         with self._changed:
             if self.stopping:
@@ -151,6 +173,11 @@ class Worker:
         """The number of pictures that wait."""
         return len(self._waiting)
 
+    def ahead_of(self, ticket: Ticket) -> int:
+        """The number of pictures that wait before a ticket's first one."""
+        places = [place for place, (other, _) in enumerate(list(self._waiting)) if other is ticket]
+        return places[0] if len(places) == len(ticket.jobs) else 0
+
     def current(self) -> list[Ticket]:
         """The tickets whose pictures are being drawn."""
         return list(dict.fromkeys(ticket for ticket, _ in self._current))
@@ -158,7 +185,7 @@ class Worker:
     def preview(self) -> Image.Image | None:
         """What the first picture that is being drawn would be now."""
         latest = self._latest
-        return None if latest is None else self._preview(latest)
+        return None if latest is None else _preview(*latest)
 
     def interrupt(self) -> None:
         """Cancel what is being drawn."""
@@ -181,6 +208,8 @@ class Worker:
                 if self.stopping:
                     break
                 self._current = self._next()
+            for ticket in {ticket for ticket, _ in list(self._waiting) if ticket.follow}:
+                ticket.tell(Moved())  # it may have come nearer
             if self._current:
                 try:
                     self._draw(self._current)
@@ -204,11 +233,12 @@ class Worker:
 
     def _draw(self, some: Sequence[tuple[Ticket, int]]) -> None:
         """Draw one batch; a batch that nobody waits for any more is left."""
-        drawing = Drawing(self.pipe.painter, Batch([ticket.jobs[number] for ticket, number in some]))
+        painter = some[0][0].painter
+        drawing = Drawing(painter, Batch([ticket.jobs[number] for ticket, number in some]))
         total, last, now = sum(drawing.batch.plan.steps), None, time.monotonic()
         for count, step in enumerate(drawing, 1):
             last = step
-            self._latest = step.x0[:1]
+            self._latest = painter, step.x0[:1]
             for ticket, _ in some:
                 ticket.done += 1
                 ticket.began = ticket.began or now
@@ -216,7 +246,9 @@ class Worker:
                 raise StoppedError("the server stops" if self.stopping else "cancelled")
             for row, (ticket, number) in enumerate(some):
                 if count < total and count in _preview_steps(total, ticket.previews):
-                    ticket.tell(Preview(number, self._preview(step.x0[row : row + 1])))
+                    ticket.tell(Preview(number, _preview(painter, step.x0[row : row + 1])))
+            for ticket in {ticket for ticket, _ in some if ticket.follow}:
+                ticket.tell(Moved())
         assert last is not None
         output = drawing.finish(last.x)
         for (ticket, number), image, record in zip(some, output.images, output.metadata, strict=True):
@@ -224,16 +256,15 @@ class Worker:
             if not ticket.cancelled:
                 ticket.tell(Drawn(number, image, record, self._finish(image, record), tuple(output.notes)))
 
-    def _preview(self, x0: Any) -> Image.Image:
-        from latentdiff.core.images import to_uint8
-
-        pixels = to_uint8(self.pipe.decode(x0))[0]
-        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
     def _tell_all(self, error: Exception) -> None:
         for ticket in self.current():
             ticket.cancelled = True
             ticket.tell(error)
+
+
+def _preview(painter: Painter, x0: Any) -> Image.Image:
+    pixels = to_uint8(decode(painter.model, x0))[0]
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def _identity(each: tuple[Ticket, int]) -> tuple[int, int]:

@@ -1,0 +1,182 @@
+"""All pictures of a folder, searched by words, model and date.
+
+The pictures are the truth: what is known of them is their own records. An index beside them, `.history.sqlite`, only
+makes searching fast. It follows the folder before each search, and is written anew if it is missing or damaged.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from os import DirEntry, scandir
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.errors import DataError
+from latentdiff.drawing.record import read_metadata
+from latentdiff.drawing.reproduce import Record, record_in
+
+FILE = ".history.sqlite"
+LATEST = 2**62  # nanoseconds, after all pictures
+PICTURE = re.compile(r"\d{5,9}-\d{1,20}\.(png|jpe?g|webp)")
+LARGEST = 256 * 2**20  # bytes of a picture whose record is read
+_TABLES = """
+CREATE TABLE pictures
+    (id INTEGER PRIMARY KEY, name TEXT UNIQUE, changed INTEGER, size INTEGER, model TEXT, record TEXT);
+CREATE INDEX by_time ON pictures (changed, id);
+CREATE VIRTUAL TABLE words USING fts5 (text);
+"""
+
+
+@dataclass(frozen=True)
+class Search:
+    """words: all must be in the prompt or the negative prompt, as beginnings of words. since, until: nanoseconds.
+
+    before: the `place` of an entry; only older ones are found.
+    """
+
+    words: str = ""
+    model: str = ""
+    since: int = 0
+    until: int = LATEST
+    before: tuple[int, int] = (LATEST, 0)
+    count: int = 60
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture: its name, when its file was written in nanoseconds, its place in the history, its record."""
+
+    name: str
+    time: int
+    place: tuple[int, int]
+    record: Record
+
+
+class History:
+    """See the module. Several threads and processes may use it."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._path, self._turn = folder, folder / FILE, threading.Lock()
+        self._is_checked = False
+
+    def search(self, search: Search) -> list[Entry]:
+        """The pictures that fit, the newest first."""
+        if not self._folder.is_dir():
+            return []
+        with self._open() as index:
+            self._follow(index)
+            return [_entry(row) for row in index.execute(*_query(search))]
+
+    def models(self) -> list[str]:
+        """The models that have drawn here."""
+        if not self._folder.is_dir():
+            return []
+        with self._open() as index:
+            rows = index.execute("SELECT DISTINCT model FROM pictures WHERE record IS NOT NULL ORDER BY model")
+            return [name for (name,) in rows]
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """The index, in one transaction; written anew if it cannot be read."""
+        with self._turn:
+            try:
+                index = _opened(self._path, check=not self._is_checked)
+            except sqlite3.DatabaseError:
+                self._path.unlink(missing_ok=True)
+                index = _opened(self._path)
+            self._is_checked = True
+            with closing(index), index:
+                yield index
+
+    def _follow(self, index: sqlite3.Connection) -> None:
+        """Enter new and changed pictures, and remove those that are gone."""
+        rows = index.execute("SELECT name, changed, size FROM pictures")
+        known = {name: (changed, size) for name, changed, size in rows}
+        with scandir(self._folder) as entries:
+            there = {entry.name: _state(entry) for entry in entries if _is_picture(entry)}
+        for name in known.keys() - there.keys():
+            _remove(index, name)
+        for name in sorted(name for name, state in there.items() if known.get(name) != state):
+            _enter(index, self._folder / name, *there[name])
+
+
+@cache
+def _version() -> int:
+    """The version of the index: it changes with the tables, and with the form of a record."""
+    return zlib.crc32(f"{_TABLES}{Record.model_json_schema()}".encode()) >> 1
+
+
+def _opened(path: Path, *, check: bool = False) -> sqlite3.Connection:
+    """check: whether every page of the file is read, which finds damage. Raises sqlite3.DatabaseError."""
+    index = sqlite3.connect(path, timeout=30)
+    try:
+        (version,) = index.execute("PRAGMA user_version").fetchone()
+        if version != _version():
+            if version or index.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+                raise sqlite3.DatabaseError("another version")
+            index.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_version()}; COMMIT;")
+        if check and index.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("damaged")
+    except BaseException:
+        index.close()
+        raise
+    return index
+
+
+def _is_picture(entry: DirEntry[str]) -> bool:
+    return PICTURE.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
+
+
+def _state(entry: DirEntry[str]) -> tuple[int, int]:
+    stat = entry.stat(follow_symlinks=False)
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _enter(index: sqlite3.Connection, path: Path, changed: int, size: int) -> None:
+    """Enter a picture; one without a valid record is known, but never found."""
+    _remove(index, path.name)
+    record = _record(path, size)
+    row = (path.name, changed, size, record and record.model, record and record.model_dump_json())
+    into = "INSERT INTO pictures (name, changed, size, model, record) VALUES (?, ?, ?, ?, ?)"
+    place = index.execute(into, row).lastrowid
+    if record is not None:
+        text = f"{record.request.prompt}\n{record.request.negative_prompt}"
+        index.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (place, text))
+
+
+def _record(path: Path, size: int) -> Record | None:
+    try:
+        return record_in(read_metadata(path, decoded=False), path.name) if size <= LARGEST else None
+    except DataError:
+        return None
+
+
+def _remove(index: sqlite3.Connection, name: str) -> None:
+    index.execute("DELETE FROM words WHERE rowid IN (SELECT id FROM pictures WHERE name = ?)", (name,))
+    index.execute("DELETE FROM pictures WHERE name = ?", (name,))
+
+
+def _query(search: Search) -> tuple[str, tuple[Any, ...]]:
+    """The SQL of a search, and its values."""
+    where, values = ["record IS NOT NULL", "(changed, id) < (?, ?)", "changed BETWEEN ? AND ?"], list[Any]()
+    values += [*search.before, search.since, search.until]
+    if search.model:
+        where.append("model = ?")
+        values.append(search.model)
+    if words := re.findall(r"\w+", search.words):
+        where.append("id IN (SELECT rowid FROM words WHERE words MATCH ?)")
+        values.append(" ".join(f'"{word}"*' for word in words))
+    text = "SELECT name, changed, id, record FROM pictures WHERE " + " AND ".join(where)
+    return f"{text} ORDER BY changed DESC, id DESC LIMIT ?", (*values, search.count)
+
+
+def _entry(row: tuple[str, int, int, str]) -> Entry:
+    name, changed, place, record = row
+    return Entry(name, changed, (changed, place), Record.model_validate_json(record))

@@ -1,0 +1,173 @@
+"""The web page: its files, what it asks about models, and pictures as they are drawn.
+
+The page is a few hundred lines of HTML, CSS and JavaScript without a framework. It starts with the server, loads
+nothing from another host, and everything goes through the guard, the queue and the routes that other clients use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentdiff.core.errors import LatentDiffError
+from latentdiff.diffusion.grids import GRIDS
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.drawing.canvas import Margins
+from latentdiff.drawing.files import encoded
+from latentdiff.drawing.reproduce import record_in
+from latentdiff.server.gallery import summary
+from latentdiff.server.shelf import Adapter
+from latentdiff.server.studio import (
+    MissingError,
+    Order,
+    Studio,
+    client_of,
+    from_base64,
+    picture_mask,
+    read_picture,
+    to_base64,
+)
+from latentdiff.server.work import Drawn, Preview, Ticket
+
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+POLICY = (  # of the page: scripts, pictures and addresses of this server alone; in no frame of another page
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+Margin = Annotated[int, Field(ge=0, le=4096)]
+
+
+class Chosen(BaseModel):
+    """An adapter and its weight."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str
+    weight: Annotated[float, Field(ge=-10, le=10)] = 1.0
+
+
+class Body(BaseModel):
+    """What the page asks to draw; pictures are in base64. settings: of drawing, with seeds as text."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    settings: dict[str, Any]
+    model: str | None = None
+    adapters: Annotated[list[Chosen], Field(max_length=20)] = []
+    image: str | None = None
+    mask: str | None = None
+    margins: tuple[Margin, Margin, Margin, Margin] = (0, 0, 0, 0)
+    previews: Annotated[int, Field(ge=0, le=50)] = 0
+
+    def order(self, client: str) -> Order:
+        """The order. Raises ConfigError, DataError."""
+        settings = {"prompt": "", **self.settings}
+        for name in ("seed", "variation_seed"):
+            if isinstance(seed := settings.get(name), str):
+                settings[name] = int(seed) if seed.isdecimal() and len(seed) <= 20 else seed
+        image = None if self.image is None else read_picture(from_base64(self.image), "the picture")
+        mask = None if self.mask is None or image is None else picture_mask(from_base64(self.mask), image)
+        return Order(
+            settings,
+            client,
+            self.model,
+            tuple(Adapter(each.name, each.weight) for each in self.adapters),
+            image,
+            mask,
+            Margins(*self.margins),
+            self.previews,
+            follow=True,
+        )
+
+
+def routes(studio: Studio) -> APIRouter:
+    """The page, and what it asks."""
+    router = APIRouter()
+
+    @router.get("/")
+    def index() -> Response:
+        return _file("index.html")
+
+    @router.get("/page/{name}")
+    def file(name: str) -> Response:
+        return _file(name)
+
+    @router.get("/api/choices")
+    def choices() -> dict[str, Any]:
+        """What may be chosen."""
+        return {
+            "models": studio.shelf.names(),
+            "model": studio.shelf.current,
+            "adapters": studio.shelf.adapters(),
+            "samplers": [{"name": name, "label": row.label} for name, row in SAMPLERS.items()],
+            "spacings": list(GRIDS),
+        }
+
+    @router.get("/api/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """A model's sizes and the settings that a request without any has; the model is loaded if need be."""
+        pipe = await studio.model(name)
+        settings = pipe.request("", seed=0).model_dump()
+        height, width = pipe.card.size
+        return {"name": name, "width": width, "height": height, "multiple": pipe.model.multiple, "settings": settings}
+
+    @router.post("/api/draw")
+    async def draw(body: Body, http: HttpRequest) -> Response:
+        ticket = await studio.submit(body.order(client_of(http)))
+        return StreamingResponse(_told(studio, ticket), media_type="application/x-ndjson")
+
+    return router
+
+
+@cache
+def _files() -> dict[str, bytes]:
+    folder = files("latentdiff.server") / "static"
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def _file(name: str) -> Response:
+    content = _files().get(name)
+    if content is None:
+        raise MissingError("no such file")
+    headers = {"content-security-policy": POLICY, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
+    return Response(content, media_type=TYPES[name[name.rindex(".") :]], headers=headers)
+
+
+async def _told(studio: Studio, ticket: Ticket) -> AsyncIterator[str]:
+    """One JSON object a line: places in the queue, steps, previews, pictures, and what went wrong."""
+    yield _line(_progress(studio, ticket))
+    try:
+        async for event in ticket.events():
+            for facts in _facts(studio, ticket, event):
+                yield _line(facts)
+    except LatentDiffError as error:
+        yield _line({"kind": "error", "message": str(error)})
+
+
+def _facts(studio: Studio, ticket: Ticket, event: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(event, Preview):
+        data = to_base64(encoded(event.image, ".png", None))
+        yield {"kind": "preview", "number": event.number, "image": f"data:image/png;base64,{data}"}
+    elif isinstance(event, Drawn):
+        record = summary(record_in({"latentdiff": asdict(event.record)}, event.kept))
+        yield {"kind": "picture", "number": event.number, "name": event.kept, "record": record, "notes": [*event.notes]}
+    else:
+        yield _progress(studio, ticket)
+
+
+def _progress(studio: Studio, ticket: Ticket) -> dict[str, Any]:
+    numbers = {"done": ticket.done, "steps": ticket.steps, "seconds": ticket.seconds_left}
+    return {"kind": "progress", "pictures": len(ticket.jobs), "ahead": studio.worker.ahead_of(ticket), **numbers}
+
+
+def _line(facts: dict[str, Any]) -> str:
+    return json.dumps(facts) + "\n"

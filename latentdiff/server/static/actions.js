@@ -1,0 +1,103 @@
+// A finished picture: how it is shown, and what can be done with it.
+
+import { button, byId, make, picture } from "./dom.js";
+import * as paper from "./paper.js";
+import * as settings from "./settings.js";
+import { base64 } from "./api.js";
+import { draw, show } from "./draw.js";
+
+const VARIATIONS = { num_images: 4, variation_strength: 0.3 };
+
+/** Draw what a request asks for, and show each picture with what can be done with it. body: or a promise of it. */
+export function go(body) {
+  return draw(body, figure);
+}
+
+/** The content of a picture's figure: the picture, which opens larger, buttons, the prompt. */
+export function figure(name, record) {
+  const image = picture({ src: `/pictures/${name}`, alt: record.settings.prompt, loading: "lazy" });
+  const frame = make("button", { type: "button", className: "frame", onclick: () => open(name, record) }, image);
+  frame.ariaLabel = `Open: ${record.settings.prompt}`;
+  const { prompt } = record.settings;
+  const buttons = make("div", { className: "actions" }, ...actions(name, record));
+  return [frame, buttons, make("figcaption", { textContent: prompt, title: prompt })];
+}
+
+/** Show a picture with its facts. */
+export function open(name, record) {
+  const image = byId("large-image");
+  image.src = `/pictures/${name}`;
+  image.alt = record.settings.prompt;
+  byId("large-actions").replaceChildren(...actions(name, record));
+  const { prompt, negative_prompt: negative, seed } = record.settings;
+  const facts = {
+    Prompt: prompt,
+    "Negative prompt": negative,
+    Model: record.model,
+    Size: record.size.join(" × "),
+    Seed: seed,
+    Steps: record.settings.num_inference_steps,
+    Guidance: record.settings.guidance_scale,
+    Sampler: record.settings.sampler,
+    Adapters: record.adapters.map((each) => `${each.name}: ${each.weight}`).join(", "),
+    File: name,
+  };
+  const shown = Object.entries(facts).filter(([, value]) => value !== "" && value !== null && value !== undefined);
+  byId("large-facts").replaceChildren(
+    ...shown.flatMap(([key, value]) => [make("dt", { textContent: key }), make("dd", { textContent: value })]),
+  );
+  if (!byId("large").open) byId("large").showModal();
+}
+
+function actions(name, record) {
+  return [
+    button("Vary", () => (toForm(), go(vary(name, record)))),
+    button("Larger", () => (toForm(), go(enlarge(name, record)))),
+    button("Settings", () => reuse(record)),
+    button("Start from it", () => startFrom(name)),
+    make("a", { href: `/pictures/${name}`, download: name, textContent: "Save" }),
+  ];
+}
+
+/** Whether the first noise of a seed alone draws the picture: then that noise can be changed, or drawn larger. */
+function isPlain({ settings: { variation_seed: variation, hires_scale: hires }, from_picture: from }) {
+  return variation === null && hires === null && !from;
+}
+
+async function vary(name, record) {
+  const variation_seed = String(Math.floor(Math.random() * 2 ** 32));
+  if (isPlain(record)) return settings.requestOf(record, { ...VARIATIONS, variation_seed });
+  return over(name, record, { num_images: 4, strength: 0.5, seed: variation_seed });
+}
+
+async function enlarge(name, record) {
+  if (isPlain(record)) return settings.requestOf(record, { hires_scale: 2 });
+  const [width, height] = record.size;
+  return over(name, record, { strength: 0.4, width: 2 * width, height: 2 * height });
+}
+
+/** A request that draws over a picture. */
+async function over(name, record, changed) {
+  const image = await base64(await (await fetch(`/pictures/${name}`)).blob());
+  const none = { variation_seed: null, variation_strength: 0, hires_scale: null, hires_strength: null, mask_blur: 0 };
+  return { ...settings.requestOf(record, { ...none, ...changed }), image };
+}
+
+/** Put a record's settings into the form. */
+export async function reuse(record) {
+  toForm();
+  const notes = await settings.fill(record);
+  if (record.from_picture) notes.push("It was drawn over another picture: choose that one under “From a picture”.");
+  show(["Its settings are in the form.", ...notes].join(" "));
+}
+
+async function startFrom(name) {
+  toForm();
+  await paper.start(await (await fetch(`/pictures/${name}`)).blob());
+}
+
+function toForm() {
+  byId("large").close();
+  location.hash = "#draw";
+  byId("prompt").focus();
+}

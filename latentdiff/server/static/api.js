@@ -1,0 +1,52 @@
+// Requests to the server. A refusal becomes an Error with the server's own sentence.
+
+export async function get(path) {
+  return answered(await fetch(path));
+}
+
+export async function post(path, body) {
+  return answered(await sent(path, body));
+}
+
+/** The objects of an answer of one JSON object a line, as they come. Aborting the signal cancels on the server. */
+export async function* lines(path, body, signal) {
+  const answer = await sent(path, body, signal);
+  if (!answer.ok) await answered(answer);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const complete = (rest + value).split("\n");
+    rest = complete.pop();
+    for (const line of complete) yield JSON.parse(line);
+  }
+}
+
+/** The bytes of a file or a picture's address, in base64. */
+export async function base64(blob) {
+  const reader = new FileReader();
+  await new Promise((resolve, reject) => {
+    reader.onload = resolve;
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });
+  return reader.result.slice(reader.result.indexOf(",") + 1);
+}
+
+function sent(path, body, signal) {
+  const headers = { "content-type": "application/json" };
+  return fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+}
+
+async function answered(answer) {
+  const text = await answer.text();
+  let content = null;
+  try {
+    content = JSON.parse(text);
+  } catch {
+    throw new Error(`The server answered ${answer.status}: ${text.slice(0, 200)}`);
+  }
+  if (!answer.ok) throw new Error(content?.error?.message ?? `The server answered ${answer.status}`);
+  return content;
+}

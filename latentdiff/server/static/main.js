@@ -1,0 +1,87 @@
+// The page: its views, and what is done with its forms and with pictures that are dropped on it.
+
+import { base64, post } from "./api.js";
+import { button, byId } from "./dom.js";
+import { cancel, show } from "./draw.js";
+import { go, reuse } from "./actions.js";
+import * as history from "./history.js";
+import * as paper from "./paper.js";
+import * as runs from "./runs.js";
+import * as settings from "./settings.js";
+
+const VIEWS = ["draw", "history", "runs"];
+
+/** Run something, and say above all views what went wrong. */
+async function tried(work) {
+  try {
+    await work();
+    byId("problem").textContent = "";
+  } catch (error) {
+    byId("problem").textContent = error.message;
+  }
+}
+
+function view() {
+  const name = VIEWS.find((each) => `#${each}` === location.hash) ?? "draw";
+  for (const each of VIEWS) {
+    byId(each).hidden = each !== name;
+    const link = document.querySelector(`nav a[href="#${each}"]`);
+    if (each === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  scrollTo(0, 0);
+  if (name === "history") tried(history.search);
+  if (name === "runs") tried(runs.look);
+}
+
+async function request() {
+  return { ...settings.request(), ...(await paper.request()) };
+}
+
+/** A picture of the user's: to start from, or to read its settings. */
+async function take(file) {
+  await paper.start(file);
+  location.hash = "#draw";
+  const { record, parameters } = await post("/api/read", { image: await base64(file) });
+  show(record || !parameters ? "Drawing starts from this picture." : `Its settings in another program:\n${parameters}`);
+  if (record) byId("state").append(" ", button("Use its settings instead", () => tried(() => instead(record))));
+}
+
+async function instead(record) {
+  await paper.start(null);
+  await reuse(record);
+}
+
+function listen() {
+  addEventListener("hashchange", view);
+  byId("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    go(request());
+  });
+  byId("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("form").requestSubmit();
+  });
+  byId("cancel").addEventListener("click", cancel);
+  byId("model").addEventListener("change", ({ target }) => {
+    show(`Loading ${target.value}`);
+    tried(async () => (await settings.chooseModel(target.value), show("")));
+  });
+  byId("file").addEventListener("change", ({ target }) => target.files[0] && tried(() => take(target.files[0])));
+  byId("without").addEventListener("click", () => tried(() => paper.start(null)));
+  byId("clear").addEventListener("click", paper.clear);
+  byId("search").addEventListener("submit", (event) => event.preventDefault());
+  byId("search").addEventListener("input", () => tried(history.search));
+  byId("more").addEventListener("click", () => tried(history.more));
+  addEventListener("dragover", (event) => (event.preventDefault(), document.body.classList.add("dropping")));
+  addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    document.body.classList.remove("dropping");
+    const file = event.dataTransfer.files[0];
+    if (file) tried(() => take(file));
+  });
+}
+
+listen();
+view();
+tried(settings.load);

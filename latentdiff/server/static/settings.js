@@ -1,0 +1,133 @@
+// The settings of drawing: from the form to a request, and from a picture's record back into the form.
+//
+// An empty field leaves a setting to the model. Seeds stay text, since numbers of a browser have 53 bits.
+
+import { byId, make, options } from "./dom.js";
+import { get } from "./api.js";
+
+const TEXTS = ["prompt", "negative_prompt", "seed", "sampler", "spacing", "variation_seed"];
+const NUMBERS = [
+  "num_images", "width", "height", "num_inference_steps", "guidance_scale", "hires_scale", "variation_strength",
+  "strength", "mask_blur",
+];
+const FIELDS = [...TEXTS, ...NUMBERS];
+const UNASKED = { num_images: 4, mask_blur: 0 };
+
+let choices = { models: [], adapters: [], samplers: [], spacings: [] };
+let defaults = {};
+let model = null;
+
+/** Ask what may be chosen, and choose the server's model. */
+export async function load() {
+  choices = await get("/api/choices");
+  options(byId("model"), choices.models.map((name) => [name, name]), choices.model);
+  byId("adapters-fold").hidden = choices.adapters.length === 0;
+  byId("adapters").replaceChildren(...choices.adapters.map(adapterField));
+  await chooseModel(choices.model);
+}
+
+/** Choose a model: its own settings stand in the empty fields. */
+export async function chooseModel(name) {
+  model = await get(`/api/models/${encodeURIComponent(name)}`);
+  defaults = model.settings;
+  byId("model").value = name;
+  for (const name of FIELDS) {
+    const shown = { width: model.width, height: model.height, strength: "of the model" }[name] ?? defaults[name];
+    if (!["prompt", "negative_prompt", "seed", "num_images"].includes(name)) byId(name).placeholder = shown ?? "off";
+  }
+  for (const name of ["width", "height"]) byId(name).step = model.multiple;
+  const label = (name) => choices.samplers.find((row) => row.name === name)?.label ?? name;
+  const samplers = choices.samplers.map((row) => [row.name, row.label]);
+  options(byId("sampler"), [["", `of the model (${label(defaults.sampler)})`], ...samplers], byId("sampler").value);
+  const spacings = choices.spacings.map((name) => [name, name]);
+  options(byId("spacing"), [["", `of the model (${defaults.spacing})`], ...spacings], byId("spacing").value);
+}
+
+/** The body of a request for what the form says. */
+export function request() {
+  const settings = furtherSettings();
+  for (const name of FIELDS) {
+    const text = byId(name).value;
+    if (byId(name).validity.badInput) throw new Error(`${name} must be a number`);
+    if (name === "prompt" || (text.trim() !== "" && !(name === "mask_blur" && Number(text) === 0)))
+      settings[name] = NUMBERS.includes(name) ? Number(text) : text;
+  }
+  return { settings, model: model?.name, adapters: chosenAdapters(), previews: Number(byId("previews").value) || 0 };
+}
+
+/** The body of a request that draws a recorded picture with some settings changed. */
+export function requestOf(record, changed) {
+  return {
+    settings: { ...record.settings, ...changed },
+    model: choices.models.includes(record.model) ? record.model : model?.name,
+    adapters: knownAdapters(record),
+    previews: Number(byId("previews").value) || 0,
+  };
+}
+
+/** Put a record's settings into the form. Returns sentences about what could not be taken over. */
+export async function fill(record) {
+  const notes = [];
+  if (choices.models.includes(record.model)) await chooseModel(record.model);
+  else notes.push(`It was drawn by ${record.model}, which is not served here.`);
+  const settings = { ...record.settings };
+  const further = [];
+  for (const [name, value] of Object.entries(settings)) {
+    const isDefault = JSON.stringify(value) === JSON.stringify(defaults[name]);
+    if (FIELDS.includes(name)) {
+      const shown = isDefault && !["num_images", "prompt"].includes(name) ? UNASKED[name] ?? "" : value ?? "";
+      byId(name).value = shown;
+    } else if (!isDefault) further.push(`${name} = ${JSON.stringify(value)}`);
+  }
+  byId("further").value = further.join("\n");
+  const adapters = knownAdapters(record);
+  for (const name of choices.adapters) {
+    const chosen = adapters.find((each) => each.name === name);
+    byId(`use-${name}`).checked = chosen !== undefined;
+    byId(`weight-${name}`).value = chosen?.weight ?? 1;
+  }
+  if (adapters.length < record.adapters.length) notes.push("An adapter of it is not served here.");
+  return notes;
+}
+
+/** The size that a picture has by the form. */
+export function size() {
+  return [Number(byId("width").value) || model.width, Number(byId("height").value) || model.height];
+}
+
+function furtherSettings() {
+  const settings = {};
+  for (const line of byId("further").value.split("\n").filter((text) => text.trim() !== "")) {
+    const at = line.indexOf("=");
+    if (at < 0) throw new Error(`A further setting must be name = value (got ${line.trim()})`);
+    const text = line.slice(at + 1).trim();
+    try {
+      settings[line.slice(0, at).trim()] = JSON.parse(text);
+    } catch {
+      settings[line.slice(0, at).trim()] = text;
+    }
+  }
+  return settings;
+}
+
+function adapterField(name) {
+  return make(
+    "label", {},
+    make("input", { type: "checkbox", id: `use-${name}` }), ` ${name}`,
+    make("input", { type: "number", id: `weight-${name}`, value: 1, min: -10, max: 10, step: "any", ariaLabel: `Weight of ${name}` }),
+  );
+}
+
+function chosenAdapters() {
+  const used = choices.adapters.filter((name) => byId(`use-${name}`).checked);
+  return used.map((name) => ({ name, weight: Number(byId(`weight-${name}`).value) }));
+}
+
+/** The adapters of a record that are served here: a record has file names, a choice has none of their suffixes. */
+function knownAdapters(record) {
+  const named = record.adapters.map(({ name, weight }) => {
+    const file = name.split("/").pop().replace(/\.safetensors$/i, "");
+    return { name: file, weight };
+  });
+  return named.filter(({ name }) => choices.adapters.includes(name));
+}

@@ -1,0 +1,94 @@
+"""What the runs of a folder look like from outside: their states, their curves, the pictures of their validations."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.errors import ConfigError
+from latentdiff.settings.config import STAGES, load_config
+from latentdiff.settings.finetuning import FILE, STAGE, load_finetuning
+from latentdiff.training.lock import is_locked
+
+_SAMPLES = re.compile(r"step-\d{1,12}\.png")
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The run folders in a folder."""
+    return [path.parent for path in sorted([*folder.glob("*/config.toml"), *folder.glob(f"*/{FILE}")])]
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The state of a run folder; an unreadable config becomes its state."""
+    try:
+        lengths = _lengths(folder)
+    except ConfigError as error:
+        return {"name": folder.name, "state": "unreadable", "stages": {}, "loss": None, "last": None, "why": str(error)}
+    lines = {name: _last_step(folder / name / "log.jsonl") for name in lengths}
+    stages = {name: (lines[name].get("step", 0), lengths[name]) for name in lengths}
+    logs = [folder / name / "log.jsonl" for name in lengths if (folder / name / "log.jsonl").is_file()]
+    times = [log.stat().st_mtime for log in logs]
+    losses = [line["loss"] for line in lines.values() if line]
+    state = "finished" if all(step >= last for step, last in stages.values()) else "stopped"
+    reports = [report.stat().st_mtime for report in folder.glob("*/non-finite.json")]
+    if state == "stopped" and reports and max(reports) >= max(times, default=0):  # and not resumed since
+        state = "non-finite"
+    return {
+        "name": folder.name,
+        "state": "running" if is_locked(folder) else state,
+        "stages": stages,
+        "loss": losses[-1] if losses else None,
+        "last": datetime.fromtimestamp(max(times)).isoformat(" ", "seconds") if times else None,
+    }
+
+
+def curves_of(log: Path, points: int = 400) -> dict[str, list[tuple[float, float]]]:
+    """The numbers of a stage's log over its steps; a long curve has the means of `points` parts."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in _lines(log):
+        for name, number in line.items():
+            if name != "step" and isinstance(number, int | float) and math.isfinite(number):
+                curves.setdefault(name, []).append((line["step"], number))
+    return {name: _thinned(curve, points) for name, curve in curves.items()}
+
+
+def samples_of(stage: Path) -> list[str]:
+    """The names of the pictures of a stage's validations, in their order."""
+    return sorted(path.name for path in stage.glob("samples/step-*.png") if _SAMPLES.fullmatch(path.name))
+
+
+def _lengths(folder: Path) -> dict[str, int]:
+    """The stages of a run's config with their last steps. Raises ConfigError."""
+    if (folder / FILE).is_file():
+        return {STAGE: load_finetuning(folder / FILE).finetune.training.max_train_steps}
+    config = load_config(folder / "config.toml")
+    names = [name for name in STAGES if name != "autoencoder" or config.autoencoder.kind != "identity"]
+    return {name: getattr(config, name).training.max_train_steps for name in names}
+
+
+def _lines(log: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a log."""
+    for text in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+        try:
+            line = json.loads(text)
+            if type(line["step"]) is int:
+                yield line
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+
+
+def _last_step(log: Path) -> dict[str, Any]:
+    """The last line with a finite loss; empty if there is none."""
+    finite = [line for line in _lines(log) if isinstance(line.get("loss"), float) and math.isfinite(line["loss"])]
+    return finite[-1] if finite else {}
+
+
+def _thinned(curve: list[tuple[float, float]], points: int) -> list[tuple[float, float]]:
+    parts = [curve[len(curve) * k // points : len(curve) * (k + 1) // points] for k in range(points)]
+    kept = parts if len(curve) > points else [[point] for point in curve]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in kept]
