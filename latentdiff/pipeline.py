@@ -196,6 +196,10 @@ class LatentDiffusionPipeline:
         later = None if other is None else lambda: replace(other(), **facts)
         self._painter = replace(self._painter, model=replace(self.model, other=later, **facts))
 
+    def rename(self, name: str) -> None:
+        """Change the name that records of pictures and messages give the model."""
+        self._revise(card=replace(self.card, name=name))
+
     def enable_vae_tiling(self) -> None:
         """Decode in tiles by default, for large pictures."""
         self._recommend(vae_tiling=True)

@@ -121,6 +121,31 @@ def pipe(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def tiny(tiny_model):
+    """The tiny model's pipeline as a server has it: by torch, on the CPU."""
+    from latentdiff import LatentDiffusionPipeline
+
+    return LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
+
+
+@pytest.fixture(scope="module")
+def served(tiny, tmp_path_factory):
+    """A server that draws with it."""
+    from .serving import Served
+
+    with Served(tiny, tmp_path_factory.mktemp("served") / "outputs") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def photo(tiny):
+    """A picture that it has drawn."""
+    from .serving import PROMPT
+
+    return tiny(PROMPT, seed=3, num_inference_steps=2).images[0]
+
+
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """A tiny Stable Diffusion of each family, written by diffusers."""
     from . import stable_diffusion

@@ -14,77 +14,20 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
-from latentdiff import LatentDiffusionPipeline
 from latentdiff.drawing.record import read_metadata
-from latentdiff.server.app import application
-from latentdiff.server.guard import LOOPBACK, Limits
-from latentdiff.server.shelf import Shelf
-from latentdiff.server.studio import RUNS, Studio
+from latentdiff.server.guard import Limits
 
 from .conftest import ROOT
 from .forked import Started
+from .serving import PROMPT, Served, png
 
-PROMPT = "a red circle above a blue square"
 QUICK = {"num_inference_steps": 4, "seed": 7}
-
-
-class Served:
-    """A server in a thread of this process, at a free port."""
-
-    def __init__(self, pipe, folder, hosts=LOOPBACK, token=None, limits=None, most_waiting=40, shelf=None, runs=RUNS):
-        self.studio = Studio(shelf or Shelf(pipe, lambda *_: pipe), folder, most_waiting, runs)
-        listening = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = uvicorn.Config(application(self.studio, hosts, token, limits), log_level="warning", lifespan="off")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
-
-    def __enter__(self):
-        self.studio.worker.start()
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_):
-        self.studio.worker.stop()
-        self._server.should_exit = True
-        self._thread.join(20)
-
-    def client(self, **more):
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="not used", max_retries=0, **more)
-
-    def post(self, path, body=None, **more):
-        return httpx.post(self.address + path, json=body, timeout=60, **more)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
-
-
-@pytest.fixture(scope="module")
-def served(tiny, tmp_path_factory):
-    with Served(tiny, tmp_path_factory.mktemp("served") / "outputs") as server:
-        yield server
 
 
 def decoded(item):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json))))
-
-
-def png(image):
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
-
-
-@pytest.fixture(scope="module")
-def photo(tiny):
-    return tiny(PROMPT, seed=3, num_inference_steps=2).images[0]
 
 
 # OpenAI's client

@@ -12,10 +12,9 @@ import pytest
 import webuiapi
 from PIL import Image
 
-from latentdiff import LatentDiffusionPipeline
 from latentdiff.drawing.record import parameters_text
 
-from .test_server import PROMPT, Served, png
+from .serving import PROMPT, Served, png
 
 QUICK = {"steps": 4, "seed": 7, "width": 64, "height": 64, "cfg_scale": 2.0, "sampler_name": "DDIM"}
 OURS = {"num_inference_steps": 4, "seed": 7, "guidance_scale": 2.0, "sampler": "ddim"}
@@ -24,25 +23,9 @@ SMALL = base64.b64encode(png(Image.new("L", (9, 9)))).decode()
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model):
-    return LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
-
-
-@pytest.fixture(scope="module")
-def served(tiny, tmp_path_factory):
-    with Served(tiny, tmp_path_factory.mktemp("served") / "outputs") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def client(served):
     host, port = served.address.removeprefix("http://").split(":")
     return webuiapi.WebUIApi(host=host, port=int(port), sampler="DDIM", steps=4)
-
-
-@pytest.fixture(scope="module")
-def photo(tiny):
-    return tiny(PROMPT, seed=3, num_inference_steps=2).images[0]
 
 
 def test_text_to_picture(client, tiny):

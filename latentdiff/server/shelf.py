@@ -88,6 +88,7 @@ class Shelf:
                 while len(self._loaded) >= self._keep:  # before, so that memory never holds one more
                     self._loaded.popitem(last=False)
                 pipe = self._open(model, wanted.torch or bool(adapters))
+                pipe.rename(wanted.model)  # so that a picture's record names the model as clients do
                 for path, adapter in zip(adapters, wanted.adapters, strict=True):
                     pipe.load_lora_weights(path, weight=adapter.weight, fuse=True)
                 self._loaded[wanted] = pipe

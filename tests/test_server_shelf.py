@@ -1,0 +1,232 @@
+"""Models and adapters by their names, and the history of all pictures."""
+
+import json
+import os
+import shutil
+import sqlite3
+from datetime import datetime
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.files import write_pictures
+from latentdiff.drawing.request import LONGEST_PROMPT
+from latentdiff.server.history import FILE, History, Search
+from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
+
+from .serving import PROMPT, Served
+from .test_server import decoded
+
+QUICK = {"num_inference_steps": 4, "seed": 7}
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def opened(path):
+    return LatentDiffusionPipeline.from_pretrained(path, device="cpu", runtime="torch")
+
+
+@pytest.fixture(scope="module")
+def places(tiny_model, tmp_path_factory):
+    """A folder with another model, and one with an adapter."""
+    models, adapters = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("adapters")
+    shutil.copytree(tiny_model, models / "other")
+    other = opened(models / "other")
+    with torch.no_grad():
+        for weight in other.components["unet"].conv_out.parameters():
+            weight.mul_(0.5)
+    other.save_pretrained(models / "other")  # its card says scenes-tiny, and clients know it by its folder
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 32, generator=generator), torch.randn(32, 2, generator=generator)
+    save_file({f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up}, adapters / "ink.safetensors")
+    (models / "notes.txt").write_text("no model")
+    (models / "empty").mkdir()
+    return models, adapters
+
+
+@pytest.fixture(scope="module")
+def shop(tiny, tiny_model, places, tmp_path_factory):
+    """A server with both folders."""
+    shelf = Shelf(tiny, lambda path, _: opened(tiny_model if path is None else path), *places)
+    with Served(tiny, tmp_path_factory.mktemp("shop") / "outputs", shelf=shelf) as server:
+        yield server
+
+
+def test_models_by_name(shop, places, tiny):
+    """Each draws what its own pipeline draws, to the bit; a client's choice is its own."""
+    client = shop.client()
+    assert [model.id for model in client.models.list()] == ["scenes-tiny", "other"]
+    pipes = {"scenes-tiny": tiny, "other": opened(places[0] / "other")}
+    for name in ("other", "scenes-tiny", "other"):
+        (item,) = client.images.generate(prompt=PROMPT, model=name, extra_body=QUICK).data
+        np.testing.assert_array_equal(decoded(item), np.asarray(pipes[name](PROMPT, **QUICK).images[0]))
+    (item,) = client.images.generate(prompt=PROMPT, extra_body=QUICK).data
+    np.testing.assert_array_equal(decoded(item), np.asarray(tiny(PROMPT, **QUICK).images[0]))
+    for name in ("../models/other", "empty", "notes", str(places[0] / "other")):
+        with pytest.raises(openai.NotFoundError, match="one of scenes-tiny, other"):
+            client.images.generate(prompt=PROMPT, model=name)
+
+
+def test_a1111_chooses_the_model_of_all(shop, places):
+    """By name or title; a title gets its hash when the model is loaded."""
+    sha256 = opened(places[0] / "other").card.hash
+    assert shop.post("/sdapi/v1/options", {"sd_model_checkpoint": "other"}).status_code == 200
+    try:
+        options = httpx.get(f"{shop.address}/sdapi/v1/options").json()
+        assert options["sd_model_checkpoint"] == f"other [{sha256[:10]}]"
+        body = {"prompt": PROMPT, "steps": 2, "seed": 1}
+        assert json.loads(shop.post("/sdapi/v1/txt2img", body).json()["info"])["sd_model_name"] == "other"
+        chosen = {**body, "override_settings": {"sd_model_checkpoint": "scenes-tiny"}}
+        assert json.loads(shop.post("/sdapi/v1/txt2img", chosen).json()["info"])["sd_model_name"] == "scenes-tiny"
+    finally:
+        shop.post("/sdapi/v1/options", {"sd_model_checkpoint": "scenes-tiny"})
+    assert httpx.get(f"{shop.address}/health").json()["model"] == "scenes-tiny"
+
+
+@pytest.mark.parametrize("weight", [0.8, -0.5])
+def test_adapters_in_the_prompt(shop, places, tiny_model, tiny, weight):
+    """<lora:NAME:WEIGHT> draws what the adapter at this weight draws, to the bit, and the others' pictures stay."""
+    assert [row["name"] for row in httpx.get(f"{shop.address}/sdapi/v1/loras").json()] == ["ink"]
+    (item,) = shop.client().images.generate(prompt=f"{PROMPT} <lora:ink:{weight}>", extra_body=QUICK).data
+    pipe = opened(tiny_model)
+    pipe.load_lora_weights(places[1] / "ink.safetensors", weight=weight, fuse=True)
+    expected = np.asarray(pipe(PROMPT, **QUICK).images[0])
+    np.testing.assert_array_equal(decoded(item), expected)
+    plain = np.asarray(tiny(PROMPT, **QUICK).images[0])
+    assert (plain != expected).any()
+    (item,) = shop.client().images.generate(prompt=PROMPT, extra_body=QUICK).data
+    np.testing.assert_array_equal(decoded(item), plain)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a <lora:pen>", "unknown adapter 'pen'; one of ink"),
+        ("a <lora:../ink>", "unknown adapter '../ink'"),
+        ("a <lora:ink:much>", "<lora:NAME:WEIGHT>"),
+        ("a <lora:ink:nan>", "<lora:NAME:WEIGHT>"),
+        ("a <lora:ink:1:2>", "<lora:NAME:WEIGHT>"),
+        ("a <lora:ink:1> <lora:ink:0.5>", "named twice"),
+        ("<lora:a:1>" * LONGEST_PROMPT, "prompt"),
+    ],
+)
+def test_adapters_that_are_refused(shop, prompt, message):
+    answer = shop.post("/v1/images/generations", {"prompt": prompt, **QUICK})
+    assert (answer.status_code, message in answer.text) == (422, True), answer.text[:300]
+
+
+def test_a_prompt_without_its_adapters():
+    assert without_tags("a cat") == ("a cat", ())
+    assert without_tags("a cat <lora:ink:0.5>, red <lora:b>") == ("a cat, red", (Adapter("ink", 0.5), Adapter("b")))
+    assert without_tags("<lora:ink>a  cat ") == ("a  cat ", (Adapter("ink", 1.0),))
+
+
+def test_the_model_that_was_used_least_lately_leaves(tiny, places):
+    opens = []
+
+    def open_(path, torch):
+        opens.append((path, torch))
+        return tiny
+
+    shelf = Shelf(tiny, open_, *places, keep=2)
+    first, other, torch_only = Wanted("scenes-tiny"), Wanted("other"), Wanted("scenes-tiny", torch=True)
+    shelf.take(other)
+    shelf.take(first)
+    shelf.take(torch_only)  # in place of `other`
+    assert (shelf.loaded(other), shelf.loaded(first), shelf.loaded(torch_only)) == (None, tiny, tiny)
+    assert opens == [(places[0] / "other", False), (None, True)]
+    with pytest.raises(ConfigError, match="unknown model 'etc'"):
+        shelf.take(Wanted("etc"))
+    assert shelf.loaded(first) is tiny  # an unknown name costs nobody a model
+
+
+# the history
+
+
+@pytest.fixture
+def drawn(tiny, tmp_path):
+    """A folder with four pictures, drawn on four days, one of them a JPEG."""
+    prompts = ["a red circle", "a blue square", "two red rings", '<b>Ünïcode</b> "ring" OR *']
+    days = [datetime(2026, 1, day, 12).timestamp() for day in (1, 2, 3, 4)]
+    for number, (prompt, day) in enumerate(zip(prompts, days, strict=True)):
+        out = tiny(prompt, num_inference_steps=1, seed=number, negative_prompt="blurry" if number == 1 else "")
+        suffix = ".jpg" if number == 2 else ".png"
+        ((path, _),) = write_pictures(out.images, out.metadata, tmp_path, suffix, metadata=True)
+        os.utime(path, (day, day))
+    Image.new("RGB", (8, 8)).save(tmp_path / "00005-1.png")  # without a record
+    (tmp_path / "00006-1.png").write_bytes(b"broken")
+    (tmp_path / "00007-1.png").symlink_to(tmp_path / "00001-0.png")
+    (tmp_path / "holiday.png").write_bytes(b"someone else's")
+    return tmp_path
+
+
+def names(folder, **search):
+    return [entry.name for entry in History(folder).search(Search(**search))]
+
+
+def test_words_models_and_dates(drawn):
+    everything = ["00004-3.png", "00003-2.jpg", "00002-1.png", "00001-0.png"]
+    assert names(drawn) == everything
+    assert names(drawn, words="red") == ["00003-2.jpg", "00001-0.png"]
+    assert names(drawn, words="RI") == ["00004-3.png", "00003-2.jpg"]
+    assert names(drawn, words="red ring") == ["00003-2.jpg"]
+    assert names(drawn, words="blurry") == ["00002-1.png"]
+    assert names(drawn, words="unicode") == ["00004-3.png"]
+    assert names(drawn, words='"OR* ring" -') == ["00004-3.png"]
+    assert names(drawn, words="'; DROP TABLE pictures; --") == []
+    assert names(drawn, model="scenes-tiny") == everything
+    assert names(drawn, model="other") == []
+    day = [int(datetime(2026, 1, day).timestamp() * 1e9) for day in (2, 4)]
+    assert names(drawn, since=day[0], until=day[1]) == ["00003-2.jpg", "00002-1.png"]
+    assert History(drawn).models() == ["scenes-tiny"]
+
+
+def test_a_page_after_another(drawn):
+    entries = History(drawn).search(Search(count=3))
+    rest = History(drawn).search(Search(before=entries[-1].place))
+    assert [entry.name for entry in entries + rest] == names(drawn)
+
+
+@pytest.mark.parametrize("damage", ["gone", "garbage", "another version", "a page"])
+def test_the_files_are_the_truth(drawn, damage):
+    """Whatever happens to the index, the next search finds what is there: also new, changed and removed pictures."""
+    before, index = names(drawn), drawn / FILE
+    shutil.copy2(drawn / "00001-0.png", drawn / "00008-0.png")
+    (drawn / "00003-2.jpg").unlink()
+    if damage == "gone":
+        index.unlink()
+    elif damage == "garbage":
+        index.write_bytes(b"garbage" * 1000)
+    elif damage == "another version":
+        with sqlite3.connect(index) as connection:
+            connection.execute("PRAGMA user_version = 1")
+    else:
+        content = bytearray(index.read_bytes())
+        content[4096:8192] = bytes(4096)
+        index.write_bytes(content)
+    assert names(drawn) == ["00004-3.png", "00002-1.png", "00008-0.png", "00001-0.png"]
+    assert set(before) - set(names(drawn)) == {"00003-2.jpg"}
+
+
+def test_the_history_by_http(tiny, drawn):
+    with Served(tiny, drawn) as server:
+        answer = httpx.get(f"{server.address}/api/history", params={"words": "ring", "until": "2026-01-03"}).json()
+        assert [each["name"] for each in answer["pictures"]] == ["00003-2.jpg"]
+        record = answer["pictures"][0]["record"]
+        assert (record["settings"]["prompt"], record["settings"]["seed"]) == ("two red rings", "2")
+        picture = httpx.get(f"{server.address}/pictures/00003-2.jpg")
+        assert (picture.headers["content-type"], picture.content) == (
+            "image/jpeg",
+            (drawn / "00003-2.jpg").read_bytes(),
+        )
+        for name in ("00007-1.png", "holiday.png", FILE, quote("../x", safe="")):
+            assert httpx.get(f"{server.address}/pictures/{name}").status_code == 404
+        for bad in ({"since": "yesterday"}, {"before": "x"}, {"count": 10**6}, {"words": "x" * 300}):
+            assert httpx.get(f"{server.address}/api/history", params=bad).status_code == 422
