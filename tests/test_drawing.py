@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageFilter
 
 from latentdiff import LatentDiffusionPipeline
@@ -15,6 +16,7 @@ from latentdiff.diffusion.guidance import keep
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.canvas import Margins, canvas
+from latentdiff.drawing.closeup import box_of
 from latentdiff.drawing.draw import batches_of, canvas_of, jobs_of
 from latentdiff.drawing.passes import passes_of
 from latentdiff.drawing.pixels import differentiable_decode, reconstruct
@@ -224,6 +226,55 @@ def test_mask_blur(pipe, photo, mask):
     ):
         with pytest.raises(ConfigError, match=message):
             drawn(pipe, mask_blur=3.0, **settings)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_box_of_a_mask_is_that_of_diffusers(seed):
+    """For spots of any place and size, with padding, in pictures of any shape, for any size to draw."""
+    draw = np.random.default_rng(seed).integers
+    height, width = draw(20, 200, 2)
+    mask = np.zeros((height, width), np.uint8)
+    top, left = draw(0, height), draw(0, width)
+    mask[top : top + draw(1, 60), left : left + draw(1, 60)] = 255
+    padding, size = int(draw(0, 40)), tuple(8 * int(n) for n in draw(1, 20, 2))
+    expected = VaeImageProcessor.get_crop_region(Image.fromarray(mask), size[1], size[0], padding)
+    box = box_of(mask, padding, size)
+    assert box == expected
+    assert (box.of(mask) == 255).sum() == (mask == 255).sum()
+
+
+def test_only_the_masked_part_is_drawn(pipe, photo):
+    """As the part alone would be drawn, when it has the size of the drawing; elsewhere every pixel stays."""
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[20:40, 30:50] = 255
+    settings = {"image": photo, "mask_image": mask, "padding_mask_crop": 6, "width": 32, "height": 32}
+    (whole,) = drawn(pipe, **settings)
+    assert whole.shape == photo.shape
+    assert np.array_equal(whole[mask == 0], photo[mask == 0])
+    part = {"image": photo[14:46, 24:56], "mask_image": mask[14:46, 24:56]}
+    (alone,) = drawn(pipe, **part)
+    assert np.array_equal(whole[14:46, 24:56], alone)
+    (larger,) = drawn(pipe, **{**settings, "width": 64, "height": 64})
+    assert np.array_equal(larger[mask == 0], photo[mask == 0])
+    assert not np.array_equal(larger, whole)
+    (resized,) = drawn(
+        pipe,
+        image=np.asarray(Image.fromarray(photo[14:46, 24:56]).resize((64, 64), Image.LANCZOS)),
+        mask_image=np.asarray(Image.fromarray(mask[14:46, 24:56]).resize((64, 64), Image.BILINEAR)),
+    )
+    small = np.asarray(Image.fromarray(resized).resize((32, 32), Image.LANCZOS)).astype(int)
+    middle = np.s_[12:20, 12:20]  # farther from the mask's edge than resizing looks
+    assert np.abs(larger[14:46, 24:56].astype(int) - small)[middle].max() <= 1  # of rounding before or after
+
+
+def test_closeups_that_are_refused_and_whole_sizes_in_one_call(pipe, photo, mask):
+    for settings, message in (({}, "requires an image"), ({"image": photo}, "requires a mask or outpainting")):
+        with pytest.raises(ConfigError, match=f"padding_mask_crop {message}"):
+            drawn(pipe, padding_mask_crop=0, **settings)
+    assert canvas(photo, mask, multiple=8, closeup=(0, (64, 64))).hash != canvas(photo, mask, multiple=8).hash
+    (wider,) = drawn(pipe, image=photo, outpaint=(0, 0, 16, 0), padding_mask_crop=8)
+    assert wider.shape == (photo.shape[0], photo.shape[1] + 16, 3)
+    assert np.array_equal(wider[:, :-16], photo)
 
 
 def test_nine_channels_start_from_noise_alone(inpainter, photo, mask):

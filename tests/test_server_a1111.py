@@ -66,6 +66,20 @@ def test_picture_to_picture_with_a_mask(client, tiny, photo, inverted):
     np.testing.assert_array_equal(np.asarray(result.image), np.asarray(expected))
 
 
+def test_only_masked(client, tiny, photo):
+    """`inpaint_full_res`, which clients send by default: the masked part is drawn at the size of the request."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:30, 20:40] = 255
+    result = client.img2img(
+        images=[photo], prompt="a ring", denoising_strength=0.8, mask_image=Image.fromarray(mask), mask_blur=0,
+        inpaint_full_res_padding=4, **QUICK,
+    )  # fmt: skip
+    own = {"padding_mask_crop": 4, "strength": 0.8, "width": 64, "height": 64}
+    (expected,) = tiny("a ring", image=photo, mask_image=mask, **own, **OURS).images
+    np.testing.assert_array_equal(np.asarray(result.image), np.asarray(expected))
+    assert "Inpaint area: Only masked, Masked area padding: 4" in result.info["infotexts"][0]
+
+
 def test_samplers_of_the_list_are_taken(client, tiny):
     names = [row["name"] for row in client.get_samplers()]
     assert {"Euler a", "DPM++ 2M", "DDIM", "UniPC"} <= set(names)

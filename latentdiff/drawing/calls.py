@@ -22,7 +22,6 @@ _OURS = {  # arguments of diffusers that are not taken -> what to use
     "ip_adapter_image_embeds": "nothing here: IP-Adapter is not supported",
     "denoising_end": "strength, with an image",
     "denoising_start": "strength, with an image",
-    "padding_mask_crop": "a crop of the picture, or mask_blur",
     "crops_coords_top_left": "crop",
     "target_size": "width and height",
     "negative_original_size": "original_size",

@@ -18,6 +18,7 @@ from latentdiff.core.arrays import Array, Put, library
 from latentdiff.core.decoding import WHITE, Color, rgb
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.images import luminance, to_values
+from latentdiff.drawing.closeup import Closeup, box_of
 from latentdiff.drawing.request import LONGEST
 
 
@@ -41,6 +42,7 @@ class Canvas:
     """pixels: uint8 (H, W, 3), padded; without padding it has `size`, (height, width) from the upper left.
 
     mask: uint8 (H, W), 255 in the part to redraw, between on its soft edge; None to draw over the whole picture.
+    closeup: the picture that this is a part of, if only the masked part is drawn.
     """
 
     pixels: np.ndarray
@@ -48,19 +50,28 @@ class Canvas:
     size: tuple[int, int]
     margins: Margins
     names: tuple[str | None, str | None] = (None, None)  # file names of picture and mask, if known
+    closeup: Closeup | None = None
+
+    @property
+    def final(self) -> tuple[int, int]:
+        """(height, width) of the finished picture."""
+        return self.size if self.closeup is None else self.closeup.mask.shape
 
     def kept(self, image: Array, put: Put) -> Array:
         """A drawn image (C, H, W) with the input's pixels outside the mask, without padding."""
+        if self.closeup is not None:
+            drawn = image[:, : self.size[0], : self.size[1]]
+            return _mixed(put(self.closeup.put_back(drawn)), self.closeup.pixels, self.closeup.mask, put)
         if self.mask is not None:
-            given = put(to_values((self.pixels if len(image) == 3 else luminance(self.pixels))[None])[0])
-            share = put(self.mask.astype(np.float32) / 255)
-            where = library(image).where
-            image = where(share == 1, image, where(share == 0, given, given + share * (image - given)))
+            image = _mixed(image, self.pixels, self.mask, put)
         return image[:, : self.size[0], : self.size[1]]
 
     @property
     def hash(self) -> str:
         """sha256 of the pixels and the mask, which identifies the picture."""
+        if self.closeup is not None:
+            whole = Canvas(self.closeup.pixels, self.closeup.mask, self.final, self.margins)
+            return hashlib.sha256(f"{whole.hash} {self.closeup.box} {self.size}".encode()).hexdigest()
         digest = hashlib.sha256(repr((self.pixels.shape, self.size, self.mask is None)).encode())
         digest.update(self.pixels.tobytes())
         if self.mask is not None:
@@ -82,11 +93,13 @@ def canvas(
     margins: Margins = NONE,
     names: tuple[str | None, str | None] = (None, None),
     blur: float = 0.0,
+    closeup: tuple[int, tuple[int, int]] | None = None,
 ) -> Canvas:
     """A canvas from a PIL image or uint8 (H, W, 3), and a mask of the same size, white or True in the part to redraw.
 
     size: (height, width) to resize to, None for the image's; margins: pixels to add around it. blur: the standard
-    deviation in pixels by which the mask's edge is softened. Raises ConfigError.
+    deviation in pixels by which the mask's edge is softened. closeup: only the masked part is drawn, with so many
+    pixels around it, at a size (height, width). Raises ConfigError.
     """
     pixels = _pixels(image)
     marked = None if mask is None else _marked(mask, pixels.shape[:2])
@@ -102,7 +115,31 @@ def canvas(
         marked = _blurred(marked, margins, blur)
     if marked is not None and not marked.any():
         raise ConfigError("the mask has no white: nothing would be drawn")
-    return _padded(Canvas(pixels, marked, pixels.shape[:2], margins, names), multiple)
+    whole = Canvas(pixels, marked, pixels.shape[:2], margins, names)
+    return _padded(whole if closeup is None else _closeup(whole, *closeup), multiple)
+
+
+def _closeup(whole: Canvas, padding: int, size: tuple[int, int]) -> Canvas:
+    """The masked part of a canvas, resized."""
+    if whole.mask is None:
+        raise ConfigError("padding_mask_crop requires a mask or outpainting")
+    box = box_of(whole.mask, padding, size)
+    mask = Image.fromarray(box.of(whole.mask)).resize(size[::-1], Image.Resampling.BILINEAR)
+    return replace(
+        whole,
+        pixels=resized(np.ascontiguousarray(box.of(whole.pixels)), *size),
+        mask=np.asarray(mask),
+        size=size,
+        closeup=Closeup(whole.pixels, whole.mask, box),
+    )
+
+
+def _mixed(image: Array, pixels: np.ndarray, mask: np.ndarray, put: Put) -> Array:
+    """An image (C, H, W) inside the mask, the given pixels outside, both mixed on its soft edge."""
+    given = put(to_values((pixels if len(image) == 3 else luminance(pixels))[None])[0])
+    share = put(mask.astype(np.float32) / 255)
+    where = library(image).where
+    return where(share == 1, image, where(share == 0, given, given + share * (image - given)))
 
 
 def _check_sides(height: int, width: int) -> None:

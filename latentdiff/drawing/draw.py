@@ -48,12 +48,7 @@ def canvas_of(
 ) -> Canvas | None:
     """The picture that a request starts from, or None; see `drawing.canvas`. Raises ConfigError."""
     if image is None:
-        if mask is not None or any(margins):
-            raise ConfigError("a mask and outpainting require an image")
-        if request.strength is not None:
-            raise ConfigError("strength requires an image")
-        if request.mask_blur:
-            raise ConfigError("mask_blur requires an image")
+        _check_without_image(request, mask is not None or any(margins))
         return None
     if request.hires_scale:
         raise ConfigError("hires_scale has no effect with an image; width and height enlarge it")
@@ -62,8 +57,26 @@ def canvas_of(
             check_size(name, side, model.multiple)
     if request.mask_blur and mask is None and not any(margins):
         raise ConfigError("mask_blur requires a mask or outpainting")
-    size, blur = (request.height, request.width), request.mask_blur
-    return canvas(image, mask, size=size, multiple=model.multiple, margins=margins, names=names, blur=blur)
+    asked = (request.height, request.width)
+    size, closeup = asked, None
+    if request.padding_mask_crop is not None:  # then the size is the part's, by default the model's
+        own = model.card.size
+        size, closeup = (None, None), (request.padding_mask_crop, (asked[0] or own[0], asked[1] or own[1]))
+    more: dict[str, Any] = {"margins": margins, "names": names, "blur": request.mask_blur, "closeup": closeup}
+    return canvas(image, mask, size=size, multiple=model.multiple, **more)
+
+
+def _check_without_image(request: Request, is_masked: bool) -> None:
+    """Raises ConfigError for what has no effect without an image."""
+    if is_masked:
+        raise ConfigError("a mask and outpainting require an image")
+    given = {
+        "strength": request.strength is not None,
+        "mask_blur": request.mask_blur > 0,
+        "padding_mask_crop": request.padding_mask_crop is not None,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ConfigError(f"{name} requires an image")
 
 
 def jobs_of(model: Model, request: Request, given: Canvas | None = None, embeds: Any = None) -> list[Job]:
@@ -74,7 +87,8 @@ def jobs_of(model: Model, request: Request, given: Canvas | None = None, embeds:
 
 def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
     """What jobs must have in common to be drawn in one batch."""
-    given = job.canvas and (job.canvas.pixels.shape, job.canvas.size, job.canvas.mask is None)
+    canvas = job.canvas
+    given = canvas and (canvas.pixels.shape, canvas.size, canvas.final, canvas.mask is None)
     return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None
 
 
@@ -188,7 +202,7 @@ def draw_prompts(painter: Painter, prompts: Sequence[str], *, seed: int, **setti
 def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[int, int] = (0, 1)) -> ImageMetadata:
     """The record of a picture. place: its index in its batch, and the batch's size."""
     model, card = painter.model, painter.model.card
-    height, width = job.plan.final if job.canvas is None else job.canvas.size
+    height, width = job.plan.final if job.canvas is None else job.canvas.final
     return ImageMetadata(
         request=job.request.model_dump(),
         index=job.index,

@@ -131,6 +131,8 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
         )
     if request.get("mask_blur"):
         fields["Mask blur"] = f"{request['mask_blur']:g}"
+    if request.get("padding_mask_crop") is not None:
+        fields |= {"Inpaint area": "Only masked", "Masked area padding": request["padding_mask_crop"]}
     if request.get("hires_scale") is not None:
         fields["Hires upscale"] = f"{request['hires_scale']:g}"
     if request.get("clip_skip") is not None:

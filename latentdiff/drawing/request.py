@@ -105,6 +105,9 @@ class Request(BaseModel):
         None, description="share of the noise that an input picture gets; none: 0.8, with a mask 1"
     )
     mask_blur: Finite = Field(0.0, ge=0, le=256, description="pixels: softens the edge of a mask, or of outpainting")
+    padding_mask_crop: int | None = Field(
+        None, ge=0, le=LONGEST, description="draws only the masked part, with so many pixels around, at width x height"
+    )
     hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = Field(
         None, description="size of the second pass over the first's"
     )

@@ -1,8 +1,7 @@
 """A1111's API under /sdapi/v1, as its clients speak it: text and picture to picture, progress, interruption.
 
 https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. A mask's white is redrawn. Pictures come back in
-base64 without a prefix, and `info` is JSON in a string. What this server cannot do is refused, never left out; only
-`inpaint_full_res` is read as false, and `x-ignored` says so.
+base64 without a prefix, and `info` is JSON in a string. What this server cannot do is refused, never left out.
 """
 
 from __future__ import annotations
@@ -64,6 +63,7 @@ class Settings(BaseModel):
     mask_blur: float = 4.0
     inpainting_mask_invert: int = 0
     inpaint_full_res: bool = False
+    inpaint_full_res_padding: Annotated[int, Field(ge=0)] = 0
     send_images: bool = True
     override_settings: dict[str, Any] = {}
 
@@ -143,6 +143,8 @@ def routes(studio: Studio) -> APIRouter:
         if settings.mask is not None:
             mask = picture_mask(from_base64(settings.mask), image, inverted=bool(settings.inpainting_mask_invert))
             further["mask_blur"] = settings.mask_blur
+            if settings.inpaint_full_res:
+                further["padding_mask_crop"] = settings.inpaint_full_res_padding
         return await _answered(studio, settings, http, further, image=image, mask=mask)
 
     @router.get("/progress")
@@ -191,8 +193,7 @@ async def _answered(
     images = [to_base64(encoded(each.image, ".png", each.record)) for each in drawn] if settings.send_images else []
     read = {*Settings.model_fields} - {"init_images", "mask", "override_settings"}
     body = settings.model_dump(include=read)
-    headers = {"x-ignored": "inpaint_full_res"} if settings.inpaint_full_res and settings.mask else None
-    return JSONResponse({"images": images, "parameters": body, "info": _info(ticket, drawn)}, headers=headers)
+    return JSONResponse({"images": images, "parameters": body, "info": _info(ticket, drawn)})
 
 
 def _info(ticket: Ticket, drawn: list[Drawn]) -> str:

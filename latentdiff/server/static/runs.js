@@ -9,15 +9,20 @@ const [WIDTH, HEIGHT, EDGE] = [360, 200, 34];
 const TIMES = ["seconds"]; // of a log, which no curve shows
 let chosen = null;
 let timer = null;
+let shown = null; // what the view shows, as text
 
 export async function look() {
   clearTimeout(timer);
   if (byId("runs").hidden) return;
   try {
     const runs = await get("/api/runs");
-    list(runs);
     chosen ??= (runs.find((run) => run.state === "running") ?? runs[0])?.name ?? null;
-    if (chosen) detail(await get(`/api/runs/${encodeURIComponent(chosen)}`));
+    const run = chosen ? await get(`/api/runs/${encodeURIComponent(chosen)}`) : null;
+    const now = JSON.stringify([runs, run]);
+    if (now === shown) return; // nothing flickers, and the focus stays
+    shown = now;
+    list(runs);
+    if (run) detail(run);
   } finally {
     timer = setTimeout(look, EVERY);
   }
@@ -47,7 +52,7 @@ function detail(run) {
     parts.push(make("div", { className: "curves" }, ...shown.map(([name, points]) => plot(name, points))));
     const path = `/api/runs/${encodeURIComponent(run.name)}/${encodeURIComponent(stage)}`;
     const latest = samples.slice(-6).reverse().map((file) => {
-      const image = picture({ src: `${path}/${file}`, alt: `Validation pictures, ${file}`, loading: "lazy" });
+      const image = picture({ src: `${path}/${file}`, alt: `Validation pictures, ${file}` });
       return make("figure", {}, image, make("figcaption", { textContent: file }));
     });
     parts.push(make("div", { className: "grid" }, ...latest));

@@ -1,0 +1,352 @@
+"""The web page in a real Chromium: drawing, cancelling, painting, the history, training runs; and what it may load."""
+
+import io
+import json
+import os
+import re
+import shutil
+import time
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.server.shelf import Shelf
+
+from .serving import PROMPT, Served, png
+from .test_server_shelf import opened, places  # noqa: F401 - a fixture
+
+playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect
+expect.set_options(timeout=20_000)
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+HOSTILE = '<img src=x onerror="alert(1)"> a "red" ring'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run, tmp_path_factory):
+    """A folder with a finished run and a broken one."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(tiny_run, folder / "tiny", ignore=shutil.ignore_patterns("checkpoints", "cache", "model"))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.toml").write_text("nonsense")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shop(tiny, tiny_model, places, runs, tmp_path_factory):  # noqa: F811
+    shelf = Shelf(tiny, lambda path, _: opened(tiny_model if path is None else path), *places)
+    with Served(tiny, tmp_path_factory.mktemp("page") / "outputs", shelf=shelf, runs=runs) as server:
+        yield server
+
+
+@pytest.fixture
+def page(browser, shop):
+    """The page, opened; at the end nothing was written to the console, and no other host was asked."""
+    with opened_page(browser, shop.address) as page:
+        yield page
+
+
+def opened_page(browser, address, **settings):
+    return _Opened(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings}), address)
+
+
+class _Opened:
+    def __init__(self, context, address):
+        self.context, self.address, self.complaints = context, address, []
+
+    def __enter__(self):
+        page = self.context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
+        page.on("request", self._asked)
+        page.goto(self.address)
+        expect(page.locator("#model")).to_have_value("scenes-tiny")
+        return page
+
+    def __exit__(self, *failure):
+        self.context.close()
+        assert failure[0] or self.complaints == []
+
+    def _asked(self, request):
+        if not request.url.startswith((self.address, "data:", f"blob:{self.address}")):
+            self.complaints.append(request.url)
+
+
+def ask(page, prompt, **fields):
+    page.locator("details").evaluate_all("folds => folds.forEach((fold) => (fold.open = true))")
+    page.fill("#prompt", prompt)
+    for name, value in fields.items():
+        page.fill(f"#{name}", str(value))
+
+
+def draw(page, count):
+    """Press Draw, and wait for so many new pictures."""
+    before = page.locator("#gallery figure").count()
+    page.click("#go")
+    arrived(page, before + count)
+
+
+def arrived(page, count):
+    expect(page.locator("#gallery figure:not(.waiting) img")).to_have_count(count)
+    expect(page.locator("#cancel")).to_be_hidden()
+
+
+def pixels(shop, page, place=0):
+    """What a picture of the gallery shows, from its address."""
+    address = page.locator("#gallery figure img").nth(place).get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(httpx.get(shop.address + address).content)))
+
+
+def test_draw_with_previews(page, shop, tiny):
+    """Previews come while it draws, a bar says how far it is, and the pictures are the pipeline's to the bit."""
+    ask(page, PROMPT, num_images=2, seed=7, num_inference_steps=150, previews=20)
+    page.click("#go")
+    expect(page.locator("#gallery figure.waiting")).to_have_count(2)
+    expect(page.locator("figure.waiting img[src^='data:image/png']").first).to_be_visible()
+    expect(page.locator("#state")).to_have_text(re.compile(r"\d+ of 300 steps, [\d.]+ s left"))
+    share = page.locator("#progress").evaluate("bar => bar.value")
+    assert 0 < share < 1
+    arrived(page, 2)
+    expect(page.locator("#state")).to_have_text(re.compile(r"2 pictures in [\d.]+ s"))
+    expected = tiny(PROMPT, num_images_per_prompt=2, seed=7, num_inference_steps=150).images
+    for place in range(2):
+        np.testing.assert_array_equal(pixels(shop, page, place), np.asarray(expected[place]))
+
+
+def test_cancel(page, shop):
+    ask(page, PROMPT, num_images=4, num_inference_steps=1000)
+    page.click("#go")
+    expect(page.locator("#state")).to_have_text(re.compile("of 4000 steps"))
+    page.click("#cancel")
+    expect(page.locator("#state")).to_have_text("Cancelled")
+    expect(page.locator("#gallery figure")).to_have_count(0)
+    deadline = time.monotonic() + 20
+    while shop.studio.worker.current():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_by_keyboard(page):
+    """The prompt has the focus at first; every control can be reached, and Ctrl+Enter draws."""
+    page.keyboard.type("a ring")
+    page.keyboard.press("Tab")
+    expect(page.locator("#go")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # the first fold
+    page.keyboard.press("Tab")
+    page.keyboard.type("1")  # in place of the 4 that is selected
+    expect(page.locator("#num_images")).to_have_value("1")
+    page.fill("#num_inference_steps", "2") if page.locator("#sampling-fold").evaluate("e => (e.open = true)") else None
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    arrived(page, 1)
+    page.focus("#gallery .frame")
+    page.keyboard.press("Enter")
+    expect(page.locator("#large")).to_be_visible()
+    expect(page.locator("#large-facts")).to_contain_text("a ring")
+    page.keyboard.press("Escape")
+    expect(page.locator("#large")).to_be_hidden()
+
+
+def test_paint_a_mask_and_redraw(page, shop, photo):
+    """Outside the painted part every pixel is the given picture's, inside it is drawn anew."""
+    page.locator("details").evaluate_all("folds => folds.forEach((fold) => (fold.open = true))")
+    page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": png(photo)})
+    canvas = page.locator("#paper canvas")
+    expect(canvas).to_be_visible()
+    expect(page.locator("#state")).to_have_text("Drawing starts from this picture.")
+    page.check("#painting")
+    page.locator("#brush").evaluate("range => (range.value = 25)")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.8 * box["height"], steps=5)
+    page.mouse.up()
+    ask(page, "a blue square", num_images=1, seed=5, num_inference_steps=4)
+    draw(page, 1)
+    drawn, given = pixels(shop, page), np.asarray(photo)
+    width = given.shape[1]
+    np.testing.assert_array_equal(drawn[:, width // 2 :], given[:, width // 2 :])
+    assert (drawn[:, : width // 4] != given[:, : width // 4]).mean() > 0.2
+    page.click("#clear")
+    draw(page, 1)
+    assert (pixels(shop, page)[:, width // 2 :] != given[:, width // 2 :]).any()  # without a mask all is drawn over
+    page.click("#without")
+    expect(canvas).to_have_count(0)
+
+
+def test_paint_by_keyboard_and_extend(page, shop, photo):
+    page.locator("details").evaluate_all("folds => folds.forEach((fold) => (fold.open = true))")
+    page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": png(photo)})
+    canvas = page.locator("#paper canvas")
+    canvas.focus()
+    for key in ("ArrowLeft", "ArrowUp", "Space"):
+        page.keyboard.press(key)
+    expect(canvas).to_have_attribute("title", "Brush at 48%, 48%")
+    assert canvas.evaluate("c => c.getContext('2d').getImageData(c.width * .48, c.height * .48, 1, 1).data[3]") > 0
+    ask(page, "a ring", num_images=1, num_inference_steps=2, left=16, bottom=8)
+    draw(page, 1)
+    drawn, given = pixels(shop, page), np.asarray(photo)
+    height, width = given.shape[:2]
+    assert drawn.shape == (height + 8, width + 16, 3)
+    np.testing.assert_array_equal(drawn[:8, 16:], given[:8])  # above the painted middle
+
+
+def test_settings_are_read_back(page, shop, tiny):
+    """From a picture's file into the form, and the form draws the picture again, to the bit; seeds have 64 bits."""
+    seed = 2**64 - 3
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.25, "sampler": "euler", "guidance_rescale": 0.5}
+    out = tiny(PROMPT, seed=seed, negative_prompt="blue", **settings)
+    from latentdiff.drawing.files import encoded
+
+    data = encoded(out.images[0], ".png", out.metadata[0])
+    page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": data})
+    page.click("text=Use its settings instead")
+    expect(page.locator("#prompt")).to_have_value(PROMPT)
+    values = {"seed": str(seed), "guidance_scale": "3.25", "sampler": "euler", "negative_prompt": "blue", "width": ""}
+    for name, value in values.items():
+        expect(page.locator(f"#{name}")).to_have_value(value)
+    expect(page.locator("#further")).to_have_value("guidance_rescale = 0.5")
+    draw(page, 1)
+    np.testing.assert_array_equal(pixels(shop, page), np.asarray(out.images[0]))
+
+
+def test_variations_and_a_larger_picture(page, shop, tiny):
+    ask(page, PROMPT, num_images=1, seed=9, num_inference_steps=4)
+    draw(page, 1)
+    page.locator("#gallery button:text('Larger')").click()
+    arrived(page, 2)
+    larger = tiny(PROMPT, seed=9, num_inference_steps=4, hires_scale=2.0).images[0]
+    np.testing.assert_array_equal(pixels(shop, page), np.asarray(larger))
+    page.locator("#gallery button:text('Vary')").last.click()  # of the first picture
+    arrived(page, 6)
+    name = page.locator("#gallery figure img").first.get_attribute("src").rpartition("/")[2]
+    record = json.loads(Image.open(shop.studio.folder / name).text["latentdiff"])["request"]
+    again = tiny(
+        PROMPT, seed=9, num_inference_steps=4, **{k: record[k] for k in ("variation_seed", "variation_strength")}
+    )
+    np.testing.assert_array_equal(pixels(shop, page), np.asarray(again.images[0]))
+    page.locator("#gallery button:text('Vary')").first.click()  # a variation is varied by drawing over it
+    arrived(page, 10)
+
+
+def test_models_and_adapters(page, shop, places):  # noqa: F811
+    """Another model draws what its own pipeline draws, and with an adapter what `load_lora_weights` draws."""
+    page.select_option("#model", "other")
+    expect(page.locator("#state")).to_have_text("")
+    ask(page, PROMPT, num_images=1, seed=2, num_inference_steps=2)
+    draw(page, 1)
+    pipe = LatentDiffusionPipeline.from_pretrained(places[0] / "other", device="cpu", runtime="torch")
+    plain = np.asarray(pipe(PROMPT, seed=2, num_inference_steps=2).images[0])
+    np.testing.assert_array_equal(pixels(shop, page), plain)
+    page.check("#use-ink")
+    page.fill("#weight-ink", "0.7")
+    draw(page, 1)
+    pipe.load_lora_weights(places[1] / "ink.safetensors", weight=0.7, fuse=True)
+    np.testing.assert_array_equal(pixels(shop, page), np.asarray(pipe(PROMPT, seed=2, num_inference_steps=2).images[0]))
+    page.uncheck("#use-ink")
+    page.select_option("#model", "scenes-tiny")
+    page.locator("#gallery button:text('Settings')").first.click()
+    expect(page.locator("#model")).to_have_value("other")
+    expect(page.locator("#use-ink")).to_be_checked()
+    expect(page.locator("#weight-ink")).to_have_value("0.7")
+
+
+def test_the_history(page, shop):
+    """Searched as one types, opened, and all there after the page is loaded again; a prompt is never HTML."""
+    ask(page, HOSTILE, num_images=1, num_inference_steps=1)
+    draw(page, 1)
+    ask(page, "a purple star", num_images=2)
+    draw(page, 2)
+    page.click("nav a:text('History')")
+    page.fill("#words", "purple sta")
+    expect(page.locator("#found figure")).to_have_count(2)
+    page.fill("#words", "onerror")
+    expect(page.locator("#found figcaption").first).to_have_text(HOSTILE)
+    assert page.locator("#found figcaption img").count() == 0
+    page.locator("#found .frame").first.click()
+    expect(page.locator("#large-facts")).to_contain_text(HOSTILE)
+    page.keyboard.press("Escape")
+    page.reload()
+    assert page.url.endswith("#history")
+    expect(page.locator("#found figure").first).to_be_visible()
+    page.fill("#since", "2099-01-01")
+    expect(page.locator("#found .empty")).to_be_visible()
+    page.fill("#since", "")
+    page.fill("#words", "purple")
+    page.locator("#found button:text('Settings')").first.click()
+    expect(page.locator("#prompt")).to_have_value("a purple star")
+
+
+def test_training_runs(page, runs):
+    page.click("nav a:text('Runs')")
+    expect(page.locator("#run-list tr")).to_have_count(3)
+    page.click("#run-list button:text('tiny')")
+    expect(page.locator("#run h2")).to_have_text("tiny")
+    expect(page.locator("#run svg[aria-label^='loss']").first).to_be_visible()
+    log = (runs / "tiny" / "denoiser" / "log.jsonl").read_text().splitlines()
+    last = [json.loads(line)["loss"] for line in log if "loss" in json.loads(line)][-1]
+    label = page.locator("#run svg[aria-label^='loss']").last.get_attribute("aria-label")
+    assert float(label.rpartition(" ")[2]) == pytest.approx(last, rel=0.01)
+    samples = page.locator("#run figure img")
+    expect(samples.first).to_be_visible()
+    assert samples.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    page.click("#run-list button:text('broken')")
+    expect(page.locator("#run .empty")).to_contain_text("config.toml: not valid TOML")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_nothing_is_wider_than_the_screen(browser, shop, photo, width, scheme):
+    """With every fold open and in every view; dark where the system is dark."""
+    settings = {"viewport": {"width": width, "height": 844}, "color_scheme": scheme}
+    with opened_page(browser, shop.address, **settings) as page:
+        ask(page, "a ring " + "w" * 300, num_images=3, num_inference_steps=1)
+        draw(page, 3)
+        page.set_input_files("#file", {"name": "p.png", "mimeType": "image/png", "buffer": png(photo)})
+        expect(page.locator("#paper canvas")).to_be_visible()
+        for view in ("Draw", "History", "Runs"):
+            page.click(f"nav a:text('{view}')")
+            expect(page.locator(f"#{view.lower()}")).to_be_visible()
+            page.wait_for_timeout(200)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor").removeprefix("rgb(").split(",")[0]
+        assert (int(light) > 128) == (scheme == "light")
+
+
+def test_a_refusal_is_one_sentence(browser, shop):
+    opening = opened_page(browser, shop.address)
+    with opening as page:
+        ask(page, PROMPT, num_inference_steps=1, width=13)
+        page.click("#go")
+        expect(page.locator("#state.bad")).to_have_text(re.compile("width must be a multiple of"))
+        expect(page.locator("#gallery figure")).to_have_count(0)
+        (complaint,) = opening.complaints  # Chromium's own, of any refusal
+        assert "422" in complaint
+        opening.complaints.clear()
+
+
+def test_headers_of_the_page(shop):
+    """Scripts of this server alone, in no frame; the files of the page and nothing else."""
+    answer = httpx.get(shop.address)
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'; script-src 'self';" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    for name in ("../app.py", "%2e%2e%2fapp.py", "..%2f..%2fmodel.py", "nothing.js"):
+        assert httpx.get(f"{shop.address}/page/{name}").status_code == 404
