@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -23,7 +24,21 @@ from .conftest import ROOT
 from .forked import Started
 from .serving import PROMPT, Served, png
 
+FOREIGN = "http://169.254.169.254/latest/meta-data"
 QUICK = {"num_inference_steps": 4, "seed": 7}
+
+
+@pytest.fixture
+def connections(monkeypatch):
+    """The hosts that this process, the server in it, connects to."""
+    hosts, connect = set(), socket.socket.connect
+
+    def noted(self, address):
+        hosts.add(address[0] if isinstance(address, tuple) else address)
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", noted)
+    return hosts
 
 
 def decoded(item):
@@ -161,6 +176,25 @@ def test_a_full_queue_refuses(tiny, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_a_hundred_requests_at_once(tiny, tmp_path, connections):
+    """Each is answered, with a picture or 429; then the queue is empty, and the next client is served."""
+    statuses = []
+    with Served(tiny, tmp_path / "out", most_waiting=10) as server:
+        body = {"prompt": PROMPT, "num_inference_steps": 20, "seed": 1}
+        asking = [lambda: statuses.append(server.post("/v1/images/generations", body).status_code)] * 100
+        threads = [threading.Thread(target=ask) for ask in asking]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(statuses) == 100
+        assert set(statuses) == {200, 429}
+        assert len(list((tmp_path / "out").glob("*.png"))) == statuses.count(200) == server.studio.worker.drawn
+        assert (server.studio.worker.waiting, server.studio.worker.current()) == (0, [])
+        assert server.post("/v1/images/generations", {"prompt": "a ring", **QUICK}).status_code == 200
+    assert connections <= {"127.0.0.1"}
+
+
 def test_a_client_that_goes_away_cancels(served):
     """Its pictures are left between steps, and the next client is served."""
     body = {"prompt": PROMPT, "num_inference_steps": 1000, "stream": True, "partial_images": 1}
@@ -246,13 +280,24 @@ def test_bad_bodies(served, body, status, message):
     assert message in answer.json()["error"]["message"]
 
 
-def test_bad_pictures(served):
+def test_bad_pictures(served, connections):
     url = f"{served.address}/v1/images/edits"
     for content, message in ((b"<html>", "not an image"), (b"", "empty"), (png(Image.new("L", (2, 1))), "pixels")):
         answer = httpx.post(url, files={"image": ("a.png", content)}, data={"prompt": "a"}, timeout=30)
         assert (answer.status_code, message in answer.json()["error"]["message"]) == (422, True), answer.text
-    answer = httpx.post(url, data={"prompt": "a", "image": "http://169.254.169.254/"}, files={"x": b""}, timeout=30)
+    answer = httpx.post(url, data={"prompt": "a", "image": FOREIGN}, files={"x": b""}, timeout=30)
     assert (answer.status_code, "image must be one picture" in answer.text) == (422, True)
+    for body in ({"images": [{"image_url": FOREIGN}]}, {"image_url": FOREIGN}):
+        assert served.post("/v1/images/edits", {"prompt": "a", **body}).status_code == 422
+    for path, body in (
+        ("/api/draw", {"settings": {"prompt": "a"}, "image": FOREIGN}),
+        ("/api/read", {"image": FOREIGN}),
+        ("/sdapi/v1/img2img", {"prompt": "a", "init_images": [FOREIGN]}),
+        ("/sdapi/v1/extra-single-image", {"image": FOREIGN}),
+    ):
+        answer = served.post(path, body)
+        assert (answer.status_code, "addresses are never fetched" in answer.text) == (422, True)
+    assert connections <= {"127.0.0.1"}
 
 
 def test_only_pictures_that_were_drawn_are_served(served, tmp_path):
@@ -322,32 +367,77 @@ SOUND = {
     "/sdapi/v1/options": {"sd_model_checkpoint": "scenes-tiny"},
     "/sdapi/v1/png-info": {"image": "AAAA"},
     "/sdapi/v1/extra-single-image": {"image": "AAAA", "upscaling_resize": 2, "upscaler_1": "Lanczos"},
+    "/api/draw": {
+        "settings": {"prompt": "a ring", "num_inference_steps": 1},
+        "model": "scenes-tiny",
+        "margins": [0] * 4,
+    },
+    "/api/read": {"image": "AAAA"},
 }
 ODD = [None, "", -1, 0, 1e308, 10**30, True, [], {}, [[]], "\0", "\ud800", "x" * 5000, float("nan"), {"a": 1}, "../.."]
 
 
+MORE = ["strength", "sampler", "width", "eta", "hires_scale", "alwayson_scripts", "adapters", "\u2603", "__class__"]
+
+
 def mutated(body, rng):
-    """The body with one to three of its values, or a new key, replaced by odd ones."""
-    body = {**body, "num_inference_steps": 1, "steps": 1}
+    """The body with one to three of its values, or a new key, replaced by odd ones; also inside its trees."""
+    body = {**body, "num_inference_steps": 1, "steps": 1} if "settings" not in body else dict(body)
     for _ in range(rng.integers(1, 4)):
-        names = [*body, "strength", "sampler", "width", "eta", "hires_scale", "alwayson_scripts", "\u2603", "__class__"]
-        body[names[rng.integers(len(names))]] = ODD[rng.integers(len(ODD))]
+        names = [*body, *MORE] if "settings" not in body else [*body]
+        name = names[rng.integers(len(names))]
+        if isinstance(body.get(name), dict):
+            body[name] = mutated(body[name], rng)
+        else:
+            body[name] = ODD[rng.integers(len(ODD))]
     return body
 
 
+def megabytes():
+    """The resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
 @pytest.mark.parametrize("path", SOUND)
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_mutated_bodies(served, path, count):
-    """Every answer is a picture or a refusal in a line, never a failure of the server."""
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_bodies(served, path, count, connections):
+    """Every answer is a picture or a refusal in a line, never a failure; memory stays, and no other host is asked."""
     rng = np.random.default_rng(len(path))
+    before = megabytes()
     with httpx.Client(base_url=served.address, timeout=60) as client:
-        for _ in range(count):
+        for k in range(count):
             content = json.dumps(mutated(SOUND[path], rng)).encode()
             cut = content[: rng.integers(len(content))] if rng.random() < 0.2 else content
             answer = client.post(path, content=cut, headers={"content-type": "application/json"})
             assert answer.status_code in (200, 422), (answer.status_code, content[:300], answer.text[:300])
             if answer.status_code == 422:
                 assert "\n" not in answer.json()["error"]["message"]
+            before = megabytes() if k == count // 4 else before  # until then buffers are made
+    assert megabytes() < before + 60
+    assert connections <= {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations"])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_forms(served, path, count, photo, connections):
+    """The same of multipart bodies, whose pictures are damaged too."""
+    rng = np.random.default_rng(len(path))
+    picture = png(photo)
+    with httpx.Client(base_url=served.address, timeout=60) as client:
+        for _ in range(count):
+            fields = mutated({"prompt": "a ring", "n": 1, "size": "64x64"}, rng)
+            texts = {key: text if isinstance(text, str) else json.dumps(text) for key, text in fields.items()}
+            texts = {key: text.encode("utf-8", "backslashreplace").decode() for key, text in texts.items()}
+            damaged = bytearray(picture)
+            for place in rng.integers(len(picture), size=rng.integers(0, 4)):
+                damaged[place] = rng.integers(256)
+            names = ("image", "mask", "image[]", "other")
+            files = [(names[k], ("a.png", bytes(damaged))) for k in range(rng.integers(1, 4))]
+            answer = client.post(path, data=texts, files=files)
+            assert answer.status_code in (200, 404, 422), (answer.status_code, texts, answer.text[:300])
+            if answer.status_code != 200:
+                assert "\n" not in answer.json()["error"]["message"]
+    assert connections <= {"127.0.0.1"}
 
 
 # the command
@@ -377,6 +467,7 @@ def test_the_command_from_start_to_signal(tiny_model, tmp_path, call):
     for thread in threads:
         thread.start()
     wait_for(lambda: httpx.get(f"{address}/health").json()["waiting"] > 0)
+    assert len(httpx.get(f"{address}/api/history").json()["pictures"]) >= 2
     server.process.terminate()
     code, err = server.ended(60)
     for thread in threads:
@@ -384,10 +475,17 @@ def test_the_command_from_start_to_signal(tiny_model, tmp_path, call):
     assert (code, err.splitlines()[-1]) == (143, "error: terminated"), err
     assert set(answers) <= {200, 503}
     assert 503 in answers
-    for path in (tmp_path / "outputs").iterdir():
-        assert path.suffix == ".png", "no half file"
+    pictures = sorted((tmp_path / "outputs").glob("*.png"))
+    assert {path.suffix for path in (tmp_path / "outputs").iterdir()} <= {".png", ".sqlite"}, "no half file"
+    for path in pictures:
         with Image.open(path) as image:
             image.load()
+    again = Started("serve", "-m", tiny_model, "--port", port, "--runtime", "torch", cwd=tmp_path)
+    wait_for(lambda: httpx.get(f"{address}/health").status_code == 200)
+    history = httpx.get(f"{address}/api/history", params={"count": 200}).json()["pictures"]
+    again.process.terminate()
+    assert again.ended(60)[0] == 143
+    assert sorted(each["name"] for each in history) == [path.name for path in pictures], "the history is right"
 
 
 def test_the_examples_of_the_manual(served, tmp_path, monkeypatch):
