@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## install everything and draw a picture
 
 # in several processes of one thread each: most of a test is starting up, which no thread shortens
 test: $(VENV)/.installed
-	@command -v chromium google-chrome >/dev/null || echo "No Chromium here: the web page is not tested. apt-get install chromium"
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo "No Chromium here: the web page is not tested. apt-get install chromium"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed
