@@ -91,6 +91,7 @@ class Family:
     parts: the classes that each part of a folder may have, which is the safety list; optional: parts that may be
     missing. pipelines: diffusers' pipeline classes. load: a checked folder and the variant of its weights -> the model
     on the CPU in its stored precision. save: write a model's networks into a new folder. index: its model_index.json.
+    defaults: settings that its pipeline in diffusers has, where a folder recommends none.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Family:
     load: Callable[[FilePath, str | None], Model]
     save: Callable[[Model, FilePath], None]
     index: Callable[[Model], dict[str, Any]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

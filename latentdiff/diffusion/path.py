@@ -214,7 +214,15 @@ class Straight:
         return 1 - t / self.T, t / self.T
 
     def levels(self, steps: int, grid: str = "trailing", tokens: int = 0) -> tuple[NoiseLevel, ...]:
-        """See Path. Grids of times are shifted; grids of ratios state their levels themselves."""
+        """See Path. Grids of times are shifted; grids of ratios state their levels themselves.
+
+        The last level of `linspace` is the lowest of training, which is shifted itself: it is shifted twice, as in
+        Stability AI's sd3-ref and in diffusers.
+        """
+        if grid == "linspace" and 1 < steps <= self.T:
+            lowest = 1 / self.T if self.growth else float(self.shifted(np.array(1 / self.T)))
+            shares = self.shifted(np.linspace(1, lowest, steps), tokens)
+            return (*(self.level(self.T * float(share)) for share in shares), CLEAN)
         return grid_levels(self, steps, grid, lambda value: value, shift=self.shift_of(tokens))
 
     def shift_of(self, tokens: int = 0) -> float:

@@ -85,6 +85,9 @@ def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
     else:
         height = model.card.size[0] if request.height is None else request.height
         width = model.card.size[1] if request.width is None else request.width
+    largest = model.backbone.spec.largest
+    if largest is not None and max(height, width) > largest * model.codec.factor:
+        raise ConfigError(f"sides must be at most {largest * model.codec.factor} for this model (got {width}x{height})")
     return check_size("height", height, model.multiple), check_size("width", width, model.multiple)
 
 

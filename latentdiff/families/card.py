@@ -7,7 +7,9 @@ things.json       the names of what it draws, by category, for models of named t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
@@ -20,7 +22,6 @@ from latentdiff.settings.recommended import Recommended
 
 FILE = "latentdiff.json"
 WORDS, THINGS = "words.txt", "things.json"
-GUIDANCE_OF_SDXL = 5.0  # the default of its pipeline in diffusers
 Side = Annotated[int, Field(ge=8, le=2048)]
 
 
@@ -37,8 +38,10 @@ class _Things(RootModel[dict[str, tuple[str, ...]]]):
     """Names by category."""
 
 
-def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard:
-    """The card of a checked folder. Without latentdiff.json the scheduler's config gives the recommended settings.
+def model_card(
+    directory: Path, T: int, variant: str | None = None, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> ModelCard:
+    """The card of a checked folder. Without latentdiff.json the settings are the scheduler's and the family's defaults.
 
     T: the model's number of times. Raises ModelError.
     """
@@ -46,10 +49,8 @@ def model_card(directory: Path, T: int, variant: str | None = None) -> ModelCard
     path, sha256 = directory / FILE, folder_hash(directory, variant)
     if not path.is_file():
         scheduler = read_scheduler(directory)
-        name, usual = directory.resolve().name, scheduler.recommended
-        if (directory / "text_encoder_2").is_dir():
-            usual = usual | {"guidance_scale": GUIDANCE_OF_SDXL}
-        return ModelCard(name, sha256, side, usual, folder=directory, notes=scheduler.notes)
+        usual = {**scheduler.recommended, **defaults}
+        return ModelCard(directory.resolve().name, sha256, side, usual, folder=directory, notes=scheduler.notes)
     card = read_json_as(_Card, path)
     if variant is None and card.weights not in (None, sha256):
         raise ModelError(

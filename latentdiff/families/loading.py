@@ -16,10 +16,11 @@ from latentdiff.families.card import THINGS, WORDS, card_tree, model_card
 from latentdiff.families.scheduler import FILE as SCHEDULER_FILE
 from latentdiff.families.scheduler import scheduler_config
 from latentdiff.formats.folder import NETWORKS, folder_hash
-from latentdiff.model import Model, ModelCard
+from latentdiff.model import Family, Model, ModelCard
 
 DEFAULT_MODEL = "scenes-64"
-_PARTS = frozenset({*NETWORKS, "tokenizer", "tokenizer_2", WORDS, THINGS})  # of another model none may stay
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_PARTS = frozenset({*NETWORKS, *_TOKENIZERS, WORDS, THINGS})  # of another model none may stay
 
 
 class Located(NamedTuple):
@@ -91,9 +92,9 @@ def stored_model(path: str | Path | None, variant: str | None = None, revision: 
     return replace(model, card=_named(model.card, source, variant))
 
 
-def card_of(source: Located, T: int, variant: str | None) -> ModelCard:
+def card_of(source: Located, family: Family, T: int, variant: str | None) -> ModelCard:
     """The card of a checked folder, with the user's name and source of it."""
-    return _named(model_card(source.path, T, variant), source, variant)
+    return _named(model_card(source.path, T, variant, family.defaults), source, variant)
 
 
 def _named(card: ModelCard, source: Located, variant: str | None) -> ModelCard:

@@ -28,8 +28,8 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.core.files import sha256_of
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families import stable_diffusion, stable_diffusion_xl
-from latentdiff.families.card import GUIDANCE_OF_SDXL
 from latentdiff.families.stable_diffusion import assembled
+from latentdiff.families.stable_diffusion_xl import DEFAULTS as OF_XL
 from latentdiff.formats.original import (
     CLIP,
     EMA,
@@ -71,7 +71,6 @@ _XL: dict[str, Any] = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 56,
 }
-_OF_XL: dict[str, Any] = {"guidance_scale": GUIDANCE_OF_SDXL}
 _PLAIN: dict[str, Any] = {
     "sampler": "dpmpp_2m",
     "spacing": "trailing",
@@ -101,7 +100,7 @@ def load_single_file(path: Path) -> Model:
         codec,
         path=schedule.zero_terminal_snr() if zero_terminal_snr else schedule,
         prediction=prediction,
-        card=ModelCard(path.stem, sha256_of(path), (side, side), _PLAIN | _OF_XL if kind == "XL" else dict(_PLAIN)),
+        card=ModelCard(path.stem, sha256_of(path), (side, side), _PLAIN | OF_XL if kind == "XL" else dict(_PLAIN)),
         where=path,
     )
     family = stable_diffusion_xl if isinstance(texts, TwoTextEncoders) else stable_diffusion

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from latentdiff.core.errors import ModelError
@@ -33,14 +34,14 @@ def load(directory: Path, variant: str | None) -> Model:
     return replace(read(directory, variant), family=FAMILY)
 
 
-def read(directory: Path, variant: str | None) -> Model:
+def read(directory: Path, variant: str | None, defaults: Mapping[str, Any] = MappingProxyType({})) -> Model:
     """The networks of a checked folder as a model whose family is not set yet."""
     from latentdiff.families.weights import load_codec, load_text_encoders, load_unet
 
     path, prediction, *_ = read_scheduler(directory)
     codec, texts = load_codec(directory, variant), load_text_encoders(directory, variant)
     unet = load_unet(directory, variant)
-    card = model_card(directory, path.T, variant)
+    card = model_card(directory, path.T, variant, defaults)
     return assembled(unet, texts, codec, path=path, prediction=prediction, card=card, where=directory)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from latentdiff.families.stable_diffusion import PARTS_OF_TWO, TASKS, read, save, shared_index
 from latentdiff.model import Family, Model
 
+DEFAULTS = {"guidance_scale": 5.0}
+
 
 def load(directory: Path, variant: str | None) -> Model:
     """See Family."""
-    return replace(read(directory, variant), family=FAMILY)
+    return replace(read(directory, variant, DEFAULTS), family=FAMILY)
 
 
 def index(model: Model) -> dict[str, Any]:
@@ -34,4 +36,5 @@ FAMILY = Family(
     load,
     save,
     index,
+    DEFAULTS,
 )

@@ -19,11 +19,14 @@ from torch import nn
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import check_depth, numbers_in, read_json, variant_of, weight_files
+from latentdiff.networks.backbones.mmdit import MMDiT
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
+from latentdiff.networks.encoders.t5 import T5_LENGTH, T5Text
+from latentdiff.networks.encoders.three_texts import ThreeTextEncoders
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 from latentdiff.networks.quiet import quietly
 
@@ -87,6 +90,38 @@ def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncod
     second = _text_encoder(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
     zero_empty = read_json(directory / "model_index.json").get("force_zeros_for_empty_prompt", True)
     return TwoTextEncoders(first, second, zero_empty=bool(zero_empty)).eval()
+
+
+def load_three_texts(directory: Path, width: int, variant: str | None = None) -> ThreeTextEncoders:
+    """The text encoders of Stable Diffusion 3; T5 may be missing. width: of the tokens that the backbone reads."""
+    from transformers import CLIPTextModelWithProjection
+
+    first = _text_encoder(CLIPTextModelWithProjection, directory, variant, "", penultimate=True)
+    second = _text_encoder(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
+    third = load_t5(directory, "_3", T5_LENGTH, variant) if (directory / "text_encoder_3").is_dir() else None
+    return ThreeTextEncoders(first, second, third, width).eval()
+
+
+def load_t5(directory: Path, suffix: str, length: int, variant: str | None = None) -> T5Text:
+    """The T5 of a model folder. length: tokens that it reads. Raises ModelError."""
+    from transformers import T5EncoderModel, T5TokenizerFast
+
+    folder = directory / f"tokenizer{suffix}"
+    with loading(folder.name, directory), _without_collections():
+        tokenizer = T5TokenizerFast.from_pretrained(folder, local_files_only=True)
+    model = _pretrained(T5EncoderModel, directory, f"text_encoder{suffix}", variant)
+    with loading(folder.name, directory):
+        rows, most = len(_rows(model)), max(tokenizer.get_vocab().values(), default=0)
+        if most >= rows:
+            raise ModelError(f"{folder.name} does not fit the text encoder's {rows} words ({directory})")
+        return T5Text(tokenizer, model, length).eval()
+
+
+def load_mmdit(directory: Path, variant: str | None = None) -> MMDiT:
+    """The transformer of Stable Diffusion 3."""
+    from diffusers import SD3Transformer2DModel
+
+    return MMDiT(_pretrained(SD3Transformer2DModel, directory, "transformer", variant)).eval()
 
 
 def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool) -> TextEncoder:
@@ -228,6 +263,10 @@ def _run(skeleton: Any) -> None:
         labels = None if skeleton.class_embedding is None else torch.zeros(1, dtype=torch.long)
         x = torch.zeros(1, config.in_channels, side, side)
         skeleton(x, torch.zeros(1), tokens, class_labels=labels, added_cond_kwargs=added)
+    elif hasattr(skeleton, "transformer_blocks"):
+        x = torch.zeros(1, config.in_channels, 2 * config.patch_size, 2 * config.patch_size)
+        tokens, pooled = torch.zeros(1, 3, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim)
+        skeleton(x, tokens, pooled, torch.zeros(1))
     elif hasattr(skeleton, "decoder"):  # a VAE
         side = 4 * 2 ** len(config.block_out_channels)
         encoded = skeleton.encode(torch.zeros(1, config.in_channels, side, side))

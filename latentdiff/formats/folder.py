@@ -20,7 +20,7 @@ from latentdiff.formats.pickle import is_pickle, named_safetensors
 
 _UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
 _MODULES = {"diffusers", "transformers", "stable_diffusion", None}
-NETWORKS = ("text_encoder", "text_encoder_2", "transformer", "unet", "vae")
+NETWORKS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
 LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
 LONGEST_LIST = 64  # of what a network has one of at each of its levels
 LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
@@ -263,7 +263,7 @@ def folder_hash(directory: Path, variant: str | None = None) -> str:
 
 def settings_hash(directory: Path) -> str:
     """sha256 of the files beside the weights: configs, tokenizer, schedule. Raises ModelError."""
-    parts = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler", "clip")
+    parts = (*NETWORKS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "clip")
     files = [*directory.glob("*.json"), *(file for part in parts for file in (directory / part).glob("*.*"))]
     with loading("the configs", directory):
         return sha256_of(*sorted(file for file in files if file.suffix in (".json", ".txt")), named_in=directory)

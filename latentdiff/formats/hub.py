@@ -14,7 +14,8 @@ from latentdiff.core.errors import ModelError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READ = ("*.json", "*/*.json", "*/merges.txt")
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_BACKBONES = ("unet", "transformer")
+_PARTS = (*_BACKBONES, "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def is_hub_id(name: str) -> bool:
@@ -52,7 +53,8 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
 
 def _whole(folder: Path, named: str) -> Path:
     """The snapshot, if its download was complete: every network has weights. Raises FileNotFoundError."""
-    for part in ("unet", "text_encoder"):
+    backbone = next((part for part in _BACKBONES if (folder / part).is_dir()), _BACKBONES[0])
+    for part in (backbone, "text_encoder"):
         if not any(named in file.name for file in (folder / part).glob("*.safetensors")):
             raise FileNotFoundError(part)
     return folder

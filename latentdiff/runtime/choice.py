@@ -153,7 +153,7 @@ def _compiled(
 
     family, _ = check_folder(source.path)
     path, prediction, *_ = read_scheduler(source.path)
-    card = card_of(source, path.T, variant)
+    card = card_of(source, family, path.T, variant)
     precise = precision or ("bfloat16" if has_bfloat16() else "float32")
     compiler = Compiler(export, precise, card.hash)
     networks = compiled_networks(export, compiler)

@@ -1,0 +1,63 @@
+"""What the transformers of flow-matching models share, behind the protocols of `networks.protocols`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.core.turn import Turn
+from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.protocols import Spec
+from latentdiff.networks.saving import save_network
+
+
+class Transformer(nn.Module):
+    """(x_t, t, conditions) -> output, with x_t (B, C, h, w), t a time or (B,) times.
+
+    Under K conditions x_t runs K times in one batch and the output is (K, B, C, h, w). A family's transformer defines
+    `spec` and `output`.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self._turn = model, Turn()
+
+    @property
+    def spec(self) -> Spec:
+        """See Backbone."""
+        raise NotImplementedError
+
+    def output(self, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        """The module's output for x (B, C, h, w) and times (B,)."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
+        return next(self.parameters()).dtype
+
+    def forward(self, x: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+        """The network's output; see the class."""
+        conditions, x, count = conditions.cast(self.dtype), x.to(self.dtype), conditions.count
+        rows = x.repeat(count, 1, 1, 1) if count else x
+        time = torch.as_tensor(t, device=x.device).expand(len(x)).repeat(count or 1)
+        output = self.output(rows, time, conditions.flattened() if count else conditions)
+        return output.reshape(count, len(x), *output.shape[1:]) if count else output
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
+        """See Backbone. Gradients are switched off here, since a mode set inside a generator leaks to its caller."""
+        with self._turn:
+            output: Tensor = self(x, t, conditions)
+        return output.float()
+
+    def save_memory(self) -> None:
+        """Recompute activations in the backward pass instead of storing them (Chen et al. 2016)."""
+        self.model.enable_gradient_checkpointing()
+
+    def save(self, directory: Path) -> None:
+        """Write config.json and safetensors weights."""
+        save_network(self.model, directory)
