@@ -151,6 +151,11 @@ class Model:
         """Whether the backbone reads sizes in pixels, like Stable Diffusion XL's."""
         return "sizes" in self.backbone.spec.reads
 
+    @property
+    def is_told_guidance(self) -> bool:
+        """Whether the backbone reads guidance_scale as a condition, like Flux.1 dev, instead of being guided by it."""
+        return "guidance" in self.backbone.spec.reads
+
     def array(self, values: Array) -> Array:
         """See Place."""
         return self.place.array(values)

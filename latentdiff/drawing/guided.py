@@ -80,7 +80,7 @@ def guided(
     if prompts.uncond is not None:
         both = prepared(backbone, together([prompts.uncond, prompts.cond]))
         pair = guidance.once(denoiser(network, prediction, both))
-        cond, denoise = guidance.chosen(pair, 1), _classifier_free(pair, request)
+        cond, denoise = guidance.chosen(pair, 1), _classifier_free(pair, request, "guidance" in backbone.spec.reads)
     if request.pag_scale:
         assert isinstance(backbone, PerturbedAttention)
         other = denoiser(perturbed(backbone, start.extra), prediction, prepared(backbone, prompts.cond))
@@ -107,9 +107,9 @@ def _network(backbone: Backbone, extra: Array | None, every: int) -> Network:
     return reusing(backbone, extra, every)
 
 
-def _classifier_free(pair: Denoiser, request: Request) -> Denoiser:
+def _classifier_free(pair: Denoiser, request: Request, is_told: bool) -> Denoiser:
+    scale = request.cfg(is_told)
     if not request.apg:
-        return guidance.classifier_free(pair, request.guidance_scale)
+        return guidance.classifier_free(pair, scale)
     norm = math.inf if request.apg_norm is None else request.apg_norm
-    scale, eta, momentum = request.guidance_scale, request.apg_eta, request.apg_momentum
-    return guidance.apg(pair, scale, eta=eta, norm=norm, momentum=momentum)
+    return guidance.apg(pair, scale, eta=request.apg_eta, norm=norm, momentum=request.apg_momentum)

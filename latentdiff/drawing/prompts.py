@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import NamedTuple
 
+from latentdiff.core.arrays import Array
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.turn import Turn
 from latentdiff.core.vocabulary import unseen
@@ -58,7 +59,8 @@ def chunks_of(job: Job, encoder: Encoder) -> int:
     if job.embeds is not None:
         return len(job.embeds[0]["tokens"]) // encoder.length
     style = style_of(job.request)
-    prompts = [job.request.prompt] + [job.request.negative_prompt] * (job.request.guidance_scale > 1)
+    is_guided = max(job.request.guidance_scale, job.request.true_cfg_scale) > 1
+    prompts = [job.request.prompt] + [job.request.negative_prompt] * is_guided
     return max(encoder.read(prompt, style).chunks for prompt in prompts)
 
 
@@ -75,7 +77,7 @@ def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
         notes[f"the prompt has no learnt word ({', '.join(learnt)})"] = None
     encoder, known = model.encoder, None if adapted else model.card.words
     for job in batch.jobs:
-        names = ("prompt", "negative_prompt") if job.request.guidance_scale > 1 else ("prompt",)
+        names = ("prompt", "negative_prompt") if job.request.cfg(model.is_told_guidance) > 1 else ("prompt",)
         for name in names if job.embeds is None else ():
             prompt = getattr(job.request, name)
             read = encoder.read(prompt, style_of(job.request))
@@ -105,7 +107,10 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
         return _sized(job.embeds[0], sizes)
 
     cond = stacked([of(job) for job in batch.jobs]).mapped(model.array)
-    if request.guidance_scale <= 1:
+    told = model.is_told_guidance
+    if told:
+        cond = cond.joined(_guidance(model, request, len(batch)))
+    if request.cfg(told) <= 1:
         return Prompted(cond, None)
     plain = replace(style, clip_skip=None)
     negative = []
@@ -113,8 +118,16 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
         own = None if job.embeds is None else job.embeds[1]
         negative.append(encoded(job.request.negative_prompt, plain) if own is None else _sized(own, sizes))
     uncond = stacked(negative).mapped(model.array)
+    if told:
+        uncond = uncond.joined(_guidance(model, request, len(batch)))
     _check_shapes(cond, uncond)
     return Prompted(cond, uncond)
+
+
+def _guidance(model: Model, request: Request, count: int) -> dict[str, Array]:
+    import numpy as np
+
+    return {"guidance": model.array(np.full(count, request.guidance_scale, np.float32))}
 
 
 def _sized(embeds: Conditions, sizes: tuple[float, ...] | None) -> Conditions:

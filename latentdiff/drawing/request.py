@@ -79,6 +79,9 @@ class Request(BaseModel):
 
     # guidance, see diffusion/guidance.py
     guidance_scale: Finite = Field(7.5, ge=0, le=100, description="classifier-free guidance; 1 is none")
+    true_cfg_scale: Finite = Field(
+        1.0, ge=0, le=100, description="classifier-free guidance of a model that is told guidance_scale (Flux.1 dev)"
+    )
     guidance_rescale: Fraction = Field(0.0, description="restores the unguided contrast (Lin et al. 2023)")
     guidance_interval: tuple[Finite, Finite] | None = Field(
         None, description="log-SNR between which guidance acts (Kynkaanniemi et al. 2024)"
@@ -116,6 +119,10 @@ class Request(BaseModel):
     variation_strength: Fraction = Field(0.0, description="share of it")
     vae_tiling: bool = Field(False, description="decode in tiles")
     vae_slicing: bool = Field(False, description="decode picture by picture")
+
+    def cfg(self, is_told: bool) -> float:
+        """The scale of classifier-free guidance; 1 or less is none. is_told: see Model.is_told_guidance."""
+        return self.true_cfg_scale if is_told else self.guidance_scale
 
     @field_validator("sampler")
     @classmethod

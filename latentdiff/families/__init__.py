@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.core.errors import ModelError, UnsafeError
-from latentdiff.families import own, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from latentdiff.families import flux, own, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from latentdiff.formats import folder
 from latentdiff.model import Family
 
 FAMILIES: tuple[Family, ...] = tuple(
-    module.FAMILY for module in (own, stable_diffusion, stable_diffusion_xl, stable_diffusion_3)
+    module.FAMILY for module in (own, stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux)
 )
 
 
@@ -38,7 +38,7 @@ def family_of(index: dict[str, Any], directory: Path) -> Family:
     for family in FAMILIES:
         if name in family.pipelines and (family is not own.FAMILY or own.made_here(directory)):
             return family
-    raise ModelError(f"{name} is not supported ({where}). Stable Diffusion 1, 2, XL and 3 are")
+    raise ModelError(f"{name} is not supported ({where}). Stable Diffusion 1, 2, XL, 3 and Flux.1 are")
 
 
 def check_vae(path: Path) -> Path:

@@ -79,12 +79,17 @@ def parts_of(unet: Any, texts: Any, codec: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def save(model: Model, directory: Path) -> None:
-    """See Family."""
+def save(model: Model, directory: Path, backbone: str = "unet") -> None:
+    """See Family. backbone: the name of its part."""
     networks: Any = model
-    networks.backbone.save(directory / "unet")
+    networks.backbone.save(directory / backbone)
     networks.encoder.save(directory)
     networks.codec.save(directory / "vae")
+
+
+def save_transformer(model: Model, directory: Path) -> None:
+    """See Family, for families whose backbone is a transformer."""
+    save(model, directory, "transformer")
 
 
 def index(model: Model) -> dict[str, Any]:

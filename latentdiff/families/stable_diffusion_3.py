@@ -67,14 +67,6 @@ def parts_of(backbone: Any, texts: Any, codec: Any) -> dict[str, Any]:
     return parts
 
 
-def save(model: Model, directory: Path) -> None:
-    """See Family."""
-    networks: Any = model
-    networks.backbone.save(directory / "transformer")
-    networks.encoder.save(directory)
-    networks.codec.save(directory / "vae")
-
-
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
     has_t5 = "text_encoder_3" in model.parts
@@ -99,7 +91,7 @@ FAMILY = Family(
     PARTS,
     frozenset({"text_encoder_3", "tokenizer_3"}),
     load,
-    save,
+    stable_diffusion.save_transformer,
     index,
     DEFAULTS,
 )

@@ -19,13 +19,15 @@ from torch import nn
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import check_depth, numbers_in, read_json, variant_of, weight_files
+from latentdiff.networks.backbones.flux import Flux, packed, places
 from latentdiff.networks.backbones.mmdit import MMDiT
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
-from latentdiff.networks.encoders.t5 import T5_LENGTH, T5Text
+from latentdiff.networks.encoders.clip_and_t5 import ClipAndT5
+from latentdiff.networks.encoders.t5 import FLUX_LENGTH, T5_LENGTH, T5Text
 from latentdiff.networks.encoders.three_texts import ThreeTextEncoders
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 from latentdiff.networks.quiet import quietly
@@ -115,6 +117,18 @@ def load_t5(directory: Path, suffix: str, length: int, variant: str | None = Non
         if most >= rows:
             raise ModelError(f"{folder.name} does not fit the text encoder's {rows} words ({directory})")
         return T5Text(tokenizer, model, length).eval()
+
+
+def load_clip_and_t5(directory: Path, variant: str | None = None) -> ClipAndT5:
+    """The text encoders of Flux."""
+    return ClipAndT5(load_text_encoder(directory, variant), load_t5(directory, "_2", FLUX_LENGTH, variant)).eval()
+
+
+def load_flux(directory: Path, variant: str | None = None) -> Flux:
+    """The transformer of Flux."""
+    from diffusers import FluxTransformer2DModel
+
+    return Flux(_pretrained(FluxTransformer2DModel, directory, "transformer", variant)).eval()
 
 
 def load_mmdit(directory: Path, variant: str | None = None) -> MMDiT:
@@ -263,6 +277,11 @@ def _run(skeleton: Any) -> None:
         labels = None if skeleton.class_embedding is None else torch.zeros(1, dtype=torch.long)
         x = torch.zeros(1, config.in_channels, side, side)
         skeleton(x, torch.zeros(1), tokens, class_labels=labels, added_cond_kwargs=added)
+    elif hasattr(skeleton, "single_transformer_blocks"):
+        x, guidance = packed(torch.zeros(1, config.in_channels // 4, 4, 4)), torch.zeros(1)
+        tokens, pooled = torch.zeros(1, 3, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim)
+        told = guidance if config.guidance_embeds else None
+        skeleton(x, tokens, pooled, torch.zeros(1), places(2, 2), torch.zeros(3, 3), told)
     elif hasattr(skeleton, "transformer_blocks"):
         x = torch.zeros(1, config.in_channels, 2 * config.patch_size, 2 * config.patch_size)
         tokens, pooled = torch.zeros(1, 3, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim)

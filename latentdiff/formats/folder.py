@@ -21,6 +21,7 @@ from latentdiff.formats.pickle import is_pickle, named_safetensors
 _UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
 _MODULES = {"diffusers", "transformers", "stable_diffusion", None}
 NETWORKS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
+_FLUX_SIDE = 128  # latents of a side
 LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
 LONGEST_LIST = 64  # of what a network has one of at each of its levels
 LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
@@ -301,11 +302,12 @@ def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
         backbone = read_json(directory / part / "config.json")
         vae = directory / "vae" / "config.json"
         factor = 2 ** (len(_levels(read_json(vae))) - 1) if vae.is_file() else 1
-        sample = backbone["sample_size"]
+        packed = 2 if "axes_dims_rope" in backbone else 1  # Flux: tokens of 2 x 2 latents, and no size of its own
+        sample = backbone["sample_size"] if packed == 1 else _FLUX_SIDE
         if type(sample) is not int or sample < 1:
             raise ModelError(f"{part}/config.json: sample_size must be a whole number of latents (got {sample!r})")
         side = sample * factor
-        multiple = 1 if part == "unet" else int(backbone["patch_size"])
+        multiple = 1 if part == "unet" else packed * int(backbone["patch_size"])
         return factor * multiple, (side, side)
 
 

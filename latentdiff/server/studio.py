@@ -79,6 +79,8 @@ class Studio:
         count = order.settings.get("num_images", 1)
         if isinstance(count, int) and count > MOST_PICTURES:
             raise ConfigError(f"a request has at most {MOST_PICTURES} pictures (got {count})")
+        if not isinstance(order.settings["prompt"], str):
+            raise ConfigError("prompt must be text")
         prompt, adapters = without_tags(order.settings["prompt"])
         settings = {**order.settings, "prompt": prompt}
         wanted = Wanted(order.model or self.shelf.current, (*order.adapters, *adapters))

@@ -89,6 +89,15 @@ class TextEncoder(nn.Module):
                 hidden = weighted(hidden, empty, torch.from_numpy(weights).to(hidden))
             return conditions_of(hidden.flatten(0, 1), None if pooled is None else pooled[0])
 
+    @torch.no_grad()
+    def pooled(self, prompt: Prompt) -> Tensor:
+        """The pooled text (D,) of a prompt's first chunk: the last hidden state of its end, without weights."""
+        with self._turn:
+            ids = torch.from_numpy(self.reader.ids(self.reader.filled(prompt.text, prompt.style, 1)[:1]))
+            place = self.model.device
+            pooled: Tensor = self.model(ids if place.type == "meta" else ids.to(place)).pooler_output[0]
+            return pooled
+
     def outputs(self, ids: Tensor) -> Any:
         """The text model's outputs for token ids (n, L), with all hidden states."""
         return self.model(ids, output_hidden_states=True, return_dict=True)

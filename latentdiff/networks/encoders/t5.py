@@ -14,6 +14,7 @@ from latentdiff.networks.encoders.prompt import Prompt, Style, parse, weighted
 from latentdiff.networks.saving import save_network
 
 T5_LENGTH = 256  # tokens that Stable Diffusion 3 reads
+FLUX_LENGTH = 512
 
 
 class T5Text(nn.Module):
@@ -30,8 +31,12 @@ class T5Text(nn.Module):
 
     def cut(self, prompt: str, style: Style) -> int:
         """The number of a prompt's tokens that are beyond its length."""
+        return max(0, self.count(prompt, style) - self.length)
+
+    def count(self, prompt: str, style: Style) -> int:
+        """The number of a prompt's tokens, with the end."""
         with self._turn:
-            return max(0, len(self.tokenizer(_plain(prompt, style)[0]).input_ids) - self.length)
+            return len(self.tokenizer(_plain(prompt, style)[0], truncation=False, verbose=False).input_ids)
 
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Tensor:
