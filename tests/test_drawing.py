@@ -257,14 +257,26 @@ def test_only_the_masked_part_is_drawn(pipe, photo):
     (larger,) = drawn(pipe, **{**settings, "width": 64, "height": 64})
     assert np.array_equal(larger[mask == 0], photo[mask == 0])
     assert not np.array_equal(larger, whole)
+    marked = np.asarray(Image.fromarray(mask[14:46, 24:56]).resize((64, 64), Image.BILINEAR))
     (resized,) = drawn(
         pipe,
         image=np.asarray(Image.fromarray(photo[14:46, 24:56]).resize((64, 64), Image.LANCZOS)),
-        mask_image=np.asarray(Image.fromarray(mask[14:46, 24:56]).resize((64, 64), Image.BILINEAR)),
+        mask_image=np.where(marked > 0, np.uint8(255), np.uint8(0)),
     )
     small = np.asarray(Image.fromarray(resized).resize((32, 32), Image.LANCZOS)).astype(int)
     middle = np.s_[12:20, 12:20]  # farther from the mask's edge than resizing looks
     assert np.abs(larger[14:46, 24:56].astype(int) - small)[middle].max() <= 1  # of rounding before or after
+
+
+def test_a_dot_is_drawn_however_small_it_becomes(photo):
+    """A mask of one pixel, drawn at a sixteenth of the size, still has a white one; a soft mask stays soft."""
+    large = np.tile(photo, (8, 8, 1))
+    mask = np.zeros(large.shape[:2], np.uint8)
+    mask[300, 400] = 255
+    small = canvas(large, mask, multiple=8, closeup=(500, (32, 48))).mask
+    assert set(np.unique(small)) == {0, 255}
+    soft = canvas(large, mask, multiple=8, closeup=(8, (64, 64)), blur=3.0).mask
+    assert len(np.unique(soft)) > 3
 
 
 def test_closeups_that_are_refused_and_whole_sizes_in_one_call(pipe, photo, mask):

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from latentdiff.drawing.record import read_metadata
-from latentdiff.server.guard import Limits
+from latentdiff.server.guard import LOOPBACK, Limits, names_of
 
 from .conftest import ROOT
 from .forked import Started
@@ -135,8 +135,10 @@ def test_models_and_aliases(served):
 
 
 def test_what_is_ignored_is_named(served):
-    answer = served.post("/v1/images/generations", {"prompt": "a ring", "quality": "hd", "style": "vivid", **QUICK})
-    assert (answer.status_code, answer.headers["x-ignored"]) == (200, "quality, style")
+    body = {"prompt": "a ring", "quality": "hd", "user": "me", "partial_images": 1, "output_compression": 5, **QUICK}
+    answer = served.post("/v1/images/generations", body)
+    names = "output_compression, partial_images, quality, user"
+    assert (answer.status_code, answer.headers["x-ignored"]) == (200, names)
 
 
 # the queue
@@ -169,11 +171,22 @@ def test_requests_at_once_share_batches_and_none_is_lost(served, tiny):
 
 
 def test_a_full_queue_refuses(tiny, tmp_path):
+    """Later there may be room; for more pictures than the queue can hold there never is."""
     with Served(tiny, tmp_path / "out", most_waiting=2) as server:
         answer = server.post("/v1/images/generations", {"prompt": "a", "n": 3, **QUICK})
+        assert (answer.status_code, "at most 2 pictures" in answer.text) == (422, True)
+        bodies = [{"prompt": "a", "num_inference_steps": steps} for steps in (1000, 999)]  # in batches of their own
+        threads = [threading.Thread(target=server.post, args=("/v1/images/generations", body)) for body in bodies]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: server.studio.worker.current() and server.studio.worker.waiting)
+        answer = server.post("/v1/images/generations", {"prompt": "a", "n": 2, **QUICK})
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
         assert answer.json()["error"]["type"] == "rate_limit_error"
         assert not (tmp_path / "out").exists()
+        server.studio.worker.stop()
+        for thread in threads:
+            thread.join()
 
 
 def test_a_hundred_requests_at_once(tiny, tmp_path, connections):
@@ -230,6 +243,42 @@ def test_what_is_open_when_the_server_stops_is_answered(tiny, tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_pictures_that_cannot_be_written(tiny, tmp_path):
+    """One sentence for each API, and drawing goes on when the folder is there again."""
+    (tmp_path / "out").write_text("a file")
+    with Served(tiny, tmp_path / "out") as server:
+        answer = server.post("/v1/images/generations", {"prompt": "a", **QUICK})
+        assert (answer.status_code, "cannot be written" in answer.json()["error"]["message"]) == (500, True)
+        lines = server.post("/api/draw", {"settings": {"prompt": "a", **QUICK}}).text.splitlines()
+        assert "cannot be written" in json.loads(lines[-1])["message"]
+        (tmp_path / "out").unlink()
+        assert server.post("/v1/images/generations", {"prompt": "a", **QUICK}).status_code == 200
+
+
+def test_a_mask_is_upright_and_has_transparent_parts(served, photo):
+    """EXIF turns the mask as it turns the picture; a mask that is opaque everywhere redraws nothing."""
+    url, data = f"{served.address}/v1/images/edits", {"prompt": "a ring", "response_format": "b64_json", **QUICK}
+    opaque = {"image": png(photo), "mask": png(Image.new("RGB", photo.size, "white"))}
+    answer = httpx.post(url, files=opaque, data=data, timeout=60)
+    assert (answer.status_code, "no transparent part" in answer.text) == (422, True)
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[:16] = 0  # upside down by its EXIF: the bottom is redrawn
+    mask, exif, content = Image.fromarray(np.dstack([*[alpha] * 3, alpha])), Image.Exif(), io.BytesIO()
+    exif[274] = 3
+    mask.save(content, "PNG", exif=exif)
+    answer = httpx.post(url, files={"image": png(photo), "mask": content.getvalue()}, data=data, timeout=60)
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))))
+    np.testing.assert_array_equal(drawn[:48], np.asarray(photo)[:48])
+    assert (drawn[48:] != np.asarray(photo)[48:]).any()
+
+
+def test_a_long_prompt_as_jpeg(served):
+    """A JPEG has no room for its record: the file in the folder has it."""
+    body = {"prompt": "\u5706" * 9000, "output_format": "jpeg", **QUICK}
+    answer = served.post("/v1/images/generations", body).json()
+    assert Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).format == "JPEG"
+
+
 # what is refused
 
 
@@ -240,6 +289,7 @@ def test_what_is_open_when_the_server_stops_is_answered(tiny, tmp_path):
         ({"host": "127.0.0.1.evil.example:80"}, 403),
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
         ({"sec-fetch-site": "cross-site"}, 403),
         ({"content-type": "text/plain"}, 415),
         ({"content-type": "application/x-www-form-urlencoded"}, 415),
@@ -256,6 +306,20 @@ def test_foreign_requests(served, headers, status):
     assert "access-control-allow-origin" not in answer.headers
 
 
+def test_reading_for_another_site_is_refused_too(served):
+    """An <img> of another page could load models; a link that leads to the page is followed."""
+    foreign = {"sec-fetch-site": "cross-site"}
+    for path in ("/v1/models", "/api/models/scenes-tiny", "/pictures/00001-7.png"):
+        assert httpx.get(served.address + path, headers=foreign).status_code == 403
+    assert httpx.get(served.address, headers=foreign | {"sec-fetch-mode": "navigate"}).status_code == 200
+
+
+def test_local_addresses_check_the_host():
+    assert names_of("127.0.0.2") == (*LOOPBACK, "127.0.0.2")
+    assert names_of("::1") == (*LOOPBACK, "[::1]")
+    assert names_of("0.0.0.0") is None
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -270,6 +334,7 @@ def test_foreign_requests(served, headers, status):
         ({"prompt": "x" * 10_001}, 422, "prompt: "),
         ({"prompt": "a", "background": "transparent"}, 422, "background: "),
         ({"prompt": "a", "seed": "x"}, 422, "seed: "),
+        ({"prompt": "a", "num_images": 2}, 422, "n, not num_images"),
         ([1], 422, ""),
         ("text", 422, ""),
     ],
@@ -342,12 +407,21 @@ def test_health_and_metrics(served):
     assert f"latentdiff_pictures_total {served.studio.worker.drawn:.1f}" in text
 
 
+def test_a_port_in_use_is_refused(call):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, out, err = call("serve", "--port", taken.getsockname()[1])
+    assert (code, out, err.count("\n")) == (6, "", 1)
+    assert "cannot listen at 127.0.0.1" in err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (("--host", "0.0.0.0"), 7, "--host 0.0.0.0 needs --token or LATENTDIFF_TOKEN"),
         (("--host", "example.org"), 7, "--host example.org needs --token or LATENTDIFF_TOKEN"),
-        (("--token", "short"), 2, "a token has at least 8 characters"),
+        (("--token", "short"), 2, "a token has at least 8 letters"),
+        (("--token", "p\u00e4ssw\u00f6rter"), 2, "of ASCII"),
+        (("--models", "nowhere"), 2, "no such folder (nowhere)"),
         (("--port", 0), 2, "--port"),
         (("-m", "nowhere"), 4, "no such model folder (nowhere)"),
         (("-o", "file"), 2, "file is a file. Name a folder"),

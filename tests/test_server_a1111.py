@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from latentdiff.drawing.draw import Drawing
 from latentdiff.drawing.record import parameters_text
 
 from .serving import PROMPT, Served, png
@@ -147,6 +149,14 @@ def test_a_token_as_a_password(tiny, tmp_path):
         ("txt2img", {"prompt": "a", "tiling": True}, "tiling is not supported"),
         ("txt2img", {"prompt": "a", "script_name": "x"}, "script_name is not supported"),
         ("txt2img", {"prompt": "a", "alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts is not supported"),
+        ("txt2img", {"prompt": "a", "s_churn": 1}, "s_churn is not supported"),
+        ("txt2img", {"prompt": "a", "seed_resize_from_w": 64}, "seed_resize_from_w is not supported"),
+        ("txt2img", {"prompt": "a", "enable_hr": True, "hr_resize_x": 256}, "hr_resize_x is not supported"),
+        ("txt2img", {"prompt": "a", "override_settings": {"sd_vae": "x"}}, "override_settings.sd_vae is not supported"),
+        ("img2img", {"init_images": [SMALL], "resize_mode": 1}, "resize_mode is not supported"),
+        ("options", {"CLIP_stop_at_last_layers": 2}, "CLIP_stop_at_last_layers cannot be changed here"),
+        ("extra-single-image", {"image": SMALL, "upscaler_1": []}, "unknown upscaler"),
+        ("extra-single-image", {"image": SMALL, "upscaling_resize": 10**400, "upscaler_1": "Lanczos"}, "from 0 to 16"),
         ("txt2img", {"prompt": "a", "steps": 0}, "num_inference_steps: "),
         ("txt2img", {"prompt": "a", "batch_size": 10**6}, "batch_size: "),
         ("txt2img", {"prompt": "a", "n_iter": 64, "batch_size": 64}, "at most 64 pictures"),
@@ -163,3 +173,61 @@ def test_a_token_as_a_password(tiny, tmp_path):
 def test_what_is_refused(served, path, body, message):
     answer = served.post(f"/sdapi/v1/{path}", body)
     assert (answer.status_code, message in answer.text) == (422, True), answer.text
+
+
+def test_a_transparent_mask_redraws_nothing_there(served, tiny, photo):
+    """As under `--mask`: what is transparent is black."""
+    mask = np.zeros((64, 64, 4), np.uint8)
+    mask[:16] = 255
+    body = {"prompt": "a ring", "steps": 4, "seed": 7, "init_images": [coded(photo)], "mask_blur": 0}
+    answer = served.post("/sdapi/v1/img2img", body | {"mask": coded(Image.fromarray(mask))}).json()
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))))
+    np.testing.assert_array_equal(drawn[16:], np.asarray(photo)[16:])
+
+
+def coded(image):
+    return base64.b64encode(png(image)).decode()
+
+
+def test_interruption_leaves_other_clients_alone(served, tiny):
+    """Only what A1111's clients draw is interrupted; one that is interrupted in its last step is answered too."""
+    own, others = [], []
+    body = {"prompt": PROMPT, "num_inference_steps": 60, "seed": 1}
+    threads = [
+        threading.Thread(target=lambda: others.append(served.post("/v1/images/generations", body))),
+        threading.Thread(target=lambda: own.append(served.post("/sdapi/v1/txt2img", {"prompt": "a", "steps": 1000}))),
+    ]
+    for thread in threads:
+        thread.start()
+    while not own:
+        served.post("/sdapi/v1/interrupt")
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert (others[0].status_code, own[0].status_code) == (200, 200)
+    assert own[0].json()["images"] == []
+
+
+def test_a_picture_that_is_interrupted_while_it_is_decoded(tiny, tmp_path, monkeypatch):
+    """Its client gets an answer without it."""
+    with Served(tiny, tmp_path / "out") as server:
+        finish = Drawing.finish
+
+        def interrupted(self, *arguments):
+            server.studio.worker.interrupt()
+            return finish(self, *arguments)
+
+        monkeypatch.setattr(Drawing, "finish", interrupted)
+        answer = server.post("/sdapi/v1/txt2img", {"prompt": "a", "steps": 2, "batch_size": 1, "n_iter": 3})
+        assert (answer.status_code, answer.json()["images"]) == (200, [])
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', "[" * 300 + "]" * 300])
+def test_odd_texts_in_a_picture(served, text):
+    info = PngInfo()
+    info.add_text("workflow", text)
+    content = io.BytesIO()
+    Image.new("L", (9, 9)).save(content, "PNG", pnginfo=info)
+    answer = served.post("/sdapi/v1/png-info", {"image": base64.b64encode(content.getvalue()).decode()})
+    assert answer.status_code == 200
+    assert json.loads(answer.json()["items"]["workflow"]) == json.loads(text)

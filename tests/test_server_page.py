@@ -235,7 +235,7 @@ def test_variations_and_a_larger_picture(page, shop, tiny):
     np.testing.assert_array_equal(pixels(shop, page), np.asarray(larger))
     page.locator("#gallery button:text('Vary')").last.click()  # of the first picture
     arrived(page, 6)
-    name = page.locator("#gallery figure img").first.get_attribute("src").rpartition("/")[2]
+    name = page.locator("#gallery figure img").first.get_attribute("src").rpartition("/")[2].partition("?")[0]
     record = json.loads(Image.open(shop.studio.folder / name).text["latentdiff"])["request"]
     again = tiny(
         PROMPT, seed=9, num_inference_steps=4, **{k: record[k] for k in ("variation_seed", "variation_strength")}
@@ -265,6 +265,88 @@ def test_models_and_adapters(page, shop, places):  # noqa: F811
     expect(page.locator("#model")).to_have_value("other")
     expect(page.locator("#use-ink")).to_be_checked()
     expect(page.locator("#weight-ink")).to_have_value("0.7")
+
+
+def test_what_the_page_must_not_change_silently(page, shop, photo):
+    """A picture of a model or an adapter that is gone is not varied; a further setting that has a field is refused."""
+    record = {"settings": {}, "model": "gone", "hash": "", "adapters": [], "size": [64, 64], "from_picture": False}
+    said = page.evaluate(
+        """async (record) => {
+            const { requestOf } = await import("/page/settings.js");
+            const said = [];
+            for (const changed of [{}, { model: "scenes-tiny", adapters: [{ name: "gone", weight: 1 }] }])
+                try { requestOf({ ...record, ...changed }, {}); } catch (error) { said.push(error.message); }
+            return said;
+        }""",
+        record,
+    )
+    sentence = "which is not served here."
+    assert said == [f"It was drawn by gone, {sentence}", "It was drawn with an adapter that is not served here."]
+    ask(page, PROMPT, num_images=1, num_inference_steps=1, further="seed = 9007199254740993")
+    page.click("#go")
+    expect(page.locator("#state.bad")).to_have_text("seed has a field of its own")
+    page.fill("#further", "")
+    page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": png(photo)})
+    page.fill("#strength", "0.5")
+    page.click("#without")
+    draw(page, 1)  # the strength, which nobody sees any more, is gone too
+
+
+def test_an_extended_picture_keeps_its_size(page, shop, photo):
+    """Vary draws over it; Larger doubles it; Settings says what is to be chosen again."""
+    page.locator("details").evaluate_all("folds => folds.forEach((fold) => (fold.open = true))")
+    page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": png(photo)})
+    expect(page.locator("#paper canvas")).to_be_visible()
+    ask(page, "a ring", num_images=1, num_inference_steps=3, width=64, height=64, left=32)
+    draw(page, 1)
+    page.locator("#gallery button:text('Vary')").first.click()
+    arrived(page, 5)
+    assert pixels(shop, page).shape == (64, 96, 3)
+    page.locator("#gallery button:text('Larger')").last.click()
+    arrived(page, 6)
+    assert pixels(shop, page).shape == (128, 192, 3)
+    page.locator("#gallery button:text('Settings')").last.click()
+    expect(page.locator("#state")).to_contain_text("set its mask and margins again")
+    expect(page.locator("#paper canvas")).to_have_count(0)
+
+
+def test_a_model_that_does_not_load(browser, shop, places):  # noqa: F811
+    """The choice goes back to the model that draws; and what is chosen is what draws, at once."""
+    shutil.copytree(places[0] / "other", places[0] / "broken")
+    (places[0] / "broken" / "unet" / "config.json").write_text("{}")
+    opening = opened_page(browser, shop.address)
+    with opening as page:
+        page.select_option("#model", "broken")
+        expect(page.locator("#problem")).not_to_be_empty()
+        expect(page.locator("#model")).to_have_value("scenes-tiny")
+        opening.complaints.clear()  # Chromium's own, of the refusal
+        ask(page, PROMPT, num_images=1, num_inference_steps=1)
+        page.evaluate(
+            """() => {
+                const model = document.getElementById("model");
+                model.value = "other";
+                model.dispatchEvent(new Event("change"));
+                document.getElementById("go").click();
+            }"""
+        )
+        arrived(page, 1)
+        expect(page.locator("#problem")).to_be_empty()
+        page.locator("#gallery .frame").click()
+        expect(page.locator("#large-facts")).to_contain_text("other")
+    shutil.rmtree(places[0] / "broken")
+
+
+def test_more_pictures_than_a_page_of_the_history(page, shop):
+    for _ in range(2):
+        shop.post("/v1/images/generations", {"prompt": "many", "n": 10, "num_inference_steps": 1})
+    count = len(httpx.get(f"{shop.address}/api/history", params={"count": 200}).json()["pictures"])
+    while count <= 48:
+        shop.post("/v1/images/generations", {"prompt": "many", "n": 10, "num_inference_steps": 1})
+        count += 10
+    page.click("nav a:text('History')")
+    expect(page.locator("#found figure")).to_have_count(48)
+    page.click("#more")
+    expect(page.locator("#found figure")).to_have_count(count)
 
 
 def test_the_history(page, shop):

@@ -1,9 +1,13 @@
 """Models and adapters by their names, and the history of all pictures."""
 
+import base64
+import io
 import json
 import os
 import shutil
 import sqlite3
+import threading
+import time
 from datetime import datetime
 from urllib.parse import quote
 
@@ -13,10 +17,10 @@ import openai
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.drawing.files import write_pictures
 from latentdiff.drawing.request import LONGEST_PROMPT
 from latentdiff.server.history import FILE, History, Search
@@ -122,6 +126,96 @@ def test_adapters_that_are_refused(shop, prompt, message):
     assert (answer.status_code, message in answer.text) == (422, True), answer.text[:300]
 
 
+def test_a_replaced_or_removed_adapter_is_not_drawn_with(shop, places, tiny_model):
+    """A file is known by its state, not by its name alone; bytes that are no name are no adapter's."""
+    path, body = places[1] / "pen.safetensors", {"prompt": f"{PROMPT} <lora:pen>", **QUICK}
+    shutil.copy(places[1] / "ink.safetensors", path)
+    (places[1] / os.fsdecode(b"b\xff.safetensors")).write_bytes(b"")
+    first = shop.post("/v1/images/generations", body).json()["data"][0]["b64_json"]
+    save_file(
+        {name: -tensor for name, tensor in load_file(path).items() if "lora_A" in name}
+        | {name: tensor for name, tensor in load_file(path).items() if "lora_B" in name},
+        path,
+    )
+    second = shop.post("/v1/images/generations", body).json()["data"][0]["b64_json"]
+    assert Image.open(io.BytesIO(base64.b64decode(first))).tobytes() != (
+        Image.open(io.BytesIO(base64.b64decode(second))).tobytes()
+    )
+    path.unlink()
+    answer = shop.post("/v1/images/generations", body)
+    assert (answer.status_code, "unknown adapter 'pen'; one of ink" in answer.text) == (422, True)
+
+
+def test_a_model_that_does_not_load_costs_no_other_its_place(tiny, places):
+    """It fails again at once while its file is the same."""
+    opens = []
+
+    def open_(path, torch):
+        opens.append(path)
+        raise ModelError("broken")
+
+    shelf = Shelf(tiny, open_, *places, keep=2)
+    for _ in range(3):
+        with pytest.raises(ModelError, match="broken"):
+            shelf.take(Wanted("other"))
+    assert opens == [places[0] / "other"]
+    assert shelf.loaded(Wanted("scenes-tiny")) is tiny
+
+
+def test_two_models_of_one_name_are_refused(tiny, tmp_path, tiny_model):
+    shutil.copytree(tiny_model, tmp_path / "scenes-tiny")
+    with pytest.raises(ConfigError, match="two models are called scenes-tiny"):
+        Shelf(tiny, lambda *_: tiny, tmp_path)
+    Shelf(opened(tmp_path / "scenes-tiny"), lambda *_: tiny, tmp_path)  # itself
+
+
+def test_waiting_pictures_hold_no_more_models_than_are_kept(shop):
+    """Requests with many weights wait for a model's place, and each is answered."""
+    painters, statuses = [], []
+    body = {"num_inference_steps": 30, "seed": 1}
+
+    def ask(weight):
+        prompt = {"prompt": f"a ring <lora:ink:{weight}>"}
+        statuses.append(shop.post("/v1/images/generations", body | prompt).status_code)
+
+    threads = [threading.Thread(target=ask, args=(round(0.01 * k, 2),)) for k in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        painters.append(len(shop.studio.worker.painters()))
+        time.sleep(0.005)
+    assert statuses == [200] * 8
+    assert max(painters) <= shop.studio.shelf.keep
+
+
+def test_the_server_stops_while_a_model_loads(tiny, places, tmp_path):
+    """Its client is answered by 503, and nobody waits for the model."""
+    loading = threading.Event()
+
+    def slow(path, torch):
+        loading.set()
+        time.sleep(2)
+        return LatentDiffusionPipeline(tiny.model)
+
+    answers = []
+    with Served(tiny, tmp_path / "out", shelf=Shelf(tiny, slow, *places)) as server:
+        body = {"prompt": "a", "model": "other", **QUICK}
+        asking = threading.Thread(target=lambda: answers.append(server.post("/v1/images/generations", body)))
+        asking.start()
+        loading.wait(20)
+        assert httpx.get(f"{server.address}/page/style.css").status_code == 200  # nothing else waits
+        server.studio.worker.stop()
+        asking.join(1.5)
+        assert (answers[0].status_code, answers[0].json()["error"]["message"]) == (503, "the server stops")
+
+
+def test_a_picture_of_another_model_of_this_name(shop, tiny):
+    body = {"settings": {"prompt": "a", **QUICK}, "model": "scenes-tiny"}
+    assert shop.post("/api/draw", body | {"hash": tiny.card.hash}).status_code == 200
+    answer = shop.post("/api/draw", body | {"hash": "0" * 64})
+    assert (answer.status_code, "another model that is called scenes-tiny" in answer.text) == (422, True)
+
+
 def test_a_prompt_without_its_adapters():
     assert without_tags("a cat") == ("a cat", ())
     assert without_tags("a cat <lora:ink:0.5>, red <lora:b>") == ("a cat, red", (Adapter("ink", 0.5), Adapter("b")))
@@ -133,14 +227,15 @@ def test_the_model_that_was_used_least_lately_leaves(tiny, places):
 
     def open_(path, torch):
         opens.append((path, torch))
-        return tiny
+        return LatentDiffusionPipeline(tiny.model)
 
     shelf = Shelf(tiny, open_, *places, keep=2)
     first, other, torch_only = Wanted("scenes-tiny"), Wanted("other"), Wanted("scenes-tiny", torch=True)
     shelf.take(other)
     shelf.take(first)
     shelf.take(torch_only)  # in place of `other`
-    assert (shelf.loaded(other), shelf.loaded(first), shelf.loaded(torch_only)) == (None, tiny, tiny)
+    assert (shelf.loaded(other), shelf.loaded(first)) == (None, tiny)
+    assert shelf.loaded(torch_only).card.name == "scenes-tiny"
     assert opens == [(places[0] / "other", False), (None, True)]
     with pytest.raises(ConfigError, match="unknown model 'etc'"):
         shelf.take(Wanted("etc"))
@@ -183,7 +278,7 @@ def test_words_models_and_dates(drawn):
     assert names(drawn, words="'; DROP TABLE pictures; --") == []
     assert names(drawn, model="scenes-tiny") == everything
     assert names(drawn, model="other") == []
-    day = [int(datetime(2026, 1, day).timestamp() * 1e9) for day in (2, 4)]
+    day = [int(datetime(2026, 1, day).timestamp() * 1e6) for day in (2, 4)]
     assert names(drawn, since=day[0], until=day[1]) == ["00003-2.jpg", "00002-1.png"]
     assert History(drawn).models() == ["scenes-tiny"]
 
@@ -215,6 +310,26 @@ def test_the_files_are_the_truth(drawn, damage):
     assert set(before) - set(names(drawn)) == {"00003-2.jpg"}
 
 
+def test_the_index_is_damaged_while_the_server_runs(drawn):
+    """Also if it is a folder, or cannot be written."""
+    history, everything = History(drawn), Search()
+    expected = [entry.name for entry in history.search(everything)]
+    content = bytearray((drawn / FILE).read_bytes())
+    content[4096:] = os.urandom(len(content) - 4096)
+    (drawn / FILE).write_bytes(content)
+    assert [entry.name for entry in history.search(everything)] == expected
+    (drawn / FILE).unlink()
+    (drawn / FILE).mkdir()
+    assert [entry.name for entry in history.search(everything)] == expected
+
+
+def test_pictures_of_any_time(drawn):
+    for year, name in ((2300, "00001-0.png"), (1960, "00002-1.png")):
+        seconds = (year - 1970) * 365.25 * 86400
+        os.utime(drawn / name, (seconds, seconds))
+    assert names(drawn) == ["00001-0.png", "00004-3.png", "00003-2.jpg", "00002-1.png"]
+
+
 def test_the_history_by_http(tiny, drawn):
     with Served(tiny, drawn) as server:
         answer = httpx.get(f"{server.address}/api/history", params={"words": "ring", "until": "2026-01-03"}).json()
@@ -228,5 +343,12 @@ def test_the_history_by_http(tiny, drawn):
         )
         for name in ("00007-1.png", "holiday.png", FILE, quote("../x", safe="")):
             assert httpx.get(f"{server.address}/pictures/{name}").status_code == 404
+        for day, count in (("0002-01-01", 4), ("2300-01-01", 0), ("9999-12-31", 0)):
+            found = httpx.get(f"{server.address}/api/history", params={"since": day}).json()["pictures"]
+            assert len(found) == count
+        assert len(httpx.get(f"{server.address}/api/history", params={"until": "9999-12-31"}).json()["pictures"]) == 4
+        first = httpx.get(f"{server.address}/api/history", params={"count": 3}).json()["pictures"]
+        rest = httpx.get(f"{server.address}/api/history", params={"before": first[-1]["place"]}).json()["pictures"]
+        assert [each["name"] for each in rest] == ["00001-0.png"]
         for bad in ({"since": "yesterday"}, {"before": "x"}, {"count": 10**6}, {"words": "x" * 300}):
             assert httpx.get(f"{server.address}/api/history", params=bad).status_code == 422

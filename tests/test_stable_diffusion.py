@@ -384,7 +384,7 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"_class_name": "FluxPipeline"}, ModelError, "FluxPipeline is not supported"),
+        ({"_class_name": "PixArtAlphaPipeline"}, ModelError, "PixArtAlphaPipeline is not supported"),
         ({"_class_name": ["pipeline", "Mine"]}, UnsafeError, "asks to run code"),
         ({"text_encoder": ["evil", "CLIPTextModel"]}, UnsafeError, "text_encoder is of unknown class"),
         ({"text_encoder_2": ["transformers", "T5EncoderModel"]}, UnsafeError, "text_encoder_2 is of unknown class"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +60,8 @@ def serve(
     check_writable(output, output)
     adapters = [adapter_and_weight(each) for each in lora or []]
     words = [embedding_and_word(each) for each in embedding or []]
+    from latentdiff.server.guard import names_of
+    from latentdiff.server.run import listening
     from latentdiff.server.run import serve as run
     from latentdiff.server.shelf import Shelf
     from latentdiff.server.studio import Studio
@@ -73,20 +74,19 @@ def serve(
             load_extras(pipe, adapters, words, vae)
         return pipe
 
-    pipe = opened(None)
-    shelf = Shelf(pipe, opened, models, loras, keep)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    terminal.note(f"{pipe.card.name} at {address}, for programs at {address}/v1; pictures go to {output}")
-    run(Studio(shelf, output, most_waiting, runs), host, port, token, address if open_ else None)
+    with listening(host, port) as listener:  # before the model is loaded, which may take minutes
+        pipe = opened(None)
+        shelf = Shelf(pipe, opened, models, loras, keep)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        terminal.note(f"{pipe.card.name} at {address}, for programs at {address}/v1; pictures go to {output}")
+        run(Studio(shelf, output, most_waiting, runs), listener, names_of(host), token, address if open_ else None)
 
 
 def _check_token(host: str, token: str | None) -> None:
-    """Raises UnsafeError for another address than this machine's without a token, ConfigError for a short token."""
-    if token is not None and len(token) < 8:
-        raise ConfigError("a token has at least 8 characters")
-    try:
-        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-    if not is_local and token is None:
+    """Raises UnsafeError for an address that others reach without a token, ConfigError for a bad token."""
+    if token is not None and not (len(token) >= 8 and token.isascii() and token.isprintable()):
+        raise ConfigError("a token has at least 8 letters, digits or signs of ASCII")
+    from latentdiff.server.guard import is_local
+
+    if token is None and not is_local(host):
         raise UnsafeError(f"--host {host} needs --token or LATENTDIFF_TOKEN")

@@ -124,11 +124,14 @@ def _closeup(whole: Canvas, padding: int, size: tuple[int, int]) -> Canvas:
     if whole.mask is None:
         raise ConfigError("padding_mask_crop requires a mask or outpainting")
     box = box_of(whole.mask, padding, size)
-    mask = Image.fromarray(box.of(whole.mask)).resize(size[::-1], Image.Resampling.BILINEAR)
+    part = box.of(whole.mask)
+    mask = np.asarray(Image.fromarray(part).resize(size[::-1], Image.Resampling.BILINEAR))
+    if not ((part > 0) & (part < 255)).any():
+        mask = np.where(mask > 0, np.uint8(255), np.uint8(0))  # a hard mask stays hard, and a dot does not vanish
     return replace(
         whole,
         pixels=resized(np.ascontiguousarray(box.of(whole.pixels)), *size),
-        mask=np.asarray(mask),
+        mask=mask,
         size=size,
         closeup=Closeup(whole.pixels, whole.mask, box),
     )

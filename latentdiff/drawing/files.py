@@ -78,7 +78,15 @@ def write_pictures(
             continue
         path = _next_path(target, record.seed, suffix) if chosen is _NEXT else chosen
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_new(path, encoded(image, path.suffix.lower(), record if metadata else None))
+        data = encoded(image, path.suffix.lower(), record if metadata else None)
+        while True:
+            try:
+                write_new(path, data)
+                break
+            except FileExistsError:  # another process has taken this number
+                if chosen is not _NEXT:
+                    raise
+                path = _next_path(target, record.seed, suffix)
         yield path, record
 
 

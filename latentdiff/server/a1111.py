@@ -1,7 +1,8 @@
 """A1111's API under /sdapi/v1, as its clients speak it: text and picture to picture, progress, interruption.
 
 https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API. A mask's white is redrawn. Pictures come back in
-base64 without a prefix, and `info` is JSON in a string. What this server cannot do is refused, never left out.
+base64 without a prefix, and `info` is JSON in a string. What this server cannot do is refused; what clients
+send with every request and it does without is named in the header `x-ignored`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,21 @@ from latentdiff.server.studio import (
 from latentdiff.server.work import Drawn, StoppedError, Ticket, all_drawn
 
 Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # what is not supported -> values that mean nothing, beside empty ones
+    **dict.fromkeys(("restore_faces", "tiling", "styles", "script_name", "alwayson_scripts", "refiner_checkpoint"), ()),
+    **dict.fromkeys(("s_churn", "s_tmin", "firstphase_width", "firstphase_height"), ()),
+    **dict.fromkeys(("seed_resize_from_w", "seed_resize_from_h"), (-1,)),
+    **dict.fromkeys(("s_noise", "initial_noise_multiplier"), (1,)),
+    "inpainting_fill": (0, 1),  # from the picture's own pixels
+    "resize_mode": (),
+}
+NEUTRAL_HIRES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("hr_resize_x", "hr_resize_y", "hr_second_pass_steps", "hr_checkpoint_name"), ()),
+    "hr_sampler_name": ("Use same sampler",),
+    "hr_scheduler": ("Use same scheduler",),
+}
+READ_OVERRIDES = {"sd_model_checkpoint", "CLIP_stop_at_last_layers"}
+IGNORED = {"image_cfg_scale", "hr_upscaler", "inpainting_fill"}
 _AUTOMATIC = ("automatic", "use same scheduler", "")
 
 
@@ -98,10 +114,18 @@ class Settings(BaseModel):
         return {name: value for name, value in given.items() if value is not None}
 
     def _refuse(self) -> None:
-        extra = self.model_extra or {}
-        for name in ("restore_faces", "tiling", "styles", "script_name", "alwayson_scripts", "refiner_checkpoint"):
-            if extra.get(name):
+        neutral = dict(NEUTRAL)
+        if self.enable_hr:
+            neutral |= {**NEUTRAL_HIRES, "hr_prompt": (self.prompt,), "hr_negative_prompt": (self.negative_prompt,)}
+        for name, value in (self.model_extra or {}).items():
+            if name in neutral and value and value not in neutral[name]:
                 raise ConfigError(f"{name} is not supported")
+        for name in self.override_settings.keys() - READ_OVERRIDES:
+            raise ConfigError(f"override_settings.{name[:60]} is not supported")
+
+    def ignored(self) -> list[str]:
+        """What clients send with every request, and drawing does without."""
+        return sorted((self.model_extra or {}).keys() & IGNORED)
 
 
 def _seed(seed: int) -> int:
@@ -181,7 +205,9 @@ async def _answered(
 ) -> Response:
     model = settings.override_settings.get("sd_model_checkpoint")
     chosen = None if model is None else checkpoint_named(studio, model)
-    ticket = await studio.submit(Order(settings.drawing() | further, client_of(http), chosen, **given))
+    ticket = await studio.submit(
+        Order(settings.drawing() | further, client_of(http), chosen, interruptible=True, **given)
+    )
     pictures: dict[int, Drawn] = {}
     try:
         async for event in all_drawn(ticket, http.is_disconnected):
@@ -193,7 +219,8 @@ async def _answered(
     images = [to_base64(encoded(each.image, ".png", each.record)) for each in drawn] if settings.send_images else []
     read = {*Settings.model_fields} - {"init_images", "mask", "override_settings"}
     body = settings.model_dump(include=read)
-    return JSONResponse({"images": images, "parameters": body, "info": _info(ticket, drawn)})
+    answer = {"images": images, "parameters": body, "info": _info(ticket, drawn)}
+    return JSONResponse(answer, headers={"x-ignored": ", ".join(settings.ignored())} if settings.ignored() else None)
 
 
 def _info(ticket: Ticket, drawn: list[Drawn]) -> str:

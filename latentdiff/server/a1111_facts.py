@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def model_routes(studio: Studio) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1")
 
     @router.get("/options")
-    def options() -> dict[str, Any]:
+    def current() -> dict[str, Any]:
         name = studio.shelf.current
         return {
             "sd_model_checkpoint": title(studio, name),
@@ -47,6 +48,10 @@ def model_routes(studio: Studio) -> APIRouter:
 
     @router.post("/options")
     async def set_options(options: Annotated[dict[str, Any], Body()]) -> None:
+        now = current()
+        for key, value in options.items():
+            if key != "sd_model_checkpoint" and now.get(key, value if value in (None, "") else None) != value:
+                raise ConfigError(f"the option {key[:60]} cannot be changed here")
         checkpoint = options.get("sd_model_checkpoint")
         if checkpoint is not None:
             name = checkpoint_named(studio, checkpoint)
@@ -130,14 +135,15 @@ def tool_routes() -> APIRouter:
 
     @router.post("/png-info")
     def png_info(image: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
-        found = read_metadata_of(from_base64(image), "image")
-        return {"info": found.get("parameters", ""), "items": found, "parameters": {}}
+        found = read_metadata_of(from_base64(image), "image", decoded=False)
+        texts = {name: text if isinstance(text, str) else json.dumps(text) for name, text in found.items()}
+        return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}
 
     @router.post("/extra-single-image")
     def enlarge(body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
         image = Image.fromarray(read_picture(from_base64(str(body.get("image", ""))), "image"))
         name = body.get("upscaler_1", "None")
-        if name not in UPSCALERS:
+        if not isinstance(name, str) or name not in UPSCALERS:
             raise ConfigError(f"unknown upscaler {str(name)[:40]!r}; one of {', '.join(UPSCALERS)}")
         resized = image if UPSCALERS[name] is None else image.resize(_enlarged(image, body), UPSCALERS[name])
         return {"html_info": "", "image": to_base64(encoded(resized, ".png", None))}
@@ -151,10 +157,9 @@ def _enlarged(image: Image.Image, body: dict[str, Any]) -> tuple[int, int]:
         size = body.get("upscaling_resize_w", 0), body.get("upscaling_resize_h", 0)
     else:
         factor = body.get("upscaling_resize", 2)
-        number = float(factor) if isinstance(factor, int | float) else float("nan")
-        if not 0 < number <= 16:
+        if not (isinstance(factor, int | float) and 0 < factor <= 16):
             raise ConfigError("upscaling_resize must be from 0 to 16")
-        size = round(image.width * number), round(image.height * number)
+        size = round(image.width * factor), round(image.height * factor)
     if not all(isinstance(side, int) and 1 <= side <= LARGEST for side in size):
         raise ConfigError(f"an enlarged picture has sides of at most {LARGEST} pixels")
     return size

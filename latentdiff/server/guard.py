@@ -11,8 +11,10 @@ import asyncio
 import base64
 import binascii
 import hmac
+import ipaddress
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +49,7 @@ class Guard:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if refusal := self._refusal(scope, headers):
+            await _drain(receive)
             await _answer(send, *refusal)
             return
         body = await self._body(receive, headers)
@@ -60,9 +63,9 @@ class Guard:
         if self._hosts is not None and _name(host) not in self._hosts:
             return 403, "this Host is not served here"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return 403, "requests of other sites are refused"
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and scope["method"] != "GET":
+        is_page = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link that leads here
+        is_foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_page
+        if is_foreign or (origin is not None and _netloc(origin) != host):
             return 403, "requests of other sites are refused"
         if self._token and scope["path"] not in OPEN and not self._is_known(headers.get("authorization", "")):
             return 401, "a token is required: Authorization: Bearer TOKEN"
@@ -103,6 +106,26 @@ class Guard:
             return 408, f"the body did not arrive in {self._limits.seconds:g} seconds"
 
 
+def is_local(host: str) -> bool:
+    """Whether an address is this machine's own, which no other machine reaches."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def names_of(host: str) -> tuple[str, ...] | None:
+    """The names by which a server that listens at a local address may be called; None for other addresses."""
+    return (*LOOPBACK, f"[{host}]" if ":" in host else host) if is_local(host) else None
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
 def _name(host: str) -> str:
     """A Host without its port."""
     return host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.rpartition(":")[0] or host
@@ -120,6 +143,19 @@ def _again(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return first_the_body
+
+
+async def _drain(receive: Receive, most: int = 2**20, seconds: float = 2.0) -> None:
+    """Read the beginning of a body that is refused: closing with unread bytes would reset the connection, and the
+    client would not see why.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while most > 0:
+                message = await receive()
+                most -= len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
 
 
 def _with_headers(send: Send) -> Send:

@@ -10,8 +10,7 @@ import re
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache
 from os import DirEntry, scandir
@@ -23,7 +22,7 @@ from latentdiff.drawing.record import read_metadata
 from latentdiff.drawing.reproduce import Record, record_in
 
 FILE = ".history.sqlite"
-LATEST = 2**62  # nanoseconds, after all pictures
+LATEST = 2**62  # microseconds, after all pictures
 PICTURE = re.compile(r"\d{5,9}-\d{1,20}\.(png|jpe?g|webp)")
 LARGEST = 256 * 2**20  # bytes of a picture whose record is read
 _TABLES = """
@@ -36,14 +35,14 @@ CREATE VIRTUAL TABLE words USING fts5 (text);
 
 @dataclass(frozen=True)
 class Search:
-    """words: all must be in the prompt or the negative prompt, as beginnings of words. since, until: nanoseconds.
+    """words: all must be in the prompt or the negative prompt, as beginnings of words. since, until: microseconds.
 
     before: the `place` of an entry; only older ones are found.
     """
 
     words: str = ""
     model: str = ""
-    since: int = 0
+    since: int = -LATEST
     until: int = LATEST
     before: tuple[int, int] = (LATEST, 0)
     count: int = 60
@@ -51,7 +50,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture: its name, when its file was written in nanoseconds, its place in the history, its record."""
+    """A picture: its name, when its file was written in microseconds, its place in the history, its record."""
 
     name: str
     time: int
@@ -64,36 +63,38 @@ class History:
 
     def __init__(self, folder: Path):
         self._folder, self._path, self._turn = folder, folder / FILE, threading.Lock()
-        self._is_checked = False
+        self._is_checked, self._models = False, list[str]()
 
     def search(self, search: Search) -> list[Entry]:
         """The pictures that fit, the newest first."""
         if not self._folder.is_dir():
             return []
-        with self._open() as index:
-            self._follow(index)
-            return [_entry(row) for row in index.execute(*_query(search))]
-
-    def models(self) -> list[str]:
-        """The models that have drawn here."""
-        if not self._folder.is_dir():
-            return []
-        with self._open() as index:
-            rows = index.execute("SELECT DISTINCT model FROM pictures WHERE record IS NOT NULL ORDER BY model")
-            return [name for (name,) in rows]
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """The index, in one transaction; written anew if it cannot be read."""
         with self._turn:
             try:
-                index = _opened(self._path, check=not self._is_checked)
-            except sqlite3.DatabaseError:
-                self._path.unlink(missing_ok=True)
-                index = _opened(self._path)
+                return self._searched(search)
+            except sqlite3.DatabaseError:  # damaged, or removed meanwhile
+                self._remove_index()
+            try:
+                return self._searched(search)
+            except sqlite3.DatabaseError:  # it cannot be written here
+                return self._searched(search, ":memory:")
+
+    def models(self) -> list[str]:
+        """The models that have drawn here, as of the last search."""
+        return self._models
+
+    def _searched(self, search: Search, place: str | None = None) -> list[Entry]:
+        with closing(_opened(place or str(self._path), check=not self._is_checked)) as index, index:
             self._is_checked = True
-            with closing(index), index:
-                yield index
+            self._follow(index)
+            names = index.execute("SELECT DISTINCT model FROM pictures WHERE record IS NOT NULL ORDER BY model")
+            self._models = [name for (name,) in names]
+            return [_entry(row) for row in index.execute(*_query(search))]
+
+    def _remove_index(self) -> None:
+        for path in (self._path, self._path.with_name(f"{FILE}-journal")):
+            with suppress(OSError):
+                path.unlink()
 
     def _follow(self, index: sqlite3.Connection) -> None:
         """Enter new and changed pictures, and remove those that are gone."""
@@ -113,7 +114,7 @@ def _version() -> int:
     return zlib.crc32(f"{_TABLES}{Record.model_json_schema()}".encode()) >> 1
 
 
-def _opened(path: Path, *, check: bool = False) -> sqlite3.Connection:
+def _opened(path: str, *, check: bool = False) -> sqlite3.Connection:
     """check: whether every page of the file is read, which finds damage. Raises sqlite3.DatabaseError."""
     index = sqlite3.connect(path, timeout=30)
     try:
@@ -136,7 +137,7 @@ def _is_picture(entry: DirEntry[str]) -> bool:
 
 def _state(entry: DirEntry[str]) -> tuple[int, int]:
     stat = entry.stat(follow_symlinks=False)
-    return stat.st_mtime_ns, stat.st_size
+    return stat.st_mtime_ns // 1000, stat.st_size
 
 
 def _enter(index: sqlite3.Connection, path: Path, changed: int, size: int) -> None:

@@ -49,11 +49,15 @@ class Body(BaseModel):
     def settings(self) -> tuple[dict[str, Any], list[str]]:
         """The settings of drawing, and the keys that are ignored."""
         extra = self.model_extra or {}
+        if "num_images" in extra:
+            raise ConfigError("the number of pictures is n, not num_images")
         known = {name: value for name, value in extra.items() if name in Request.model_fields}
         settings: dict[str, Any] = {"prompt": self.prompt, "num_images": self.n, **known}
         if self.size != "auto":
             settings["width"], settings["height"] = map(int, self.size.split("x"))
-        return settings, sorted({*extra} - {*known})
+        unused = {"user": True, "output_compression": self.output_format == "png", "partial_images": not self.stream}
+        left_out = {name for name, is_unused in unused.items() if is_unused and name in self.model_fields_set}
+        return settings, sorted(({*extra} - {*known}) | left_out)
 
 
 def routes(studio: Studio) -> APIRouter:
@@ -77,10 +81,12 @@ def routes(studio: Studio) -> APIRouter:
         pictures = files.get("image", []) + files.get("image[]", [])
         if len(pictures) != 1:
             raise ConfigError(f"image must be one picture; this model draws over one (got {len(pictures)})")
-        mask = files.get("mask", pictures)[0]
-        transparent = transparent_parts(mask, "mask")
-        given = {"image": read_picture(pictures[0], "image"), "mask": transparent if transparent.any() else None}
-        return await _answered(studio, body, http, "image_edit", **given)
+        image = read_picture(pictures[0], "image")
+        transparent = transparent_parts(files.get("mask", pictures)[0], "mask")
+        if "mask" in files and not transparent.any():
+            raise ConfigError("the mask has no transparent part: nothing would be drawn")
+        mask = transparent if transparent.any() else None
+        return await _answered(studio, body, http, "image_edit", image=image, mask=mask)
 
     @router.post("/v1/images/variations")
     async def variations(http: HttpRequest) -> Response:
@@ -112,7 +118,7 @@ def _as_json(name: str, text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -145,8 +151,13 @@ def _item(body: Body, event: Drawn, base: str) -> dict[str, Any]:
 def _encoded(body: Body, event: Drawn | Preview) -> str:
     """The picture in base64, with its record if it is finished."""
     record = event.record if isinstance(event, Drawn) else None
-    quality = body.output_compression if body.output_format in _LOSSY and body.output_compression < 100 else None
-    return base64.b64encode(encoded(event.image, f".{body.output_format}", record, quality)).decode()
+    is_asked = body.output_format in _LOSSY and "output_compression" in body.model_fields_set
+    quality, suffix = body.output_compression if is_asked else None, f".{body.output_format}"
+    try:
+        data = encoded(event.image, suffix, record, quality)
+    except DataError:  # the record is too long for a JPEG; the file in the folder has it
+        data = encoded(event.image, suffix, None, quality)
+    return base64.b64encode(data).decode()
 
 
 async def _streamed(body: Body, ticket: Ticket, kind: str) -> AsyncIterator[str]:

@@ -56,12 +56,16 @@ class Chosen(BaseModel):
 
 
 class Body(BaseModel):
-    """What the page asks to draw; pictures are in base64. settings: of drawing, with seeds as text."""
+    """What the page asks to draw; pictures are in base64.
+
+    settings: of drawing, with seeds as text. hash: of the model that drew the picture which is drawn anew.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     settings: dict[str, Any]
     model: str | None = None
+    hash: str | None = None
     adapters: Annotated[list[Chosen], Field(max_length=20)] = []
     image: str | None = None
     mask: str | None = None
@@ -86,6 +90,7 @@ class Body(BaseModel):
             Margins(*self.margins),
             self.previews,
             follow=True,
+            sha256=self.hash,
         )
 
 
@@ -93,7 +98,7 @@ def routes(studio: Studio) -> APIRouter:
     """The page, and what it asks."""
     router = APIRouter()
 
-    @router.get("/")
+    @router.api_route("/", methods=["GET", "HEAD"])
     def index() -> Response:
         return _file("index.html")
 
@@ -118,7 +123,14 @@ def routes(studio: Studio) -> APIRouter:
         pipe = await studio.model(name)
         settings = pipe.request("", seed=0).model_dump()
         height, width = pipe.card.size
-        return {"name": name, "width": width, "height": height, "multiple": pipe.model.multiple, "settings": settings}
+        return {
+            "name": name,
+            "hash": pipe.card.hash,
+            "width": width,
+            "height": height,
+            "multiple": pipe.model.multiple,
+            "settings": settings,
+        }
 
     @router.post("/api/draw")
     async def draw(body: Body, http: HttpRequest) -> Response:
@@ -158,7 +170,7 @@ def _facts(studio: Studio, ticket: Ticket, event: Any) -> Iterator[dict[str, Any
         data = to_base64(encoded(event.image, ".png", None))
         yield {"kind": "preview", "number": event.number, "image": f"data:image/png;base64,{data}"}
     elif isinstance(event, Drawn):
-        record = summary(record_in({"latentdiff": asdict(event.record)}, event.kept))
+        record = summary(record_in({"latentdiff": asdict(event.record)}, event.kept), studio.shelf.own)
         yield {"kind": "picture", "number": event.number, "name": event.kept, "record": record, "notes": [*event.notes]}
     else:
         yield _progress(studio, ticket)

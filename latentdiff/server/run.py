@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import webbrowser
-from socket import socket
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from latentdiff.core.errors import ResourceError
 from latentdiff.server.app import application
-from latentdiff.server.guard import LOOPBACK
 from latentdiff.server.studio import Studio
 
 IDLE = 15  # seconds after which a connection without a request is closed
 CLOSING = 10  # seconds for answers that are on their way
+
+
+class _Impatient(H11Protocol):
+    """uvicorn's HTTP, which also closes connections that send no request for a while."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self.loop.call_later(IDLE, self._close_unused)
+
+    def _close_unused(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -27,7 +41,8 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._studio, self._address = studio, address
 
-    async def startup(self, sockets: list[socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
         await super().startup(sockets)
         if self._address is not None and self.started:
             await asyncio.to_thread(webbrowser.open, self._address)
@@ -37,13 +52,27 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(studio: Studio, host: str, port: int, token: str | None, address: str | None = None) -> None:
-    """Serve until SIGINT or SIGTERM, which uvicorn raises again when all is closed."""
-    hosts = LOOPBACK if host in ("127.0.0.1", "localhost", "::1") else None
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address. Raises ResourceError."""
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        raise ResourceError(f"cannot listen at {host}, port {port} ({error.strerror}). Try another --port") from None
+
+
+def serve(
+    studio: Studio,
+    listener: socket.socket,
+    hosts: tuple[str, ...] | None,
+    token: str | None,
+    address: str | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM, which uvicorn raises again when all is closed. hosts: see Guard."""
     config = uvicorn.Config(
         application(studio, hosts, token),
-        host,
-        port,
+        http=_Impatient,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -53,6 +82,6 @@ def serve(studio: Studio, host: str, port: int, token: str | None, address: str 
     )
     studio.worker.start()
     try:
-        _Server(config, studio, address).run()
+        _Server(config, studio, address).run([listener])
     finally:
         studio.worker.stop()

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response
 
+from latentdiff.server.shelf import is_text
 from latentdiff.server.studio import MissingError
 from latentdiff.stages.overview import curves_of, run_folders, samples_of, state_of
 
@@ -16,13 +17,16 @@ def routes(folder: Path) -> APIRouter:
     """/api/runs. Names in an address are looked up among those that are there, and never joined to a path."""
     router = APIRouter(prefix="/api/runs")
 
+    def folders() -> list[Path]:
+        return [path for path in run_folders(folder) if is_text(path.name)]
+
     @router.get("")
     def runs() -> list[dict[str, Any]]:
-        return [state_of(path) for path in run_folders(folder)]
+        return [state_of(path) for path in folders()]
 
     @router.get("/{name}")
     def run(name: str) -> dict[str, Any]:
-        path = _named(run_folders(folder), name)
+        path = _named(folders(), name)
         state = state_of(path)
         stages = {
             stage: {"curves": curves_of(path / stage / "log.jsonl"), "samples": samples_of(path / stage)}
@@ -32,7 +36,7 @@ def routes(folder: Path) -> APIRouter:
 
     @router.get("/{name}/{stage}/{sample}")
     def sample(name: str, stage: str, sample: str) -> Response:
-        path = _named(run_folders(folder), name)
+        path = _named(folders(), name)
         place = _named([path / known for known in state_of(path)["stages"]], stage)
         return FileResponse(_named([place / "samples" / known for known in samples_of(place)], sample))
 

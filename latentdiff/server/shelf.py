@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, LatentDiffError
 from latentdiff.drawing.request import LONGEST_PROMPT
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -36,6 +36,8 @@ class Wanted(NamedTuple):
     torch: bool = False
 
 
+_Key = tuple[Wanted, tuple[tuple[int, int, int], ...]]
+MOST_FAILED = 100  # that are remembered
 Open = Callable[[Path | None, bool], LatentDiffusionPipeline]
 
 
@@ -55,9 +57,14 @@ class Shelf:
         keep: int = 2,
     ):
         self.current = self.first = first.card.name
-        self._open, self._models, self._adapters, self._keep = open_, models, adapters, keep
-        self._loaded = OrderedDict({Wanted(self.first): first})
+        self.keep = keep
+        self.own = frozenset(each.sha256 for each in first.painter.sources.values())  # that the first model always has
+        self._open, self._models, self._adapters = open_, models, adapters
+        self._hashes = {self.first: first.card.hash}
+        self._failed: OrderedDict[_Key, LatentDiffError] = OrderedDict()
         self._turn = threading.Lock()
+        self._check_first(first.card.folder)
+        self._loaded = OrderedDict({self._key(Wanted(self.first)): first})
 
     def names(self) -> list[str]:
         """The models that may be chosen, the one of the start first."""
@@ -68,56 +75,100 @@ class Shelf:
         return list(_places(self._adapters, "*.safetensors"))
 
     def hash_of(self, name: str) -> str | None:
-        """The hash of a model that is loaded."""
-        pipe = self._loaded.get(Wanted(name))
-        return None if pipe is None else pipe.card.hash
+        """The hash of a model that has been loaded."""
+        return self._hashes.get(name)
 
     def loaded(self, wanted: Wanted) -> LatentDiffusionPipeline | None:
-        """The model if it is in memory: then nobody has to wait."""
+        """The model if it is in memory: then nobody has to wait. Raises ConfigError for an unknown name."""
+        key = self._key(wanted)
         with suppress(KeyError):  # another thread may take it away meanwhile
-            self._loaded.move_to_end(wanted)
-        return self._loaded.get(wanted)
+            self._loaded.move_to_end(key)
+        return self._loaded.get(key)
 
     def take(self, wanted: Wanted) -> LatentDiffusionPipeline:
-        """The model, loaded if need be. Raises ConfigError for an unknown name, ModelError."""
+        """The model, loaded if need be. Raises ConfigError for an unknown name, ModelError.
+
+        What could not be loaded fails again at once, as long as its file is the same: it costs no other model's place.
+        """
+        key = self._key(wanted)
         with self._turn:
-            if wanted not in self._loaded:
-                if len({each.name for each in wanted.adapters}) < len(wanted.adapters):
-                    raise ConfigError("an adapter is named twice")
-                model, adapters = self._model(wanted.model), [self._adapter(each.name) for each in wanted.adapters]
-                while len(self._loaded) >= self._keep:  # before, so that memory never holds one more
+            if key in self._failed:
+                raise self._failed[key]
+            if key not in self._loaded:
+                while len(self._loaded) >= self.keep:  # before, so that memory never holds one more
                     self._loaded.popitem(last=False)
-                pipe = self._open(model, wanted.torch or bool(adapters))
-                pipe.rename(wanted.model)  # so that a picture's record names the model as clients do
-                for path, adapter in zip(adapters, wanted.adapters, strict=True):
-                    pipe.load_lora_weights(path, weight=adapter.weight, fuse=True)
-                self._loaded[wanted] = pipe
-            self._loaded.move_to_end(wanted)
-            return self._loaded[wanted]
+                try:
+                    self._loaded[key] = self._opened(wanted)
+                except LatentDiffError as error:
+                    self._failed[key] = error
+                    if len(self._failed) > MOST_FAILED:
+                        self._failed.popitem(last=False)
+                    raise
+            self._loaded.move_to_end(key)
+            return self._loaded[key]
+
+    def _opened(self, wanted: Wanted) -> LatentDiffusionPipeline:
+        pipe = self._open(self._model(wanted.model), wanted.torch or bool(wanted.adapters))
+        pipe.rename(wanted.model)  # so that a picture's record names the model as clients do
+        for adapter in wanted.adapters:
+            pipe.load_lora_weights(self._adapter(adapter.name), weight=adapter.weight, fuse=True)
+        if not wanted.adapters:
+            self._hashes[wanted.model] = pipe.card.hash
+        return pipe
+
+    def _key(self, wanted: Wanted) -> _Key:
+        """What is wanted, and the states of its files: a file that is replaced is another one. Raises ConfigError."""
+        if len({each.name for each in wanted.adapters}) < len(wanted.adapters):
+            raise ConfigError("an adapter is named twice")
+        model = self._model(wanted.model)
+        files = [] if model is None else [model if model.is_file() else model / "model_index.json"]
+        for adapter in wanted.adapters:
+            path = self._adapter(adapter.name)
+            files += [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        states = [file.stat() for file in files]
+        return wanted, tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
+
+    def _check_first(self, folder: Path | None) -> None:
+        """Raises ConfigError if the folder of models has another one of the first one's name."""
+        other = _places(self._models, "model_index.json").get(self.first)
+        if other is not None and folder is not None and other.resolve() != folder.resolve():
+            raise ConfigError(f"two models are called {self.first}: {folder} and {other}. Rename one of the folders")
 
     def _model(self, name: str) -> Path | None:
         if name == self.first:
             return None
-        return _chosen("model", name, _places(self._models, "model_index.json"))
+        places = _places(self._models, "model_index.json")
+        if name not in places:
+            raise ConfigError(f"unknown model {name[:60]!r}; one of {', '.join(self.names()[:20])}")
+        return places[name]
 
     def _adapter(self, name: str) -> Path:
-        return _chosen("adapter", name, _places(self._adapters, "*.safetensors"))
+        places = _places(self._adapters, "*.safetensors")
+        if name not in places:
+            known = f"one of {', '.join(list(places)[:20])}" if places else "no folder of adapters was named"
+            raise ConfigError(f"unknown adapter {name[:60]!r}; {known}")
+        return places[name]
 
 
 def _places(folder: Path | None, inside: str) -> dict[str, Path]:
-    """The names of a folder: of its .safetensors files without suffix, and of the folders that hold `inside`."""
+    """The names of a folder: of its .safetensors files without suffix, and of the folders that hold `inside`.
+
+    Names that no text can hold are left out.
+    """
     if folder is None or not folder.is_dir():
         return {}
-    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and is_text(path.name)]
     files = {path.stem: path for path in entries if path.suffix.lower() == ".safetensors" and path.is_file()}
     return files | {path.name: path for path in entries if path.is_dir() and any(path.glob(inside))}
 
 
-def _chosen(kind: str, name: str, places: dict[str, Path]) -> Path:
-    if name not in places:
-        known = f"one of {', '.join(list(places)[:20])}" if places else f"no folder of {kind}s was named"
-        raise ConfigError(f"unknown {kind} {name[:60]!r}; {known}")
-    return places[name]
+def is_text(name: str) -> bool:
+    """Whether a file's name is text, and not bytes of another encoding."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def without_tags(prompt: str) -> tuple[str, tuple[Adapter, ...]]:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from latentdiff.core.decoding import decode
-from latentdiff.core.errors import ConfigError, DataError
-from latentdiff.drawing.canvas import Margins
+from latentdiff.core.decoding import WHITE, Color, decode
+from latentdiff.core.errors import ConfigError, DataError, ResourceError
+from latentdiff.drawing.canvas import BLACK, Margins
 from latentdiff.drawing.draw import canvas_of, jobs_of
 from latentdiff.drawing.files import write_pictures
 from latentdiff.drawing.painter import torch_only
@@ -27,11 +29,12 @@ from latentdiff.drawing.request import request as made
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.server.history import PICTURE, History
 from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
-from latentdiff.server.work import Ticket, Worker
+from latentdiff.server.work import GONE, FullError, StoppedError, Ticket, Worker
 
 RUNS = Path("runs")
 MOST_PIXELS = 2048 * 2048  # of an input picture
 MOST_PICTURES = 64  # of one request
+MOST_LOADING = 16  # requests that wait for a model to be loaded
 
 
 class MissingError(DataError):
@@ -43,7 +46,7 @@ class Order:
     """What a client asks for: settings of drawing, and the model and adapters beside those that the prompt names.
 
     image, mask: what drawing starts from, uint8 (H, W, 3) and (H, W); white is redrawn. margins: to add around it.
-    previews, follow: see Ticket.
+    previews, follow, interruptible: see Ticket. sha256: the hash that the model must have, if that is known.
     """
 
     settings: Mapping[str, Any]
@@ -55,6 +58,8 @@ class Order:
     margins: Margins = Margins()  # noqa: RUF009 - frozen
     previews: int = 0
     follow: bool = False
+    interruptible: bool = False
+    sha256: str | None = None
 
 
 class Studio:
@@ -64,6 +69,7 @@ class Studio:
         self.shelf, self.folder, self.runs = shelf, folder, runs
         self.history = History(folder)
         self.worker = Worker(self._keep, most_waiting)
+        self._loading, self._loads, self._held = 0, asyncio.Lock(), list[LatentDiffusionPipeline]()
         self.registry = CollectorRegistry()
         self.pictures = Counter("latentdiff_pictures", "Pictures drawn", registry=self.registry)
         self.refused = Counter("latentdiff_refused", "Requests refused", ["status"], registry=self.registry)
@@ -72,7 +78,8 @@ class Studio:
 
     async def model(self, name: str | None = None) -> LatentDiffusionPipeline:
         """A model without adapters; None is the one that is chosen now. Raises ConfigError, ModelError."""
-        return await self._take(Wanted(name or self.shelf.current))
+        with self._holding() as held:
+            return await self._take(Wanted(name or self.shelf.current), held)
 
     async def submit(self, order: Order) -> Ticket:
         """A ticket for an order's pictures. Raises ConfigError, ModelError, FullError, StoppedError."""
@@ -84,23 +91,68 @@ class Studio:
         prompt, adapters = without_tags(order.settings["prompt"])
         settings = {**order.settings, "prompt": prompt}
         wanted = Wanted(order.model or self.shelf.current, (*order.adapters, *adapters))
-        pipe = await self._take(wanted)
-        if torch_only(made(**{**pipe.card.defaults, **settings}), pipe.model):
-            pipe = await self._take(wanted._replace(torch=True))  # so that other clients' pictures stay as they are
-        request = pipe.request(**settings)
-        canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)
-        jobs = jobs_of(pipe.model, request, canvas)
-        return self.worker.submit(Ticket(pipe.painter, jobs, order.client, order.previews, order.follow))
+        with self._holding() as held:
+            pipe = await self._take(wanted, held)
+            if order.sha256 not in (None, pipe.card.hash):
+                raise ConfigError(f"it was drawn by another model that is called {wanted.model} too")
+            if torch_only(made(**{**pipe.card.defaults, **settings}), pipe.model):
+                pipe = await self._take(wanted._replace(torch=True), held)  # others' pictures stay as they are
+            request = pipe.request(**settings)
+            canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)
+            jobs = jobs_of(pipe.model, request, canvas)
+            ticket = Ticket(pipe.painter, jobs, order.client, order.previews, order.follow, order.interruptible)
+            return self.worker.submit(ticket)
 
-    async def _take(self, wanted: Wanted) -> LatentDiffusionPipeline:
-        """From the shelf; what must be loaded first is loaded in a thread, and other clients are answered meanwhile."""
+    @contextmanager
+    def _holding(self) -> Iterator[list[LatentDiffusionPipeline]]:
+        """A block that holds the models which are loaded for it, until its pictures are in the queue."""
+        held: list[LatentDiffusionPipeline] = []
+        try:
+            yield held
+        finally:
+            for pipe in held:
+                self._held.remove(pipe)
+
+    async def _take(self, wanted: Wanted, held: list[LatentDiffusionPipeline]) -> LatentDiffusionPipeline:
+        """From the shelf. Models are loaded one at a time in a thread; a server that stops does not wait for them."""
         loaded = self.shelf.loaded(wanted)
-        return await run_in_threadpool(self.shelf.take, wanted) if loaded is None else loaded
+        if loaded is not None:
+            return loaded
+        if self._loading >= MOST_LOADING:
+            raise FullError(f"{MOST_LOADING} requests wait for models to be loaded. Ask again later")
+        task = asyncio.create_task(self._load(wanted, held))
+        self._loading += 1
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=GONE)
+                if self.worker.stopping and not task.done():
+                    task.cancel()
+                    raise StoppedError("the server stops")
+            return task.result()
+        finally:
+            self._loading -= 1
+
+    async def _load(self, wanted: Wanted, held: list[LatentDiffusionPipeline]) -> LatentDiffusionPipeline:
+        async with self._loads:
+            pipe = self.shelf.loaded(wanted)
+            while pipe is None and self._in_use() >= self.shelf.keep:
+                await asyncio.sleep(GONE)  # waiting pictures hold their models: with one more, memory had no bound
+            pipe = await run_in_threadpool(self.shelf.take, wanted) if pipe is None else pipe
+            self._held.append(pipe)
+            held.append(pipe)
+            return pipe
+
+    def _in_use(self) -> int:
+        """The number of models that pictures in the queue hold, or requests on their way there."""
+        return len(self.worker.painters() | {id(pipe.painter) for pipe in self._held})
 
     def _keep(self, image: Image.Image, record: ImageMetadata) -> str:
         """Write a picture into the folder; its name there."""
+        try:
+            ((path, _),) = write_pictures([image], [record], self.folder, ".png", metadata=True)
+        except OSError as error:
+            raise ResourceError(f"a picture cannot be written to {self.folder} ({error.strerror or error})") from None
         self.pictures.inc()
-        ((path, _),) = write_pictures([image], [record], self.folder, ".png", metadata=True)
         return path.name
 
     def path_of(self, name: str) -> Path | None:
@@ -114,17 +166,20 @@ def client_of(http: Request) -> str:
     return http.client.host if http.client else ""
 
 
-def read_picture(data: bytes, what: str) -> np.ndarray:
-    """A client's picture, uint8 (H, W, 3), on white. Raises DataError."""
+def read_picture(data: bytes, what: str, background: Color = WHITE) -> np.ndarray:
+    """A client's picture, uint8 (H, W, 3). Raises DataError."""
     try:
-        return decode(data, (255, 255, 255), MOST_PIXELS).pixels
+        return decode(data, background, MOST_PIXELS).pixels
     except DataError as error:
         raise DataError(f"{what}: {error}") from None
 
 
 def picture_mask(data: bytes, image: np.ndarray, *, inverted: bool = False) -> np.ndarray:
-    """A client's mask in grey at the picture's size, uint8 (H, W); white is redrawn. Raises DataError."""
-    grey = Image.fromarray(read_picture(data, "mask")).convert("L")
+    """A client's mask in grey at the picture's size, uint8 (H, W); white is redrawn, transparent parts are not.
+
+    Raises DataError.
+    """
+    grey = Image.fromarray(read_picture(data, "mask", BLACK)).convert("L")
     if grey.size != image.shape[1::-1]:
         grey = grey.resize(image.shape[1::-1], Image.Resampling.LANCZOS)
     return 255 - np.asarray(grey) if inverted else np.asarray(grey)
@@ -134,7 +189,8 @@ def transparent_parts(data: bytes, what: str) -> np.ndarray:
     """Where a client's picture is transparent, uint8 (H, W), 255 for completely. Raises DataError."""
     read_picture(data, what)  # bounds and refusals
     with Image.open(io.BytesIO(data)) as image:
-        return 255 - np.asarray(image.convert("RGBA").getchannel("A"))
+        upright = ImageOps.exif_transpose(image)
+        return 255 - np.asarray(upright.convert("RGBA").getchannel("A"))
 
 
 def from_base64(text: str) -> bytes:

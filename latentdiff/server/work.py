@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from latentdiff.core.errors import LatentDiffError
+from latentdiff.core.errors import ConfigError, LatentDiffError
 from latentdiff.core.images import to_uint8
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.draw import Drawing, batch_key
@@ -68,7 +68,8 @@ Event = Preview | Drawn | Moved | Exception
 class Ticket:
     """The pictures that one client has asked for, and the painter that draws them.
 
-    previews: how many of each picture. follow: whether each step is an event. steps, done: of all pictures.
+    previews: how many of each picture. follow: whether each step is an event. interruptible: whether `interrupt`
+    cancels it. steps, done: of all pictures.
     """
 
     painter: Painter
@@ -76,6 +77,7 @@ class Ticket:
     client: str
     previews: int = 0
     follow: bool = False
+    interruptible: bool = False
     cancelled: bool = False
     steps: int = 0
     done: int = 0
@@ -137,7 +139,7 @@ class Worker:
     One worker draws for all models, since they share one machine: a picture of another model waits like any other.
     """
 
-    def __init__(self, finish: Finish, most: int = 200, most_of_one: int = 50):
+    def __init__(self, finish: Finish, most: int = 200, most_of_one: int = 64):
         self.drawn = 0
         self._finish, self._most, self._most_of_one = finish, most, most_of_one
         self._waiting: deque[tuple[Ticket, int]] = deque()
@@ -152,14 +154,15 @@ class Worker:
         self._thread.start()
 
     def submit(self, ticket: Ticket) -> Ticket:
-        """Queue a ticket's pictures, in the running event loop. Raises FullError, StoppedError."""
+        """Queue a ticket's pictures, in the running event loop. Raises ConfigError, FullError, StoppedError."""
         jobs, client = ticket.jobs, ticket.client
         ticket._loop = asyncio.get_running_loop()
         with self._changed:
             if self.stopping:
                 raise StoppedError("the server stops")
-            self._waiting = deque(each for each in self._waiting if not each[0].cancelled)
             own = sum(other.client == client for other, _ in (*self._waiting, *self._current))
+            if len(jobs) > (least := min(self._most, self._most_of_one)):
+                raise ConfigError(f"a request has at most {least} pictures here (got {len(jobs)})")
             if len(self._waiting) + len(jobs) > self._most:
                 raise FullError(f"{len(self._waiting)} pictures wait, and at most {self._most} may. Ask again later")
             if own + len(jobs) > self._most_of_one:
@@ -172,6 +175,10 @@ class Worker:
     def waiting(self) -> int:
         """The number of pictures that wait."""
         return len(self._waiting)
+
+    def painters(self) -> set[int]:
+        """The identities of the painters that waiting and current pictures hold."""
+        return {id(ticket.painter) for ticket, _ in (*list(self._waiting), *self._current)}
 
     def ahead_of(self, ticket: Ticket) -> int:
         """The number of pictures that wait before a ticket's first one."""
@@ -188,9 +195,9 @@ class Worker:
         return None if latest is None else _preview(*latest)
 
     def interrupt(self) -> None:
-        """Cancel what is being drawn."""
+        """Cancel the interruptible tickets that are being drawn."""
         for ticket in self.current():
-            ticket.cancelled = True
+            ticket.cancelled = ticket.cancelled or ticket.interruptible
 
     def stop(self, wait: float = 30.0) -> None:
         """Finish the step in hand, and answer everything that is open with StoppedError."""
@@ -222,6 +229,8 @@ class Worker:
     def _next(self) -> list[tuple[Ticket, int]]:
         """The first picture that waits, with others of equal settings, as many as its batch takes."""
         live = [(ticket, number) for ticket, number in self._waiting if not ticket.cancelled]
+        for ticket in {ticket for ticket, _ in self._waiting if ticket.cancelled}:
+            ticket.tell(StoppedError("cancelled"))
         some: list[tuple[Ticket, int]] = []
         if live:
             first, number = live[0]
@@ -253,7 +262,9 @@ class Worker:
         output = drawing.finish(last.x)
         for (ticket, number), image, record in zip(some, output.images, output.metadata, strict=True):
             self.drawn += 1
-            if not ticket.cancelled:
+            if ticket.cancelled:
+                ticket.tell(StoppedError("cancelled"))
+            else:
                 ticket.tell(Drawn(number, image, record, self._finish(image, record), tuple(output.notes)))
 
     def _tell_all(self, error: Exception) -> None:

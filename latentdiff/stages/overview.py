@@ -15,6 +15,7 @@ from latentdiff.settings.config import STAGES, load_config
 from latentdiff.settings.finetuning import FILE, STAGE, load_finetuning
 from latentdiff.training.lock import is_locked
 
+LARGEST = 1e300  # of a number that a curve shows
 _SAMPLES = re.compile(r"step-\d{1,12}\.png")
 
 
@@ -52,14 +53,19 @@ def curves_of(log: Path, points: int = 400) -> dict[str, list[tuple[float, float
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in _lines(log):
         for name, number in line.items():
-            if name != "step" and isinstance(number, int | float) and math.isfinite(number):
+            if name != "step" and isinstance(number, int | float) and abs(number) < LARGEST:
                 curves.setdefault(name, []).append((line["step"], number))
     return {name: _thinned(curve, points) for name, curve in curves.items()}
 
 
 def samples_of(stage: Path) -> list[str]:
     """The names of the pictures of a stage's validations, in their order."""
-    return sorted(path.name for path in stage.glob("samples/step-*.png") if _SAMPLES.fullmatch(path.name))
+    return sorted(path.name for path in stage.glob("samples/step-*.png") if is_sample(path))
+
+
+def is_sample(path: Path) -> bool:
+    """Whether a file is a validation's pictures."""
+    return _SAMPLES.fullmatch(path.name) is not None and not path.is_symlink()
 
 
 def _lengths(folder: Path) -> dict[str, int]:

@@ -1,6 +1,6 @@
 // A finished picture: how it is shown, and what can be done with it.
 
-import { button, byId, make, picture } from "./dom.js";
+import { button, byId, make, picture, tried } from "./dom.js";
 import * as paper from "./paper.js";
 import * as settings from "./settings.js";
 import { base64 } from "./api.js";
@@ -13,9 +13,12 @@ export function go(body) {
   return draw(body, figure);
 }
 
+/** A picture's address. A name may come back when its file was removed: a browser shows no older picture under it. */
+const address = (name) => `/pictures/${name}?${Date.now()}`;
+
 /** The content of a picture's figure: the picture, which opens larger, buttons, the prompt. */
 export function figure(name, record) {
-  const image = picture({ src: `/pictures/${name}`, alt: record.settings.prompt, loading: "lazy" });
+  const image = picture({ src: address(name), alt: record.settings.prompt, loading: "lazy" });
   const frame = make("button", { type: "button", className: "frame", onclick: () => open(name, record) }, image);
   frame.ariaLabel = `Open: ${record.settings.prompt}`;
   const { prompt } = record.settings;
@@ -26,7 +29,7 @@ export function figure(name, record) {
 /** Show a picture with its facts. */
 export function open(name, record) {
   const image = byId("large-image");
-  image.src = `/pictures/${name}`;
+  image.src = address(name);
   image.alt = record.settings.prompt;
   byId("large-actions").replaceChildren(...actions(name, record));
   const { prompt, negative_prompt: negative, seed } = record.settings;
@@ -53,8 +56,8 @@ function actions(name, record) {
   return [
     button("Vary", () => (toForm(), go(vary(name, record)))),
     button("Larger", () => (toForm(), go(enlarge(name, record)))),
-    button("Settings", () => reuse(record)),
-    button("Start from it", () => startFrom(name)),
+    button("Settings", () => tried(() => reuse(record))),
+    button("Start from it", () => tried(() => startFrom(name))),
     make("a", { href: `/pictures/${name}`, download: name, textContent: "Save" }),
   ];
 }
@@ -72,22 +75,27 @@ async function vary(name, record) {
 
 async function enlarge(name, record) {
   if (isPlain(record)) return settings.requestOf(record, { hires_scale: 2 });
-  const [width, height] = record.size;
-  return over(name, record, { strength: 0.4, width: 2 * width, height: 2 * height });
+  const [width, height] = record.size.map((side) => Math.round((2 * side) / settings.multiple()) * settings.multiple());
+  return over(name, record, { strength: 0.4, width, height });
 }
 
 /** A request that draws over a picture. */
 async function over(name, record, changed) {
   const image = await base64(await (await fetch(`/pictures/${name}`)).blob());
-  const none = { variation_seed: null, variation_strength: 0, hires_scale: null, hires_strength: null, mask_blur: 0 };
+  const none = {
+    variation_seed: null, variation_strength: 0, hires_scale: null, hires_strength: null, mask_blur: 0,
+    padding_mask_crop: null, width: null, height: null,
+  };
   return { ...settings.requestOf(record, { ...none, ...changed }), image };
 }
 
 /** Put a record's settings into the form. */
 export async function reuse(record) {
   toForm();
+  await paper.start(null);
   const notes = await settings.fill(record);
-  if (record.from_picture) notes.push("It was drawn over another picture: choose that one under “From a picture”.");
+  if (record.from_picture)
+    notes.push("It was drawn over another picture: choose that one under “From a picture”, and set its mask and margins again.");
   show(["Its settings are in the form.", ...notes].join(" "));
 }
 

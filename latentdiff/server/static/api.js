@@ -1,7 +1,7 @@
 // Requests to the server. A refusal becomes an Error with the server's own sentence.
 
 export async function get(path) {
-  return answered(await fetch(path));
+  return answered(await reached(fetch(path)));
 }
 
 export async function post(path, body) {
@@ -15,7 +15,7 @@ export async function* lines(path, body, signal) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reached(reader.read());
     if (done) return;
     const complete = (rest + value).split("\n");
     rest = complete.pop();
@@ -36,7 +36,16 @@ export async function base64(blob) {
 
 function sent(path, body, signal) {
   const headers = { "content-type": "application/json" };
-  return fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+  return reached(fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal }));
+}
+
+/** A browser says no more than "Failed to fetch". */
+async function reached(fetching) {
+  try {
+    return await fetching;
+  } catch (error) {
+    throw error.name === "TypeError" ? new Error("The server does not answer. Is it still running?") : error;
+  }
 }
 
 async function answered(answer) {

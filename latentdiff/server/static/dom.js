@@ -23,3 +23,13 @@ export function picture(properties = {}) {
   image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth <= 192));
   return image;
 }
+
+/** Run something, and say above all views what went wrong. */
+export async function tried(work) {
+  try {
+    await work();
+    byId("problem").textContent = "";
+  } catch (error) {
+    byId("problem").textContent = error.message;
+  }
+}

@@ -3,6 +3,7 @@
 import { byId, make, picture } from "./dom.js";
 import { lines } from "./api.js";
 
+const MOST = 64; // pictures of a request
 const running = new Set();
 
 /** Draw what a request asks for, with previews in the gallery. body: or a promise of it. content: of a finished figure. */
@@ -11,10 +12,11 @@ export async function draw(body, content) {
   running.add(abort);
   const began = performance.now();
   let figures = [];
+  byId("problem").textContent = "";
   show("Waiting", 0);
   try {
     const asked = await body;
-    figures = waiting(asked.settings.num_images ?? 1);
+    figures = waiting(Math.min(asked.settings.num_images ?? 1, MOST));
     const notes = new Set();
     for await (const event of lines("/api/draw", asked, abort.signal)) {
       if (event.kind === "progress") showProgress(event);

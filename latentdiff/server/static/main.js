@@ -1,7 +1,7 @@
 // The page: its views, and what is done with its forms and with pictures that are dropped on it.
 
 import { base64, post } from "./api.js";
-import { button, byId } from "./dom.js";
+import { button, byId, tried } from "./dom.js";
 import { cancel, show } from "./draw.js";
 import { go, reuse } from "./actions.js";
 import * as history from "./history.js";
@@ -10,16 +10,6 @@ import * as runs from "./runs.js";
 import * as settings from "./settings.js";
 
 const VIEWS = ["draw", "history", "runs"];
-
-/** Run something, and say above all views what went wrong. */
-async function tried(work) {
-  try {
-    await work();
-    byId("problem").textContent = "";
-  } catch (error) {
-    byId("problem").textContent = error.message;
-  }
-}
 
 function view() {
   const name = VIEWS.find((each) => `#${each}` === location.hash) ?? "draw";
@@ -35,7 +25,8 @@ function view() {
 }
 
 async function request() {
-  return { ...settings.request(), ...(await paper.request()) };
+  const [asked, start] = [settings.request(), await paper.request()];
+  return { ...asked, ...start };
 }
 
 /** A picture of the user's: to start from, or to read its settings. */
@@ -64,7 +55,7 @@ function listen() {
   byId("cancel").addEventListener("click", cancel);
   byId("model").addEventListener("change", ({ target }) => {
     show(`Loading ${target.value}`);
-    tried(async () => (await settings.chooseModel(target.value), show("")));
+    tried(() => settings.chooseModel(target.value).finally(() => show("")));
   });
   byId("file").addEventListener("change", ({ target }) => target.files[0] && tried(() => take(target.files[0])));
   byId("without").addEventListener("click", () => tried(() => paper.start(null)));

@@ -12,7 +12,8 @@ export async function start(blob) {
   Object.assign(state, { blob, canvas: null, painted: false });
   byId("start").hidden = blob === null;
   byId("paper").replaceChildren();
-  for (const side of ["left", "top", "right", "bottom"]) byId(side).value = 0;
+  for (const field of ["left", "top", "right", "bottom", "mask_blur"]) byId(field).value = 0;
+  if (blob === null) byId("strength").value = "";
   if (blob === null) return;
   const image = make("img", { src: URL.createObjectURL(blob), alt: "The picture to start from" });
   try {

@@ -26,9 +26,14 @@ export async function load() {
   await chooseModel(choices.model);
 }
 
-/** Choose a model: its own settings stand in the empty fields. */
+/** Choose a model: its own settings stand in the empty fields. One that does not load leaves the choice as it was. */
 export async function chooseModel(name) {
-  model = await get(`/api/models/${encodeURIComponent(name)}`);
+  try {
+    model = await get(`/api/models/${encodeURIComponent(name)}`);
+  } catch (error) {
+    byId("model").value = model?.name ?? "";
+    throw error;
+  }
   defaults = model.settings;
   byId("model").value = name;
   for (const name of FIELDS) {
@@ -52,24 +57,30 @@ export function request() {
     if (name === "prompt" || (text.trim() !== "" && !(name === "mask_blur" && Number(text) === 0)))
       settings[name] = NUMBERS.includes(name) ? Number(text) : text;
   }
-  return { settings, model: model?.name, adapters: chosenAdapters(), previews: Number(byId("previews").value) || 0 };
+  return { settings, model: byId("model").value, adapters: chosenAdapters(), previews: previews() };
 }
 
-/** The body of a request that draws a recorded picture with some settings changed. */
+/** The body of a request that draws a recorded picture with some settings changed, by the same model and adapters. */
 export function requestOf(record, changed) {
-  return {
-    settings: { ...record.settings, ...changed },
-    model: choices.models.includes(record.model) ? record.model : model?.name,
-    adapters: knownAdapters(record),
-    previews: Number(byId("previews").value) || 0,
-  };
+  if (!choices.models.includes(record.model)) throw new Error(`It was drawn by ${record.model}, which is not served here.`);
+  const adapters = knownAdapters(record);
+  if (adapters.length < record.adapters.length) throw new Error("It was drawn with an adapter that is not served here.");
+  const settings = { ...record.settings, ...changed };
+  return { settings, model: record.model, hash: record.hash || null, adapters, previews: previews() };
 }
+
+/** The multiple that sides must have. */
+export const multiple = () => model?.multiple ?? 8;
+
+const previews = () => Number(byId("previews").value) || 0;
 
 /** Put a record's settings into the form. Returns sentences about what could not be taken over. */
 export async function fill(record) {
   const notes = [];
   if (choices.models.includes(record.model)) await chooseModel(record.model);
   else notes.push(`It was drawn by ${record.model}, which is not served here.`);
+  if (record.hash && model.name === record.model && record.hash !== model.hash)
+    notes.push("It was drawn by another model of this name.");
   const settings = { ...record.settings };
   const further = [];
   for (const [name, value] of Object.entries(settings)) {
@@ -90,21 +101,17 @@ export async function fill(record) {
   return notes;
 }
 
-/** The size that a picture has by the form. */
-export function size() {
-  return [Number(byId("width").value) || model.width, Number(byId("height").value) || model.height];
-}
-
 function furtherSettings() {
   const settings = {};
   for (const line of byId("further").value.split("\n").filter((text) => text.trim() !== "")) {
     const at = line.indexOf("=");
     if (at < 0) throw new Error(`A further setting must be name = value (got ${line.trim()})`);
-    const text = line.slice(at + 1).trim();
+    const [name, text] = [line.slice(0, at).trim(), line.slice(at + 1).trim()];
+    if (FIELDS.includes(name)) throw new Error(`${name} has a field of its own`);
     try {
-      settings[line.slice(0, at).trim()] = JSON.parse(text);
+      settings[name] = JSON.parse(text);
     } catch {
-      settings[line.slice(0, at).trim()] = text;
+      settings[name] = text;
     }
   }
   return settings;
