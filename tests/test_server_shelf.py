@@ -280,7 +280,9 @@ def test_words_models_and_dates(drawn):
     assert names(drawn, model="other") == []
     day = [int(datetime(2026, 1, day).timestamp() * 1e6) for day in (2, 4)]
     assert names(drawn, since=day[0], until=day[1]) == ["00003-2.jpg", "00002-1.png"]
-    assert History(drawn).models() == ["scenes-tiny"]
+    history = History(drawn)
+    history.search(Search(count=1))
+    assert history.models() == ["scenes-tiny"]
 
 
 def test_a_page_after_another(drawn):

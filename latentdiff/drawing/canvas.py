@@ -124,10 +124,11 @@ def _closeup(whole: Canvas, padding: int, size: tuple[int, int]) -> Canvas:
     if whole.mask is None:
         raise ConfigError("padding_mask_crop requires a mask or outpainting")
     box = box_of(whole.mask, padding, size)
-    part = box.of(whole.mask)
-    mask = np.asarray(Image.fromarray(part).resize(size[::-1], Image.Resampling.BILINEAR))
-    if not ((part > 0) & (part < 255)).any():
-        mask = np.where(mask > 0, np.uint8(255), np.uint8(0))  # a hard mask stays hard, and a dot does not vanish
+    part = Image.fromarray(box.of(whole.mask).astype(np.float32))  # whole numbers would lose a dot
+    if ((whole.mask > 0) & (whole.mask < 255)).any():
+        mask = np.asarray(part.resize(size[::-1], Image.Resampling.BILINEAR)).round().astype(np.uint8)
+    else:  # a hard mask stays hard
+        mask = np.where(np.asarray(part.resize(size[::-1], Image.Resampling.BOX)) > 0, np.uint8(255), np.uint8(0))
     return replace(
         whole,
         pixels=resized(np.ascontiguousarray(box.of(whole.pixels)), *size),

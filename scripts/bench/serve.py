@@ -3,7 +3,7 @@
     python scripts/bench/serve.py [-m MODEL] [--clients 20] [--each 10]
 
 A lone request and a call of the warm pipeline take turns. Under load every request is for one picture of its own seed;
-throughput is compared with one call of the pipeline for as many pictures, in full batches. Memory is the server's.
+it takes turns with one call of the pipeline for as many pictures, in full batches. Memory is the server's.
 """
 
 import argparse
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--each", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=22)
+    parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -116,15 +117,17 @@ def main() -> None:
             print(f"a lone request: {served * 1e3:.0f} ms, the warm pipeline {own * 1e3:.0f} ms: {more}")
             count = given.clients * given.each
             load(address, given.clients, 2)  # compiles the batch sizes
-            before = megabytes(server.pid)
-            taken, right = load(address, given.clients, given.each)
-            after = megabytes(server.pid)
-            batches = seconds(lambda: pipe(PROMPT, seed=0, num_images_per_prompt=count))
-            print(f"{count} requests of {given.clients} clients: {count / taken:.1f} pictures a second, {right} right")
-            print(
-                f"one call in full batches: {count / batches:.1f} a second; the server has {batches / taken:.2f} of it"
-            )
-            print(f"memory: {before:.0f} MB before, {after:.0f} MB after")
+            before, shares = megabytes(server.pid), []
+            for _ in range(given.turns):
+                taken, right = load(address, given.clients, given.each)
+                batches = seconds(lambda: pipe(PROMPT, seed=0, num_images_per_prompt=count))
+                shares.append(batches / taken)
+                print(f"{count} requests of {given.clients} clients: {count / taken:.1f} pictures/s, {right} right")
+                print(
+                    f"one call in full batches: {count / batches:.1f} pictures/s; the server has {shares[-1]:.2f} of it"
+                )
+            print(f"median share: {statistics.median(shares):.2f}")
+            print(f"memory: {before:.0f} MB before, {megabytes(server.pid):.0f} MB after")
         finally:
             server.terminate()
             server.wait(60)
