@@ -4,19 +4,22 @@
 
 Each sample is a sprite in any size on any background, sometimes in another colour, cropped as the judge crops: with a
 margin that differs by up to a tenth. A share of samples is blurred and noised, as a decoder does it. Accuracy is that
-on renderings that training never draws. All styles are trained, also those that a model's training holds out.
+on renderings that training never draws. All styles are trained, also those that a model's training holds out. A
+training that is stopped goes on with the same command, from its last multiple of 200 steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from tqdm.auto import tqdm
 
@@ -30,6 +33,7 @@ from latentdiff.diffusion import noise
 from latentdiff.evaluation.judge import Judge
 
 ARCHITECTURE, SIDE = "regnety_002", 64
+RATE, EVERY = 3e-3, 200
 
 
 def sample(library: Library, row: int, rng: np.random.Generator) -> np.ndarray:
@@ -72,20 +76,20 @@ def names_of(library: Library) -> list[str]:
     return [*(sprite.name for sprite in library.sprites), *SHAPES]
 
 
-def train(library: Library, judge: Judge, steps: int, size: int) -> None:
-    """AdamW, one cycle. Batches are drawn by a thread while the network learns."""
+def train(library: Library, judge: Judge, steps: int, size: int, state: Path) -> None:
+    """AdamW, one cycle. Batches are drawn by a thread while the network learns. state: the file to go on from."""
     classes = {name: number for number, name in enumerate(judge.classes)}
     labels = torch.tensor([classes[name] for name in names_of(library)])
-    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    start = restored(state, judge, optimizer)
 
     def drawn(step: int) -> tuple[np.ndarray, np.ndarray]:
         rows = noise.generator(0, "judge rows", step).integers(len(labels), size=size)
         return rows, batch(library, rows, "judge", step * size)
 
     judge.train()
-    with ThreadPoolExecutor(1) as pool, tqdm(range(steps), desc="judge", unit="step") as bar:
-        ahead = pool.submit(drawn, 0)
+    with ThreadPoolExecutor(1) as pool, tqdm(range(start, steps), "judge", steps, initial=start, unit="step") as bar:
+        ahead = pool.submit(drawn, start)
         for step in bar:
             rows, squares = ahead.result()
             ahead = pool.submit(drawn, step + 1)
@@ -94,9 +98,42 @@ def train(library: Library, judge: Judge, steps: int, size: int) -> None:
             loss = functional.cross_entropy(logits.float(), labels[rows], label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            optimizer.param_groups[0]["lr"] = rate(step / steps)
             optimizer.step()
-            schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
+            if (step + 1) % EVERY == 0:
+                keep(state, judge, optimizer, step + 1)
+
+
+def rate(done: float) -> float:
+    """The learning rate when a share of the steps is done: a tenth of them upwards, then half a cosine down to 0."""
+    return RATE * (done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
+
+
+def keep(state: Path, judge: Judge, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write weights, optimizer and step; the file is whole or the previous one."""
+    tensors = {f"judge.{name}": tensor for name, tensor in judge.state_dict().items()} | {"step": torch.tensor(step)}
+    for number, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+    state.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, state.with_suffix(".new"))
+    state.with_suffix(".new").replace(state)
+
+
+def restored(state: Path, judge: Judge, optimizer: torch.optim.Optimizer) -> int:
+    """The step that was reached, with its weights and optimizer; 0 without a file."""
+    if not state.is_file():
+        return 0
+    tensors = load_file(state)
+    step = int(tensors.pop("step"))
+    names = [name for name in tensors if name.startswith("judge.")]
+    judge.load_state_dict({name.removeprefix("judge."): tensors.pop(name) for name in names})
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        _, number, moment = name.split(".")
+        moments.setdefault(int(number), {})[moment] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return step
 
 
 def accuracy(library: Library, judge: Judge, renderings: int) -> dict[str, float]:
@@ -128,8 +165,10 @@ def main() -> None:
     library = Library(given.sprites)
     torch.manual_seed(0)
     judge = Judge(ARCHITECTURE, SIDE, sorted({*names_of(library)}))
-    train(library, judge, given.steps, given.batch_size)
+    state = given.out / "training.safetensors"
+    train(library, judge, given.steps, given.batch_size, state)
     judge.save(given.out)
+    state.unlink(missing_ok=True)
     print(json.dumps(accuracy(library, Judge.load(given.out), given.renderings), indent=1))
 
 
