@@ -2,11 +2,11 @@
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from latentdiff.networks.encoders.clip import clip_tokenizer
 
-from .stable_diffusion_3 import autoencoder, t5, t5_tokenizer
+from .stable_diffusion_3 import autoencoder, clip_config, t5, t5_tokenizer
 
 DYNAMIC = {
     "use_dynamic_shifting": True,
@@ -16,21 +16,6 @@ DYNAMIC = {
     "max_shift": 1.15,
     "shift": 3.0,
 }
-
-
-def clip(width):
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
-    )
-    return CLIPTextModel(config)
 
 
 def pipeline(dev=True, seed=0):
@@ -51,7 +36,11 @@ def pipeline(dev=True, seed=0):
         )
         for parameter in transformer.parameters():  # zeros and ones would hide faults
             parameter.data += 0.05 * torch.randn(parameter.shape)
-        parts = {"vae": autoencoder(), "text_encoder": clip(32), "text_encoder_2": t5(len(words), 64)}
+        parts = {
+            "vae": autoencoder(),
+            "text_encoder": CLIPTextModel(clip_config(32)),
+            "text_encoder_2": t5(len(words), 64),
+        }
     made = FluxPipeline(
         transformer=transformer,
         tokenizer=clip_tokenizer(77),

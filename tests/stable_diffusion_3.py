@@ -17,8 +17,8 @@ WIDTHS = 32, 64  # of the two CLIPs
 WORDS = ("▁a", "▁castle", "▁on", "▁the", "▁hill", "▁red", "▁blurry")
 
 
-def clip(width, act):
-    config = CLIPTextConfig(
+def clip_config(width, act="quick_gelu"):
+    return CLIPTextConfig(
         vocab_size=49408,
         hidden_size=width,
         intermediate_size=width,
@@ -30,7 +30,6 @@ def clip(width, act):
         eos_token_id=49407,
         pad_token_id=49407,
     )
-    return CLIPTextModelWithProjection(config)
 
 
 def t5_tokenizer():
@@ -86,8 +85,8 @@ def pipeline(with_t5=True, seed=0):
         parts = {
             "transformer": transformer(width),
             "vae": autoencoder(),
-            "text_encoder": clip(WIDTHS[0], "quick_gelu"),
-            "text_encoder_2": clip(WIDTHS[1], "gelu"),
+            "text_encoder": CLIPTextModelWithProjection(clip_config(WIDTHS[0])),
+            "text_encoder_2": CLIPTextModelWithProjection(clip_config(WIDTHS[1], "gelu")),
             "text_encoder_3": t5(len(words), width) if with_t5 else None,
         }
         for parameter in parts["transformer"].parameters():  # zeros and ones would hide faults

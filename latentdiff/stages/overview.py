@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from datetime import datetime
@@ -15,7 +14,7 @@ from latentdiff.settings.config import STAGES, load_config
 from latentdiff.settings.finetuning import FILE, STAGE, load_finetuning
 from latentdiff.training.lock import is_locked
 
-LARGEST = 1e300  # of a number that a curve shows
+LARGEST = 1e300  # of a number that is shown
 _SAMPLES = re.compile(r"step-\d{1,12}\.png")
 
 
@@ -53,7 +52,7 @@ def curves_of(log: Path, points: int = 400) -> dict[str, list[tuple[float, float
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in _lines(log):
         for name, number in line.items():
-            if name != "step" and isinstance(number, int | float) and abs(number) < LARGEST:
+            if name != "step" and _is_finite(number):
                 curves.setdefault(name, []).append((line["step"], number))
     return {name: _thinned(curve, points) for name, curve in curves.items()}
 
@@ -77,9 +76,10 @@ def _lengths(folder: Path) -> dict[str, int]:
     return {name: getattr(config, name).training.max_train_steps for name in names}
 
 
-def _lines(log: Path) -> Iterator[dict[str, Any]]:
+def _lines(log: Path, *, latest_first: bool = False) -> Iterator[dict[str, Any]]:
     """The complete lines of a log."""
-    for text in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+    texts = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    for text in reversed(texts) if latest_first else texts:
         try:
             line = json.loads(text)
             if type(line["step"]) is int:
@@ -90,8 +90,12 @@ def _lines(log: Path) -> Iterator[dict[str, Any]]:
 
 def _last_step(log: Path) -> dict[str, Any]:
     """The last line with a finite loss; empty if there is none."""
-    finite = [line for line in _lines(log) if isinstance(line.get("loss"), float) and math.isfinite(line["loss"])]
-    return finite[-1] if finite else {}
+    return next((line for line in _lines(log, latest_first=True) if _is_finite(line.get("loss"))), {})
+
+
+def _is_finite(number: Any) -> bool:
+    """Whether a log's value is a number that can be shown; whole numbers of JSON have any length."""
+    return isinstance(number, int | float) and abs(number) < LARGEST
 
 
 def _thinned(curve: list[tuple[float, float]], points: int) -> list[tuple[float, float]]:

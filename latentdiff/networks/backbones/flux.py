@@ -22,10 +22,7 @@ class Flux(Transformer):
     def spec(self) -> Spec:
         """See Spec."""
         config = self.model.config
-        reads: dict[str, tuple[int | None, ...]] = {
-            "tokens": (None, int(config.joint_attention_dim)),
-            "pooled": (int(config.pooled_projection_dim),),
-        }
+        reads = self.texts
         if config.guidance_embeds:
             reads["guidance"] = ()
         outputs = int(config.out_channels or config.in_channels)

@@ -16,13 +16,9 @@ class MMDiT(Transformer):
     def spec(self) -> Spec:
         """See Spec. Sides are multiples of a patch, and at most as long as the table of positions."""
         config = self.model.config
-        reads: dict[str, tuple[int | None, ...]] = {
-            "tokens": (None, int(config.joint_attention_dim)),
-            "pooled": (int(config.pooled_projection_dim),),
-        }
         patch = int(config.patch_size)
         largest = int(config.pos_embed_max_size) * patch
-        return Spec(int(config.in_channels), int(config.out_channels), patch, reads, largest)
+        return Spec(int(config.in_channels), int(config.out_channels), patch, self.texts, largest)
 
     def output(self, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """See Transformer."""

@@ -30,6 +30,12 @@ class Transformer(nn.Module):
         """See Backbone."""
         raise NotImplementedError
 
+    @property
+    def texts(self) -> dict[str, tuple[int | None, ...]]:
+        """The part of `Spec.reads` that is about the prompt: `tokens` (L, D) and `pooled` (P,)."""
+        config = self.model.config
+        return {"tokens": (None, int(config.joint_attention_dim)), "pooled": (int(config.pooled_projection_dim),)}
+
     def output(self, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """The module's output for x (B, C, h, w) and times (B,)."""
         raise NotImplementedError
