@@ -57,6 +57,8 @@ def test_pictures_are_those_of_the_pipeline(served, tiny):
     record = Image.open(io.BytesIO(base64.b64decode(answer.data[1].b64_json))).text
     assert json.loads(record["latentdiff"])["seed"] == 8
     assert "Seed: 8" in record["parameters"]
+    files = {file.read_bytes() for file in served.studio.folder.glob("*.png")}
+    assert {base64.b64decode(item.b64_json) for item in answer.data} <= files, "the answer is the file"
 
 
 def test_urls_lead_to_the_files(served):
@@ -203,7 +205,7 @@ def test_a_hundred_requests_at_once(tiny, tmp_path, connections):
         assert len(statuses) == 100
         assert set(statuses) == {200, 429}
         assert len(list((tmp_path / "out").glob("*.png"))) == statuses.count(200) == server.studio.worker.drawn
-        assert (server.studio.worker.waiting, server.studio.worker.current()) == (0, [])
+        wait_for(lambda: (server.studio.worker.waiting, server.studio.worker.current()) == (0, []))
         assert server.post("/v1/images/generations", {"prompt": "a ring", **QUICK}).status_code == 200
     assert connections <= {"127.0.0.1"}
 

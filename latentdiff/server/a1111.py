@@ -216,7 +216,7 @@ async def _answered(
         if not ticket.cancelled or studio.worker.stopping:
             raise  # otherwise interrupted: what is drawn is the answer
     drawn = [pictures[number] for number in sorted(pictures)]
-    images = [to_base64(encoded(each.image, ".png", each.record)) for each in drawn] if settings.send_images else []
+    images = [to_base64(each.kept.png) for each in drawn] if settings.send_images else []
     read = {*Settings.model_fields} - {"init_images", "mask", "override_settings"}
     body = settings.model_dump(include=read)
     answer = {"images": images, "parameters": body, "info": _info(ticket, drawn)}

@@ -6,7 +6,6 @@ and this server does not use is named in the header `x-ignored`; settings of dra
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from collections.abc import AsyncIterator
@@ -21,7 +20,7 @@ from starlette.datastructures import UploadFile
 from latentdiff.core.errors import ConfigError, DataError, LatentDiffError, ModelError, UnsafeError
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.request import Request
-from latentdiff.server.studio import MissingError, Order, Studio, client_of, read_picture, transparent_parts
+from latentdiff.server.studio import MissingError, Order, Studio, client_of, read_picture, to_base64, transparent_parts
 from latentdiff.server.work import Drawn, Moved, Preview, Ticket, all_drawn
 
 ALIASES = ("default", "dall-e-2", "dall-e-3", "gpt-image-1")
@@ -144,12 +143,14 @@ async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **
 
 def _item(body: Body, event: Drawn, base: str) -> dict[str, Any]:
     if body.response_format == "url":
-        return {"url": f"{base}pictures/{event.kept}"}
+        return {"url": f"{base}pictures/{event.kept.name}"}
     return {"b64_json": _encoded(body, event)}
 
 
 def _encoded(body: Body, event: Drawn | Preview) -> str:
-    """The picture in base64, with its record if it is finished."""
+    """In base64: a preview, or the folder's file, encoded anew with its record if another format is asked for."""
+    if isinstance(event, Drawn) and body.output_format == "png":
+        return to_base64(event.kept.png)
     record = event.record if isinstance(event, Drawn) else None
     is_asked = body.output_format in _LOSSY and "output_compression" in body.model_fields_set
     quality, suffix = body.output_compression if is_asked else None, f".{body.output_format}"
@@ -157,7 +158,7 @@ def _encoded(body: Body, event: Drawn | Preview) -> str:
         data = encoded(event.image, suffix, record, quality)
     except DataError:  # the record is too long for a JPEG; the file in the folder has it
         data = encoded(event.image, suffix, None, quality)
-    return base64.b64encode(data).decode()
+    return to_base64(data)
 
 
 async def _streamed(body: Body, ticket: Ticket, kind: str) -> AsyncIterator[str]:

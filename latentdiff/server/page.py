@@ -170,8 +170,9 @@ def _facts(studio: Studio, ticket: Ticket, event: Any) -> Iterator[dict[str, Any
         data = to_base64(encoded(event.image, ".png", None))
         yield {"kind": "preview", "number": event.number, "image": f"data:image/png;base64,{data}"}
     elif isinstance(event, Drawn):
-        record = summary(record_in({"latentdiff": asdict(event.record)}, event.kept), studio.shelf.own)
-        yield {"kind": "picture", "number": event.number, "name": event.kept, "record": record, "notes": [*event.notes]}
+        name = event.kept.name
+        record = summary(record_in({"latentdiff": asdict(event.record)}, name), studio.shelf.own)
+        yield {"kind": "picture", "number": event.number, "name": name, "record": record, "notes": [*event.notes]}
     else:
         yield _progress(studio, ticket)
 

@@ -29,7 +29,7 @@ from latentdiff.drawing.request import request as made
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.server.history import PICTURE, History
 from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
-from latentdiff.server.work import GONE, FullError, StoppedError, Ticket, Worker
+from latentdiff.server.work import GONE, FullError, Kept, StoppedError, Ticket, Worker
 
 RUNS = Path("runs")
 MOST_PIXELS = 2048 * 2048  # of an input picture
@@ -146,14 +146,15 @@ class Studio:
         """The number of models that pictures in the queue hold, or requests on their way there."""
         return len(self.worker.painters() | {id(pipe.painter) for pipe in self._held})
 
-    def _keep(self, image: Image.Image, record: ImageMetadata) -> str:
-        """Write a picture into the folder; its name there."""
+    def _keep(self, image: Image.Image, record: ImageMetadata) -> Kept:
+        """Write a picture into the folder."""
         try:
             ((path, _),) = write_pictures([image], [record], self.folder, ".png", metadata=True)
+            kept = Kept(path.name, path.read_bytes())
         except OSError as error:
             raise ResourceError(f"a picture cannot be written to {self.folder} ({error.strerror or error})") from None
         self.pictures.inc()
-        return path.name
+        return kept
 
     def path_of(self, name: str) -> Path | None:
         """The file of a picture that was drawn here; None for any other name."""

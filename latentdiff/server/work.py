@@ -26,7 +26,6 @@ from latentdiff.drawing.pixels import decode
 from latentdiff.drawing.record import ImageMetadata
 
 GONE = 0.25  # seconds between two looks whether a client is there
-Finish = Callable[[Image.Image, ImageMetadata], Any]
 
 
 class FullError(LatentDiffError):
@@ -46,13 +45,24 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A picture's file in the folder: its name there, and its bytes, a PNG with its record."""
+
+    name: str
+    png: bytes
+
+
+Finish = Callable[[Image.Image, ImageMetadata], Kept]
+
+
+@dataclass(frozen=True)
 class Drawn:
-    """A finished picture of a ticket, its record, and the result of the worker's `finish`."""
+    """A finished picture of a ticket, its record, and its file."""
 
     number: int
     image: Image.Image
     record: ImageMetadata
-    kept: Any
+    kept: Kept
     notes: Sequence[str] = ()
 
 
@@ -134,7 +144,7 @@ async def all_drawn(ticket: Ticket, is_gone: Callable[[], Awaitable[bool]]) -> A
 
 
 class Worker:
-    """See the module. most: pictures that may wait; most_of_one: of one client. finish: is called with each picture.
+    """See the module. most: pictures that may wait; most_of_one: of one client. finish: keeps each picture.
 
     One worker draws for all models, since they share one machine: a picture of another model waits like any other.
     """

@@ -3,7 +3,8 @@
     python scripts/bench/serve.py [-m MODEL] [--clients 20] [--each 10]
 
 A lone request and a call of the warm pipeline take turns. Under load every request is for one picture of its own seed;
-it takes turns with one call of the pipeline for as many pictures, in full batches. Memory is the server's.
+it takes turns with one call of the pipeline for as many pictures, in full batches; which of them is first changes
+from turn to turn. Memory is the server's.
 """
 
 import argparse
@@ -118,9 +119,10 @@ def main() -> None:
             count = given.clients * given.each
             load(address, given.clients, 2)  # compiles the batch sizes
             before, shares = megabytes(server.pid), []
-            for _ in range(given.turns):
+            for turn in range(given.turns):
+                first = seconds(lambda: pipe(PROMPT, seed=0, num_images_per_prompt=count)) if turn % 2 else None
                 taken, right = load(address, given.clients, given.each)
-                batches = seconds(lambda: pipe(PROMPT, seed=0, num_images_per_prompt=count))
+                batches = first or seconds(lambda: pipe(PROMPT, seed=0, num_images_per_prompt=count))
                 shares.append(batches / taken)
                 print(f"{count} requests of {given.clients} clients: {count / taken:.1f} pictures/s, {right} right")
                 print(
