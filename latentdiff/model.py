@@ -153,7 +153,7 @@ class Model:
 
     @property
     def is_told_guidance(self) -> bool:
-        """Whether the backbone reads guidance_scale as a condition, like Flux.1 dev, instead of being guided by it."""
+        """Whether the backbone reads guidance_scale as a condition instead of being guided by it."""
         return "guidance" in self.backbone.spec.reads
 
     def array(self, values: Array) -> Array:

@@ -199,8 +199,15 @@ def test_weights_that_nothing_uses_are_told(folder):
 
 
 def test_a_config_that_asks_for_more_than_the_weights(folder):
+    config = folder / "unet" / "config.json"
+    width = json.loads(config.read_text())["cross_attention_dim"]
+    edit(config, encoder_hid_dim=width, encoder_hid_dim_type="text_proj")
+    assert "weights are missing, the first is encoder_hid_proj.bias" in refusal(folder, ModelError)
+
+
+def test_a_unet_of_classes(folder):
     edit(folder / "unet" / "config.json", num_class_embeds=4)
-    assert "weights are missing, the first is class_embedding.weight" in refusal(folder, ModelError)
+    assert "it reads classes, which no text encoder gives" in refusal(folder, ModelError)
 
 
 def test_vae_of_not_a_number(folder):

@@ -101,6 +101,30 @@ def rescaled(guided: Denoiser, cond: Denoiser, share: float, prediction: str) ->
     return denoise
 
 
+def renormed(guided: Denoiser, cond: Denoiser, side: int, prediction: str) -> Denoiser:
+    """Guidance that keeps the length of the network's conditional output in each token of side x side (Wu et al. 2025).
+
+    Tokens of zeros stay.
+    """
+    coefficients = parametrization_named(prediction)
+
+    def length(tokens: Array) -> Array:
+        return (tokens**2).sum((1, 3, 5), keepdims=True) ** 0.5
+
+    def denoise(x: Array, level: NoiseLevel) -> Array:
+        c, x0 = coefficients(level), guided(x, level)
+        if c.out == 0:
+            return x0
+        rows, channels, height, width = x.shape
+        shape = (rows, channels, height // side, side, width // side, side)
+        output, plain = (((each - c.skip * x) / c.out).reshape(shape) for each in (x0, cond(x, level)))
+        actual = length(output)
+        output = output * (length(plain) / (actual + (actual == 0)))
+        return x0_from(c, output.reshape(x.shape), x)
+
+    return denoise
+
+
 def thresholded(guided: Denoiser, cond: Denoiser, quantile: float) -> Denoiser:
     """Dynamic thresholding (Saharia et al. 2022, section 2.3): the largest of |x0| are cut, then all is scaled down.
 

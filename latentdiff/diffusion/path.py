@@ -172,18 +172,58 @@ class VariancePreserving:
         return np.arctan2(np.sqrt(1 - self.alphas_cumprod), np.sqrt(self.alphas_cumprod))
 
 
+class Growth(Protocol):
+    """A shift that depends on the picture: larger pictures require more noise to hide what is in them."""
+
+    def log_shift(self, tokens: int, steps: int) -> float:
+        """The logarithm of the shift for latents of that many tokens, drawn in that many steps."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByTokens:
+    """Linear in the number of tokens, through `low` at `few` tokens and `high` at `many`."""
+
+    few: int
+    low: float
+    many: int
+    high: float
+
+    def log_shift(self, tokens: int, steps: int) -> float:
+        """See Growth."""
+        return self.low + (self.high - self.low) * (tokens - self.few) / (self.many - self.few)
+
+
+@dataclass(frozen=True)
+class ByTokensAndSteps:
+    """Linear in the number of steps too, between two lines (steps, slope, intercept) over the number of tokens.
+
+    many: above that many tokens the second line is used whatever the steps.
+    """
+
+    first: tuple[int, float, float]
+    second: tuple[int, float, float]
+    many: int
+
+    def log_shift(self, tokens: int, steps: int) -> float:
+        """See Growth."""
+        (few, low), (most, high) = ((each[0], each[1] * tokens + each[2]) for each in (self.first, self.second))
+        return high if tokens > self.many else high + (high - low) * (steps - most) / (most - few)
+
+
 @dataclass(frozen=True)
 class Straight:
     """Rectified flow: x_t = (1 - s) x0 + s noise, s = t / T.
 
     shift: moves grids and training times towards noise, s -> shift s / (1 + (shift - 1) s) (Esser et al. 2024,
-    eq. 23). growth: (tokens, log shift) at two sizes, between which the log of the shift is linear in the number of
-    tokens of the latents; it replaces the shift where tokens are given.
+    eq. 23). growth: replaces the shift where the number of tokens is known. terminal: the share s of the last level
+    before CLEAN, to which grids are stretched.
     """
 
     shift: float = 1.0
-    growth: tuple[tuple[int, float], tuple[int, float]] | None = None
+    growth: Growth | None = None
     T: int = 1000
+    terminal: float | None = None
 
     @property
     def whole(self) -> bool:
@@ -221,20 +261,26 @@ class Straight:
         """
         if grid == "linspace" and 1 < steps <= self.T:
             lowest = 1 / self.T if self.growth else float(self.shifted(np.array(1 / self.T)))
-            shares = self.shifted(np.linspace(1, lowest, steps), tokens)
-            return (*(self.level(self.T * float(share)) for share in shares), CLEAN)
-        return grid_levels(self, steps, grid, lambda value: value, shift=self.shift_of(tokens))
+            shares = self.shifted(np.linspace(1, lowest, steps), tokens, steps)
+            return self._stretched([self.level(self.T * float(share)) for share in shares])
+        levels = grid_levels(self, steps, grid, lambda value: value, shift=self.shift_of(tokens, steps))
+        return self._stretched(levels[:-1])
 
-    def shift_of(self, tokens: int = 0) -> float:
-        """The shift for latents of that many tokens; 0: unknown."""
-        if self.growth is None or not tokens:
-            return self.shift
-        (few, low), (many, high) = self.growth
-        return math.exp(low + (high - low) * (tokens - few) / (many - few))
+    def _stretched(self, levels: Sequence[NoiseLevel]) -> tuple[NoiseLevel, ...]:
+        """Levels whose distance to pure noise, 1 - s, is scaled so that the last has the share `terminal`."""
+        last = 1 - levels[-1].sigma
+        if self.terminal is None or last == 0:  # a single step begins at pure noise and ends at CLEAN
+            return *levels, CLEAN
+        scale = last / (1 - self.terminal)
+        return (*(self.level(self.T * (1 - (1 - level.sigma) / scale)) for level in levels), CLEAN)
 
-    def shifted(self, s: Floats, tokens: int = 0) -> Floats:
+    def shift_of(self, tokens: int = 0, steps: int = 0) -> float:
+        """The shift for latents of that many tokens, 0 if unknown, drawn in that many steps."""
+        return math.exp(self.growth.log_shift(tokens, steps)) if self.growth and tokens else self.shift
+
+    def shifted(self, s: Floats, tokens: int = 0, steps: int = 0) -> Floats:
         """Shares s in [0, 1] moved by the shift."""
-        shift = self.shift_of(tokens)
+        shift = self.shift_of(tokens, steps)
         return shift * s / (1 + (shift - 1) * s)
 
 

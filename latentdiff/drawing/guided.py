@@ -89,6 +89,8 @@ def guided(
         denoise = guidance.away_from(denoise, cond, helpers.weaker, request.autoguidance_scale - 1)
     if request.guidance_rescale:
         denoise = guidance.rescaled(denoise, cond, request.guidance_rescale, prediction)
+    if request.guidance_renorm:
+        denoise = guidance.renormed(denoise, cond, backbone.spec.multiple, prediction)
     if request.threshold is not None:
         denoise = guidance.thresholded(denoise, cond, request.threshold)
     if helpers.gradient is not None:

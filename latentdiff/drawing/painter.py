@@ -71,7 +71,7 @@ def check(request: Request, painter: Painter) -> None:
     if (request.original_size or request.crop != (0, 0)) and not model.reads_sizes:
         raise ConfigError("original_size and crop require SDXL; this model reads no sizes")
     if request.true_cfg_scale != 1 and not model.is_told_guidance:
-        raise ConfigError("true_cfg_scale requires a model that is told its guidance (Flux.1 dev). Use guidance_scale")
+        raise ConfigError("true_cfg_scale requires a model that is told its guidance. Use guidance_scale")
     if request.pag_scale and not (isinstance(backbone, PerturbedAttention) and backbone.perturbed_blocks):
         raise ConfigError("pag_scale requires self-attention in the middle block, which this model does not have")
     if request.autoguidance_scale != 1 and painter.weaker is None:

@@ -80,9 +80,10 @@ class Request(BaseModel):
     # guidance, see diffusion/guidance.py
     guidance_scale: Finite = Field(7.5, ge=0, le=100, description="classifier-free guidance; 1 is none")
     true_cfg_scale: Finite = Field(
-        1.0, ge=0, le=100, description="classifier-free guidance of a model that is told guidance_scale (Flux.1 dev)"
+        1.0, ge=0, le=100, description="classifier-free guidance of a model that is told its guidance_scale"
     )
     guidance_rescale: Fraction = Field(0.0, description="restores the unguided contrast (Lin et al. 2023)")
+    guidance_renorm: bool = Field(False, description="keeps the length of each token of the network's output")
     guidance_interval: tuple[Finite, Finite] | None = Field(
         None, description="log-SNR between which guidance acts (Kynkaanniemi et al. 2024)"
     )

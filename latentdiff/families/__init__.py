@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.core.errors import ModelError, UnsafeError
-from latentdiff.families import flux, own, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from latentdiff.families import (
+    flux,
+    flux_2,
+    own,
+    qwen_image,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+    z_image,
+)
 from latentdiff.formats import folder
 from latentdiff.model import Family
 
-FAMILIES: tuple[Family, ...] = tuple(
-    module.FAMILY for module in (own, stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux)
-)
+_MODULES = (own, stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, flux_2, z_image, qwen_image)
+FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in _MODULES)
 
 
 def check_folder(directory: Path) -> tuple[Family, dict[str, Any]]:
@@ -38,7 +46,8 @@ def family_of(index: dict[str, Any], directory: Path) -> Family:
     for family in FAMILIES:
         if name in family.pipelines and (family is not own.FAMILY or own.made_here(directory)):
             return family
-    raise ModelError(f"{name} is not supported ({where}). Stable Diffusion 1, 2, XL, 3 and Flux.1 are")
+    known = ", ".join(family.name for family in FAMILIES if family is not own.FAMILY)
+    raise ModelError(f"{name} is not supported ({where}). These are: {known}")
 
 
 def check_vae(path: Path) -> Path:

@@ -25,13 +25,12 @@ if TYPE_CHECKING:
 
     from latentdiff.networks.backbones.unet import UNet
     from latentdiff.networks.clip import Clip
+    from latentdiff.networks.codecs.autoencoder import Autoencoder
     from latentdiff.networks.codecs.identity import IdentityCodec
-    from latentdiff.networks.codecs.kl import KLAutoencoder
-    from latentdiff.networks.codecs.tiny import TinyAutoencoder
     from latentdiff.networks.encoders.clip import TextEncoder, Tokenizer
     from latentdiff.settings.config import Config, Learning
 
-    AnyCodec = KLAutoencoder | TinyAutoencoder | IdentityCodec
+    AnyCodec = Autoencoder | IdentityCodec
 
 _CAPTIONS = 200_000  # from which merges are learnt
 

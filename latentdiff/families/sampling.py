@@ -50,7 +50,7 @@ _HONOURED: dict[str, tuple[Any, ...]] = {  # key -> the values that mean what we
     "original_inference_steps": (None, 50),
     "variance_type": (None, "fixed_small"),
     "stochastic_sampling": (None, False),
-    "shift_terminal": (None,),
+    "time_shift_type": (None, "exponential"),
     "invert_sigmas": (None, False),
     "lambda_min_clipped": (None, -math.inf, "-Infinity", "-inf"),
 }

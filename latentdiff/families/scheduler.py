@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentdiff.core.errors import ConfigError, ModelError, raised_as
 from latentdiff.core.text import one_line
-from latentdiff.diffusion.path import Path, Straight, VariancePreserving
+from latentdiff.diffusion.path import ByTokens, Path, Straight, VariancePreserving
 from latentdiff.families.sampling import Sampling, sampling_of, scheduler_of
 from latentdiff.model import Model
 from latentdiff.settings.validation import first_fault
@@ -55,6 +55,7 @@ class _Config(BaseModel):
     max_image_seq_len: int | None = Field(4096, ge=2)
     base_shift: float | None = Field(0.5, ge=-10, le=10)
     max_shift: float | None = Field(1.15, ge=-10, le=10)
+    shift_terminal: float | None = Field(None, gt=0, lt=1)
 
 
 def read_json_as(model: type[Data], path: FilePath) -> Data:
@@ -126,12 +127,12 @@ def _same(first: Path, second: Path) -> bool:
 def _straight(config: _Config) -> Straight:
     T = config.num_train_timesteps
     if not config.use_dynamic_shifting:
-        return Straight(config.shift, T=T)
+        return Straight(config.shift, T=T, terminal=config.shift_terminal)
     few, many = config.base_image_seq_len or 256, config.max_image_seq_len or 4096
     low, high = config.base_shift or 0.0, config.max_shift or 0.0
     if not few < many:
         raise ModelError("max_image_seq_len must be more than base_image_seq_len")
-    return Straight(math.exp(low), ((few, low), (many, high)), T)
+    return Straight(math.exp(low), ByTokens(few, low, many, high), T, config.shift_terminal)
 
 
 def _variance_preserving(config: _Config, path: FilePath) -> VariancePreserving:
@@ -173,11 +174,14 @@ def scheduler_config(path: Path, prediction: str, spacing: str = "leading") -> d
 
 def _flow_config(path: Straight, prediction: str) -> dict[str, Any]:
     config: dict[str, Any] = {"_class_name": _FLOW, "num_train_timesteps": path.T, "prediction_type": prediction}
+    config |= {} if path.terminal is None else {"shift_terminal": path.terminal}
     if path.growth is None:
         return config | {"shift": path.shift, "use_dynamic_shifting": False}
-    (few, low), (many, high) = path.growth
-    sizes = {"base_image_seq_len": few, "max_image_seq_len": many, "base_shift": low, "max_shift": high}
-    return config | {"shift": 1.0, "use_dynamic_shifting": True, **sizes}
+    config |= {"shift": 1.0, "use_dynamic_shifting": True}
+    if isinstance(growth := path.growth, ByTokens):  # other growth is its family's, and not in a config
+        sizes = {"base_image_seq_len": growth.few, "max_image_seq_len": growth.many}
+        config |= {**sizes, "base_shift": growth.low, "max_shift": growth.high}
+    return config
 
 
 def _described(path: VariancePreserving) -> dict[str, Any]:

@@ -4,15 +4,11 @@ and T5 (Esser et al. 2024). T5 may be missing.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from latentdiff.core.errors import ModelError
-from latentdiff.families import stable_diffusion
-from latentdiff.families.card import model_card
-from latentdiff.families.scheduler import read_scheduler
-from latentdiff.model import Family, Model, TorchPlace
+from latentdiff.families import flow, stable_diffusion
+from latentdiff.model import Family, Model
 
 _CLIP, _T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
 _TOKENIZERS = stable_diffusion.PARTS["tokenizer"]
@@ -31,58 +27,54 @@ DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 7.0, "spacing": "linspa
 
 def load(directory: Path, variant: str | None) -> Model:
     """See Family."""
-    from latentdiff.families.weights import load_mmdit, load_three_texts, load_vae
+    import diffusers
 
-    path, prediction, *_ = read_scheduler(directory)
-    backbone: Any = load_mmdit(directory, variant)
-    codec: Any = load_vae(directory / "vae", variant)
-    width = backbone.spec.reads["tokens"][-1]
-    texts = load_three_texts(directory, width, variant)
-    card = model_card(directory, path.T, variant, DEFAULTS)
-    _check(backbone, texts, codec, directory)
-    parts = parts_of(backbone, texts, codec)
-    return Model(backbone, texts, codec, path, prediction, card, TorchPlace("cpu"), FAMILY, parts)
+    from latentdiff.families.weights import load_vae, pretrained
+    from latentdiff.networks.backbones.mmdit import MMDiT
 
-
-def _check(backbone: Any, texts: Any, codec: Any, where: Path) -> None:
-    """Raises ModelError if the networks do not fit together."""
-    spec, widths = backbone.spec, [int(encoder.model.config.projection_dim) for encoder in texts.encoders]
-    if spec.inputs != codec.latent_channels:
-        raise ModelError(f"a transformer of {spec.inputs} channels, latents of {codec.latent_channels} ({where})")
-    if spec.reads["pooled"] != (sum(widths),):
-        raise ModelError(
-            f"the transformer reads pooled of {spec.reads['pooled'][0]}, texts have {sum(widths)} ({where})"
-        )
-    hidden = sum(int(encoder.model.config.hidden_size) for encoder in texts.encoders)
-    if hidden > texts.width or (texts.third is not None and texts.third.width != texts.width):
-        raise ModelError(f"the transformer reads tokens of {texts.width}, which the texts do not have ({where})")
-
-
-def parts_of(backbone: Any, texts: Any, codec: Any) -> dict[str, Any]:
-    """diffusers' names -> the libraries' modules and tokenizers."""
-    parts = {"vae": codec.vae, "transformer": backbone.model}
-    encoders = [*texts.encoders, *([] if texts.third is None else [texts.third])]
-    for encoder, suffix in zip(encoders, ("", "_2", "_3"), strict=False):
+    backbone: Any = MMDiT(pretrained(diffusers.SD3Transformer2DModel, directory, "transformer", variant, MMDiT)).eval()
+    texts: Any = load_texts(directory, backbone.spec.reads["tokens"][-1], variant)
+    third = [] if texts.third is None else [texts.third]
+    parts: dict[str, Any] = {}
+    for encoder, suffix in zip([*texts.encoders, *third], ("", "_2", "_3"), strict=False):
         parts |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}
-    return parts
+    configs = [encoder.model.config for encoder in texts.encoders]
+    return flow.assembled(
+        backbone,
+        texts,
+        load_vae(directory / "vae", variant),
+        directory,
+        family=FAMILY,
+        widths={"tokens": _tokens(texts, configs), "pooled": sum(int(config.projection_dim) for config in configs)},
+        parts=parts,
+        defaults=DEFAULTS,
+        variant=variant,
+    )
+
+
+def load_texts(directory: Path, width: int, variant: str | None = None) -> Any:
+    """The text encoders; T5 may be missing. width: of the tokens that the backbone reads."""
+    from transformers import CLIPTextModelWithProjection
+
+    from latentdiff.families.weights import clip_text, load_t5
+    from latentdiff.networks.encoders.three_texts import T5_LENGTH, ThreeTextEncoders
+
+    first = clip_text(CLIPTextModelWithProjection, directory, variant, "", penultimate=True)
+    second = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
+    third = load_t5(directory, "_3", T5_LENGTH, variant) if (directory / "text_encoder_3").is_dir() else None
+    return ThreeTextEncoders(first, second, third, width).eval()
+
+
+def _tokens(texts: Any, configs: list[Any]) -> int:
+    """The width of the tokens: T5's, to which the CLIPs' are filled up. Without T5 any width that holds them."""
+    clips = sum(int(config.hidden_size) for config in configs)
+    return max(clips, int(texts.width if texts.third is None else texts.third.width))
 
 
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
-    has_t5 = "text_encoder_3" in model.parts
-    return {
-        "_class_name": "StableDiffusion3Pipeline",
-        "_diffusers_version": version("diffusers"),
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", type(model.parts["vae"]).__name__],
-        "text_encoder": ["transformers", _CLIP],
-        "text_encoder_2": ["transformers", _CLIP],
-        "text_encoder_3": ["transformers", _T5] if has_t5 else [None, None],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "tokenizer_3": ["transformers", "T5TokenizerFast"] if has_t5 else [None, None],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    }
+    absent = {} if "text_encoder_3" in model.parts else {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    return flow.index(model, "StableDiffusion3Pipeline", **absent)
 
 
 FAMILY = Family(

@@ -13,22 +13,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import check_depth, numbers_in, read_json, variant_of, weight_files
-from latentdiff.networks.backbones.flux import Flux, packed, places
-from latentdiff.networks.backbones.mmdit import MMDiT
 from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.codecs.autoencoder import Autoencoder
+from latentdiff.networks.codecs.flux_2 import Flux2Autoencoder
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.codecs.qwen_image import QwenImageAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
+from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.encoders.chat import Chat, ChatText
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
-from latentdiff.networks.encoders.clip_and_t5 import ClipAndT5
-from latentdiff.networks.encoders.t5 import FLUX_LENGTH, T5_LENGTH, T5Text
-from latentdiff.networks.encoders.three_texts import ThreeTextEncoders
+from latentdiff.networks.encoders.t5 import T5Text
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 from latentdiff.networks.quiet import quietly
 
@@ -37,35 +39,39 @@ if TYPE_CHECKING:
 
     from latentdiff.networks.clip import Clip
 
+CODECS: dict[str, type[Autoencoder]] = {  # diffusers' class -> ours
+    "AutoencoderKL": KLAutoencoder,
+    "AutoencoderTiny": TinyAutoencoder,
+    "AutoencoderKLFlux2": Flux2Autoencoder,
+    "AutoencoderKLQwenImage": QwenImageAutoencoder,
+}
+_COUNTS = ("position_ids", "num_batches_tracked")  # whole numbers, which nothing computes with
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
 
 
-def load_codec(directory: Path, variant: str | None = None) -> KLAutoencoder | TinyAutoencoder | IdentityCodec:
+def load_codec(directory: Path, variant: str | None = None) -> Autoencoder | IdentityCodec:
     """The VAE of a model folder, or the identity if it has none."""
     return load_vae(directory / "vae", variant) if (directory / "vae").is_dir() else _identity(directory)
 
 
-def load_vae(folder: Path, variant: str | None = None) -> KLAutoencoder | TinyAutoencoder:
+def load_vae(folder: Path, variant: str | None = None) -> Autoencoder:
     """The VAE of a checked folder."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
-
     directory, part = folder.parent, folder.name
-    tiny = read_json(folder / "config.json").get("_class_name") == "AutoencoderTiny"
-    vae = _pretrained(AutoencoderTiny if tiny else AutoencoderKL, directory, part, variant)
+    name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
+    name = name if name in CODECS else "AutoencoderKL"
+    codec = CODECS[name]
+    vae = pretrained(getattr(diffusers, name), directory, part, variant, codec)
     with loading(part, directory):
-        autoencoder = TinyAutoencoder(vae) if tiny else KLAutoencoder(vae)
+        autoencoder = codec(vae)
         if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
             raise ModelError(f"{part}/config.json: scaling_factor must be positive, shift_factor finite ({directory})")
     return autoencoder.eval()
 
 
-def codec_of(vae: Any) -> KLAutoencoder | TinyAutoencoder | None:
+def codec_of(vae: Any) -> Autoencoder | None:
     """A module of diffusers' as a codec; None for anything else."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
-
-    if isinstance(vae, AutoencoderKL):
-        return KLAutoencoder(vae).eval()
-    return TinyAutoencoder(vae).eval() if isinstance(vae, AutoencoderTiny) else None
+    codec = CODECS.get(type(vae).__name__)
+    return codec(vae).eval() if codec and isinstance(vae, nn.Module) else None
 
 
 def _identity(directory: Path) -> IdentityCodec:
@@ -79,7 +85,7 @@ def load_text_encoder(directory: Path, variant: str | None = None) -> TextEncode
     """Tokenizer and CLIP text model of a model folder."""
     from transformers import CLIPTextModel
 
-    return _text_encoder(CLIPTextModel, directory, variant, "", penultimate=False)
+    return clip_text(CLIPTextModel, directory, variant, "", penultimate=False)
 
 
 def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncoder | TwoTextEncoders:
@@ -88,20 +94,10 @@ def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncod
 
     if not (directory / "text_encoder_2").is_dir():
         return load_text_encoder(directory, variant)
-    first = _text_encoder(CLIPTextModel, directory, variant, "", penultimate=True)
-    second = _text_encoder(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
+    first = clip_text(CLIPTextModel, directory, variant, "", penultimate=True)
+    second = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
     zero_empty = read_json(directory / "model_index.json").get("force_zeros_for_empty_prompt", True)
     return TwoTextEncoders(first, second, zero_empty=bool(zero_empty)).eval()
-
-
-def load_three_texts(directory: Path, width: int, variant: str | None = None) -> ThreeTextEncoders:
-    """The text encoders of Stable Diffusion 3; T5 may be missing. width: of the tokens that the backbone reads."""
-    from transformers import CLIPTextModelWithProjection
-
-    first = _text_encoder(CLIPTextModelWithProjection, directory, variant, "", penultimate=True)
-    second = _text_encoder(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
-    third = load_t5(directory, "_3", T5_LENGTH, variant) if (directory / "text_encoder_3").is_dir() else None
-    return ThreeTextEncoders(first, second, third, width).eval()
 
 
 def load_t5(directory: Path, suffix: str, length: int, variant: str | None = None) -> T5Text:
@@ -111,36 +107,40 @@ def load_t5(directory: Path, suffix: str, length: int, variant: str | None = Non
     folder = directory / f"tokenizer{suffix}"
     with loading(folder.name, directory), _without_collections():
         tokenizer = T5TokenizerFast.from_pretrained(folder, local_files_only=True)
-    model = _pretrained(T5EncoderModel, directory, f"text_encoder{suffix}", variant)
-    with loading(folder.name, directory):
+    model = pretrained(T5EncoderModel, directory, f"text_encoder{suffix}", variant)
+    _check_words(tokenizer, model, folder)
+    return T5Text(tokenizer, model, length).eval()
+
+
+def load_chat(directory: Path, network: Any, chat: Chat, variant: str | None = None) -> ChatText:
+    """The language model of a model folder. network: its class in transformers. Raises ModelError."""
+    from transformers import Qwen2TokenizerFast
+
+    folder = directory / "tokenizer"
+    with loading(folder.name, directory), _without_collections():
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
+    model = pretrained(network, directory, "text_encoder", variant)
+    _check_words(tokenizer, model, folder)
+    with loading("text_encoder", directory):
+        texts = ChatText(tokenizer, model, chat).eval()
+        layers = int(getattr(model.config, "text_config", model.config).num_hidden_layers)
+        if not all(-layers - 1 <= layer <= layers for layer in chat.layers):
+            raise ModelError(f"text_encoder has {layers} layers, layer {max(chat.layers)} is read ({directory})")
+        return texts
+
+
+def _check_words(tokenizer: Any, model: Any, folder: Path) -> None:
+    """Raises ModelError if the tokenizer has ids that the text encoder does not have."""
+    with loading(folder.name, folder.parent):
         rows, most = len(_rows(model)), max(tokenizer.get_vocab().values(), default=0)
         if most >= rows:
-            raise ModelError(f"{folder.name} does not fit the text encoder's {rows} words ({directory})")
-        return T5Text(tokenizer, model, length).eval()
+            raise ModelError(f"{folder.name} does not fit the text encoder's {rows} words ({folder.parent})")
 
 
-def load_clip_and_t5(directory: Path, variant: str | None = None) -> ClipAndT5:
-    """The text encoders of Flux."""
-    return ClipAndT5(load_text_encoder(directory, variant), load_t5(directory, "_2", FLUX_LENGTH, variant)).eval()
-
-
-def load_flux(directory: Path, variant: str | None = None) -> Flux:
-    """The transformer of Flux."""
-    from diffusers import FluxTransformer2DModel
-
-    return Flux(_pretrained(FluxTransformer2DModel, directory, "transformer", variant)).eval()
-
-
-def load_mmdit(directory: Path, variant: str | None = None) -> MMDiT:
-    """The transformer of Stable Diffusion 3."""
-    from diffusers import SD3Transformer2DModel
-
-    return MMDiT(_pretrained(SD3Transformer2DModel, directory, "transformer", variant)).eval()
-
-
-def _text_encoder(network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool) -> TextEncoder:
+def clip_text(network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool) -> TextEncoder:
+    """One CLIP text encoder of a model folder."""
     tokenizer, tokenizer_folder = load_tokenizer(directory, suffix), directory / f"tokenizer{suffix}"
-    model = _pretrained(network, directory, f"text_encoder{suffix}", variant)
+    model = pretrained(network, directory, f"text_encoder{suffix}", variant)
     with loading(tokenizer_folder.name, directory):
         read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
         if not (isinstance(read, int) and 2 <= read <= positions):
@@ -184,9 +184,7 @@ def _rows(model: Any) -> Any:
 
 def load_unet(directory: Path, variant: str | None = None) -> UNet:
     """The U-Net of a model folder."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet(_pretrained(UNet2DConditionModel, directory, "unet", variant)).eval()
+    return UNet(pretrained(diffusers.UNet2DConditionModel, directory, "unet", variant, UNet)).eval()
 
 
 def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
@@ -199,15 +197,16 @@ def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
         return Clip.load(directory / "clip", weights.get_tensor(name))
 
 
-def _pretrained(network: Any, directory: Path, part: str, variant: str | None) -> Any:
-    """A network of a checked folder; all its weights come from the file."""
+def pretrained(network: Any, directory: Path, part: str, variant: str | None, wrapper: Any = None) -> Any:
+    """A network of a checked folder; all its weights come from the file. network: its class, wrapper: ours."""
     with loading(part, directory), quietly():
         if not (directory / part / "config.json").is_file():  # or transformers searches the hub
             raise ModelError(f"{part} is missing ({directory})")
         config, files = read_json(directory / part / "config.json"), weight_files(directory / part, variant)
         kinds = {name: kind for file in files for name, kind in _kinds(file).items()}
         check_depth(config, len(kinds), part, directory)
-        described, held = parameters_of(network, json.dumps(config, sort_keys=True)), sum(map(numbers_in, files))
+        described = parameters_of(network, json.dumps(config, sort_keys=True), wrapper)
+        held = sum(map(numbers_in, files))
         if described > 2 * held:  # below twice, the loaders name the weights that do not fit
             raise ModelError(
                 f"{part}/config.json describes {described:,} parameters, its weights hold {held:,} ({directory})"
@@ -235,7 +234,7 @@ def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:
 
     Raises ModelError for weights that are not floating point.
     """
-    odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith("position_ids")]
+    odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith(_COUNTS)]
     if odd:
         raise ModelError(f"{folder.name}: weights must have 16 bits or more (got {odd[0]} in {folder.parent})")
     return next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), torch.float32)
@@ -248,10 +247,11 @@ def _kinds(file: Path) -> dict[str, str]:
 
 
 @lru_cache(maxsize=64)
-def parameters_of(network: Any, config: str) -> int:
+def parameters_of(network: Any, config: str, wrapper: Any = None) -> int:
     """The number of parameters of the network that a config describes, which is run once by shapes alone.
 
     So whatever a config gets wrong is an error of a library here, before memory is allocated or a weight is read.
+    wrapper: its class here, unless it is a text encoder.
     """
     tree = json.loads(config)
     with torch.device("meta"), torch.no_grad():
@@ -259,41 +259,34 @@ def parameters_of(network: Any, config: str) -> int:
             skeleton = network.from_config(tree)
         else:
             skeleton = network(network.config_class.from_dict(tree))
-        _run(skeleton)
+        if wrapper is None:
+            _run_text_encoder(skeleton)
+        elif issubclass(wrapper, Autoencoder):
+            _run_codec(wrapper(skeleton))
+        else:
+            _run_backbone(wrapper(skeleton))
     return sum(p.numel() for p in skeleton.parameters())
 
 
-def _run(skeleton: Any) -> None:
-    """Run a network of the meta device on small inputs."""
-    config = skeleton.config
-    if hasattr(skeleton, "down_blocks"):  # a U-Net
-        width = config.cross_attention_dim
-        tokens = torch.zeros(1, 3, width if isinstance(width, int) else width[0])
-        added = None
-        if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            added = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
-        side = 2 ** len(config.block_out_channels)
-        labels = None if skeleton.class_embedding is None else torch.zeros(1, dtype=torch.long)
-        x = torch.zeros(1, config.in_channels, side, side)
-        skeleton(x, torch.zeros(1), tokens, class_labels=labels, added_cond_kwargs=added)
-    elif hasattr(skeleton, "single_transformer_blocks"):
-        x, guidance = packed(torch.zeros(1, config.in_channels // 4, 4, 4)), torch.zeros(1)
-        tokens, pooled = torch.zeros(1, 3, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim)
-        told = guidance if config.guidance_embeds else None
-        skeleton(x, tokens, pooled, torch.zeros(1), places(2, 2), torch.zeros(3, 3), told)
-    elif hasattr(skeleton, "transformer_blocks"):
-        x = torch.zeros(1, config.in_channels, 2 * config.patch_size, 2 * config.patch_size)
-        tokens, pooled = torch.zeros(1, 3, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim)
-        skeleton(x, tokens, pooled, torch.zeros(1))
-    elif hasattr(skeleton, "decoder"):  # a VAE
-        side = 4 * 2 ** len(config.block_out_channels)
-        encoded = skeleton.encode(torch.zeros(1, config.in_channels, side, side))
-        skeleton.decode(encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean)
-    else:
-        hidden = skeleton(torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True).hidden_states
-        if len(hidden) < 2:
-            raise ValueError("it has no layers")
+def _run_text_encoder(skeleton: Any) -> None:
+    hidden = skeleton(torch.zeros(1, 2, dtype=torch.long), output_hidden_states=True).hidden_states
+    if len(hidden) < 2:
+        raise ValueError("it has no layers")
+
+
+def _run_codec(codec: Autoencoder) -> None:
+    side = 4 * codec.factor
+    codec.decode(codec.encode(torch.zeros(1, codec.image_channels, side, side))[0])
+
+
+def _run_backbone(backbone: Any) -> None:
+    """Run a backbone of the meta device on small inputs, in which prompts have three tokens."""
+    spec, levels = backbone.spec, getattr(backbone.model.config, "block_out_channels", None)
+    side = 2 ** len(levels) if levels else 2 * spec.multiple
+    conditions = {name: torch.zeros(1, *(length or 3 for length in shape)) for name, shape in spec.reads.items()}
+    if getattr(backbone.model, "class_embedding", None) is not None:
+        raise ValueError("it reads classes, which no text encoder gives")
+    backbone(torch.zeros(1, spec.inputs, side, side), torch.zeros(1), Conditions(conditions))
 
 
 def weights_hash(network: nn.Module) -> str:

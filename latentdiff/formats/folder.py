@@ -21,10 +21,12 @@ from latentdiff.formats.pickle import is_pickle, named_safetensors
 _UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
 _MODULES = {"diffusers", "transformers", "stable_diffusion", None}
 NETWORKS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
-_FLUX_SIDE = 128  # latents of a side
-LARGEST_NUMBER = 200_000  # of any size in a config; Stable Diffusion's largest is its vocabulary, 49,408
+_NO_SIZE = 128  # latents of a side of a transformer whose config has no size
+_TOKEN = 2  # latents of a side of its tokens
+LARGEST_NUMBER = 300_000  # of any size in a config; Qwen3's largest is its number of positions, 262,144
 LONGEST_LIST = 64  # of what a network has one of at each of its levels
 LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
+LARGEST_PERIOD = 1e9  # of rotary embeddings
 _TOTALS = ("total_size", "total_parameters")  # of an index of shards; nothing is built by them
 _ASKS_TO_RUN_CODE = {
     "auto_map",
@@ -178,7 +180,7 @@ def check_json(file: Path, directory: Path) -> None:
                 raise UnsafeError(f"{name} names shards outside its folder ({directory})")
         if file.name == "config.json" and isinstance(value, list) and len(value) > LONGEST_LIST:
             raise ModelError(f"{name}: {key} has {len(value):,} entries, which is absurd ({directory})")
-        largest = LARGEST_DEPTH if "layers" in key else LARGEST_NUMBER
+        largest = LARGEST_DEPTH if "layers" in key else LARGEST_PERIOD if key == "rope_theta" else LARGEST_NUMBER
         if isinstance(value, int | float) and not abs(value) <= largest and key not in _TOTALS:
             raise ModelError(f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {largest}")
 
@@ -207,7 +209,7 @@ def check_depth(config: dict[str, Any], tensors: int, part: str, directory: Path
     depth = 1
     for key, value in config.items():
         numbers = [number for number in [value, *_items(value)] if isinstance(number, int | float)]
-        if "layers" in key and numbers:
+        if "layers" in key and key != "max_window_layers" and numbers:  # that one is a place among them
             if any(type(number) is not int or number < 0 for number in numbers):
                 raise ModelError(f"{part}/config.json: {key} must be a number of layers ({directory})")
             depth *= int(max(numbers))
@@ -300,18 +302,16 @@ def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
     with loading("the configs", directory):
         part = "unet" if (directory / "unet").is_dir() else "transformer"
         backbone = read_json(directory / part / "config.json")
-        vae = directory / "vae" / "config.json"
-        factor = 2 ** (len(_levels(read_json(vae))) - 1) if vae.is_file() else 1
-        packed = 2 if "axes_dims_rope" in backbone else 1  # Flux: tokens of 2 x 2 latents, and no size of its own
-        sample = backbone["sample_size"] if packed == 1 else _FLUX_SIDE
+        sample = backbone["sample_size"] if part == "unet" else backbone.get("sample_size", _NO_SIZE)
         if type(sample) is not int or sample < 1:
             raise ModelError(f"{part}/config.json: sample_size must be a whole number of latents (got {sample!r})")
-        side = sample * factor
-        multiple = 1 if part == "unet" else packed * int(backbone["patch_size"])
-        return factor * multiple, (side, side)
+        vae = directory / "vae" / "config.json"
+        factor = _factor(read_json(vae)) if vae.is_file() else 1
+        multiple = 1 if part == "unet" else _TOKEN if "sample_size" not in backbone else int(backbone["patch_size"])
+        return factor * multiple, (sample * factor, sample * factor)
 
 
-def _levels(vae: dict[str, Any]) -> list[Any]:
-    """The entry of a VAE's config with one value a level. Tiny VAEs have one of two such entries."""
-    levels: list[Any] = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
-    return levels
+def _factor(vae: dict[str, Any]) -> int:
+    """The pixels of a latent's side: tiny VAEs and those of videos call the entry with one value a level otherwise."""
+    levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or vae["dim_mult"]
+    return int(2 ** (len(levels) - 1))

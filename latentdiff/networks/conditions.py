@@ -3,6 +3,7 @@
 Only encoders and backbones know the names. Those in use:
 
     tokens   (B, L, D)   a text, for cross-attention
+    mask     (B, L)      1 where `tokens` holds the text and 0 after its end, for prompts of different lengths
     pooled   (B, P)      one vector a text
     sizes    (B, 6)      pixels, as Stable Diffusion XL reads them: original (height, width), the crop's (top, left),
                          the target (height, width); always float32, in which 1023 is itself
@@ -22,7 +23,7 @@ from latentdiff.core.arrays import Array, library
 if TYPE_CHECKING:
     import torch
 
-EXACT = ("sizes", "guidance", "label", "ids")  # keep their precision when a network computes in another
+EXACT = ("sizes", "guidance", "label", "ids", "mask")  # keep their precision when a network computes in another
 
 
 @dataclass(frozen=True)

@@ -25,3 +25,4 @@ class Recommended(BaseModel):
     spacing: Annotated[str, AfterValidator(partial(one_of, "spacing", GRIDS))] = Field(
         "trailing", description="grid of the steps"
     )
+    guidance_renorm: bool = Field(False, description="guidance keeps the length of each token of the network's output")

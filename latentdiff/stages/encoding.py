@@ -19,15 +19,13 @@ from torch import Tensor
 from latentdiff.families.weights import weights_hash
 from latentdiff.networks.codecs.autoencoder import Autoencoder
 from latentdiff.networks.codecs.identity import IdentityCodec
-from latentdiff.networks.codecs.kl import KLAutoencoder
-from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
 AT_ONCE = 8
 AnyTextEncoder = TextEncoder | TwoTextEncoders
-AnyCodec = KLAutoencoder | TinyAutoencoder | IdentityCodec
+AnyCodec = Autoencoder | IdentityCodec
 _NOT_ITS_OWN = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 

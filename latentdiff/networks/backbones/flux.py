@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from latentdiff.networks.backbones.packing import PATCH, packed, unpacked
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.protocols import Spec
-
-PATCH = 2  # latents of a token's side
 
 
 class Flux(Transformer):
@@ -43,19 +42,6 @@ class Flux(Transformer):
             return_dict=False,
         )[0]
         return unpacked(output, height, width)
-
-
-def packed(x: Tensor) -> Tensor:
-    """(B, C, 2 h, 2 w) -> (B, h w, 4 C): each token holds the 2 x 2 values of each channel."""
-    rows, channels, height, width = x.shape
-    patches = x.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * PATCH**2)
-
-
-def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
-    patches = tokens.reshape(len(tokens), height, width, -1, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height * PATCH, width * PATCH)
 
 
 def places(height: int, width: int) -> Tensor:

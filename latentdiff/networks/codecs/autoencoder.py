@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from latentdiff.core.turn import Turn
@@ -24,14 +23,13 @@ class Autoencoder(nn.Module):
     1 x 1 convolutions around the latents (`KLAutoencoder.fold_statistics`), so that their scaling_factor is 1.
     """
 
-    def __init__(self, vae: AutoencoderKL | AutoencoderTiny):
+    def __init__(self, vae: Any):
         super().__init__()
-        self.vae, self._turn = vae, Turn()
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_channels, self.image_channels = int(vae.config.latent_channels), int(vae.config.out_channels)
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.shift_factor or 0.0)
-        vae.tile_sample_min_size = max(int(vae.config.get("sample_size", 0)), SMALLEST_TILE)
+        self.vae, self._turn, config = vae, Turn(), vae.config
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.latent_channels, self.image_channels = int(config.latent_channels), int(config.out_channels)
+        self.scale, self.shift = float(config.get("scaling_factor", 1.0)), float(config.get("shift_factor") or 0.0)
+        vae.tile_sample_min_size = max(int(config.get("sample_size", 0)), SMALLEST_TILE)
         vae.tile_latent_min_size = vae.tile_sample_min_size // self.factor
 
     @property

@@ -13,9 +13,6 @@ from latentdiff.core.turn import Turn
 from latentdiff.networks.encoders.prompt import Prompt, Style, parse, weighted
 from latentdiff.networks.saving import save_network
 
-T5_LENGTH = 256  # tokens that Stable Diffusion 3 reads
-FLUX_LENGTH = 512
-
 
 class T5Text(nn.Module):
     """A prompt -> hidden states (L, D) of `length` tokens: cut, or padded, without a mask, as in training."""

@@ -16,7 +16,9 @@ from torch.nn import functional
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.networks.encoders.prompt import Prompt, Reading, Style
-from latentdiff.networks.encoders.t5 import T5_LENGTH, T5Text
+from latentdiff.networks.encoders.t5 import T5Text
+
+T5_LENGTH = 256  # tokens that T5 reads
 
 
 class ThreeTextEncoders(nn.Module):

@@ -1,0 +1,56 @@
+"""What the families of flow-matching transformers share: their assembly, and the check that their networks fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.errors import ModelError
+from latentdiff.families.card import model_card
+from latentdiff.families.scheduler import read_scheduler
+from latentdiff.model import Family, Model, TorchPlace
+
+SCHEDULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+
+
+def assembled(
+    backbone: Any,
+    texts: Any,
+    codec: Any,
+    directory: Path,
+    *,
+    family: Family,
+    widths: Mapping[str, int],
+    parts: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    variant: str | None = None,
+) -> Model:
+    """The model of a folder. widths: of what the texts give, by condition; parts: those of the texts.
+
+    Raises ModelError if the networks do not fit together.
+    """
+    reads, inputs = backbone.spec.reads, backbone.spec.inputs
+    for name, width in widths.items():
+        if reads[name][-1] != width:
+            raise ModelError(f"the transformer reads {name} of {reads[name][-1]}, the texts have {width} ({directory})")
+    if inputs != codec.latent_channels:
+        raise ModelError(f"a transformer of {inputs} channels, latents of {codec.latent_channels} ({directory})")
+    path, prediction, *_ = read_scheduler(directory)
+    card = model_card(directory, path.T, variant, defaults)
+    modules = {"vae": codec.vae, "transformer": backbone.model, **parts}
+    return Model(backbone, texts, codec, path, prediction, card, TorchPlace("cpu"), family, modules)
+
+
+def index(model: Model, pipeline: str, **further: Any) -> dict[str, Any]:
+    """model_index.json: diffusers' names of the parts and their classes."""
+    libraries = {"vae": "diffusers", "transformer": "diffusers"}
+    classes = {name: [libraries.get(name, "transformers"), type(part).__name__] for name, part in model.parts.items()}
+    return {
+        "_class_name": pipeline,
+        "_diffusers_version": version("diffusers"),
+        **classes,
+        "scheduler": SCHEDULER,
+        **further,
+    }

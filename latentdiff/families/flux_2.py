@@ -1,0 +1,76 @@
+"""FLUX.2 klein: a transformer on a straight path, an autoencoder of 128 normalised channels, and Qwen3, of which three
+layers are read (Black Forest Labs 2026). It is distilled to four steps without guidance; the base model is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from latentdiff.core.errors import ModelError
+from latentdiff.diffusion.path import ByTokensAndSteps, Straight
+from latentdiff.families import flow, stable_diffusion
+from latentdiff.families.z_image import AFTER, BEFORE
+from latentdiff.model import Family, Model
+
+PARTS = {
+    "vae": frozenset({"AutoencoderKLFlux2"}),
+    "transformer": frozenset({"Flux2Transformer2DModel"}),
+    "text_encoder": frozenset({"Qwen3ForCausalLM"}),
+    "tokenizer": frozenset({"Qwen2Tokenizer", "Qwen2TokenizerFast"}),
+}
+DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 4.0}
+DISTILLED = {"num_inference_steps": 4, "guidance_scale": 1.0}
+_NO_THOUGHTS = "<think>\n\n</think>\n\n"  # what Qwen3's template adds where it is not to think
+_GROWTH = ByTokensAndSteps((10, 8.73809524e-05, 1.89833333), (200, 0.00016927, 0.45666666), 4300)
+
+
+def load(directory: Path, variant: str | None) -> Model:
+    """See Family."""
+    import diffusers
+    import transformers
+
+    from latentdiff.families.weights import load_chat, load_vae, pretrained
+    from latentdiff.formats.folder import read_json
+    from latentdiff.networks.backbones.flux_2 import Flux2
+    from latentdiff.networks.encoders.chat import Chat
+
+    backbone: Any = Flux2(
+        pretrained(diffusers.Flux2Transformer2DModel, directory, "transformer", variant, Flux2)
+    ).eval()
+    chat = Chat(BEFORE, AFTER + _NO_THOUGHTS, layers=(9, 18, 27), filled=True)
+    texts: Any = load_chat(directory, transformers.Qwen3ForCausalLM, chat, variant)
+    is_distilled = bool(read_json(directory / "model_index.json").get("is_distilled"))
+    model = flow.assembled(
+        backbone,
+        texts,
+        load_vae(directory / "vae", variant),
+        directory,
+        family=FAMILY,
+        widths={"tokens": texts.width},
+        parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
+        defaults=DISTILLED if is_distilled else DEFAULTS,
+        variant=variant,
+    )
+    if not isinstance(model.path, Straight):
+        raise ModelError(f"FLUX.2 requires the scheduler of a straight path ({directory})")
+    return replace(model, path=replace(model.path, growth=_GROWTH))
+
+
+def index(model: Model) -> dict[str, Any]:
+    """See Family."""
+    is_distilled = model.card.defaults.get("guidance_scale") == DISTILLED["guidance_scale"]
+    return flow.index(model, "Flux2KleinPipeline", is_distilled=is_distilled)
+
+
+FAMILY = Family(
+    "FLUX.2 klein",
+    frozenset({"Flux2KleinPipeline", "Flux2KleinInpaintPipeline"}),
+    PARTS,
+    frozenset(),
+    load,
+    stable_diffusion.save_transformer,
+    index,
+    DEFAULTS,
+)

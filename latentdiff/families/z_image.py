@@ -1,0 +1,65 @@
+"""Z-Image and Z-Image-Turbo: a single-stream transformer on a straight path, Flux.1's autoencoder of 16 channels, and
+Qwen3 as the text encoder (Alibaba 2025). Turbo is distilled to eight steps without guidance.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latentdiff.families import flow, stable_diffusion
+from latentdiff.model import Family, Model
+
+PARTS = {
+    "vae": frozenset({"AutoencoderKL"}),
+    "transformer": frozenset({"ZImageTransformer2DModel"}),
+    "text_encoder": frozenset({"Qwen3Model", "Qwen3ForCausalLM"}),
+    "tokenizer": frozenset({"Qwen2Tokenizer", "Qwen2TokenizerFast"}),
+}
+DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 1.0}
+BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # Qwen3's template
+
+
+def load(directory: Path, variant: str | None) -> Model:
+    """See Family."""
+    import diffusers
+    import transformers
+
+    from latentdiff.families.weights import load_chat, load_vae, pretrained
+    from latentdiff.formats.folder import read_json
+    from latentdiff.networks.backbones.z_image import ZImage
+    from latentdiff.networks.encoders.chat import Chat
+
+    network = diffusers.ZImageTransformer2DModel
+    backbone: Any = ZImage(pretrained(network, directory, "transformer", variant, ZImage)).eval()
+    name = read_json(directory / "model_index.json")["text_encoder"][1]
+    chat = Chat(BEFORE, AFTER, layers=(-2,))
+    texts: Any = load_chat(directory, getattr(transformers, name), chat, variant)
+    return flow.assembled(
+        backbone,
+        texts,
+        load_vae(directory / "vae", variant),
+        directory,
+        family=FAMILY,
+        widths={"tokens": texts.width},
+        parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
+        defaults=DEFAULTS,
+        variant=variant,
+    )
+
+
+def index(model: Model) -> dict[str, Any]:
+    """See Family."""
+    return flow.index(model, "ZImagePipeline")
+
+
+FAMILY = Family(
+    "Z-Image",
+    frozenset(f"ZImage{task}" for task in stable_diffusion.TASKS),
+    PARTS,
+    frozenset(),
+    load,
+    stable_diffusion.save_transformer,
+    index,
+    DEFAULTS,
+)
