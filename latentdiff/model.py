@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from latentdiff.core.arrays import Array, to_numpy
@@ -21,6 +22,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 Speed = Literal["exact", "fast", "max"]
 Runtime = Literal["torch", "openvino"]
 Transform = Callable[["Model"], "Model"]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Ready = Callable[[tuple[int, ...], int, bool], None]
 
 
@@ -85,13 +87,26 @@ class NumPyPlace:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The layout of a family's single files.
+
+    config: names and shapes of a transformer -> its config in diffusers, or None if it is of another family.
+    converted: weights -> the same under diffusers' names. load: as in Family, with parts that are given as weights.
+    """
+
+    config: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any] | None]
+    converted: Callable[[dict[str, Any]], dict[str, Any]]
+    load: Callable[[FilePath, str | None, Mapping[str, Any]], Model]
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models: their parts, and how they are read and written.
 
     parts: the classes that each part of a folder may have, which is the safety list; optional: parts that may be
     missing. pipelines: diffusers' pipeline classes. load: a checked folder and the variant of its weights -> the model
     on the CPU in its stored precision. save: write a model's networks into a new folder. index: its model_index.json.
-    defaults: settings that its pipeline in diffusers has, where a folder recommends none.
+    defaults: settings that its pipeline in diffusers has, where a folder recommends none. layout: of its single files.
     """
 
     name: str
@@ -102,6 +117,7 @@ class Family:
     save: Callable[[Model, FilePath], None]
     index: Callable[[Model], dict[str, Any]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from latentdiff.cli import terminal
 from latentdiff.cli.options import Precision
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable, whole
+
+if TYPE_CHECKING:
+    from latentdiff.model import Model
 
 
 class Form(StrEnum):
@@ -40,6 +43,13 @@ def convert(
     vae: Annotated[
         Path | None, typer.Option(help="For a model: replace its VAE by this one, which may be tiny.")
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="For a file that holds a transformer: a folder of its family, for what no file holds."),
+    ] = None,
+    part: Annotated[
+        list[Path] | None, typer.Option(help="With --base: a further file, with a text encoder or a VAE. Repeatable.")
+    ] = None,
     prediction: Annotated[
         str | None, typer.Option(help="What the model's U-Net predicts, where its files are wrong: v_prediction, ...")
     ] = None,
@@ -55,7 +65,7 @@ def convert(
     from latentdiff.families.loading import place_of
 
     source = place_of(source)
-    given = {"--vae": vae, "--dtype": dtype, "--prediction": prediction}
+    given = {"--vae": vae, "--dtype": dtype, "--prediction": prediction, "--base": base, "--part": part or None}
     of_models = next((option for option, value in given.items() if value is not None), None)
     if to is Form.openvino and output is None:
         if of_models:
@@ -81,7 +91,7 @@ def convert(
     elif adapter:
         _adapter(source, output, adapter, model)
     else:
-        _model(source, output, dtype, variant, vae, prediction, exporting=to is Form.openvino)
+        _model(source, output, dtype, variant, vae, prediction, base, part or [], exporting=to is Form.openvino)
     terminal.result(output)
 
 
@@ -144,6 +154,8 @@ def _model(
     variant: str | None,
     vae: Path | None,
     prediction: str | None,
+    base: Path | None,
+    parts: list[Path],
     *,
     exporting: bool,
 ) -> None:
@@ -158,14 +170,24 @@ def _model(
     from latentdiff.runtime.device import moved
     from latentdiff.runtime.export import export
 
+    if parts and base is None:
+        raise ConfigError("--part requires --base: the folder that has the tokenizers")
     single = output.suffix.lower() == ".safetensors"
     precision = None if dtype is None else getattr(torch, dtype.value)
-    if source.is_dir() and not single and variant is None and vae is None and prediction is None and not exporting:
+    if (
+        source.is_dir()
+        and base is None
+        and not single
+        and variant is None
+        and vae is None
+        and prediction is None
+        and not exporting
+    ):
         if precision is None:
             raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
         convert_folder(source, output, precision)
         return
-    pipe = LatentDiffusionPipeline(stored_model(source, variant))
+    pipe = LatentDiffusionPipeline(stored_model(source, variant) if base is None else _joined(source, parts, base))
     if vae is not None:
         pipe.load_vae(vae, as_stored=True)
     model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
@@ -177,3 +199,12 @@ def _model(
     if single and source.is_dir():
         height, width = model.card.size
         terminal.note(f"note: a single file holds no size ({width}x{height}) and no recommended settings")
+
+
+def _joined(source: Path, parts: list[Path], base: Path) -> Model:
+    """The model of a transformer's file, further files and a folder. Raises ConfigError, ModelError, UnsafeError."""
+    from latentdiff.families.parts import joined
+
+    if not source.is_file():
+        raise ConfigError(f"--base is for a file that holds a transformer (got {source})")
+    return joined([source, *parts], base)

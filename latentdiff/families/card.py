@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.families.scheduler import read_json_as, read_scheduler
 from latentdiff.formats.folder import folder_hash, picture_geometry
-from latentdiff.model import ModelCard
+from latentdiff.model import NOTHING, ModelCard
 from latentdiff.settings.recommended import Recommended
 
 FILE = "latentdiff.json"
@@ -39,20 +38,26 @@ class _Things(RootModel[dict[str, tuple[str, ...]]]):
 
 
 def model_card(
-    directory: Path, T: int, variant: str | None = None, defaults: Mapping[str, Any] = MappingProxyType({})
+    directory: Path,
+    T: int,
+    variant: str | None = None,
+    defaults: Mapping[str, Any] = NOTHING,
+    *,
+    hashed: bool = True,
 ) -> ModelCard:
     """The card of a checked folder. Without latentdiff.json the settings are the scheduler's and the family's defaults.
 
-    T: the model's number of times. Raises ModelError.
+    T: the model's number of times. hashed: whether all weights are the folder's, so that its hash is theirs.
+    Raises ModelError.
     """
     multiple, side = picture_geometry(directory)
-    path, sha256 = directory / FILE, folder_hash(directory, variant)
+    path, sha256 = directory / FILE, folder_hash(directory, variant) if hashed else ""
     if not path.is_file():
         scheduler = read_scheduler(directory)
         usual = {**scheduler.recommended, **defaults}
         return ModelCard(directory.resolve().name, sha256, side, usual, folder=directory, notes=scheduler.notes)
     card = read_json_as(_Card, path)
-    if variant is None and card.weights not in (None, sha256):
+    if hashed and variant is None and card.weights not in (None, sha256):
         raise ModelError(
             f"the weights were not saved together ({directory}): one part is of another model or another training. "
             f'If you have replaced it on purpose, remove "weights" from {FILE}'

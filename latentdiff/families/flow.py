@@ -10,7 +10,7 @@ from typing import Any
 from latentdiff.core.errors import ModelError
 from latentdiff.families.card import model_card
 from latentdiff.families.scheduler import read_scheduler
-from latentdiff.model import Family, Model, TorchPlace
+from latentdiff.model import NOTHING, Family, Model, TorchPlace
 
 SCHEDULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 
@@ -26,8 +26,9 @@ def assembled(
     parts: Mapping[str, Any],
     defaults: Mapping[str, Any],
     variant: str | None = None,
+    given: Mapping[str, Any] = NOTHING,
 ) -> Model:
-    """The model of a folder. widths: of what the texts give, by condition; parts: those of the texts.
+    """The model of a folder, and of given parts. widths: of what the texts give, by condition; parts: the texts' own.
 
     Raises ModelError if the networks do not fit together.
     """
@@ -38,7 +39,7 @@ def assembled(
     if inputs != codec.latent_channels:
         raise ModelError(f"a transformer of {inputs} channels, latents of {codec.latent_channels} ({directory})")
     path, prediction, *_ = read_scheduler(directory)
-    card = model_card(directory, path.T, variant, defaults)
+    card = model_card(directory, path.T, variant, defaults, hashed=not given)
     modules = {"vae": codec.vae, "transformer": backbone.model, **parts}
     return Model(backbone, texts, codec, path, prediction, card, TorchPlace("cpu"), family, modules)
 

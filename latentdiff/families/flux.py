@@ -4,11 +4,12 @@ Labs 2024). dev is told its guidance, and its shift grows with the picture; schn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.families import flow, stable_diffusion
-from latentdiff.model import Family, Model
+from latentdiff.families import flow, layouts, stable_diffusion
+from latentdiff.model import NOTHING, Family, Layout, Model
 
 PARTS = {
     "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
@@ -23,20 +24,22 @@ DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5}
 DISTILLED = {"num_inference_steps": 4, "guidance_scale": 1.0}  # schnell, which no guidance is told
 
 
-def load(directory: Path, variant: str | None) -> Model:
-    """See Family."""
+def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+    """See Family and Layout."""
     import diffusers
 
     from latentdiff.families.weights import load_t5, load_text_encoder, load_vae, pretrained
     from latentdiff.networks.backbones.flux import Flux
     from latentdiff.networks.encoders.clip_and_t5 import ClipAndT5
 
-    backbone: Any = Flux(pretrained(diffusers.FluxTransformer2DModel, directory, "transformer", variant, Flux)).eval()
-    clip, t5 = load_text_encoder(directory, variant), load_t5(directory, "_2", T5_LENGTH, variant)
+    backbone: Any = Flux(
+        pretrained(diffusers.FluxTransformer2DModel, directory, "transformer", variant, Flux, given)
+    ).eval()
+    clip, t5 = load_text_encoder(directory, variant, given), load_t5(directory, "_2", T5_LENGTH, variant, given)
     return flow.assembled(
         backbone,
         ClipAndT5(clip, t5).eval(),
-        load_vae(directory / "vae", variant),
+        load_vae(directory / "vae", variant, given),
         directory,
         family=FAMILY,
         widths={"tokens": t5.width, "pooled": int(clip.model.config.hidden_size)},
@@ -46,6 +49,7 @@ def load(directory: Path, variant: str | None) -> Model:
             "text_encoder_2": t5.model,
             "tokenizer_2": t5.tokenizer,
         },
+        given=given,
         defaults=DEFAULTS if "guidance" in backbone.spec.reads else DISTILLED,
         variant=variant,
     )
@@ -54,6 +58,13 @@ def load(directory: Path, variant: str | None) -> Model:
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
     return flow.index(model, "FluxPipeline", feature_extractor=[None, None], image_encoder=[None, None])
+
+
+def converted(state: dict[str, Any]) -> dict[str, Any]:
+    """See Layout."""
+    from diffusers.loaders import single_file_utils
+
+    return dict(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(state))
 
 
 FAMILY = Family(
@@ -65,4 +76,5 @@ FAMILY = Family(
     stable_diffusion.save_transformer,
     index,
     DEFAULTS,
+    Layout(layouts.flux, converted, load),
 )

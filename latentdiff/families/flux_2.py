@@ -4,15 +4,16 @@ layers are read (Black Forest Labs 2026). It is distilled to four steps without 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from latentdiff.core.errors import ModelError
 from latentdiff.diffusion.path import ByTokensAndSteps, Straight
-from latentdiff.families import flow, stable_diffusion
+from latentdiff.families import flow, layouts, stable_diffusion
 from latentdiff.families.z_image import AFTER, BEFORE
-from latentdiff.model import Family, Model
+from latentdiff.model import NOTHING, Family, Layout, Model
 
 PARTS = {
     "vae": frozenset({"AutoencoderKLFlux2"}),
@@ -26,8 +27,8 @@ _NO_THOUGHTS = "<think>\n\n</think>\n\n"  # what Qwen3's template adds where it 
 _GROWTH = ByTokensAndSteps((10, 8.73809524e-05, 1.89833333), (200, 0.00016927, 0.45666666), 4300)
 
 
-def load(directory: Path, variant: str | None) -> Model:
-    """See Family."""
+def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+    """See Family and Layout."""
     import diffusers
     import transformers
 
@@ -37,19 +38,20 @@ def load(directory: Path, variant: str | None) -> Model:
     from latentdiff.networks.encoders.chat import Chat
 
     backbone: Any = Flux2(
-        pretrained(diffusers.Flux2Transformer2DModel, directory, "transformer", variant, Flux2)
+        pretrained(diffusers.Flux2Transformer2DModel, directory, "transformer", variant, Flux2, given)
     ).eval()
     chat = Chat(BEFORE, AFTER + _NO_THOUGHTS, layers=(9, 18, 27), filled=True)
-    texts: Any = load_chat(directory, transformers.Qwen3ForCausalLM, chat, variant)
+    texts: Any = load_chat(directory, transformers.Qwen3ForCausalLM, chat, variant, given)
     is_distilled = bool(read_json(directory / "model_index.json").get("is_distilled"))
     model = flow.assembled(
         backbone,
         texts,
-        load_vae(directory / "vae", variant),
+        load_vae(directory / "vae", variant, given),
         directory,
         family=FAMILY,
         widths={"tokens": texts.width},
         parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
+        given=given,
         defaults=DISTILLED if is_distilled else DEFAULTS,
         variant=variant,
     )
@@ -64,6 +66,13 @@ def index(model: Model) -> dict[str, Any]:
     return flow.index(model, "Flux2KleinPipeline", is_distilled=is_distilled)
 
 
+def converted(state: dict[str, Any]) -> dict[str, Any]:
+    """See Layout."""
+    from diffusers.loaders import single_file_utils
+
+    return dict(single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(state))
+
+
 FAMILY = Family(
     "FLUX.2 klein",
     frozenset({"Flux2KleinPipeline", "Flux2KleinInpaintPipeline"}),
@@ -73,4 +82,5 @@ FAMILY = Family(
     stable_diffusion.save_transformer,
     index,
     DEFAULTS,
+    Layout(layouts.flux_2, converted, load),
 )

@@ -4,11 +4,12 @@ Qwen2.5-VL as the text encoder (Wu et al. 2025).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.families import flow, stable_diffusion
-from latentdiff.model import Family, Model
+from latentdiff.families import flow, layouts, stable_diffusion
+from latentdiff.model import NOTHING, Family, Layout, Model
 
 PARTS = {
     "vae": frozenset({"AutoencoderKLQwenImage"}),
@@ -25,8 +26,8 @@ _AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 _DROPPED = 34  # tokens of _BEFORE
 
 
-def load(directory: Path, variant: str | None) -> Model:
-    """See Family."""
+def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+    """See Family and Layout."""
     import diffusers
     import transformers
 
@@ -35,17 +36,18 @@ def load(directory: Path, variant: str | None) -> Model:
     from latentdiff.networks.encoders.chat import Chat
 
     network = diffusers.QwenImageTransformer2DModel
-    backbone: Any = QwenImage(pretrained(network, directory, "transformer", variant, QwenImage)).eval()
+    backbone: Any = QwenImage(pretrained(network, directory, "transformer", variant, QwenImage, given)).eval()
     chat = Chat(_BEFORE, _AFTER, length=1024, dropped=_DROPPED)
-    texts: Any = load_chat(directory, transformers.Qwen2_5_VLForConditionalGeneration, chat, variant)
+    texts: Any = load_chat(directory, transformers.Qwen2_5_VLForConditionalGeneration, chat, variant, given)
     return flow.assembled(
         backbone,
         texts,
-        load_vae(directory / "vae", variant),
+        load_vae(directory / "vae", variant, given),
         directory,
         family=FAMILY,
         widths={"tokens": texts.width},
         parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
+        given=given,
         defaults=DEFAULTS,
         variant=variant,
     )
@@ -65,4 +67,5 @@ FAMILY = Family(
     stable_diffusion.save_transformer,
     index,
     DEFAULTS,
+    Layout(layouts.qwen_image, dict, load),
 )

@@ -28,6 +28,7 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.core.files import sha256_of
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families import stable_diffusion, stable_diffusion_xl
+from latentdiff.families.parts import found_in
 from latentdiff.families.stable_diffusion import assembled
 from latentdiff.families.stable_diffusion_xl import DEFAULTS as OF_XL
 from latentdiff.formats.original import (
@@ -80,6 +81,11 @@ _PLAIN: dict[str, Any] = {
 def load_single_file(path: Path) -> Model:
     """A model in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
     check_file(path)
+    if (found := found_in(path)) is not None:
+        raise ModelError(
+            f"{path} holds the transformer of {found.family.name} and no tokenizer. Join it with a folder of this "
+            f"family: latentdiff convert {path} OUTPUT --base FOLDER"
+        )
     with loading(path), quietly():  # diffusers advises a flag of its own scripts
         state = _with_averages(load_file(path))
         kind = _kind_of(state, path)
@@ -191,9 +197,10 @@ def described(path: Path) -> dict[str, Any]:
         names, metadata = list(file.keys()), dict(file.metadata() or {})
         counts = [math.prod(file.get_slice(name).get_shape()) for name in names]
         kinds = sorted({file.get_slice(name).get_dtype() for name in names})
+    found = found_in(path)
     return {
         "name": path.stem,
-        "kind": _kind(names, path),
+        "kind": _kind(names, path) if found is None else f"{found.family.name}, transformer",
         "hash": sha256_of(path),
         "tensors": len(names),
         "parameters": sum(counts),

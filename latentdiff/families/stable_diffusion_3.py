@@ -4,11 +4,12 @@ and T5 (Esser et al. 2024). T5 may be missing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.families import flow, stable_diffusion
-from latentdiff.model import Family, Model
+from latentdiff.families import flow, layouts, stable_diffusion
+from latentdiff.model import NOTHING, Family, Layout, Model
 
 _CLIP, _T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
 _TOKENIZERS = stable_diffusion.PARTS["tokenizer"]
@@ -25,15 +26,17 @@ PARTS = {
 DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 7.0, "spacing": "linspace"}
 
 
-def load(directory: Path, variant: str | None) -> Model:
-    """See Family."""
+def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+    """See Family and Layout."""
     import diffusers
 
     from latentdiff.families.weights import load_vae, pretrained
     from latentdiff.networks.backbones.mmdit import MMDiT
 
-    backbone: Any = MMDiT(pretrained(diffusers.SD3Transformer2DModel, directory, "transformer", variant, MMDiT)).eval()
-    texts: Any = load_texts(directory, backbone.spec.reads["tokens"][-1], variant)
+    backbone: Any = MMDiT(
+        pretrained(diffusers.SD3Transformer2DModel, directory, "transformer", variant, MMDiT, given)
+    ).eval()
+    texts: Any = load_texts(directory, backbone.spec.reads["tokens"][-1], variant, given)
     third = [] if texts.third is None else [texts.third]
     parts: dict[str, Any] = {}
     for encoder, suffix in zip([*texts.encoders, *third], ("", "_2", "_3"), strict=False):
@@ -42,26 +45,27 @@ def load(directory: Path, variant: str | None) -> Model:
     return flow.assembled(
         backbone,
         texts,
-        load_vae(directory / "vae", variant),
+        load_vae(directory / "vae", variant, given),
         directory,
         family=FAMILY,
         widths={"tokens": _tokens(texts, configs), "pooled": sum(int(config.projection_dim) for config in configs)},
         parts=parts,
+        given=given,
         defaults=DEFAULTS,
         variant=variant,
     )
 
 
-def load_texts(directory: Path, width: int, variant: str | None = None) -> Any:
+def load_texts(directory: Path, width: int, variant: str | None = None, given: Mapping[str, Any] = NOTHING) -> Any:
     """The text encoders; T5 may be missing. width: of the tokens that the backbone reads."""
     from transformers import CLIPTextModelWithProjection
 
     from latentdiff.families.weights import clip_text, load_t5
     from latentdiff.networks.encoders.three_texts import T5_LENGTH, ThreeTextEncoders
 
-    first = clip_text(CLIPTextModelWithProjection, directory, variant, "", penultimate=True)
-    second = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
-    third = load_t5(directory, "_3", T5_LENGTH, variant) if (directory / "text_encoder_3").is_dir() else None
+    first = clip_text(CLIPTextModelWithProjection, directory, variant, "", penultimate=True, given=given)
+    second = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True, given=given)
+    third = load_t5(directory, "_3", T5_LENGTH, variant, given) if (directory / "text_encoder_3").is_dir() else None
     return ThreeTextEncoders(first, second, third, width).eval()
 
 
@@ -77,6 +81,13 @@ def index(model: Model) -> dict[str, Any]:
     return flow.index(model, "StableDiffusion3Pipeline", **absent)
 
 
+def converted(state: dict[str, Any]) -> dict[str, Any]:
+    """See Layout."""
+    from diffusers.loaders import single_file_utils
+
+    return dict(single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(state))
+
+
 FAMILY = Family(
     "Stable Diffusion 3",
     frozenset(f"StableDiffusion3{task}" for task in stable_diffusion.TASKS),
@@ -86,4 +97,5 @@ FAMILY = Family(
     stable_diffusion.save_transformer,
     index,
     DEFAULTS,
+    Layout(layouts.stable_diffusion_3, converted, load),
 )

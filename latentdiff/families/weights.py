@@ -7,19 +7,21 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import check_depth, numbers_in, read_json, variant_of, weight_files
+from latentdiff.model import NOTHING
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.autoencoder import Autoencoder
 from latentdiff.networks.codecs.flux_2 import Flux2Autoencoder
@@ -54,13 +56,13 @@ def load_codec(directory: Path, variant: str | None = None) -> Autoencoder | Ide
     return load_vae(directory / "vae", variant) if (directory / "vae").is_dir() else _identity(directory)
 
 
-def load_vae(folder: Path, variant: str | None = None) -> Autoencoder:
+def load_vae(folder: Path, variant: str | None = None, given: Parts = NOTHING) -> Autoencoder:
     """The VAE of a checked folder."""
     directory, part = folder.parent, folder.name
     name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
     name = name if name in CODECS else "AutoencoderKL"
     codec = CODECS[name]
-    vae = pretrained(getattr(diffusers, name), directory, part, variant, codec)
+    vae = pretrained(getattr(diffusers, name), directory, part, variant, codec, given)
     with loading(part, directory):
         autoencoder = codec(vae)
         if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
@@ -81,11 +83,11 @@ def _identity(directory: Path) -> IdentityCodec:
     return IdentityCodec(channels)
 
 
-def load_text_encoder(directory: Path, variant: str | None = None) -> TextEncoder:
+def load_text_encoder(directory: Path, variant: str | None = None, given: Parts = NOTHING) -> TextEncoder:
     """Tokenizer and CLIP text model of a model folder."""
     from transformers import CLIPTextModel
 
-    return clip_text(CLIPTextModel, directory, variant, "", penultimate=False)
+    return clip_text(CLIPTextModel, directory, variant, "", penultimate=False, given=given)
 
 
 def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncoder | TwoTextEncoders:
@@ -100,26 +102,28 @@ def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncod
     return TwoTextEncoders(first, second, zero_empty=bool(zero_empty)).eval()
 
 
-def load_t5(directory: Path, suffix: str, length: int, variant: str | None = None) -> T5Text:
+def load_t5(directory: Path, suffix: str, length: int, variant: str | None = None, given: Parts = NOTHING) -> T5Text:
     """The T5 of a model folder. length: tokens that it reads. Raises ModelError."""
     from transformers import T5EncoderModel, T5TokenizerFast
 
     folder = directory / f"tokenizer{suffix}"
     with loading(folder.name, directory), _without_collections():
         tokenizer = T5TokenizerFast.from_pretrained(folder, local_files_only=True)
-    model = pretrained(T5EncoderModel, directory, f"text_encoder{suffix}", variant)
+    model = pretrained(T5EncoderModel, directory, f"text_encoder{suffix}", variant, given=given)
     _check_words(tokenizer, model, folder)
     return T5Text(tokenizer, model, length).eval()
 
 
-def load_chat(directory: Path, network: Any, chat: Chat, variant: str | None = None) -> ChatText:
+def load_chat(
+    directory: Path, network: Any, chat: Chat, variant: str | None = None, given: Parts = NOTHING
+) -> ChatText:
     """The language model of a model folder. network: its class in transformers. Raises ModelError."""
     from transformers import Qwen2TokenizerFast
 
     folder = directory / "tokenizer"
     with loading(folder.name, directory), _without_collections():
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-    model = pretrained(network, directory, "text_encoder", variant)
+    model = pretrained(network, directory, "text_encoder", variant, given=given)
     _check_words(tokenizer, model, folder)
     with loading("text_encoder", directory):
         texts = ChatText(tokenizer, model, chat).eval()
@@ -137,10 +141,12 @@ def _check_words(tokenizer: Any, model: Any, folder: Path) -> None:
             raise ModelError(f"{folder.name} does not fit the text encoder's {rows} words ({folder.parent})")
 
 
-def clip_text(network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool) -> TextEncoder:
+def clip_text(
+    network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool, given: Parts = NOTHING
+) -> TextEncoder:
     """One CLIP text encoder of a model folder."""
     tokenizer, tokenizer_folder = load_tokenizer(directory, suffix), directory / f"tokenizer{suffix}"
-    model = pretrained(network, directory, f"text_encoder{suffix}", variant)
+    model = pretrained(network, directory, f"text_encoder{suffix}", variant, given=given)
     with loading(tokenizer_folder.name, directory):
         read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
         if not (isinstance(read, int) and 2 <= read <= positions):
@@ -197,8 +203,30 @@ def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
         return Clip.load(directory / "clip", weights.get_tensor(name))
 
 
-def pretrained(network: Any, directory: Path, part: str, variant: str | None, wrapper: Any = None) -> Any:
-    """A network of a checked folder; all its weights come from the file. network: its class, wrapper: ours."""
+class Given(NamedTuple):
+    """The weights of a part, and its config if a folder's does not apply."""
+
+    state: dict[str, torch.Tensor]
+    config: dict[str, Any] | None = None
+
+
+Parts = Mapping[str, Given]
+
+
+def pretrained(
+    network: Any,
+    directory: Path,
+    part: str,
+    variant: str | None,
+    wrapper: Any = None,
+    given: Parts = NOTHING,
+) -> Any:
+    """A network of a checked folder; all its weights come from the file, or are given.
+
+    network: its class, wrapper: ours.
+    """
+    if part in given:
+        return _filled(network, directory, part, wrapper, given[part])
     with loading(part, directory), quietly():
         if not (directory / part / "config.json").is_file():  # or transformers searches the hub
             raise ModelError(f"{part} is missing ({directory})")
@@ -226,6 +254,24 @@ def pretrained(network: Any, directory: Path, part: str, variant: str | None, wr
             first = sorted(report["unexpected_keys"])[0]
             count = len(report["unexpected_keys"])
             warnings.warn(f"{part}: {count} weights are of no layer, the first is {first} ({directory})", stacklevel=2)
+        return model
+
+
+def _filled(network: Any, directory: Path, part: str, wrapper: Any, given: Given) -> Any:
+    """A network with exactly the weights that are given."""
+    with loading(part, directory), quietly():
+        config = given.config or read_json(directory / part / "config.json")
+        parameters_of(network, json.dumps(config, sort_keys=True), wrapper)
+        if hasattr(network, "load_config"):  # diffusers
+            with init_empty_weights(include_buffers=False):
+                model = network.from_config(config)
+            model.load_state_dict(given.state, assign=True)
+            return model
+        dtype = next(iter(given.state.values())).dtype
+        settings = {"config": network.config_class.from_dict(config), "state_dict": given.state, "dtype": dtype}
+        model, report = network.from_pretrained(None, output_loading_info=True, **settings)
+        if absent := sorted(report["missing_keys"]):
+            raise ModelError(f"{len(absent)} weights are missing, the first is {absent[0]}")
         return model
 
 

@@ -4,11 +4,12 @@ Qwen3 as the text encoder (Alibaba 2025). Turbo is distilled to eight steps with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentdiff.families import flow, stable_diffusion
-from latentdiff.model import Family, Model
+from latentdiff.families import flow, layouts, stable_diffusion
+from latentdiff.model import NOTHING, Family, Layout, Model
 
 PARTS = {
     "vae": frozenset({"AutoencoderKL"}),
@@ -20,8 +21,8 @@ DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 1.0}
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # Qwen3's template
 
 
-def load(directory: Path, variant: str | None) -> Model:
-    """See Family."""
+def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+    """See Family and Layout."""
     import diffusers
     import transformers
 
@@ -31,18 +32,19 @@ def load(directory: Path, variant: str | None) -> Model:
     from latentdiff.networks.encoders.chat import Chat
 
     network = diffusers.ZImageTransformer2DModel
-    backbone: Any = ZImage(pretrained(network, directory, "transformer", variant, ZImage)).eval()
+    backbone: Any = ZImage(pretrained(network, directory, "transformer", variant, ZImage, given)).eval()
     name = read_json(directory / "model_index.json")["text_encoder"][1]
     chat = Chat(BEFORE, AFTER, layers=(-2,))
-    texts: Any = load_chat(directory, getattr(transformers, name), chat, variant)
+    texts: Any = load_chat(directory, getattr(transformers, name), chat, variant, given)
     return flow.assembled(
         backbone,
         texts,
-        load_vae(directory / "vae", variant),
+        load_vae(directory / "vae", variant, given),
         directory,
         family=FAMILY,
         widths={"tokens": texts.width},
         parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
+        given=given,
         defaults=DEFAULTS,
         variant=variant,
     )
@@ -51,6 +53,15 @@ def load(directory: Path, variant: str | None) -> Model:
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
     return flow.index(model, "ZImagePipeline")
+
+
+def converted(state: dict[str, Any]) -> dict[str, Any]:
+    """See Layout. Some files have diffusers' names already."""
+    if any(name.startswith("all_x_embedder.") for name in state):
+        return state
+    from diffusers.loaders import single_file_utils
+
+    return dict(single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers(state))
 
 
 FAMILY = Family(
@@ -62,4 +73,5 @@ FAMILY = Family(
     stable_diffusion.save_transformer,
     index,
     DEFAULTS,
+    Layout(layouts.z_image, converted, load),
 )

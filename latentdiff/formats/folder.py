@@ -131,9 +131,16 @@ def _files(directory: Path) -> Iterator[Path]:
                 yield path
 
 
-def check_index(index: dict[str, Any], directory: Path, parts: Mapping[str, Set[str]], optional: Set[str]) -> None:
+def check_index(
+    index: dict[str, Any],
+    directory: Path,
+    parts: Mapping[str, Set[str]],
+    optional: Set[str],
+    given: Set[str] = frozenset(),
+) -> None:
     """Refuse a model_index whose parts and their classes are not those that the family lists.
 
+    given: parts whose weights are not read from the folder.
     Raises ModelError, UnsafeError.
     """
     where = f"{directory}/model_index.json"
@@ -154,7 +161,8 @@ def check_index(index: dict[str, Any], directory: Path, parts: Mapping[str, Set[
         if not (isinstance(name, str) and name in parts[part] and module in _MODULES):
             known = ", ".join(sorted(parts[part]))
             raise UnsafeError(f"{part} is of unknown class {name} ({where}). Known: {known}")
-        _check_files(part, directory)
+        if part not in given:
+            _check_files(part, directory)
 
 
 def _check_files(part: str, directory: Path) -> None:

@@ -1,0 +1,177 @@
+"""Files of other tools as parts of a model: which parts a .safetensors file holds, by names and shapes alone, and their
+weights under the names of diffusers and transformers.
+
+ComfyUI's checkpoints hold several parts, each under a prefix; Black Forest Labs' and others' files hold one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers.loaders import single_file_utils as conversion
+from safetensors import safe_open
+from torch import Tensor
+
+from latentdiff.core.errors import ModelError, loading
+from latentdiff.families import FAMILIES, family_of
+from latentdiff.families.layouts import Shapes
+from latentdiff.families.weights import Given
+from latentdiff.formats import folder
+from latentdiff.formats.pickle import check_safetensors
+from latentdiff.formats.tensors import widened
+from latentdiff.model import Family, Model
+
+State = dict[str, Tensor]
+_PREFIXES = (  # of checkpoints with several parts
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "first_stage_model.",
+    "vae.",
+    "text_encoders.clip_l.transformer.",
+    "text_encoders.clip_g.transformer.",
+    "text_encoders.t5xxl.transformer.",
+    "text_encoders.qwen3_4b.transformer.",
+    "text_encoders.qwen3_8b.transformer.",
+    "text_encoders.qwen25_7b.transformer.",
+)
+_SIGNS = {  # the end of a name that a text encoder or VAE has, whatever its size -> the classes that it may be of
+    "encoder.block.0.layer.0.SelfAttention.k.weight": ("T5EncoderModel",),
+    "encoder.layers.0.self_attn.k_proj.weight": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "layers.0.self_attn.k_proj.weight": ("Qwen3Model", "Qwen3ForCausalLM", "Qwen2_5_VLForConditionalGeneration"),
+    "decoder.conv_in.weight": ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage"),
+}
+_ROWS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # of texts; their width tells CLIPs apart
+
+
+class Part(NamedTuple):
+    """A part in a file: the prefix of its names, and the shapes of its weights without it."""
+
+    file: Path
+    prefix: str
+    shapes: dict[str, tuple[int, ...]]
+
+
+class Found(NamedTuple):
+    """The transformer of a file: its family, and its config in diffusers."""
+
+    family: Family
+    config: dict[str, Any]
+
+
+def parts_in(file: Path) -> list[Part]:
+    """The parts of a file, from its header. Raises ModelError, UnsafeError."""
+    with loading(file):
+        check_safetensors(file, ". `latentdiff convert --trust-pickle` converts it")
+        with safe_open(file, "pt") as weights:
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    parts: dict[str, Part] = {}
+    for name, shape in shapes.items():
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+        parts.setdefault(prefix, Part(file, prefix, {})).shapes[name.removeprefix(prefix)] = shape
+    return list(parts.values())
+
+
+def transformer_of(shapes: Shapes) -> Found | None:
+    """The family of a transformer with these names and shapes, and its config; None for anything else."""
+    for family in FAMILIES:
+        if family.layout is not None and (config := family.layout.config(shapes)) is not None:
+            return Found(family, config)
+    return None
+
+
+def found_in(file: Path) -> Found | None:
+    """The transformer that a file holds; None for anything else. Raises ModelError, UnsafeError."""
+    found = [transformer_of(part.shapes) for part in parts_in(file)]
+    return next((each for each in found if each is not None), None)
+
+
+def joined(files: Sequence[Path], base: Path) -> Model:
+    """The model of a transformer in a file and of further parts in files; `base` lends what they do not hold.
+
+    base: a folder of the same family in diffusers' layout. Parts that a file holds need only their config there.
+    Raises ModelError, UnsafeError.
+    """
+    family = family_of(folder.read_index(base), base)
+    given: dict[str, Given] = {}
+    for part in (part for file in files for part in parts_in(file)):
+        name, config = _place_of(part, family, base)
+        if name in given:
+            raise ModelError(f"two of the files hold {name} ({part.file})")
+        state = _state(part, family, name, base)
+        given[name] = Given(state, None if config is None or _is_of(state, base / name) else config)
+    if "transformer" not in given:
+        raise ModelError(f"no transformer in {', '.join(str(file) for file in files)}")
+    folder.check_index(folder.read_index(base), base, family.parts, family.optional, given.keys())
+    assert family.layout is not None
+    return family.layout.load(base, None, given)
+
+
+def _is_of(state: State, directory: Path) -> bool:
+    """Whether a folder's config describes a network with these names and shapes: it states what no file shows."""
+    config = folder.read_json(directory / "config.json")
+    with torch.device("meta"):
+        network = getattr(diffusers, str(config["_class_name"])).from_config(config)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    return shapes == {name: tensor.shape for name, tensor in state.items()}
+
+
+def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, Any] | None]:
+    """The part of the base that a part of a file takes the place of, and a transformer's config. Raises ModelError."""
+    if (found := transformer_of(part.shapes)) is not None:
+        if found.family is not family:
+            raise ModelError(f"{part.file} is of {found.family.name}, {base} of {family.name}")
+        return "transformer", found.config
+    classes = next((classes for sign, classes in _SIGNS.items() if _ending(part.shapes, sign)), None)
+    for name, known in family.parts.items():
+        if classes and known & {*classes} and (name == "vae" or _width(part.shapes) == _width_of(base / name)):
+            return name, None
+    first = next(iter(part.shapes))
+    raise ModelError(f"{part.file}: {part.prefix}{first} is of no part of {family.name} that is known by its names")
+
+
+def _ending(shapes: Shapes, sign: str) -> str | None:
+    """The first name that is this one, or ends so after a dot."""
+    return next((name for name in shapes if f".{name}".endswith(f".{sign}")), None)
+
+
+def _width(shapes: Shapes) -> int | None:
+    return next((shapes[name][1] for row in _ROWS if (name := _ending(shapes, row))), None)
+
+
+def _width_of(directory: Path) -> int | None:
+    config = folder.read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    width = config.get("hidden_size") or config.get("d_model") or config.get("text_config", {}).get("hidden_size")
+    return width if isinstance(width, int) else None
+
+
+def _state(part: Part, family: Family, name: str, base: Path) -> State:
+    """The weights of a part under the libraries' names, in one precision."""
+    with loading(part.file):
+        with safe_open(part.file, "pt") as weights:
+            state = {key: widened(weights.get_tensor(part.prefix + key)) for key in part.shapes}
+        if odd := next((key for key in state if key.endswith(("scale_weight", "scale_input", "scaled_fp8"))), None):
+            raise ModelError(f"weights with scales of their own are not supported ({odd})")
+        if name == "transformer":
+            assert family.layout is not None
+            state = family.layout.converted(state)
+        elif name == "vae":
+            state = _vae(state, base)
+        kinds = Counter(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+        dtype = kinds.most_common(1)[0][0] if kinds else torch.float32
+        return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+
+
+def _vae(state: State, base: Path) -> State:
+    """Original names become diffusers'; those of other classes than AutoencoderKL must be diffusers' already."""
+    config = folder.read_json(base / "vae" / "config.json")
+    if any("down_blocks" in name or "up_blocks" in name for name in state):
+        return state
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ModelError("a VAE of this class requires the names of diffusers. Leave it to the folder")
+    converted: Mapping[str, Tensor] = conversion.convert_ldm_vae_checkpoint(state, config)
+    return dict(converted)
