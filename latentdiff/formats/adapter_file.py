@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -90,11 +90,29 @@ def _by_place(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list
         layer, factor = split(name) or ("", "")
         if layer not in known:
             unused.append(name)
-        elif factor in named.setdefault(known[layer], {}):
-            raise ModelError(f"two tensors are {factor} of {'.'.join(known[layer])}, one of them {name}")
-        else:
-            named[known[layer]][factor] = tensor
+            continue
+        shares = _shares(factor, tensor, [networks[part].get_submodule(module) for part, module in known[layer]], name)
+        for place, share in zip(known[layer], shares, strict=True):
+            if factor in named.setdefault(place, {}):
+                raise ModelError(f"two tensors are {factor} of {'.'.join(place)}, one of them {name}")
+            named[place][factor] = share
     return named, unused
+
+
+def _shares(factor: str, tensor: Tensor, layers: Sequence[nn.Module], name: str) -> Sequence[Tensor]:
+    """The share of each of several layers, which are one in the file, of a factor: its rows, or all of an inner one.
+
+    Raises ModelError.
+    """
+    if len(layers) == 1:
+        return [tensor]
+    if factor in ("lora_A.weight", "alpha"):
+        return [tensor.clone() for _ in layers]
+    weights: list[Any] = [layer.weight for layer in layers]
+    rows = [len(weight) for weight in weights]
+    if factor not in ("lora_B.weight", "lora_B.bias", "diff", "diff_b") or tensor.shape[:1] != (sum(rows),):
+        raise ModelError(f"{name} of {tuple(tensor.shape)} does not divide into {len(rows)} layers of {sum(rows)} rows")
+    return torch.split(tensor, rows)
 
 
 def _layers(

@@ -8,6 +8,8 @@ or the original one, behind a prefix and before the factor:
     kohya      lora_unet_mid_block_attentions_0_proj_in.lora_down.weight      with .alpha; lora_mid, dora_scale
     LyCORIS    lycoris_mid_block_attentions_0_proj_in.hada_w1_a               hada_*, lokr_*, diff, w_norm, b_norm
     ComfyUI    diffusion_model.middle_block.1.proj_in.lora_down.weight        text_encoders.clip_l.transformer....
+    OneTrainer lora_transformer_single_transformer_blocks_0_attn_to_k.lora_down.weight
+    flux       double_blocks.0.img_attn.qkv.lora_A.weight                     one layer there, three in diffusers
 
 So names are compared with all dots as underscores.
 """
@@ -21,19 +23,33 @@ from typing import Any, cast
 from torch import nn
 
 from latentdiff.formats.original import unet_name
+from latentdiff.formats.original_transformers import original
 from latentdiff.networks.adapters.adapter import Networks
 
 Place = tuple[str, str]  # part and module: unet, mid_block.attentions.0.proj_in
+Places = tuple[Place, ...]  # of a layer of a file; several if it is one layer there and several here, in this order
 
+_OF_T5 = ("lora_te3_", "text_encoders_t5xxl_transformer_")
 _PREFIXES = {
+    "transformer": (
+        *("lora_unet_", "lora_transformer_", "lycoris_unet_", "lycoris_", "transformer_"),
+        *("diffusion_model_", "model_diffusion_model_", ""),
+    ),
     "unet": ("lora_unet_", "lycoris_unet_", "lycoris_", "unet_", "diffusion_model_", "model_diffusion_model_", ""),
     "text_encoder": (
         *("lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "text_encoder_"),
         *("text_encoders_clip_l_transformer_", "text_encoders_clip_h_transformer_"),
     ),
     "text_encoder_2": ("lora_te2_", "lycoris_te2_", "text_encoder_2_", "text_encoders_clip_g_transformer_"),
+    "text_encoder_3": ("text_encoder_3_",),
 }
-_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_KOHYA = {
+    "unet": "lora_unet_",
+    "transformer": "lora_transformer_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+    "text_encoder_3": "lora_te3_",
+}
 _PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}  # of early diffusers
 
 _FACTORS = {
@@ -83,18 +99,32 @@ def split(name: str) -> tuple[str, str] | None:
     return layer.replace(".processor.", ".").replace(".", "_"), factor
 
 
-def places(networks: Networks) -> dict[str, Place]:
+def places(networks: Networks) -> dict[str, Places]:
     """Every name, flattened, under which a file may have a layer of these networks."""
-    table: dict[str, Place] = {}
+    table: dict[str, Places] = {}
     for part, network in networks.items():
-        prefixes = _PREFIXES[part]
-        if part == "text_encoder" and "text_encoder_2" not in networks:
-            prefixes = (*prefixes, "")
+        together: dict[str, dict[int, Place]] = {}  # layers that are one in the original
         for module in _layers(network):
             for name in _names(part, module, network):
-                flat = name.replace(".", "_")
-                table |= {prefix + flat: (part, module) for prefix in prefixes}
+                table |= {prefix + name.replace(".", "_"): ((part, module),) for prefix in _prefixes(part, networks)}
+            if (first := original(type(network).__name__, module)) is not None:
+                together.setdefault(first.name, {})[first.place] = part, module
+        for name, each in together.items():
+            ordered = tuple(each[place] for place in sorted(each))
+            table |= {prefix + name.replace(".", "_"): ordered for prefix in _prefixes(part, networks)}
     return table
+
+
+def _prefixes(part: str, networks: Networks) -> tuple[str, ...]:
+    prefixes = _PREFIXES[part]
+    if _is_t5(networks[part]):
+        return (f"{part}_", *_OF_T5)
+    lone = part == "text_encoder" and "unet" in networks and "text_encoder_2" not in networks
+    return (*prefixes, "") if lone else prefixes
+
+
+def _is_t5(network: nn.Module) -> bool:
+    return type(network).__name__ == "T5EncoderModel"
 
 
 def _layers(network: nn.Module) -> Iterator[str]:
@@ -106,12 +136,11 @@ def _layers(network: nn.Module) -> Iterator[str]:
 
 
 def _names(part: str, module: str, network: nn.Module) -> Iterator[str]:
-    if part == "unet":
+    if part in ("unet", "transformer"):
         yield module
         yield module.replace(".to_out.0", ".to_out")
-        original = _original(module, network)
-        if original:
-            yield original
+        if part == "unet" and (first := _original(module, network)):
+            yield first
         return
     plain = module.removeprefix("text_model.")
     early = plain
@@ -131,9 +160,14 @@ def _original(module: str, network: nn.Module) -> str | None:
 
 
 def kohya_name(place: Place, networks: Networks) -> str:
-    """The name that we write: diffusers' layout, and for Stable Diffusion XL the original one, as its trainers do."""
+    """The name that we write: diffusers' layout, and for Stable Diffusion XL the original one, as its trainers do.
+
+    Transformers have OneTrainer's names: the original ones have one layer for several of ours.
+    """
     part, module = place
     network = networks[part]
+    if part == "transformer" or _is_t5(network):
+        return ("lora_te3_" if _is_t5(network) else _KOHYA[part]) + module.replace(".", "_")
     if part == "unet":
         two_sizes = cast(Any, network.config).addition_embed_type == "text_time"
         name = (_original(module, network) if two_sizes else None) or module
