@@ -140,7 +140,7 @@ def test_any_error_of_a_decoder_is_a_bad_picture(tmp_path, monkeypatch):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "load", lambda self: (_ for _ in ()).throw(RuntimeError("Failed to decode")))
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", Image.Image.load, raising=False)
-    with pytest.raises(DataError, match=r"not a readable picture \(.*a.png\): Failed to decode"):
+    with pytest.raises(DataError, match=r"not a readable picture \(.*a.png\): broken: Failed to decode"):
         read_metadata(tmp_path / "a.png")
 
 

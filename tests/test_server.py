@@ -191,6 +191,20 @@ def test_a_full_queue_refuses(tiny, tmp_path):
             thread.join()
 
 
+def test_what_is_before_a_ticket_counts_what_is_being_drawn(tiny, tmp_path):
+    with Served(tiny, tmp_path / "out") as server:
+        body = {"prompt": "a", "num_inference_steps": 1000, "stream": True}
+        with httpx.stream("POST", f"{server.address}/v1/images/generations", json=body, timeout=60):
+            wait_for(lambda: server.studio.worker.current())
+            (first,) = server.studio.worker.current()
+            later = threading.Thread(target=server.post, args=("/v1/images/generations", {"prompt": "b", **QUICK}))
+            later.start()
+            wait_for(lambda: server.studio.worker.waiting)
+            ((ticket, _),) = server.studio.worker._waiting
+            assert (server.studio.worker.ahead_of(first), server.studio.worker.ahead_of(ticket)) == (0, 1)
+        later.join()
+
+
 def test_a_hundred_requests_at_once(tiny, tmp_path, connections):
     """Each is answered, with a picture or 429; then the queue is empty, and the next client is served."""
     statuses = []

@@ -153,6 +153,7 @@ def test_a_token_as_a_password(tiny, tmp_path):
         ("txt2img", {"prompt": "a", "seed_resize_from_w": 64}, "seed_resize_from_w is not supported"),
         ("txt2img", {"prompt": "a", "enable_hr": True, "hr_resize_x": 256}, "hr_resize_x is not supported"),
         ("txt2img", {"prompt": "a", "override_settings": {"sd_vae": "x"}}, "override_settings.sd_vae is not supported"),
+        ("txt2img", {"prompt": "a", "override_settings": {"CLIP_stop_at_last_layers": "2"}}, "must be a whole number"),
         ("img2img", {"init_images": [SMALL], "resize_mode": 1}, "resize_mode is not supported"),
         ("options", {"CLIP_stop_at_last_layers": 2}, "CLIP_stop_at_last_layers cannot be changed here"),
         ("extra-single-image", {"image": SMALL, "upscaler_1": []}, "unknown upscaler"),
@@ -165,7 +166,7 @@ def test_a_token_as_a_password(tiny, tmp_path):
         ("img2img", {"init_images": ["http://169.254.169.254/"]}, "addresses are never fetched"),
         ("img2img", {"init_images": ["file:///etc/passwd"]}, "addresses are never fetched"),
         ("png-info", {"image": "!"}, "a picture must be in base64"),
-        ("png-info", {"image": "AAAA"}, "not a readable picture"),
+        ("png-info", {"image": "AAAA"}, "not an image: starts with 00 00 00"),
         ("extra-single-image", {"image": SMALL, "upscaling_resize": 1e9, "upscaler_1": "Lanczos"}, "from 0 to 16"),
         ("options", {"sd_model_checkpoint": "/etc/passwd"}, "is not served here"),
     ],
@@ -173,6 +174,12 @@ def test_a_token_as_a_password(tiny, tmp_path):
 def test_what_is_refused(served, path, body, message):
     answer = served.post(f"/sdapi/v1/{path}", body)
     assert (answer.status_code, message in answer.text) == (422, True), answer.text
+
+
+def test_unknown_settings_are_named(served):
+    body = {"prompt": "a", "steps": 1, "stepz": 9, "s_min_uncond": 0, "mask_image": "x", "bé": 1}
+    answer = served.post("/sdapi/v1/txt2img", body)
+    assert (answer.status_code, answer.headers["x-ignored"]) == (200, "b?, mask_image, stepz")
 
 
 def test_a_transparent_mask_redraws_nothing_there(served, tiny, photo):

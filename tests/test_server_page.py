@@ -117,7 +117,7 @@ def test_draw_with_previews(page, shop, tiny):
     page.click("#go")
     expect(page.locator("#gallery figure.waiting")).to_have_count(2)
     expect(page.locator("figure.waiting img[src^='data:image/png']").first).to_be_visible()
-    expect(page.locator("#state")).to_have_text(re.compile(r"\d+ of 300 steps, [\d.]+ s left"))
+    expect(page.locator("#steps")).to_have_text(re.compile(r"\d+ of 300 steps, [\d.]+ s left"))
     share = page.locator("#progress").evaluate("bar => bar.value")
     assert 0 < share < 1
     arrived(page, 2)
@@ -130,9 +130,11 @@ def test_draw_with_previews(page, shop, tiny):
 def test_cancel(page, shop):
     ask(page, PROMPT, num_images=4, num_inference_steps=1000)
     page.click("#go")
-    expect(page.locator("#state")).to_have_text(re.compile("of 4000 steps"))
-    page.click("#cancel")
+    expect(page.locator("#steps")).to_have_text(re.compile("of 4000 steps"))
+    page.focus("#cancel")
+    page.keyboard.press("Enter")
     expect(page.locator("#state")).to_have_text("Cancelled")
+    expect(page.locator("#go")).to_be_focused()
     expect(page.locator("#gallery figure")).to_have_count(0)
     deadline = time.monotonic() + 20
     while shop.studio.worker.current():
@@ -198,6 +200,9 @@ def test_paint_by_keyboard_and_extend(page, shop, photo):
     for key in ("ArrowLeft", "ArrowUp", "Space"):
         page.keyboard.press(key)
     expect(canvas).to_have_attribute("title", "Brush at 48%, 48%")
+    ring, box = page.locator("#paper .brush").bounding_box(), canvas.bounding_box()
+    assert ring["x"] + ring["width"] / 2 == pytest.approx(box["x"] + 0.48 * box["width"], abs=2)
+    assert ring["width"] == pytest.approx(0.2 * box["width"], abs=2)
     assert canvas.evaluate("c => c.getContext('2d').getImageData(c.width * .48, c.height * .48, 1, 1).data[3]") > 0
     ask(page, "a ring", num_images=1, num_inference_steps=2, left=16, bottom=8)
     draw(page, 1)
@@ -284,7 +289,7 @@ def test_what_the_page_must_not_change_silently(page, shop, photo):
     assert said == [f"It was drawn by gone, {sentence}", "It was drawn with an adapter that is not served here."]
     ask(page, PROMPT, num_images=1, num_inference_steps=1, further="seed = 9007199254740993")
     page.click("#go")
-    expect(page.locator("#state.bad")).to_have_text("seed has a field of its own")
+    expect(page.locator("#problem")).to_have_text("seed has a field of its own")
     page.fill("#further", "")
     page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": png(photo)})
     page.fill("#strength", "0.5")
@@ -308,6 +313,69 @@ def test_an_extended_picture_keeps_its_size(page, shop, photo):
     page.locator("#gallery button:text('Settings')").last.click()
     expect(page.locator("#state")).to_contain_text("set its mask and margins again")
     expect(page.locator("#paper canvas")).to_have_count(0)
+    count = page.locator("#gallery figure").count()
+    page.locator("#gallery button:text('Settings')").first.click()  # drawn over another, with a strength
+    expect(page.locator("#strength")).to_have_value("0.4")
+    page.click("#go")  # without a picture the strength has no effect
+    arrived(page, count + 1)
+    page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": png(photo)})
+    expect(page.locator("#paper canvas")).to_be_visible()
+    expect(page.locator("#strength")).to_have_value("0.4")
+
+
+def test_choosing_a_picture(page, shop, photo):
+    """A photo of a phone becomes smaller; what is no picture leaves the one before; the same file may come again."""
+    large = io.BytesIO()
+    Image.fromarray(np.zeros((1000, 6000, 3), np.uint8)).save(large, "JPEG")
+    page.locator("details").evaluate_all("folds => folds.forEach((fold) => (fold.open = true))")
+    page.set_input_files("#file", {"name": "large.jpg", "mimeType": "image/jpeg", "buffer": large.getvalue()})
+    expect(page.locator("#state")).to_contain_text("It is drawn from at 5016 × 836.")
+    assert page.locator("#paper img").evaluate("image => image.naturalWidth * image.naturalHeight") <= 2048 * 2048
+    page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": png(photo)})
+    expect(page.locator("#state")).to_have_text("Drawing starts from this picture.")
+    before = page.locator("#paper img").get_attribute("src")
+    page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"nothing"})
+    expect(page.locator("#problem")).to_have_text("This file is not a picture that a browser opens.")
+    assert page.locator("#paper img").get_attribute("src") == before
+    assert page.locator("#file").input_value() == ""
+    canvas = page.locator("#paper canvas")
+    assert canvas.evaluate("c => getComputedStyle(c).touchAction") == "auto"  # a finger scrolls
+    page.check("#painting")
+    assert canvas.evaluate("c => getComputedStyle(c).touchAction") == "none"
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 20, box["y"] + 20)
+    page.mouse.down(button="right")
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.up(button="right")
+    assert canvas.evaluate("c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.every((v) => v === 0)")
+
+
+def test_the_last_choice_of_a_model_wins(page, shop):
+    """However long the one before takes to load."""
+    waiting = []
+    page.route(re.compile("/api/models/other"), lambda route: waiting.append(route))
+    page.select_option("#model", "other")
+    page.select_option("#model", "scenes-tiny")
+    expect(page.locator("#state")).to_have_text("")
+    for route in waiting:
+        route.continue_()
+    page.wait_for_timeout(500)
+    expect(page.locator("#model")).to_have_value("scenes-tiny")
+
+
+def test_a_refusal_stays_while_something_else_is_drawn(browser, shop):
+    opening = opened_page(browser, shop.address)
+    with opening as page:
+        ask(page, PROMPT, num_images=1, num_inference_steps=1000)
+        page.click("#go")
+        expect(page.locator("#steps")).to_have_text(re.compile("of 1000 steps"))
+        page.fill("#width", "13")
+        page.click("#go")
+        expect(page.locator("#problem")).to_have_text(re.compile("width must be a multiple of"))
+        page.wait_for_timeout(500)
+        expect(page.locator("#problem")).to_have_text(re.compile("width must be a multiple of"))
+        page.click("#cancel")
+        opening.complaints.clear()  # Chromium's own
 
 
 def test_a_model_that_does_not_load(browser, shop, places):  # noqa: F811
@@ -347,6 +415,21 @@ def test_more_pictures_than_a_page_of_the_history(page, shop):
     expect(page.locator("#found figure")).to_have_count(48)
     page.click("#more")
     expect(page.locator("#found figure")).to_have_count(count)
+    fetched = []
+    page.on("request", lambda request: fetched.append(request.url) if "/pictures/" in request.url else None)
+    page.locator("#found figure").last.scroll_into_view_if_needed()
+    down = page.evaluate("scrollY")
+    page.locator("#found button:text('Settings')").last.click()
+    expect(page.locator("#prompt")).to_be_focused()
+    page.wait_for_timeout(300)  # what was still being fetched
+    fetched.clear()
+    page.go_back()  # to the same place, and what is shown already is not fetched again
+    expect(page.locator("#found figure")).to_have_count(count)
+    deadline = time.monotonic() + 20
+    while abs(page.evaluate("scrollY") - down) > 5:
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(50)
+    assert fetched == []
 
 
 def test_the_history(page, shop):
@@ -388,8 +471,17 @@ def test_training_runs(page, runs):
     samples = page.locator("#run figure img")
     expect(samples.first).to_be_visible()
     assert samples.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
-    page.click("#run-list button:text('broken')")
+    page.focus("#run-list button:text('broken')")
+    page.keyboard.press("Enter")
     expect(page.locator("#run .empty")).to_contain_text("config.toml: not valid TOML")
+    expect(page.locator("#run-list button:text('broken')")).to_be_focused()
+    shutil.copytree(runs / "broken", runs / "going")
+    page.reload()
+    page.click("#run-list button:text('going')")
+    expect(page.locator("#run h2")).to_have_text("going")
+    shutil.rmtree(runs / "going")
+    expect(page.locator("#run h2")).not_to_have_text("going")  # another is shown instead
+    expect(page.locator("#problem")).to_be_empty()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
@@ -415,7 +507,7 @@ def test_a_refusal_is_one_sentence(browser, shop):
     with opening as page:
         ask(page, PROMPT, num_inference_steps=1, width=13)
         page.click("#go")
-        expect(page.locator("#state.bad")).to_have_text(re.compile("width must be a multiple of"))
+        expect(page.locator("#problem")).to_have_text(re.compile("width must be a multiple of"))
         expect(page.locator("#gallery figure")).to_have_count(0)
         (complaint,) = opening.complaints  # Chromium's own, of any refusal
         assert "422" in complaint

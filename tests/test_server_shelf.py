@@ -352,5 +352,11 @@ def test_the_history_by_http(tiny, drawn):
         first = httpx.get(f"{server.address}/api/history", params={"count": 3}).json()["pictures"]
         rest = httpx.get(f"{server.address}/api/history", params={"before": first[-1]["place"]}).json()["pictures"]
         assert [each["name"] for each in rest] == ["00001-0.png"]
-        for bad in ({"since": "yesterday"}, {"before": "x"}, {"count": 10**6}, {"words": "x" * 300}):
+        for signs, count in (("!!!", 0), ("*", 1), ("🔴", 0)):  # signs alone are looked for as they are
+            found = httpx.get(f"{server.address}/api/history", params={"words": signs}).json()["pictures"]
+            assert len(found) == count
+        assert httpx.head(f"{server.address}/pictures/00003-2.jpg").status_code == 200
+        far = f"{10**18}-1"
+        assert httpx.get(f"{server.address}/api/history", params={"before": "9" * 18 + "-1"}).status_code == 200
+        for bad in ({"since": "yesterday"}, {"before": "x"}, {"before": far}, {"count": 10**6}, {"words": "x" * 300}):
             assert httpx.get(f"{server.address}/api/history", params=bad).status_code == 422

@@ -55,10 +55,15 @@ def decode(data: bytes, background: Color = WHITE, max_pixels: int = MAX_PIXELS)
             return _decoded(image, background, max_pixels)
     except (DataError, MemoryError):  # the machine's fault is not the picture's
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(_what_else(data) if isinstance(error, UnidentifiedImageError) else "too many pixels") from None
     except Exception as error:  # decoders raise nearly anything on bytes that are not theirs
-        raise DataError(_reason(error)) from None
+        raise DataError(fault(error, data)) from None
+
+
+def fault(error: Exception, data: bytes) -> str:
+    """What is wrong with bytes that Pillow does not decode, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return _what_else(data)
+    return "too many pixels" if isinstance(error, Image.DecompressionBombError) else _reason(error)
 
 
 @contextmanager

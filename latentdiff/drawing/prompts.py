@@ -83,8 +83,14 @@ def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
             read = encoder.read(prompt, style_of(job.request))
             notes |= dict.fromkeys(f"{name}: {note}" for note in read.notes)
             if known is not None and (words := unseen(prompt, known)):
-                notes[f"{model.card.name} has never seen: {', '.join(words)}"] = None
+                notes[f"{model.card.name} has never seen: {_listed(words)}"] = None
     return list(notes)
+
+
+def _listed(words: list[str], most: int = 20) -> str:
+    """Words in a line that somebody reads: not all of many, and only the beginning of long ones."""
+    shown = [word if len(word) <= 40 else f"{word[:40]}..." for word in words[:most]]
+    return ", ".join(shown) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = None) -> Prompted:

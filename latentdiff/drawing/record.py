@@ -21,7 +21,7 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from latentdiff.core.decoding import FORMATS, silent_decoders
+from latentdiff.core.decoding import FORMATS, fault, silent_decoders
 from latentdiff.core.errors import DataError
 from latentdiff.diffusion.grids import LABELS
 from latentdiff.diffusion.samplers import SAMPLERS
@@ -213,7 +213,7 @@ def read_metadata_of(data: bytes, name: object, *, decoded: bool = True) -> dict
                 image.load()
             tags: dict[str, Any] = _texts(image)
     except Exception as error:  # decoders raise nearly anything on bytes that are not theirs
-        raise DataError(f"not a readable picture ({name}): {str(error)[:200]}") from None
+        raise DataError(f"not a readable picture ({name}): {fault(error, data)}") from None
     for key in _COMFY & tags.keys():
         with suppress(ValueError, RecursionError):
             tags[key] = json.loads(tags[key])

@@ -109,7 +109,9 @@ class Settings(BaseModel):
         if self.enable_hr:
             given |= {"hires_scale": self.hr_scale, "hires_strength": self.denoising_strength}
         skipped = self.override_settings.get("CLIP_stop_at_last_layers", 1)
-        if isinstance(skipped, int) and skipped > 1:
+        if not isinstance(skipped, int):
+            raise ConfigError("override_settings.CLIP_stop_at_last_layers must be a whole number")
+        if skipped > 1:
             given["clip_skip"] = skipped - 1
         return {name: value for name, value in given.items() if value is not None}
 
@@ -124,8 +126,10 @@ class Settings(BaseModel):
             raise ConfigError(f"override_settings.{name[:60]} is not supported")
 
     def ignored(self) -> list[str]:
-        """What clients send with every request, and drawing does without."""
-        return sorted((self.model_extra or {}).keys() & IGNORED)
+        """What drawing does without: some settings that clients send with every request, and unknown ones."""
+        known = {*NEUTRAL, *NEUTRAL_HIRES, "hr_prompt", "hr_negative_prompt"} - IGNORED
+        unread = sorted(name for name, value in (self.model_extra or {}).items() if name not in known and value)
+        return [name[:60].encode("ascii", "replace").decode() for name in unread[:20]]
 
 
 def _seed(seed: int) -> int:

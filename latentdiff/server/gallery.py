@@ -16,14 +16,14 @@ from latentdiff.server.studio import MissingError, Studio, from_base64
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 Words = Annotated[str, Query(max_length=200)]
-Place = Annotated[str, Query(pattern=r"^-?\d{1,19}-\d{1,18}$")]
+Place = Annotated[str, Query(pattern=r"^-?\d{1,18}-\d{1,18}$")]
 
 
 def routes(studio: Studio) -> APIRouter:
     """/pictures and /api/history."""
     router = APIRouter()
 
-    @router.get("/pictures/{name}")
+    @router.api_route("/pictures/{name}", methods=["GET", "HEAD"])
     def picture(name: str) -> Response:
         path = studio.path_of(name)
         if path is None:

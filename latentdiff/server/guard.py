@@ -59,13 +59,13 @@ class Guard:
         await self._app(scope, _again(body, receive), _with_headers(send))
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
-        host = headers.get("host", "")
+        host = headers.get("host", "").lower()
         if self._hosts is not None and _name(host) not in self._hosts:
             return 403, "this Host is not served here"
         origin = headers.get("origin")
         is_page = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link that leads here
         is_foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_page
-        if is_foreign or (origin is not None and _netloc(origin) != host):
+        if is_foreign or (origin is not None and (_netloc(origin) or "").lower() != host):
             return 403, "requests of other sites are refused"
         if self._token and scope["path"] not in OPEN and not self._is_known(headers.get("authorization", "")):
             return 401, "a token is required: Authorization: Bearer TOKEN"
@@ -172,6 +172,6 @@ def _with_headers(send: Send) -> Send:
 async def _answer(send: Send, status: int, message: str) -> None:
     content = json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
     headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *ALWAYS]
-    headers += [(b"www-authenticate", b"Basic")] if status == 401 else []
+    headers += [(b"www-authenticate", b'Basic realm="latentdiff"')] if status == 401 else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content.encode()})

@@ -174,6 +174,9 @@ def _query(search: Search) -> tuple[str, tuple[Any, ...]]:
     if words := re.findall(r"\w+", search.words):
         where.append("id IN (SELECT rowid FROM words WHERE words MATCH ?)")
         values.append(" ".join(f'"{word}"*' for word in words))
+    elif search.words.strip():  # signs alone, of which the index has none
+        where.append("id IN (SELECT rowid FROM words WHERE instr(text, ?))")
+        values.append(search.words.strip())
     text = "SELECT name, changed, id, record FROM pictures WHERE " + " AND ".join(where)
     return f"{text} ORDER BY changed DESC, id DESC LIMIT ?", (*values, search.count)
 

@@ -191,9 +191,9 @@ class Worker:
         return {id(ticket.painter) for ticket, _ in (*list(self._waiting), *self._current)}
 
     def ahead_of(self, ticket: Ticket) -> int:
-        """The number of pictures that wait before a ticket's first one."""
+        """The number of pictures before a ticket's first one: those that wait, and those that are being drawn."""
         places = [place for place, (other, _) in enumerate(list(self._waiting)) if other is ticket]
-        return places[0] if len(places) == len(ticket.jobs) else 0
+        return places[0] + len(self._current) if len(places) == len(ticket.jobs) else 0
 
     def current(self) -> list[Ticket]:
         """The tickets whose pictures are being drawn."""

@@ -1,9 +1,9 @@
 // A finished picture: how it is shown, and what can be done with it.
 
-import { button, byId, make, picture, tried } from "./dom.js";
+import { button, byId, byPixels, make, picture, tried } from "./dom.js";
 import * as paper from "./paper.js";
 import * as settings from "./settings.js";
-import { base64 } from "./api.js";
+import { base64, file } from "./api.js";
 import { draw, show } from "./draw.js";
 
 const VARIATIONS = { num_images: 4, variation_strength: 0.3 };
@@ -18,7 +18,8 @@ const address = (name) => `/pictures/${name}?${Date.now()}`;
 
 /** The content of a picture's figure: the picture, which opens larger, buttons, the prompt. */
 export function figure(name, record) {
-  const image = picture({ src: address(name), alt: record.settings.prompt, loading: "lazy" });
+  const [width, height] = record.size;
+  const image = picture({ src: address(name), alt: record.settings.prompt, loading: "lazy", width, height });
   const frame = make("button", { type: "button", className: "frame", onclick: () => open(name, record) }, image);
   frame.ariaLabel = `Open: ${record.settings.prompt}`;
   const { prompt } = record.settings;
@@ -54,8 +55,8 @@ export function open(name, record) {
 
 function actions(name, record) {
   return [
-    button("Vary", () => (toForm(), go(vary(name, record)))),
-    button("Larger", () => (toForm(), go(enlarge(name, record)))),
+    button("Vary", () => tried(() => toForm().then(() => void go(vary(name, record))))),
+    button("Larger", () => tried(() => toForm().then(() => void go(enlarge(name, record))))),
     button("Settings", () => tried(() => reuse(record))),
     button("Start from it", () => tried(() => startFrom(name))),
     make("a", { href: `/pictures/${name}`, download: name, textContent: "Save" }),
@@ -81,7 +82,7 @@ async function enlarge(name, record) {
 
 /** A request that draws over a picture. */
 async function over(name, record, changed) {
-  const image = await base64(await (await fetch(`/pictures/${name}`)).blob());
+  const image = await base64(await file(address(name)));
   const none = {
     variation_seed: null, variation_strength: 0, hires_scale: null, hires_strength: null, mask_blur: 0,
     padding_mask_crop: null, width: null, height: null,
@@ -91,21 +92,29 @@ async function over(name, record, changed) {
 
 /** Put a record's settings into the form. */
 export async function reuse(record) {
-  toForm();
+  await toForm();
   await paper.start(null);
   const notes = await settings.fill(record);
   if (record.from_picture)
-    notes.push("It was drawn over another picture: choose that one under “From a picture”, and set its mask and margins again.");
+    notes.push("It was drawn over another picture: choose that one under “From a picture”, and set its mask and margins again. Until then strength and soft edge have no effect.");
   show(["Its settings are in the form.", ...notes].join(" "));
 }
 
 async function startFrom(name) {
-  toForm();
-  await paper.start(await (await fetch(`/pictures/${name}`)).blob());
+  const blob = await file(address(name));
+  await toForm();
+  await paper.start(blob);
 }
 
-function toForm() {
+/** Show the form, with the focus on the prompt. */
+async function toForm() {
   byId("large").close();
-  location.hash = "#draw";
+  if (byId("draw").hidden) {
+    const shown = new Promise((resolve) => addEventListener("hashchange", resolve, { once: true }));
+    location.hash = "#draw";
+    await shown;
+  }
   byId("prompt").focus();
 }
+
+byPixels(byId("large-image"));

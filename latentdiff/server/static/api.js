@@ -8,6 +8,13 @@ export async function post(path, body) {
   return answered(await sent(path, body));
 }
 
+/** A picture's file. */
+export async function file(address) {
+  const answer = await reached(fetch(address));
+  if (!answer.ok) throw new Error("This picture is no longer in the folder.");
+  return answer.blob();
+}
+
 /** The objects of an answer of one JSON object a line, as they come. Aborting the signal cancels on the server. */
 export async function* lines(path, body, signal) {
   const answer = await sent(path, body, signal);

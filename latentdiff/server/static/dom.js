@@ -11,15 +11,19 @@ export function make(tag, properties = {}, ...children) {
 export function options(select, values, chosen = "") {
   select.replaceChildren(...values.map(([value, text]) => make("option", { value, textContent: text })));
   select.value = chosen;
+  if (select.selectedIndex < 0) select.selectedIndex = 0; // a choice that is gone
 }
 
 export function button(text, action) {
   return make("button", { type: "button", textContent: text, onclick: action });
 }
 
-/** An image of a few pixels is shown by its pixels, not smoothed. */
 export function picture(properties = {}) {
-  const image = make("img", { decoding: "async", ...properties });
+  return byPixels(make("img", { decoding: "async", ...properties }));
+}
+
+/** An image of a few pixels is shown by its pixels, not smoothed. */
+export function byPixels(image) {
   image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth <= 192));
   return image;
 }
@@ -28,8 +32,12 @@ export function picture(properties = {}) {
 export async function tried(work) {
   try {
     await work();
-    byId("problem").textContent = "";
+    complain("");
   } catch (error) {
-    byId("problem").textContent = error.message;
+    complain(error.message);
   }
+}
+
+export function complain(text) {
+  byId("problem").textContent = text;
 }

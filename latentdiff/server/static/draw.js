@@ -1,6 +1,6 @@
 // Drawing: one request, its progress, its previews, its pictures.
 
-import { byId, make, picture } from "./dom.js";
+import { byId, complain, make, picture } from "./dom.js";
 import { lines } from "./api.js";
 
 const MOST = 64; // pictures of a request
@@ -12,7 +12,7 @@ export async function draw(body, content) {
   running.add(abort);
   const began = performance.now();
   let figures = [];
-  byId("problem").textContent = "";
+  complain("");
   show("Waiting", 0);
   try {
     const asked = await body;
@@ -31,7 +31,8 @@ export async function draw(body, content) {
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     show([`${figures.length} ${figures.length === 1 ? "picture" : "pictures"} in ${seconds} s`, ...notes].join("\n"));
   } catch (error) {
-    show(abort.signal.aborted ? "Cancelled" : error.message, null, !abort.signal.aborted);
+    show(abort.signal.aborted ? "Cancelled" : "");
+    if (!abort.signal.aborted) complain(error.message); // it stays, whatever else is being drawn
   } finally {
     for (const figure of figures.filter((each) => each.classList.contains("waiting"))) figure.remove();
     running.delete(abort);
@@ -41,12 +42,13 @@ export async function draw(body, content) {
 
 export function cancel() {
   for (const abort of running) abort.abort();
+  byId("go").focus(); // the button that had the focus goes
 }
 
-/** Say something under the prompt. share: of the work that is done; null hides the bar. */
-export function show(text, share = null, isBad = false) {
-  byId("state").textContent = text;
-  byId("state").classList.toggle("bad", isBad);
+/** Say something under the prompt. share: of the work that is done, which no screen reader reads out; null hides it. */
+export function show(text, share = null) {
+  byId("state").textContent = share === null ? text : "";
+  byId("steps").textContent = share === null ? "" : text;
   byId("progress").hidden = share === null;
   byId("progress").value = share ?? 0;
   byId("cancel").hidden = running.size === 0;

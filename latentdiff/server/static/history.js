@@ -5,32 +5,51 @@ import { get } from "./api.js";
 import { figure } from "./actions.js";
 
 const COUNT = 48;
+const MOST = 200; // of one answer
+const PAUSE = 250; // milliseconds
 let last = null; // the place of the oldest picture that is shown
 let asked = 0; // the number of the latest search: answers of older ones are dropped
+let waiting = null;
+let figures = new Map(); // by place and name: what is shown already is not fetched again
+
+/** Search, once nothing has been typed for a moment. */
+export function searchSoon() {
+  clearTimeout(waiting);
+  return new Promise((resolve, reject) => (waiting = setTimeout(() => search().then(resolve, reject), PAUSE)));
+}
 
 export async function search() {
-  last = null;
-  await load(true);
+  await load(null, COUNT);
+}
+
+/** What is new, with as many pictures as are shown. */
+export async function refresh() {
+  await load(null, Math.min(Math.max(figures.size, COUNT), MOST));
 }
 
 export async function more() {
-  await load(false);
+  const [before, count] = [last, figures.size];
+  await load(before, COUNT);
+  byId("found").children[count]?.querySelector("button")?.focus(); // the button “More” may be gone
 }
 
-async function load(isNew) {
+async function load(before, count) {
   const number = ++asked;
-  const query = new URLSearchParams({ count: COUNT });
+  const query = new URLSearchParams({ count });
   const fields = { words: "words", model: "by-model", since: "since", until: "until" };
   for (const [name, id] of Object.entries(fields)) if (byId(id).value) query.set(name, byId(id).value);
-  if (last) query.set("before", last);
+  if (before) query.set("before", before);
   const { pictures, models } = await get(`/api/history?${query}`);
   if (number !== asked) return;
   options(byId("by-model"), [["", "any"], ...models.map((name) => [name, name])], byId("by-model").value);
-  const figures = pictures.map(({ name, record }) => make("figure", {}, ...figure(name, record)));
-  if (isNew) byId("found").replaceChildren(...figures);
-  else byId("found").append(...figures);
-  if (isNew && figures.length === 0)
+  const found = pictures.map(({ name, place, record }) => {
+    const key = `${place} ${name}`;
+    return [key, figures.get(key) ?? make("figure", {}, ...figure(name, record))];
+  });
+  figures = new Map([...(before ? figures : []), ...found]);
+  byId("found").replaceChildren(...figures.values());
+  if (figures.size === 0)
     byId("found").append(make("p", { className: "empty", textContent: "No pictures are here, or none that fit." }));
-  last = pictures.at(-1)?.place ?? last;
-  byId("more").hidden = pictures.length < COUNT;
+  last = pictures.at(-1)?.place ?? before;
+  byId("more").hidden = pictures.length < count;
 }

@@ -10,31 +10,38 @@ import * as runs from "./runs.js";
 import * as settings from "./settings.js";
 
 const VIEWS = ["draw", "history", "runs"];
+const places = {}; // how far down each view was
+let current = "draw";
 
 function view() {
   const name = VIEWS.find((each) => `#${each}` === location.hash) ?? "draw";
+  places[current] = scrollY; // before the page becomes shorter
   for (const each of VIEWS) {
     byId(each).hidden = each !== name;
     const link = document.querySelector(`nav a[href="#${each}"]`);
     if (each === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  scrollTo(0, 0);
-  if (name === "history") tried(history.search);
+  document.title = `${name[0].toUpperCase()}${name.slice(1)} · latentdiff`;
+  byId("large").close();
+  current = name;
+  if (name === "history") tried(() => history.refresh().then(() => scrollTo(0, places.history ?? 0)));
+  else scrollTo(0, 0);
   if (name === "runs") tried(runs.look);
 }
 
 async function request() {
-  const [asked, start] = [settings.request(), await paper.request()];
+  const [asked, start] = [settings.request(paper.isThere()), await paper.request()];
   return { ...asked, ...start };
 }
 
 /** A picture of the user's: to start from, or to read its settings. */
 async function take(file) {
-  await paper.start(file);
+  const note = await paper.start(file);
   location.hash = "#draw";
+  show(`Drawing starts from this picture. ${note}`.trim());
   const { record, parameters } = await post("/api/read", { image: await base64(file) });
-  show(record || !parameters ? "Drawing starts from this picture." : `Its settings in another program:\n${parameters}`);
+  if (!record && parameters) show(`Its settings in another program:\n${parameters}`);
   if (record) byId("state").append(" ", button("Use its settings instead", () => tried(() => instead(record))));
 }
 
@@ -57,15 +64,26 @@ function listen() {
     show(`Loading ${target.value}`);
     tried(() => settings.chooseModel(target.value).finally(() => show("")));
   });
-  byId("file").addEventListener("change", ({ target }) => target.files[0] && tried(() => take(target.files[0])));
+  byId("file").addEventListener("change", ({ target }) => {
+    const file = target.files[0];
+    target.value = ""; // so that the same file can be chosen again
+    if (file) tried(() => take(file));
+  });
   byId("without").addEventListener("click", () => tried(() => paper.start(null)));
   byId("clear").addEventListener("click", paper.clear);
+  byId("painting").addEventListener("change", ({ target }) => paper.painting(target.checked));
   byId("search").addEventListener("submit", (event) => event.preventDefault());
-  byId("search").addEventListener("input", () => tried(history.search));
+  byId("search").addEventListener("input", () => tried(history.searchSoon));
   byId("more").addEventListener("click", () => tried(history.more));
-  addEventListener("dragover", (event) => (event.preventDefault(), document.body.classList.add("dropping")));
+  const hasFile = (event) => event.dataTransfer.types.includes("Files"); // text may be dragged between fields
+  addEventListener("dragover", (event) => {
+    if (!hasFile(event)) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
   addEventListener("dragleave", () => document.body.classList.remove("dropping"));
   addEventListener("drop", (event) => {
+    if (!hasFile(event)) return;
     event.preventDefault();
     document.body.classList.remove("dropping");
     const file = event.dataTransfer.files[0];

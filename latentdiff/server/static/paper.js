@@ -1,33 +1,71 @@
 // The picture to start from, and the mask that is painted over it: by pointer, or with arrow keys and space.
 
-import { byId, make } from "./dom.js";
+import { byId, byPixels, make } from "./dom.js";
 import { base64 } from "./api.js";
 
 const STEP = 0.02; // of the width, which an arrow key moves the brush
-const state = { blob: null, canvas: null, last: null, painted: false, brush: [0.5, 0.5] };
+const MOST = 2048 * 2048; // pixels that the server takes
+const state = { blob: null, canvas: null, last: null, painted: false, brush: [0.5, 0.5], ring: null };
 
-/** Start from a picture; null is from none. */
+/** Start from a picture, whose sentence about a change of its size is returned; null is from none. What is no picture
+ * leaves the one before. Strength and soft edge stay until there is no picture. */
 export async function start(blob) {
+  let [image, note] = [null, ""];
+  if (blob !== null) {
+    image = await opened(blob);
+    if (image.naturalWidth * image.naturalHeight > MOST) {
+      blob = await smaller(image);
+      image = await opened(blob);
+      note = `It is drawn from at ${image.naturalWidth} × ${image.naturalHeight}.`;
+    }
+  }
   URL.revokeObjectURL(byId("paper").querySelector("img")?.src ?? "");
-  Object.assign(state, { blob, canvas: null, painted: false });
+  Object.assign(state, { blob, canvas: null, painted: false, ring: null });
   byId("start").hidden = blob === null;
   byId("paper").replaceChildren();
-  for (const field of ["left", "top", "right", "bottom", "mask_blur"]) byId(field).value = 0;
-  if (blob === null) byId("strength").value = "";
-  if (blob === null) return;
-  const image = make("img", { src: URL.createObjectURL(blob), alt: "The picture to start from" });
+  for (const field of ["left", "top", "right", "bottom"]) byId(field).value = 0;
+  if (blob === null) Object.assign(byId("strength"), { value: "" });
+  if (blob === null) Object.assign(byId("mask_blur"), { value: 0 });
+  if (blob !== null) shown(image);
+  return note;
+}
+
+/** Whether drawing starts from a picture. */
+export const isThere = () => state.blob !== null;
+
+async function opened(blob) {
+  const image = byPixels(make("img", { src: URL.createObjectURL(blob), alt: "The picture to start from" }));
   try {
     await image.decode();
   } catch {
-    Object.assign(state, { blob: null });
-    byId("start").hidden = true;
-    throw new Error("This file is not a picture.");
+    URL.revokeObjectURL(image.src);
+    throw new Error("This file is not a picture that a browser opens.");
   }
+  return image;
+}
+
+/** A photo of a phone, in the size that the server takes. */
+async function smaller(image) {
+  const scale = Math.sqrt(MOST / (image.naturalWidth * image.naturalHeight));
+  const [width, height] = [image.naturalWidth, image.naturalHeight].map((side) => Math.floor(side * scale));
+  const copy = make("canvas", { width, height });
+  copy.getContext("2d").drawImage(image, 0, 0, width, height);
+  return new Promise((resolve) => copy.toBlob(resolve, "image/png"));
+}
+
+function shown(image) {
   state.canvas = make("canvas", { width: image.naturalWidth, height: image.naturalHeight, tabIndex: 0 });
   state.canvas.setAttribute("aria-label", "Mask: arrow keys move the brush, space paints, shift erases");
-  byId("paper").append(image, state.canvas);
+  state.ring = make("div", { className: "brush", hidden: true });
+  byId("paper").append(image, state.canvas, state.ring);
   byId("picture-fold").open = true;
   listen(state.canvas);
+}
+
+/** Whether the pointer paints; otherwise it scrolls. */
+export function painting(isOn) {
+  byId("painting").checked = isOn;
+  byId("paper").classList.toggle("painting", isOn);
 }
 
 /** The part of a request that is about the picture; empty without one. */
@@ -60,7 +98,8 @@ async function mask() {
 
 function listen(canvas) {
   canvas.addEventListener("pointerdown", (event) => {
-    if (!byId("painting").checked) return;
+    if (!byId("painting").checked || event.button !== 0) return;
+    state.ring.hidden = true;
     canvas.setPointerCapture(event.pointerId);
     state.last = place(event);
     stroke(state.last, event.shiftKey);
@@ -73,12 +112,24 @@ function listen(canvas) {
     const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] }[event.key];
     if (!way) return;
     event.preventDefault();
-    byId("painting").checked = true;
+    painting(true);
     state.brush = state.brush.map((at, axis) => Math.min(1, Math.max(0, at + way[axis] * STEP)));
     state.last = [state.brush[0] * canvas.width, state.brush[1] * canvas.height];
     if (event.key === " ") stroke(state.last, event.shiftKey);
+    showRing();
     canvas.title = `Brush at ${state.brush.map((at) => `${Math.round(at * 100)}%`).join(", ")}`;
     state.last = null;
+  });
+}
+
+/** The outline of the brush that keys move. */
+function showRing() {
+  const size = Number(byId("brush").value);
+  const share = state.canvas.width / state.canvas.height;
+  const [x, y] = state.brush.map((at) => 100 * at);
+  Object.assign(state.ring, { hidden: false });
+  Object.assign(state.ring.style, {
+    left: `${x - size / 2}%`, top: `${y - (size * share) / 2}%`, width: `${size}%`, height: `${size * share}%`,
   });
 }
 

@@ -1,6 +1,6 @@
 // Training runs: their states, curves, and the pictures of their validations as they come.
 
-import { byId, make, picture } from "./dom.js";
+import { byId, complain, make, picture } from "./dom.js";
 import { get } from "./api.js";
 
 const EVERY = 5000; // milliseconds between two looks
@@ -16,15 +16,19 @@ export async function look() {
   if (byId("runs").hidden) return;
   try {
     const runs = await get("/api/runs");
+    if (!runs.some((run) => run.name === chosen)) chosen = null; // it is gone
     chosen ??= (runs.find((run) => run.state === "running") ?? runs[0])?.name ?? null;
     const run = chosen ? await get(`/api/runs/${encodeURIComponent(chosen)}`) : null;
     const now = JSON.stringify([runs, run]);
     if (now === shown) return; // nothing flickers, and the focus stays
     shown = now;
+    const hadFocus = byId("run-list").contains(document.activeElement);
     list(runs);
+    if (hadFocus) byId("run-list").querySelector("[aria-current]")?.focus();
     if (run) detail(run);
+    else byId("run").replaceChildren();
   } finally {
-    timer = setTimeout(look, EVERY);
+    timer = setTimeout(() => look().catch((error) => complain(error.message)), EVERY);
   }
 }
 

@@ -11,11 +11,13 @@ const NUMBERS = [
   "strength", "mask_blur",
 ];
 const FIELDS = [...TEXTS, ...NUMBERS];
+const OF_PICTURE = ["strength", "mask_blur"]; // have an effect with a picture to start from
 const UNASKED = { num_images: 4, mask_blur: 0 };
 
 let choices = { models: [], adapters: [], samplers: [], spacings: [] };
 let defaults = {};
 let model = null;
+let asked = 0; // the number of the latest choice of a model: answers of older ones are dropped
 
 /** Ask what may be chosen, and choose the server's model. */
 export async function load() {
@@ -28,10 +30,14 @@ export async function load() {
 
 /** Choose a model: its own settings stand in the empty fields. One that does not load leaves the choice as it was. */
 export async function chooseModel(name) {
+  const number = ++asked;
   try {
-    model = await get(`/api/models/${encodeURIComponent(name)}`);
+    const answer = await get(`/api/models/${encodeURIComponent(name)}`);
+    if (number !== asked) return;
+    model = answer;
   } catch (error) {
-    byId("model").value = model?.name ?? "";
+    if (number === asked && model) byId("model").value = model.name;
+    else if (number === asked && name !== choices.model) await chooseModel(choices.model); // the first answer was dropped
     throw error;
   }
   defaults = model.settings;
@@ -43,16 +49,16 @@ export async function chooseModel(name) {
   for (const name of ["width", "height"]) byId(name).step = model.multiple;
   const label = (name) => choices.samplers.find((row) => row.name === name)?.label ?? name;
   const samplers = choices.samplers.map((row) => [row.name, row.label]);
-  options(byId("sampler"), [["", `of the model (${label(defaults.sampler)})`], ...samplers], byId("sampler").value);
+  options(byId("sampler"), [["", `${label(defaults.sampler)} (the model's)`], ...samplers], byId("sampler").value);
   const spacings = choices.spacings.map((name) => [name, name]);
-  options(byId("spacing"), [["", `of the model (${defaults.spacing})`], ...spacings], byId("spacing").value);
+  options(byId("spacing"), [["", `${defaults.spacing} (the model's)`], ...spacings], byId("spacing").value);
 }
 
-/** The body of a request for what the form says. */
-export function request() {
+/** The body of a request for what the form says. hasPicture: whether drawing starts from one. */
+export function request(hasPicture) {
   const settings = furtherSettings();
-  for (const name of FIELDS) {
-    const text = byId(name).value;
+  for (const name of FIELDS.filter((each) => hasPicture || !OF_PICTURE.includes(each))) {
+    const text = name === "prompt" ? byId(name).value : byId(name).value.trim();
     if (byId(name).validity.badInput) throw new Error(`${name} must be a number`);
     if (name === "prompt" || (text.trim() !== "" && !(name === "mask_blur" && Number(text) === 0)))
       settings[name] = NUMBERS.includes(name) ? Number(text) : text;
@@ -127,7 +133,7 @@ function adapterField(name) {
 
 function chosenAdapters() {
   const used = choices.adapters.filter((name) => byId(`use-${name}`).checked);
-  return used.map((name) => ({ name, weight: Number(byId(`weight-${name}`).value) }));
+  return used.map((name) => ({ name, weight: Number(byId(`weight-${name}`).value || 1) }));
 }
 
 /** The adapters of a record that are served here: a record has file names, a choice has none of their suffixes. */
