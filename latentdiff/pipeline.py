@@ -31,6 +31,7 @@ from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
 from latentdiff.model import Model, ModelCard, Runtime, Speed
+from latentdiff.settings.presets import settled
 
 if TYPE_CHECKING:
     import torch
@@ -410,7 +411,7 @@ class LatentDiffusionPipeline:
 
     def request(self, prompt: str, **settings: Any) -> Request:
         """A validated request with recommended settings; loads the model's own CLIP if the request requires it."""
-        made = request(prompt=prompt, **{**self.card.defaults, **settings})
+        made = request(prompt=prompt, **settled(self.card.defaults, settings))
         what = torch_only(made, self.model)
         with self._in_torch(what) if what else nullcontext():
             if made.clip_guidance_scale and self._painter.scorer is None:

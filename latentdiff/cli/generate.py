@@ -54,6 +54,10 @@ def generate(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id: commit, tag or branch.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Settings of a distilled model or adapter: lcm, turbo, lightning, hyper, tcd, dmd2."),
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
         float | None,
@@ -159,6 +163,7 @@ def generate(
 ) -> None:
     """Draw pictures from prompts. Paths go to standard output, progress to standard error."""
     given = {
+        "preset": preset,
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,

@@ -25,6 +25,7 @@ from latentdiff.drawing.prompts import chunks_of, notes_of
 from latentdiff.drawing.record import ImageMetadata, installed_versions
 from latentdiff.drawing.request import Request, check_size, request
 from latentdiff.model import Model
+from latentdiff.settings.presets import settled
 
 Watch = Callable[[Step], Array | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
@@ -32,7 +33,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
 
 def requested(painter: Painter, prompt: str, **settings: Any) -> Request:
     """A validated request, completed with the model's recommended settings. Raises ConfigError."""
-    made = request(prompt=prompt, **{**painter.model.card.defaults, **settings})
+    made = request(prompt=prompt, **settled(painter.model.card.defaults, settings))
     check(made, painter)
     return made
 

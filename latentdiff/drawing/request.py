@@ -14,6 +14,7 @@ from latentdiff.diffusion.grids import GRIDS, LABELS
 from latentdiff.diffusion.noise import MAX_SEED
 from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
 from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.settings.presets import settled
 from latentdiff.settings.validation import Fault, did_you_mean, first_fault, one_of
 
 LONGEST_PROMPT = 10_000  # characters
@@ -186,7 +187,7 @@ class Request(BaseModel):
 
 def request(**fields: Any) -> Request:
     """A validated request; the first fault is raised as a ConfigError in one line."""
-    fields = {name: _plain(value) for name, value in fields.items()}
+    fields = {name: _plain(value) for name, value in settled({}, fields).items()}
     for name in ("timesteps", "sigmas"):
         if fields.get(name) is not None and not isinstance(fields[name], tuple):
             raise ConfigError(f"{name} must be a list of numbers (got {str(fields[name])[:40]!r})")

@@ -29,6 +29,7 @@ from latentdiff.formats.folder import settings_hash
 from latentdiff.formats.tensors import read_tensors
 from latentdiff.networks.perception import lpips
 from latentdiff.settings.config import Config, load_config, own_pictures
+from latentdiff.settings.presets import settled
 
 LEAST = 16  # pictures
 MOST_TRAINED = 50_000
@@ -192,7 +193,7 @@ def rules_of(
         "features sha256": references.extractor.hash,
         "seed": settings.seed,
         "times": settings.times,
-        "drawing": [{**model.card.defaults, **settings.drawing} for model in models],
+        "drawing": [settled(model.card.defaults, settings.drawing) for model in models],
         "sweep": settings.grid,
         "runtime": [f"{model.runtime}, {model.backbone.dtype}" for model in models],
         "device": str(models[0].place.device),

@@ -50,9 +50,11 @@ class Body(BaseModel):
         extra = self.model_extra or {}
         if "num_images" in extra:
             raise ConfigError("the number of pictures is n, not num_images")
-        known = {name: value for name, value in extra.items() if name in Request.model_fields}
+        known = {name: value for name, value in extra.items() if name in {*Request.model_fields, "preset"}}
         settings: dict[str, Any] = {"prompt": self.prompt, "num_images": self.n, **known}
         if self.size != "auto":
+            if both := sorted({"width", "height"} & known.keys()):
+                raise ConfigError(f"give size or {both[0]}, not both")
             settings["width"], settings["height"] = map(int, self.size.split("x"))
         unused = {"user": True, "output_compression": self.output_format == "png", "partial_images": not self.stream}
         left_out = {name for name, is_unused in unused.items() if is_unused and name in self.model_fields_set}

@@ -30,6 +30,7 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.server.history import PICTURE, History
 from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
 from latentdiff.server.work import GONE, FullError, Kept, StoppedError, Ticket, Worker
+from latentdiff.settings.presets import settled
 
 RUNS = Path("runs")
 MOST_PIXELS = 2048 * 2048  # of an input picture
@@ -95,7 +96,7 @@ class Studio:
             pipe = await self._take(wanted, held)
             if order.sha256 not in (None, pipe.card.hash):
                 raise ConfigError(f"it was drawn by another model that is called {wanted.model} too")
-            if torch_only(made(**{**pipe.card.defaults, **settings}), pipe.model):
+            if torch_only(made(**settled(pipe.card.defaults, settings)), pipe.model):
                 pipe = await self._take(wanted._replace(torch=True), held)  # others' pictures stay as they are
             request = pipe.request(**settings)
             canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)

@@ -1,0 +1,46 @@
+"""Presets: what distilled models and adapters are drawn with, by the names that people know.
+
+A preset stands between the model's recommended settings and the user's: any setting that is given beside it wins.
+
+    lcm         latent consistency models and LCM-LoRA        999, 759, 499, 259 of 1,000 times    Luo et al. 2023
+    turbo       SDXL-Turbo and SD-Turbo                       999, or 999, 749, 499, 249           Sauer et al. 2023
+    lightning   SDXL-Lightning                                999, 749, 499, 249                   Lin et al. 2024
+    hyper       Hyper-SD                                      999, 749, 499, 249                   Ren et al. 2024
+    tcd         trajectory consistency distillation           999, 759, 499, 259                   Zheng et al. 2024
+    dmd2        distribution matching distillation            999, 749, 499, 249                   Yin et al. 2024
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from latentdiff.core.errors import ConfigError
+
+
+def _few(sampler: str, spacing: str = "trailing", steps: int = 4) -> dict[str, Any]:
+    """A distilled model has its guidance inside: any more is too much."""
+    return {"sampler": sampler, "spacing": spacing, "num_inference_steps": steps, "guidance_scale": 1.0}
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "lcm": _few("lcm", "distilled"),
+    "turbo": _few("euler_ancestral", steps=1),
+    "lightning": _few("euler"),
+    "hyper": _few("ddim"),
+    "tcd": _few("tcd", "distilled"),
+    "dmd2": _few("lcm"),
+}
+
+
+def settled(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a picture: the model's defaults, those of the given `preset`, what is given.
+
+    Raises ConfigError for an unknown preset.
+    """
+    name = given.get("preset")
+    if name is None:
+        return {key: value for key, value in {**defaults, **given}.items() if key != "preset"}
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"unknown preset {str(name)[:40]!r}; one of {', '.join(PRESETS)}")
+    return {**defaults, **PRESETS[name], **{key: value for key, value in given.items() if key != "preset"}}
