@@ -27,11 +27,11 @@ from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
 from latentdiff.drawing.passes import passes_of
 from latentdiff.drawing.plan import plan
+from latentdiff.drawing.presets import settled
 from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
 from latentdiff.model import Model, ModelCard, Runtime, Speed
-from latentdiff.settings.presets import settled
 
 if TYPE_CHECKING:
     import torch

@@ -330,8 +330,8 @@ def test_every_layer_has_its_original_name(family, folders):
     for name, layer in unet.named_modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
             original = unet_name(f"{name}.weight", unet.config).removesuffix(".weight").replace(".", "_")
-            assert known[f"lora_unet_{original}"] == ("unet", name)
-            assert known[flat(name)] == ("unet", name)
+            assert known[f"lora_unet_{original}"] == (("unet", name),)
+            assert known[flat(name)] == (("unet", name),)
 
 
 TEXTS = {

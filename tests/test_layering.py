@@ -38,7 +38,7 @@ HOMES = {  # the rooms that may import a library
     "transformers": {"networks", "formats", "families"},
     "open_clip": {"networks"},
     "peft": {"networks"},
-    "accelerate": {"training", "stages", "runtime"},
+    "accelerate": {"training", "stages", "runtime", "networks"},
     "timm": {"training", "evaluation"},
     "datasets": {"data"},
     "braceexpand": {"data"},

@@ -10,7 +10,7 @@ from scipy import stats
 
 from latentdiff.diffusion.grids import AYS_SD, GRIDS, karras
 from latentdiff.diffusion.level import CLEAN, NoiseLevel
-from latentdiff.diffusion.path import Straight, VariancePreserving, schedule_named
+from latentdiff.diffusion.path import ByTokens, Straight, VariancePreserving, schedule_named
 from latentdiff.diffusion.times import Times
 
 SD = VariancePreserving.scaled_linear()
@@ -186,7 +186,7 @@ def test_shift(shift):
 
 def test_a_shift_that_grows_with_the_tokens():
     """diffusers' dynamic shifting: mu linear in the tokens from 0.5 at 256 to 1.15 at 4096, shift e^mu."""
-    path = Straight(math.exp(0.5), ((256, 0.5), (4096, 1.15)))
+    path = Straight(math.exp(0.5), ByTokens(256, 0.5, 4096, 1.15))
     assert path.shift_of(256) == pytest.approx(math.exp(0.5))
     assert path.shift_of(4096) == pytest.approx(math.exp(1.15))
     assert path.shift_of(1024) == pytest.approx(math.exp(0.5 + 0.65 * 768 / 3840))

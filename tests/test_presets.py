@@ -1,5 +1,7 @@
 """Presets of distilled models: their levels, and what wins over what."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ import pytest
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.drawing.presets import PRESETS, settled
 from latentdiff.drawing.record import read_metadata
-from latentdiff.settings.presets import PRESETS, settled
 
 LEVELS = {  # the times that each was distilled on, at its own number of steps and at others
     "lcm": {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]},
@@ -57,7 +59,7 @@ def test_by_the_command_line_and_in_python(pipe, tiny_model, call, tmp_path):
     words = ("generate", "a ring", "-m", tiny_model, "-s", 1, "-o", tmp_path / "a.png", "--runtime", "torch")
     assert call(*words, "--preset", "lightning")[0] == 0
     record = read_metadata(tmp_path / "a.png")["latentdiff"]["request"]
-    asked = pipe.request("a ring", seed=1, preset="lightning").model_dump()
+    asked = json.loads(pipe.request("a ring", seed=1, preset="lightning").model_dump_json())
     assert record == {**asked, "seed": 1} | {name: record[name] for name in record.keys() - asked.keys()}
     assert (record["sampler"], record["guidance_scale"], record["num_inference_steps"]) == ("euler", 1.0, 4)
     code, _, err = call(*words[:-3], tmp_path / "b.png", "--preset", "fast")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,6 @@ from latentdiff.cli import terminal
 from latentdiff.cli.options import Precision
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable, whole
-
-if TYPE_CHECKING:
-    from latentdiff.model import Model
 
 
 class Form(StrEnum):
@@ -201,7 +198,7 @@ def _model(
         terminal.note(f"note: a single file holds no size ({width}x{height}) and no recommended settings")
 
 
-def _joined(source: Path, parts: list[Path], base: Path) -> Model:
+def _joined(source: Path, parts: list[Path], base: Path) -> Any:
     """The model of a transformer's file, further files and a folder. Raises ConfigError, ModelError, UnsafeError."""
     from latentdiff.families.parts import joined
 

@@ -21,11 +21,11 @@ from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
 from latentdiff.drawing.passes import steps
 from latentdiff.drawing.plan import plan
+from latentdiff.drawing.presets import settled
 from latentdiff.drawing.prompts import chunks_of, notes_of
 from latentdiff.drawing.record import ImageMetadata, installed_versions
 from latentdiff.drawing.request import Request, check_size, request
 from latentdiff.model import Model
-from latentdiff.settings.presets import settled
 
 Watch = Callable[[Step], Array | None]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")

@@ -14,7 +14,7 @@ from latentdiff.diffusion.grids import GRIDS, LABELS
 from latentdiff.diffusion.noise import MAX_SEED
 from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
 from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.settings.presets import settled
+from latentdiff.drawing.presets import settled
 from latentdiff.settings.validation import Fault, did_you_mean, first_fault, one_of
 
 LONGEST_PROMPT = 10_000  # characters

@@ -16,6 +16,7 @@ from latentdiff.data.dataset import look
 from latentdiff.data.examples import Examples
 from latentdiff.data.sprites.library import Library
 from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.presets import settled
 from latentdiff.drawing.record import installed_versions
 from latentdiff.evaluation import features as extractors
 from latentdiff.evaluation.benchmark import SHAPES, Benchmark, SpriteBenchmark
@@ -29,7 +30,6 @@ from latentdiff.formats.folder import settings_hash
 from latentdiff.formats.tensors import read_tensors
 from latentdiff.networks.perception import lpips
 from latentdiff.settings.config import Config, load_config, own_pictures
-from latentdiff.settings.presets import settled
 
 LEAST = 16  # pictures
 MOST_TRAINED = 50_000

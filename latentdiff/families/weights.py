@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
@@ -34,6 +33,7 @@ from latentdiff.networks.encoders.chat import Chat, ChatText
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
 from latentdiff.networks.encoders.t5 import T5Text
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
+from latentdiff.networks.filled import filled
 from latentdiff.networks.quiet import quietly
 
 if TYPE_CHECKING:
@@ -263,10 +263,7 @@ def _filled(network: Any, directory: Path, part: str, wrapper: Any, given: Given
         config = given.config or read_json(directory / part / "config.json")
         parameters_of(network, json.dumps(config, sort_keys=True), wrapper)
         if hasattr(network, "load_config"):  # diffusers
-            with init_empty_weights(include_buffers=False):
-                model = network.from_config(config)
-            model.load_state_dict(given.state, assign=True)
-            return model
+            return filled(network, config, given.state)
         dtype = next(iter(given.state.values())).dtype
         settings = {"config": network.config_class.from_dict(config), "state_dict": given.state, "dtype": dtype}
         model, report = network.from_pretrained(None, output_loading_info=True, **settings)

@@ -24,13 +24,13 @@ from latentdiff.drawing.canvas import BLACK, Margins
 from latentdiff.drawing.draw import canvas_of, jobs_of
 from latentdiff.drawing.files import write_pictures
 from latentdiff.drawing.painter import torch_only
+from latentdiff.drawing.presets import settled
 from latentdiff.drawing.record import ImageMetadata
 from latentdiff.drawing.request import request as made
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.server.history import PICTURE, History
 from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
-from latentdiff.server.work import GONE, FullError, Kept, StoppedError, Ticket, Worker
-from latentdiff.settings.presets import settled
+from latentdiff.server.work import PAUSE, FullError, Kept, StoppedError, Ticket, Worker
 
 RUNS = Path("runs")
 MOST_PIXELS = 2048 * 2048  # of an input picture
@@ -125,7 +125,7 @@ class Studio:
         self._loading += 1
         try:
             while not task.done():
-                await asyncio.wait([task], timeout=GONE)
+                await asyncio.wait([task], timeout=PAUSE)
                 if self.worker.stopping and not task.done():
                     task.cancel()
                     raise StoppedError("the server stops")
@@ -137,7 +137,7 @@ class Studio:
         async with self._loads:
             pipe = self.shelf.loaded(wanted)
             while pipe is None and self._in_use() >= self.shelf.keep:
-                await asyncio.sleep(GONE)  # waiting pictures hold their models: with one more, memory had no bound
+                await asyncio.sleep(PAUSE)  # waiting pictures hold their models: with one more, memory had no bound
             pipe = await run_in_threadpool(self.shelf.take, wanted) if pipe is None else pipe
             self._held.append(pipe)
             held.append(pipe)

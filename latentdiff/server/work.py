@@ -25,7 +25,8 @@ from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.pixels import decode
 from latentdiff.drawing.record import ImageMetadata
 
-GONE = 0.25  # seconds between two looks whether a client is there
+GONE = 1.0  # seconds between two looks whether a client is there: each look takes time from the drawing
+PAUSE = 0.25  # seconds between two looks whether a model can be loaded
 
 
 class FullError(LatentDiffError):
