@@ -158,6 +158,7 @@ def _inputs(model):
     return x, 500.0, conditions
 
 
+@pytest.mark.slow
 def test_merging_equals_attaching(folder, tmp_path):
     network = load(folder).model.parts["transformer"]
     file = saved(kohya(factors(network), type(network).__name__), tmp_path / "x.safetensors")
@@ -167,6 +168,7 @@ def test_merging_equals_attaching(folder, tmp_path):
     torch.testing.assert_close(pipe(PROMPT, **ASKED).images, attached, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_round_trips_are_bitwise(folder, tmp_path, call):
     """PEFT's to kohya's and back, by the command line."""
     made = factors(load(folder).model.parts["transformer"])

@@ -55,6 +55,7 @@ def both(whole, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_what_one_learns_from(both):
     """Sample ids and hashes of noise, posterior, time and caption dropout at every step; losses within 1e-5."""
     one = samples([both / "one-0.jsonl"], 2)
@@ -100,6 +101,7 @@ def test_two_go_on_as_one(both, begun, tmp_path):
     assert np.abs(np.subtract(*losses)).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_only_saved_again(both, tmp_path):
     """Both processes agree that nothing is left to train or to report; were they not, one would wait for ever."""
     run = shutil.copytree(both / "two", tmp_path / "two")

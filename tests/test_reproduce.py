@@ -97,6 +97,7 @@ def pictures(place, tiny_model):
     return {path.relative_to(place / "out"): path for path in sorted((place / "out").rglob("*.png"))}
 
 
+@pytest.mark.slow
 def test_every_kind_of_picture_is_made_again(pictures, place, monkeypatch):
     """To the bit, in the folder where they were made."""
     monkeypatch.chdir(place)
