@@ -16,18 +16,29 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentdiff.core.errors import DataError
+from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.images import to_images
 from latentdiff.data.examples import Examples
 from latentdiff.data.store import Store
 from latentdiff.networks.conditions import Conditions
 from latentdiff.settings.config import Learning
-from latentdiff.stages.encoding import AT_ONCE, AnyCodec, AnyTextEncoder, encoded, finite, identity_of, moments_of
+from latentdiff.stages.encoding import (
+    AT_ONCE,
+    AnyCodec,
+    AnyEncoder,
+    AnyTextEncoder,
+    encoded,
+    encoded_prompts,
+    finite,
+    identity_of,
+    moments_of,
+)
 from latentdiff.training.denoiser import Captions, Key, Latents
 
 ROWS_A_FILE = 256  # at most this many are lost by a kill
 Shard = tuple[int, int]  # (i, n): the i-th of n jobs
 ALL: Shard = (0, 1)
+_STORED = ("tokens", "pooled", "mask")  # conditions that depend on the caption alone
 _Taken = tuple[str, int, np.ndarray]  # key, row, pixels
 _Moments = tuple[Tensor, Tensor]
 
@@ -102,6 +113,23 @@ class EncodedCaptions(TokenIds):
         return _with_sizes(encoded(self._text_encoder, batch["ids"]).cast(torch.float32), batch)
 
 
+class EncodedPrompts:
+    """Conditions computed in every step by encoders that take prompts, not token ids: they are never trained here."""
+
+    def __init__(self, examples: Examples, encoder: AnyEncoder):
+        self._examples, self._encoder = examples, encoder
+        examples.caption(0, 0)
+
+    def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
+        """The conditions, in half precision."""
+        captions = _captions(self._examples, keys, kept)
+        return {name: array.cpu() for name, array in encoded_prompts(self._encoder, captions).arrays.items()}
+
+    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
+        """The same, in float32."""
+        return Conditions({name: batch[name].float() for name in _STORED if name in batch})
+
+
 class CachedCaptions:
     """Conditions from the cache."""
 
@@ -109,15 +137,15 @@ class CachedCaptions:
         self._store, self._examples, self._sized = store, examples, sized
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """Stored `tokens` (B, L, D) and for SDXL `pooled` (B, P), in half precision, and sizes (B, 6)."""
+        """Stored `tokens` (B, L, D), `pooled` (B, P), `mask` (B, L), in half precision, and sizes (B, 6)."""
         captions = _captions(self._examples, keys, kept)
         stored = self._store.rows([_key_of(caption) for caption in captions])
         return stored | _sizes(self._examples, keys, self._sized)
 
     def conditions(self, batch: dict[str, Tensor]) -> Conditions:
         """The stored conditions, in float32."""
-        stored = Conditions({name: batch[name] for name in ("tokens", "pooled") if name in batch})
-        return _with_sizes(stored.cast(torch.float32), batch)
+        stored = Conditions({name: batch[name].float() for name in _STORED if name in batch})
+        return _with_sizes(stored, batch)
 
 
 def _with_sizes(conditions: Conditions, batch: dict[str, Tensor]) -> Conditions:
@@ -141,7 +169,7 @@ def latents_of(
 def captions_of(
     learning: Learning,
     sets: Sequence[Examples],
-    text_encoder: AnyTextEncoder,
+    text_encoder: AnyEncoder,
     cache: Path,
     accelerator: Accelerator,
     *,
@@ -151,19 +179,23 @@ def captions_of(
     are shuffled.
     """
     if learning.tune_text_encoder:
-        return [TokenIds(examples, text_encoder, sized=sized) for examples in sets]
+        return [TokenIds(examples, _of_ids(text_encoder), sized=sized) for examples in sets]
     text_encoder.to(accelerator.device).requires_grad_(False)
+
+    def uncached(examples: Examples) -> Captions:
+        if isinstance(text_encoder, AnyTextEncoder):
+            return EncodedCaptions(examples, text_encoder, sized=sized)
+        return EncodedPrompts(examples, text_encoder)
+
     if not learning.cache:
-        return [EncodedCaptions(examples, text_encoder, sized=sized) for examples in sets]
+        return [uncached(examples) for examples in sets]
     captions = [examples.every_caption() for examples in sets]
     store = conditions_store(text_encoder, cache)
     for words in captions:
         fill_conditions(store, words or [], text_encoder, accelerator.device, _own_share(accelerator))
     _take_in_all(accelerator, store)
     return [
-        EncodedCaptions(examples, text_encoder, sized=sized)
-        if words is None
-        else CachedCaptions(store, examples, sized=sized)
+        uncached(examples) if words is None else CachedCaptions(store, examples, sized=sized)
         for examples, words in zip(sets, captions, strict=True)
     ]
 
@@ -173,8 +205,15 @@ def latents_store(learning: Learning, autoencoder: AnyCodec, cache: Path) -> Sto
     return Store(cache / f"latents-{identity_of(autoencoder)[:16]}-{learning.encode_dtype}")
 
 
-def conditions_store(text_encoder: AnyTextEncoder, cache: Path) -> Store:
-    """The store of rows `tokens`, and for SDXL `pooled`, of one text encoder with its tokenizer."""
+def _of_ids(text_encoder: AnyEncoder) -> AnyTextEncoder:
+    """Raises ConfigError for an encoder that cannot be trained."""
+    if isinstance(text_encoder, AnyTextEncoder):
+        return text_encoder
+    raise ConfigError("the text encoder of this model cannot be trained: set finetune.tune_text_encoder=false")
+
+
+def conditions_store(text_encoder: AnyEncoder, cache: Path) -> Store:
+    """The store of rows `tokens`, and where there are any `pooled` and `mask`, of one text encoder."""
     return Store(cache / f"conditions-{identity_of(text_encoder)[:16]}")
 
 
@@ -200,7 +239,7 @@ def fill_latents(
 
 
 def fill_conditions(
-    store: Store, captions: Sequence[str], text_encoder: AnyTextEncoder, device: torch.device, share: Shard = ALL
+    store: Store, captions: Sequence[str], text_encoder: AnyEncoder, device: torch.device, share: Shard = ALL
 ) -> int:
     """Encode what is missing of one share, and the empty caption; returns the number."""
     words = {_key_of(caption): caption for caption in ("", *captions)}
@@ -208,8 +247,12 @@ def fill_conditions(
     firsts = range(0, len(missing), ROWS_A_FILE)
     for first in tqdm(firsts, "encoding captions", unit="file", disable=not missing):
         some = missing[first : first + ROWS_A_FILE]
-        ids = text_encoder.tokenize([words[key] for key in some]).to(device)
-        store.add(some, {name: array.cpu() for name, array in encoded(text_encoder, ids).arrays.items()})
+        texts = [words[key] for key in some]
+        if isinstance(text_encoder, AnyTextEncoder):
+            conditions = encoded(text_encoder, text_encoder.tokenize(texts).to(device))
+        else:
+            conditions = encoded_prompts(text_encoder, texts)
+        store.add(some, {name: array.cpu() for name, array in conditions.arrays.items()})
     return len(missing)
 
 

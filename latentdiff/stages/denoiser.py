@@ -29,6 +29,7 @@ from latentdiff.families.loading import save_model
 from latentdiff.families.own import laid_out_for, new_codec, new_model, new_path, new_unet, seeded, times_of
 from latentdiff.families.weights import load_codec, load_text_encoder, weights_hash
 from latentdiff.model import TorchPlace
+from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.settings.config import Config, Learning
@@ -105,11 +106,12 @@ def _unet(config: Config, codec: AnyCodec, device: torch.device) -> UNet:
     return unet
 
 
-def prepare_unet(unet: UNet, learning: Learning, device: torch.device) -> None:
+def prepare_unet(unet: UNet | Transformer, learning: Learning, device: torch.device) -> None:
     """Make training fast on a device, and optionally small in memory; no number changes."""
-    laid_out_for(unet, device)
-    if device.type == "cpu":
-        unet.use_plain_attention()
+    if isinstance(unet, UNet):
+        laid_out_for(unet, device)
+        if device.type == "cpu":
+            unet.use_plain_attention()
     if learning.gradient_checkpointing:
         unet.save_memory()
 

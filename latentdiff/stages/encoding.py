@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,17 @@ from torch import Tensor
 from latentdiff.families.weights import weights_hash
 from latentdiff.networks.codecs.autoencoder import Autoencoder
 from latentdiff.networks.codecs.identity import IdentityCodec
-from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.conditions import Conditions, stacked
+from latentdiff.networks.encoders.chat import ChatText
 from latentdiff.networks.encoders.clip import TextEncoder
+from latentdiff.networks.encoders.clip_and_t5 import ClipAndT5
+from latentdiff.networks.encoders.prompt import Prompt, Style
+from latentdiff.networks.encoders.three_texts import ThreeTextEncoders
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
 AT_ONCE = 8
-AnyTextEncoder = TextEncoder | TwoTextEncoders
+AnyTextEncoder = TextEncoder | TwoTextEncoders  # of token ids
+AnyEncoder = TextEncoder | TwoTextEncoders | ThreeTextEncoders | ClipAndT5 | ChatText
 AnyCodec = Autoencoder | IdentityCodec
 _NOT_ITS_OWN = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
@@ -65,15 +70,25 @@ def finite(mean: Tensor, log_variance: Tensor) -> Tensor:
     return good.flatten(1).all(1)
 
 
-def identity_of(network: AnyCodec | AnyTextEncoder) -> str:
+def identity_of(network: AnyCodec | AnyEncoder) -> str:
     """sha256 of everything that a network's results depend on: weights, config, and a text encoder's tokenizer."""
     parts = [weights_hash(network)]
     if isinstance(network, TextEncoder | TwoTextEncoders):
         for encoder in network.encoders:
             parts += [_settings(encoder.model.config.to_dict()), encoder.tokenizer_json(), str(encoder.length)]
+    elif isinstance(network, AnyEncoder):
+        parts += [f"{type(network).__name__} {network.length}", _words_of(network)]
     elif isinstance(network, Autoencoder):
         parts.append(_settings(dict(network.vae.config)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _words_of(network: AnyEncoder) -> str:
+    """The vocabularies of an encoder's tokenizers, and how it reads a prompt."""
+    own = [getattr(network, name, None) for name in ("first", "second", "third")]
+    tokenizers = [each.tokenizer for each in own if each is not None] or [network.tokenizer]
+    words = [json.dumps(sorted(each.get_vocab().items())) for each in tokenizers]
+    return "\n".join([*words, repr(getattr(network, "chat", ""))])
 
 
 def _settings(config: dict[str, Any]) -> str:
@@ -81,6 +96,12 @@ def _settings(config: dict[str, Any]) -> str:
     return json.dumps(
         {key: value for key, value in sorted(config.items()) if key[0] != "_" and key not in _NOT_ITS_OWN}
     )
+
+
+def encoded_prompts(encoder: AnyEncoder, captions: Sequence[str]) -> Conditions:
+    """The conditions of captions, in half precision: without weights of words, cut to the encoder's length."""
+    plain = Style(weights=False, chunked=False)
+    return stacked([encoder.encode(Prompt(caption, plain)) for caption in captions]).mapped(lambda array: array.half())
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from latentdiff.families.loading import DEFAULT_MODEL, stored_model
 from latentdiff.families.own import times_of
 from latentdiff.families.weights import weights_hash
 from latentdiff.model import Model
+from latentdiff.networks.backbones.unet import UNet
 from latentdiff.runtime.device import moved
 from latentdiff.settings.config import Override, save_config
 from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
@@ -228,10 +229,14 @@ def said_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
     """Metadata of the training under kohya's and modelspec's keys."""
     config, training = run.config, run.config.finetune.training
     width = model.backbone.spec.reads["tokens"][-1]
-    family = {768: "v1", 1024: "v2-768-v" if model.prediction == "v_prediction" else "v2-512", 2048: "xl-v1-base"}
+    second = "v2-768-v" if model.prediction == "v_prediction" else "v2-512"
+    sizes = {768: "v1", 1024: second, 2048: "xl-v1-base"} if isinstance(model.backbone, UNet) else {}
+    kind = f"stable-diffusion-{sizes.get(width or 0, 'of-its-own')}"
+    if not sizes and model.family is not None:
+        kind = model.family.name.lower().replace(" ", "-")
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-{family.get(width or 0, 'of-its-own')}/lora",
+        "modelspec.architecture": f"{kind}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": "v" if model.prediction == "v_prediction" else model.prediction,
         "modelspec.title": config.name,

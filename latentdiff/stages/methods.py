@@ -17,9 +17,10 @@ from latentdiff.model import Model
 from latentdiff.networks.adapters import trained
 from latentdiff.networks.adapters.trained import Factors
 from latentdiff.networks.adapters.words import begin_word
+from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.settings.finetuning import RANK, FineTuning
-from latentdiff.stages.encoding import AnyCodec, AnyTextEncoder
+from latentdiff.stages.encoding import AnyCodec, AnyEncoder, AnyTextEncoder
 from latentdiff.training.denoiser import ConditionedNetwork, thaw
 
 Write = Callable[[Path, Mapping[str, str]], list[Path]]
@@ -54,12 +55,20 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
     return _factors(model, config) if config.low_rank else _weights(model, config, words)
 
 
-def trainable(model: Model) -> tuple[UNet, AnyTextEncoder, AnyCodec]:
+def trainable(model: Model) -> tuple[UNet | Transformer, AnyEncoder, AnyCodec]:
     """The networks of a torch model, if fine-tuning supports them. Raises ConfigError otherwise."""
     backbone, encoder, codec = model.backbone, model.encoder, model.codec
-    if not (isinstance(backbone, UNet) and isinstance(encoder, AnyTextEncoder) and isinstance(codec, AnyCodec)):
-        raise ConfigError(f"fine-tuning requires a U-Net, CLIP and an autoencoder with a posterior ({model.card.name})")
-    return backbone, encoder, codec
+    known = isinstance(backbone, UNet | Transformer) and isinstance(encoder, AnyEncoder)
+    if not (known and isinstance(codec, AnyCodec)):
+        raise ConfigError(f"fine-tuning does not know the networks of {model.card.name}")
+    return backbone, encoder, codec  # type: ignore[return-value]
+
+
+def _clip_of(encoder: AnyEncoder, what: str) -> AnyTextEncoder:
+    """Raises ConfigError for encoders that cannot be trained here."""
+    if not isinstance(encoder, AnyTextEncoder):
+        raise ConfigError(f"{what} requires CLIP as the only text encoder")
+    return encoder
 
 
 def _weights(model: Model, config: FineTuning, words: frozenset[str]) -> Tuning:
@@ -76,7 +85,8 @@ def _weights(model: Model, config: FineTuning, words: frozenset[str]) -> Tuning:
 
     if not config.finetune.tune_text_encoder:
         return Tuning(unet, parts, False, write)
-    for encoder, name in zip(text_encoder.encoders, ("text_encoder", "text_encoder_2"), strict=False):
+    encoders = _clip_of(text_encoder, "training the text encoder").encoders
+    for encoder, name in zip(encoders, ("text_encoder", "text_encoder_2"), strict=False):
         thaw(encoder)
         parts[name] = encoder
     return Tuning(ConditionedNetwork(unet, text_encoder), parts, True, write)
@@ -86,7 +96,11 @@ def _factors(model: Model, config: FineTuning) -> Tuning:
     """LoRA's factors beside the attention of the U-Net, and optionally of the text encoder."""
     unet, text_encoder, _ = trainable(model)
     known, reads = adapted(model), config.finetune.tune_text_encoder
-    networks = known if reads else {"unet": known["unet"]}
+    if reads:
+        _clip_of(text_encoder, "training the text encoder")
+    networks: dict[str, nn.Module] = (
+        known if reads else {name: known[name] for name in ("unet", "transformer") if name in known}
+    )
     settings = config.lora
     rank = settings.rank or RANK
     factors = Factors(rank, settings.alpha or rank, settings.rslora, settings.dora, settings.convolutions)
@@ -111,7 +125,7 @@ def _word(model: Model, config: FineTuning) -> Tuning:
     unet, text_encoder, _ = trainable(model)
     unet.requires_grad_(False)
     word = config.word
-    vectors = begin_word(text_encoder, word.token, word.initial, word.vectors)
+    vectors = begin_word(_clip_of(text_encoder, "a learnt word"), word.token, word.initial, word.vectors)
     parts: dict[str, nn.Module] = {"word": trained.alone(vectors)}
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:

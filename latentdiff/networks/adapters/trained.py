@@ -18,7 +18,11 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 
 NAME = "adapter_taught"
-_ATTENTION = re.compile(r"(.*\.)?attn\d\.to_(q|k|v|out\.0)|(.*\.)?self_attn\.(q|k|v|out)_proj")
+_ATTENTION = re.compile(
+    r"(.*\.)?(attn\d?|attention)\.(to_(q|k|v|out\.0|add_out|qkv_mlp_proj)|add_(q|k|v)_proj)"  # of backbones
+    r"|(.*\.)?single_transformer_blocks\.\d+\.attn\.to_out"
+    r"|(.*\.)?self_attn\.(q|k|v|out)_proj"  # of CLIP
+)
 _CONVOLUTION = re.compile(r".*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.\d+\.conv)")
 
 

@@ -48,6 +48,8 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, t: Tensor | float, conditions: Conditions) -> Tensor:
         """The network's output; see the class."""
         conditions, x, count = conditions.cast(self.dtype), x.to(self.dtype), conditions.count
+        if "guidance" in self.spec.reads and conditions.get("guidance") is None:  # in training: as if there were none
+            conditions = conditions.joined({"guidance": torch.ones(len(x), device=x.device)})
         rows = x.repeat(count, 1, 1, 1) if count else x
         time = torch.as_tensor(t, device=x.device).expand(len(x)).repeat(count or 1)
         output = self.output(rows, time, conditions.flattened() if count else conditions)
