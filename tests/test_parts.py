@@ -386,6 +386,63 @@ def test_weights_with_scales_of_their_own_are_refused(tmp_path):
         joined([tmp_path / "x.safetensors"], tmp_path / "folder")
 
 
+@pytest.fixture(scope="module")
+def z(tmp_path_factory):
+    """A Z-Image, its folder, and the weights of its transformer and text encoder under files' names."""
+    place = tmp_path_factory.mktemp("z")
+    pipe = flow_models.pipeline("Z-Image")
+    pipe.save_pretrained(place / "folder")
+    return place / "folder", z_image_names(pipe.transformer.state_dict()), _of_files(pipe.text_encoder)
+
+
+def _written(state, path):
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
+
+
+def test_what_a_text_encoder_has_too_much_is_refused(z, tmp_path):
+    """Nothing of a file is left out silently."""
+    folder, transformer, text = z
+    whole = _written(transformer, tmp_path / "z.safetensors")
+    name = "layers.0.self_attn.q_proj.weight"
+    for change, message in (
+        ({f"{name}_scale": torch.ones(1)}, "scales of their own"),
+        ({f"{name.removesuffix('.weight')}.comfy_quant": torch.ones(1)}, "scales of their own"),
+        ({name: torch.ones(32, 32, dtype=torch.int8)}, "must be floating-point numbers"),
+        ({name.replace(".0.", ".3."): torch.ones(32, 32)}, "are of no layer, the first is layers.3"),
+        ({"foo.bar": torch.ones(1)}, "are of no layer, the first is foo.bar"),
+        ({"embed_tokens.weight": torch.ones(32)}, "cannot load"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            joined([whole, _written(text | change, tmp_path / "t.safetensors")], folder)
+
+
+@pytest.mark.parametrize("name", ["x_embedder.weight", "layers.0.attention.q_norm.weight", "cap_embedder.1.weight"])
+def test_a_file_that_lacks_a_weight_is_one_line(z, tmp_path, call, name):
+    folder, transformer, _ = z
+    state = {key: tensor for key, tensor in transformer.items() if key != name}
+    file = _written(state, tmp_path / "z.safetensors")
+    for words in (("info", file), ("generate", "a", "-m", file), ("convert", file, "out", "--base", folder)):
+        code, _, err = call(*words)
+        assert (code in (0, 4), err.count("\n") <= 1) == (True, True), (words, err)
+
+
+def test_absurd_numbers_and_configs(z, tmp_path):
+    """A block of number 200,000 is refused at once; a base's config that describes nothing is not needed."""
+    folder, transformer, _ = z
+    far = transformer | {"layers.200000.foo.weight": torch.ones(1)}
+    with pytest.raises(ModelError, match="layers are numbered up to 200000, of which there are 3"):
+        joined([_written(far, tmp_path / "far.safetensors")], folder)
+    file = _written(transformer, tmp_path / "z.safetensors")
+    for tree in ("{}", '{"_class_name": "Foo"}', '{"dim": "x"}'):
+        base = shutil.copytree(folder, tmp_path / f"base{len(tree)}")
+        (base / "transformer" / "config.json").write_text(tree)
+        with pytest.raises(ModelError):  # the tiny model's axes are in no file
+            joined([file], base)
+    with pytest.raises(ModelError, match="no weights of variant fp16"):
+        joined([file], folder, "fp16")
+
+
 def test_eight_bit_weights_become_sixteen(tmp_path):
     pipe = flow_models.pipeline("Z-Image")
     pipe.save_pretrained(tmp_path / "folder")

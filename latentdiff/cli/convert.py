@@ -167,6 +167,8 @@ def _model(
     from latentdiff.runtime.device import moved
     from latentdiff.runtime.export import export
 
+    if base is not None and output.resolve().is_relative_to(base.resolve()):
+        raise ConfigError(f"{output} lies inside {base}. Choose another folder")
     if parts and base is None:
         raise ConfigError("--part requires --base: the folder that has the tokenizers")
     single = output.suffix.lower() == ".safetensors"
@@ -184,7 +186,9 @@ def _model(
             raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
         convert_folder(source, output, precision)
         return
-    pipe = LatentDiffusionPipeline(stored_model(source, variant) if base is None else _joined(source, parts, base))
+    pipe = LatentDiffusionPipeline(
+        stored_model(source, variant) if base is None else _joined(source, parts, base, variant)
+    )
     if vae is not None:
         pipe.load_vae(vae, as_stored=True)
     model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
@@ -198,10 +202,10 @@ def _model(
         terminal.note(f"note: a single file holds no size ({width}x{height}) and no recommended settings")
 
 
-def _joined(source: Path, parts: list[Path], base: Path) -> Any:
+def _joined(source: Path, parts: list[Path], base: Path, variant: str | None) -> Any:
     """The model of a transformer's file, further files and a folder. Raises ConfigError, ModelError, UnsafeError."""
     from latentdiff.families.parts import joined
 
     if not source.is_file():
         raise ConfigError(f"--base is for a file that holds a transformer (got {source})")
-    return joined([source, *parts], base)
+    return joined([source, *parts], base, variant)

@@ -52,4 +52,4 @@ def family_of(index: dict[str, Any], directory: Path) -> Family:
 
 def check_vae(path: Path) -> Path:
     """The folder of a VAE, or the VAE in a model folder, checked likewise. Raises ModelError, UnsafeError."""
-    return folder.check_network(path, "vae", stable_diffusion.PARTS["vae"])
+    return folder.check_network(path, "vae", frozenset().union(*(family.parts["vae"] for family in FAMILIES)))

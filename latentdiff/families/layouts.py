@@ -15,9 +15,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def count(shapes: Shapes, group: str) -> int:
-    """The number of blocks whose names begin with group.N. - as numbered, with no gap to be seen here."""
-    numbers = (re.match(rf"{re.escape(group)}\.(\d+)\.", name) for name in shapes)
-    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
+    """The number of blocks, whose names begin with group.0. and so on. Raises ValueError if one is missing."""
+    numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(group)}\.(\d+)\.", name))}
+    if numbers and max(numbers) != len(numbers) - 1:
+        raise ValueError(f"{group} are numbered up to {max(numbers)}, of which there are {len(numbers)}")
+    return len(numbers)
 
 
 def axes(head: int, *eighths: float) -> tuple[int, ...]:

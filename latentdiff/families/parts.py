@@ -20,7 +20,7 @@ from torch import Tensor
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.families import FAMILIES, family_of
 from latentdiff.families.layouts import Shapes
-from latentdiff.families.weights import Given
+from latentdiff.families.weights import COUNTS, Given
 from latentdiff.formats import folder
 from latentdiff.formats.pickle import check_safetensors
 from latentdiff.formats.tensors import widened
@@ -45,7 +45,15 @@ _SIGNS = {  # the end of a name that a text encoder or VAE has, whatever its siz
     "layers.0.self_attn.k_proj.weight": ("Qwen3Model", "Qwen3ForCausalLM", "Qwen2_5_VLForConditionalGeneration"),
     "decoder.conv_in.weight": ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage"),
 }
+_SCALES = ("scale_weight", "scale_input", "scaled_fp8", "weight_scale", "input_scale", "weight_scale_2", "comfy_quant")
 _ROWS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # of texts; their width tells CLIPs apart
+
+
+class _Shapes(dict[str, tuple[int, ...]]):
+    """Shapes by name; a name that is not there is named in the error."""
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise ValueError(f"there is no weight {name}")
 
 
 class Part(NamedTuple):
@@ -72,7 +80,7 @@ def parts_in(file: Path) -> list[Part]:
     parts: dict[str, Part] = {}
     for name, shape in shapes.items():
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
-        parts.setdefault(prefix, Part(file, prefix, {})).shapes[name.removeprefix(prefix)] = shape
+        parts.setdefault(prefix, Part(file, prefix, _Shapes())).shapes[name.removeprefix(prefix)] = shape
     return list(parts.values())
 
 
@@ -86,36 +94,42 @@ def transformer_of(shapes: Shapes) -> Found | None:
 
 def found_in(file: Path) -> Found | None:
     """The transformer that a file holds; None for anything else. Raises ModelError, UnsafeError."""
-    found = [transformer_of(part.shapes) for part in parts_in(file)]
+    with loading(file):
+        found = [transformer_of(part.shapes) for part in parts_in(file)]
     return next((each for each in found if each is not None), None)
 
 
-def joined(files: Sequence[Path], base: Path) -> Model:
+def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Model:
     """The model of a transformer in a file and of further parts in files; `base` lends what they do not hold.
 
     base: a folder of the same family in diffusers' layout. Parts that a file holds need only their config there.
+    variant: of the weights in it.
     Raises ModelError, UnsafeError.
     """
     family = family_of(folder.read_index(base), base)
     given: dict[str, Given] = {}
     for part in (part for file in files for part in parts_in(file)):
-        name, config = _place_of(part, family, base)
+        with loading(part.file):
+            name, config = _place_of(part, family, base)
         if name in given:
             raise ModelError(f"two of the files hold {name} ({part.file})")
-        state = _state(part, family, name, base)
-        given[name] = Given(state, None if config is None or _is_of(state, base / name) else config)
+        state, (kind, *_) = _state(part, family, name, base), family.parts[name]
+        given[name] = Given(state, None if config is None or _is_of(state, base / name, kind) else config)
     if "transformer" not in given:
         raise ModelError(f"no transformer in {', '.join(str(file) for file in files)}")
     folder.check_index(folder.read_index(base), base, family.parts, family.optional, given.keys())
     assert family.layout is not None
-    return family.layout.load(base, None, given)
+    return family.layout.load(base, variant, given)
 
 
-def _is_of(state: State, directory: Path) -> bool:
+def _is_of(state: State, directory: Path, kind: str) -> bool:
     """Whether a folder's config describes a network with these names and shapes: it states what no file shows."""
-    config = folder.read_json(directory / "config.json")
-    with torch.device("meta"):
-        network = getattr(diffusers, str(config["_class_name"])).from_config(config)
+    config = folder.read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    try:
+        with torch.device("meta"):
+            network = getattr(diffusers, kind).from_config(config)
+    except Exception:  # libraries raise nearly anything; then the config of the file's own shapes is taken
+        return False
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     return shapes == {name: tensor.shape for name, tensor in state.items()}
 
@@ -154,8 +168,11 @@ def _state(part: Part, family: Family, name: str, base: Path) -> State:
     with loading(part.file):
         with safe_open(part.file, "pt") as weights:
             state = {key: widened(weights.get_tensor(part.prefix + key)) for key in part.shapes}
-        if odd := next((key for key in state if key.endswith(("scale_weight", "scale_input", "scaled_fp8"))), None):
+        if odd := next((key for key in state if key.endswith(_SCALES)), None):
             raise ModelError(f"weights with scales of their own are not supported ({odd})")
+        whole = [key for key, tensor in state.items() if not tensor.is_floating_point() and not key.endswith(COUNTS)]
+        if whole:
+            raise ModelError(f"weights must be floating-point numbers (got {state[whole[0]].dtype} for {whole[0]})")
         if name == "transformer":
             assert family.layout is not None
             state = family.layout.converted(state)

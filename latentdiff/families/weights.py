@@ -47,7 +47,8 @@ CODECS: dict[str, type[Autoencoder]] = {  # diffusers' class -> ours
     "AutoencoderKLFlux2": Flux2Autoencoder,
     "AutoencoderKLQwenImage": QwenImageAutoencoder,
 }
-_COUNTS = ("position_ids", "num_batches_tracked")  # whole numbers, which nothing computes with
+_UNREAD = ("lm_head.weight", "position_ids", "inv_freq", "spiece_model", "logit_scale")  # beside a text encoder
+COUNTS = ("position_ids", "num_batches_tracked")  # whole numbers, which nothing computes with
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
 
 
@@ -268,7 +269,9 @@ def _filled(network: Any, directory: Path, part: str, wrapper: Any, given: Given
         settings = {"config": network.config_class.from_dict(config), "state_dict": given.state, "dtype": dtype}
         model, report = network.from_pretrained(None, output_loading_info=True, **settings)
         if absent := sorted(report["missing_keys"]):
-            raise ModelError(f"{len(absent)} weights are missing, the first is {absent[0]}")
+            raise ModelError(f"{part}: {len(absent)} weights are missing, the first is {absent[0]}")
+        if more := sorted(name for name in report["unexpected_keys"] if not name.endswith(_UNREAD)):
+            raise ModelError(f"{part}: {len(more)} weights are of no layer, the first is {more[0]}")
         return model
 
 
@@ -277,7 +280,7 @@ def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:
 
     Raises ModelError for weights that are not floating point.
     """
-    odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith(_COUNTS)]
+    odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith(COUNTS)]
     if odd:
         raise ModelError(f"{folder.name}: weights must have 16 bits or more (got {odd[0]} in {folder.parent})")
     return next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), torch.float32)
