@@ -44,6 +44,33 @@ def assembled(
     return Model(backbone, texts, codec, path, prediction, card, TorchPlace("cpu"), family, modules)
 
 
+def with_chat(
+    backbone: Any,
+    texts: Any,
+    directory: Path,
+    *,
+    family: Family,
+    defaults: Mapping[str, Any],
+    variant: str | None,
+    given: Mapping[str, Any],
+) -> Model:
+    """The model of a folder whose only text encoder is a language model; see `assembled`."""
+    from latentdiff.families.weights import load_vae
+
+    return assembled(
+        backbone,
+        texts,
+        load_vae(directory / "vae", variant, given),
+        directory,
+        family=family,
+        widths={"tokens": texts.width},
+        parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
+        defaults=defaults,
+        variant=variant,
+        given=given,
+    )
+
+
 def index(model: Model, pipeline: str, **further: Any) -> dict[str, Any]:
     """model_index.json: diffusers' names of the parts and their classes."""
     libraries = {"vae": "diffusers", "transformer": "diffusers"}

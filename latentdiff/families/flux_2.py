@@ -32,7 +32,7 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     import diffusers
     import transformers
 
-    from latentdiff.families.weights import load_chat, load_vae, pretrained
+    from latentdiff.families.weights import load_chat, pretrained
     from latentdiff.formats.folder import read_json
     from latentdiff.networks.backbones.flux_2 import Flux2
     from latentdiff.networks.encoders.chat import Chat
@@ -43,17 +43,14 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     chat = Chat(BEFORE, AFTER + _NO_THOUGHTS, layers=(9, 18, 27), filled=True)
     texts: Any = load_chat(directory, transformers.Qwen3ForCausalLM, chat, variant, given)
     is_distilled = bool(read_json(directory / "model_index.json").get("is_distilled"))
-    model = flow.assembled(
+    model = flow.with_chat(
         backbone,
         texts,
-        load_vae(directory / "vae", variant, given),
         directory,
         family=FAMILY,
-        widths={"tokens": texts.width},
-        parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
-        given=given,
         defaults=DISTILLED if is_distilled else DEFAULTS,
         variant=variant,
+        given=given,
     )
     if not isinstance(model.path, Straight):
         raise ModelError(f"FLUX.2 requires the scheduler of a straight path ({directory})")

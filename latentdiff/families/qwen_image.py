@@ -31,7 +31,7 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     import diffusers
     import transformers
 
-    from latentdiff.families.weights import load_chat, load_vae, pretrained
+    from latentdiff.families.weights import load_chat, pretrained
     from latentdiff.networks.backbones.qwen_image import QwenImage
     from latentdiff.networks.encoders.chat import Chat
 
@@ -39,18 +39,7 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     backbone: Any = QwenImage(pretrained(network, directory, "transformer", variant, QwenImage, given)).eval()
     chat = Chat(_BEFORE, _AFTER, length=1024, dropped=_DROPPED)
     texts: Any = load_chat(directory, transformers.Qwen2_5_VLForConditionalGeneration, chat, variant, given)
-    return flow.assembled(
-        backbone,
-        texts,
-        load_vae(directory / "vae", variant, given),
-        directory,
-        family=FAMILY,
-        widths={"tokens": texts.width},
-        parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
-        given=given,
-        defaults=DEFAULTS,
-        variant=variant,
-    )
+    return flow.with_chat(backbone, texts, directory, family=FAMILY, defaults=DEFAULTS, variant=variant, given=given)
 
 
 def index(model: Model) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as conversion
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentdiff.core.errors import ModelError, loading
@@ -53,6 +53,7 @@ from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 from latentdiff.networks.encoders.prompt import Prompt
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
+from latentdiff.networks.filled import filled
 from latentdiff.networks.quiet import quietly
 
 State = dict[str, Tensor]
@@ -90,7 +91,7 @@ def load_single_file(path: Path) -> Model:
         state = _with_averages(load_file(path))
         kind = _kind_of(state, path)
         config = unet_config(state, kind)
-        unet = UNet(_filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config))).eval()
+        unet = UNet(filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config))).eval()
         codec: Any = AbsentCodec(SCALING[kind])
         if any(name.startswith(VAE) for name in state):
             codec = KLAutoencoder(_vae(state, kind)).eval()
@@ -368,14 +369,6 @@ def text_config(weights: State, activation: str, **more: Any) -> CLIPTextConfig:
         pad_token_id=49407 if activation == "quick_gelu" else 0,
         **more,
     )
-
-
-def _filled(network: Any, config: dict[str, Any], state: State) -> nn.Module:
-    """A network of this config, filled with exactly these weights."""
-    with torch.device("meta"):
-        model: nn.Module = network(**config)
-    model.load_state_dict(state, assign=True)
-    return model
 
 
 def _filled_text(network: Any, config: CLIPTextConfig, state: State) -> Any:

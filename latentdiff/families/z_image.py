@@ -26,7 +26,7 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     import diffusers
     import transformers
 
-    from latentdiff.families.weights import load_chat, load_vae, pretrained
+    from latentdiff.families.weights import load_chat, pretrained
     from latentdiff.formats.folder import read_json
     from latentdiff.networks.backbones.z_image import ZImage
     from latentdiff.networks.encoders.chat import Chat
@@ -36,18 +36,7 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     name = read_json(directory / "model_index.json")["text_encoder"][1]
     chat = Chat(BEFORE, AFTER, layers=(-2,))
     texts: Any = load_chat(directory, getattr(transformers, name), chat, variant, given)
-    return flow.assembled(
-        backbone,
-        texts,
-        load_vae(directory / "vae", variant, given),
-        directory,
-        family=FAMILY,
-        widths={"tokens": texts.width},
-        parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
-        given=given,
-        defaults=DEFAULTS,
-        variant=variant,
-    )
+    return flow.with_chat(backbone, texts, directory, family=FAMILY, defaults=DEFAULTS, variant=variant, given=given)
 
 
 def index(model: Model) -> dict[str, Any]:
