@@ -1,6 +1,6 @@
 """The model, a frozen value: loaders return it, and all functions that change a model return another.
 
-Transform = Model -> Model      speed, offload, another precision or device
+Transform = Model -> Model      speed, offload, quantized weights, another precision or device
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class Model:
     speed: Speed = "exact"
     other: Callable[[], Model] | None = None
     ready: Ready | None = None
+    quantized: str | None = None  # the kind of its weights, if they have fewer bits; see runtime/quantized.py
 
     @property
     def runtime(self) -> Runtime:

@@ -65,12 +65,14 @@ class LatentDiffusionPipeline:
         revision: str | None = None,
         runtime: str = "auto",
         speed: str | None = None,
+        quantize: str | None = None,
         **parts: Any,
     ) -> LatentDiffusionPipeline:
         """Load a model from a folder in diffusers' layout, a single .safetensors file or a hub id.
 
         Without a path this is the default model inside the package. A hub id is fetched once, at `revision`. runtime:
-        see `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. torch uses CUDA if
+        see `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. quantize: a kind of
+        weights with fewer bits, int8, int4, fp8, q8_0 or q4_0, see `latentdiff.runtime.quantized`. torch uses CUDA if
         there is one, and float32 by default. parts: a scheduler or a vae of diffusers', and diffusers' arguments that
         ask for what is done here anyway (safety_checker=None). Raises ModelError, UnsafeError, ConfigError.
         """
@@ -78,7 +80,14 @@ class LatentDiffusionPipeline:
 
         own = calls.loading_options(parts)
         model, chosen = choice.load(
-            path, runtime=runtime, device=device, dtype=torch_dtype, variant=variant, revision=revision, speed=speed
+            path,
+            runtime=runtime,
+            device=device,
+            dtype=torch_dtype,
+            variant=variant,
+            revision=revision,
+            speed=speed,
+            quantize=quantize,
         )
         pipe = cls(model, speed=chosen)
         for name, part in own.items():
@@ -134,6 +143,13 @@ class LatentDiffusionPipeline:
     def runtime(self) -> Runtime:
         """The library that the networks compute with."""
         return self.model.runtime
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights have fewer bits than numbers: then adapters stay beside them, and cannot be fused."""
+        from latentdiff.runtime.quantized import is_quantized
+
+        return is_quantized(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -8,11 +8,13 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as conversion
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latentdiff.core.errors import ModelError
 from latentdiff.families import FAMILIES
 from latentdiff.families.parts import found_in, joined, transformer_of
+from latentdiff.networks.blocks import blocks_of, in_blocks, widened
+from latentdiff.networks.saving import save_gguf
 from latentdiff.pipeline import LatentDiffusionPipeline
 
 from . import flow_models, flux, stable_diffusion, stable_diffusion_3
@@ -306,6 +308,29 @@ def test_every_part_from_files(family, saved, tmp_path):
     files = [file, *sorted(tmp_path.glob("*.safetensors"))]
     pipe = LatentDiffusionPipeline(joined(files, base))
     assert torch.equal(pipe(PROMPT, **ASKED).images, load(folder)(PROMPT, **ASKED).images)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_a_gguf_file(family, saved, kind, tmp_path, call):
+    """As people have them: original names, weights of blocks quantized. Each number is the file's."""
+    _, folder, file = saved
+    state = load_file(file)
+    wide = [n for n, t in state.items() if t.ndim == 2 and t.shape[1] % 32 == 0 and re.search(r"\.\d+\.", n)]
+    state |= {name: in_blocks(state[name], kind) for name in wide}
+    path = tmp_path / "model.gguf"
+    save_gguf(state, path, "any")
+    assert found_in(path).family.name == family
+    code, _, err = call("generate", PROMPT, "-m", path)
+    assert (code, f"holds the transformer of {family} and no tokenizer" in err) == (4, True), err
+    pipe = LatentDiffusionPipeline(joined([path], folder))
+    numbers = {name: widened(t) if name in wide else t for name, t in state.items()}
+    save_file({name: tensor.contiguous() for name, tensor in numbers.items()}, tmp_path / "numbers.safetensors")
+    whole = LatentDiffusionPipeline(joined([tmp_path / "numbers.safetensors"], folder))
+    assert torch.equal(pipe(PROMPT, **ASKED).images, whole(PROMPT, **ASKED).images)
+    blocks = blocks_of(pipe.components["transformer"])
+    assert len(blocks) >= len(wide) > 0
+    assert call("convert", path, tmp_path / "out", "--base", folder)[0] == 0
+    assert torch.equal(load(tmp_path / "out")(PROMPT, **ASKED).images, pipe(PROMPT, **ASKED).images)
 
 
 def _of_files(module):

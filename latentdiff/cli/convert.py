@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from latentdiff.cli import terminal
-from latentdiff.cli.options import Precision
+from latentdiff.cli.options import Precision, Quantized
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable, whole
 
@@ -30,6 +30,12 @@ def convert(
         typer.Argument(help="A new folder, or a new .safetensors file; optional with --to openvino: MODEL/openvino."),
     ] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights (default: as they are).")] = None,
+    quantize: Annotated[
+        Quantized | None,
+        typer.Option(
+            help="For a model: weights in blocks of GGUF's types, q8_0 or q4_0: a half or a quarter of 16 bits."
+        ),
+    ] = None,
     to: Annotated[
         Form | None, typer.Option(help="For an adapter: peft or kohya. For a model: openvino, for CPUs.")
     ] = None,
@@ -62,7 +68,14 @@ def convert(
     from latentdiff.families.loading import place_of
 
     source = place_of(source)
-    given = {"--vae": vae, "--dtype": dtype, "--prediction": prediction, "--base": base, "--part": part or None}
+    given = {
+        "--vae": vae,
+        "--dtype": dtype,
+        "--quantize": quantize,
+        "--prediction": prediction,
+        "--base": base,
+        "--part": part or None,
+    }
     of_models = next((option for option, value in given.items() if value is not None), None)
     if to is Form.openvino and output is None:
         if of_models:
@@ -77,19 +90,42 @@ def convert(
     if output.exists() or output.is_symlink():
         raise ConfigError(f"{output} exists; nothing is overwritten")
     adapter = None if to is Form.openvino else to
-    if (trust_pickle or adapter) and output.suffix.lower() != ".safetensors":
-        raise ConfigError(f"the output is a file: name it {output}.safetensors")
-    if to is Form.openvino and (trust_pickle or output.suffix.lower() == ".safetensors"):
-        raise ConfigError(f"--to openvino writes a model folder, with graphs in it (got {output})")
-    if (trust_pickle or adapter) and of_models:
-        raise ConfigError(f"{of_models} applies to models; an adapter and a pickle keep their own")
+    _check_output(output, to, of_models, of_file=trust_pickle)
+    if quantize is not None:
+        _check_quantized(quantize, output, to)
     if trust_pickle:
         _pickle(source, output)
     elif adapter:
         _adapter(source, output, adapter, model)
     else:
-        _model(source, output, dtype, variant, vae, prediction, base, part or [], exporting=to is Form.openvino)
+        _model(
+            source, output, dtype, variant, vae, prediction, base, part or [], quantize, exporting=to is Form.openvino
+        )
     terminal.result(output)
+
+
+def _check_output(output: Path, to: Form | None, of_models: str | None, *, of_file: bool) -> None:
+    """Raises ConfigError for an output of another form, and for an option of models where there is none."""
+    single = output.suffix.lower() == ".safetensors"
+    of_file = of_file or to in (Form.peft, Form.kohya)
+    if of_file and to is not Form.openvino and not single:
+        raise ConfigError(f"the output is a file: name it {output}.safetensors")
+    if to is Form.openvino and (of_file or single):
+        raise ConfigError(f"--to openvino writes a model folder, with graphs in it (got {output})")
+    if of_file and of_models:
+        raise ConfigError(f"{of_models} applies to models; an adapter and a pickle keep their own")
+
+
+def _check_quantized(kind: Quantized, output: Path, to: Form | None) -> None:
+    """Raises ConfigError for what no folder keeps: the other kinds are chosen when a model is loaded."""
+    from latentdiff.networks.blocks import TYPES
+
+    if kind.value not in TYPES:
+        raise ConfigError(f"a folder keeps {' or '.join(TYPES)}; {kind.value} is an option of generate and serve")
+    if output.suffix.lower() == ".safetensors":
+        raise ConfigError(f"weights in blocks lie in a folder, not in a single file (got {output})")
+    if to is Form.openvino:
+        raise ConfigError("the graphs for OpenVINO read numbers. Convert without --quantize, then draw with it")
 
 
 def _pickle(source: Path, output: Path) -> None:
@@ -153,6 +189,7 @@ def _model(
     prediction: str | None,
     base: Path | None,
     parts: list[Path],
+    quantize: Quantized | None,
     *,
     exporting: bool,
 ) -> None:
@@ -180,6 +217,7 @@ def _model(
         and variant is None
         and vae is None
         and prediction is None
+        and quantize is None
         and not exporting
     ):
         if precision is None:
@@ -192,6 +230,10 @@ def _model(
     if vae is not None:
         pipe.load_vae(vae, as_stored=True)
     model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
+    if quantize is not None:
+        from latentdiff.runtime.quantized import quantized
+
+        model = quantized(model, quantize.value)
     model = replace(model, prediction=prediction_of(request(prompt="", prediction=prediction), model))
     with whole(output) as made:
         (save_single_file if single else save_model)(model, made)

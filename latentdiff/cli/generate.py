@@ -16,7 +16,7 @@ import typer
 from latentdiff.cli import terminal
 from latentdiff.cli.batches import Process, Target, write_all
 from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
-from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
+from latentdiff.cli.options import OUTPUTS, Precision, Quantized, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.cli.variations import grid_of, varied, write_grid
 from latentdiff.core.errors import ConfigError
@@ -149,6 +149,10 @@ def generate(
             help="exact: unchanged; fast: compiled; max: also in 16 bits (default: exact; with openvino max)."
         ),
     ] = None,
+    quantize: Annotated[
+        Quantized | None,
+        typer.Option(help="Weights of fewer bits: less memory (int4: openvino; fp8, q8_0, q4_0: torch)."),
+    ] = None,
     offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
     json_lines: Annotated[
         bool, typer.Option("--json", help="Print a JSON object for each picture instead of its path.")
@@ -195,7 +199,7 @@ def generate(
     loras = [adapter_and_weight(text) for text in lora or []]
     words = [embedding_and_word(text) for text in embedding or []]
     _check_sizes(model, requests)
-    pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed)
+    pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed, quantize)
     load_extras(pipe, loras, words, vae)
     if weaker is not None:
         pipe.load_weaker(weaker)

@@ -29,7 +29,7 @@ def info(
         path = place_of(path)
     if path.is_dir() and not (path / "model_index.json").is_file():
         path = _adapter_in(path)
-    weights = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
+    weights = path.suffix.lower() in (".safetensors", ".gguf", ".ckpt", ".pt", ".bin")
     if not path.exists():
         raise ConfigError(f"no such file or folder ({path})")
     if find is not None:

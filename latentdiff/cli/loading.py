@@ -11,7 +11,7 @@ from latentdiff.cli import terminal
 from latentdiff.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from latentdiff.cli.options import Precision, Runtime, Speed
+    from latentdiff.cli.options import Precision, Quantized, Runtime, Speed
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 _OPTIONS = {  # names that look like settings but are options
@@ -74,6 +74,7 @@ def loaded(
     revision: str | None,
     runtime: Runtime,
     speed: Speed | None = None,
+    quantize: Quantized | None = None,
 ) -> LatentDiffusionPipeline:
     """The pipeline of a model, with the command's options."""
     from latentdiff.pipeline import LatentDiffusionPipeline
@@ -86,6 +87,7 @@ def loaded(
         revision=revision,
         runtime=runtime.value,
         speed=speed and speed.value,
+        quantize=quantize and quantize.value,
     )
 
 
@@ -96,9 +98,10 @@ def load_extras(
     vae: Path | None,
 ) -> None:
     """Load adapters, words and another VAE, and print how adapters fit."""
+    fused = bool(loras) and not pipe.is_quantized
     for number, (path, weight) in enumerate(loras, 1):  # two files may have the same name
         name = f"{path.stem}_{number}" if [p.stem for p, _ in loras].count(path.stem) > 1 else None
-        terminal.note(pipe.load_lora_weights(path, name, weight=weight, fuse=True))
+        terminal.note(pipe.load_lora_weights(path, name, weight=weight, fuse=fused))
     for path, word in embeddings:
         terminal.note(f"words: {', '.join(pipe.load_textual_inversion(path, word))}")
     if vae is not None:

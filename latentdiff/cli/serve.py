@@ -9,7 +9,7 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.cli.loading import adapter_and_weight, embedding_and_word, load_extras, loaded
-from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
+from latentdiff.cli.options import OUTPUTS, Precision, Quantized, Runtime, Speed
 from latentdiff.core.errors import ConfigError, UnsafeError
 from latentdiff.core.files import check_writable
 
@@ -49,6 +49,10 @@ def serve(
         Runtime, typer.Option(help="auto: openvino on a CPU if the model has an export, otherwise torch.")
     ] = Runtime.auto,
     speed: Annotated[Speed | None, typer.Option(help="exact, fast or max.")] = None,
+    quantize: Annotated[
+        Quantized | None,
+        typer.Option(help="Weights of fewer bits: less memory (int4: openvino; fp8, q8_0, q4_0: torch)."),
+    ] = None,
 ) -> None:
     """Serve a web page, OpenAI's images API and A1111's API. Ctrl-C stops it."""
     _check_token(host, token)
@@ -69,7 +73,7 @@ def serve(
     def opened(path: Path | None, torch: bool = False) -> LatentDiffusionPipeline:
         """A model with the command's options; the one of the start with what is loaded beside it."""
         chosen = Runtime.torch if torch and runtime == Runtime.auto else runtime
-        pipe = loaded(model if path is None else str(path), device, dtype, None, None, chosen, speed)
+        pipe = loaded(model if path is None else str(path), device, dtype, None, None, chosen, speed, quantize)
         if path is None:
             load_extras(pipe, adapters, words, vae)
         return pipe

@@ -201,7 +201,7 @@ def loading_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in ("scheduler", "vae"):
             parts[name] = value
         elif name not in _WITHOUT_EFFECT:
-            known = "device, torch_dtype, variant, revision, runtime, speed, scheduler, vae"
+            known = "device, torch_dtype, variant, revision, runtime, speed, quantize, scheduler, vae"
             raise ConfigError(f"from_pretrained has no {name}. It has {known}")
         elif not any(value is usual for usual in _WITHOUT_EFFECT[name]):
             raise ConfigError(f"{name}={str(value)[:40]} is not taken")

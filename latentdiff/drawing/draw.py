@@ -221,6 +221,7 @@ def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[
         device=getattr(model.place.device, "type", "cpu"),
         dtype=model.dtype,
         speed=model.speed,
+        quantized=model.quantized,
         versions=installed_versions(model.runtime),
         batch=place,
         own_noise=own_noise or job.embeds is not None,

@@ -73,6 +73,7 @@ class ImageMetadata:
     batch: tuple[int, int] = (0, 1)
     own_noise: bool = False
     speed: str = "exact"
+    quantized: str | None = None
     version: int = VERSION
 
 

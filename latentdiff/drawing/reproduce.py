@@ -93,6 +93,7 @@ class Record(_Data):
     batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)
     own_noise: bool = False
     speed: Literal["exact", "fast", "max"] = "exact"
+    quantized: Annotated[str, Field(pattern=r"^\w{1,20}$")] | None = None
     version: int = Field(VERSION, ge=1, le=VERSION)
 
 
@@ -185,6 +186,7 @@ def reproduce(
         device=device,
         torch_dtype=record.dtype,
         speed=record.speed,
+        quantize=record.quantized,
         variant=record.variant,
     )
     card = pipe.painter.model.card

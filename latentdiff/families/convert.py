@@ -16,7 +16,7 @@ from latentdiff.families.card import FILE as CARD_FILE
 from latentdiff.families.card import known_words
 from latentdiff.formats.folder import folder_hash, read_json
 
-_TEXTS = (".json", ".txt", ".md", ".xml")
+_COPIED = (".json", ".txt", ".md", ".xml", ".gguf")
 
 
 def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
             copy = made / file.relative_to(source)
             if file.suffix == ".safetensors":
                 _convert_file(file, copy, dtype)
-            elif file.suffix in _TEXTS:
+            elif file.suffix in _COPIED:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
         if "weights" in (card := read_json(made / CARD_FILE) if (made / CARD_FILE).is_file() else {}):

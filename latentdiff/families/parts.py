@@ -1,5 +1,5 @@
-"""Files of other tools as parts of a model: which parts a .safetensors file holds, by names and shapes alone, and their
-weights under the names of diffusers and transformers.
+"""Files of other tools as parts of a model: which parts a .safetensors or .gguf file holds, by names and shapes alone,
+and their weights under the names of diffusers and transformers.
 
 ComfyUI's checkpoints hold several parts, each under a prefix; Black Forest Labs' and others' files hold one.
 """
@@ -22,9 +22,11 @@ from latentdiff.families import FAMILIES, family_of
 from latentdiff.families.layouts import Shapes
 from latentdiff.families.weights import COUNTS, Given
 from latentdiff.formats import folder
+from latentdiff.formats.gguf_file import is_gguf, read_gguf, shapes_in
 from latentdiff.formats.pickle import check_safetensors
 from latentdiff.formats.tensors import widened
 from latentdiff.model import Family, Model
+from latentdiff.networks.blocks import is_block, shape_of
 
 State = dict[str, Tensor]
 _PREFIXES = (  # of checkpoints with several parts
@@ -74,9 +76,12 @@ class Found(NamedTuple):
 def parts_in(file: Path) -> list[Part]:
     """The parts of a file, from its header. Raises ModelError, UnsafeError."""
     with loading(file):
-        check_safetensors(file, ". `latentdiff convert --trust-pickle` converts it")
-        with safe_open(file, "pt") as weights:
-            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        if is_gguf(file):
+            shapes = shapes_in(file)
+        else:
+            check_safetensors(file, ". `latentdiff convert --trust-pickle` converts it")
+            with safe_open(file, "pt") as weights:
+                shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     parts: dict[str, Part] = {}
     for name, shape in shapes.items():
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
@@ -130,8 +135,8 @@ def _is_of(state: State, directory: Path, kind: str) -> bool:
             network = getattr(diffusers, kind).from_config(config)
     except Exception:  # libraries raise nearly anything; then the config of the file's own shapes is taken
         return False
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    return shapes == {name: tensor.shape for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return shapes == {name: shape_of(tensor) for name, tensor in state.items()}
 
 
 def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, Any] | None]:
@@ -166,11 +171,11 @@ def _width_of(directory: Path) -> int | None:
 def _state(part: Part, family: Family, name: str, base: Path) -> State:
     """The weights of a part under the libraries' names, in one precision."""
     with loading(part.file):
-        with safe_open(part.file, "pt") as weights:
-            state = {key: widened(weights.get_tensor(part.prefix + key)) for key in part.shapes}
+        state = _tensors(part)
         if odd := next((key for key in state if key.endswith(_SCALES)), None):
             raise ModelError(f"weights with scales of their own are not supported ({odd})")
-        whole = [key for key, tensor in state.items() if not tensor.is_floating_point() and not key.endswith(COUNTS)]
+        numbers = {key: tensor for key, tensor in state.items() if not is_block(tensor) and not key.endswith(COUNTS)}
+        whole = [key for key, tensor in numbers.items() if not tensor.is_floating_point()]
         if whole:
             raise ModelError(f"weights must be floating-point numbers (got {state[whole[0]].dtype} for {whole[0]})")
         if name == "transformer":
@@ -181,6 +186,15 @@ def _state(part: Part, family: Family, name: str, base: Path) -> State:
         kinds = Counter(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         dtype = kinds.most_common(1)[0][0] if kinds else torch.float32
         return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+
+
+def _tensors(part: Part) -> State:
+    """The tensors of a part by its own names."""
+    if is_gguf(part.file):
+        held = read_gguf(part.file)
+        return {key: held[part.prefix + key] for key in part.shapes}
+    with safe_open(part.file, "pt") as weights:
+        return {key: widened(weights.get_tensor(part.prefix + key)) for key in part.shapes}
 
 
 def _vae(state: State, base: Path) -> State:

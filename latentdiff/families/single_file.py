@@ -31,6 +31,7 @@ from latentdiff.families import stable_diffusion, stable_diffusion_xl
 from latentdiff.families.parts import found_in
 from latentdiff.families.stable_diffusion import assembled
 from latentdiff.families.stable_diffusion_xl import DEFAULTS as OF_XL
+from latentdiff.formats.gguf_file import is_gguf, shapes_in, types_in
 from latentdiff.formats.original import (
     CLIP,
     EMA,
@@ -82,9 +83,11 @@ _PLAIN: dict[str, Any] = {
 def load_single_file(path: Path) -> Model:
     """A model in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
     check_file(path)
-    if (found := found_in(path)) is not None:
+    found = found_in(path)
+    if found is not None or is_gguf(path):
+        what = "one network" if found is None else f"the transformer of {found.family.name}"
         raise ModelError(
-            f"{path} holds the transformer of {found.family.name} and no tokenizer. Join it with a folder of this "
+            f"{path} holds {what} and no tokenizer. Join it with a folder of this "
             f"family: latentdiff convert {path} OUTPUT --base FOLDER"
         )
     with loading(path), quietly():  # diffusers advises a flag of its own scripts
@@ -183,21 +186,28 @@ def _original_names() -> set[str]:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is not a safetensors file, by content. Raises ModelError, UnsafeError."""
+    """Refuse what is neither a safetensors nor a GGUF file, by content. Raises ModelError, UnsafeError."""
     if not path.is_file():
         raise ModelError(f"no such file ({path})")
+    if is_gguf(path):
+        return
     check_safetensors(path, ". `latentdiff convert --trust-pickle` converts it")
     with loading(path), safe_open(path, "pt"):
         pass
 
 
 def described(path: Path) -> dict[str, Any]:
-    """A description of a safetensors file from its header: kind, sizes, metadata. Raises ModelError, UnsafeError."""
+    """A description of a file from its header: kind, sizes, metadata. Raises ModelError, UnsafeError."""
     check_file(path)
-    with loading(path), safe_open(path, "pt") as file:
-        names, metadata = list(file.keys()), dict(file.metadata() or {})
-        counts = [math.prod(file.get_slice(name).get_shape()) for name in names]
-        kinds = sorted({file.get_slice(name).get_dtype() for name in names})
+    metadata: dict[str, str] = {}
+    if is_gguf(path):
+        shapes, kinds = shapes_in(path), types_in(path)
+        names, counts = list(shapes), list(map(math.prod, shapes.values()))
+    else:
+        with loading(path), safe_open(path, "pt") as file:
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
+            counts = [math.prod(file.get_slice(name).get_shape()) for name in names]
+            kinds = sorted({file.get_slice(name).get_dtype() for name in names})
     found = found_in(path)
     return {
         "name": path.stem,

@@ -19,9 +19,11 @@ from safetensors import safe_open
 from torch import nn
 
 from latentdiff.core.errors import ModelError, loading
-from latentdiff.formats.folder import check_depth, numbers_in, read_json, variant_of, weight_files
+from latentdiff.formats.folder import GGUF, check_depth, numbers_in, read_json, variant_of, weight_files
+from latentdiff.formats.gguf_file import is_gguf, read_gguf
 from latentdiff.model import NOTHING
 from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.blocks import is_block, shape_of
 from latentdiff.networks.codecs.autoencoder import Autoencoder
 from latentdiff.networks.codecs.flux_2 import Flux2Autoencoder
 from latentdiff.networks.codecs.identity import IdentityCodec
@@ -199,9 +201,19 @@ def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:
     from latentdiff.networks.clip import Clip  # open_clip takes seconds to import
 
     (file,) = weight_files((text_encoder or directory) / "text_encoder")
-    with loading("clip", directory), safe_open(file, "pt") as weights:
-        (name,) = (key for key in weights.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
-        return Clip.load(directory / "clip", weights.get_tensor(name))
+    with loading("clip", directory):
+        return Clip.load(directory / "clip", _token_embedding(file))
+
+
+def _token_embedding(file: Path) -> torch.Tensor:
+    """The only tensor of that name in a text encoder's file."""
+    end = "token_embedding.weight"
+    if is_gguf(file):
+        (rows,) = (tensor for name, tensor in read_gguf(file).items() if name.endswith(end))
+        return rows
+    with safe_open(file, "pt") as weights:
+        (name,) = (name for name in weights.keys() if name.endswith(end))  # noqa: SIM118
+        return weights.get_tensor(name)
 
 
 class Given(NamedTuple):
@@ -228,6 +240,9 @@ def pretrained(
     """
     if part in given:
         return _filled(network, directory, part, wrapper, given[part])
+    if (directory / part / GGUF).is_file():
+        (file,) = weight_files(directory / part, variant)
+        return _filled(network, directory, part, wrapper, Given(read_gguf(file)))
     with loading(part, directory), quietly():
         if not (directory / part / "config.json").is_file():  # or transformers searches the hub
             raise ModelError(f"{part} is missing ({directory})")
@@ -262,8 +277,10 @@ def _filled(network: Any, directory: Path, part: str, wrapper: Any, given: Given
     """A network with exactly the weights that are given."""
     with loading(part, directory), quietly():
         config = given.config or read_json(directory / part / "config.json")
-        parameters_of(network, json.dumps(config, sort_keys=True), wrapper)
-        if hasattr(network, "load_config"):  # diffusers
+        described = parameters_of(network, json.dumps(config, sort_keys=True), wrapper)
+        if described > 2 * (held := sum(math.prod(shape_of(tensor)) for tensor in given.state.values())):
+            raise ModelError(f"{part}/config.json describes {described:,} parameters, its weights hold {held:,}")
+        if hasattr(network, "load_config") or any(map(is_block, given.state.values())):  # diffusers
             return filled(network, config, given.state)
         dtype = next(iter(given.state.values())).dtype
         settings = {"config": network.config_class.from_dict(config), "state_dict": given.state, "dtype": dtype}

@@ -1,7 +1,8 @@
 """A model folder on disk, before any network is built: what is refused, what the folder holds, its hash.
 
 It has diffusers' layout: model_index.json and, for each network, a sub-folder with config.json and safetensors weights.
-Only JSON, safetensors and the tokenizer's text are read from it.
+A network whose weights are in blocks has a GGUF file instead. Only JSON, safetensors, GGUF and the tokenizer's text are
+read from it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from latentdiff.core.errors import ModelError, UnsafeError, loading
 from latentdiff.core.files import sha256_of
+from latentdiff.formats import gguf_file
 from latentdiff.formats.pickle import is_pickle, named_safetensors
 
 _UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
@@ -37,6 +39,7 @@ _ASKS_TO_RUN_CODE = {
     "_attn_implementation_internal",
     "quantization_config",  # calls the loader of another package
 }
+GGUF = "model.gguf"  # the weights of a network, if some are in blocks
 _SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.((?:(?!-\d{5}-of-)[\w.-])+))?\.safetensors")
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.([\w.-]+))?\.json")
 
@@ -170,7 +173,7 @@ def _check_files(part: str, directory: Path) -> None:
     needed = ("tokenizer.json", "vocab.json") if tokens else ("config.json",)
     if not any((directory / part / file).is_file() for file in needed):
         raise ModelError(f"{part}/{' or '.join(needed)} is missing ({directory})")
-    if not tokens and not any((directory / part).glob("*.safetensors")):
+    if not tokens and not any((directory / part).glob("*.safetensors")) and not (directory / part / GGUF).is_file():
         raise ModelError(f"{part} has no safetensors weights ({directory})")
 
 
@@ -226,7 +229,7 @@ def check_depth(config: dict[str, Any], tensors: int, part: str, directory: Path
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a network: one file, or the shards that an index names. The folder has been checked.
+    """The files of a network's weights: one file, or the shards that an index names. The folder has been checked.
 
     variant: which of several sets of weights, fp16, non_ema, ...; by default the set without a variant, or the only
     one. Raises ModelError.
@@ -257,7 +260,7 @@ def variant_of(folder: Path, variant: str | None) -> str | None:
 
 def _variants(folder: Path) -> dict[str | None, Path]:
     """The single file or the index of each variant of a network's weights."""
-    variants: dict[str | None, Path] = {}
+    variants: dict[str | None, Path] = {None: folder / GGUF} if (folder / GGUF).is_file() else {}
     for file in sorted(folder.iterdir()):
         single, index = _SINGLE.fullmatch(file.name), _INDEX.fullmatch(file.name)
         if named := index or single:
@@ -297,9 +300,11 @@ def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, i
 
 
 def numbers_in(file: Path) -> int:
-    """The number of values in a safetensors file, from its header."""
+    """The number of values in a file of weights, from its header."""
     from safetensors import safe_open
 
+    if gguf_file.is_gguf(file):
+        return gguf_file.numbers_in(file)
     with loading(file.parent.name, file.parent.parent), safe_open(file, "np") as weights:
         names = weights.keys()  # not a mapping: it cannot be iterated
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)

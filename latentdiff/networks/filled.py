@@ -1,4 +1,4 @@
-"""A network of diffusers' filled with given weights, which no random ones are drawn for."""
+"""A network of diffusers' or transformers' filled with given weights, which no random ones are drawn for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import Tensor
 
+from latentdiff.networks.blocks import with_blocks_of
+
 
 def filled(network: Any, config: dict[str, Any], state: dict[str, Tensor]) -> Any:
-    """A network of this class and config with exactly these weights. Tables that it computes itself are computed."""
+    """A network of this class and config with exactly these weights, some of which may be in blocks.
+
+    Tables that it computes itself are computed. Of layers that share one weight one is enough. Raises RuntimeError for
+    weights of other shapes, ValueError for missing and for further ones.
+    """
     with init_empty_weights(include_buffers=False):
-        model = network.from_config(config)
-    model.load_state_dict(state, assign=True)
+        of_diffusers = hasattr(network, "from_config")
+        model = network.from_config(config) if of_diffusers else network(network.config_class.from_dict(config))
+    report = model.load_state_dict(with_blocks_of(model, state), strict=False, assign=True)
+    if not of_diffusers:
+        model.tie_weights()
+    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{len(absent)} weights are missing, the first is {absent[0]}")
+    if more := report.unexpected_keys:
+        raise ValueError(f"{len(more)} weights are of no layer, the first is {more[0]}")
     return model

@@ -22,6 +22,7 @@ from latentdiff.families import check_folder
 from latentdiff.families.loading import Located, card_of, located
 from latentdiff.families.scheduler import read_scheduler
 from latentdiff.model import Model, ModelCard, NumPyPlace, Speed
+from latentdiff.runtime import kinds
 
 if TYPE_CHECKING:
     import torch
@@ -45,24 +46,27 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     speed: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[Model, Speed]:
     """A model and its speed by torch; see LatentDiffusionPipeline.from_pretrained."""
     if runtime not in RUNTIMES:
         raise ConfigError(f"unknown runtime {str(runtime)[:40]!r}; one of {', '.join(RUNTIMES)}")
     if speed not in (None, *SPEEDS):
         raise ConfigError(f"unknown speed {str(speed)[:40]!r}; one of {', '.join(SPEEDS)}")
+    kinds.check_kind(quantize, runtime)
     chosen = cast("Speed", speed or "exact")
     precision = None if dtype is None else str(dtype).removeprefix("torch.")
     if precision is None and speed == "exact":
         precision = "float32"
     required = runtime == "openvino"
+    compiled = required or (runtime == "auto" and quantize in (None, *kinds.OPENVINO))
     if required and (lacks := _lacks(device or "cpu", precision)):
         raise ConfigError(f"the openvino runtime {lacks}")
-    if required or (runtime == "auto" and not _lacks(device, precision)):
+    if compiled and (required or not _lacks(device, precision)):
         source = located(path, variant, revision)
         if (export := _export(source, variant, required=required)) is not None:
-            return _noted(_compiled(source, export, precision, variant, chosen, required=required)), chosen
-    return _noted(_by_torch(path, device, dtype, chosen, variant, revision)), chosen
+            return _noted(_compiled(source, export, precision, variant, chosen, quantize, required=required)), chosen
+    return _noted(_by_torch(path, device, dtype, chosen, variant, revision, quantize)), chosen
 
 
 def _noted(model: Model) -> Model:
@@ -77,7 +81,13 @@ def _noted(model: Model) -> Model:
 
 
 def _by_torch(
-    path: str | Path | None, device: Any, dtype: Any, speed: Speed, variant: str | None, revision: str | None
+    path: str | Path | None,
+    device: Any,
+    dtype: Any,
+    speed: Speed,
+    variant: str | None,
+    revision: str | None,
+    quantize: str | None = None,
 ) -> Model:
     import torch
 
@@ -89,7 +99,12 @@ def _by_torch(
     check_dtype(chosen)
     if chosen is None:
         chosen = narrow_dtype(where) if speed == "max" else torch.float32
-    return moved(stored_model(path, variant, revision), where, chosen)
+    model = moved(stored_model(path, variant, revision), where, chosen)
+    if quantize is None:
+        return model
+    from latentdiff.runtime.quantized import quantized
+
+    return quantized(model, quantize)
 
 
 def _lacks(device: object, precision: str | None) -> str | None:
@@ -142,7 +157,14 @@ def _export(source: Located, variant: str | None, *, required: bool) -> Exported
 
 
 def _compiled(
-    source: Located, export: Exported, precision: str | None, variant: str | None, speed: Speed, *, required: bool
+    source: Located,
+    export: Exported,
+    precision: str | None,
+    variant: str | None,
+    speed: Speed,
+    quantize: str | None,
+    *,
+    required: bool,
 ) -> Model:
     """A model with an export's networks. Unless OpenVINO is `required`, torch may replace it later.
 
@@ -155,10 +177,11 @@ def _compiled(
     path, prediction, *_ = read_scheduler(source.path)
     card = card_of(source, family, path.T, variant)
     precise = precision or ("bfloat16" if has_bfloat16() else "float32")
-    compiler = Compiler(export, precise, card.hash)
+    compiler = Compiler(export, precise, card.hash, quantize)
     networks = compiled_networks(export, compiler)
     ready = partial(begin, *networks)
-    other = None if required else partial(_by_torch, source.path, "cpu", precision, speed, variant, None)
+    alone = required or quantize not in (None, *kinds.TORCH)
+    other = None if alone else partial(_by_torch, source.path, "cpu", precision, speed, variant, None, quantize)
     backbone, encoder, codec = networks
     return Model(
         backbone,
@@ -172,6 +195,7 @@ def _compiled(
         other=_named(other, card),
         ready=ready,
         speed="exact" if precise == "float32" else "max",
+        quantized=quantize,
     )
 
 

@@ -62,9 +62,9 @@ class Ready(NamedTuple):
 class Compiler:
     """The graphs of one model in one precision; each is compiled once for each set of shapes, in its own thread."""
 
-    def __init__(self, model: Exported, precision: str, model_hash: str | None = None):
-        """model_hash: the hash of the weights; without it nothing is cached."""
-        self._model, self._model_hash, self.precision = model, model_hash, precision
+    def __init__(self, model: Exported, precision: str, model_hash: str | None = None, quantize: str | None = None):
+        """model_hash: the hash of the weights; without it nothing is cached. quantize: see runtime/compressed.py."""
+        self._model, self._model_hash, self.precision, self._quantize = model, model_hash, precision, quantize
         self._begun: dict[tuple[str, Shapes], tuple[Future[Ready], user_cache.Kept | None]] = {}
         self._ready: dict[tuple[str, Shapes], Ready] = {}
         self._worker, self._turn = ThreadPoolExecutor(1, "compile"), RLock()
@@ -119,6 +119,10 @@ class Compiler:
             return Ready(compiled.create_infer_request(), [kept.content])
         with loading(f"{FOLDER}/{part}.xml", self._model.directory), _told_of_memory():
             graph, held = self._bound(part, shapes)
+            if kind := self._kind(part):
+                from latentdiff.runtime.compressed import compressed
+
+                graph = compressed(graph, kind)
             compiled = _core().compile_model(graph, "CPU", settings)
         if file is not None:
             user_cache.keep(file, compiled.export_model().getvalue())
@@ -155,11 +159,16 @@ class Compiler:
         model.reshape({parameter.output(0): list(shape) for parameter, shape in zip(inputs, shapes, strict=True)})
         return model, held
 
+    def _kind(self, part: str) -> str | None:
+        """The kind of a part's weights; a VAE's are few and stay numbers."""
+        return None if part.startswith("vae") else self._quantize
+
     def _key(self, part: str, shapes: Shapes) -> str:
         ov = openvino()
         cpu = [_core().get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
         settings = self._settings(part, shapes)
         made_from = [self._model.identity(part), self._model_hash, shapes, settings, ov.__version__, cpu]
+        made_from += [kind] if (kind := self._kind(part)) else []
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from latentdiff.core.errors import ModelError
 from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 from latentdiff.networks.adapters.changes import changes, decomposed
+from latentdiff.networks.blocks import holds_numbers
 
 _PREFIX = "adapter_"  # PEFT stores adapters as attributes; "half" or "to" would hide a method
 
@@ -52,6 +53,7 @@ def _inject(layers: Mapping[str, Layer], network: nn.Module, name: str) -> None:
     state = {f"{module}.{factor}": t for module, layer in layers.items() for factor, t in layer.factors.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are meant
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # quantized layers are never merged
         # made empty: nothing is drawn from a global generator
         inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
     loaded: Any = set_peft_model_state_dict(network, state, name, low_cpu_mem_usage=True)
@@ -131,7 +133,11 @@ def weigh(networks: Networks, weights: Mapping[str, float]) -> None:
 
 @torch.no_grad()
 def merge_attached(networks: Networks) -> None:
-    """Add the active adapters to the network's weights, each times its own weight, and detach all adapters."""
+    """Add the active adapters to the network's weights, each times its own weight, and detach all adapters.
+
+    Raises ModelError for weights of fewer bits than numbers.
+    """
+    _check_numbers(networks)
     for carrier in _carriers(networks):
         weight = carrier.get_base_layer().weight
         doras = [name for name in carrier.active_adapters if name in carrier.lora_variant]
@@ -140,6 +146,12 @@ def merge_attached(networks: Networks) -> None:
         for change in changed:
             weight.data = (weight.float() + change).to(weight.dtype)
     detach(networks)
+
+
+def _check_numbers(networks: Networks) -> None:
+    """Raises ModelError for weights of fewer bits, whose rounding would lose what is added."""
+    if not all(map(holds_numbers, networks.values())):
+        raise ModelError("an adapter cannot be added to quantized weights: load it beside them, without fuse")
 
 
 def detach(networks: Networks) -> None:
@@ -156,6 +168,7 @@ def detach(networks: Networks) -> None:
 @torch.no_grad()
 def merge(adapter: Adapter, networks: Networks, weight: float = 1.0) -> None:
     """Add an adapter of any kind to the weights. Raises ModelError while others are attached."""
+    _check_numbers(networks)
     if _carriers(networks):
         raise ModelError("adapters are attached: merge or unload them before another is merged")
     carried: dict[str, dict[str, Layer]] = {}
