@@ -107,6 +107,7 @@ class Family:
     missing. pipelines: diffusers' pipeline classes. load: a checked folder and the variant of its weights -> the model
     on the CPU in its stored precision. save: write a model's networks into a new folder. index: its model_index.json.
     defaults: settings that its pipeline in diffusers has, where a folder recommends none. layout: of its single files.
+    architecture: see `called`, where it is not the family's name.
     """
 
     name: str
@@ -118,6 +119,11 @@ class Family:
     index: Callable[[Model], dict[str, Any]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     layout: Layout | None = None
+    architecture: Callable[[Model], str] | None = None
+
+    def called(self, model: Model) -> str:
+        """The name of a model's architecture in the metadata of adapters, as modelspec lists them."""
+        return self.name.lower().replace(" ", "-") if self.architecture is None else self.architecture(model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +167,12 @@ class Model:
     @property
     def inpaints(self) -> bool:
         """Whether the backbone reads a mask and the masked picture beside x."""
-        return self.backbone.spec.inputs != self.codec.latent_channels
+        return self.backbone.spec.inputs == 2 * self.codec.latent_channels + 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether the backbone reads an input picture beside x, which it draws anew as the prompt says."""
+        return self.backbone.spec.inputs == 2 * self.codec.latent_channels
 
     @property
     def reads_sizes(self) -> bool:

@@ -27,7 +27,7 @@ from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
 from latentdiff.drawing.passes import passes_of
 from latentdiff.drawing.plan import plan
-from latentdiff.drawing.presets import settled
+from latentdiff.drawing.presets import settled_for
 from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
@@ -262,16 +262,19 @@ class LatentDiffusionPipeline:
                 painter.scorer.to(device=self.device)
             return self
 
-    def offload(self, device: str | torch.device, *, layers: bool = False) -> LatentDiffusionPipeline:
+    def offload(
+        self, device: str | torch.device, *, layers: bool = False, blocks: bool = False
+    ) -> LatentDiffusionPipeline:
         """Keep the networks in the CPU's memory and compute on `device`; returns itself.
 
-        Each network moves there when it is needed; with `layers` each of its layers, which is slower and takes the
-        least memory.
+        Each network moves there when it is needed; with `blocks` each of its repeated blocks, on CUDA while the one
+        before computes; with `layers` each of its layers, which is slower and takes the least memory.
         """
-        from latentdiff.runtime.offload import offloaded
+        from latentdiff.runtime.offload import Unit, offloaded
 
         with self._changing("offloading"):
-            self._painter = replace(self._painter, model=offloaded(self.model, device, layers=layers))
+            unit: Unit = "layer" if layers else "block" if blocks else "network"
+            self._painter = replace(self._painter, model=offloaded(self.model, device, unit))
             return self
 
     def enable_model_cpu_offload(self, device: str = "cuda") -> None:
@@ -281,6 +284,12 @@ class LatentDiffusionPipeline:
     def enable_sequential_cpu_offload(self, device: str = "cuda") -> None:
         """See `offload`, under diffusers' name."""
         self.offload(device, layers=True)
+
+    def enable_group_offload(self, onload_device: str = "cuda", **settings: Any) -> None:
+        """See `offload` by blocks, under diffusers' name. Other settings of diffusers' are chosen here."""
+        if settings:
+            warnings.warn(f"enable_group_offload chooses by itself: {', '.join(settings)} ignored", stacklevel=2)
+        self.offload(onload_device, blocks=True)
 
     def load_lora_weights(
         self, path: str | Path, adapter_name: str | None = None, *, weight: float = 1.0, fuse: bool = False
@@ -427,7 +436,7 @@ class LatentDiffusionPipeline:
 
     def request(self, prompt: str, **settings: Any) -> Request:
         """A validated request with recommended settings; loads the model's own CLIP if the request requires it."""
-        made = request(prompt=prompt, **settled(self.card.defaults, settings))
+        made = request(prompt=prompt, **settled_for(self.model, settings))
         what = torch_only(made, self.model)
         with self._in_torch(what) if what else nullcontext():
             if made.clip_guidance_scale and self._painter.scorer is None:

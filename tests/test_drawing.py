@@ -577,11 +577,12 @@ def test_a_model_without_clip_says_so(tmp_path):
 # memory
 
 
-@pytest.mark.parametrize("layers", [False, True])
-def test_offloaded_networks_draw_the_same(tiny_model, pipe, layers):
-    """The CPU stands for the device: accelerate's hooks move networks, or layers, and change no bit."""
-    other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu").offload("cpu", layers=layers)
-    if layers:
+@pytest.mark.parametrize("unit", ["network", "layers", "blocks"])
+def test_offloaded_networks_draw_the_same(tiny_model, pipe, unit):
+    """The CPU stands for the device: hooks move networks, layers or blocks, and change no bit."""
+    units = {} if unit == "network" else {unit: True}
+    other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu").offload("cpu", **units)
+    if unit == "layers":
         assert next(other.model.backbone.parameters()).device.type == "meta"
     settings = {"image": np.zeros((64, 64, 3), np.uint8), "strength": 0.9}
     np.testing.assert_array_equal(drawn(other), drawn(pipe))

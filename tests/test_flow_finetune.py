@@ -93,12 +93,32 @@ def test_what_is_cached_is_what_is_computed(data, call, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_killed_and_gone_on_with(data, tmp_path):
+@pytest.mark.parametrize("kind", ["int8", "fp8", "q8_0", "q4_0"])
+def test_factors_beside_quantized_weights(data, call, tmp_path, kind):
+    """The loss falls, in bfloat16 too; the adapter is a usual one, which also changes the whole model's picture."""
+    MAKERS["Flux.1"]().save_pretrained(tmp_path / "model")
+    words = ("--rank", 4, "--quantize", kind, "--mixed-precision", "bf16", "--gradient-checkpointing", *QUICK)
+    code, err = Started("finetune", tmp_path / "model", data, "-o", tmp_path / "run", *words).ended()
+    assert (code, f"weights {kind}" in err) == (0, True), err
+    first, last = losses(tmp_path / "run")
+    assert last < first
+    pipe = load(tmp_path / "model")
+    asked = {"seed": 1, "num_inference_steps": 1, "width": 64, "height": 64, "output_type": "pt"}
+    plain = pipe("a red circle", **asked).images
+    fit = pipe.load_lora_weights(tmp_path / "run")
+    assert (fit.unused, fit.missing) == ([], [])
+    assert not torch.equal(pipe("a red circle", **asked).images, plain)
+    code, _, err = call("finetune", tmp_path / "model", data, "-o", tmp_path / "run", "--rank", 4, *QUICK)
+    assert (code, f"quantize {kind} -> None" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("further", [(), ("--quantize", "q4_0")], ids=["numbers", "blocks"])
+def test_killed_and_gone_on_with(data, tmp_path, further):
     """SIGKILL in the third step: the same bits in the end."""
     MAKERS["Z-Image"]().save_pretrained(tmp_path / "model")
 
     def begun(name, hook=None):
-        words = ("finetune", tmp_path / "model", data, "-o", tmp_path / name, "--rank", 2, *QUICK)
+        words = ("finetune", tmp_path / "model", data, "-o", tmp_path / name, "--rank", 2, *QUICK, *further)
         return Started(*words, hook=hook)
 
     code, err = begun("whole").ended()
@@ -130,6 +150,9 @@ def in_third_step():
     [
         (("--train-text-encoder",), "training the text encoder requires CLIP as the only text encoder"),
         (("--method", "textual-inversion", "--token", "<x>", "--initial", "red"), "a learnt word requires CLIP"),
+        (("--method", "full", "--quantize", "q4_0"), "quantize requires frozen weights"),
+        (("--dora", "--quantize", "int8"), "quantize requires frozen weights"),
+        (("--quantize", "int4"), "must be 'int8', 'fp8', 'q8_0' or 'q4_0' (got 'int4')"),
     ],
 )
 def test_what_cannot_be_taught_is_said(data, call, tmp_path, words, message):

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
+from PIL import Image
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.record import read_metadata
@@ -12,6 +14,7 @@ from latentdiff.networks.backbones.flux import packed, unpacked
 from latentdiff.networks.encoders.prompt import Prompt
 
 from . import flux
+from .pictures import as_jsonl, some_pictures
 from .stable_diffusion import load
 
 PROMPT = "a castle on the hill"
@@ -39,6 +42,15 @@ def test_packing_is_that_of_diffusers():
     tokens = FluxPipeline._pack_latents(x, 1, 16, 8, 12)
     assert torch.equal(packed(x), tokens)
     assert torch.equal(unpacked(tokens, 4, 6), x)
+
+
+def test_what_has_no_effect_is_refused(folder):
+    """CLIP's hidden states are not read; a preset leaves the guidance that dev is told as it is."""
+    pipe = load(folder)
+    with pytest.raises(ConfigError, match="clip_skip has no effect on this model"):
+        pipe(PROMPT, clip_skip=1, num_inference_steps=1, width=64, height=64)
+    expected = 3.5 if "dev" in folder.name else 1.0
+    assert pipe.request(PROMPT, preset="hyper").guidance_scale == expected
 
 
 @pytest.mark.parametrize(
@@ -118,3 +130,68 @@ def test_by_the_command_line(folder, call, tmp_path):
     assert record["request"]["num_inference_steps"] == 2
     code, out, _ = call("reproduce", path, "--model", folder)
     assert (code, "equal: all" in out) == (0, True)
+
+
+# --- Kontext ---
+
+
+@pytest.fixture(scope="module")
+def kontext(tmp_path_factory):
+    """The networks of dev, as an editing pipeline."""
+    place = tmp_path_factory.mktemp("flux") / "kontext"
+    FluxKontextPipeline(**flux.pipeline().components).save_pretrained(place)
+    return place
+
+
+def picture(height=64, width=64):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 4, "width": 96},
+        {"num_inference_steps": 4, "true_cfg_scale": 3.0, "negative_prompt": "blurry red", "guidance_scale": 2.0},
+    ],
+)
+def test_kontext_edits_as_diffusers_does(kontext, settings):
+    """The picture is read beside the noise; drawing begins at noise, and a strength is not needed."""
+    settings = {"width": 64, "height": 64, **settings}
+    x, image = noise(settings["height"] // 8, settings["width"] // 8), picture(settings["height"], settings["width"])
+    pipe = FluxKontextPipeline.from_pretrained(kontext)
+    pipe.set_progress_bar_config(disable=True)
+    area = {"max_area": settings["width"] * settings["height"], "_auto_resize": False}
+    expected = pipe(image, PROMPT, latents=packed(x), output_type="pt", **settings, **area).images
+    ours = load(kontext)
+    own = {key: value for key, value in settings.items() if key not in ("width", "height")}
+    drawn = ours(PROMPT, image=image, latents=x, output_type="pt", **own).images
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    without = pipe(None, PROMPT, latents=packed(x), output_type="pt", **settings, **area).images
+    plain = ours(PROMPT, latents=x, output_type="pt", **settings).images
+    torch.testing.assert_close(plain, without, rtol=1e-4, atol=1e-4)
+    assert (plain - drawn).abs().max() > 0.01
+
+
+def test_kontext_keeps_what_is_not_masked(kontext):
+    mask = Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (32, 0))))
+    asked = {"image": picture(), "mask_image": mask, "num_inference_steps": 2, "seed": 1, "output_type": "np"}
+    drawn = load(kontext)(PROMPT, **asked).images[0]
+    before = np.asarray(picture(), np.float32) / 255
+    np.testing.assert_allclose(drawn[:, :32], before[:, :32], atol=1 / 255)
+    assert np.abs(drawn[:, 32:] - before[:, 32:]).max() > 0.1
+
+
+def test_kontext_saved_and_refused(kontext, call, tmp_path):
+    pipe = load(kontext)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == "FluxKontextPipeline"
+    assert load(tmp_path / "saved").model.edits
+    picture().save(tmp_path / "before.png")
+    words = ("generate", PROMPT, "-m", kontext, "--image", tmp_path / "before.png", "--steps", 2, "-s", 1)
+    assert call(*words, "-o", tmp_path / "after.png")[0] == 0
+    code, out, _ = call("reproduce", tmp_path / "after.png", "--model", kontext)
+    assert (code, "equal: all" in out) == (0, True)
+    as_jsonl(tmp_path / "data", some_pictures(4))
+    code, _, err = call("finetune", kontext, tmp_path / "data", "-o", tmp_path / "run", "--resolution", 64)
+    assert (code, "fine-tuning an editing model is not supported" in err) == (2, True), err

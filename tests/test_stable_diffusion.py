@@ -107,6 +107,20 @@ def test_pictures(both, solver):
     assert expected.std() > 0.01, "a flat picture shows nothing"
 
 
+def test_xl_of_velocity_and_zero_terminal_snr(tmp_path):
+    """NoobAI's like, known by the scheduler's config: the first level has no signal, guidance is rescaled."""
+    theirs = stable_diffusion.pipeline("XL", prediction="v_prediction")
+    velocity = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    theirs.scheduler = DDIMScheduler(**stable_diffusion.SCHEDULE, **velocity)
+    theirs.save_pretrained(tmp_path)
+    ours, x = stable_diffusion.load(tmp_path), latents(1, 4, 8, 8)
+    first = ours.model.path.levels(8, "trailing")[0]
+    assert (ours.model.prediction, first.alpha, first.sigma) == ("v_prediction", 0.0, 1.0)
+    asked = {"num_inference_steps": 8, "guidance_scale": 5.0, "height": 64, "width": 64, "guidance_rescale": 0.7}
+    expected = theirs(PROMPT, latents=x, output_type="np", **asked).images
+    assert np.abs(ours(PROMPT, latents=x, output_type="np", **asked).images - expected).max() < 1e-4
+
+
 def test_default_negative_prompt(both):
     """Without one, SDXL's unconditional context is zeros, the others' is that of the empty prompt."""
     ours, theirs, _ = both

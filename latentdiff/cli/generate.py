@@ -42,6 +42,7 @@ class Offload(StrEnum):
     """What moves to the device when it is needed."""
 
     model = "model"
+    block = "block"
     sequential = "sequential"
 
 
@@ -206,7 +207,7 @@ def generate(
     if clip is not None:
         pipe.load_clip(clip)
     if offload is not None:
-        pipe.offload(device or pipe.device, layers=offload is Offload.sequential)
+        pipe.offload(device or pipe.device, layers=offload is Offload.sequential, blocks=offload is Offload.block)
     jobs = _jobs(pipe, wishes, requests, common)
     paths: list[Path] = []
     for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume, steps_gif), process):

@@ -21,7 +21,7 @@ from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
 from latentdiff.drawing.passes import steps
 from latentdiff.drawing.plan import plan
-from latentdiff.drawing.presets import settled
+from latentdiff.drawing.presets import settled_for
 from latentdiff.drawing.prompts import chunks_of, notes_of
 from latentdiff.drawing.record import ImageMetadata, installed_versions
 from latentdiff.drawing.request import Request, check_size, request
@@ -33,7 +33,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
 
 def requested(painter: Painter, prompt: str, **settings: Any) -> Request:
     """A validated request, completed with the model's recommended settings. Raises ConfigError."""
-    made = request(prompt=prompt, **settled(painter.model.card.defaults, settings))
+    made = request(prompt=prompt, **settled_for(painter.model, settings))
     check(made, painter)
     return made
 

@@ -74,7 +74,8 @@ def guided(
     backbone: Backbone, prediction: str, prompts: Prompted, request: Request, start: Start, helpers: Helpers
 ) -> Denoiser:
     """The guided denoiser: guidance between conditions, then away from weaker models, then the unmasked input."""
-    network = _network(backbone, start.extra, request.cache_interval)
+    beside = start.extra if start.context is None else start.context
+    network = _network(backbone, beside, request.cache_interval)
     plain = denoiser(network, prediction, prepared(backbone, prompts.cond))
     cond = denoise = guidance.once(plain)
     if prompts.uncond is not None:
@@ -83,7 +84,7 @@ def guided(
         cond, denoise = guidance.chosen(pair, 1), _classifier_free(pair, request, "guidance" in backbone.spec.reads)
     if request.pag_scale:
         assert isinstance(backbone, PerturbedAttention)
-        other = denoiser(perturbed(backbone, start.extra), prediction, prepared(backbone, prompts.cond))
+        other = denoiser(perturbed(backbone, beside), prediction, prepared(backbone, prompts.cond))
         denoise = guidance.away_from(denoise, cond, other, request.pag_scale)
     if helpers.weaker is not None:
         denoise = guidance.away_from(denoise, cond, helpers.weaker, request.autoguidance_scale - 1)

@@ -147,6 +147,7 @@ class ImageToImage(_Planned):
         start = from_latents(self.levels(), self.noise(draw), known, mask, fresh=fresh)
         if model.inpaints and fresh:  # as diffusers starts: the network reads the kept part beside x
             start = replace(start, x=self.noise(draw))
+        start = replace(start, context=known) if model.edits else start
         return with_extra(model, start, masked, notes=self.notes)
 
 

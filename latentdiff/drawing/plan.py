@@ -54,7 +54,7 @@ def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
         raise ConfigError(f"num_inference_steps: the model has {model.path.T} (got {steps})")
     _check_levels(request, model)
     size = _first_size(request, model, canvas)
-    strength = 1.0 if canvas is None else strength_of(request, canvas.mask is not None)
+    strength = 1.0 if canvas is None else strength_of(request, canvas.mask is not None or model.edits)
     passes = [PlannedPass(size, steps if canvas is None else kept_steps(steps, strength), strength)]
     if request.hires_scale is not None:
         height, width = (max(1, round(side * request.hires_scale / model.multiple)) * model.multiple for side in size)
@@ -91,9 +91,9 @@ def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
     return check_size("height", height, model.multiple), check_size("width", width, model.multiple)
 
 
-def strength_of(request: Request, masked: bool) -> float:
+def strength_of(request: Request, fresh: bool) -> float:
     """The share of the noise that an input picture gets; by default all of it inside a mask."""
-    return request.strength if request.strength is not None else 1.0 if masked else 0.8
+    return request.strength if request.strength is not None else 1.0 if fresh else 0.8
 
 
 def kept_steps(steps: int, strength: float) -> int:

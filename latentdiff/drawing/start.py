@@ -36,7 +36,7 @@ class Start:
     """The start of a pass: x at levels[0], and the latents and the mask of an input picture of which a part stays.
 
     known: (B, C, h, w); mask: (B, 1, h, w), 1 in the part to draw, between 0 and 1 on its soft edge. extra: channels
-    that an inpainting network reads.
+    that an inpainting network reads. context: (B, C, h, w), the latents of the picture that an editing network reads.
     """
 
     x: Array
@@ -44,6 +44,7 @@ class Start:
     known: Array | None = None
     mask: Array | None = None
     extra: Array | None = None
+    context: Array | None = None
 
 
 def keyed(jobs: Sequence[Job], shape: tuple[int, ...], put: Put) -> Draw:

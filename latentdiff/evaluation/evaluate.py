@@ -16,7 +16,7 @@ from latentdiff.data.dataset import look
 from latentdiff.data.examples import Examples
 from latentdiff.data.sprites.library import Library
 from latentdiff.drawing.painter import Painter
-from latentdiff.drawing.presets import settled
+from latentdiff.drawing.presets import settled_for
 from latentdiff.drawing.record import installed_versions
 from latentdiff.evaluation import features as extractors
 from latentdiff.evaluation.benchmark import SHAPES, Benchmark, SpriteBenchmark
@@ -193,7 +193,7 @@ def rules_of(
         "features sha256": references.extractor.hash,
         "seed": settings.seed,
         "times": settings.times,
-        "drawing": [settled(model.card.defaults, settings.drawing) for model in models],
+        "drawing": [settled_for(model, settings.drawing) for model in models],
         "sweep": settings.grid,
         "runtime": [f"{model.runtime}, {model.backbone.dtype}" for model in models],
         "device": str(models[0].place.device),

@@ -36,7 +36,7 @@ def assembled(
     for name, width in widths.items():
         if reads[name][-1] != width:
             raise ModelError(f"the transformer reads {name} of {reads[name][-1]}, the texts have {width} ({directory})")
-    if inputs != codec.latent_channels:
+    if inputs not in (codec.latent_channels, 2 * codec.latent_channels):
         raise ModelError(f"a transformer of {inputs} channels, latents of {codec.latent_channels} ({directory})")
     path, prediction, *_ = read_scheduler(directory)
     card = model_card(directory, path.T, variant, defaults, hashed=not given)

@@ -1,5 +1,7 @@
-"""Flux.1, dev and schnell: a transformer on a straight path, a KL autoencoder of 16 channels, CLIP and T5 (Black Forest
-Labs 2024). dev is told its guidance, and its shift grows with the picture; schnell is distilled to four steps.
+"""Flux.1, dev, schnell and Kontext: a transformer on a straight path, a KL autoencoder of 16 channels, CLIP and T5.
+
+dev is told its guidance, and its shift grows with the picture; schnell is distilled to four steps (Black Forest Labs
+2024). Kontext, whose weights have the shapes of dev's, is known by its pipeline's class; it draws an input picture anew.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.families import flow, layouts, stable_diffusion
+from latentdiff.formats.folder import read_index
 from latentdiff.model import NOTHING, Family, Layout, Model
 
 PARTS = {
@@ -19,6 +22,7 @@ PARTS = {
     "tokenizer": stable_diffusion.PARTS["tokenizer"],
     "tokenizer_2": frozenset({"T5Tokenizer", "T5TokenizerFast"}),
 }
+KONTEXT = frozenset({"FluxKontextPipeline", "FluxKontextInpaintPipeline"})
 T5_LENGTH = 512  # tokens that T5 reads
 DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5}
 DISTILLED = {"num_inference_steps": 4, "guidance_scale": 1.0}  # schnell, which no guidance is told
@@ -29,10 +33,11 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     import diffusers
 
     from latentdiff.families.weights import load_t5, load_text_encoder, load_vae, pretrained
-    from latentdiff.networks.backbones.flux import Flux
+    from latentdiff.networks.backbones.flux import Flux, Kontext
     from latentdiff.networks.encoders.clip_and_t5 import ClipAndT5
 
-    backbone: Any = Flux(
+    network = Kontext if read_index(directory).get("_class_name") in KONTEXT else Flux
+    backbone: Any = network(
         pretrained(diffusers.FluxTransformer2DModel, directory, "transformer", variant, Flux, given)
     ).eval()
     clip, t5 = load_text_encoder(directory, variant, given), load_t5(directory, "_2", T5_LENGTH, variant, given)
@@ -57,7 +62,8 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
 
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
-    return flow.index(model, "FluxPipeline", feature_extractor=[None, None], image_encoder=[None, None])
+    pipeline = "FluxKontextPipeline" if model.edits else "FluxPipeline"
+    return flow.index(model, pipeline, feature_extractor=[None, None], image_encoder=[None, None])
 
 
 def converted(state: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def converted(state: dict[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     "Flux.1",
-    frozenset(f"Flux{task}" for task in stable_diffusion.TASKS),
+    frozenset(f"Flux{task}" for task in stable_diffusion.TASKS) | KONTEXT,
     PARTS,
     frozenset(),
     load,

@@ -53,6 +53,7 @@ FAMILY = Family(
     load,
     stable_diffusion.save,
     stable_diffusion.index,
+    architecture=stable_diffusion.architecture,
 )
 
 

@@ -117,6 +117,13 @@ def shared_index(model: Model) -> dict[str, Any]:
     }
 
 
+def architecture(model: Model) -> str:
+    """See Family: the version, by the width of its text encoder; models trained here have widths of their own."""
+    second = "v2-768-v" if model.prediction == "v_prediction" else "v2-512"
+    versions = {768: "v1", 1024: second}
+    return f"stable-diffusion-{versions.get(model.backbone.spec.reads['tokens'][-1] or 0, 'of-its-own')}"
+
+
 FAMILY = Family(
     "Stable Diffusion",
     frozenset(f"StableDiffusion{task}" for task in TASKS),
@@ -125,4 +132,5 @@ FAMILY = Family(
     load,
     save,
     index,
+    architecture=architecture,
 )

@@ -37,4 +37,5 @@ FAMILY = Family(
     save,
     index,
     DEFAULTS,
+    architecture=lambda model: "stable-diffusion-xl-v1-base",
 )

@@ -357,5 +357,6 @@ def weights_hash(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
+        tensor = tensor if type(tensor) in (torch.Tensor, nn.Parameter) else tensor.dequantize()  # torchao's classes
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

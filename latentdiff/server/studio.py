@@ -24,7 +24,7 @@ from latentdiff.drawing.canvas import BLACK, Margins
 from latentdiff.drawing.draw import canvas_of, jobs_of
 from latentdiff.drawing.files import write_pictures
 from latentdiff.drawing.painter import torch_only
-from latentdiff.drawing.presets import settled
+from latentdiff.drawing.presets import settled_for
 from latentdiff.drawing.record import ImageMetadata
 from latentdiff.drawing.request import request as made
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -96,7 +96,7 @@ class Studio:
             pipe = await self._take(wanted, held)
             if order.sha256 not in (None, pipe.card.hash):
                 raise ConfigError(f"it was drawn by another model that is called {wanted.model} too")
-            if torch_only(made(**settled(pipe.card.defaults, settings)), pipe.model):
+            if torch_only(made(**settled_for(pipe.model, settings)), pipe.model):
                 pipe = await self._take(wanted._replace(torch=True), held)  # others' pictures stay as they are
             request = pipe.request(**settings)
             canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)

@@ -75,6 +75,9 @@ class FineTuning(Settings):
     variant: str | None = Field(None, description="variant of the model's weights: fp16, ...")
     revision: str | None = Field(None, description="revision of a hub id")
     method: Literal["full", "lora", "dreambooth", "textual-inversion"] = Field("lora", description="what is trained")
+    quantize: Literal["int8", "fp8", "q8_0", "q4_0"] | None = Field(
+        None, description="kind of the frozen weights, with fewer bits; only for methods that leave weights frozen"
+    )
     image_size: int = Field(0, ge=0, le=2048, description="side of the pictures in pixels; 0: the model's")
     data: Data = Data()
     finetune: Learning = Learning()
@@ -107,6 +110,10 @@ class FineTuning(Settings):
             raise ValueError('word has no effect without method = "textual-inversion"')
         if not self.low_rank and self.lora != Lora():
             raise ValueError(f"lora has no effect on {self.method} without a rank")
+        if self.quantize and (self.lora.dora or not (self.low_rank or self.method == "textual-inversion")):
+            raise ValueError("quantize requires frozen weights: lora or textual-inversion, without dora")
+        if self.quantize and self.finetune.tune_text_encoder:
+            raise ValueError("quantize has no tune_text_encoder: the text encoder's weights are frozen too")
         if self.lora.rslora and self.lora.kohya:
             raise ValueError("kohya's format has no rslora: its scale is alpha / rank")
         return self

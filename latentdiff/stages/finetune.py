@@ -24,8 +24,8 @@ from latentdiff.families.loading import DEFAULT_MODEL, stored_model
 from latentdiff.families.own import times_of
 from latentdiff.families.weights import weights_hash
 from latentdiff.model import Model
-from latentdiff.networks.backbones.unet import UNet
 from latentdiff.runtime.device import moved
+from latentdiff.runtime.quantized import quantized
 from latentdiff.settings.config import Override, save_config
 from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
 from latentdiff.stages.cache import captions_of, latents_of
@@ -77,9 +77,14 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
 
 
 def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuning, Model]:
-    """The settings, with defaults for the model's size, and the model in float32. Raises ConfigError, ModelError."""
+    """The settings, with defaults for the model's size, and the model in float32, or with quantized weights.
+
+    Raises ConfigError, ModelError.
+    """
     config = load_finetuning(path, overrides)
     model = moved(stored_model(config.model or None, config.variant, config.revision), "cpu", torch.float32)
+    if config.quantize is not None:
+        model = quantized(model, config.quantize)
     size = sum(parameter.numel() for parameter in model.modules()[0].parameters())
     config = load_finetuning(path, overrides, size)
     return config.model_copy(update={"image_size": config.image_size or model.card.size[0]}), model
@@ -89,6 +94,7 @@ def plan(run: Run[FineTuning], model: Model, tuning: Tuning) -> list[str]:
     """The plan of this start."""
     config = run.config
     what = f"{config.model or 'the default model'} by {config.method}"
+    what += f", weights {config.quantize}" if config.quantize else ""
     what += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.low_rank else ""
     lines = [f"teach {what}, learning rate {config.finetune.training.learning_rate:g}"]
     if config.prior.prompt:
@@ -137,7 +143,7 @@ def narrow_frozen(unet: nn.Module) -> None:
     The text encoder and the autoencoder keep their precision, so that cached and uncached values are equal.
     """
     for parameter in unet.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and type(parameter) is nn.Parameter and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -228,12 +234,7 @@ def timed_step(run: Run[FineTuning], model: Model, tuning: Tuning) -> float:
 def said_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
     """Metadata of the training under kohya's and modelspec's keys."""
     config, training = run.config, run.config.finetune.training
-    width = model.backbone.spec.reads["tokens"][-1]
-    second = "v2-768-v" if model.prediction == "v_prediction" else "v2-512"
-    sizes = {768: "v1", 1024: second, 2048: "xl-v1-base"} if isinstance(model.backbone, UNet) else {}
-    kind = f"stable-diffusion-{sizes.get(width or 0, 'of-its-own')}"
-    if not sizes and model.family is not None:
-        kind = model.family.name.lower().replace(" ", "-")
+    kind = "of-its-own" if model.family is None else model.family.called(model)
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{kind}/lora",

@@ -47,6 +47,8 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
     """
     if model.inpaints:
         raise ConfigError("fine-tuning an inpainting model is not supported: give the plain model that it comes from")
+    if model.edits:
+        raise ConfigError("fine-tuning an editing model is not supported: captioned pictures have no picture before")
     _, text_encoder, codec = trainable(model)
     codec.requires_grad_(False)
     text_encoder.requires_grad_(False)

@@ -1,9 +1,12 @@
 """The transformer of Flux.1 (Black Forest Labs 2024): diffusers.FluxTransformer2DModel.
 
-It reads latents in tokens of 2 x 2, each with its row and column, after the tokens of the prompt.
+It reads latents in tokens of 2 x 2, each with its row and column, after the tokens of the prompt. Kontext reads those
+of an input picture after them (Black Forest Labs 2025).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,21 +33,31 @@ class Flux(Transformer):
     def output(self, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """See Transformer."""
         height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
-        tokens = conditions["tokens"]
+        tokens, pictures = conditions["tokens"], torch.split(x, self.spec.outputs, 1)
         output = self.model(
-            hidden_states=packed(x),
+            hidden_states=torch.cat([packed(picture) for picture in pictures], 1),
             timestep=(time / 1000).to(x.dtype),
             guidance=conditions.get("guidance"),
             encoder_hidden_states=tokens,
             pooled_projections=conditions["pooled"],
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=places(height, width).to(x),
+            img_ids=torch.cat([places(height, width, number) for number in range(len(pictures))]).to(x),
             return_dict=False,
         )[0]
-        return unpacked(output, height, width)
+        return unpacked(output[:, : height * width], height, width)
 
 
-def places(height: int, width: int) -> Tensor:
-    """The place of each token, (h w, 3): 0, row, column."""
+class Kontext(Flux):
+    """It also reads the latents of a picture beside x, as further channels, if there is one."""
+
+    @property
+    def spec(self) -> Spec:
+        """See Spec."""
+        plain = super().spec
+        return replace(plain, inputs=2 * plain.inputs)
+
+
+def places(height: int, width: int, picture: int = 0) -> Tensor:
+    """The place of each token, (h w, 3): the number of its picture, row, column."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
+    return torch.stack([torch.full_like(rows, picture), rows, columns], -1).reshape(-1, 3)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from latentdiff.core.turn import Turn
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.encoders.prompt import Prompt, Reading, Style, notes_on, parse
+from latentdiff.networks.encoders.prompt import Prompt, Reading, Style, check_no_clip_skip, notes_on, parse
 from latentdiff.networks.saving import save_network
 
 
@@ -66,6 +66,7 @@ class ChatText(nn.Module):
     @torch.no_grad()
     def encode(self, prompt: Prompt) -> Conditions:
         """See Encoder."""
+        check_no_clip_skip(prompt.style)
         chat = self.chat
         with self._turn:
             filled = "max_length" if chat.filled else False

@@ -8,7 +8,7 @@ from torch import nn
 
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.networks.encoders.prompt import Prompt, Reading, Style, notes_on
+from latentdiff.networks.encoders.prompt import Prompt, Reading, Style, check_no_clip_skip, notes_on
 from latentdiff.networks.encoders.t5 import T5Text
 
 
@@ -45,6 +45,7 @@ class ClipAndT5(nn.Module):
 
     def encode(self, prompt: Prompt) -> Conditions:
         """See Encoder. Weights of words act on T5 alone: CLIP's pooled text is one vector."""
+        check_no_clip_skip(prompt.style)
         return Conditions({"tokens": self.second.encode(prompt), "pooled": self.first.pooled(prompt)})
 
     def save(self, directory: Path) -> None:

@@ -130,6 +130,12 @@ class Reader:
         return weights
 
 
+def check_no_clip_skip(style: Style) -> None:
+    """Raises ConfigError for a style that leaves out layers of a CLIP whose layers nothing reads."""
+    if style.clip_skip is not None:
+        raise ConfigError("clip_skip has no effect on this model: it reads no hidden states of CLIP")
+
+
 def check_clip_skip(style: Style, layers: int) -> None:
     """Raises ConfigError unless at least one of the layers remains."""
     if style.clip_skip is not None and not 0 <= style.clip_skip < layers:

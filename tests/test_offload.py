@@ -1,0 +1,52 @@
+"""Networks in the CPU's memory: what is on the device at once, and the same pictures for every family."""
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.runtime.offload import networks_in
+
+from . import flow_models, flux, stable_diffusion_3
+from .stable_diffusion import load
+from .test_parts import FLUX_DEV
+
+ASKED = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
+MAKERS = {
+    "Flux.1": flux.pipeline,
+    "Stable Diffusion 3": stable_diffusion_3.pipeline,
+    "Z-Image": lambda: flow_models.pipeline("Z-Image"),
+    "FLUX.2 klein": lambda: flow_models.pipeline("FLUX.2 klein"),
+    "Qwen-Image": lambda: flow_models.pipeline("Qwen-Image"),
+}
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_every_network_is_moved_and_draws_the_same(family, tmp_path):
+    """The CPU stands for the device. The text encoders come first, the VAE last."""
+    MAKERS[family]().save_pretrained(tmp_path)
+    plain = load(tmp_path)
+    modules = [module for module, _ in networks_in(plain.model)]
+    assert {*map(id, modules)} == {id(part) for part in plain.model.parts.values() if isinstance(part, nn.Module)}
+    assert [is_backbone for _, is_backbone in networks_in(plain.model)] == [False] * (len(modules) - 2) + [True, False]
+    assert modules[-1] is plain.model.parts["vae"]
+    expected = plain("a castle", **ASKED).images
+    for unit in ("blocks", "layers"):
+        other = LatentDiffusionPipeline.from_pretrained(tmp_path, device="cpu").offload("cpu", **{unit: True})
+        assert torch.equal(other("a castle", **ASKED).images, expected)
+
+
+def weight_bytes(module):
+    return sum(2 * parameter.numel() for parameter in module.parameters())
+
+
+def test_a_model_of_twelve_billions_fits_eight_gigabytes():
+    """Two blocks of it in 16 bits, and what is in no block."""
+    with torch.device("meta"):
+        network = diffusers.FluxTransformer2DModel.from_config(FLUX_DEV)
+    blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+    assert weight_bytes(network) > 23e9
+    largest = max(map(weight_bytes, blocks))
+    rest = weight_bytes(network) - sum(map(weight_bytes, blocks))
+    assert 2 * largest + rest < 1.5e9
