@@ -402,12 +402,38 @@ def test_a_vae_of_original_names(tmp_path):
         assert torch.equal(tensor, state[name]), name
 
 
-def test_weights_with_scales_of_their_own_are_refused(tmp_path):
+@pytest.mark.parametrize(("scale", "beside"), [("scale_weight", "scaled_fp8"), ("weight_scale", None)])
+def test_float8_with_a_scale_for_each_weight(scale, beside, tmp_path):
+    """ComfyUI's scaled files: each number is the product, rounded once."""
     pipe = flow_models.pipeline("Z-Image")
     pipe.save_pretrained(tmp_path / "folder")
-    state = z_image_names(pipe.transformer.state_dict()) | {"layers.0.attention.qkv.scale_weight": torch.ones(1)}
+    state = z_image_names(pipe.transformer.state_dict())
+    wide = [name for name, tensor in state.items() if tensor.ndim == 2 and "layers" in name]
+    expected = dict(state)
+    for name in wide:
+        factor = state[name].abs().max() / 448
+        narrow = (state[name] / factor).to(torch.float8_e4m3fn)
+        expected[name] = (narrow.float() * factor).bfloat16()
+        state |= {name: narrow, name.replace("weight", scale): factor}
+        state |= {name.replace("weight", "scale_input"): torch.ones(())} if beside else {}
+    state |= {beside: torch.zeros(2)} if beside else {name.replace("weight", "comfy_quant"): torch.zeros(9).byte()}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match="weights with scales of their own are not supported"):
+    save_file({name: tensor.contiguous() for name, tensor in expected.items()}, tmp_path / "y.safetensors")
+    one, other = (joined([tmp_path / name], tmp_path / "folder") for name in ("x.safetensors", "y.safetensors"))
+    weights = zip(one.parts["transformer"].parameters(), other.parts["transformer"].parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in weights)
+
+
+@pytest.mark.parametrize("scale", [torch.ones(()), torch.ones(48, 1)])
+def test_other_weights_with_scales_are_refused(scale, tmp_path):
+    """Of numbers in 32 bits a scale is not known; nor are scales of blocks."""
+    pipe = flow_models.pipeline("Z-Image")
+    pipe.save_pretrained(tmp_path / "folder")
+    state = z_image_names(pipe.transformer.state_dict()) | {"layers.0.attention.qkv.scale_weight": scale}
+    if scale.ndim:
+        state["layers.0.attention.qkv.weight"] = state["layers.0.attention.qkv.weight"].to(torch.float8_e4m3fn)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="weights with scales of their own are supported for float8 alone"):
         joined([tmp_path / "x.safetensors"], tmp_path / "folder")
 
 

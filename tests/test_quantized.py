@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.drawing.pixels import are_flat
 from latentdiff.formats.gguf_file import read_gguf, shapes_in
 from latentdiff.networks.blocks import BlockLinear, in_blocks, repeated_layers, widened
 from latentdiff.networks.saving import save_gguf
@@ -188,6 +189,27 @@ def test_graphs(kind, bound, tmp_path, monkeypatch):
     assert torch.equal(draw_compiled(quantize=kind)[1], picture)
     assert {file.name for file in tmp_path.iterdir()} == before | made
     assert pipe.model.quantized == kind
+
+
+def test_flat_pictures_are_said(folder, call, tmp_path):
+    """One of two is; a picture with a single other value is not."""
+    pipe = opened(folder, quantize="q4_0")
+    decoder = pipe.components["vae"].decoder
+    whole = decoder.forward
+
+    def first_is_flat(z, *rest):
+        images = whole(z, *rest)
+        images[0] = 0.25
+        return images
+
+    decoder.forward = first_is_flat
+    asked = ASKED | {"num_images_per_prompt": 2, "batch_size": 2}
+    said = "one colour fills the whole picture (seeds 1). Perhaps q4_0 is too coarse for this model"
+    assert pipe(PROMPT, **asked).notes == [said]
+    images = np.full((2, 3, 4, 4), 0.5, np.float32)
+    images[1, 2, 3, 3] = 0.52
+    assert are_flat(images).tolist() == [True, False]
+    assert are_flat(torch.from_numpy(images)).tolist() == [True, False]
 
 
 def test_a_damaged_file_is_one_line(folder, tmp_path, call):

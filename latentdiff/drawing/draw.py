@@ -140,6 +140,7 @@ class Drawing:
             raise NonFiniteError(f"{what} gave non-finite numbers (seeds {seeds}). Try float32 or less guidance")
         if output_type != "latent":
             images = _kept(model, images, [job.canvas for job in jobs])
+            self.notes += _notes_on_flat(model, images, seeds)
         own = bool(self.batch.noise)
         records = [record_of(self._painter, job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
         return Output(_as_type(model, images, output_type), seeds, records, self.notes)
@@ -155,6 +156,13 @@ class Drawing:
                 step = walk.send(sent)
             except StopIteration:
                 return self.finish(final, output_type)
+
+
+def _notes_on_flat(model: Model, images: Array, seeds: Sequence[int]) -> list[str]:
+    """The pictures of one colour: hardly anybody asks for them, and weights that are too coarse draw them."""
+    cause = f". Perhaps {model.quantized} is too coarse for this model" if model.quantized else ""
+    flat = [str(seed) for seed, is_flat in zip(seeds, pixels.are_flat(images), strict=True) if is_flat]
+    return [f"one colour fills the whole picture (seeds {', '.join(flat)}){cause}"] if flat else []
 
 
 def _kept(model: Model, images: Array, canvases: Sequence[Canvas | None]) -> Array:

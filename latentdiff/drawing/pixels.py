@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentdiff.core.arrays import Array, library
+from latentdiff.core.arrays import Array, library, to_numpy
 from latentdiff.core.images import luminance, to_uint8, to_values
 from latentdiff.model import Model
 
@@ -62,6 +62,12 @@ def differentiable_decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
     """Latents -> images about in [-1, 1], float32, in the codec's precision, for gradients."""
     codec = model.codec
     return codec.decode(latents.to(codec.dtype)).float()  # type: ignore[attr-defined]
+
+
+def are_flat(images: Array) -> np.ndarray:
+    """Whether each of the images (B, C, H, W) has one colour only, to a step of 255; bool (B,)."""
+    values = to_numpy(images).reshape(*images.shape[:2], -1)
+    return np.asarray((values.max(-1) - values.min(-1) <= 2 / 255).all(-1))
 
 
 def all_finite(array: Array) -> bool:

@@ -24,7 +24,7 @@ from latentdiff.families.weights import COUNTS, Given
 from latentdiff.formats import folder
 from latentdiff.formats.gguf_file import is_gguf, read_gguf, shapes_in
 from latentdiff.formats.pickle import check_safetensors
-from latentdiff.formats.tensors import widened
+from latentdiff.formats.tensors import unscaled
 from latentdiff.model import Family, Model
 from latentdiff.networks.blocks import is_block, shape_of
 
@@ -47,7 +47,6 @@ _SIGNS = {  # the end of a name that a text encoder or VAE has, whatever its siz
     "layers.0.self_attn.k_proj.weight": ("Qwen3Model", "Qwen3ForCausalLM", "Qwen2_5_VLForConditionalGeneration"),
     "decoder.conv_in.weight": ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage"),
 }
-_SCALES = ("scale_weight", "scale_input", "scaled_fp8", "weight_scale", "input_scale", "weight_scale_2", "comfy_quant")
 _ROWS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # of texts; their width tells CLIPs apart
 
 
@@ -172,8 +171,6 @@ def _state(part: Part, family: Family, name: str, base: Path) -> State:
     """The weights of a part under the libraries' names, in one precision."""
     with loading(part.file):
         state = _tensors(part)
-        if odd := next((key for key in state if key.endswith(_SCALES)), None):
-            raise ModelError(f"weights with scales of their own are not supported ({odd})")
         numbers = {key: tensor for key, tensor in state.items() if not is_block(tensor) and not key.endswith(COUNTS)}
         whole = [key for key, tensor in numbers.items() if not tensor.is_floating_point()]
         if whole:
@@ -194,7 +191,7 @@ def _tensors(part: Part) -> State:
         held = read_gguf(part.file)
         return {key: held[part.prefix + key] for key in part.shapes}
     with safe_open(part.file, "pt") as weights:
-        return {key: widened(weights.get_tensor(part.prefix + key)) for key in part.shapes}
+        return unscaled({key: weights.get_tensor(part.prefix + key) for key in part.shapes})
 
 
 def _vae(state: State, base: Path) -> State:

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentdiff.core.errors import loading
+from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.pickle import check_safetensors
+
+_SCALES = ("scale_weight", "weight_scale")  # one number for a whole weight, in ComfyUI's old and new names
+_BESIDE = (*_SCALES, "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
 
 
 def widened(tensor: Tensor) -> Tensor:
     """An 8-bit floating-point tensor in float16, which holds all its values; others as they are."""
-    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return tensor.half() if _is_float8(tensor) else tensor
+
+
+def unscaled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without those that only say how others are stored; float8 ones are multiplied by their scales.
+
+    ComfyUI writes X.weight in float8 beside one number, X.scale_weight or X.weight_scale. The product is bfloat16, in
+    which such models were trained. Raises ModelError for scales of blocks, and for weights of other kinds.
+    """
+    numbers = {name: tensor for name, tensor in state.items() if not name.endswith(_BESIDE)}
+    for name, scale in state.items():
+        ending = next((ending for ending in _SCALES if name.endswith(ending)), None)
+        if ending is not None:
+            owner = name.removesuffix(ending) + "weight"
+            weight = numbers.get(owner)
+            if weight is None or not _is_float8(weight) or scale.numel() != 1:
+                raise ModelError(f"weights with scales of their own are supported for float8 alone ({name})")
+            numbers[owner] = (weight.float() * scale.float()).bfloat16()
+    return {name: widened(tensor) for name, tensor in numbers.items()}
+
+
+def _is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

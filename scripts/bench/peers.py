@@ -184,10 +184,8 @@ def graphs_of(model, folder, bits):
         (folder / name).mkdir()
         ov.save_model(graph, folder / name / "openvino_model.xml", compress_to_fp16=True)
         config = pipe.vae.config if name == "vae_decoder" else getattr(pipe, name).config
-        text_of = (
-            config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), default=str)
-        )
-        (folder / name / "config.json").write_text(text_of)
+        tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        (folder / name / "config.json").write_text(json.dumps(tree, default=str))
     (folder / "tokenizer").mkdir()
     ov.save_model(convert_tokenizer(pipe.tokenizer), folder / "tokenizer" / "openvino_tokenizer.xml")
     pipe.tokenizer.save_pretrained(folder / "tokenizer")

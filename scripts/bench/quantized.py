@@ -35,6 +35,7 @@ def random_model(folder):
     from tests import stable_diffusion
 
     stable_diffusion.pipeline("1", tiny=False).to(torch.float16).save_pretrained(folder)
+    subprocess.run([sys.executable, "-m", "latentdiff", "convert", str(folder), "--to", "openvino"], check=True)
 
 
 def stored(model, folder, kind):
