@@ -154,7 +154,7 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
         (("-i", "small.png"), 2, "small.png has 2x1 pixels, less than 2. Enlarge it (width, height)"),
         (("--set", "autoguidance_scale=2"), 2, "autoguidance_scale requires a weaker model"),
         (("--clip", "none", "--clip-guidance-scale", 3), 4, "no CLIP in open_clip's format at none"),
-        (("--set", "original_size=[64, 64]"), 2, "original_size and crop require SDXL"),
+        (("--set", "original_size=[64, 64]"), 2, "original_size and crop require a model that reads sizes"),
         (("-i", "/dev/zero"), 3, "/dev/zero: is not a file"),
         (("--set", "prompt=x"), 2, "the prompt is an argument"),
         (("--set", "seed=" + "9" * 5000), 2, "is a number of too many digits"),

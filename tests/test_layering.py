@@ -1,6 +1,7 @@
 """Which room may import which, which library belongs where, and that no file needs itself: read from the source."""
 
 import ast
+import re
 
 import pytest
 
@@ -91,6 +92,36 @@ def test_rooms(path):
             assert room in HOMES[top], f"{path} imports {module}"
         if top == "latentdiff" and room_of(module) != room:
             assert room_of(module) in ARROWS[room], f"no arrow from {room} to {room_of(module)}: {path}"
+
+
+FAMILY = re.compile(r"flux|qwen|z_?-?image(?!s)|\bsd3|sdxl|klein|stable.?diffusion|mmdit|kontext", re.IGNORECASE)
+NETWORKS_OF_FAMILIES = ("families", "networks/backbones", "networks/encoders", "networks/codecs")
+TABLES = {  # files whose tables are of families: names of layers in files, a module of diffusers, published levels
+    "formats/original_transformers.py",
+    "formats/folder.py",
+    "diffusion/grids.py",
+}
+
+
+def words_in(tree):
+    """The identifiers and texts of a module, without docstrings."""
+    scopes = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    heads = [node.body[0] for node in ast.walk(tree) if isinstance(node, scopes) and node.body]
+    docstrings = {id(head.value) for head in heads if isinstance(head, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+        yield from (getattr(node, field) for field in ("id", "attr", "name", "arg") if getattr(node, field, None))
+        if isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_family_is_named(path):
+    """The code around the mathematics knows what a model reads and gives, not whose it is."""
+    place = path.relative_to(PACKAGE).as_posix()
+    if not place.startswith(NETWORKS_OF_FAMILIES) and place not in TABLES:
+        assert [word for word in words_in(ast.parse(path.read_text())) if FAMILY.search(word)] == []
 
 
 def test_every_room_has_its_arrows_and_needs_them():

@@ -69,7 +69,7 @@ def check(request: Request, painter: Painter) -> None:
     backbone = model.backbone
     prediction_of(request, model)
     if (request.original_size or request.crop != (0, 0)) and not model.reads_sizes:
-        raise ConfigError("original_size and crop require SDXL; this model reads no sizes")
+        raise ConfigError("original_size and crop require a model that reads sizes; this one reads none")
     if request.true_cfg_scale != 1 and not model.is_told_guidance:
         raise ConfigError("true_cfg_scale requires a model that is told its guidance. Use guidance_scale")
     if request.pag_scale and not (isinstance(backbone, PerturbedAttention) and backbone.perturbed_blocks):

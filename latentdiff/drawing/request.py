@@ -74,9 +74,9 @@ class Request(BaseModel):
         None, ge=0, le=100, description="number of the text encoder's last layers to leave out"
     )
     original_size: tuple[Pixels, Pixels] | None = Field(
-        None, description="SDXL: (height, width) of the picture as it was; none: the picture's"
+        None, description="for models that read sizes: (height, width) of the picture as it was; none: the picture's"
     )
-    crop: tuple[Pixels, Pixels] = Field((0, 0), description="SDXL: (top, left) of the crop")
+    crop: tuple[Pixels, Pixels] = Field((0, 0), description="for models that read sizes: (top, left) of the crop")
 
     # guidance, see diffusion/guidance.py
     guidance_scale: Finite = Field(7.5, ge=0, le=100, description="classifier-free guidance; 1 is none")

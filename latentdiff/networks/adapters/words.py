@@ -18,7 +18,7 @@ from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
-_OF_SDXL = ("clip_l", "clip_g")
+_OF_TWO = ("clip_l", "clip_g")
 _NAMELESS = ("emb_params", "string_to_param.*", "string_to_param", "*")
 
 
@@ -59,7 +59,7 @@ def _by_word(
     state: dict[str, Tensor], stem: str, encoders: Sequence[TextEncoder], file: Path
 ) -> dict[str, list[Tensor]]:
     """Each word's vectors (n, D), one array for each encoder."""
-    if state.keys() & set(_OF_SDXL):
+    if state.keys() & set(_OF_TWO):
         embeddings = {stem: _by_encoder(state, encoders, file)}
     elif len(encoders) == 1:
         nameless = next((key for key in _NAMELESS if key in state), None)
@@ -78,7 +78,7 @@ def _by_word(
 
 def _by_encoder(state: dict[str, Tensor], encoders: Sequence[TextEncoder], file: Path) -> list[Tensor]:
     """The vectors of each encoder, zeros for one that the file does not have. Raises ModelError for another's."""
-    names = _OF_SDXL[: len(encoders)]
+    names = _OF_TWO[: len(encoders)]
     if other := sorted(state.keys() - set(names)):
         raise ModelError(f"{other[0]} belongs to a text encoder that this model does not have ({file})")
     first = next(iter(state.values()))
@@ -173,4 +173,4 @@ def begin_word(
 
 
 def _keys(word: str, text_encoder: TextEncoder | TwoTextEncoders) -> Sequence[str]:
-    return (word,) if len(text_encoder.encoders) == 1 else _OF_SDXL
+    return (word,) if len(text_encoder.encoders) == 1 else _OF_TWO
