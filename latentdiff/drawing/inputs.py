@@ -69,7 +69,9 @@ def embeds_of(
     if negative is not None and negative.shape != tokens.shape:
         raise ConfigError(f"prompt_embeds are {tuple(tokens.shape)}, negative_prompt_embeds {tuple(negative.shape)}")
     if (pooled is not None) != with_pooled or (negative_pooled is not None) != (with_pooled and negative is not None):
-        raise ConfigError("a model that reads pooled text requires pooled embeds, one with each of the others; others take none")
+        raise ConfigError(
+            "a model that reads pooled text requires pooled embeds, one with each of the others; others take none"
+        )
     rows: list[Any] = [[None] * len(tokens) if tensor is None else list(tensor) for tensor in given]
     return [
         (_conditions(cond, vector), None if uncond is None else _conditions(uncond, uncond_vector))
