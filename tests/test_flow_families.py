@@ -1,5 +1,6 @@
 """Z-Image, FLUX.2 klein and Qwen-Image: each draws what diffusers' pipeline draws of the same folder."""
 
+import copy
 import json
 import shutil
 from functools import cache, partial
@@ -14,6 +15,7 @@ from latentdiff.diffusion import guidance
 from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.path import Straight
 from latentdiff.drawing.record import read_metadata
+from latentdiff.families.loading import default_model
 from latentdiff.networks.backbones.packing import packed
 from latentdiff.networks.conditions import Conditions, stacked
 from latentdiff.networks.encoders.prompt import Prompt
@@ -189,6 +191,24 @@ def test_picture_to_picture_and_masks(pipe):
     rows = start.shape[2] // 2
     torch.testing.assert_close(drawn[:, :, rows + 1 :], start[:, :, rows + 1 :], rtol=0, atol=1e-5)
     assert (drawn[:, :, : rows - 1] - start[:, :, : rows - 1]).abs().mean() > 0.1
+
+
+def test_another_vae(folder, pipe, tmp_path):
+    """One of the same class takes the place of the folder's, to the bit; one with other latents is refused."""
+    asked = {"num_inference_steps": 1, "seed": 1, "output_type": "pt", **SMALL}
+    expected = pipe(PROMPT, **asked).images
+    again = load(folder)
+    changed = copy.deepcopy(again.components["vae"])
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter *= 1.1
+    changed.save_pretrained(tmp_path / "vae")
+    again.load_vae(tmp_path / "vae")
+    assert not torch.equal(again(PROMPT, **asked).images, expected)
+    again.load_vae(folder)
+    assert torch.equal(again(PROMPT, **asked).images, expected)
+    with pytest.raises(ModelError, match="this VAE does not fit the model"):
+        again.load_vae(default_model())
 
 
 def test_saved_folders_load_in_diffusers(folder, pipe, family, tmp_path):

@@ -563,3 +563,10 @@ def test_a_bundle_that_does_not_fit_changes_nothing(fresh, tmp_path):
     assert_only(pipe, before)
     assert math.isfinite(float(predicted(pipe).sum()))
     assert not pipe.painter.sources
+
+
+def test_a_bias_that_a_layer_does_not_have(loaded, tmp_path):
+    state = {f"{flat(QUERY)}.diff_b": some(8)}
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="it changes the bias of .*, which has none"):
+        loaded[0].load_lora_weights(tmp_path / "x.safetensors", fuse=True)

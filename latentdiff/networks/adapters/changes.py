@@ -37,6 +37,8 @@ def changes(layer: Layer, target: Any, name: str) -> Iterator[tuple[nn.Parameter
                 product = decomposed(weight, product, layer.factors["dora_scale"].to(weight)) - weight
             yield target.weight, product
         if "diff_b" in layer.factors:
+            if target.bias is None:
+                raise ModelError(f"the adapter belongs to another model: it changes the bias of {name}, which has none")
             yield target.bias, layer.factors["diff_b"].float().reshape(target.bias.shape)
 
 
