@@ -23,6 +23,7 @@ from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import calls, inputs, pixels
 from latentdiff.drawing.batch import Job
 from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, Watch, batches_of, canvas_of, draw, jobs_of
+from latentdiff.drawing.latents import taken
 from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
 from latentdiff.drawing.passes import passes_of
@@ -479,7 +480,8 @@ class LatentDiffusionPipeline:
         redrawn, black is returned unchanged, grey is mixed. outpaint: pixels to add on the (left, top, right, bottom).
         settings: guidance_scale, sampler, strength, seed and others of `Request`; of diffusers' also timesteps, sigmas,
         callback_on_step_end, cross_attention_kwargs={"scale": s} and return_dict.
-        latents: initial noise (N, C, h, w), generator: torch's, one or N, instead of the keyed noise.
+        latents: initial noise (N, C, h, w), or tokens where diffusers' pipeline takes them, generator: torch's, one or
+        N, instead of the keyed noise.
         prompt_embeds: token embeddings (B, L, D) instead of B prompts, and the other embeds as in diffusers.
         output_type: "pil"; "np", float32 (N, H, W, 3) in [0, 1]; "pt", (N, 3, H, W) in [0, 1]; "latent"; "uint8",
         (N, H, W, 3).
@@ -507,7 +509,7 @@ class LatentDiffusionPipeline:
             jobs += jobs_of(self.model, made, given, own[index] if own else None)
             fields["seed"] = made.seed + made.num_images  # the next prompt continues the count
         shape = (len(jobs), *self.model.codec.shape(jobs[0].plan.size))
-        noise = inputs.noise_of(latents, generator, shape, self.model.array)
+        noise = inputs.noise_of(taken(self.model, latents, shape), generator, shape, self.model.array)
         with self._adapters_scaled(call.adapters):
             out = draw(self.painter, jobs, output_type, noise, self._watch(call, jobs))
         if not call.as_tuple:

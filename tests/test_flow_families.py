@@ -14,11 +14,13 @@ from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.diffusion import guidance
 from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.path import Straight
+from latentdiff.drawing.latents import taken
 from latentdiff.drawing.record import read_metadata
 from latentdiff.families.loading import default_model
 from latentdiff.networks.backbones.packing import packed
 from latentdiff.networks.conditions import Conditions, stacked
 from latentdiff.networks.encoders.prompt import Prompt
+from latentdiff.networks.protocols import ShowsLatents
 
 from . import flow_models
 from .stable_diffusion import load
@@ -63,7 +65,7 @@ def noise(pipe, height, width):
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
 
 
-def drawn_there(folder, family, x, *, scale, negative="", **settings):
+def drawn_there(folder, family, x, *, scale, negative="", output_type="pt", **settings):
     """diffusers' picture, (1, 3, H, W) in [0, 1]. scale: of classifier-free guidance, 1 for none."""
     if family == "Z-Image":  # their scale is how far beyond the conditional
         settings |= {"guidance_scale": scale - 1, "negative_prompt": negative, "latents": x}
@@ -71,7 +73,14 @@ def drawn_there(folder, family, x, *, scale, negative="", **settings):
         settings |= {"true_cfg_scale": scale, "negative_prompt": negative, "latents": packed(x)}
     else:
         settings |= {"guidance_scale": scale, "latents": x}
-    return theirs(folder)(prompt=PROMPT, output_type="pt", **settings).images
+    return theirs(folder)(prompt=PROMPT, output_type=output_type, **settings).images
+
+
+def test_latents_are_those_of_diffusers(folder, pipe, family):
+    x, settings = noise(pipe, 64, 64), {"num_inference_steps": 2, **SMALL}
+    expected = drawn_there(folder, family, x, scale=1.0, output_type="latent", **settings)
+    drawn = pipe(PROMPT, latents=x, guidance_scale=1.0, output_type="latent", **settings).images
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 4, pytest.param(20, marks=pytest.mark.slow)])
@@ -182,12 +191,17 @@ def test_picture_to_picture_and_masks(pipe):
     image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
     start = pipe.model.codec.latents_of(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1)
     settings = {"num_inference_steps": 10, "seed": 1, "output_type": "latent"}
-    near = pipe(PROMPT, image=image, strength=0.1, **settings).images
-    far = pipe(PROMPT, image=image, strength=0.9, **settings).images
+
+    def latents_of(**asked):
+        drawn = pipe(PROMPT, image=image, **asked, **settings).images
+        return taken(pipe.model, drawn, tuple(start.shape))
+
+    start = start if not isinstance(pipe.model.codec, ShowsLatents) else pipe.model.codec.shown(start)
+    near, far = latents_of(strength=0.1), latents_of(strength=0.9)
     assert (near - start).abs().mean() < 0.5 * (far - start).abs().mean()
     mask = np.zeros((64, 64), np.uint8)
     mask[:32] = 255
-    drawn = pipe(PROMPT, image=image, mask_image=mask, **settings).images
+    drawn = latents_of(mask_image=mask)
     rows = start.shape[2] // 2
     torch.testing.assert_close(drawn[:, :, rows + 1 :], start[:, :, rows + 1 :], rtol=0, atol=1e-5)
     assert (drawn[:, :, : rows - 1] - start[:, :, : rows - 1]).abs().mean() > 0.1

@@ -72,8 +72,11 @@ def test_pictures_are_those_of_diffusers(folder, settings):
         own |= {"guidance_scale": own.pop("true_cfg_scale", 1.0)}
     expected = theirs(folder)(PROMPT, latents=packed(x), output_type="latent", **settings).images
     ours = load(folder)
-    drawn = ours(PROMPT, latents=x, output_type="latent", **own).images
-    torch.testing.assert_close(packed(drawn), expected, rtol=1e-4, atol=1e-4)
+    for given in (x, packed(x)):  # tokens are latents too, as diffusers takes and returns them
+        drawn = ours(PROMPT, latents=given, output_type="latent", **own).images
+        torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="latents must have the shape"):
+        ours(PROMPT, latents=packed(x)[:, 1:], **own)
     shown = theirs(folder)(PROMPT, latents=packed(x), output_type="pt", **settings).images
     torch.testing.assert_close(ours(PROMPT, latents=x, output_type="pt", **own).images, shown, rtol=1e-4, atol=1e-4)
 

@@ -568,5 +568,5 @@ def test_a_bundle_that_does_not_fit_changes_nothing(fresh, tmp_path):
 def test_a_bias_that_a_layer_does_not_have(loaded, tmp_path):
     state = {f"{flat(QUERY)}.diff_b": some(8)}
     save_file(state, tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match="it changes the bias of .*, which has none"):
+    with pytest.raises(ModelError, match=r"it changes the bias of .*, which has none"):
         loaded[0].load_lora_weights(tmp_path / "x.safetensors", fuse=True)

@@ -13,6 +13,7 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.drawing.draw import Watch
 from latentdiff.drawing.extras import LARGEST_WEIGHT
+from latentdiff.drawing.latents import shown, taken
 from latentdiff.drawing.request import LARGEST_BATCH
 
 _OURS = {  # arguments of diffusers that are not taken -> what to use
@@ -164,15 +165,15 @@ def watching(call: Call, pipeline: Any, sampler: str, starts: Sequence[float]) -
         number = count % len(starts)
         count += 1
         scale = step.level.alpha if divided and step.level.alpha > 0 else 1.0
-        shown = as_tensor(step.x) / scale
-        before = shown.clone()
-        changes = callback(pipeline, number, starts[number], {"latents": shown})
-        latents = changes.get("latents", shown) if isinstance(changes, Mapping) else shown
+        seen = as_tensor(shown(model, step.x)) / scale
+        before = seen.clone()
+        changes = callback(pipeline, number, starts[number], {"latents": seen})
+        latents = changes.get("latents", seen) if isinstance(changes, Mapping) else seen
         if getattr(latents, "shape", None) != before.shape or not latents.is_floating_point():
             raise ConfigError(f"callback_on_step_end must return latents like those it gets, {tuple(before.shape)}")
         if bool((latents == before).all()):
             return None
-        return model.array(latents * scale)
+        return model.array(taken(model, latents, tuple(step.x.shape)) * scale)
 
     return watch
 

@@ -17,6 +17,7 @@ from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import NO_NOISE, Batch, GivenNoise, Job
 from latentdiff.drawing.canvas import Canvas, Margins, canvas
+from latentdiff.drawing.latents import returned
 from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
 from latentdiff.drawing.passes import steps
@@ -175,7 +176,7 @@ def _kept(model: Model, images: Array, canvases: Sequence[Canvas | None]) -> Arr
 
 def _as_type(model: Model, images: Array, output_type: str) -> Any:
     if output_type == "latent":
-        return images if model.runtime == "torch" else as_tensor(images)
+        return returned(model, images) if model.runtime == "torch" else as_tensor(images)
     if output_type == "pt":
         tensor = images if model.runtime == "torch" else as_tensor(images)
         return (tensor + 1) / 2

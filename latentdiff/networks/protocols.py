@@ -76,6 +76,19 @@ class DeepFeatures(Protocol):
 
 
 @runtime_checkable
+class PacksLatents(Backbone, Protocol):
+    """A backbone whose latents diffusers' pipelines take and return as tokens."""
+
+    def packed(self, x: Array) -> Array:
+        """(B, C, h, w) -> (B, L, D)."""
+        ...
+
+    def unpacked(self, tokens: Array, height: int, width: int) -> Array:
+        """(B, L, D) -> (B, C, h, w)."""
+        ...
+
+
+@runtime_checkable
 class PerturbedAttention(Protocol):
     """A backbone with a weakened form, for guidance away from its prediction (Ahn et al. 2024)."""
 
@@ -147,6 +160,15 @@ class Codec(Protocol):
 
     def piecewise(self, *, tiles: bool, slices: bool) -> AbstractContextManager[None]:
         """A block that takes less memory: overlapping tiles, or one picture of a batch at a time."""
+        ...
+
+
+@runtime_checkable
+class ShowsLatents(Protocol):
+    """A codec whose latents diffusers' pipelines return in another layout and scale."""
+
+    def shown(self, latents: Array) -> Array:
+        """Latents (B, C, h, w) as they are returned."""
         ...
 
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from latentdiff.networks.backbones.packing import PATCH, packed, unpacked
+from latentdiff.networks.backbones.packing import PATCH, Packing, packed, unpacked
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.protocols import Spec
 
 
-class Flux(Transformer):
+class Flux(Packing, Transformer):
     """It reads `tokens` (B, L, D) and `pooled` (B, P) of the prompt, and `guidance` (B,) if that is embedded."""
 
     @property

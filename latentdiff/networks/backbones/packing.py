@@ -7,6 +7,18 @@ from torch import Tensor
 PATCH = 2  # latents of a token's side
 
 
+class Packing:
+    """The packing as methods; see protocols.PacksLatents."""
+
+    def packed(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, L, 4 C)."""
+        return packed(x)
+
+    def unpacked(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """(B, L, 4 C) -> (B, C, h, w)."""
+        return unpacked(tokens, height // PATCH, width // PATCH)
+
+
 def packed(x: Tensor) -> Tensor:
     """(B, C, 2 h, 2 w) -> (B, h w, 4 C): each token holds the 2 x 2 values of each channel."""
     rows, channels, height, width = x.shape

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from latentdiff.networks.backbones.packing import PATCH, packed, unpacked
+from latentdiff.networks.backbones.packing import PATCH, Packing, packed, unpacked
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.protocols import Spec
 
 
-class QwenImage(Transformer):
+class QwenImage(Packing, Transformer):
     """It reads `tokens` (B, L, D) of the prompt, those that `mask` (B, L) marks if there is one."""
 
     @property

@@ -30,9 +30,13 @@ class Flux2Autoencoder(KLAutoencoder):
 
     def decode(self, latents: Tensor) -> Tensor:
         """See Autoencoder."""
-        mean, std = self._statistics()
-        images: Tensor = self.vae.decode(pixel_shuffle(latents * std + mean, PATCH)).sample
+        images: Tensor = self.vae.decode(self.shown(latents)).sample
         return images
+
+    def shown(self, latents: Tensor) -> Tensor:
+        """The latents (B, L, H / f, W / f) of the VAE itself, which diffusers' pipelines return."""
+        mean, std = self._statistics()
+        return pixel_shuffle(latents * std + mean, PATCH)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, (1, 4 L, 1, 1)."""

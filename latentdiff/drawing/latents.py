@@ -1,0 +1,30 @@
+"""Latents as callers see them: in the layout of diffusers' pipeline of the same model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentdiff.core.arrays import Array
+from latentdiff.model import Model
+from latentdiff.networks.protocols import PacksLatents, ShowsLatents
+
+
+def returned(model: Model, latents: Array) -> Array:
+    """Final latents (B, C, h, w) as diffusers' pipeline returns them: those of some models are tokens, (B, L, D)."""
+    return model.codec.shown(latents) if isinstance(model.codec, ShowsLatents) else shown(model, latents)
+
+
+def shown(model: Model, latents: Array) -> Array:
+    """Latents (B, C, h, w) as diffusers' pipeline has them between its steps."""
+    return model.backbone.packed(latents) if isinstance(model.backbone, PacksLatents) else latents
+
+
+def taken(model: Model, latents: Any, shape: tuple[int, ...]) -> Any:
+    """A caller's latents of that shape, (B, C, h, w), perhaps in diffusers' layout; others are returned as they are."""
+    backbone = model.backbone
+    if not isinstance(backbone, PacksLatents) or getattr(latents, "ndim", 0) != 3:
+        return latents
+    height, width = shape[-2:]
+    channels = shape[1] * backbone.spec.multiple**2
+    fits = tuple(latents.shape) == (shape[0], height * width // backbone.spec.multiple**2, channels)
+    return backbone.unpacked(latents, height, width) if fits else latents
