@@ -12,7 +12,8 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.pickle import check_safetensors
 
 _SCALES = ("scale_weight", "weight_scale")  # one number for a whole weight, in ComfyUI's old and new names
-_BESIDE = (*_SCALES, "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+_ALL = "scaled_fp8"  # says that all weights have scales
+_BESIDE = (*_SCALES, _ALL, "scale_input", "input_scale", "comfy_quant")  # what else stands beside a weight
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -28,13 +29,15 @@ def unscaled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     numbers = {name: tensor for name, tensor in state.items() if not name.endswith(_BESIDE)}
     for name, scale in state.items():
-        ending = next((ending for ending in _SCALES if name.endswith(ending)), None)
-        if ending is not None:
-            owner = name.removesuffix(ending) + "weight"
-            weight = numbers.get(owner)
-            if weight is None or not _is_float8(weight) or scale.numel() != 1:
-                raise ModelError(f"weights with scales of their own are supported for float8 alone ({name})")
-            numbers[owner] = (weight.float() * scale.float()).bfloat16()
+        ending = next((ending for ending in _BESIDE if name.endswith(ending)), None)
+        if ending is None or name == _ALL:
+            continue
+        owner = name.removesuffix(ending) + "weight"
+        narrow = state.get(owner)
+        if narrow is None or not _is_float8(narrow) or (ending in _SCALES and scale.numel() != 1):
+            raise ModelError(f"weights with scales of their own are supported for float8 alone ({name})")
+        if ending in _SCALES:
+            numbers[owner] = (narrow.float() * scale.float()).bfloat16()
     return {name: widened(tensor) for name, tensor in numbers.items()}
 
 
