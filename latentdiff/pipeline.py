@@ -258,7 +258,9 @@ class LatentDiffusionPipeline:
         with self._changing("moving"):
             painter = self._painter
             weaker = None if painter.weaker is None else moved(painter.weaker, device, dtype)
-            self._painter = replace(painter, model=moved(painter.model, device, dtype), weaker=weaker)
+            refiner = None if painter.refiner is None else moved(painter.refiner, device, dtype)
+            model = moved(painter.model, device, dtype)
+            self._painter = replace(painter, model=model, weaker=weaker, refiner=refiner)
             if painter.scorer is not None:
                 painter.scorer.to(device=self.device)
             return self
@@ -365,6 +367,20 @@ class LatentDiffusionPipeline:
             backbone: Any = self.model.backbone
             weaker = moved(stored_model(as_path(path)), self.device, backbone.dtype)
             self._painter = extras.with_weaker(self._painter, weaker)
+
+    def load_refiner(self, path: str | Path) -> None:
+        """Load a model that goes on where `refiner_switch` of the levels are done, on the same latents.
+
+        Raises ModelError if its latents or its path differ.
+        """
+        from latentdiff.drawing import extras
+        from latentdiff.families.loading import stored_model
+        from latentdiff.runtime.device import moved
+
+        with self._in_torch("a refiner"):
+            backbone: Any = self.model.backbone
+            refiner = moved(stored_model(as_path(path)), self.device, backbone.dtype)
+            self._painter = extras.with_refiner(self._painter, refiner)
 
     def load_vae(self, path: str | Path, *, as_stored: bool = False) -> None:
         """Load another VAE for the same latents, from its folder, a model folder or a .safetensors file.

@@ -101,6 +101,9 @@ def generate(
         list[str] | None, typer.Option(help="Learnt words (textual inversion), PATH or WORD=PATH; may be repeated.")
     ] = None,
     weaker: Annotated[str | None, typer.Option(help="A weaker model, for --set autoguidance_scale=2.")] = None,
+    refiner: Annotated[
+        str | None, typer.Option(help="A model that draws the last fifth of the levels; --set refiner_switch=0.8.")
+    ] = None,
     clip: Annotated[
         Path | None,
         typer.Option(help="CLIP in open_clip's format, for --clip-guidance-scale (default: the model's own)."),
@@ -204,6 +207,8 @@ def generate(
     load_extras(pipe, loras, words, vae)
     if weaker is not None:
         pipe.load_weaker(weaker)
+    if refiner is not None:
+        pipe.load_refiner(refiner)
     if clip is not None:
         pipe.load_clip(clip)
     if offload is not None:

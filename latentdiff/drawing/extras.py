@@ -169,6 +169,15 @@ def with_weaker(painter: Painter, weaker: Model) -> Painter:
     return replace(painter, weaker=weaker).with_source("weaker", source)
 
 
+def with_refiner(painter: Painter, refiner: Model) -> Painter:
+    """Load a model that draws the last levels. Raises ModelError if its latents or its path differ."""
+    same = refiner.path == painter.model.path and not refiner.inpaints and not refiner.edits
+    if not same or refiner.codec.latent_channels != painter.model.codec.latent_channels:
+        raise ModelError(f"the refiner must have the same latents and noise schedule ({refiner.card.name})")
+    source = Source("refiner", refiner.card.source or "", refiner.card.hash)
+    return replace(painter, refiner=refiner).with_source("refiner", source)
+
+
 def source_of_vae(path: Path, folder: Path | None = None) -> Source:
     """The record of a VAE from the user's path: a file, or what lies in `folder`."""
     from latentdiff.formats.folder import network_hash

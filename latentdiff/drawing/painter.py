@@ -25,6 +25,7 @@ class Painter:
 
     model: Model
     weaker: Model | None = None
+    refiner: Model | None = None
     scorer: Scorer | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
     memory: Memory | None = None
@@ -76,6 +77,10 @@ def check(request: Request, painter: Painter) -> None:
         raise ConfigError("pag_scale requires self-attention in the middle block, which this model does not have")
     if request.autoguidance_scale != 1 and painter.weaker is None:
         raise ConfigError("autoguidance_scale requires a weaker model (load_weaker, --weaker)")
+    if painter.refiner is None and request.refiner_switch is not None:
+        raise ConfigError("refiner_switch requires a refiner (load_refiner, --refiner)")
+    if painter.refiner is not None and (request.pag_scale or request.autoguidance_scale != 1):
+        raise ConfigError("a refiner is guided by the prompt alone: not by pag_scale or autoguidance_scale")
     if request.clip_guidance_scale and painter.scorer is None:
         raise ConfigError("clip_guidance_scale requires a CLIP (load_clip, --clip)")
     if request.cache_interval > 1 and not (isinstance(backbone, DeepFeatures) and backbone.deep_levels):

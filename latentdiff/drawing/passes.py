@@ -3,6 +3,8 @@
 TextToImage    from noise
 ImageToImage   from input pictures, of which all or a masked part is drawn over
 Hires          from the previous pass' picture, enlarged
+
+With a refiner the last pass' last levels are another model's.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from latentdiff.drawing.guided import Helpers, guided, network_of, prepared
 from latentdiff.drawing.painter import Painter, prediction_of
 from latentdiff.drawing.plan import PlannedPass, Size, shortened
 from latentdiff.drawing.prompts import prompted
+from latentdiff.drawing.request import Request
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.model import Model
+
+REFINER_SWITCH = 0.8  # Podell et al. 2023: the refiner is trained on the last fifth of the levels
 
 
 class Pass(Protocol):
@@ -62,28 +67,48 @@ def passes_of(batch: Batch, painter: Painter, notes: list[str]) -> list[Pass]:
 def steps(batch: Batch, painter: Painter, notes: list[str]) -> Generator[Step, Array | None, None]:
     """Sample a batch, yielding each step of each pass; other latents may be sent, from which sampling goes on."""
     before: Array | None = None
-    for each in passes_of(batch, painter, notes):
-        last = yield from _walked(each, batch, painter, before)
-        before = last.x
+    passes = passes_of(batch, painter, notes)
+    for each in passes:
+        draw = _draw(batch, painter.model, each.planned.size)
+        start = each.start(before, draw)
+        walk = partial(_walked, batch, size=each.planned.size, draw=draw)
+        if painter.refiner is None or each is not passes[-1]:
+            before = yield from walk(painter, start, each.purpose)
+            continue
+        split = _switch(start.levels, batch.request, painter.model)
+        if split:
+            x = yield from walk(painter, replace(start, levels=start.levels[: split + 1]), each.purpose)
+            start = replace(start, x=x)
+        if split < len(start.levels) - 1:
+            refining = replace(painter, model=painter.refiner, refiner=None, memory=None)
+            rest = replace(start, levels=start.levels[split:], extra=None, context=None)
+            yield from walk(refining, rest, "refiner noise")
 
 
-def _walked(each: Pass, batch: Batch, painter: Painter, before: Array | None) -> Generator[Step, Array | None, Step]:
-    """Sample one pass, yielding each step; returns the last step."""
-    model, request, size = painter.model, batch.request, each.planned.size
-    draw = _draw(batch, model, size)
-    start = each.start(before, draw)
+def _switch(levels: Sequence[NoiseLevel], request: Request, model: Model) -> int:
+    """The number of steps before the refiner's: they start at this share of all times, or above it, as in diffusers."""
+    switch = REFINER_SWITCH if request.refiner_switch is None else request.refiner_switch
+    lowest = round(model.path.T * (1 - switch))
+    return sum(level.t >= lowest for level in levels[:-1])
+
+
+def _walked(
+    batch: Batch, painter: Painter, start: Start, purpose: str, *, size: Size, draw: Draw
+) -> Generator[Step, Array | None, Array]:
+    """Walk through the levels of a start, yielding each step; returns the last latents."""
+    model, request = painter.model, batch.request
     prompts = prompted(batch, model, size, painter.memory)
     prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
     denoise = guided(model.backbone, prediction, prompts, request, start, helpers)
     sampler = SAMPLERS[request.sampler].with_options(eta=request.eta, churn=request.churn)
-    walk = sampler(denoise, start.x, start.levels, partial(draw, each.purpose), model.path)
+    walk = sampler(denoise, start.x, start.levels, partial(draw, purpose), model.path)
     step: Step = next(walk)
     while True:
         sent = yield step
         try:
             step = walk.send(sent)
         except StopIteration:
-            return step if sent is None else step._replace(x=sent)
+            return step.x if sent is None else sent
 
 
 def _draw(batch: Batch, model: Model, size: Size) -> Draw:

@@ -18,6 +18,7 @@ from latentdiff.networks.conditions import Conditions, stacked
 from latentdiff.networks.encoders.prompt import Prompt, Style
 from latentdiff.networks.protocols import Encoder
 
+SCORES = (6.0, 2.5)  # of beauty: of the prompt's pictures, of the negative prompt's (Podell et al. 2023; diffusers)
 MOST = 256  # remembered prompts; the conditions of Stable Diffusion take a quarter of a megabyte a prompt
 
 
@@ -102,9 +103,9 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
     request, encoder = batch.request, model.encoder
     style, least = style_of(request), max(chunks_of(job, encoder) for job in batch.jobs)
     known = Memory() if memory is None else memory
-    sizes = tuple(map(float, (*(request.original_size or size), *request.crop, *size))) if model.reads_sizes else None
+    sizes, sizes_of_negative = (_sizes(model, request, size, score) for score in SCORES)
 
-    def encoded(prompt: str, style: Style) -> Conditions:
+    def encoded(prompt: str, style: Style, sizes: tuple[float, ...] | None = sizes) -> Conditions:
         return known.encoded(encoder, Prompt(prompt, style, least, sizes))
 
     def of(job: Job) -> Conditions:
@@ -122,12 +123,21 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
     negative = []
     for job in batch.jobs:
         own = None if job.embeds is None else job.embeds[1]
-        negative.append(encoded(job.request.negative_prompt, plain) if own is None else _sized(own, sizes))
+        other = encoded(job.request.negative_prompt, plain, sizes_of_negative) if own is None else _sized(own, sizes)
+        negative.append(other)
     uncond = stacked(negative).mapped(model.array)
     if told:
         uncond = uncond.joined(_guidance(model, request, len(batch)))
     _check_shapes(cond, uncond)
     return Prompted(cond, uncond)
+
+
+def _sizes(model: Model, request: Request, size: Size, score: float) -> tuple[float, ...] | None:
+    """The sizes that the backbone reads, in pixels; a refiner's has a score of beauty in place of the size."""
+    if not model.reads_sizes:
+        return None
+    scored = model.backbone.spec.reads["sizes"] == (5,)
+    return tuple(map(float, (*(request.original_size or size), *request.crop, *((score,) if scored else size))))
 
 
 def _guidance(model: Model, request: Request, count: int) -> dict[str, Array]:

@@ -39,7 +39,7 @@ class Source:
     path: a relative path as typed, of an absolute path only the name: pictures do not reveal folders.
     """
 
-    kind: str  # lora, merged (a lora too), embedding, weaker, clip, vae
+    kind: str  # lora, merged (a lora too), embedding, weaker, refiner, clip, vae
     path: str
     sha256: str
     weight: float = 1.0
@@ -138,6 +138,10 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
         fields["Hires upscale"] = f"{request['hires_scale']:g}"
     if request.get("clip_skip") is not None:
         fields["Clip skip"] = request["clip_skip"] + 1
+    refiner = next((source for source in record.sources if source.kind == "refiner"), None)
+    if refiner is not None:
+        fields["Refiner"] = _quoted(Path(refiner.path).stem or "refiner")
+        fields["Refiner switch at"] = 0.8 if request.get("refiner_switch") is None else request["refiner_switch"]
     loras = [source for source in record.sources if source.kind in ("lora", "merged")]
     if loras:
         fields["Lora hashes"] = _quoted(", ".join(f"{Path(s.path).stem}: {s.sha256[:12]}" for s in loras))

@@ -43,6 +43,7 @@ class Opened(Protocol):
     def request(self, prompt: str, **settings: Any) -> Request: ...  # noqa: D102
     def load_clip(self, directory: Path | None = None) -> None: ...  # noqa: D102
     def load_weaker(self, path: Path) -> None: ...  # noqa: D102
+    def load_refiner(self, path: Path) -> None: ...  # noqa: D102
     def load_vae(self, path: Path) -> None: ...  # noqa: D102
     def load_textual_inversion(self, path: Path, token: str | None = None) -> Any: ...  # noqa: D102
     def load_lora_weights(self, path: Path, *, weight: float, fuse: bool) -> Any: ...  # noqa: D102
@@ -55,7 +56,7 @@ class _Data(BaseModel):
 class SourceRecord(_Data):
     """See record.Source."""
 
-    kind: Literal["lora", "merged", "embedding", "weaker", "clip", "vae"]
+    kind: Literal["lora", "merged", "embedding", "weaker", "refiner", "clip", "vae"]
     path: Name
     sha256: Hash
     weight: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
@@ -220,6 +221,8 @@ def _load(pipe: Opened, source: SourceRecord, places: Sequence[Path]) -> None:
             pipe.load_clip(path)
         elif source.kind == "weaker":
             pipe.load_weaker(path)
+        elif source.kind == "refiner":
+            pipe.load_refiner(path)
         elif source.kind == "vae":
             pipe.load_vae(path)
         elif source.kind == "embedding":

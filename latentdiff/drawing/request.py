@@ -113,6 +113,9 @@ class Request(BaseModel):
     padding_mask_crop: int | None = Field(
         None, ge=0, le=LONGEST, description="draws only the masked part, with so many pixels around, at width x height"
     )
+    refiner_switch: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of the levels after which the refiner goes on; none: 0.8"
+    )
     hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = Field(
         None, description="size of the second pass over the first's"
     )

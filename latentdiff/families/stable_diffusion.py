@@ -47,13 +47,14 @@ def read(directory: Path, variant: str | None, defaults: Mapping[str, Any] = Map
 
 def assembled(unet: Any, texts: Any, codec: Any, *, path: Any, prediction: str, card: Any, where: Path) -> Model:
     """A model without a family, from networks. Raises ModelError if they do not fit together."""
+    from latentdiff.networks.encoders.second_clip import SecondTextEncoder
     from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
     latents, inputs = codec.latent_channels, unet.spec.inputs
     if inputs not in (latents, 2 * latents + 1):
         raise ModelError(f"a U-Net that reads {inputs} channels does not fit latents of {latents} ({where})")
-    two = isinstance(texts, TwoTextEncoders)
-    if ("sizes" in unet.spec.reads) != two:
+    sized = isinstance(texts, TwoTextEncoders | SecondTextEncoder)
+    if ("sizes" in unet.spec.reads) != sized:
         raise ModelError(f"a U-Net of SDXL requires two text encoders, others require one ({where})")
     _check_widths(unet, texts, where)
     parts = parts_of(unet, texts, codec)
@@ -74,7 +75,7 @@ def _check_widths(unet: Any, texts: Any, where: Path) -> None:
 def parts_of(unet: Any, texts: Any, codec: Any) -> dict[str, Any]:
     """diffusers' names -> the libraries' modules and tokenizers."""
     parts = {"vae": getattr(codec, "vae", None), "unet": unet.model}
-    for encoder, suffix in zip(texts.encoders, ("", "_2"), strict=False):
+    for encoder, suffix in zip(texts.encoders, getattr(texts, "suffixes", ("", "_2")), strict=False):
         parts |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}
     return {name: part for name, part in parts.items() if part is not None}
 

@@ -1,4 +1,7 @@
-"""Stable Diffusion XL: a U-Net that reads sizes, a KL autoencoder, two CLIP text encoders (Podell et al. 2023)."""
+"""Stable Diffusion XL: a U-Net that reads sizes, a KL autoencoder, two CLIP text encoders (Podell et al. 2023).
+
+Its refiner has the second text encoder alone, and reads a score of beauty in place of the picture's own size.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,13 @@ def load(directory: Path, variant: str | None) -> Model:
 
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
+    refines = "text_encoder" not in model.parts
+    alone = {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
+    task = "Img2Img" if refines else "Inpaint" if model.inpaints else ""
     return {
-        "_class_name": f"StableDiffusionXL{'Inpaint' if model.inpaints else ''}Pipeline",
+        "_class_name": f"StableDiffusionXL{task}Pipeline",
         **shared_index(model),
+        **(alone if refines else {}),
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "force_zeros_for_empty_prompt": getattr(model.encoder, "zero_empty", True),
@@ -32,7 +39,7 @@ FAMILY = Family(
     "Stable Diffusion XL",
     frozenset(f"StableDiffusionXL{task}" for task in TASKS),
     PARTS_OF_TWO,
-    frozenset({"vae"}),
+    frozenset({"vae", "text_encoder", "tokenizer"}),  # a refiner has only the second ones
     load,
     save,
     index,

@@ -33,6 +33,7 @@ from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.chat import Chat, ChatText
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
+from latentdiff.networks.encoders.second_clip import SecondTextEncoder
 from latentdiff.networks.encoders.t5 import T5Text
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 from latentdiff.networks.filled import filled
@@ -93,12 +94,17 @@ def load_text_encoder(directory: Path, variant: str | None = None, given: Parts 
     return clip_text(CLIPTextModel, directory, variant, "", penultimate=False, given=given)
 
 
-def load_text_encoders(directory: Path, variant: str | None = None) -> TextEncoder | TwoTextEncoders:
-    """The text encoder of a model folder, or both of SDXL."""
+def load_text_encoders(
+    directory: Path, variant: str | None = None
+) -> TextEncoder | TwoTextEncoders | SecondTextEncoder:
+    """The text encoder of a model folder, both of SDXL, or the second alone, which its refiner has."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     if not (directory / "text_encoder_2").is_dir():
         return load_text_encoder(directory, variant)
+    if not (directory / "text_encoder").is_dir():
+        alone = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
+        return SecondTextEncoder(alone).eval()
     first = clip_text(CLIPTextModel, directory, variant, "", penultimate=True)
     second = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True)
     zero_empty = read_json(directory / "model_index.json").get("force_zeros_for_empty_prompt", True)

@@ -75,8 +75,9 @@ class UNet(nn.Module):
         width = int(width if isinstance(width, int) else width[0])  # of every level
         reads: dict[str, tuple[int | None, ...]] = {"tokens": (None, width)}
         if config.addition_embed_type == "text_time":
-            sizes = 6 * int(config.addition_time_embed_dim)
-            reads |= {"pooled": (int(config.projection_class_embeddings_input_dim) - sizes,), "sizes": (6,)}
+            joined, each = int(config.projection_class_embeddings_input_dim), int(config.addition_time_embed_dim)
+            sizes = 5 if joined - 5 * each == width else 6  # a refiner's tokens and pooled text are of one encoder
+            reads |= {"pooled": (joined - sizes * each,), "sizes": (sizes,)}
         return Spec(int(config.in_channels), int(config.out_channels), reads=reads)
 
     @property

@@ -1,0 +1,127 @@
+"""A refiner: another model draws the last levels on the same latents, as in diffusers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
+
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.drawing.record import read_metadata
+
+from . import flux, stable_diffusion
+from .stable_diffusion import load
+
+PROMPT, NEGATIVE = "a castle on the hill", "blurry"
+ASKED = {"num_inference_steps": 10, "guidance_scale": 4.0, "height": 64, "width": 64}
+
+
+def refiner_of(base):
+    """SDXL's refiner in its layout: one text encoder, and a score where the base reads the picture's size."""
+    config = dict(base.unet.config)
+    width = stable_diffusion.width("bigG", True)
+    config |= {"cross_attention_dim": width, "projection_class_embeddings_input_dim": 5 * 256 + width}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        unet = UNet2DConditionModel.from_config(config)
+    made = StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer_2=base.tokenizer_2,
+        unet=unet,
+        scheduler=DDIMScheduler(**stable_diffusion.SCHEDULE),
+        requires_aesthetics_score=True,
+        add_watermarker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folders of a base and of its refiner, and diffusers' pipelines."""
+    place = tmp_path_factory.mktemp("refined")
+    base = stable_diffusion.pipeline("XL")
+    base.scheduler = DDIMScheduler(**stable_diffusion.SCHEDULE)
+    refiner = refiner_of(base)
+    base.save_pretrained(place / "base")
+    refiner.save_pretrained(place / "refiner")
+    return place, base, refiner
+
+
+def noise():
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("switch", [0.8, 0.55, 0.3])
+def test_pictures_are_those_of_diffusers(both, switch):
+    place, base, refiner = both
+    texts = {"prompt": PROMPT, "negative_prompt": NEGATIVE, **ASKED}
+    half = base(**texts, latents=noise(), denoising_end=switch, output_type="latent").images
+    rest = {key: value for key, value in texts.items() if key not in ("height", "width")}
+    expected = refiner(**rest, image=half, denoising_start=switch, output_type="np").images
+    ours = load(place / "base")
+    ours.load_refiner(place / "refiner")
+    asked = {"sampler": "ddim", "spacing": "trailing", "latents": noise(), "output_type": "np"}
+    drawn = ours(PROMPT, negative_prompt=NEGATIVE, refiner_switch=switch, **asked, **ASKED).images
+    assert np.abs(drawn - expected).max() < 1e-4
+    alone = load(place / "base")(PROMPT, negative_prompt=NEGATIVE, **asked, **ASKED).images
+    assert np.abs(drawn - alone).max() > 1e-3
+
+
+def test_the_whole_walk_is_shared(both):
+    """As many steps as without a refiner; a switch after the last level is none, one before the first leaves all."""
+    place, *_ = both
+    ours, alone, refiner = (load(place / name) for name in ("base", "base", "refiner"))
+    ours.load_refiner(place / "refiner")
+    asked = {"seed": 1, "sampler": "euler", "spacing": "trailing", "output_type": "np", **ASKED}
+    assert len(list(ours.stream(PROMPT, **{k: v for k, v in asked.items() if k != "output_type"}))) == 10
+    late = ours(PROMPT, refiner_switch=0.9999, **asked).images
+    assert np.array_equal(late, alone(PROMPT, **asked).images)
+    early = ours(PROMPT, refiner_switch=0.0001, **asked).images
+    assert np.array_equal(early, refiner(PROMPT, **asked).images)
+    image = np.zeros((64, 64, 3), np.uint8)
+    only = {**asked, "image": image, "strength": 0.1}
+    assert np.array_equal(ours(PROMPT, **only).images, refiner(PROMPT, **only).images)  # it starts after the switch
+
+
+def test_a_refiner_alone_is_saved_and_draws(both, tmp_path):
+    place, _, theirs = both
+    ours = load(place / "refiner")
+    ours.save_pretrained(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert (index["_class_name"], index["text_encoder"]) == ("StableDiffusionXLImg2ImgPipeline", [None, None])
+    again = StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path / "saved")
+    assert again.config.requires_aesthetics_score
+    for name, tensor in theirs.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[name], tensor), name
+    assert load(tmp_path / "saved").model.backbone.spec.reads["sizes"] == (5,)
+
+
+def test_by_the_command_line(both, call, tmp_path):
+    place, *_ = both
+    words = ("generate", PROMPT, "-m", place / "base", "--size", "64x64", "--steps", 4, "-s", 1, "-o", "a.png")
+    code, _, err = call(*words, "--refiner", place / "refiner", "--set", "refiner_switch=0.5")
+    assert code == 0, err
+    (source,) = read_metadata(tmp_path / "a.png")["latentdiff"]["sources"]
+    assert source["kind"] == "refiner"
+    parameters = read_metadata(tmp_path / "a.png")["parameters"]
+    assert "Refiner: refiner, Refiner switch at: 0.5" in parameters
+    code, out, err = call("reproduce", "a.png", "-m", place / "base", "--source", place)
+    assert (code, out.startswith("equal")) == (0, True), err
+
+
+def test_what_does_not_fit_is_refused(both, tmp_path):
+    place, *_ = both
+    pipe = load(place / "base")
+    with pytest.raises(ConfigError, match="refiner_switch requires a refiner"):
+        pipe(PROMPT, refiner_switch=0.5, **ASKED)
+    flux.pipeline().save_pretrained(tmp_path / "flux")
+    with pytest.raises(ModelError, match="the refiner must have the same latents and noise schedule"):
+        pipe.load_refiner(tmp_path / "flux")
+    pipe.load_refiner(place / "refiner")
+    with pytest.raises(ConfigError, match="a refiner is guided by the prompt alone"):
+        pipe(PROMPT, pag_scale=2.0, **ASKED)
