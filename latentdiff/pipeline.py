@@ -6,6 +6,7 @@ pipe("a red circle above a blue square", seed=7).images[0].save("scene.png")
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
 from latentdiff.model import Model, ModelCard, Runtime, Speed
+from latentdiff.runtime.kinds import LACKING
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +110,7 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing.extras import check_merged
         from latentdiff.families.loading import save_model
 
-        with self._in_torch("saving"):
+        with self._changing("saving"):  # without what is fused for speed
             check_merged(self._painter)
             save_model(self.model, as_path(directory))
 
@@ -199,6 +201,8 @@ class LatentDiffusionPipeline:
 
     def __getattr__(self, name: str) -> Any:
         """Raise AttributeError, which for a part of diffusers' pipelines names the place where it is here."""
+        if isinstance(attribute := inspect.getattr_static(type(self), name, None), property):
+            return attribute.__get__(self)  # it raised an AttributeError of its own: raise that one
         place = f": use components[{name!r}]" if name in ("unet", "text_encoder", "text_encoder_2", "tokenizer") else ""
         raise AttributeError(f"{type(self).__name__} has no {name}{place}")
 
@@ -250,7 +254,12 @@ class LatentDiffusionPipeline:
         )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> LatentDiffusionPipeline:
-        """Move the networks and everything loaded beside them; returns itself. Raises ConfigError."""
+        """Move the networks and everything loaded beside them; returns itself. Raises ConfigError.
+
+        As in diffusers a dtype may be the first argument.
+        """
+        if type(device).__name__ == "dtype":
+            device, dtype = None, device
         if self.runtime != "torch" and dtype is None and str(device) in ("cpu", "None"):
             return self
         from latentdiff.runtime.device import moved
@@ -275,6 +284,8 @@ class LatentDiffusionPipeline:
         """
         from latentdiff.runtime.offload import Unit, offloaded
 
+        if layers and blocks:
+            raise ConfigError("offload moves blocks or layers, not both")
         with self._changing("offloading"):
             unit: Unit = "layer" if layers else "block" if blocks else "network"
             self._painter = replace(self._painter, model=offloaded(self.model, device, unit))
@@ -434,6 +445,8 @@ class LatentDiffusionPipeline:
         if self.runtime == "torch":
             yield
             return
+        if self.model.other is None and self.model.quantized in LACKING:
+            raise ConfigError(f"{what} requires the torch runtime, which has no {self.model.quantized}")
         if self.model.other is None:
             raise ConfigError(f"{what} requires the torch runtime; {self.runtime} was requested by name")
         try:

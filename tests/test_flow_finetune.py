@@ -112,6 +112,19 @@ def test_factors_beside_quantized_weights(data, call, tmp_path, kind):
     assert (code, f"quantize {kind} -> None" in err) == (2, True), err
 
 
+@pytest.mark.parametrize("words", [("--method", "full"), ("--dora",), ("--train-text-encoder",)])
+def test_weights_in_blocks_are_frozen(data, call, tmp_path, words):
+    """Of a folder too; and a LoRA learns beside them."""
+    MAKERS["Flux.1"]().save_pretrained(tmp_path / "model")
+    assert call("convert", tmp_path / "model", tmp_path / "q8", "--quantize", "q8_0")[0] == 0
+    code, _, err = call("finetune", tmp_path / "q8", data, "-o", tmp_path / "run", *QUICK, *words)
+    assert (code, "quantized weights are frozen" in err) == (2, True), err
+    if words == ("--dora",):
+        assert call("finetune", tmp_path / "q8", data, "-o", tmp_path / "run", "--rank", 2, *QUICK)[0] == 0
+        first, last = losses(tmp_path / "run")
+        assert last < first
+
+
 @pytest.mark.parametrize("further", [(), ("--quantize", "q4_0")], ids=["numbers", "blocks"])
 def test_killed_and_gone_on_with(data, tmp_path, further):
     """SIGKILL in the third step: the same bits in the end."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from latentdiff.core.errors import ConfigError
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.runtime.offload import networks_in
 
@@ -35,6 +36,16 @@ def test_every_network_is_moved_and_draws_the_same(family, tmp_path):
     for unit in ("blocks", "layers"):
         other = LatentDiffusionPipeline.from_pretrained(tmp_path, device="cpu").offload("cpu", **{unit: True})
         assert torch.equal(other("a castle", **ASKED).images, expected)
+
+
+@pytest.mark.parametrize("first", [{"blocks": True}, {"layers": True}, {}])
+def test_once_only(first, tmp_path):
+    flux.pipeline().save_pretrained(tmp_path)
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path, device="cpu").offload("cpu", **first)
+    with pytest.raises(ConfigError, match="offloaded already"):
+        pipe.offload("cpu", layers=True)
+    with pytest.raises(ConfigError, match="blocks or layers, not both"):
+        pipe.offload("cpu", layers=True, blocks=True)
 
 
 def weight_bytes(module):

@@ -1,5 +1,6 @@
 """Single files of flow-matching families: known by names and shapes alone, and joined with a folder."""
 
+import copy
 import math
 import re
 import shutil
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff.core.errors import ModelError
 from latentdiff.families import FAMILIES
 from latentdiff.families.parts import found_in, joined, transformer_of
-from latentdiff.networks.blocks import blocks_of, in_blocks, widened
+from latentdiff.networks.blocks import blocks_of, in_blocks, put_in_blocks, widened
 from latentdiff.networks.saving import save_gguf
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -333,6 +334,20 @@ def test_a_gguf_file(family, saved, kind, tmp_path, call):
     assert torch.equal(load(tmp_path / "out")(PROMPT, **ASKED).images, pipe(PROMPT, **ASKED).images)
 
 
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["numbers", "blocks"])
+def test_a_file_under_diffusers_names(family, saved, in_blocks, tmp_path):
+    theirs, folder, _ = saved
+    network = copy.deepcopy(theirs.transformer)
+    if in_blocks:
+        put_in_blocks(network, "q8_0")
+        numbers = {name: t for name, t in network.state_dict().items() if not name.endswith(".blocks")}
+        save_gguf(numbers | blocks_of(network), tmp_path / "x", "any")
+    else:
+        save_file({name: t.contiguous() for name, t in network.state_dict().items()}, tmp_path / "x")
+    parts = joined([tmp_path / "x"], folder).parts["transformer"].state_dict()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in network.state_dict().items())
+
+
 def _of_files(module):
     """The weights under the names that files have, without tied copies."""
     names, seen = {}, set()
@@ -422,6 +437,38 @@ def test_float8_with_a_scale_for_each_weight(scale, beside, tmp_path):
     one, other = (joined([tmp_path / name], tmp_path / "folder") for name in ("x.safetensors", "y.safetensors"))
     weights = zip(one.parts["transformer"].parameters(), other.parts["transformer"].parameters(), strict=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in weights)
+
+
+def _narrow(state, change):
+    """All weights of the layers in float8 beside their scales, then a change."""
+    for name in [name for name, tensor in state.items() if tensor.ndim == 2 and "layers" in name]:
+        state |= {name: state[name].to(torch.float8_e4m3fn), name.replace("weight", "scale_weight"): torch.ones(())}
+    state["scaled_fp8"] = torch.zeros(2)
+    change(state)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+FIRST = "layers.0.attention.qkv."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(f"{FIRST}scale_weight"), "has no scale, which others have"),
+        (lambda state: state.update({f"{FIRST}weight_scale": torch.ones(())}), "requires one scale"),
+        (lambda state: state.update({f"{FIRST}scale_weight": torch.tensor(torch.nan)}), "requires one scale"),
+        (
+            lambda state: [state.pop(name) for name in list(state) if name.endswith("scale_weight")],
+            "has no scale, which others have",
+        ),
+    ],
+)
+def test_a_scale_too_few_or_too_many(change, message, tmp_path):
+    pipe = flow_models.pipeline("Z-Image")
+    pipe.save_pretrained(tmp_path / "folder")
+    save_file(_narrow(z_image_names(pipe.transformer.state_dict()), change), tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=message):
+        joined([tmp_path / "x.safetensors"], tmp_path / "folder")
 
 
 @pytest.mark.parametrize("scale", [torch.ones(()), torch.ones(48, 1)])

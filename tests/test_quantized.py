@@ -1,6 +1,8 @@
 """Weights of fewer bits: what a layer computes, what a picture loses, what files keep, what is refused."""
 
 import json
+import shutil
+import struct
 
 import gguf
 import numpy as np
@@ -248,3 +250,111 @@ def test_a_unet(folders, tmp_path):
     assert kinds == {BlockLinear}
     pipe.save_pretrained(tmp_path / "saved")
     assert torch.equal(draw(opened(tmp_path / "saved")), draw(pipe))
+
+
+@pytest.fixture(scope="module")
+def blocks(folders, tmp_path_factory):
+    """A Stable Diffusion 1 whose weights lie in blocks."""
+    place = tmp_path_factory.mktemp("blocks") / "q8"
+    opened(folders["1"], quantize="q8_0").save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "q4_0", None])
+def test_what_is_fused_for_speed_is_not_saved(folders, blocks, kind, tmp_path, monkeypatch):
+    """Quantized projections are not fused at all; others are taken apart before they are saved."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    folder = blocks if kind == "q4_0" else folders["1"]
+    pipe = opened(folder, quantize=None if kind == "q4_0" else kind, speed="fast", runtime="torch")
+    plain = opened(folder, quantize=None if kind == "q4_0" else kind, runtime="torch")
+    torch.testing.assert_close(draw(pipe), draw(plain), rtol=1e-4, atol=1e-4)
+    if kind in ("int8", "fp8"):
+        with pytest.raises(ConfigError, match=f"{kind} cannot be saved; q8_0 and q4_0 can"):
+            pipe.save_pretrained(tmp_path / "saved")
+        return
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(draw(opened(tmp_path / "saved")), draw(plain))
+
+
+def test_a_property_s_own_fault_is_shown(folders, monkeypatch):
+    """Not that there is no such property."""
+    pipe = opened(folders["1"], speed="fast", runtime="torch")
+    monkeypatch.setattr("latentdiff.runtime.speed.sped_up", lambda *_: pipe.nothing)
+    with pytest.raises(AttributeError, match="has no nothing"):
+        draw(pipe)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("convert", "BLOCKS", "--to", "openvino"), 2, "this model's weights are quantized"),
+        (("convert", "BLOCKS", "x.safetensors"), 2, "weights in blocks lie in a folder, not in a single file"),
+        (("convert", "BLOCKS", "x", "--quantize", "q4_0"), 2, "weights are in blocks already"),
+        (("convert", "BLOCKS", "x", "--quantize", "q2"), 2, "unknown kind of weights 'q2'; one of int8"),
+        (("generate", "a", "-m", "BLOCKS", "--runtime", "openvino"), 4, "openvino reads numbers"),
+        (("generate", "a", "-m", "BLOCKS", "--quantize", "int4"), 2, "int4 requires OpenVINO on a CPU and graphs"),
+        (("generate", "a", "--quantize", "int4", "--vae", "BLOCKS"), 2, "torch runtime, which has no int4"),
+        (("generate", "a", "--quantize", "int3"), 2, "unknown kind of weights 'int3'; one of int8, fp8, q8_0, q4_0"),
+    ],
+)
+def test_what_quantized_weights_cannot_do(blocks, words, code, message, call):
+    found, _, err = call(*(blocks if word == "BLOCKS" else word for word in words))
+    assert (found, err.count("\n"), message in err) == (code, 1, True), err
+
+
+def test_numbers_beside_blocks_are_converted(blocks, call, tmp_path):
+    """Another precision of a folder: the blocks stay, to the bit, and all numbers change."""
+    assert call("convert", blocks, "half", "--dtype", "float16")[0] == 0
+    before, after = (read_gguf(place / "unet" / "model.gguf") for place in (blocks, tmp_path / "half"))
+    for name, tensor in before.items():
+        if isinstance(tensor, GGUFParameter):
+            assert torch.equal(after[name].as_tensor(), tensor.as_tensor())
+        else:
+            assert torch.equal(after[name], tensor.half()), name
+    assert json.loads(call("info", "half")[1])["quantized"]["unet"] == ["F16", "Q8_0"]
+
+
+def test_two_sets_of_weights_are_refused(blocks, folders, tmp_path, call):
+    both = shutil.copytree(blocks, tmp_path / "both")
+    (weights,) = (folders["1"] / "unet").glob("*.safetensors")
+    shutil.copy(weights, both / "unet")
+    code, _, err = call("generate", "a", "-m", both)
+    assert (code, "unet has both model.gguf and safetensors weights" in err) == (4, True)
+
+
+def test_the_precision_of_fp8_is_chosen_at_loading(folders):
+    pipe = opened(folders["1"], quantize="fp8")
+    with pytest.raises(ConfigError, match="choose dtype when loading"):
+        pipe.to(dtype=torch.float16)
+    assert draw(pipe.to(torch.float32)).shape == (3, 64, 64)  # a dtype comes first in diffusers' code too
+    assert opened(folders["1"]).to(torch.float16).model.dtype == "float16"
+
+
+def _header(*parts, tensors=1, entries=1, version=3):
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, entries) + b"".join(parts)
+
+
+TEXT = struct.pack("<Q", 1) + b"a"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _header(TEXT, struct.pack("<IIQ", 9, 0, 2**40), bytes(100)),
+        _header(TEXT, struct.pack("<IIQ", 9, 0, 2**19), bytes(100)),
+        _header(TEXT, struct.pack("<IIQ", 9, 9, 5), bytes(100)),
+        _header(TEXT, struct.pack("<IQ", 8, 2**40), bytes(100)),
+        _header(TEXT, struct.pack("<I", 77), bytes(100)),
+        _header(struct.pack("<Q", 2**60), bytes(100)),
+        _header(bytes(100), entries=2**50),
+        _header(bytes(100), tensors=2**50, entries=0),
+        _header(bytes(100), tensors=0, entries=0),
+        _header(bytes(100), version=1),
+        _header(bytes(10), tensors=3, entries=0),
+    ],
+)
+def test_a_header_that_claims_too_much(content, call, tmp_path):
+    """The library would read it for ever."""
+    (tmp_path / "x.gguf").write_bytes(content)
+    code, _, err = call("info", "x.gguf")
+    assert (code, err.count("\n")) == (4, 1), err

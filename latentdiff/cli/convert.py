@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from latentdiff.cli import terminal
-from latentdiff.cli.options import Precision, Quantized
+from latentdiff.cli.options import Precision
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable, whole
 
@@ -31,9 +31,10 @@ def convert(
     ] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights (default: as they are).")] = None,
     quantize: Annotated[
-        Quantized | None,
+        str | None,
         typer.Option(
-            help="For a model: weights in blocks of GGUF's types, q8_0 or q4_0: a half or a quarter of 16 bits."
+            metavar="KIND",
+            help="For a model: weights in blocks of GGUF's types, q8_0 or q4_0: a half or a quarter of 16 bits.",
         ),
     ] = None,
     to: Annotated[
@@ -116,12 +117,14 @@ def _check_output(output: Path, to: Form | None, of_models: str | None, *, of_fi
         raise ConfigError(f"{of_models} applies to models; an adapter and a pickle keep their own")
 
 
-def _check_quantized(kind: Quantized, output: Path, to: Form | None) -> None:
+def _check_quantized(kind: str, output: Path, to: Form | None) -> None:
     """Raises ConfigError for what no folder keeps: the other kinds are chosen when a model is loaded."""
     from latentdiff.networks.blocks import TYPES
+    from latentdiff.runtime.kinds import check_kind
 
-    if kind.value not in TYPES:
-        raise ConfigError(f"a folder keeps {' or '.join(TYPES)}; {kind.value} is an option of generate and serve")
+    check_kind(kind, "auto")
+    if kind not in TYPES:
+        raise ConfigError(f"a folder keeps {' or '.join(TYPES)}; {kind} is an option of generate and serve")
     if output.suffix.lower() == ".safetensors":
         raise ConfigError(f"weights in blocks lie in a folder, not in a single file (got {output})")
     if to is Form.openvino:
@@ -189,7 +192,7 @@ def _model(
     prediction: str | None,
     base: Path | None,
     parts: list[Path],
-    quantize: Quantized | None,
+    quantize: str | None,
     *,
     exporting: bool,
 ) -> None:
@@ -200,9 +203,11 @@ def _model(
     from latentdiff.families.convert import convert_folder
     from latentdiff.families.loading import save_model, stored_model
     from latentdiff.families.original import save_single_file
+    from latentdiff.formats.folder import quantized_parts
     from latentdiff.pipeline import LatentDiffusionPipeline
     from latentdiff.runtime.device import moved
     from latentdiff.runtime.export import export
+    from latentdiff.runtime.quantized import is_quantized, quantized
 
     if base is not None and output.resolve().is_relative_to(base.resolve()):
         raise ConfigError(f"{output} lies inside {base}. Choose another folder")
@@ -219,6 +224,7 @@ def _model(
         and prediction is None
         and quantize is None
         and not exporting
+        and not quantized_parts(source)  # their numbers are in files that hold blocks too
     ):
         if precision is None:
             raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
@@ -230,10 +236,10 @@ def _model(
     if vae is not None:
         pipe.load_vae(vae, as_stored=True)
     model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
+    if single and is_quantized(model):
+        raise ConfigError(f"weights in blocks lie in a folder, not in a single file (got {output})")
     if quantize is not None:
-        from latentdiff.runtime.quantized import quantized
-
-        model = quantized(model, quantize.value)
+        model = quantized(model, quantize)
     model = replace(model, prediction=prediction_of(request(prompt="", prediction=prediction), model))
     with whole(output) as made:
         (save_single_file if single else save_model)(model, made)

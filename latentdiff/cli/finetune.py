@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from latentdiff.cli import terminal
-from latentdiff.cli.options import Quantized
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable
 
@@ -82,7 +81,8 @@ def finetune(
         bool, typer.Option("--train-text-encoder", help="Train the text encoder too.")
     ] = False,
     quantize: Annotated[
-        Quantized | None, typer.Option(help="Frozen weights of fewer bits: int8, fp8, q8_0 or q4_0 (default: numbers).")
+        str | None,
+        typer.Option(metavar="KIND", help="Frozen weights of fewer bits: int8, fp8, q8_0 or q4_0 (default: numbers)."),
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", "--network-dim", help="Rank of LoRA (default: 16).")] = None,
     alpha: Annotated[
@@ -189,7 +189,7 @@ def finetune(
         "finetune.snr_gamma": snr_gamma,
         "finetune.noise_offset": noise_offset,
         "finetune.tune_text_encoder": train_text_encoder or None,
-        "quantize": quantize and quantize.value,
+        "quantize": quantize,
         "lora.rank": rank,
         "lora.alpha": alpha,
         "lora.rslora": rslora or None,

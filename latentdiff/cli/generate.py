@@ -16,7 +16,7 @@ import typer
 from latentdiff.cli import terminal
 from latentdiff.cli.batches import Process, Target, write_all
 from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
-from latentdiff.cli.options import OUTPUTS, Precision, Quantized, Runtime, Speed
+from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.cli.variations import grid_of, varied, write_grid
 from latentdiff.core.errors import ConfigError
@@ -154,8 +154,10 @@ def generate(
         ),
     ] = None,
     quantize: Annotated[
-        Quantized | None,
-        typer.Option(help="Weights of fewer bits: less memory (int4: openvino; fp8, q8_0, q4_0: torch)."),
+        str | None,
+        typer.Option(
+            metavar="KIND", help="Weights of fewer bits: less memory (int4: openvino; fp8, q8_0, q4_0: torch)."
+        ),
     ] = None,
     offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
     json_lines: Annotated[

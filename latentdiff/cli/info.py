@@ -65,7 +65,7 @@ def _of_model(path: Path) -> dict[str, object]:
     from latentdiff.families import check_folder
     from latentdiff.families.card import known_name, known_things, known_words
     from latentdiff.families.scheduler import read_scheduler
-    from latentdiff.formats.folder import folder_hash, parameter_counts
+    from latentdiff.formats.folder import folder_hash, parameter_counts, quantized_parts
 
     _, index = check_folder(path)
     schedule, prediction, *_ = read_scheduler(path)
@@ -75,6 +75,7 @@ def _of_model(path: Path) -> dict[str, object]:
         "class": index.get("_class_name"),
         "hash": folder_hash(path),
         "parameters": counts | {"total": sum(counts.values())},
+        **({"quantized": kinds} if (kinds := quantized_parts(path)) else {}),
         "prediction": prediction,
         "timesteps": schedule.T,
         "terminal_snr": schedule.numbered(schedule.T - 1).snr,

@@ -11,7 +11,7 @@ from latentdiff.cli import terminal
 from latentdiff.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from latentdiff.cli.options import Precision, Quantized, Runtime, Speed
+    from latentdiff.cli.options import Precision, Runtime, Speed
     from latentdiff.pipeline import LatentDiffusionPipeline
 
 _OPTIONS = {  # names that look like settings but are options
@@ -74,7 +74,7 @@ def loaded(
     revision: str | None,
     runtime: Runtime,
     speed: Speed | None = None,
-    quantize: Quantized | None = None,
+    quantize: str | None = None,
 ) -> LatentDiffusionPipeline:
     """The pipeline of a model, with the command's options."""
     from latentdiff.pipeline import LatentDiffusionPipeline
@@ -87,7 +87,7 @@ def loaded(
         revision=revision,
         runtime=runtime.value,
         speed=speed and speed.value,
-        quantize=quantize and quantize.value,
+        quantize=quantize,
     )
 
 

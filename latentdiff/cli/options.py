@@ -22,16 +22,6 @@ class Speed(StrEnum):
     max = "max"
 
 
-class Quantized(StrEnum):
-    """The kind of weights with fewer bits; see runtime/quantized.py and runtime/compressed.py."""
-
-    int8 = "int8"
-    int4 = "int4"
-    fp8 = "fp8"
-    q8_0 = "q8_0"
-    q4_0 = "q4_0"
-
-
 class Precision(StrEnum):
     """The precision of arithmetic, or of weights on disk; torch's names."""
 

@@ -9,7 +9,7 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.cli.loading import adapter_and_weight, embedding_and_word, load_extras, loaded
-from latentdiff.cli.options import OUTPUTS, Precision, Quantized, Runtime, Speed
+from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
 from latentdiff.core.errors import ConfigError, UnsafeError
 from latentdiff.core.files import check_writable
 
@@ -50,8 +50,10 @@ def serve(
     ] = Runtime.auto,
     speed: Annotated[Speed | None, typer.Option(help="exact, fast or max.")] = None,
     quantize: Annotated[
-        Quantized | None,
-        typer.Option(help="Weights of fewer bits: less memory (int4: openvino; fp8, q8_0, q4_0: torch)."),
+        str | None,
+        typer.Option(
+            metavar="KIND", help="Weights of fewer bits: less memory (int4: openvino; fp8, q8_0, q4_0: torch)."
+        ),
     ] = None,
 ) -> None:
     """Serve a web page, OpenAI's images API and A1111's API. Ctrl-C stops it."""

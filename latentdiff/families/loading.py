@@ -107,6 +107,8 @@ def save_model(model: Model, directory: Path) -> None:
 
     Raises ConfigError for a model without a family and for a path that is a file.
     """
+    if model.quantized in ("int8", "fp8"):
+        raise ConfigError(f"{model.quantized} cannot be saved; q8_0 and q4_0 can")
     if model.family is None:
         raise ConfigError("saving requires a model that belongs to a family, which defines the layout")
     if directory.exists() and not directory.is_dir():

@@ -128,14 +128,24 @@ def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Mod
 
 def _is_of(state: State, directory: Path, kind: str) -> bool:
     """Whether a folder's config describes a network with these names and shapes: it states what no file shows."""
+    return _shapes_of(directory, kind) == {name: shape_of(tensor) for name, tensor in state.items()}
+
+
+def _has_names_of_diffusers(part: Part, family: Family, base: Path) -> bool:
+    """Whether a part has the names and shapes of the base's transformer, as diffusers saves it."""
+    kinds = family.parts.get("transformer", frozenset())
+    return any(_shapes_of(base / "transformer", kind) == dict(part.shapes) for kind in kinds)
+
+
+def _shapes_of(directory: Path, kind: str) -> dict[str, tuple[int, ...]] | None:
+    """The names and shapes of the network that a folder's config describes; None if it describes none."""
     config = folder.read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     try:
         with torch.device("meta"):
             network = getattr(diffusers, kind).from_config(config)
     except Exception:  # libraries raise nearly anything; then the config of the file's own shapes is taken
-        return False
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    return shapes == {name: shape_of(tensor) for name, tensor in state.items()}
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, Any] | None]:
@@ -144,6 +154,8 @@ def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, An
         if found.family is not family:
             raise ModelError(f"{part.file} is of {found.family.name}, {base} of {family.name}")
         return "transformer", found.config
+    if _has_names_of_diffusers(part, family, base):
+        return "transformer", None
     classes = next((classes for sign, classes in _SIGNS.items() if _ending(part.shapes, sign)), None)
     for name, known in family.parts.items():
         if classes and known & {*classes} and (name == "vae" or _width(part.shapes) == _width_of(base / name)):
@@ -177,7 +189,7 @@ def _state(part: Part, family: Family, name: str, base: Path) -> State:
             raise ModelError(f"weights must be floating-point numbers (got {state[whole[0]].dtype} for {whole[0]})")
         if name == "transformer":
             assert family.layout is not None
-            state = family.layout.converted(state)
+            state = state if _has_names_of_diffusers(part, family, base) else family.layout.converted(state)
         elif name == "vae":
             state = _vae(state, base)
         kinds = Counter(tensor.dtype for tensor in state.values() if tensor.is_floating_point())

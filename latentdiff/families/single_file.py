@@ -224,7 +224,7 @@ def _kind(names: Sequence[str], path: Path) -> str:
     """The kind of file: a family of models, or a format of adapters."""
     if any(name.startswith(UNET) for name in names):
         return f"Stable Diffusion {_kind_of(names, path)}, original layout"
-    if {"emb_params", "clip_l", "clip_g"} & {*names} or all(re.fullmatch(r"<.+>", name) for name in names):
+    if {"emb_params", "clip_l", "clip_g"} & {*names} or (names and all(re.fullmatch(r"<.+>", name) for name in names)):
         return "learnt words"
     if not _of_adapter(names):
         return "weights"

@@ -261,6 +261,8 @@ def variant_of(folder: Path, variant: str | None) -> str | None:
 def _variants(folder: Path) -> dict[str | None, Path]:
     """The single file or the index of each variant of a network's weights."""
     variants: dict[str | None, Path] = {None: folder / GGUF} if (folder / GGUF).is_file() else {}
+    if variants and any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder.name} has both {GGUF} and safetensors weights ({folder.parent}). Remove one")
     for file in sorted(folder.iterdir()):
         single, index = _SINGLE.fullmatch(file.name), _INDEX.fullmatch(file.name)
         if named := index or single:
@@ -297,6 +299,12 @@ def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, i
             files = sorted((directory / part).glob("*.safetensors")) if part == "clip" else None
             counts[part] = sum(map(numbers_in, files or weight_files(directory / part, variant)))
     return counts
+
+
+def quantized_parts(directory: Path) -> dict[str, list[str]]:
+    """The parts of a model folder with weights in blocks, and the types of their tensors."""
+    files = {part: directory / part / GGUF for part in NETWORKS}
+    return {part: gguf_file.types_in(file) for part, file in files.items() if file.is_file()}
 
 
 def numbers_in(file: Path) -> int:

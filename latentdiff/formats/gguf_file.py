@@ -7,8 +7,9 @@ the names, types and shapes of tensors are taken from a file; its other entries 
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from latentdiff.core.errors import ModelError, loading
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAGIC = b"GGUF"
+MOST_TENSORS, MOST_ENTRIES, MOST_ELEMENTS = 100_000, 10_000, 1_000_000  # of networks; vocabularies have 300,000 words
+_TEXT, _ARRAY = 8, 9  # kinds of values
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # kind -> bytes
 _SHAPE = "comfy.gguf.orig_shape."  # before the name of a tensor that was given another shape to fill blocks
 
 
@@ -72,7 +76,39 @@ def _reader(file: Path) -> Any:
 
     if not is_gguf(file):
         raise ModelError(f"{file} is not a GGUF file")
+    with file.open("rb") as content:
+        _check_header(content, file)
     return GGUFReader(file)
+
+
+def _check_header(content: BinaryIO, file: Path) -> None:
+    """Raises ModelError for entries that claim more than the file has: the library would read them for ever."""
+    size = file.stat().st_size
+    content.seek(len(MAGIC))
+    version, tensors, entries = struct.unpack("<IQQ", content.read(20))
+    if version not in (2, 3):
+        raise ModelError(f"{file} is a GGUF file of version {version}; 2 and 3 are read")
+    if not 0 < tensors <= MOST_TENSORS or entries > MOST_ENTRIES:
+        raise ModelError(f"{file} claims {tensors:,} tensors and {entries:,} entries, which is absurd")
+    for _ in range(entries):
+        _skip(content, _number(content, "<Q"), size)  # its name
+        kind, count = _number(content, "<I"), 1
+        if kind == _ARRAY:
+            kind, count = struct.unpack("<IQ", content.read(12))
+        if count > MOST_ELEMENTS or kind not in (_TEXT, *_WIDTHS):
+            raise ModelError(f"{file} has an entry of {count:,} values of kind {kind}, which is absurd")
+        for _ in range(count if kind == _TEXT else 1):
+            _skip(content, _number(content, "<Q") if kind == _TEXT else count * _WIDTHS[kind], size)
+
+
+def _number(content: BinaryIO, form: str) -> int:
+    return int(struct.unpack(form, content.read(struct.calcsize(form)))[0])
+
+
+def _skip(content: BinaryIO, length: int, size: int) -> None:
+    if content.tell() + length > size:
+        raise ModelError("the file is cut off")
+    content.seek(length, 1)
 
 
 def _shape(reader: Any, tensor: Any) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def unscaled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     which such models were trained. Raises ModelError for scales of blocks, and for weights of other kinds.
     """
     numbers = {name: tensor for name, tensor in state.items() if not name.endswith(_BESIDE)}
+    scaled: set[str] = set()
     for name, scale in state.items():
         ending = next((ending for ending in _BESIDE if name.endswith(ending)), None)
         if ending is None or name == _ALL:
@@ -37,7 +39,13 @@ def unscaled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if narrow is None or not _is_float8(narrow) or (ending in _SCALES and scale.numel() != 1):
             raise ModelError(f"weights with scales of their own are supported for float8 alone ({name})")
         if ending in _SCALES:
+            if not torch.isfinite(scale.float()).all() or owner in scaled:
+                raise ModelError(f"{owner} requires one scale, a finite number ({name})")
+            scaled.add(owner)
             numbers[owner] = (narrow.float() * scale.float()).bfloat16()
+    narrow_ones = {name for name, tensor in numbers.items() if _is_float8(tensor) and name.endswith("weight")}
+    if (scaled or _ALL in state) and narrow_ones - scaled:
+        raise ModelError(f"{min(narrow_ones - scaled)} has no scale, which others have")
     return {name: widened(tensor) for name, tensor in numbers.items()}
 
 

@@ -21,6 +21,7 @@ from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.families import check_folder
 from latentdiff.families.loading import Located, card_of, located
 from latentdiff.families.scheduler import read_scheduler
+from latentdiff.formats.folder import GGUF, NETWORKS
 from latentdiff.model import Model, ModelCard, NumPyPlace, Speed
 from latentdiff.runtime import kinds
 
@@ -66,6 +67,10 @@ def load(
         source = located(path, variant, revision)
         if (export := _export(source, variant, required=required)) is not None:
             return _noted(_compiled(source, export, precision, variant, chosen, quantize, required=required)), chosen
+    if quantize in kinds.LACKING:
+        raise ConfigError(
+            f"{quantize} requires OpenVINO on a CPU and graphs of the model: latentdiff convert MODEL --to openvino"
+        )
     return _noted(_by_torch(path, device, dtype, chosen, variant, revision, quantize)), chosen
 
 
@@ -151,6 +156,8 @@ def _export(source: Located, variant: str | None, *, required: bool) -> Exported
                 raise
             warnings.warn(f"drawing with torch: {error}", stacklevel=2)
             return None
+    if required and any((source.path / part / GGUF).is_file() for part in NETWORKS):
+        raise ModelError(f"openvino reads numbers, and the weights in {source.path} are quantized. Draw with torch")
     if required:
         raise ModelError(f"no export in {source.path}. Make one: latentdiff convert {source.path} --to openvino")
     return None

@@ -32,6 +32,8 @@ def moved(model: Model, device: str | torch.device | None = None, dtype: torch.d
     """A torch model on another device in another precision; its modules are moved in place. Raises ConfigError."""
     place = model.place if device is None else TorchPlace(usable_device(device))
     check_dtype(dtype)
+    if model.quantized == "fp8" and dtype not in (None, getattr(torch, model.dtype)):
+        raise ConfigError("fp8 computes in the precision that it was loaded with: choose dtype when loading")
     for network in model.modules():
         network.to(device=None if device is None else place.device, dtype=dtype)
     return replace(model, place=place)

@@ -38,6 +38,7 @@ from latentdiff.runtime.graphs import (
     config_hash,
     exported,
 )
+from latentdiff.runtime.quantized import is_quantized
 
 LARGEST_DIFFERENCE = 1e-3  # share of a graph's largest value; rounding is about 1e-6
 
@@ -110,6 +111,8 @@ def export(model: Model, directory: Path, variant: str | None = None) -> dict[st
     unet, encoder = model.backbone, model.encoder
     if not (isinstance(unet, UNet) and isinstance(encoder, TextEncoder | TwoTextEncoders)):
         raise ConfigError("only models with a U-Net and CLIP's text encoders can be exported to OpenVINO")
+    if is_quantized(model):
+        raise ConfigError("the graphs for OpenVINO read numbers, and this model's weights are quantized")
     model = moved(model, "cpu", torch.float32)
     parts = _parts(model, unet, encoder)
     with raised_as(ModelError, "cannot export"):

@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from latentdiff.core.errors import ConfigError
 from latentdiff.model import Model, TorchPlace
 from latentdiff.networks.by_blocks import offload_by_blocks
 from latentdiff.runtime.device import usable_device
 
+_HOOKS = ("_hf_hook", "_diffusers_hook")  # accelerate's, diffusers'
 Unit = Literal["network", "block", "layer"]
 
 
@@ -26,6 +28,8 @@ def offloaded(model: Model, device: str | torch.device, unit: Unit = "network") 
     from accelerate import cpu_offload, cpu_offload_with_hook
 
     place = usable_device(device)
+    if any(hasattr(module, name) for part, _ in networks_in(model) for module in part.modules() for name in _HOOKS):
+        raise ConfigError("the networks are offloaded already. Load the model again to offload them otherwise")
     hook = None
     for module, is_backbone in networks_in(model):
         if unit == "block":

@@ -24,6 +24,7 @@ import torch
 from latentdiff.model import Model
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.autoencoder import Autoencoder
+from latentdiff.runtime.quantized import is_quantized
 
 _GPU_MODE = "max-autotune"
 
@@ -42,7 +43,8 @@ def sped_up(model: Model, speed: Literal["fast", "max"]) -> Model:
     gpu = model.place.device.type == "cuda"
     if isinstance(model.backbone, UNet):
         model.backbone.to(memory_format=torch.channels_last)
-        model.backbone.fuse()
+        if not is_quantized(model):  # fused weights would be numbers again, or of no kind that can be joined
+            model.backbone.fuse()
         if gpu and speed == "fast":
             model.backbone.model.compile_repeated_blocks(fullgraph=True)
         else:

@@ -91,6 +91,11 @@ class FineTuning(Settings):
         """Whether factors are trained instead of weights."""
         return self.method == "lora" or (self.method == "dreambooth" and self.lora.rank is not None)
 
+    @property
+    def leaves_weights(self) -> bool:
+        """Whether the model's own weights stay frozen."""
+        return self.low_rank or self.method == "textual-inversion"
+
     @model_validator(mode="after")
     def _of_pictures(self) -> FineTuning:
         if self.data.kind != "pictures":
@@ -110,7 +115,7 @@ class FineTuning(Settings):
             raise ValueError('word has no effect without method = "textual-inversion"')
         if not self.low_rank and self.lora != Lora():
             raise ValueError(f"lora has no effect on {self.method} without a rank")
-        if self.quantize and (self.lora.dora or not (self.low_rank or self.method == "textual-inversion")):
+        if self.quantize and (self.lora.dora or not self.leaves_weights):
             raise ValueError("quantize requires frozen weights: lora or textual-inversion, without dora")
         if self.quantize and self.finetune.tune_text_encoder:
             raise ValueError("quantize has no tune_text_encoder: the text encoder's weights are frozen too")

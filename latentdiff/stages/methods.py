@@ -19,6 +19,7 @@ from latentdiff.networks.adapters.trained import Factors
 from latentdiff.networks.adapters.words import begin_word
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.backbones.unet import UNet
+from latentdiff.runtime.quantized import is_quantized
 from latentdiff.settings.finetuning import RANK, FineTuning
 from latentdiff.stages.encoding import AnyCodec, AnyEncoder, AnyTextEncoder
 from latentdiff.training.denoiser import ConditionedNetwork, thaw
@@ -49,6 +50,8 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
         raise ConfigError("fine-tuning an inpainting model is not supported: give the plain model that it comes from")
     if model.edits:
         raise ConfigError("fine-tuning an editing model is not supported: captioned pictures have no picture before")
+    if is_quantized(model) and (config.lora.dora or config.finetune.tune_text_encoder or not config.leaves_weights):
+        raise ConfigError("quantized weights are frozen: lora or textual-inversion, without dora, trains beside them")
     _, text_encoder, codec = trainable(model)
     codec.requires_grad_(False)
     text_encoder.requires_grad_(False)

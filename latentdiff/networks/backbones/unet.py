@@ -19,6 +19,8 @@ from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
 
+_FUSED = {"to_qkv", "to_kv"}
+
 
 class UNet(nn.Module):
     """(x_t, t, conditions) -> output, with x_t (B, C, h, w), t a time or (B,) times, conditions `tokens` (B, L, D).
@@ -125,6 +127,10 @@ class UNet(nn.Module):
         if self._fused:
             self.model.unfuse_qkv_projections()
             self.model.set_attn_processor(AttnProcessor2_0())
+            for module in self.model.modules():  # diffusers leaves the fused weights, which would be saved
+                for name in _FUSED & module._modules.keys():
+                    delattr(module, name)
+                    module.fused_projections = False
         self._fused = False
 
     def cross_attentions(self) -> list[tuple[str, Any]]:
