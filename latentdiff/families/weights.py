@@ -1,4 +1,4 @@
-"""The networks of a model folder, built and filled. Nothing is fetched, and only safetensors are read."""
+"""The networks of a model folder, built and filled. Nothing is fetched, and only safetensors and GGUF are read."""
 
 from __future__ import annotations
 
