@@ -143,12 +143,17 @@ function place(event) {
 function stroke(to, erases) {
   const pen = state.canvas.getContext("2d");
   pen.globalCompositeOperation = erases ? "destination-out" : "source-over";
-  Object.assign(pen, { lineCap: "round", strokeStyle: "#e5007a" });
+  Object.assign(pen, { lineCap: "round", strokeStyle: "#e5007a", fillStyle: "#e5007a" });
   pen.lineWidth = Math.max(1, (Number(byId("brush").value) / 100) * state.canvas.width);
   pen.beginPath();
-  pen.moveTo(...state.last);
-  pen.lineTo(...to);
-  pen.stroke();
+  if (to.every((at, axis) => at === state.last[axis])) {  // a line without length is not drawn, whatever its ends
+    pen.arc(...to, pen.lineWidth / 2, 0, 2 * Math.PI);
+    pen.fill();
+  } else {
+    pen.moveTo(...state.last);
+    pen.lineTo(...to);
+    pen.stroke();
+  }
   state.last = to;
   state.painted = true;
 }
