@@ -9,6 +9,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -604,3 +605,22 @@ def test_what_cannot_be_converted(call, words, message, tmp_path):
     code, _, err = call("convert", *words)
     assert (code, message in err) == (2, True), err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's table of memory")
+def test_a_cached_file_is_dropped_from_memory(tmp_path):
+    """Its pages leave the process, and come back when they are read."""
+    content = os.urandom(2**24)
+    user_cache.keep(tmp_path / "x.blob", content)
+    kept = user_cache.kept(tmp_path / "x.blob")
+    assert kept.is_whole()
+
+    def mapped():
+        lines = Path("/proc/self/smaps").read_text()
+        part = lines[lines.index(str(tmp_path / "x.blob")) :]
+        return int(part[part.index("Rss:") :].split()[1])
+
+    before = mapped()
+    kept.release()
+    assert mapped() < before / 10
+    assert kept.content.tobytes() == content

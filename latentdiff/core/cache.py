@@ -6,6 +6,7 @@ file is computed again. Above LIMIT the least recently used files are removed.
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 import zlib
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,14 @@ class Kept:
     file: Path
     checksum: bytes
     content: np.ndarray
+
+    def release(self) -> None:
+        """Let the system drop the pages that were read; if they are needed again, they are read again."""
+        mapping: Any = self.content
+        while mapping is not None and not isinstance(mapping, mmap.mmap):
+            mapping = getattr(mapping, "base", None)
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def is_whole(self) -> bool:
         """Whether the content has its CRC-32; this takes a tenth of a second for 200 MB."""

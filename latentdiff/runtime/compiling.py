@@ -108,7 +108,9 @@ class Compiler:
             return future.result()
         if kept.is_whole():
             with suppress(RuntimeError):  # a file of another version
-                return future.result()
+                ready = future.result()
+                kept.release()  # the library has copied the weights
+                return ready
         return self._made(part, shapes, kept.file, None)
 
     def _made(self, part: str, shapes: Shapes, file: Path | None, kept: user_cache.Kept | None) -> Ready:
