@@ -49,6 +49,9 @@ def test_what_has_no_effect_is_refused(folder):
     pipe = load(folder)
     with pytest.raises(ConfigError, match="clip_skip has no effect on this model"):
         pipe(PROMPT, clip_skip=1, num_inference_steps=1, width=64, height=64)
+    scale = "true_cfg_scale" if "dev" in folder.name else "guidance_scale"
+    out = pipe(PROMPT, negative_prompt="red", num_inference_steps=1, width=64, height=64)
+    assert f"the negative prompt has no effect: it requires {scale} over 1" in out.notes
     expected = 3.5 if "dev" in folder.name else 1.0
     assert pipe.request(PROMPT, preset="hyper").guidance_scale == expected
 

@@ -78,7 +78,11 @@ def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
         notes[f"the prompt has no learnt word ({', '.join(learnt)})"] = None
     encoder, known = model.encoder, None if adapted else model.card.words
     for job in batch.jobs:
-        names = ("prompt", "negative_prompt") if job.request.cfg(model.is_told_guidance) > 1 else ("prompt",)
+        guided = job.request.cfg(model.is_told_guidance) > 1
+        if job.request.negative_prompt and not guided:
+            scale = "true_cfg_scale" if model.is_told_guidance else "guidance_scale"
+            notes[f"the negative prompt has no effect: it requires {scale} over 1"] = None
+        names = ("prompt", "negative_prompt") if guided else ("prompt",)
         for name in names if job.embeds is None else ():
             prompt = getattr(job.request, name)
             read = encoder.read(prompt, style_of(job.request))
