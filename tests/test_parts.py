@@ -525,6 +525,19 @@ def test_a_file_that_lacks_a_weight_is_one_line(z, tmp_path, call, name):
         assert (code in (0, 4), err.count("\n") <= 1) == (True, True), (words, err)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.0.feed_forward.w1.weight": torch.ones(64, 64)}, r"w1.weight is \(64, 64\) in the file, \("),
+        ({"extra.weight": torch.ones(3, 3)}, r"extra.weight is \(3, 3\) in the file, nothing in the config"),
+    ],
+)
+def test_a_weight_that_does_not_fit_is_named(z, tmp_path, change, message):
+    folder, transformer, _ = z
+    with pytest.raises(ModelError, match=message):
+        joined([_written(transformer | change, tmp_path / "x.safetensors")], folder)
+
+
 def test_absurd_numbers_and_configs(z, tmp_path):
     """A block of number 200,000 is refused at once; a base's config that describes nothing is not needed."""
     folder, transformer, _ = z

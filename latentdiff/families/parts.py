@@ -123,7 +123,25 @@ def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Mod
         raise ModelError(f"no transformer in {', '.join(str(file) for file in files)}")
     folder.check_index(folder.read_index(base), base, family.parts, family.optional, given.keys())
     assert family.layout is not None
-    return family.layout.load(base, variant, given)
+    try:
+        return family.layout.load(base, variant, given)
+    except ModelError:
+        odd = _odd(given["transformer"].state, base, family)
+        if odd is None:
+            raise
+        raise ModelError(f"the transformer in {files[0]} does not fit: {odd}") from None
+
+
+def _odd(state: State, base: Path, family: Family) -> str | None:
+    """The first weight that differs from what the base's config describes, if nearly all others are the same."""
+    expected = next(filter(None, (_shapes_of(base / "transformer", kind) for kind in family.parts["transformer"])), {})
+    own = {name: shape_of(tensor) for name, tensor in state.items()}
+    differing = sorted(name for name in expected.keys() | own.keys() if expected.get(name) != own.get(name))
+    if not differing or len(differing) > len(expected) // 10:
+        return None
+    first = differing[0]
+    shapes = [str(shapes[first]) if first in shapes else "nothing" for shapes in (own, expected)]
+    return f"{first} is {shapes[0]} in the file, {shapes[1]} in the config of {base}"
 
 
 def _is_of(state: State, directory: Path, kind: str) -> bool:
