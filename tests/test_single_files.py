@@ -43,6 +43,23 @@ def opened(path, **settings):
     return LatentDiffusionPipeline.from_pretrained(path, device="cpu", **settings)
 
 
+def test_float8_with_scales(files, tmp_path):
+    """ComfyUI's scaled files: the U-Net's matrices are products of float8 and one number each."""
+    state = load_file(files / "1.safetensors")
+    expected = dict(state)
+    for name in [name for name, tensor in state.items() if name.startswith(UNET) and tensor.ndim == 2]:
+        factor = state[name].abs().max() / 448
+        state[name] = (expected[name] / factor).to(torch.float8_e4m3fn)
+        expected[name] = (state[name].float() * factor).bfloat16()
+        state[name.replace("weight", "scale_weight")] = factor
+    save_file(state | {"scaled_fp8": torch.zeros(2)}, tmp_path / "scaled.safetensors")
+    save_file(expected, tmp_path / "expected.safetensors")
+    scaled, plain = (
+        opened(tmp_path / f"{name}.safetensors")(PROMPT, **ASKED).images for name in ("scaled", "expected")
+    )
+    assert torch.equal(scaled, plain)
+
+
 @pytest.mark.parametrize("family", ["1", "2", "XL"])
 def test_averages_alone(family, files, folders, tmp_path):
     """`model_ema.` and names without dots, no other U-Net: drawn as the same weights under their own names."""

@@ -45,7 +45,7 @@ from latentdiff.formats.original import (
     unet_name,
 )
 from latentdiff.formats.pickle import check_safetensors
-from latentdiff.formats.tensors import widened
+from latentdiff.formats.tensors import unscaled, widened
 from latentdiff.model import Model, ModelCard
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.absent import AbsentCodec
@@ -91,7 +91,7 @@ def load_single_file(path: Path) -> Model:
             f"family: latentdiff convert {path} OUTPUT --base FOLDER"
         )
     with loading(path), quietly():  # diffusers advises a flag of its own scripts
-        state = _with_averages(load_file(path))
+        state = _with_averages(unscaled(load_file(path)))
         kind = _kind_of(state, path)
         config = unet_config(state, kind)
         unet = UNet(filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config))).eval()
