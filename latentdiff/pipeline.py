@@ -371,13 +371,9 @@ class LatentDiffusionPipeline:
         Raises ModelError if its latents or its path differ.
         """
         from latentdiff.drawing import extras
-        from latentdiff.families.loading import stored_model
-        from latentdiff.runtime.device import moved
 
         with self._in_torch("a weaker model"):
-            backbone: Any = self.model.backbone
-            weaker = moved(stored_model(as_path(path)), self.device, backbone.dtype)
-            self._painter = extras.with_weaker(self._painter, weaker)
+            self._painter = extras.with_weaker(self._painter, self._another(path))
 
     def load_refiner(self, path: str | Path) -> None:
         """Load a model that goes on where `refiner_switch` of the levels are done, on the same latents.
@@ -385,13 +381,17 @@ class LatentDiffusionPipeline:
         Raises ModelError if its latents or its path differ.
         """
         from latentdiff.drawing import extras
+
+        with self._in_torch("a refiner"):
+            self._painter = extras.with_refiner(self._painter, self._another(path))
+
+    def _another(self, path: str | Path) -> Model:
+        """Another model on this one's device, in its precision."""
         from latentdiff.families.loading import stored_model
         from latentdiff.runtime.device import moved
 
-        with self._in_torch("a refiner"):
-            backbone: Any = self.model.backbone
-            refiner = moved(stored_model(as_path(path)), self.device, backbone.dtype)
-            self._painter = extras.with_refiner(self._painter, refiner)
+        backbone: Any = self.model.backbone
+        return moved(stored_model(as_path(path)), self.device, backbone.dtype)
 
     def load_vae(self, path: str | Path, *, as_stored: bool = False) -> None:
         """Load another VAE for the same latents, from its folder, a model folder or a .safetensors file.

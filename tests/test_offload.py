@@ -9,18 +9,12 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.runtime.offload import networks_in
 
-from . import flow_models, flux, stable_diffusion_3
+from . import flux
 from .stable_diffusion import load
+from .test_flow_adapters import MAKERS
 from .test_parts import FLUX_DEV
 
 ASKED = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
-MAKERS = {
-    "Flux.1": flux.pipeline,
-    "Stable Diffusion 3": stable_diffusion_3.pipeline,
-    "Z-Image": lambda: flow_models.pipeline("Z-Image"),
-    "FLUX.2 klein": lambda: flow_models.pipeline("FLUX.2 klein"),
-    "Qwen-Image": lambda: flow_models.pipeline("Qwen-Image"),
-}
 
 
 @pytest.mark.parametrize("family", MAKERS)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff.core.errors import ModelError
 from latentdiff.families import FAMILIES
 from latentdiff.families.parts import found_in, joined, transformer_of
-from latentdiff.networks.blocks import blocks_of, in_blocks, put_in_blocks, widened
+from latentdiff.networks.blocks import blocks_of, in_blocks, put_in_blocks, state_of, widened
 from latentdiff.networks.saving import save_gguf
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -340,8 +340,7 @@ def test_a_file_under_diffusers_names(family, saved, in_blocks, tmp_path):
     network = copy.deepcopy(theirs.transformer)
     if in_blocks:
         put_in_blocks(network, "q8_0")
-        numbers = {name: t for name, t in network.state_dict().items() if not name.endswith(".blocks")}
-        save_gguf(numbers | blocks_of(network), tmp_path / "x", "any")
+        save_gguf(state_of(network), tmp_path / "x", "any")
     else:
         save_file({name: t.contiguous() for name, t in network.state_dict().items()}, tmp_path / "x")
     parts = joined([tmp_path / "x"], folder).parts["transformer"].state_dict()

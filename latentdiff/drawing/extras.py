@@ -162,20 +162,23 @@ def with_scorer(painter: Painter, scorer: Scorer, source: Source) -> Painter:
 
 def with_weaker(painter: Painter, weaker: Model) -> Painter:
     """Load a weaker model for autoguidance. Raises ModelError if its latents or its path differ."""
-    same = weaker.path == painter.model.path
-    if not same or weaker.codec.latent_channels != painter.model.codec.latent_channels:
-        raise ModelError(f"the weaker model must have the same latents and noise schedule ({weaker.card.name})")
+    _check_latents(painter, weaker, "weaker model")
     source = Source("weaker", weaker.card.source or "", weaker.card.hash)
     return replace(painter, weaker=weaker).with_source("weaker", source)
 
 
 def with_refiner(painter: Painter, refiner: Model) -> Painter:
     """Load a model that draws the last levels. Raises ModelError if its latents or its path differ."""
-    same = refiner.path == painter.model.path and not refiner.inpaints and not refiner.edits
-    if not same or refiner.codec.latent_channels != painter.model.codec.latent_channels:
-        raise ModelError(f"the refiner must have the same latents and noise schedule ({refiner.card.name})")
+    _check_latents(painter, refiner, "refiner", plain=not refiner.inpaints and not refiner.edits)
     source = Source("refiner", refiner.card.source or "", refiner.card.hash)
     return replace(painter, refiner=refiner).with_source("refiner", source)
+
+
+def _check_latents(painter: Painter, other: Model, what: str, *, plain: bool = True) -> None:
+    """Raises ModelError for another model whose latents or path differ, or that is not plain."""
+    same = other.path == painter.model.path and other.codec.latent_channels == painter.model.codec.latent_channels
+    if not (same and plain):
+        raise ModelError(f"the {what} must have the same latents and noise schedule ({other.card.name})")
 
 
 def source_of_vae(path: Path, folder: Path | None = None) -> Source:

@@ -104,6 +104,8 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
     Equal prompts are encoded once and by themselves, so that none depends on the batch's size. As in diffusers,
     clip_skip applies to the prompt only. memory: prompts of earlier batches.
     """
+    from latentdiff.networks.encoders.joined import with_sizes  # with NumPy, which a refused request does without
+
     request, encoder = batch.request, model.encoder
     style, least = style_of(request), max(chunks_of(job, encoder) for job in batch.jobs)
     known = Memory() if memory is None else memory
@@ -115,7 +117,7 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
     def of(job: Job) -> Conditions:
         if job.embeds is None:
             return encoded(job.request.prompt, style)
-        return _sized(job.embeds[0], sizes)
+        return with_sizes(job.embeds[0], sizes)
 
     cond = stacked([of(job) for job in batch.jobs]).mapped(model.array)
     told = model.is_told_guidance
@@ -127,7 +129,11 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
     negative = []
     for job in batch.jobs:
         own = None if job.embeds is None else job.embeds[1]
-        other = encoded(job.request.negative_prompt, plain, sizes_of_negative) if own is None else _sized(own, sizes)
+        other = (
+            encoded(job.request.negative_prompt, plain, sizes_of_negative)
+            if own is None
+            else with_sizes(own, sizes_of_negative)
+        )
         negative.append(other)
     uncond = stacked(negative).mapped(model.array)
     if told:
@@ -148,12 +154,6 @@ def _guidance(model: Model, request: Request, count: int) -> dict[str, Array]:
     import numpy as np
 
     return {"guidance": model.array(np.full(count, request.guidance_scale, np.float32))}
-
-
-def _sized(embeds: Conditions, sizes: tuple[float, ...] | None) -> Conditions:
-    import numpy as np
-
-    return embeds if sizes is None else embeds.joined({"sizes": np.array(sizes, np.float32)})
 
 
 def _check_shapes(cond: Conditions, uncond: Conditions) -> None:

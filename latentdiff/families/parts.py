@@ -6,8 +6,10 @@ ComfyUI's checkpoints hold several parts, each under a prefix; Black Forest Labs
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,9 +160,15 @@ def _has_names_of_diffusers(part: Part, family: Family, base: Path) -> bool:
 def _shapes_of(directory: Path, kind: str) -> dict[str, tuple[int, ...]] | None:
     """The names and shapes of the network that a folder's config describes; None if it describes none."""
     config = folder.read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    return _described(kind, json.dumps(config, sort_keys=True))
+
+
+@lru_cache(maxsize=8)
+def _described(kind: str, config: str) -> dict[str, tuple[int, ...]] | None:
+    """The same of a config; a network of twelve billions takes seconds to build, even without numbers."""
     try:
         with torch.device("meta"):
-            network = getattr(diffusers, kind).from_config(config)
+            network = getattr(diffusers, kind).from_config(json.loads(config))
     except Exception:  # libraries raise nearly anything; then the config of the file's own shapes is taken
         return None
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

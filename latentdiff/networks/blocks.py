@@ -87,6 +87,12 @@ def with_blocks_of(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
     return rest
 
 
+def state_of(network: nn.Module) -> dict[str, Tensor]:
+    """All weights of a network by the names that they would have as numbers."""
+    numbers = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith(".blocks")}
+    return numbers | blocks_of(network)
+
+
 def blocks_of(network: nn.Module) -> dict[str, GGUFParameter]:
     """The weights in blocks, by the names that they would have as numbers."""
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, BlockLinear)]

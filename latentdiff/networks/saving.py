@@ -12,7 +12,7 @@ from diffusers.quantizers.gguf.utils import GGUFParameter
 from torch import Tensor
 
 from latentdiff.core.files import let_others_read
-from latentdiff.networks.blocks import blocks_of, is_in_blocks
+from latentdiff.networks.blocks import is_in_blocks, state_of
 from latentdiff.networks.quiet import quietly
 
 GGUF = "model.gguf"  # see formats/folder.py
@@ -27,8 +27,7 @@ def save_network(network: Any, directory: Path) -> None:
         if is_in_blocks(network):
             directory.mkdir(parents=True, exist_ok=True)
             _save_config(network, directory)
-            numbers = {name: t for name, t in network.state_dict().items() if not name.endswith(".blocks")}
-            save_gguf(numbers | blocks_of(network), directory / GGUF, type(network).__name__)
+            save_gguf(state_of(network), directory / GGUF, type(network).__name__)
         else:
             network.save_pretrained(directory, safe_serialization=True)
     let_others_read(directory)

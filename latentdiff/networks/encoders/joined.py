@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from latentdiff.core.arrays import library
@@ -20,4 +22,9 @@ def with_both(first: Conditions, second: Conditions, prompt: Prompt, *, zero_emp
     both = side_by_side(first, second)
     if zero_empty and not prompt.text:
         both = both.mapped(lambda array: library(array).zeros_like(array))
-    return both if prompt.sizes is None else both.joined({"sizes": np.array(prompt.sizes, np.float32)})
+    return with_sizes(both, prompt.sizes)
+
+
+def with_sizes(conditions: Conditions, sizes: Sequence[float] | None) -> Conditions:
+    """The conditions of one picture with its sizes, if they are known."""
+    return conditions if sizes is None else conditions.joined({"sizes": np.array(sizes, np.float32)})

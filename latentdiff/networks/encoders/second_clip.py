@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
+from latentdiff.networks.encoders.joined import with_sizes
 from latentdiff.networks.encoders.prompt import Prompt, Reading, Style
 
 
@@ -42,8 +42,7 @@ class SecondTextEncoder(nn.Module):
 
     def encode(self, prompt: Prompt) -> Conditions:
         """See Encoder."""
-        read = self.second.encode(prompt)
-        return read if prompt.sizes is None else read.joined({"sizes": np.array(prompt.sizes, np.float32)})
+        return with_sizes(self.second.encode(prompt), prompt.sizes)
 
     def save(self, directory: Path) -> None:
         """Write tokenizer_2/ and text_encoder_2/."""
