@@ -173,11 +173,11 @@ def test_standard_input_that_is_not_text(call, monkeypatch):
     assert call("generate", "-") == (2, "error: prompt: standard input is not text in UTF-8\n")
 
 
-def test_a_negative_prompt_without_guidance_is_told(call, tiny_model):
+def test_a_negative_prompt_without_guidance_has_one_warning(call, tiny_model):
     words = ("-m", tiny_model, "-n", "blue", "--cfg", 1, "--steps", 1, "-o", "one.png")
     assert call("generate", PROMPT, *words) == (
         0,
-        "warning: the negative prompt has no effect without guidance (--cfg over 1)\n",
+        "warning: the negative prompt has no effect: it requires guidance_scale over 1\n",
     )
 
 

@@ -388,11 +388,9 @@ def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
 
 
 def _warn(pipe: LatentDiffusionPipeline, request: Request) -> None:
-    """Warn about settings without effect, and about prompts that are cut or read in chunks."""
+    """Warn about prompts that are cut or read in chunks."""
     from latentdiff.drawing.prompts import style_of
 
-    if request.negative_prompt and request.guidance_scale <= 1:
-        terminal.warning("the negative prompt has no effect without guidance (--cfg over 1)")
     for name in ("prompt", "negative_prompt"):
         read, limit = pipe.model.encoder.read(getattr(request, name), style_of(request)), pipe.model.encoder.length
         if read.cut:
