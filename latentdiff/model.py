@@ -107,7 +107,8 @@ class Family:
     missing. pipelines: diffusers' pipeline classes. load: a checked folder and the variant of its weights -> the model
     on the CPU in its stored precision. save: write a model's networks into a new folder. index: its model_index.json.
     defaults: settings that its pipeline in diffusers has, where a folder recommends none. layout: of its single files.
-    architecture: see `called`, where it is not the family's name.
+    architecture: see `called`, where it is not the family's name. path: the path that its pipeline makes of its
+    scheduler's.
     """
 
     name: str
@@ -117,9 +118,10 @@ class Family:
     load: Callable[[FilePath, str | None], Model]
     save: Callable[[Model, FilePath], None]
     index: Callable[[Model], dict[str, Any]]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Callable[[FilePath], Mapping[str, Any]] = lambda directory: NOTHING
     layout: Layout | None = None
     architecture: Callable[[Model], str] | None = None
+    path: Callable[[Path], Path] = lambda path: path
 
     def called(self, model: Model) -> str:
         """The name of a model's architecture in the metadata of adapters, as modelspec lists them."""

@@ -180,7 +180,7 @@ def test_weights_of_words_are_text(pipe):
     output = pipe("a (red:1.5) castle", seed=1, num_inference_steps=1, **SMALL)
     assert output.notes == ["prompt: this model has no weights of words: brackets are text"]
     assert not pipe("a (red) castle", seed=1, num_inference_steps=1, prompt_weights=False, **SMALL).notes
-    read = pipe.model.encoder._ids("a (red:1.5) castle").input_ids
+    read = pipe.model.encoder._ids("a (red:1.5) castle")
     assert "a (red:1.5) castle" in pipe.model.encoder.tokenizer.decode(read)
     with pytest.raises(ConfigError, match="Name adapters by --lora"):
         pipe("a castle <lora:x:1>", seed=1, **SMALL)

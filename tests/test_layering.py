@@ -23,7 +23,7 @@ ARROWS = {  # the rooms that each room may import: a change here is a change of 
     "model": NUMBERS | {"networks"},
     "families": MODELS - {"families"},
     "drawing": MODELS - {"families"},
-    "runtime": MODELS - {"settings"},
+    "runtime": MODELS - {"settings", "diffusion"},
     "training": NUMBERS | {"settings", "networks"},
     "evaluation": MODELS | {"drawing", "data"},
     "stages": MODELS | {"drawing", "data", "runtime", "training", "evaluation"},

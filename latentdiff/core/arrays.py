@@ -23,6 +23,20 @@ def library(array: Array) -> Any:
     return torch
 
 
+def zeros(like: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros of that shape in another array's library, precision and place."""
+    return np.zeros(shape, like.dtype) if library(like) is np else like.new_zeros(shape)
+
+
+def beside(like: Array, array: Array, *, exact: bool = False) -> Array:
+    """The same numbers in another array's library and place, and in its precision unless they are to stay `exact`."""
+    if library(like) is np:
+        return np.asarray(array, None if exact else like.dtype)
+    import torch
+
+    return torch.as_tensor(array).to(like.device, None if exact else like.dtype)
+
+
 def as_tensor(array: Array) -> Array:
     """The same numbers as a torch tensor that shares their memory."""
     import torch

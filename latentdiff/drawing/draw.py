@@ -176,10 +176,9 @@ def _kept(model: Model, images: Array, canvases: Sequence[Canvas | None]) -> Arr
 
 def _as_type(model: Model, images: Array, output_type: str) -> Any:
     if output_type == "latent":
-        return returned(model, images) if model.runtime == "torch" else as_tensor(images)
+        return as_tensor(returned(model, images))
     if output_type == "pt":
-        tensor = images if model.runtime == "torch" else as_tensor(images)
-        return (tensor + 1) / 2
+        return (as_tensor(images) + 1) / 2
     drawn = to_uint8(images)
     if output_type == "uint8":
         return drawn

@@ -24,7 +24,6 @@ def assembled(
     family: Family,
     widths: Mapping[str, int],
     parts: Mapping[str, Any],
-    defaults: Mapping[str, Any],
     variant: str | None = None,
     given: Mapping[str, Any] = NOTHING,
 ) -> Model:
@@ -38,8 +37,9 @@ def assembled(
             raise ModelError(f"the transformer reads {name} of {reads[name][-1]}, the texts have {width} ({directory})")
     if inputs not in (codec.latent_channels, 2 * codec.latent_channels):
         raise ModelError(f"a transformer of {inputs} channels, latents of {codec.latent_channels} ({directory})")
-    path, prediction, *_ = read_scheduler(directory)
-    card = model_card(directory, path.T, variant, defaults, hashed=not given)
+    scheduled, prediction, *_ = read_scheduler(directory)
+    path = family.path(scheduled)
+    card = model_card(directory, path.T, variant, family.defaults(directory), hashed=not given)
     modules = {"vae": codec.vae, "transformer": backbone.model, **parts}
     return Model(backbone, texts, codec, path, prediction, card, TorchPlace("cpu"), family, modules)
 
@@ -50,7 +50,6 @@ def with_chat(
     directory: Path,
     *,
     family: Family,
-    defaults: Mapping[str, Any],
     variant: str | None,
     given: Mapping[str, Any],
 ) -> Model:
@@ -65,7 +64,6 @@ def with_chat(
         family=family,
         widths={"tokens": texts.width},
         parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
-        defaults=defaults,
         variant=variant,
         given=given,
     )

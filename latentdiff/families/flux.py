@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.families import flow, layouts, stable_diffusion
-from latentdiff.formats.folder import read_index
+from latentdiff.formats.folder import read_index, read_json
 from latentdiff.model import NOTHING, Family, Layout, Model
 
 PARTS = {
@@ -55,9 +55,13 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
             "tokenizer_2": t5.tokenizer,
         },
         given=given,
-        defaults=DEFAULTS if "guidance" in backbone.spec.reads else DISTILLED,
         variant=variant,
     )
+
+
+def defaults(directory: Path) -> Mapping[str, Any]:
+    """See Family."""
+    return DEFAULTS if read_json(directory / "transformer" / "config.json").get("guidance_embeds") else DISTILLED
 
 
 def index(model: Model) -> dict[str, Any]:
@@ -81,6 +85,6 @@ FAMILY = Family(
     load,
     stable_diffusion.save_transformer,
     index,
-    DEFAULTS,
+    defaults,
     Layout(layouts.flux, converted, load),
 )

@@ -11,8 +11,10 @@ from typing import Any
 
 from latentdiff.core.errors import ModelError
 from latentdiff.diffusion.path import ByTokensAndSteps, Straight
+from latentdiff.diffusion.path import Path as SamplingPath
 from latentdiff.families import flow, layouts, stable_diffusion
 from latentdiff.families.z_image import AFTER, BEFORE
+from latentdiff.formats.folder import read_json
 from latentdiff.model import NOTHING, Family, Layout, Model
 
 PARTS = {
@@ -33,28 +35,27 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     import transformers
 
     from latentdiff.families.weights import load_chat, pretrained
-    from latentdiff.formats.folder import read_json
     from latentdiff.networks.backbones.flux_2 import Flux2
-    from latentdiff.networks.encoders.chat import Chat
+    from latentdiff.networks.encoders.reading import Chat
 
     backbone: Any = Flux2(
         pretrained(diffusers.Flux2Transformer2DModel, directory, "transformer", variant, Flux2, given)
     ).eval()
     chat = Chat(BEFORE, AFTER + _NO_THOUGHTS, layers=(9, 18, 27), filled=True)
     texts: Any = load_chat(directory, transformers.Qwen3ForCausalLM, chat, variant, given)
-    is_distilled = bool(read_json(directory / "model_index.json").get("is_distilled"))
-    model = flow.with_chat(
-        backbone,
-        texts,
-        directory,
-        family=FAMILY,
-        defaults=DISTILLED if is_distilled else DEFAULTS,
-        variant=variant,
-        given=given,
-    )
-    if not isinstance(model.path, Straight):
-        raise ModelError(f"FLUX.2 requires the scheduler of a straight path ({directory})")
-    return replace(model, path=replace(model.path, growth=_GROWTH))
+    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, given=given)
+
+
+def path(scheduled: SamplingPath) -> SamplingPath:
+    """See Family: the shift grows with the picture by a rule of its own, whatever the scheduler's config says."""
+    if not isinstance(scheduled, Straight):
+        raise ModelError("FLUX.2 requires the scheduler of a straight path")
+    return replace(scheduled, growth=_GROWTH)
+
+
+def defaults(directory: Path) -> Mapping[str, Any]:
+    """See Family."""
+    return DISTILLED if read_json(directory / "model_index.json").get("is_distilled") else DEFAULTS
 
 
 def index(model: Model) -> dict[str, Any]:
@@ -78,6 +79,7 @@ FAMILY = Family(
     load,
     stable_diffusion.save_transformer,
     index,
-    DEFAULTS,
+    defaults,
     Layout(layouts.flux_2, converted, load),
+    path=path,
 )

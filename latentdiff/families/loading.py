@@ -94,7 +94,7 @@ def stored_model(path: str | Path | None, variant: str | None = None, revision: 
 
 def card_of(source: Located, family: Family, T: int, variant: str | None) -> ModelCard:
     """The card of a checked folder, with the user's name and source of it."""
-    return _named(model_card(source.path, T, variant, family.defaults), source, variant)
+    return _named(model_card(source.path, T, variant, family.defaults(source.path)), source, variant)
 
 
 def _named(card: ModelCard, source: Located, variant: str | None) -> ModelCard:

@@ -33,13 +33,13 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
 
     from latentdiff.families.weights import load_chat, pretrained
     from latentdiff.networks.backbones.qwen_image import QwenImage
-    from latentdiff.networks.encoders.chat import Chat
+    from latentdiff.networks.encoders.reading import Chat
 
     network = diffusers.QwenImageTransformer2DModel
     backbone: Any = QwenImage(pretrained(network, directory, "transformer", variant, QwenImage, given)).eval()
     chat = Chat(_BEFORE, _AFTER, length=1024, dropped=_DROPPED)
     texts: Any = load_chat(directory, transformers.Qwen2_5_VLForConditionalGeneration, chat, variant, given)
-    return flow.with_chat(backbone, texts, directory, family=FAMILY, defaults=DEFAULTS, variant=variant, given=given)
+    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, given=given)
 
 
 def index(model: Model) -> dict[str, Any]:
@@ -55,6 +55,6 @@ FAMILY = Family(
     load,
     stable_diffusion.save_transformer,
     index,
-    DEFAULTS,
+    lambda directory: DEFAULTS,
     Layout(layouts.qwen_image, dict, load),
 )

@@ -51,7 +51,6 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
         widths={"tokens": _tokens(texts, configs), "pooled": sum(int(config.projection_dim) for config in configs)},
         parts=parts,
         given=given,
-        defaults=DEFAULTS,
         variant=variant,
     )
 
@@ -61,7 +60,8 @@ def load_texts(directory: Path, width: int, variant: str | None = None, given: M
     from transformers import CLIPTextModelWithProjection
 
     from latentdiff.families.weights import clip_text, load_t5
-    from latentdiff.networks.encoders.three_texts import T5_LENGTH, ThreeTextEncoders
+    from latentdiff.networks.encoders.reading import T5_LENGTH
+    from latentdiff.networks.encoders.three_texts import ThreeTextEncoders
 
     first = clip_text(CLIPTextModelWithProjection, directory, variant, "", penultimate=True, given=given)
     second = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True, given=given)
@@ -96,6 +96,6 @@ FAMILY = Family(
     load,
     stable_diffusion.save_transformer,
     index,
-    DEFAULTS,
+    lambda directory: DEFAULTS,
     Layout(layouts.stable_diffusion_3, converted, load),
 )

@@ -43,6 +43,6 @@ FAMILY = Family(
     load,
     save,
     index,
-    DEFAULTS,
+    lambda directory: DEFAULTS,
     architecture=lambda model: "stable-diffusion-xl-v1-base",
 )

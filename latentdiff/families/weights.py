@@ -31,8 +31,9 @@ from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.codecs.qwen_image import QwenImageAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.encoders.chat import Chat, ChatText
+from latentdiff.networks.encoders.chat import ChatText
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
+from latentdiff.networks.encoders.reading import Chat
 from latentdiff.networks.encoders.second_clip import SecondTextEncoder
 from latentdiff.networks.encoders.t5 import T5Text
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders

@@ -29,14 +29,14 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     from latentdiff.families.weights import load_chat, pretrained
     from latentdiff.formats.folder import read_json
     from latentdiff.networks.backbones.z_image import ZImage
-    from latentdiff.networks.encoders.chat import Chat
+    from latentdiff.networks.encoders.reading import Chat
 
     network = diffusers.ZImageTransformer2DModel
     backbone: Any = ZImage(pretrained(network, directory, "transformer", variant, ZImage, given)).eval()
     name = read_json(directory / "model_index.json")["text_encoder"][1]
     chat = Chat(BEFORE, AFTER, layers=(-2,))
     texts: Any = load_chat(directory, getattr(transformers, name), chat, variant, given)
-    return flow.with_chat(backbone, texts, directory, family=FAMILY, defaults=DEFAULTS, variant=variant, given=given)
+    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, given=given)
 
 
 def index(model: Model) -> dict[str, Any]:
@@ -61,6 +61,6 @@ FAMILY = Family(
     load,
     stable_diffusion.save_transformer,
     index,
-    DEFAULTS,
+    lambda directory: DEFAULTS,
     Layout(layouts.z_image, converted, load),
 )

@@ -186,15 +186,14 @@ def _compiled(
     precise = precision or ("bfloat16" if has_bfloat16() else "float32")
     compiler = Compiler(export, precise, card.hash, quantize)
     networks = compiled_networks(export, compiler)
-    ready = partial(begin, *networks)
+    ready = partial(begin, networks)
     alone = required or quantize not in (None, *kinds.TORCH)
     other = None if alone else partial(_by_torch, source.path, "cpu", precision, speed, variant, None, quantize)
-    backbone, encoder, codec = networks
     return Model(
-        backbone,
-        encoder,
-        codec,
-        path,
+        networks.backbone,
+        networks.encoder,
+        networks.codec,
+        family.path(path),
         prediction,
         card,
         NumPyPlace(),

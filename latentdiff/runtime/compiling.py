@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -25,7 +25,8 @@ from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
 SHAPES = 4  # compiled versions of a graph in memory, each with its own weights; the oldest is dropped
 LARGE = 32 * 32  # latents or pixels from which generated kernels pay off even if they run once
 NARROW_LATENTS, NARROW_PICTURE = 8, 64  # columns below which bfloat16 is not used
-Shapes = tuple[tuple[int, ...], ...]  # of a graph's inputs except its weights, in order
+HEAVY = 2**30  # bytes of weights from which only one compiled version of a graph stays in memory
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of a graph's inputs, except its weights
 
 
 def openvino() -> Any:
@@ -80,25 +81,36 @@ class Compiler:
             kept = None if file is None else user_cache.kept(file)
             self._begun[part, shapes] = self._worker.submit(self._made, part, shapes, file, kept), kept
 
-    def run(self, part: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        """All outputs of a graph that is compiled for the shapes of these inputs; threads take turns.
+    def forget(self, part: str) -> None:
+        """Release a graph's memory."""
+        for key in [key for key in self._ready if key[0] == part]:
+            del self._ready[key]
+
+    def run(self, part: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """All outputs of a graph that is compiled for the shapes of these named inputs; threads take turns.
 
         Raises ModelError, ResourceError.
         """
         with self._turn, _told_of_memory():
             return self._run(part, inputs)
 
-    def _run(self, part: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        shapes = tuple(array.shape for array in inputs)
+    def _run(self, part: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        shapes = tuple((name, array.shape) for name, array in inputs.items())
         if (part, shapes) not in self._ready:
-            for older in [key for key in self._ready if key[0] == part][: 1 - SHAPES]:
+            for older in self._superfluous(part):
                 del self._ready[older]
             self._ready[part, shapes] = self._made_ready(part, shapes)
         request = self._ready[part, shapes].request
-        for index, array in enumerate(inputs):
-            request.set_input_tensor(index, openvino().Tensor(np.ascontiguousarray(array), shared_memory=True))
+        for name, array in inputs.items():
+            request.set_tensor(name, openvino().Tensor(np.ascontiguousarray(array), shared_memory=True))
         request.infer()
         return [tensor.data.copy() for tensor in request.output_tensors]
+
+    def _superfluous(self, part: str) -> list[tuple[str, Shapes]]:
+        """The oldest compiled versions of a graph, which have to go before another one is made."""
+        made = [key for key in self._ready if key[0] == part]
+        size = sum(stored.end - stored.begin for stored in self._model.weights(part).values()) if made else 0
+        return made if size >= HEAVY else made[: 1 - SHAPES]
 
     def _made_ready(self, part: str, shapes: Shapes) -> Ready:
         """The request of a graph. A cached file is checked here while the other thread loads it."""
@@ -140,10 +152,11 @@ class Compiler:
         Pictures of few columns are computed in float32: at 1 to 4 columns of latents the library's kernels in bfloat16
         read numbers that nothing has written, and their outputs are NaN or change from run to run (OpenVINO 2026.4).
         """
-        narrow = len(shapes[0]) == 4 and shapes[0][3] < (NARROW_PICTURE if part == "vae_encoder" else NARROW_LATENTS)
+        name, first = shapes[0]
+        narrow = len(first) == 4 and first[3] < (NARROW_PICTURE if name == "images" else NARROW_LATENTS)
         precision = "float32" if narrow else self.precision
         settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _PRECISIONS[precision]}
-        often = part.startswith("unet") or (len(shapes[0]) == 4 and shapes[0][2] * shapes[0][3] >= LARGE)
+        often = name == "x" or (len(first) == 4 and first[2] * first[3] >= LARGE)  # the backbone's input is x
         return settings if often and precision != "float32" else settings | {"SNIPPETS_MODE": "DISABLE"}
 
     def _bound(self, part: str, shapes: Shapes) -> tuple[Any, list[np.ndarray]]:
@@ -151,19 +164,19 @@ class Compiler:
         graph, constants = self._model.graph(part)
         held = [constants]
         model = _core().read_model(graph, openvino().Tensor(constants))
-        inputs = [p for p in model.get_parameters() if not p.get_friendly_name().startswith(WEIGHT)]
-        weights = self._model.weights(part)
+        weights, network = self._model.weights(part), self._model.part(part)
         for parameter in model.get_parameters():
             name = parameter.get_friendly_name()
             if name.startswith(WEIGHT):
-                held.append(bind(parameter, named(weights, name.removeprefix(WEIGHT), part, self._model.directory)))
+                stored = named(weights, name.removeprefix(WEIGHT), network, self._model.directory)
+                held.append(bind(parameter, stored))
                 model.remove_parameter(parameter)
-        model.reshape({parameter.output(0): list(shape) for parameter, shape in zip(inputs, shapes, strict=True)})
+        model.reshape({name: list(shape) for name, shape in shapes})
         return model, held
 
     def _kind(self, part: str) -> str | None:
         """The kind of a part's weights; a VAE's are few and stay numbers."""
-        return None if part.startswith("vae") else self._quantize
+        return None if self._model.part(part) == "vae" else self._quantize
 
     def _key(self, part: str, shapes: Shapes) -> str:
         ov = openvino()

@@ -1,6 +1,7 @@
 """A model's networks as OpenVINO graphs on disk: `MODEL/openvino/`, beside the weights that they read.
 
-    unet.xml, text_encoder.xml, ...   the graphs; their weights are inputs, named as in the model's own files
+    unet.xml, text_encoder.xml, ...   the graphs, with named inputs; their weights are inputs too, named as in the
+                                      model's own files
     constants.safetensors             all other constants, which depend only on the configuration
     export.json                       facts about the networks, and the configurations of the export
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import read_json, weight_files
 
 FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
-FORMAT = 3
-TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-NETWORKS = {"unet_deep": "unet", "unet_shallow": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}  # of graphs
+FORMAT = 4
 WEIGHT = "weight:"  # how the name of an input begins that is a weight
 _UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")  # keys of configs that do not matter
-_OLD_NAMES = (  # today's names of weights -> those in older files
+_OLD_NAMES = (  # today's names of weights -> those in older files, or of the same weight there
     ("", "text_model."),
+    ("", "model."),
+    ("language_model.", ""),
+    ("encoder.embed_tokens.", "shared."),
+    ("shared.", "encoder.embed_tokens."),
     ("to_q.", "query."),
     ("to_k.", "key."),
     ("to_v.", "value."),
@@ -71,15 +74,19 @@ class Exported:
         with loading(f"{FOLDER}/{part}.xml", self.directory):
             return (self.folder / f"{part}.xml").read_bytes(), load_file(self.folder / CONSTANTS)[part]
 
+    def part(self, graph: str) -> str:
+        """The part of the model that has a graph's weights."""
+        return str(self.record["graphs"][graph])
+
     def weights(self, part: str) -> dict[str, Stored]:
         """The stored tensors of a graph's network by name. Raises ModelError."""
-        files = weight_files(self.directory / NETWORKS.get(part, part), self.variant)
+        files = weight_files(self.directory / self.part(part), self.variant)
         return {name: stored for file in files for name, stored in _tensors(file)}
 
     def tokenizer(self, part: str) -> Path:
         """The tokenizer's file of a text encoder: the model's, or one beside the graphs."""
-        own = self.record[part]["tokenizer"] == "model"
-        return (self.directory if own else self.folder) / TOKENIZER[part] / "tokenizer.json"
+        own = self.record["texts"][part]["tokenizer"] == "model"
+        return (self.directory if own else self.folder) / tokenizer_of(part) / "tokenizer.json"
 
     def identity(self, part: str) -> str:
         """A hash of the graph with its constants. Raises ModelError."""
@@ -99,7 +106,7 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
     path, again = folder / RECORD, f"Export it again: latentdiff convert {directory} --to openvino"
     if not folder.is_dir():
         return None
-    lacking = [name for name in (RECORD, CONSTANTS, "unet.xml") if not (folder / name).is_file()]
+    lacking = [name for name in (RECORD, CONSTANTS) if not (folder / name).is_file()]
     if lacking:
         raise ModelError(f"an export without {lacking[0]} ({folder}). {again}")
     record = read_json(path)
@@ -107,29 +114,61 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
         raise ModelError(f"an export of format {record.get('format')!r}, not {FORMAT} ({path}). {again}")
     try:
         changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
-        texts = [part for part in TOKENIZER if part in record["configs"]]
-        whole = {"unet", "text_encoder"} <= record["configs"].keys() and _is_whole(record, texts)
+        whole = _is_whole(record)
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:
         raise ModelError(f"an export that does not name its configurations ({path}). {again}")
     if changed:
         raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). {again}")
+    if lacking := [graph for graph in record["graphs"] if not (folder / f"{graph}.xml").is_file()]:
+        raise ModelError(f"an export without {lacking[0]}.xml ({folder}). {again}")
     return Exported(directory, variant, folder, record)
 
 
-_FACTS: dict[str, dict[str, type]] = {  # part of export.json -> its keys and the types of their values
-    "unet": {"inputs": int, "outputs": int, "reads": dict, "deep_levels": int},
-    "vae": {"factor": int, "latent_channels": int, "image_channels": int},
-    "text_encoder": {"layers": int, "length": int, "tokenizer": str, "start": int, "end": int, "pad": int},
+_NUMBERS: dict[str, type] = dict.fromkeys(("length", "pad"), int)
+_FACTS: dict[str, dict[str, type]] = {  # keys of export.json that are read, and the types of their values
+    "backbone": {
+        **dict.fromkeys(("inputs", "outputs", "multiple", "token_step", "deep_levels"), int),
+        **{"reads": dict, "graphs": dict, "packs": bool},
+    },
+    "autoencoder": {"factor": int, "latent_channels": int, "image_channels": int, "shows": bool},
+    "identity": {"image_channels": int},
+    "clip": {**_NUMBERS, "layers": int, "start": int, "end": int, "projects": bool},
+    "t5": _NUMBERS,
+    "chat": {"pad": int, "chat": dict},
+}
+
+_ENCODERS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {  # kinds -> possible numbers of texts, their options
+    "clip": ((1,), ()),
+    "chat": ((1,), ()),
+    "second": ((1,), ()),
+    "two": ((2,), ("zero_empty",)),
+    "clip_and_t5": ((2,), ()),
+    "three": ((2, 3), ("width",)),
 }
 
 
-def _is_whole(record: dict[str, Any], texts: Sequence[str]) -> bool:
+def _is_whole(record: dict[str, Any]) -> bool:
     """Whether export.json has all facts that are read, of their types."""
-    facts = {"unet": _FACTS["unet"], "vae": _FACTS["vae"], **dict.fromkeys(texts, _FACTS["text_encoder"])}
-    typed = all(type(record[part][key]) is kind for part, keys in facts.items() for key, kind in keys.items())
-    return typed and type(record["zero_empty"]) is bool
+    codec, texts, encoder = record["codec"], record["texts"], record["encoder"]
+    facts = [
+        (record["backbone"], "backbone"),
+        (codec, codec["kind"]),
+        *((each, each["kind"]) for each in texts.values()),
+    ]
+    typed = all(type(each[key]) is kind for each, name in facts for key, kind in _FACTS[name].items())
+    read = all(type(each["tokenizer"]) is str and type(each["words"]) is int for each in texts.values())
+    graphs = {*record["backbone"]["graphs"].values(), *texts} <= record["graphs"].keys()
+    parts = set(record["graphs"].values()) <= record["configs"].keys()
+    numbers, options = _ENCODERS[encoder["kind"]]
+    known = len(texts) in numbers and encoder["options"].keys() == set(options)
+    return typed and read and graphs and parts and known
+
+
+def tokenizer_of(part: str) -> str:
+    """The folder of a text encoder's tokenizer."""
+    return part.replace("text_encoder", "tokenizer")
 
 
 def config_hash(part: Path) -> str:
@@ -139,13 +178,13 @@ def config_hash(part: Path) -> str:
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
-def named(weights: dict[str, Stored], name: str, part: str, directory: Path) -> Stored:
+def named(weights: Mapping[str, Stored], name: str, part: str, directory: Path) -> Stored:
     """The tensor of that name, or of its name in older files. Raises ModelError."""
     for new, old in _OLD_NAMES:
         for candidate in (name, name.replace(new, old, 1) if new else old + name):
             if candidate in weights:
                 return weights[candidate]
-    raise ModelError(f"{name} is not among the weights of {NETWORKS.get(part, part)} ({directory})")
+    raise ModelError(f"{name} is not among the weights of {part} ({directory})")
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Stored]]:

@@ -7,14 +7,18 @@ of an input picture after them (Black Forest Labs 2025).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentdiff.networks.backbones.packing import PATCH, Packing, packed, unpacked
-from latentdiff.networks.backbones.transformer import Transformer
+from latentdiff.networks.backbones.transformer import GRAPH, Transformer
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.protocols import Spec
+from latentdiff.networks.traced import Traced
+
+EDIT = f"{GRAPH}_edit"
 
 
 class Flux(Packing, Transformer):
@@ -55,6 +59,14 @@ class Kontext(Flux):
         """See Spec."""
         plain = super().spec
         return replace(plain, inputs=2 * plain.inputs)
+
+    def traced(self) -> dict[str, Traced]:
+        """Two graphs: with a picture and without."""
+        return {GRAPH: self._traced(self.spec.outputs), EDIT: self._traced(self.spec.inputs)}
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable."""
+        return super().facts() | {"graphs": {str(self.spec.outputs): GRAPH, str(self.spec.inputs): EDIT}}
 
 
 def places(height: int, width: int, picture: int = 0) -> Tensor:

@@ -34,14 +34,14 @@ class Flux2(Transformer):
             timestep=(time / 1000).to(x.dtype),
             guidance=conditions.get("guidance"),
             encoder_hidden_states=tokens,
-            txt_ids=_grid(1, 1, tokens.shape[1]).to(x.device).expand(len(x), -1, -1),
-            img_ids=_grid(height, width, 1).to(x.device).expand(len(x), -1, -1),
+            txt_ids=_grid(1, 1, tokens.shape[1]).to(x.device).expand(x.shape[0], -1, -1),
+            img_ids=_grid(height, width, 1).to(x.device).expand(x.shape[0], -1, -1),
             return_dict=False,
         )[0]
-        return output.transpose(1, 2).reshape(len(x), -1, height, width)
+        return output.transpose(1, 2).reshape(x.shape[0], -1, height, width)
 
 
 def _grid(height: int, width: int, length: int) -> Tensor:
     """The coordinates of tokens, (height width length, 4)."""
     axes = (torch.arange(count) for count in (1, height, width, length))
-    return torch.cartesian_prod(*axes)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from latentdiff.core.arrays import Array, library
 
 PATCH = 2  # latents of a token's side
 
@@ -10,23 +10,24 @@ PATCH = 2  # latents of a token's side
 class Packing:
     """The packing as methods; see protocols.PacksLatents."""
 
-    def packed(self, x: Tensor) -> Tensor:
+    def packed(self, x: Array) -> Array:
         """(B, C, h, w) -> (B, L, 4 C)."""
         return packed(x)
 
-    def unpacked(self, tokens: Tensor, height: int, width: int) -> Tensor:
+    def unpacked(self, tokens: Array, height: int, width: int) -> Array:
         """(B, L, 4 C) -> (B, C, h, w)."""
         return unpacked(tokens, height // PATCH, width // PATCH)
 
 
-def packed(x: Tensor) -> Tensor:
+def packed(x: Array) -> Array:
     """(B, C, 2 h, 2 w) -> (B, h w, 4 C): each token holds the 2 x 2 values of each channel."""
     rows, channels, height, width = x.shape
     patches = x.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * PATCH**2)
+    return library(x).moveaxis(patches, (2, 4), (1, 2)).reshape(rows, -1, channels * PATCH**2)
 
 
-def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+def unpacked(tokens: Array, height: int, width: int) -> Array:
     """(B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
-    patches = tokens.reshape(len(tokens), height, width, -1, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height * PATCH, width * PATCH)
+    patches = tokens.reshape(tokens.shape[0], height, width, -1, PATCH, PATCH)
+    places = library(tokens).moveaxis(patches, (3, 4), (1, 3))
+    return places.reshape(tokens.shape[0], -1, height * PATCH, width * PATCH)

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 from latentdiff.core.turn import Turn
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.protocols import Spec
+from latentdiff.networks.protocols import PacksLatents, Spec
 from latentdiff.networks.saving import save_network
+from latentdiff.networks.traced import Inputs, Traced, example
+
+GRAPH = "transformer"  # its part, and the name of its graph
+STEP = 64  # graphs read a number of tokens that is a multiple of this, where a mask marks those of the prompt
 
 
 class Transformer(nn.Module):
     """(x_t, t, conditions) -> output, with x_t (B, C, h, w), t a time or (B,) times.
 
     Under K conditions x_t runs K times in one batch and the output is (K, B, C, h, w). A family's transformer defines
-    `spec` and `output`.
+    `spec` and `output`. masked: whether it reads `mask`, the marks of the prompt's tokens.
     """
+
+    masked = False
 
     def __init__(self, model: Any):
         super().__init__()
@@ -61,6 +67,47 @@ class Transformer(nn.Module):
         with self._turn:
             output: Tensor = self(x, t, conditions)
         return output.float()
+
+    def traced(self) -> dict[str, Traced]:
+        """(x, time (1,), the conditions by name) -> output, float32."""
+        return {GRAPH: self._traced(self.spec.inputs)}
+
+    def _traced(self, channels: int) -> Traced:
+        """The function for x of that many channels."""
+        return Traced(GRAPH, self.model, self._function, self._examples(channels), self._reference)
+
+    def _reference(self, x: Tensor, time: Tensor, **arrays: Tensor) -> Tensor:
+        return self.output(x, time.expand(x.shape[0]), Conditions(arrays))
+
+    _function = _reference  # or a form of it that a tracer can follow
+
+    def _examples(self, channels: int) -> list[Inputs]:
+        spec, examples = self.spec, list[Inputs]()
+        for rows, height, width, length in ((3, 3, 5, 2 * STEP), (1, 4, 2, STEP)):
+            sides = (side * spec.multiple for side in (height, width))
+            inputs = {"x": example(rows, channels, *sides), "time": torch.tensor([501.0])}
+            for name, shape in spec.reads.items():
+                inputs[name] = example(rows, *(length if side is None else side for side in shape))
+            if self.masked:
+                counts = length // 2 + 2 + torch.arange(rows)[:, None]
+                inputs["mask"] = (torch.arange(length) < counts).float()
+            examples.append(inputs)
+        return examples
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable. graphs: their names by the number of channels of x."""
+        spec = self.spec
+        return {
+            "inputs": spec.inputs,
+            "outputs": spec.outputs,
+            "multiple": spec.multiple,
+            "largest": spec.largest,
+            "reads": {name: list(shape) for name, shape in spec.reads.items()},
+            "graphs": {str(spec.inputs): GRAPH},
+            "token_step": STEP if self.masked else 0,
+            "packs": isinstance(self, PacksLatents),
+            "deep_levels": 0,
+        }
 
     def save_memory(self) -> None:
         """Recompute activations in the backward pass instead of storing them (Chen et al. 2016)."""

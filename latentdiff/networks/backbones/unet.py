@@ -18,7 +18,9 @@ from latentdiff.core.turn import Turn
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
+from latentdiff.networks.traced import Traced, example
 
+GRAPH = "unet"  # its part, and the name of its graph
 _FUSED = {"to_qkv", "to_kv"}
 
 
@@ -237,6 +239,57 @@ class UNet(nn.Module):
             yield
         finally:
             self.model.set_attn_processor(own)
+
+    def traced(self) -> dict[str, Traced]:
+        """(x, time (1,), the conditions by name) -> output; with deep features as a further output, or as an input."""
+        plain = self._examples()
+        graphs = {GRAPH: Traced(GRAPH, self.model, self._function, plain)}
+        if self.deep_levels:
+            with torch.no_grad():
+                shallow = [inputs | {"deep": self._deep(**inputs)[1]} for inputs in plain]
+            graphs[f"{GRAPH}_deep"] = Traced(GRAPH, self.model, self._deep, plain)
+            graphs[f"{GRAPH}_shallow"] = Traced(GRAPH, self.model, self._shallow, shallow)
+        return graphs
+
+    def _function(self, x: Tensor, time: Tensor, **arrays: Tensor) -> Tensor:
+        return self._output(x, time, Conditions(arrays))
+
+    def _deep(self, x: Tensor, time: Tensor, **arrays: Tensor) -> tuple[Tensor, Tensor]:
+        with self.deep(None) as features:
+            output = self._function(x, time, **arrays)
+        return output, features[0]
+
+    def _shallow(self, x: Tensor, time: Tensor, deep: Tensor, **arrays: Tensor) -> Tensor:
+        with self.deep(deep):
+            return self._function(x, time, **arrays)
+
+    def _examples(self) -> list[dict[str, Tensor]]:
+        """The inputs of the graph."""
+        side = 2**self.deep_levels  # odd sides: each level is enlarged to the size of its skip connections
+        examples = []
+        for rows, height, width, length in ((3, 2 * side + 1, 3 * side + 1, 77), (1, 3 * side, 2 * side, 154)):
+            inputs = {"x": example(rows, self.spec.inputs, height, width), "time": torch.tensor([501.0])}
+            for name, shape in self.spec.reads.items():
+                inputs[name] = example(rows, *(length if axis is None else axis for axis in shape))
+            if "sizes" in inputs:
+                inputs["sizes"] = torch.arange(float(inputs["sizes"].numel())).view_as(inputs["sizes"]) * 64
+            examples.append(inputs)
+        return examples
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable. graphs: their names by the number of channels of x."""
+        spec = self.spec
+        return {
+            "inputs": spec.inputs,
+            "outputs": spec.outputs,
+            "multiple": 1,
+            "largest": None,
+            "reads": {name: list(shape) for name, shape in spec.reads.items()},
+            "graphs": {str(spec.inputs): GRAPH},
+            "token_step": 0,
+            "packs": False,
+            "deep_levels": self.deep_levels,
+        }
 
     def save_memory(self) -> None:
         """Recompute activations in the backward pass instead of storing them (Chen et al. 2016)."""

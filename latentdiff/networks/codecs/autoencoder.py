@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from latentdiff.core.turn import Turn
 from latentdiff.networks.saving import save_network
+from latentdiff.networks.traced import Traced, example
 
 SMALLEST_TILE = 512  # pixels; diffusers takes the size a model was trained for, which may be tiny
+PART = "vae"
+SIZES = ((3, 5, 7), (1, 4, 3))  # rows, height and width of latents for a tracer
 
 
 class Autoencoder(nn.Module):
@@ -83,6 +86,27 @@ class Autoencoder(nn.Module):
         """`decode` in the weights' precision without gradients; float32."""
         with self._turn:
             return self.decode(latents.to(self.dtype)).float()
+
+    def traced(self) -> dict[str, Traced]:
+        """Latents -> images, and images -> the latents' mean."""
+        latents = [example(rows, *self.shape((y * self.factor, x * self.factor))) for rows, y, x in SIZES]
+        images = [example(rows, self.image_channels, y * self.factor, x * self.factor) for rows, y, x in SIZES]
+        return {
+            f"{PART}_decoder": Traced(PART, self.vae, self.decode, [{"latents": each} for each in latents]),
+            f"{PART}_encoder": Traced(
+                PART, self.vae, lambda images: self.encode(images)[0], [{"images": each} for each in images]
+            ),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable."""
+        return {
+            "kind": "autoencoder",
+            "factor": self.factor,
+            "latent_channels": self.latent_channels,
+            "image_channels": self.image_channels,
+            "shows": False,
+        }
 
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""

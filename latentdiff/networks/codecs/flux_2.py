@@ -4,13 +4,16 @@ batch norm over patches of 2 x 2.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from latentdiff.networks.codecs.autoencoder import PART
 from latentdiff.networks.codecs.kl import KLAutoencoder
+from latentdiff.networks.traced import Traced
 
 PATCH = 2
 
@@ -37,6 +40,15 @@ class Flux2Autoencoder(KLAutoencoder):
         """The latents (B, L, H / f, W / f) of the VAE itself, which diffusers' pipelines return."""
         mean, std = self._statistics()
         return pixel_shuffle(latents * std + mean, PATCH)
+
+    def traced(self) -> dict[str, Traced]:
+        """See Autoencoder; and `shown`."""
+        graphs = super().traced()
+        return graphs | {f"{PART}_shown": replace(graphs[f"{PART}_decoder"], function=self.shown)}
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable."""
+        return super().facts() | {"shows": True}
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, (1, 4 L, 1, 1)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,14 @@ class IdentityCodec(nn.Module):
         return latents
 
     latents_of = images_of = decode
+
+    def traced(self) -> dict[str, Any]:
+        """See Traceable: nothing is computed."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable."""
+        return {"kind": "identity", "image_channels": self.image_channels}
 
     def save(self, directory: Path) -> None:
         """Write nothing: a model folder without a VAE holds a pixel-space model."""

@@ -23,6 +23,9 @@ class QwenImageAutoencoder(KLAutoencoder):
         self.factor = 2 ** len(config.temperal_downsample)
         self.latent_channels, self.image_channels = int(config.z_dim), int(config.input_channels)
         self.scale, self.shift = 1.0, 0.0
+        for module in vae.modules():
+            if isinstance(module, nn.Upsample) and module.mode == "nearest-exact":
+                module.mode = "nearest"  # the same for twice the size, and known to tracers
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, with gradients."""

@@ -19,7 +19,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from latentdiff.core.turn import Turn
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.prompt import EMPTY, Chunk, Prompt, Reader, Reading, Style, check_clip_skip, weighted
+from latentdiff.networks.encoders.t5 import tokenizer_json
 from latentdiff.networks.saving import save_network
+from latentdiff.networks.traced import Traced
 
 Tokenizer = CLIPTokenizer
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -30,6 +32,8 @@ class TextEncoder(nn.Module):
 
     penultimate: the hidden states before the last layer, without the norm, which SDXL reads.
     """
+
+    kind = "clip"
 
     def __init__(
         self,
@@ -54,6 +58,15 @@ class TextEncoder(nn.Module):
     def encoders(self) -> list[TextEncoder]:
         """The encoder alone; TwoTextEncoders has two."""
         return [self]
+
+    @property
+    def texts(self) -> dict[str, TextEncoder]:
+        """The encoder alone, by the name of its part."""
+        return {"text_encoder": self}
+
+    def options(self) -> dict[str, Any]:
+        """What a reading of several texts takes beside them."""
+        return {}
 
     @property
     def length(self) -> int:
@@ -148,10 +161,25 @@ class TextEncoder(nn.Module):
 
     def tokenizer_json(self) -> str:
         """The tokenizer's file, without the padding and cutting of its last use."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        return str(backend.to_str())
+        return tokenizer_json(self.tokenizer)
+
+    def traced(self, part: str) -> dict[str, Traced]:
+        """Token ids (n, L) -> the hidden states for each clip_skip, then the pooled text."""
+
+        def function(ids: Tensor) -> tuple[Tensor, ...]:
+            output = self.outputs(ids)
+            pooled = output.get("text_embeds")
+            hidden = (self.hidden(output, skipped) for skipped in range(self.layers))
+            return *hidden, output.pooler_output if pooled is None else pooled
+
+        ids = torch.arange(self.length).expand(2, -1) % self.reader.end
+        return {part: Traced(part, self.model, function, [{"ids": ids}, {"ids": ids[:1]}])}
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable. projects: whether the pooled text is one of the conditions."""
+        reader, projects = self.reader, isinstance(self.model, CLIPTextModelWithProjection)
+        numbers = {"length": reader.length, "start": reader.start, "end": reader.end, "pad": reader.pad}
+        return {"kind": self.kind, "layers": self.layers, "projects": projects, **numbers}
 
     def save(self, directory: Path, suffix: str = "") -> None:
         """Write tokenizer/ and text_encoder/, or tokenizer_2/ and text_encoder_2/."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.networks.encoders.prompt import Prompt, Reading, Style, check_no_clip_skip, notes_on
+from latentdiff.networks.encoders.reading import ClipAndT5Reading
 from latentdiff.networks.encoders.t5 import T5Text
 
 
-class ClipAndT5(nn.Module):
-    """A prompt -> `tokens` (L, D), `pooled` (P,). CLIP reads a prompt's first chunk, T5 up to L tokens."""
+class ClipAndT5(ClipAndT5Reading, nn.Module):
+    """See ClipAndT5Reading."""
+
+    kind = "clip_and_t5"
 
     def __init__(self, first: TextEncoder, second: T5Text):
-        super().__init__()
-        self.first, self.second = first, second
+        nn.Module.__init__(self)
+        ClipAndT5Reading.__init__(self, first, second)
 
     @property
     def encoders(self) -> list[TextEncoder]:
@@ -25,28 +27,18 @@ class ClipAndT5(nn.Module):
         return [self.first]
 
     @property
+    def texts(self) -> dict[str, Any]:
+        """Both, by the names of their parts."""
+        return {"text_encoder": self.first, "text_encoder_2": self.second}
+
+    @property
     def tokenizer(self) -> object:
         """CLIP's tokenizer."""
         return self.first.tokenizer
 
-    @property
-    def length(self) -> int:
-        """L, which every prompt has."""
-        return self.second.length
-
-    def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
-        """See Encoder. There is one chunk."""
-        cut = self.second.cut(prompt, style)
-        notes = (
-            *(notes_on(prompt) if style.weights else ()),
-            *([f"T5 does not read its last {cut} tokens"] if cut else []),
-        )
-        return Reading(self.length if cut else self.second.count(prompt, style), 1, cut, notes)
-
-    def encode(self, prompt: Prompt) -> Conditions:
-        """See Encoder. Weights of words act on T5 alone: CLIP's pooled text is one vector."""
-        check_no_clip_skip(prompt.style)
-        return Conditions({"tokens": self.second.encode(prompt), "pooled": self.first.pooled(prompt)})
+    def options(self) -> dict[str, Any]:
+        """What ClipAndT5Reading takes beside the texts."""
+        return {}
 
     def save(self, directory: Path) -> None:
         """Write tokenizer/, text_encoder/, tokenizer_2/ and text_encoder_2/."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.networks.encoders.joined import with_sizes
-from latentdiff.networks.encoders.prompt import Prompt, Reading, Style
+from latentdiff.networks.encoders.reading import SecondReading
 
 
-class SecondTextEncoder(nn.Module):
-    """A prompt -> `tokens` (n L, D), `pooled` (P,) and, if sizes are known, `sizes` (5,)."""
+class SecondTextEncoder(SecondReading, nn.Module):
+    """See SecondReading."""
 
+    kind = "second"
     suffixes = ("_2",)  # of its folders
 
     def __init__(self, second: TextEncoder):
-        super().__init__()
-        self.second = second
+        nn.Module.__init__(self)
+        SecondReading.__init__(self, second)
 
     @property
     def encoders(self) -> list[TextEncoder]:
@@ -27,22 +27,18 @@ class SecondTextEncoder(nn.Module):
         return [self.second]
 
     @property
+    def texts(self) -> dict[str, Any]:
+        """The one encoder, by the name of its part."""
+        return {"text_encoder_2": self.second}
+
+    @property
     def tokenizer(self) -> object:
         """Its tokenizer."""
         return self.second.tokenizer
 
-    @property
-    def length(self) -> int:
-        """The number of tokens of a chunk, with start and end."""
-        return self.second.length
-
-    def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
-        """See Encoder."""
-        return self.second.read(prompt, style)
-
-    def encode(self, prompt: Prompt) -> Conditions:
-        """See Encoder."""
-        return with_sizes(self.second.encode(prompt), prompt.sizes)
+    def options(self) -> dict[str, Any]:
+        """What SecondReading takes beside the text."""
+        return {}
 
     def save(self, directory: Path) -> None:
         """Write tokenizer_2/ and text_encoder_2/."""

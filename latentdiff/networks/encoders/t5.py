@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latentdiff.core.turn import Turn
-from latentdiff.networks.encoders.prompt import Prompt, Style, parse, weighted
+from latentdiff.networks.encoders.reading import T5Reading
 from latentdiff.networks.saving import save_network
+from latentdiff.networks.traced import Traced
 
 
-class T5Text(nn.Module):
-    """A prompt -> hidden states (L, D) of `length` tokens: cut, or padded, without a mask, as in training."""
+class T5Text(T5Reading, nn.Module):
+    """See T5Reading."""
+
+    kind = "t5"
 
     def __init__(self, tokenizer: Any, model: Any, length: int):
-        super().__init__()
+        nn.Module.__init__(self)
         self.tokenizer, self.model, self.length, self._turn = tokenizer, model, length, Turn()
 
     @property
@@ -26,38 +28,35 @@ class T5Text(nn.Module):
         """D."""
         return int(self.model.config.d_model)
 
-    def cut(self, prompt: str, style: Style) -> int:
-        """The number of a prompt's tokens that are beyond its length."""
-        return max(0, self.count(prompt, style) - self.length)
+    @property
+    def pad(self) -> int:  # type: ignore[override]
+        """See T5Reading."""
+        return int(self.tokenizer.pad_token_id)
 
-    def count(self, prompt: str, style: Style) -> int:
-        """The number of a prompt's tokens, with the end."""
-        with self._turn:
-            return len(self.tokenizer(_plain(prompt, style)[0], truncation=False, verbose=False).input_ids)
+    def words(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """See T5Reading."""
+        read = self.tokenizer(text, truncation=False, return_offsets_mapping=True, verbose=False)
+        return read.input_ids, read.offset_mapping
 
     @torch.no_grad()
-    def encode(self, prompt: Prompt) -> Tensor:
-        """Hidden states of a prompt; words of weight w are w times as far from the empty prompt's, see `weighted`."""
-        text, ends = _plain(prompt.text, prompt.style)
-        with self._turn:
-            hidden, offsets = self._hidden(text)
-            weights = np.ones((1, self.length, 1), np.float32)
-            for place, (start, end) in enumerate(offsets):
-                if end > start:
-                    weights[0, place] = next(weight for last, weight in ends if end <= last)
-            if (weights != 1).any():
-                hidden = weighted(hidden, self._hidden("")[0], torch.from_numpy(weights).to(hidden))
-            return hidden[0]
+    def states(self, ids: list[int]) -> Tensor:
+        """See T5Reading."""
+        rows, place = torch.tensor([ids]), self.model.device
+        hidden: Tensor = self.model(rows if place.type == "meta" else rows.to(place))[0]  # offloaded: fetched
+        return hidden
 
-    def _hidden(self, text: str) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Hidden states (1, L, D), and the first and last character of each token."""
-        read = self.tokenizer(
-            text, padding="max_length", max_length=self.length, truncation=True, return_offsets_mapping=True
-        )
-        ids, place = torch.tensor([read.input_ids]), self.model.device
-        if place.type != "meta":  # offloaded layers fetch their input
-            ids = ids.to(place)
-        return self.model(ids)[0], read.offset_mapping
+    def traced(self, part: str) -> dict[str, Traced]:
+        """Ids (n, L) -> hidden states (n, L, D)."""
+        inputs = [{"ids": torch.arange(rows * self.length).view(rows, -1) % 100} for rows in (2, 1)]
+        return {part: Traced(part, self.model, lambda ids: self.model(ids)[0], inputs)}
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable."""
+        return {"kind": self.kind, "length": self.length, "pad": self.pad}
+
+    def tokenizer_json(self) -> str:
+        """See TextEncoder."""
+        return tokenizer_json(self.tokenizer)
 
     def save(self, directory: Path, suffix: str) -> None:
         """Write tokenizer and text encoder with that suffix."""
@@ -65,14 +64,9 @@ class T5Text(nn.Module):
         save_network(self.model, directory / f"text_encoder{suffix}")
 
 
-def _plain(prompt: str, style: Style) -> tuple[str, list[tuple[int, float]]]:
-    """A prompt without brackets, and where each piece of one weight ends. A BREAK is a space."""
-    if not style.weights:
-        return prompt, [(len(prompt), 1.0)]
-    text, ends = "", []
-    for section in parse(prompt):
-        text += " " if text else ""
-        for piece in section:
-            text += piece.text
-            ends.append((len(text), piece.weight))
-    return text, ends or [(0, 1.0)]
+def tokenizer_json(tokenizer: Any) -> str:
+    """A tokenizer's file, without the padding and cutting of its last use."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return str(backend.to_str())

@@ -8,25 +8,23 @@ zeros.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import TextEncoder
-from latentdiff.networks.encoders.prompt import Prompt, Reading, Style
+from latentdiff.networks.encoders.reading import ThreeReading
 from latentdiff.networks.encoders.t5 import T5Text
 
-T5_LENGTH = 256  # tokens that T5 reads
 
+class ThreeTextEncoders(ThreeReading, nn.Module):
+    """See ThreeReading. width: D, which the backbone reads."""
 
-class ThreeTextEncoders(nn.Module):
-    """A prompt -> `tokens` (n L + L3, D), `pooled` (P1 + P2,). width: D, which the backbone reads."""
+    kind = "three"
 
     def __init__(self, first: TextEncoder, second: TextEncoder, third: T5Text | None, width: int):
-        super().__init__()
-        self.first, self.second, self.third, self.width = first, second, third, width
+        nn.Module.__init__(self)
+        ThreeReading.__init__(self, first, second, third, width)
 
     @property
     def encoders(self) -> list[TextEncoder]:
@@ -34,32 +32,19 @@ class ThreeTextEncoders(nn.Module):
         return [self.first, self.second]
 
     @property
+    def texts(self) -> dict[str, Any]:
+        """All of them, by the names of their parts."""
+        third = {} if self.third is None else {"text_encoder_3": self.third}
+        return {"text_encoder": self.first, "text_encoder_2": self.second, **third}
+
+    @property
     def tokenizer(self) -> object:
         """The first encoder's tokenizer."""
         return self.first.tokenizer
 
-    @property
-    def length(self) -> int:
-        """The number of CLIP's tokens of a chunk, with start and end."""
-        return self.first.length
-
-    def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
-        """See Encoder: how the CLIPs read it; T5 reads all at once."""
-        reading = self.first.read(prompt, style)
-        cut = 0 if self.third is None else self.third.cut(prompt, style)
-        return reading._replace(notes=(*reading.notes, f"T5 does not read its last {cut} tokens")) if cut else reading
-
-    def encode(self, prompt: Prompt) -> Conditions:
-        """See Encoder."""
-        first, second = self.first.encode(prompt), self.second.encode(prompt)
-        clips = torch.cat([first["tokens"], second["tokens"]], -1)
-        tokens = torch.cat([functional.pad(clips, (0, self.width - clips.shape[-1])), self._third(prompt, clips)])
-        return Conditions({"tokens": tokens, "pooled": torch.cat([first["pooled"], second["pooled"]], -1)})
-
-    def _third(self, prompt: Prompt, like: Tensor) -> Tensor:
-        if self.third is None:
-            return like.new_zeros(T5_LENGTH, self.width)
-        return self.third.encode(prompt).to(like.dtype)
+    def options(self) -> dict[str, Any]:
+        """What ThreeReading takes beside the texts."""
+        return {"width": self.width}
 
     def save(self, directory: Path) -> None:
         """Write tokenizer/, text_encoder/ and those with _2 and _3."""

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.clip import END, TextEncoder
-from latentdiff.networks.encoders.joined import side_by_side, with_both
-from latentdiff.networks.encoders.prompt import Prompt, Reading, Style
+from latentdiff.networks.encoders.joined import side_by_side
+from latentdiff.networks.encoders.reading import TwoReading
 
 
-class TwoTextEncoders(nn.Module):
-    """A prompt -> `tokens` (n L, D1 + D2), `pooled` (P,) and, if sizes are known, `sizes` (6,).
+class TwoTextEncoders(TwoReading, nn.Module):
+    """See TwoReading."""
 
-    zero_empty: the conditions of the empty prompt are zeros, as in training (`force_zeros_for_empty_prompt`).
-    """
+    kind = "two"
 
     def __init__(self, first: TextEncoder, second: TextEncoder, *, zero_empty: bool):
-        super().__init__()
-        self.first, self.second, self.zero_empty = first, second, zero_empty
+        nn.Module.__init__(self)
+        TwoReading.__init__(self, first, second, zero_empty=zero_empty)
 
     @property
     def encoders(self) -> list[TextEncoder]:
@@ -33,22 +33,18 @@ class TwoTextEncoders(nn.Module):
         return [self.first, self.second]
 
     @property
+    def texts(self) -> dict[str, Any]:
+        """Both encoders, by the names of their parts."""
+        return {"text_encoder": self.first, "text_encoder_2": self.second}
+
+    @property
     def tokenizer(self) -> object:
         """The first encoder's tokenizer."""
         return self.first.tokenizer
 
-    @property
-    def length(self) -> int:
-        """The number of tokens of a chunk, with start and end."""
-        return self.first.length
-
-    def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
-        """See Encoder; both have the same vocabulary."""
-        return self.first.read(prompt, style)
-
-    def encode(self, prompt: Prompt) -> Conditions:
-        """See Encoder and `with_both`."""
-        return with_both(self.first.encode(prompt), self.second.encode(prompt), prompt, zero_empty=self.zero_empty)
+    def options(self) -> dict[str, Any]:
+        """What TwoReading takes beside the texts."""
+        return {"zero_empty": self.zero_empty}
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, 2, length): each encoder has its own padding."""

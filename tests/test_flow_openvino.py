@@ -1,0 +1,108 @@
+"""Transformers, T5 and language models by OpenVINO: the same pictures as torch's, with the same samplers."""
+
+import json
+
+import numpy as np
+import pytest
+from diffusers import FluxKontextPipeline
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.families.loading import stored_model
+from latentdiff.networks.encoders.prompt import Style
+from latentdiff.runtime.export import export
+
+from . import flow_models, flux, stable_diffusion_3
+from .test_openvino import alike
+
+PROMPT = "a red castle by the sea"
+SMALL = {"seed": 3, "num_inference_steps": 3, "width": 64, "height": 48, "output_type": "uint8"}
+MAKERS = {
+    "Stable Diffusion 3": stable_diffusion_3.pipeline,
+    "Stable Diffusion 3 without T5": lambda: stable_diffusion_3.pipeline(with_t5=False),
+    "Flux.1 dev": flux.pipeline,
+    "Flux.1 schnell": lambda: flux.pipeline(dev=False),
+    "Kontext": lambda: FluxKontextPipeline(**flux.pipeline().components),
+    **{name: lambda name=name: flow_models.pipeline(name) for name in flow_models.MAKERS},
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == "Z-Image" else pytest.mark.slow) for name in MAKERS],
+)
+def folder(request, tmp_path_factory):
+    place = tmp_path_factory.mktemp("exported") / request.param
+    MAKERS[request.param]().save_pretrained(place)
+    differences = export(stored_model(place), place)
+    assert max(differences.values()) < 1e-5, "every graph at other sizes than those it was traced with"
+    return place
+
+
+@pytest.fixture(scope="module")
+def pipes(folder):
+    """The model by OpenVINO in float32, and by torch."""
+    load = LatentDiffusionPipeline.from_pretrained
+    return load(folder, runtime="openvino", torch_dtype="float32"), load(folder, runtime="torch", device="cpu")
+
+
+ASKED = {
+    "plain": {},
+    "two prompts of different lengths": {
+        "prompt": ["a cat", "a very long description, with windows and a garden and all that one may say, " * 3],
+        "num_images_per_prompt": 2,
+    },
+    "another size, guided": {"width": 96, "height": 80, "guidance_scale": 4.0, "negative_prompt": "blue"},
+    "latents": {"output_type": "latent"},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
+def test_as_torch_draws(pipes, asked):
+    drawn = [pipe(**{"prompt": PROMPT, **SMALL, **asked}).images for pipe in pipes]
+    if asked.get("output_type") == "latent":
+        np.testing.assert_allclose(*(np.asarray(each) for each in drawn), atol=1e-4)
+    else:
+        alike(*drawn)
+
+
+def test_from_a_picture(pipes):
+    """Kontext reads the picture beside x, by a graph of its own; the others begin from it."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:30, 10:40] = 255
+    asked = {"image": rng.integers(0, 256, (48, 64, 3), np.uint8), "mask_image": mask}
+    settings = {name: value for name, value in SMALL.items() if name not in ("width", "height")}
+    alike(*(pipe(PROMPT, **asked, **settings).images for pipe in pipes))
+
+
+def test_settings_of_the_family(pipes):
+    """Steps, guidance and the shift of the path are the same by both runtimes."""
+    ours, theirs = (pipe.model for pipe in pipes)
+    assert (ours.card.defaults, ours.path, ours.prediction) == (theirs.card.defaults, theirs.path, theirs.prediction)
+    assert (ours.backbone.spec, ours.multiple) == (theirs.backbone.spec, theirs.multiple)
+    long = "a (red:1.3) cat " * 100
+    assert ours.encoder.read(long, Style()) == theirs.encoder.read(long, Style())
+
+
+def test_a_record_that_lacks_a_fact(folder):
+    """What the graphs are is read from a file that anyone can edit."""
+    record = folder / "openvino" / "export.json"
+    content = record.read_text()
+    try:
+        for place, key in (("backbone", "graphs"), ("codec", "factor"), ("texts", "text_encoder")):
+            tree = json.loads(content)
+            del tree[place][key]
+            record.write_text(json.dumps(tree))
+            with pytest.raises(ModelError, match="an export that does not name its configurations"):
+                LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino")
+    finally:
+        record.write_text(content)
+
+
+def test_clip_skip_is_refused_alike(pipes, folder):
+    if "Stable" in folder.name:
+        pytest.skip("its CLIPs have layers to skip")
+    for pipe in pipes:
+        with pytest.raises(ConfigError, match="clip_skip has no effect on this model"):
+            pipe(PROMPT, clip_skip=1, **SMALL)
