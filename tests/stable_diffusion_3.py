@@ -77,6 +77,52 @@ def autoencoder():
     )
 
 
+def exact(dtype=torch.bfloat16):
+    """Stable Diffusion 3 medium in its true sizes without T5, random weights in that precision."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        shared = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+        small = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        large = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+        return StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=128,
+                in_channels=16,
+                out_channels=16,
+                num_layers=24,
+                num_attention_heads=24,
+                joint_attention_dim=4096,
+                caption_projection_dim=1536,
+                pooled_projection_dim=2048,
+                pos_embed_max_size=192,
+            ),
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                latent_channels=16,
+                scaling_factor=1.5305,
+                shift_factor=0.0609,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                sample_size=1024,
+            ),
+            text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**shared, **small, projection_dim=768)),
+            text_encoder_2=CLIPTextModelWithProjection(
+                CLIPTextConfig(**shared, **large, projection_dim=1280, hidden_act="gelu")
+            ),
+            text_encoder_3=None,
+            tokenizer=clip_tokenizer(77),
+            tokenizer_2=clip_tokenizer(77, pad="!"),
+            tokenizer_3=None,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        ).to(dtype)  # the table of positions is made in float32
+    finally:
+        torch.set_default_dtype(default)
+
+
 def pipeline(with_t5=True, seed=0):
     """diffusers' own pipeline, weights drawn from a seed."""
     with torch.random.fork_rng():

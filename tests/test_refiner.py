@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.drawing.record import read_metadata
+from latentdiff.families.single_file import described, unet_config
+from latentdiff.formats.folder import folder_hash
+from latentdiff.formats.original import unet_name
 
 from . import flux, stable_diffusion
 from .stable_diffusion import load
@@ -99,6 +103,53 @@ def test_a_refiner_alone_is_saved_and_draws(both, tmp_path):
     for name, tensor in theirs.unet.state_dict().items():
         assert torch.equal(again.unet.state_dict()[name], tensor), name
     assert load(tmp_path / "saved").model.backbone.spec.reads["sizes"] == (5,)
+
+
+def test_one_file_and_back(both, call, tmp_path):
+    """A refiner is known by its one text encoder, in the first place; its file is read as its folder."""
+    place, *_ = both
+    file = tmp_path / "refiner.safetensors"
+    assert call("convert", place / "refiner", file)[0] == 0
+    names = load_file(file).keys()
+    assert {"conditioner.embedders.0.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight"} <= names
+    assert described(file)["kind"] == "Stable Diffusion XL refiner, original layout"
+    drawn = []
+    for source in (place / "refiner", file):
+        ours = load(place / "base")
+        ours.load_refiner(source)
+        drawn.append(ours(PROMPT, seed=1, sampler="euler", spacing="trailing", output_type="np", **ASKED).images)
+    assert (drawn[0] == drawn[1]).all()
+    assert call("convert", file, tmp_path / "again")[0] == 0
+    assert folder_hash(tmp_path / "again") == folder_hash(place / "refiner")
+
+
+def test_the_published_shape():
+    """The config that is inferred from the shapes of the published refiner's weights is the published one."""
+    published = {
+        "block_out_channels": (384, 768, 1536, 1536),
+        "attention_head_dim": (6, 12, 24, 24),
+        "cross_attention_dim": 1280,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": 4,
+        "projection_class_embeddings_input_dim": 2560,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "use_linear_projection": True,
+        "sample_size": 128,
+    }
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**published)
+        names = {f"model.diffusion_model.{unet_name(name, unet.config)}": t for name, t in unet.state_dict().items()}
+        implied = unet_config(names, "XL refiner")
+        again = UNet2DConditionModel(**implied)
+    depths = implied.pop("transformer_layers_per_block")
+    assert [implied[name] for name in published if name in implied] == [v for n, v in published.items() if n in implied]
+    assert depths == (1, 4, 4, 4), "where a level has no attention the number has no effect"
+    assert {name: t.shape for name, t in again.state_dict().items()} == {
+        name: t.shape for name, t in unet.state_dict().items()
+    }
 
 
 def test_by_the_command_line(both, call, tmp_path):

@@ -236,6 +236,19 @@ def same_networks(first, second):
             assert torch.equal(tensor, theirs[key]), f"{name}.{key}"
 
 
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+def test_weights_of_several_precisions_are_not_rounded(folders, tmp_path, wide):
+    """They are loaded in a precision that holds all, whichever comes first in the file."""
+    folder = shutil.copytree(folders["1"], tmp_path / "model")
+    (file,) = (folder / "unet").glob("*.safetensors")
+    stored = {name: tensor.half() for name, tensor in load_file(file).items()}
+    stored["conv_out.bias"] = torch.full_like(stored["conv_out.bias"], 1 + 2**-7, dtype=wide)
+    save_file(stored, file, {"format": "pt"})
+    weights = stable_diffusion.stored(folder).model.backbone.model.state_dict()
+    assert all(torch.equal(weights[name], tensor.float()) for name, tensor in stored.items())
+    assert weights["conv_in.weight"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("family", stable_diffusion.FAMILIES)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 def test_single_file_round_trip(folders, family, dtype, tmp_path):

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig
 from latentdiff.core.errors import ConfigError, raised_as, saving
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families.scheduler import same_schedule
-from latentdiff.families.single_file import unet_config, vae_config
+from latentdiff.families.single_file import AnyTexts, unet_config, vae_config
 from latentdiff.formats.original import (
     CLIP,
     OPEN_CLIP,
@@ -31,6 +31,7 @@ from latentdiff.model import Model
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.encoders.clip import TextEncoder
+from latentdiff.networks.encoders.second_clip import SecondTextEncoder
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
 State = dict[str, Tensor]
@@ -40,7 +41,7 @@ def save_single_file(model: Model, path: Path) -> None:
     """Write a model. Raises ConfigError if the layout cannot express its shape, schedule or scale."""
     zero_terminal_snr = _schedule(model)
     unet, texts, autoencoder = model.backbone, model.encoder, model.codec
-    if not (isinstance(unet, UNet) and isinstance(texts, TextEncoder | TwoTextEncoders)):
+    if not (isinstance(unet, UNet) and isinstance(texts, AnyTexts)):
         raise _another_shape()
     if not isinstance(autoencoder, KLAutoencoder):
         raise _another_shape()
@@ -57,10 +58,7 @@ def save_single_file(model: Model, path: Path) -> None:
         raise _another_shape() from None
     levels = len(autoencoder.vae.config.block_out_channels)
     state |= {VAE + vae_name(name, levels): _as_conv(name, t) for name, t in _weights(autoencoder.vae)}
-    if isinstance(texts, TwoTextEncoders):
-        state |= _clip_state(texts.first, kind) | _open_clip_state(texts.second, kind)
-    else:
-        state |= (_clip_state if kind == "1" else _open_clip_state)(texts, kind)
+    state |= _text_state(texts, kind)
     _check_implied(state, kind, model)
     if model.prediction == "v_prediction":
         state["v_pred"] = torch.zeros(0)
@@ -133,14 +131,16 @@ def _another_shape() -> ConfigError:
     return ConfigError("a single file requires the shape of a Stable Diffusion model. Use a folder")
 
 
-def _kind(autoencoder: KLAutoencoder, texts: TextEncoder | TwoTextEncoders, unet: UNet) -> Kind:
+def _kind(autoencoder: KLAutoencoder, texts: AnyTexts, unet: UNet) -> Kind:
     """Which Stable Diffusion a model is."""
     config = unet.model.config
     if isinstance(texts, TwoTextEncoders):
         kind: Kind = "XL"
+    elif isinstance(texts, SecondTextEncoder):
+        kind = "XL refiner"
     else:
         kind = "2" if texts.model.config.hidden_act == "gelu" else "1"
-    plain = config.addition_embed_type == ("text_time" if kind == "XL" else None)
+    plain = config.addition_embed_type == ("text_time" if kind.startswith("XL") else None)
     if not (plain and config.resnet_time_scale_shift == "default"):
         raise _another_shape()
     if autoencoder.scale != SCALING[kind] or autoencoder.shift:
@@ -155,6 +155,14 @@ def _weights(network: torch.nn.Module) -> list[tuple[str, Tensor]]:
 def _as_conv(name: str, tensor: Tensor) -> Tensor:
     """Attention weights of the autoencoder as 1 x 1 convolutions, which the original layout has."""
     return tensor[..., None, None] if "attentions" in name and tensor.ndim == 2 else tensor
+
+
+def _text_state(texts: AnyTexts, kind: Kind) -> State:
+    if isinstance(texts, TwoTextEncoders):
+        return _clip_state(texts.first, kind) | _open_clip_state(texts.second, kind)
+    if isinstance(texts, SecondTextEncoder):
+        return _open_clip_state(texts.second, kind)
+    return (_clip_state if kind == "1" else _open_clip_state)(texts, kind)
 
 
 def _clip_state(encoder: TextEncoder, kind: Kind) -> State:

@@ -53,12 +53,14 @@ from latentdiff.networks.codecs.kl import KLAutoencoder, without_encoder
 from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 from latentdiff.networks.encoders.prompt import Prompt
+from latentdiff.networks.encoders.second_clip import SecondTextEncoder
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 from latentdiff.networks.filled import filled
 from latentdiff.networks.quiet import quietly
 
 State = dict[str, Tensor]
-SIDES = {"1": 64, "2": 64, "XL": 128}  # of latents; Stable Diffusion 2 of velocity: 96
+AnyTexts = TextEncoder | TwoTextEncoders | SecondTextEncoder
+SIDES = {"1": 64, "2": 64, "XL": 128, "XL refiner": 128}  # of latents; Stable Diffusion 2 of velocity: 96
 OPEN_CLIP_H = (1024, 23)  # width -> the layers that are read, of 24; some files omit the last
 
 
@@ -110,10 +112,10 @@ def load_single_file(path: Path) -> Model:
         codec,
         path=schedule.zero_terminal_snr() if zero_terminal_snr else schedule,
         prediction=prediction,
-        card=ModelCard(path.stem, sha256_of(path), (side, side), _PLAIN | OF_XL if kind == "XL" else dict(_PLAIN)),
+        card=ModelCard(path.stem, sha256_of(path), (side, side), _PLAIN | OF_XL if _is_large(kind) else dict(_PLAIN)),
         where=path,
     )
-    family = stable_diffusion_xl if isinstance(texts, TwoTextEncoders) else stable_diffusion
+    family = stable_diffusion_xl if _is_large(kind) else stable_diffusion
     return replace(model, family=family.FAMILY)
 
 
@@ -251,6 +253,7 @@ def _kind_of(state: Iterable[str], path: Path) -> Kind:
         frozenset({CLIP["1"]}): "1",
         frozenset({OPEN_CLIP["2"]}): "2",
         frozenset({CLIP["XL"], OPEN_CLIP["XL"]}): "XL",
+        frozenset({OPEN_CLIP["XL refiner"]}): "XL refiner",
     }
     if frozenset(held) not in kinds:
         raise ModelError(f"no Stable Diffusion 1, 2 or XL by its text encoders ({path}: {sorted(held) or 'none'})")
@@ -286,7 +289,7 @@ def unet_config(state: State, kind: Kind) -> dict[str, Any]:
         "attention_head_dim": tuple(max(c // 64, 1) for c in channels) if later else 8,  # diffusers' name for heads
         "use_linear_projection": later,
     }
-    if kind == "XL":
+    if _is_large(kind):
         config["addition_embed_type"] = "text_time"
         config["addition_time_embed_dim"] = 256
         config["projection_class_embeddings_input_dim"] = weights["label_emb.0.0.weight"].shape[1]
@@ -313,11 +316,18 @@ def vae_config(state: State, kind: Kind) -> dict[str, Any]:
     }
 
 
-def _text_encoder(state: State, kind: Kind) -> TextEncoder | TwoTextEncoders:
+def _is_large(kind: Kind) -> bool:
+    """Whether a file is Stable Diffusion XL's or its refiner's."""
+    return kind in ("XL", "XL refiner")
+
+
+def _text_encoder(state: State, kind: Kind) -> AnyTexts:
     if kind == "1":
         return _clip(state, kind)
     if kind == "2":
         return _open_clip(state, kind)
+    if kind == "XL refiner":
+        return SecondTextEncoder(_open_clip(state, kind))
     return TwoTextEncoders(_clip(state, kind), _open_clip(state, kind), zero_empty=True)
 
 
@@ -338,7 +348,7 @@ def _open_clip(state: State, kind: Kind) -> TextEncoder:
     weights = conversion.convert_open_clip_checkpoint(
         SimpleNamespace(config=SimpleNamespace(hidden_size=width)), state, prefix=prefix
     )
-    if kind == "XL":
+    if _is_large(kind):
         config = text_config(_bare(weights), "gelu", projection_dim=weights["text_projection.weight"].shape[0])
         model = _filled_text(CLIPTextModelWithProjection, config, weights)
         return TextEncoder(clip_tokenizer(77, pad="!"), model, penultimate=True)
@@ -398,9 +408,7 @@ def _count(weights: State, pattern: str) -> int:
     return len(numbers)
 
 
-def _prediction(
-    path: Path, state: State, kind: Kind, unet: UNet, text_encoder: TextEncoder | TwoTextEncoders
-) -> tuple[str, bool]:
+def _prediction(path: Path, state: State, kind: Kind, unet: UNet, text_encoder: AnyTexts) -> tuple[str, bool]:
     """The U-Net's prediction, and whether it was trained with zero terminal SNR.
 
     Files that differ from their family's usual kind say so with an empty weight of that name, or in their metadata. A
@@ -420,7 +428,7 @@ def _prediction(
 
 
 @torch.no_grad()
-def predicts_noise(unet: UNet, text_encoder: TextEncoder | TwoTextEncoders, t: int = 999) -> bool:
+def predicts_noise(unet: UNet, text_encoder: AnyTexts, t: int = 999) -> bool:
     """Whether the output at the last time correlates with the input.
 
     There x_t is nearly noise, which an epsilon network returns; the velocity is about -x0, which is independent of it.

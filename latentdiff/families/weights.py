@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -302,12 +302,14 @@ def _filled(network: Any, directory: Path, part: str, wrapper: Any, given: Given
 def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:
     """The precision of a network's weights on the disk, in which they are loaded; callers convert them.
 
-    Raises ModelError for weights that are not floating point.
+    Of several precisions it is one that holds all of them, so that loading rounds no weight. Raises ModelError for
+    weights that are not floating point.
     """
     odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith(COUNTS)]
     if odd:
         raise ModelError(f"{folder.name}: weights must have 16 bits or more (got {odd[0]} in {folder.parent})")
-    return next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), torch.float32)
+    found = {_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES}
+    return reduce(torch.promote_types, found) if found else torch.float32
 
 
 def _kinds(file: Path) -> dict[str, str]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-Kind = Literal["1", "2", "XL"]
+Kind = Literal["1", "2", "XL", "XL refiner"]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 EMA = "model_ema.diffusion_model"  # and a name without its dots
 CLIP = {"1": "cond_stage_model.transformer.", "XL": "conditioner.embedders.0.transformer."}
-OPEN_CLIP = {"2": "cond_stage_model.model.", "XL": "conditioner.embedders.1.model."}
-SCALING = {"1": 0.18215, "2": 0.18215, "XL": 0.13025}
+OPEN_CLIP = {
+    "2": "cond_stage_model.model.",
+    "XL": "conditioner.embedders.1.model.",
+    "XL refiner": "conditioner.embedders.0.model.",
+}
+SCALING = {"1": 0.18215, "2": 0.18215, "XL": 0.13025, "XL refiner": 0.13025}
 VOCABULARY, POSITIONS = 49408, 77
 
 _UNET = {

@@ -7,11 +7,12 @@ are converted to float32 one after another, so the largest of them decides how m
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ from latentdiff.runtime.graphs import (
 from latentdiff.runtime.quantized import is_quantized
 
 LARGEST_DIFFERENCE = 1e-3  # share of a graph's largest value; rounding is about 1e-6
-_UNTRACED = "the networks of this model have no form that can be traced"
 
 
 class Check(NamedTuple):
@@ -69,37 +69,40 @@ def export(model: Model, directory: Path, variant: str | None = None) -> dict[st
         raise ConfigError("the graphs for OpenVINO read numbers, and this model's weights are quantized")
     with saving("the graphs", directory), whole(directory / FOLDER) as made:
         made.mkdir()
+        networks = _networks(model)
         record, constants, checks = _record(model, directory, made), {}, {}
-        for graph, traced in _functions(model):
-            record["graphs"][graph] = traced.part
-            with raised_as(ModelError, f"cannot export {graph}"):
-                constants[graph] = _write(_traced(traced), made / f"{graph}.xml")
-            checks[graph] = _check(traced)
+        for network, part in networks:
+            for graph, (part_of, numbers, check) in _graphs(network, part, made).items():
+                record["graphs"][graph], constants[graph], checks[graph] = part_of, numbers, check
+            gc.collect()  # the copy in float32 is a part of cycles
         save_file(constants, made / CONSTANTS)
         write_json(made / RECORD, record)
         return _differences(exported(directory, variant, made), checks)
 
 
-def _functions(model: Model) -> Iterator[tuple[str, Traced]]:
-    """The functions of all networks, in float32, with the names of their graphs."""
-    networks: list[tuple[Any, tuple[str, ...]]] = [(model.backbone, ())]
-    networks += [(text, (part,)) for part, text in _texts(model).items()]
-    for network, part in [*networks, (model.codec, ())]:
-        if not hasattr(network, "traced"):
-            raise ConfigError(f"cannot be exported to OpenVINO: {_UNTRACED}")
-        exact = network if _is_exact(network) else copy.deepcopy(network).to(torch.float32)
-        yield from exact.eval().traced(*part).items()
+def _networks(model: Model) -> list[tuple[Any, tuple[str, ...]]]:
+    """All networks, text encoders with the names of their parts. Raises ConfigError unless all can be traced."""
+    texts: Mapping[str, Any] = getattr(model.encoder, "texts", {})
+    networks: list[tuple[Any, tuple[str, ...]]] = [(model.backbone, ()), (model.codec, ())]
+    networks[1:1] = [(text, (part,)) for part, text in texts.items()]
+    if not (texts and all(hasattr(network, "traced") for network, _ in networks)):
+        raise ConfigError("the networks of this model have no form that OpenVINO's tracer can follow")
+    return networks
+
+
+def _graphs(network: Any, part: tuple[str, ...], made: Path) -> dict[str, tuple[str, np.ndarray, Check]]:
+    """Write the graphs of a network; returns, for each, the part with its weights, its constants, and its check."""
+    exact = network if _is_exact(network) else copy.deepcopy(network).to(torch.float32)
+    results = {}
+    for graph, traced in exact.eval().traced(*part).items():
+        with raised_as(ModelError, f"cannot export {graph}"):
+            numbers = _write(_traced(traced), made / f"{graph}.xml")
+        results[graph] = traced.part, numbers, _check(traced)
+    return results
 
 
 def _is_exact(network: nn.Module) -> bool:
     return all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in network.parameters())
-
-
-def _texts(model: Model) -> Mapping[str, Any]:
-    """The text encoders by the names of their parts."""
-    if (texts := getattr(model.encoder, "texts", None)) is None:
-        raise ConfigError(f"cannot be exported to OpenVINO: {_UNTRACED}")
-    return dict(texts)
 
 
 def _traced(traced: Traced) -> Any:
@@ -184,20 +187,17 @@ def _check(traced: Traced) -> Check:
 
 def _record(model: Model, directory: Path, made: Path) -> dict[str, Any]:
     """The content of export.json: what runtime/openvino.py must know about the networks. No graph is named yet."""
-    networks: Any = (model.backbone, model.codec)
-    if not all(hasattr(network, "facts") for network in networks):
-        raise ConfigError(f"cannot be exported to OpenVINO: {_UNTRACED}")
-    texts, encoder = _texts(model), model.encoder
+    backbone, encoder, codec = (cast("Any", network) for network in (model.backbone, model.encoder, model.codec))
     weights = [name for name in model.parts if (directory / name / "config.json").is_file()]
     return {
         "format": FORMAT,
         "openvino": openvino().__version__,
         "configs": {part: config_hash(directory / part) for part in weights},
         "graphs": {},
-        "backbone": networks[0].facts(),
-        "codec": networks[1].facts(),
-        "encoder": {"kind": encoder.kind, "options": encoder.options()},  # type: ignore[attr-defined]
-        "texts": {part: _words(text, part, directory, made) for part, text in texts.items()},
+        "backbone": backbone.facts(),
+        "codec": codec.facts(),
+        "encoder": {"kind": encoder.kind, "options": encoder.options()},
+        "texts": {part: _words(text, part, directory, made) for part, text in encoder.texts.items()},
     }
 
 

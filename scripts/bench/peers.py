@@ -38,6 +38,9 @@ def ours(kind, model, device):
     runtime, *rest = kind.split("-")
     settings = {name_of(word): word for word in rest}
     pipe = LatentDiffusionPipeline.from_pretrained(model, runtime=runtime, device=device, **settings)
+    solver = (
+        {} if pipe.model.path.whole is False else {"sampler": "ddim", "spacing": "trailing"}
+    )  # a straight path's own
 
     def draw(asked, latents):
         draw.weights = weights_of(pipe)
@@ -50,8 +53,7 @@ def ours(kind, model, device):
                 guidance_scale=asked["guidance"],
                 height=asked["height"],
                 width=asked["width"],
-                sampler="ddim",
-                spacing="trailing",
+                **solver,
                 latents=latents,
                 output_type="uint8",
             ).images.astype("float32")

@@ -1,10 +1,11 @@
-"""What weights of fewer bits cost and save: Stable Diffusion 1.5 of exact size, beside openvino-genai.
+"""What weights of fewer bits cost and save: a Stable Diffusion of exact size, beside openvino-genai.
 
     python scripts/bench/quantized.py MODEL [--kinds torch torch-int8 ...] [--runs 5] [--size 256] [--steps 4]
 
-MODEL is a folder in diffusers' layout; `--random` makes one there, in float16, with random weights of the true shapes.
-Each kind draws the same prompt from the same latents and weights with DDIM in a process of its own with all cores, one
-after the other. `stored` kinds are folders that `latentdiff convert --quantize` writes. Printed for each: the megabytes
+MODEL is a folder in diffusers' layout; `--random 1.5` and `--random 3` make one there, in 16 bits, with random weights
+of the true shapes (3 is the medium without T5, without rows of openvino-genai). Each kind draws the same prompt from
+the same latents and weights, by DDIM or by Euler on a straight path, in a process of its own with all cores, one after
+the other. `stored` kinds are folders that `latentdiff convert --quantize` writes. Printed for each: the megabytes
 of its weights, the largest memory of the process with loading, the memory in use afterwards, the median seconds of a
 picture, and its distance from torch's picture in float32: the norm of the difference over that of the picture without
 its mean. `pip install openvino-genai` for its rows.
@@ -28,13 +29,16 @@ KINDS = (
 )
 
 
-def random_model(folder):
-    """Stable Diffusion 1.5 with random weights, in float16; its words are those of a small vocabulary."""
+def random_model(folder, version):
+    """Random weights in 16 bits; the words are those of a small vocabulary."""
     import torch
 
-    from tests import stable_diffusion
+    from tests import stable_diffusion, stable_diffusion_3
 
-    stable_diffusion.pipeline("1", tiny=False).to(torch.float16).save_pretrained(folder)
+    if version == "3":
+        stable_diffusion_3.exact().save_pretrained(folder)
+    else:
+        stable_diffusion.pipeline("1", tiny=False).to(torch.float16).save_pretrained(folder)
     subprocess.run([sys.executable, "-m", "latentdiff", "convert", str(folder), "--to", "openvino"], check=True)
 
 
@@ -55,7 +59,7 @@ def distance(picture, expected):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--random", action="store_true", help="make the model first, if it is not there")
+    parser.add_argument("--random", choices=("1.5", "3"), help="make the model first, if it is not there")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
@@ -64,7 +68,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.random and not arguments.model.exists():
-        random_model(arguments.model)
+        random_model(arguments.model, arguments.random)
     with tempfile.TemporaryDirectory() as folder:
         model, asked = asked_of(arguments, Path(folder))
         expected = None

@@ -29,8 +29,9 @@ def asked_of(arguments, folder):
     height, width = (arguments.size, arguments.size) if arguments.size else picture_geometry(model)[1]
     from latentdiff.formats.folder import read_json
 
-    factor = 2 ** (len(read_json(model / "vae" / "config.json")["block_out_channels"]) - 1)
-    shape = (arguments.pictures, 4, height // factor, width // factor)
+    vae = read_json(model / "vae" / "config.json")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    shape = (arguments.pictures, vae["latent_channels"], height // factor, width // factor)
     np.save(folder / "latents.npy", normal(shape, 1, "bench"))
     return model, {
         "prompt": PROMPT,
