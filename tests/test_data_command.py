@@ -183,6 +183,7 @@ def begun(trained, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_training_tells_what_it_found(trained):
     _, err = trained
     assert re.search(r"data: 40 images \(metadata, .*\), 40 samples an epoch\n", err)

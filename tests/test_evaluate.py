@@ -215,6 +215,7 @@ def damaged(model, folder, share):
     return folder
 
 
+@pytest.mark.slow
 def test_two_models(call, tiny_model, tmp_path):
     """A damaged copy beside its original: on the same draws, and worse where a barely trained model can be."""
     other = damaged(tiny_model, tmp_path / "damaged", 0.5)
@@ -248,6 +249,7 @@ def test_the_default_model_damaged_is_worse_in_every_figure(command, tmp_path):
     assert all("worse by" in line for line in told), "\n".join(told)
 
 
+@pytest.mark.slow
 def test_own_pictures(call, tmp_path, folders):
     """A folder, a model of another kind, and by whose features."""
     rng = np.random.default_rng(0)

@@ -89,6 +89,7 @@ def test_killed_while_saving(whole, begun, boundary):
     assert_bitwise(whole, begun, ["denoiser"])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(whole, begun):
     """Named, skipped and left in place by `latest`; refused by its path, and then nothing is written."""
     assert denoiser(begun, hook=partial(forked.in_loss, "denoiser", 2 * 7 + 1))[0] == -signal.SIGKILL
@@ -235,6 +236,7 @@ def test_one_run_folder_one_process(begun):
     assert (code, said(err)[-1]) == (2, told)
 
 
+@pytest.mark.slow
 def test_without_caches_the_same_is_learnt(whole, begun):
     """Pictures and captions encoded in every step are the cached ones, to the bit."""
     assert denoiser(begun, changes=["denoiser.cache=false"])[0] == 0
@@ -249,6 +251,7 @@ def test_gradient_checkpointing_changes_nothing(whole, begun):
     assert all((expected[name] - found[name]).abs().max() < 1e-6 for name in expected)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run(whole, begun):
     """A limit on the size of files stands for it: one line, the last good step, and it goes on when there is room."""
     assert denoiser(begun, hook=partial(forked.in_loss, "denoiser", 2 * 4 + 1))[0] == -signal.SIGKILL

@@ -198,6 +198,7 @@ def test_it_is_found_again_and_refused(finetune, pictures, tmp_path, tiny_model)
     assert (tmp_path / "out" / "finetune.toml").read_text() == settings, "a start that is refused leaves them"
 
 
+@pytest.mark.slow
 def test_other_prompts_on_the_way(finetune, pictures, tmp_path):
     """A page compares pictures of the same prompts: rows of others are kept beside.
 
@@ -225,6 +226,7 @@ def test_other_prompts_on_the_way(finetune, pictures, tmp_path):
     assert "data:image/png" not in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_class_picture_that_is_missing(finetune, pictures, tmp_path):
     words = (*METHODS["dreambooth"], *QUICK)
     assert finetune(pictures / "bare", "out", *words)[0] == 0

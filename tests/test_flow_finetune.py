@@ -93,7 +93,7 @@ def test_what_is_cached_is_what_is_computed(data, call, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("int8", "fp8", "q8_0")), "q4_0"])
 def test_factors_beside_quantized_weights(data, call, tmp_path, kind):
     """The loss falls, in bfloat16 too; the adapter is a usual one, which also changes the whole model's picture."""
     MAKERS["Flux.1"]().save_pretrained(tmp_path / "model")

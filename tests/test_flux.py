@@ -188,6 +188,7 @@ def test_kontext_keeps_what_is_not_masked(kontext):
     assert np.abs(drawn[:, 32:] - before[:, 32:]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_kontext_saved_and_refused(kontext, call, tmp_path):
     pipe = load(kontext)
     pipe.save_pretrained(tmp_path / "saved")

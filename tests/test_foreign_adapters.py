@@ -261,6 +261,7 @@ def test_dora_beside_the_weights_is_dora_in_them(weight, folders, dora_file, tmp
     torch.testing.assert_close(predicted(beside), predicted(ours), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_doras_at_once(folders, dora_file, tmp_path):
     """Both change the base's weights, not each other's, beside the weights and in them."""
     other = {n: t if "magnitude" in n else some(*t.shape, seed=77) for n, t in load_file(dora_file).items()}

@@ -116,6 +116,7 @@ def test_the_same_draws(exact, found, pictures):
     assert not np.array_equal(silent.cond.squared[1:], part.cond.squared[1:])
 
 
+@pytest.mark.slow
 def test_batches_are_kept(exact, found, pictures, tmp_path):
     """One that was killed after its first batch ends in the same bits; other draws do not use what is there."""
 

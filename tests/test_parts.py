@@ -311,7 +311,7 @@ def test_every_part_from_files(family, saved, tmp_path):
     assert torch.equal(pipe(PROMPT, **ASKED).images, load(folder)(PROMPT, **ASKED).images)
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", [pytest.param("q8_0", marks=pytest.mark.slow), "q4_0"])
 def test_a_gguf_file(family, saved, kind, tmp_path, call):
     """As people have them: original names, weights of blocks quantized. Each number is the file's."""
     _, folder, file = saved

@@ -169,6 +169,7 @@ def test_adapters_stay_beside(folder, kind, tmp_path, call):
     assert (code, out.startswith("equal")) == (0, True), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("int4", 0.2)])
 def test_graphs(kind, bound, tmp_path, monkeypatch):
     """By OpenVINO: near the whole weights, the same from the cache, and the VAE is whole."""

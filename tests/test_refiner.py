@@ -76,6 +76,7 @@ def test_pictures_are_those_of_diffusers(both, switch):
     assert np.abs(drawn - alone).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_whole_walk_is_shared(both):
     """As many steps as without a refiner; a switch after the last level is none, one before the first leaves all."""
     place, *_ = both
@@ -105,6 +106,7 @@ def test_a_refiner_alone_is_saved_and_draws(both, tmp_path):
     assert load(tmp_path / "saved").model.backbone.spec.reads["sizes"] == (5,)
 
 
+@pytest.mark.slow
 def test_one_file_and_back(both, call, tmp_path):
     """A refiner is known by its one text encoder, in the first place; its file is read as its folder."""
     place, *_ = both

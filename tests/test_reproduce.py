@@ -107,6 +107,7 @@ def test_every_kind_of_picture_is_made_again(pictures, place, monkeypatch):
     assert {name: str(like) for name, like in likes.items() if not like.equal} == {}
 
 
+@pytest.mark.slow
 def test_a_variation_is_drawn_by_what_its_text_says(pictures, place, call, tiny_model):
     """The second of two variations, alone, with the seeds in A1111's text."""
     path = place / "out" / "variation" / "00002-2.png"

@@ -378,6 +378,7 @@ def test_a_refusal_stays_while_something_else_is_drawn(browser, shop):
         opening.complaints.clear()  # Chromium's own
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_load(browser, shop, places):  # noqa: F811
     """The choice goes back to the model that draws; and what is chosen is what draws, at once."""
     shutil.copytree(places[0] / "other", places[0] / "broken")
@@ -404,6 +405,7 @@ def test_a_model_that_does_not_load(browser, shop, places):  # noqa: F811
     shutil.rmtree(places[0] / "broken")
 
 
+@pytest.mark.slow
 def test_more_pictures_than_a_page_of_the_history(page, shop):
     for _ in range(2):
         shop.post("/v1/images/generations", {"prompt": "many", "n": 10, "num_inference_steps": 1})
@@ -458,6 +460,7 @@ def test_the_history(page, shop):
     expect(page.locator("#prompt")).to_have_value("a purple star")
 
 
+@pytest.mark.slow
 def test_training_runs(page, runs):
     page.click("nav a:text('Runs')")
     expect(page.locator("#run-list tr")).to_have_count(3)

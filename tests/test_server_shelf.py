@@ -169,6 +169,7 @@ def test_two_models_of_one_name_are_refused(tiny, tmp_path, tiny_model):
     Shelf(opened(tmp_path / "scenes-tiny"), lambda *_: tiny, tmp_path)  # itself
 
 
+@pytest.mark.slow
 def test_waiting_pictures_hold_no_more_models_than_are_kept(shop):
     """Requests with many weights wait for a model's place, and each is answered."""
     painters, statuses = [], []

@@ -60,7 +60,7 @@ def test_float8_with_scales(files, tmp_path):
     assert torch.equal(scaled, plain)
 
 
-@pytest.mark.parametrize("family", ["1", "2", "XL"])
+@pytest.mark.parametrize("family", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("1", "2")), "XL"])
 def test_averages_alone(family, files, folders, tmp_path):
     """`model_ema.` and names without dots, no other U-Net: drawn as the same weights under their own names."""
 
@@ -146,6 +146,7 @@ def test_a_vae_without_an_encoder(files, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_vae_of_eight_bits(files, tmp_path, call):
     """It is widened when it is read, so that what is converted with it can be read again."""
 
@@ -214,6 +215,7 @@ def test_predictions_in_metadata(metadata, prediction, files, tmp_path):
     assert opened(file).model.prediction == prediction
 
 
+@pytest.mark.slow
 def test_a_prediction_that_is_named_by_hand(files, tmp_path, call):
     """A file that says something unknown is not drawn, unless the user says what it predicts; pictures record that."""
     file = changed(files / "1.safetensors", tmp_path / "x.safetensors", lambda s: s, {"prediction_type": "magic"})

@@ -317,6 +317,7 @@ def test_shapes_keep_their_held_out_pairs(library):
 # training
 
 
+@pytest.mark.slow
 def test_a_run_on_sprites_with_a_vocabulary_of_its_own(library, tmp_path, call):
     """All three stages; the model folder knows the sprites' names, and draws by the short vocabulary."""
     overrides = (*SHORT, "data.kind=sprites", f"data.sprites.source={library.folder}", "clip.merges=80")

@@ -107,6 +107,7 @@ def test_pictures(both, solver):
     assert expected.std() > 0.01, "a flat picture shows nothing"
 
 
+@pytest.mark.slow
 def test_xl_of_velocity_and_zero_terminal_snr(tmp_path):
     """NoobAI's like, known by the scheduler's config: the first level has no signal, guidance is rescaled."""
     theirs = stable_diffusion.pipeline("XL", prediction="v_prediction")
@@ -461,6 +462,7 @@ def test_info_of_single_files(single_file, tmp_path, monkeypatch, capsys):
 # variants and shards
 
 
+@pytest.mark.slow
 def test_variants_and_shards(folders, tmp_path):
     """fp16 beside the plain weights, and weights in pieces: each is what it was saved as."""
     theirs = stable_diffusion.pipeline("1")

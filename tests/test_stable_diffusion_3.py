@@ -114,6 +114,7 @@ def test_long_prompts(whole):
     assert conditions["tokens"].shape == (7 * 77 + 256, 128)
 
 
+@pytest.mark.slow
 def test_saved_folders_load_in_diffusers(folder, tmp_path):
     """The same weights, the same index, the same picture."""
     pipe = load(folder)

@@ -250,6 +250,7 @@ def train(call, *words):
     return call("train", ROOT / "configs/scenes-tiny.toml", "--stage", "autoencoder", "-o", "run", *pairs, *words)
 
 
+@pytest.mark.slow
 def test_learnt_from_the_default_models(call, tmp_path):
     """It decodes the model's latents the better the longer it learns, and diffusers reads it."""
     code, _, err = train(call)
