@@ -24,6 +24,7 @@ from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import calls, inputs, pixels
 from latentdiff.drawing.batch import Job
 from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, Watch, batches_of, canvas_of, draw, jobs_of
+from latentdiff.drawing.hints import hints_of
 from latentdiff.drawing.latents import taken
 from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
@@ -385,6 +386,24 @@ class LatentDiffusionPipeline:
         with self._in_torch("a refiner"):
             self._painter = extras.with_refiner(self._painter, self._another(path))
 
+    def load_controlnet(self, path: str | Path) -> None:
+        """Load a ControlNet; each call adds one, and each reads a picture of its own (`control_image`).
+
+        path: a folder in diffusers' layout. Raises ModelError if it does not fit the U-Net.
+        """
+        from latentdiff.drawing import extras
+        from latentdiff.families.controls import load_control
+
+        with self._in_torch("a ControlNet"):
+            place = as_path(path)
+            self._painter = extras.with_control(self._painter, load_control(place, self.model), place)
+
+    def unload_controlnets(self) -> None:
+        """Remove all ControlNets."""
+        from latentdiff.drawing import extras
+
+        self._painter = extras.without_controls(self._painter)
+
     def _another(self, path: str | Path) -> Model:
         """Another model on this one's device, in its precision."""
         from latentdiff.families.loading import stored_model
@@ -492,6 +511,7 @@ class LatentDiffusionPipeline:
         image: Any = None,
         mask_image: Any = None,
         outpaint: Sequence[int] | None = None,
+        control_image: Any = None,
         num_images_per_prompt: int = 1,
         output_type: str = "pil",
         latents: Any = None,
@@ -507,6 +527,7 @@ class LatentDiffusionPipeline:
         prompt: one or several; the empty prompt is unconditional.
         image: a PIL image, uint8 (H, W, 3) or floats in [0, 1] to start from. mask_image: of its size; white is
         redrawn, black is returned unchanged, grey is mixed. outpaint: pixels to add on the (left, top, right, bottom).
+        control_image: the picture of the ControlNet, or a list with one for each.
         settings: guidance_scale, sampler, strength, seed and others of `Request`; of diffusers' also timesteps, sigmas,
         callback_on_step_end, cross_attention_kwargs={"scale": s} and return_dict.
         latents: initial noise (N, C, h, w), or tokens where diffusers' pipeline takes them, generator: torch's, one or
@@ -530,12 +551,13 @@ class LatentDiffusionPipeline:
         fields |= calls.batch_of_one_generator(settings, generator, len(prompts), num_images_per_prompt)
         margins = inputs.margins_of(outpaint)
         image, mask_image = calls.picture(image), calls.mask(mask_image)
+        hints = hints_of(calls.pictures(control_image), len(self._painter.controls))
         jobs: list[Job] = []
         negatives = calls.negatives(negative_prompt, len(prompts))
         for index, one in enumerate(prompts):
             made = self.request(one, negative_prompt=negatives[index], **fields)
             given = jobs[0].canvas if jobs else canvas_of(self.model, made, image, mask_image, margins=margins)
-            jobs += jobs_of(self.model, made, given, own[index] if own else None)
+            jobs += jobs_of(self.model, made, given, own[index] if own else None, hints)
             fields["seed"] = made.seed + made.num_images  # the next prompt continues the count
         shape = (len(jobs), *self.model.codec.shape(jobs[0].plan.size))
         noise = inputs.noise_of(taken(self.model, latents, shape), generator, shape, self.model.array)

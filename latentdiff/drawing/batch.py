@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from latentdiff.drawing.canvas import Canvas
+    from latentdiff.drawing.hints import Hint
     from latentdiff.networks.conditions import Conditions
 
 OF_ONE_PICTURE = {"prompt", "negative_prompt", "seed", "num_images", "variation_seed"}  # may differ within a batch
@@ -22,7 +23,8 @@ OF_ONE_PICTURE = {"prompt", "negative_prompt", "seed", "num_images", "variation_
 class Job:
     """The `index`-th picture of a request.
 
-    canvas: the picture that it starts from. embeds: the caller's own conditions in place of the prompts'.
+    canvas: the picture that it starts from. embeds: the caller's own conditions in place of the prompts'. hints: the
+    pictures that the controls read.
     """
 
     request: Request
@@ -30,6 +32,7 @@ class Job:
     plan: Plan
     canvas: Canvas | None = None
     embeds: tuple[Conditions, Conditions | None] | None = None
+    hints: tuple[Hint, ...] = ()
 
     @property
     def seed(self) -> int:

@@ -112,6 +112,13 @@ def picture(image: Any) -> Any:
     return np.rint(255 * (values.transpose(1, 2, 0) if values.shape[-1] != 3 else values)).astype(np.uint8)
 
 
+def pictures(images: Any) -> Any:
+    """One picture or a list of pictures as our own; see `picture`."""
+    if isinstance(images, list | tuple):
+        return [picture(image) for image in images]
+    return picture(images)
+
+
 def mask(image: Any) -> Any:
     """A mask as our own: of tensors and floats (1, 1, H, W), (1, H, W), (H, W) in [0, 1] uint8 (H, W)."""
     image = _single(image, "mask_image")

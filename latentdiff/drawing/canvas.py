@@ -101,7 +101,7 @@ def canvas(
     deviation in pixels by which the mask's edge is softened. closeup: only the masked part is drawn, with so many
     pixels around it, at a size (height, width). Raises ConfigError.
     """
-    pixels = _pixels(image)
+    pixels = pixels_of(image)
     marked = None if mask is None else _marked(mask, pixels.shape[:2])
     height, width = (own if side is None else side for side, own in zip(size, pixels.shape[:2], strict=True))
     _check_sides(height + margins.top + margins.bottom, width + margins.left + margins.right)
@@ -184,7 +184,7 @@ def _padded(whole: Canvas, multiple: int) -> Canvas:
     return replace(whole, pixels=pixels, mask=mask)
 
 
-def _pixels(image: Any) -> np.ndarray:
+def pixels_of(image: Any) -> np.ndarray:
     """The pixels of an image. Raises ConfigError for anything that is not a picture."""
     if isinstance(image, Image.Image):
         return _decoded(image, "image", WHITE)

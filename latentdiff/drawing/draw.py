@@ -17,6 +17,7 @@ from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import NO_NOISE, Batch, GivenNoise, Job
 from latentdiff.drawing.canvas import Canvas, Margins, canvas
+from latentdiff.drawing.hints import Hint
 from latentdiff.drawing.latents import returned
 from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
@@ -81,17 +82,20 @@ def _check_without_image(request: Request, is_masked: bool) -> None:
         raise ConfigError(f"{name} requires an image")
 
 
-def jobs_of(model: Model, request: Request, given: Canvas | None = None, embeds: Any = None) -> list[Job]:
+def jobs_of(
+    model: Model, request: Request, given: Canvas | None = None, embeds: Any = None, hints: tuple[Hint, ...] = ()
+) -> list[Job]:
     """A request's pictures, one by one. Raises ConfigError for sizes that the model cannot draw."""
     planned = plan(request, model, given)
-    return [Job(request, index, planned, given, embeds) for index in range(request.num_images)]
+    return [Job(request, index, planned, given, embeds, hints) for index in range(request.num_images)]
 
 
 def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
     """What jobs must have in common to be drawn in one batch."""
     canvas = job.canvas
     given = canvas and (canvas.pixels.shape, canvas.size, canvas.final, canvas.mask is None)
-    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None
+    hints = tuple(map(id, job.hints))
+    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None, hints
 
 
 def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
@@ -225,6 +229,7 @@ def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[
         variant=card.variant,
         sources=tuple(painter.sources.values()),
         canvas=None if job.canvas is None else job.canvas.record(),
+        hints=tuple(hint.record() for hint in job.hints),
         runtime=model.runtime,
         device=getattr(model.place.device, "type", "cpu"),
         dtype=model.dtype,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from latentdiff.networks.adapters.words import Words
+    from latentdiff.networks.controls.controlnet import ControlNet
     from latentdiff.networks.scorer import Scorer
 
 LARGEST_WEIGHT = 10.0
@@ -172,6 +173,23 @@ def with_refiner(painter: Painter, refiner: Model) -> Painter:
     _check_latents(painter, refiner, "refiner", plain=not refiner.inpaints and not refiner.edits)
     source = Source("refiner", refiner.card.source or "", refiner.card.hash)
     return replace(painter, refiner=refiner).with_source("refiner", source)
+
+
+def with_control(painter: Painter, control: ControlNet, path: Path) -> Painter:
+    """Load one more ControlNet, which every picture requires a hint for."""
+    from latentdiff.formats.folder import network_hash
+
+    device, dtype = painter.model.place.device, painter.model.backbone.dtype
+    sha256 = sha256_of(path) if path.is_file() else network_hash(path)
+    source = Source("controlnet", recorded(path), sha256)
+    painter = replace(painter, controls=(*painter.controls, control.to(device, dtype)))
+    return painter.with_source(f"controlnet {len(painter.controls)}", source)
+
+
+def without_controls(painter: Painter) -> Painter:
+    """Remove all ControlNets."""
+    kept = {name: source for name, source in painter.sources.items() if source.kind != "controlnet"}
+    return replace(painter, controls=(), sources=kept)
 
 
 def _check_latents(painter: Painter, other: Model, what: str, *, plain: bool = True) -> None:

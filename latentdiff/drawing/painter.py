@@ -11,11 +11,12 @@ from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
 from latentdiff.diffusion.path import Straight
 from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
-from latentdiff.drawing.request import Request
+from latentdiff.drawing.request import EACH_CONTROL, Request
 from latentdiff.model import Model
 from latentdiff.networks.protocols import DeepFeatures, PerturbedAttention
 
 if TYPE_CHECKING:
+    from latentdiff.networks.controls.controlnet import ControlNet
     from latentdiff.networks.scorer import Scorer
 
 
@@ -27,6 +28,7 @@ class Painter:
     weaker: Model | None = None
     refiner: Model | None = None
     scorer: Scorer | None = None
+    controls: tuple[ControlNet, ...] = ()
     sources: Mapping[str, Source] = field(default_factory=dict)
     memory: Memory | None = None
 
@@ -81,7 +83,33 @@ def check(request: Request, painter: Painter) -> None:
         raise ConfigError("refiner_switch requires a refiner (load_refiner, --refiner)")
     if painter.refiner is not None and (request.pag_scale or request.autoguidance_scale != 1):
         raise ConfigError("a refiner is guided by the prompt alone: not by pag_scale or autoguidance_scale")
+    _check_controls(request, painter)
     if request.clip_guidance_scale and painter.scorer is None:
         raise ConfigError("clip_guidance_scale requires a CLIP (load_clip, --clip)")
     if request.cache_interval > 1 and not (isinstance(backbone, DeepFeatures) and backbone.deep_levels):
         raise ConfigError("cache_interval requires a U-Net of several levels; this model has one")
+
+
+def _check_controls(request: Request, painter: Painter) -> None:
+    """Raises ConfigError for settings of controls that are not loaded, or that do not know the kind of picture."""
+    count, controls = len(painter.controls), painter.controls
+    for name in EACH_CONTROL:
+        if (given := len(getattr(request, name))) not in (0, 1, count) or (given and not count):
+            loaded = (
+                f"{count} ControlNets are loaded" if count else "no ControlNet is loaded (load_controlnet, --control)"
+            )
+            raise ConfigError(f"{name} has {given} values, and {loaded}")
+    if not controls:
+        if request.guess_mode:
+            raise ConfigError("guess_mode requires a ControlNet (load_controlnet, --control)")
+        return
+    if request.cache_interval > 1:
+        raise ConfigError("cache_interval has no meaning under a control, which changes the features at every step")
+    modes = request.control_mode * (count if len(request.control_mode) == 1 else 1) or (None,) * count
+    for control, mode in zip(controls, modes, strict=True):
+        if control.kinds and mode is None:
+            raise ConfigError(
+                f"this ControlNet knows {control.kinds} kinds of pictures: set control_mode to one of them"
+            )
+        if mode is not None and not mode < max(control.kinds, 1):
+            raise ConfigError(f"control_mode {mode} is none of the {max(control.kinds, 1)} kinds of this ControlNet")

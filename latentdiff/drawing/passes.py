@@ -25,12 +25,14 @@ from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import Batch
 from latentdiff.drawing.canvas import HALF, Canvas, resized
 from latentdiff.drawing.guided import Helpers, guided, network_of, prepared
+from latentdiff.drawing.hints import controls_of
 from latentdiff.drawing.painter import Painter, prediction_of
 from latentdiff.drawing.plan import PlannedPass, Size, shortened
 from latentdiff.drawing.prompts import prompted
 from latentdiff.drawing.request import Request
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.model import Model
+from latentdiff.networks.controls.controlled import controlled
 
 REFINER_SWITCH = 0.8  # Podell et al. 2023: the refiner is trained on the last fifth of the levels
 
@@ -80,7 +82,7 @@ def steps(batch: Batch, painter: Painter, notes: list[str]) -> Generator[Step, A
             x = yield from walk(painter, replace(start, levels=start.levels[: split + 1]), each.purpose)
             start = replace(start, x=x)
         if split < len(start.levels) - 1:
-            refining = replace(painter, model=painter.refiner, refiner=None, memory=None)
+            refining = replace(painter, model=painter.refiner, refiner=None, memory=None, controls=())
             rest = replace(start, levels=start.levels[split:], extra=None, context=None)
             yield from walk(refining, rest, "refiner noise")
 
@@ -99,7 +101,9 @@ def _walked(
     model, request = painter.model, batch.request
     prompts = prompted(batch, model, size, painter.memory)
     prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
-    denoise = guided(model.backbone, prediction, prompts, request, start, helpers)
+    controls = controls_of(painter.controls, batch.jobs[0].hints, request, start.levels, size, model.array)
+    backbone = controlled(controls)(model.backbone)
+    denoise = guided(backbone, prediction, prompts, request, start, helpers)
     sampler = SAMPLERS[request.sampler].with_options(eta=request.eta, churn=request.churn)
     walk = sampler(denoise, start.x, start.levels, partial(draw, purpose), model.path)
     step: Step = next(walk)

@@ -39,7 +39,7 @@ class Source:
     path: a relative path as typed, of an absolute path only the name: pictures do not reveal folders.
     """
 
-    kind: str  # lora, merged (a lora too), embedding, weaker, refiner, clip, vae
+    kind: str  # lora, merged (a lora too), embedding, weaker, refiner, clip, vae, controlnet
     path: str
     sha256: str
     weight: float = 1.0
@@ -50,7 +50,8 @@ class Source:
 class ImageMetadata:
     """One picture's record. `request` is the call's, with defaults; `seed` and `index` belong to this picture.
 
-    steps: the steps of each pass. canvas: the input picture. batch: its index in its batch, and the batch's size.
+    steps: the steps of each pass. canvas: the input picture. hints: the pictures of the controls. batch: its index in
+    its batch, and the batch's size.
     own_noise: whether noise or conditions were the caller's own, and not those of seed and prompt.
     """
 
@@ -70,6 +71,7 @@ class ImageMetadata:
     variant: str | None = None
     sources: tuple[Source, ...] = ()
     canvas: dict[str, Any] | None = None
+    hints: tuple[dict[str, Any], ...] = ()
     batch: tuple[int, int] = (0, 1)
     own_noise: bool = False
     speed: str = "exact"

@@ -24,6 +24,7 @@ from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.canvas import BLACK, Margins
 from latentdiff.drawing.draw import Drawing, canvas_of
 from latentdiff.drawing.files import encoded, open_picture
+from latentdiff.drawing.hints import Hint, hints_of
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.plan import plan
 from latentdiff.drawing.record import VERSION, installed_versions, read_metadata
@@ -45,6 +46,7 @@ class Opened(Protocol):
     def load_weaker(self, path: Path) -> None: ...  # noqa: D102
     def load_refiner(self, path: Path) -> None: ...  # noqa: D102
     def load_vae(self, path: Path) -> None: ...  # noqa: D102
+    def load_controlnet(self, path: Path) -> None: ...  # noqa: D102
     def load_textual_inversion(self, path: Path, token: str | None = None) -> Any: ...  # noqa: D102
     def load_lora_weights(self, path: Path, *, weight: float, fuse: bool) -> Any: ...  # noqa: D102
 
@@ -56,7 +58,7 @@ class _Data(BaseModel):
 class SourceRecord(_Data):
     """See record.Source."""
 
-    kind: Literal["lora", "merged", "embedding", "weaker", "refiner", "clip", "vae"]
+    kind: Literal["lora", "merged", "embedding", "weaker", "refiner", "clip", "vae", "controlnet"]
     path: Name
     sha256: Hash
     weight: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
@@ -69,6 +71,13 @@ class CanvasRecord(_Data):
     image: Name | None
     mask: Name | None
     outpaint: tuple[Margin, Margin, Margin, Margin]
+    sha256: Hash
+
+
+class HintRecord(_Data):
+    """See drawing.hints.Hint.record."""
+
+    image: Name | None
     sha256: Hash
 
 
@@ -91,6 +100,7 @@ class Record(_Data):
     variant: Annotated[str, Field(pattern=r"^[\w.-]{1,60}$")] | None = None
     sources: tuple[SourceRecord, ...] = Field((), max_length=100)
     canvas: CanvasRecord | None = None
+    hints: tuple[HintRecord, ...] = Field((), max_length=20)
     batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)
     own_noise: bool = False
     speed: Literal["exact", "fast", "max"] = "exact"
@@ -225,6 +235,8 @@ def _load(pipe: Opened, source: SourceRecord, places: Sequence[Path]) -> None:
             pipe.load_refiner(path)
         elif source.kind == "vae":
             pipe.load_vae(path)
+        elif source.kind == "controlnet":
+            pipe.load_controlnet(path)
         elif source.kind == "embedding":
             pipe.load_textual_inversion(path, source.word)
         else:
@@ -267,8 +279,18 @@ def _draw_again(pipe: Opened, record: Record, places: Sequence[Path]) -> Any:
     painter = pipe.painter
     canvas = None if record.canvas is None else _canvas(painter, request, record.canvas, places)
     place, size = record.batch
-    job = Job(request, record.index, plan(request, painter.model, canvas), canvas)
+    hints = tuple(_hint(hint, places) for hint in record.hints)
+    job = Job(request, record.index, plan(request, painter.model, canvas), canvas, hints=hints)
     return Drawing(painter, Batch([job] * size)).drawn().images[place]
+
+
+def _hint(record: HintRecord, places: Sequence[Path]) -> Hint:
+    if record.image is None:
+        raise ConfigError("the record does not name the picture of its control")
+    (hint,) = hints_of(open_picture(file_named(record.image, places)), 1, [record.image])
+    if hint.record()["sha256"] != record.sha256:
+        raise DataError(f"{record.image} is another picture now")
+    return hint
 
 
 def _canvas(painter: Painter, request: Request, record: CanvasRecord, places: Sequence[Path]) -> Any:

@@ -30,6 +30,13 @@ _OTHER_NAMES = {  # of other tools, and of our command line
     "mask": "mask_image",
 }
 
+EACH_CONTROL = (  # settings with one value for all controls, or one for each
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+    "control_mode",
+)
+
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[Finite, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -100,6 +107,21 @@ class Request(BaseModel):
         1.0, ge=0, le=100, description="guidance by a weaker model (Karras et al. 2024); 1 is none"
     )
     clip_guidance_scale: Finite = Field(0.0, ge=0, le=10_000, description="guidance by CLIP's gradient")
+
+    # controls, one value for all or one for each, see networks/controls
+    controlnet_conditioning_scale: tuple[Annotated[Finite, Field(ge=-10, le=10)], ...] = Field(
+        (), max_length=20, description="how strongly each control acts; none: 1"
+    )
+    control_guidance_start: tuple[Fraction, ...] = Field(
+        (), max_length=20, description="share of the steps at which each control begins to act; none: 0"
+    )
+    control_guidance_end: tuple[Fraction, ...] = Field(
+        (), max_length=20, description="share of the steps at which each control ends; none: 1"
+    )
+    control_mode: tuple[Annotated[int, Field(ge=0, le=100)], ...] = Field(
+        (), max_length=20, description="the kind of each control's picture, for ControlNets that know several"
+    )
+    guess_mode: bool = Field(False, description="controls act on the prompt alone, less on finer levels")
 
     cache_interval: int = Field(
         1, ge=1, le=100, description="deep features are computed in one of so many evaluations (Ma et al. 2024)"
@@ -196,6 +218,9 @@ def request(**fields: Any) -> Request:
             raise ConfigError(f"{name} must be a list of numbers (got {str(fields[name])[:40]!r})")
     if fields.get("sigmas") and fields["sigmas"][-1] == 0:
         fields["sigmas"] = fields["sigmas"][:-1]  # diffusers' lists end at 0, which every walk does
+    for name in EACH_CONTROL:
+        if name in fields and not isinstance(fields[name], tuple):
+            fields[name] = (fields[name],)
     _read_a1111(fields)
     own = fields.get("timesteps") or fields.get("sigmas")
     if own and "num_inference_steps" not in fields:

@@ -31,6 +31,7 @@ from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.codecs.qwen_image import QwenImageAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.controls.controlnet import ControlNet
 from latentdiff.networks.encoders.chat import ChatText
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
 from latentdiff.networks.encoders.reading import Chat
@@ -335,6 +336,8 @@ def parameters_of(network: Any, config: str, wrapper: Any = None) -> int:
             _run_text_encoder(skeleton)
         elif issubclass(wrapper, Autoencoder):
             _run_codec(wrapper(skeleton))
+        elif issubclass(wrapper, ControlNet):
+            _run_control(wrapper(skeleton))
         else:
             _run_backbone(wrapper(skeleton))
     return sum(p.numel() for p in skeleton.parameters())
@@ -359,6 +362,20 @@ def _run_backbone(backbone: Any) -> None:
     if getattr(backbone.model, "class_embedding", None) is not None:
         raise ValueError("it reads classes, which no text encoder gives")
     backbone(torch.zeros(1, spec.inputs, side, side), torch.zeros(1), Conditions(conditions))
+
+
+def _run_control(control: ControlNet) -> None:
+    """Run a ControlNet of the meta device on latents and a picture of eight times their side."""
+    config = control.model.config
+    levels = len(config.block_out_channels)
+    side, width = 2**levels, config.cross_attention_dim
+    arrays = {"tokens": torch.zeros(1, 3, width if isinstance(width, int) else width[0])}
+    if config.addition_embed_type == "text_time":
+        joined, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+        arrays |= {"pooled": torch.zeros(1, joined - 6 * each), "sizes": torch.zeros(1, 6)}
+    hint = torch.zeros(1, control.channels, 8 * side, 8 * side)
+    x, time = torch.zeros(1, config.in_channels, side, side), torch.zeros(1)
+    control.residuals(x, time, Conditions(arrays), hint, scale=1.0, guess=False, kind=0)
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -10,6 +10,7 @@ Only encoders and backbones know the names. Those in use:
     guidance (B,)        the guidance that a distilled backbone is told
     label    (B,)        a class, whole numbers
     ids      (B, L)      token ids for an encoder in the same module; (B, 2, L) for two encoders
+    residual_00, ...     (B, C, h, w), what a control adds to each skip connection; the last to the middle
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     import torch
 
 EXACT = ("sizes", "guidance", "label", "ids", "mask")  # keep their precision when a network computes in another
+_RESIDUAL = "residual_"
+
+
+def residual_names(count: int) -> list[str]:
+    """The names of so many residuals."""
+    return [f"{_RESIDUAL}{index:02}" for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,11 @@ class Conditions:
 
     def __getitem__(self, name: str) -> Array:
         return self.arrays[name]
+
+    @property
+    def residuals(self) -> list[Array]:
+        """What controls add to the skip connections, and to the middle; empty without controls."""
+        return [array for name, array in sorted(self.arrays.items()) if name.startswith(_RESIDUAL)]
 
     def get(self, name: str) -> Array | None:
         """The array of that name, or None."""

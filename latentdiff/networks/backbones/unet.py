@@ -216,9 +216,16 @@ class UNet(nn.Module):
         if "sizes" in conditions.arrays:
             added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"]}
         text = None if conditions.prepared is None else {"text": conditions.prepared}
-        time = torch.as_tensor(t, device=x.device)
+        time, residuals = torch.as_tensor(t, device=x.device), conditions.residuals
         output: Tensor = self.model(
-            x, time, conditions["tokens"], added_cond_kwargs=added, cross_attention_kwargs=text, return_dict=False
+            x,
+            time,
+            conditions["tokens"],
+            added_cond_kwargs=added,
+            cross_attention_kwargs=text,
+            down_block_additional_residuals=tuple(residuals[:-1]) or None,
+            mid_block_additional_residual=residuals[-1] if residuals else None,
+            return_dict=False,
         )[0]
         return output
 

@@ -1,0 +1,1 @@
+"""What steers a backbone beside the prompt: a control is a function from backbones to backbones."""

@@ -1,0 +1,79 @@
+"""ControlNet (Zhang et al. 2023): a copy of a U-Net's encoder that reads a picture, whose outputs are added to the
+U-Net's skip connections: diffusers.ControlNetModel, and ControlNetUnionModel, which knows several kinds of pictures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetUnionModel
+from torch import Tensor, nn
+
+from latentdiff.core.turn import Turn
+from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.saving import save_network
+
+
+class ControlNet(nn.Module):
+    """(x, t, conditions, hint) -> residuals (B, C, h, w), one for each skip connection and one for the middle."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self._turn = model, Turn()
+
+    @property
+    def kinds(self) -> int:
+        """The number of kinds of pictures that it must be told apart; 0 if it knows one."""
+        return int(self.model.config.num_control_type) if isinstance(self.model, ControlNetUnionModel) else 0
+
+    @property
+    def channels(self) -> int:
+        """The channels of its pictures."""
+        return int(self.model.config.conditioning_channels)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether it reads a whole picture at once, like the shuffle model; then it acts on the condition alone."""
+        return bool(self.model.config.get("global_pool_conditions"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
+        return next(self.parameters()).dtype
+
+    def forward(self, x: Tensor, t: Tensor, conditions: Conditions, hint: Tensor, **options: Any) -> list[Tensor]:
+        """Residuals with gradients. hint: (B, C, H, W) in [0, 1], in pixels. options: the library's own."""
+        conditions, x, hint = conditions.cast(self.dtype), x.to(self.dtype), hint.to(self.dtype)
+        added = None
+        if "sizes" in conditions.arrays:
+            added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"]}
+        given = [hint] if self.kinds else hint
+        downs, middle = self.model(
+            x[:, : self.model.config.in_channels],  # an inpainting U-Net reads more
+            t,
+            encoder_hidden_states=conditions["tokens"],
+            controlnet_cond=given,
+            added_cond_kwargs=added,
+            return_dict=False,
+            **options,
+        )
+        return [*downs, middle]
+
+    @torch.no_grad()
+    def residuals(
+        self, x: Tensor, t: Tensor, conditions: Conditions, hint: Tensor, *, scale: float, guess: bool, kind: int
+    ) -> list[Tensor]:
+        """Residuals times a scale. guess: less of the finer ones (section 3.5). kind: of a model that knows several."""
+        options: dict[str, Any] = {"conditioning_scale": scale, "guess_mode": guess or self.guesses}
+        if self.kinds:
+            marks = torch.zeros(len(x), self.kinds, device=x.device, dtype=self.dtype)
+            marks[:, kind] = 1
+            options |= {"control_type": marks, "control_type_idx": [kind], "conditioning_scale": [scale]}
+        with self._turn:
+            return self(x, t, conditions, hint, **options)
+
+    def save(self, directory: Path) -> None:
+        """Write config.json and safetensors weights."""
+        save_network(self.model, directory)
