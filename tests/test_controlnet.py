@@ -17,8 +17,10 @@ from diffusers import (
 from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.annotators import ANNOTATORS, annotator
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.diffusion.process import diffuse
+from latentdiff.drawing.record import read_metadata
 
 from . import stable_diffusion
 from .stable_diffusion import load
@@ -218,3 +220,73 @@ def test_what_does_not_fit_is_refused(place, pictures, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             ours(PROMPT, control_image=pictures[0], **settings)
+
+
+def test_by_the_command_line(place, call, tmp_path):
+    """Drawn, recorded, drawn again; refused with one line."""
+    folder, _, _, family = place
+    if family != "1":
+        pytest.skip("the command knows nothing of the family")
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).resize((160, 160)).save(tmp_path / "photo.png")
+    words = ("-m", folder / "model", "--steps", 2, "-W", 64, "-H", 64, "-s", 3)
+    control = f"{folder / 'control0'}:{tmp_path / 'photo.png'}"
+    code, out, _ = call("generate", PROMPT, *words, "--control", f"{control}:0.5", "-o", tmp_path / "a.png")
+    assert (code, out) == (0, f"{tmp_path / 'a.png'}\n")
+    assert (
+        call("generate", PROMPT, *words, "--control", control, "--annotate", "canny", "-o", tmp_path / "b.png")[0] == 0
+    )
+    assert call("annotate", tmp_path / "photo.png", "-o", tmp_path / "edges.png")[0] == 0
+    assert call("generate", PROMPT, *words, "--control", f"{folder / 'control0'}:{tmp_path / 'edges.png'}", "-o",
+                tmp_path / "c.png")[0] == 0  # fmt: skip
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc"]
+    assert (pictures[1] == pictures[2]).all()
+    assert (pictures[0] != pictures[1]).any()
+    record = read_metadata(tmp_path / "b.png")["latentdiff"]
+    assert record["sources"][0]["kind"] == "controlnet"
+    assert (record["hints"][0]["image"], record["hints"][0]["annotator"]) == ("photo.png", "canny")
+    for name in "ab":
+        again = call("reproduce", tmp_path / f"{name}.png", "-m", folder / "model", "--source", folder / "control0",
+                     "-o", tmp_path / f"{name}2.png")  # fmt: skip
+        assert again[0] == 0, again[2]
+        assert "equal: all" in again[1] + again[2]
+    for given, message in (
+        ((), "--annotate has no effect without --control"),
+        (("--control", "nowhere"), "--control must be MODEL:PICTURE or MODEL:PICTURE:SCALE"),
+        (("--control", f"{folder / 'control0'}:nowhere.png"), "nowhere.png"),
+        (("--control", f"nowhere:{tmp_path / 'photo.png'}"), "no CONTROLNET (nowhere)"),
+        (("--control", f"{control}:99"), "controlnet_conditioning_scale"),
+        (("--control", control, "--annotate", "depth"), "unknown annotator 'depth'; one of canny"),
+    ):
+        annotate = () if "--annotate" in given else ("--annotate", "canny")
+        code, out, err = call("generate", PROMPT, *words, *given, *annotate, "-o", tmp_path / "no.png")
+        assert (code in (2, 3, 4), out, err.count("\n")) == (True, "", 1), err
+        assert message in err
+
+
+def test_annotators():
+    """Closed forms: a white square on black."""
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[16:48, 32:64] = (255, 255, 255)
+    edges = ANNOTATORS["canny"](pixels)
+    assert set(np.unique(edges)) == {0, 255}
+    inside = np.zeros((64, 96), bool)
+    inside[14:50, 30:66] = True
+    inside[18:46, 34:62] = False
+    assert (edges[..., 0] > 0).sum() >= 4 * 30
+    assert not edges[~inside].any(), "within two pixels of the square's edge"
+    red = np.zeros((64, 64, 3), np.uint8)
+    red[..., 0] = 200
+    assert (ANNOTATORS["grey"](red) == 60).all(), "0.299 times 200"
+    for kind in ("blur", "tile", "palette", "segments"):
+        assert (ANNOTATORS[kind](red) == red).all(), "one colour stays"
+    halves = np.zeros((32, 32, 3), np.uint8)
+    halves[:, 8:] = 100  # three quarters of the left squares
+    assert set(np.unique(ANNOTATORS["palette"](halves))) == {50, 100}
+    two = ANNOTATORS["segments"](np.concatenate([red, pixels[:64, :64]], 1))
+    assert len(np.unique(two.reshape(-1, 3), axis=0)) == 3
+    for annotate in ANNOTATORS.values():
+        assert annotate(pixels[:17, :23]).shape == (17, 23, 3)
+        assert (annotate(pixels) == annotate(pixels)).all()
+    with pytest.raises(ConfigError, match="unknown annotator"):
+        annotator("depth")

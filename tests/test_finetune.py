@@ -4,19 +4,21 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.data.dataset import open_data
+from latentdiff.networks.controls.controlnet import ControlNet
 from latentdiff.stages.finetune import _stages, opened
 from latentdiff.stages.methods import begin
 from latentdiff.stages.run import Run
@@ -38,6 +40,7 @@ METHODS = {
         *("--num-class-images", 3),
     ),
     "textual-inversion": ("--method", "textual-inversion", "--token", "<ink>", "--initial", "star", "--num-vectors", 2),
+    "controlnet": ("--method", "controlnet", "--annotator", "tile"),
 }
 
 
@@ -51,7 +54,7 @@ def pictures(tmp_path_factory):
 
 
 def source(pictures, method):
-    return pictures / ("captioned" if method in ("full", "lora") else "bare")
+    return pictures / ("captioned" if method in ("full", "lora", "controlnet") else "bare")
 
 
 @pytest.fixture
@@ -72,13 +75,27 @@ def result_of(folder, method):
         return load_file(folder / "pytorch_lora_weights.safetensors")
     if method == "textual-inversion":
         return load_file(folder / "learned_embeds.safetensors")
+    if method == "controlnet":
+        return load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")
     parts = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
     files = {part: load_file(folder / "model" / part / f"{name}.safetensors") for part, name in parts.items()}
     return {f"{part}.{name}": tensor for part, state in files.items() for name, tensor in state.items()}
 
 
-def drawn(pipe, prompt=PROMPT):
-    return pipe(prompt, seed=1, num_inference_steps=2, output_type="latent").images
+def drawn(pipe, prompt=PROMPT, **more):
+    return pipe(prompt, seed=1, num_inference_steps=2, output_type="latent", **more).images
+
+
+def _check_control(folder, plain, alone):
+    """diffusers loads it; before its first step it is the U-Net's encoder and adds nothing, to the bit."""
+    ControlNetModel.from_pretrained(folder)
+    unet = plain.model.backbone.model
+    fresh = ControlNet.create(unet, plain.model.codec.factor).eval()
+    assert torch.equal(fresh.model.conv_in.weight, unet.conv_in.weight)
+    pipe = LatentDiffusionPipeline(plain.model)
+    pipe._painter = replace(pipe.painter, controls=(fresh,))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    assert torch.equal(drawn(pipe, control_image=noise), alone)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,9 +105,8 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
     assert code == 0, err
     folder = tmp_path / "out"
     paths = [path.removeprefix("out/") for path in out.split()]
-    result = {"full": "model", "textual-inversion": "learned_embeds.safetensors"}.get(
-        method, "pytorch_lora_weights.safetensors"
-    )
+    names = {"full": "model", "textual-inversion": "learned_embeds.safetensors", "controlnet": "controlnet"}
+    result = names.get(method, "pytorch_lora_weights.safetensors")
     kohya = ["out-kohya.safetensors"] if method == "lora" else []
     for name in kohya:
         with safe_open(folder / name, "pt") as file:
@@ -114,10 +130,14 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
     if method == "textual-inversion":
         assert taught.load_textual_inversion(folder) == ["<ink>"]
         assert result_of(folder, method)["<ink>"].shape == (2, 32)
+    elif method == "controlnet":
+        _check_control(folder / "controlnet", plain, drawn(plain))
+        taught.load_controlnet(folder / "controlnet")
     elif method != "full":
         fit = taught.load_lora_weights(folder)
         assert (fit.unused, fit.missing) == ([], [])
-    assert (drawn(taught, prompt) - drawn(plain, prompt)).abs().max() > 1e-4
+    hint = {"control_image": np.zeros((64, 64, 3), np.uint8)} if method == "controlnet" else {}
+    assert (drawn(taught, prompt, **hint) - drawn(plain, prompt)).abs().max() > 1e-4
     log = [json.loads(line) for line in (folder / "finetune" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 4], "a validation before the first step and at the end"
     assert log[0]["validation_loss"] != log[-1]["validation_loss"]

@@ -45,6 +45,7 @@ HOMES = {  # the rooms that may import a library
     "braceexpand": {"data"},
     "openvino": {"runtime"},
     "tokenizers": {"runtime"},
+    "cv2": {"core"},
     "typer": {"cli"},
     "fastapi": {"server"},
     "starlette": {"server"},

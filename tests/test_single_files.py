@@ -332,20 +332,27 @@ def test_numbers_of_many_digits(folders, tmp_path, call):
         path.write_text(before)
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("part", ["backbone", "codec", "encoder", "text_encoder"])
 def test_an_export_that_lacks_a_fact(part, tmp_path, call):
     """Any key of export.json, missing or of another type."""
     from latentdiff.families.loading import default_model
 
     folder = shutil.copytree(default_model(), tmp_path / "model")
     path = folder / "openvino" / "export.json"
-    whole = json.loads(path.read_text())
-    for key in whole[part]:
+    content = path.read_text()
+    for key in _part_of(json.loads(content), part).keys() - {"largest"}:  # which may be absent
         for change in ({}, {key: None}):
-            rest = {name: value for name, value in whole[part].items() if name != key}
-            path.write_text(json.dumps(whole | {part: rest | change}))
+            whole = json.loads(content)
+            facts = _part_of(whole, part)
+            del facts[key]
+            facts |= change
+            path.write_text(json.dumps(whole))
             with pytest.raises(ModelError, match="does not name its configurations"):
                 opened(folder, runtime="openvino")
+
+
+def _part_of(record, part):
+    return record["texts"][part] if part in record["texts"] else record[part]
 
 
 def test_a_layout_that_only_a_folder_has(folders):

@@ -13,6 +13,7 @@ import typer
 
 from latentdiff import __version__
 from latentdiff.cli import (
+    annotate,
     convert,
     data,
     evaluate,
@@ -49,6 +50,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
 app.add_typer(show.app, name="show")
 app.command("convert")(convert.convert)
+app.command("annotate")(annotate.annotate)
 app.command("info")(info.info)
 app.command("reproduce")(reproduce.reproduce)
 app.command("serve")(serve.serve)

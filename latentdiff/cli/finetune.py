@@ -21,6 +21,7 @@ class Method(StrEnum):
     lora = "lora"
     dreambooth = "dreambooth"
     textual_inversion = "textual-inversion"
+    controlnet = "controlnet"
 
 
 class MixedPrecision(StrEnum):
@@ -115,6 +116,10 @@ def finetune(
     vectors: Annotated[
         int | None, typer.Option("--num-vectors", help="Number of vectors of the new word (default: 1).")
     ] = None,
+    annotator: Annotated[
+        str | None,
+        typer.Option("--annotator", help="What makes the pictures that a controlnet reads: canny (default), blur, ..."),
+    ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option("--validation-prompt", help="A prompt that every validation draws; may be repeated."),
@@ -156,8 +161,8 @@ def finetune(
 ) -> None:
     """Train a model on your pictures. After an interruption the same command goes on.
 
-    Writes pytorch_lora_weights.safetensors, model/ or learned_embeds.safetensors into the run folder, with a model card
-    and a page of pictures before and after.
+    Writes pytorch_lora_weights.safetensors, model/, learned_embeds.safetensors or controlnet/ into the run folder, with
+    a model card and a page of pictures before and after.
     """
     from latentdiff.families.loading import is_default
     from latentdiff.settings.finetuning import load_finetuning
@@ -205,6 +210,7 @@ def finetune(
         "word.token": token,
         "word.initial": initial,
         "word.vectors": vectors,
+        "control.annotator": annotator,
         "previews.prompts": prompts,
         "seed": seed,
         "variant": variant,

@@ -15,7 +15,15 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.cli.batches import Process, Target, write_all
-from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
+from latentdiff.cli.loading import (
+    adapter_and_weight,
+    common_settings,
+    control_wish,
+    embedding_and_word,
+    load_controls,
+    load_extras,
+    loaded,
+)
 from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
 from latentdiff.cli.variations import grid_of, varied, write_grid
@@ -26,6 +34,7 @@ from latentdiff.drawing.files import check_target, loses_pixels, open_picture, s
 
 if TYPE_CHECKING:
     from latentdiff.drawing.batch import Job
+    from latentdiff.drawing.hints import Hint
     from latentdiff.drawing.request import Request
     from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -103,6 +112,14 @@ def generate(
     weaker: Annotated[str | None, typer.Option(help="A weaker model, for --set autoguidance_scale=2.")] = None,
     refiner: Annotated[
         str | None, typer.Option(help="A model that draws the last fifth of the levels; --set refiner_switch=0.8.")
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="A ControlNet and the picture it reads, MODEL:PICTURE[:SCALE]; may be repeated."),
+    ] = None,
+    annotate: Annotated[
+        str | None,
+        typer.Option(help="What makes the control's picture of the named one: canny, blur, grey, ... (see annotate)."),
     ] = None,
     clip: Annotated[
         Path | None,
@@ -202,6 +219,11 @@ def generate(
     _check_used(requests, weaker, clip)
     _check_beside(output, requests, process, resume=resume, grid=grid, steps_gif=steps_gif)
     suffix = _suffix(output, picture_format, wishes)
+    controls = [control_wish(text) for text in control or []]
+    if controls:
+        common["controlnet_conditioning_scale"] = tuple(wish.scale for wish in controls)
+    elif annotate is not None:
+        raise ConfigError("--annotate has no effect without --control")
     loras = [adapter_and_weight(text) for text in lora or []]
     words = [embedding_and_word(text) for text in embedding or []]
     _check_sizes(model, requests)
@@ -215,7 +237,8 @@ def generate(
         pipe.load_clip(clip)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential, blocks=offload is Offload.block)
-    jobs = _jobs(pipe, wishes, requests, common)
+    hints = load_controls(pipe, controls, annotate) if controls else ()
+    jobs = _jobs(pipe, wishes, requests, common, hints)
     paths: list[Path] = []
     for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume, steps_gif), process):
         paths.append(path)
@@ -353,7 +376,11 @@ def _check_sizes(model: str | None, requests: Sequence[Request]) -> None:
 
 
 def _jobs(
-    pipe: LatentDiffusionPipeline, wishes: Sequence[Wish], requests: Sequence[Request], common: dict[str, Any]
+    pipe: LatentDiffusionPipeline,
+    wishes: Sequence[Wish],
+    requests: Sequence[Request],
+    common: dict[str, Any],
+    hints: tuple[Hint, ...] = (),
 ) -> list[Job]:
     """A job for every picture, completed with the model's recommended settings."""
     from latentdiff.drawing.draw import jobs_of
@@ -365,7 +392,7 @@ def _jobs(
             request = pipe.request(wish.prompt, **own)
             if not jobs and wish.image is None:
                 pipe.begin(request, sum(one.num_images for one in requests))
-            jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request))
+            jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request), hints=hints)
         _warn(pipe, request)
     return jobs
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latentdiff.cli import terminal
 from latentdiff.core.errors import ConfigError
@@ -58,6 +59,39 @@ def adapter_and_weight(text: str) -> tuple[Path, float]:
         if os.path.lexists(path) and not os.path.lexists(text):
             raise ConfigError(f"--lora must be PATH:WEIGHT, and {weight[:40]!r} is not a number") from None
         return Path(text), 1.0
+
+
+class ControlWish(NamedTuple):
+    """A ControlNet, the picture that it reads, and its scale."""
+
+    network: Path
+    picture: Path
+    scale: float
+
+
+def control_wish(text: str) -> ControlWish:
+    """MODEL:PICTURE or MODEL:PICTURE:SCALE; the first may contain colons. Raises ConfigError."""
+    rest, colon, last = text.rpartition(":")
+    scale, is_number = 1.0, False
+    if colon and not os.path.lexists(last):
+        with suppress(ValueError):  # then it is a picture that is missing, which opening it says
+            scale, is_number = float(last), True
+    network, colon, picture = (rest if is_number else text).rpartition(":")
+    if not (colon and network and picture):
+        raise ConfigError(f"--control must be MODEL:PICTURE or MODEL:PICTURE:SCALE (got {text[:60]!r})")
+    return ControlWish(Path(network), Path(picture), scale)
+
+
+def load_controls(pipe: LatentDiffusionPipeline, wishes: Sequence[ControlWish], annotate: str | None) -> Any:
+    """Load ControlNets; returns the hints of their pictures. annotate: what makes the pictures, see core/annotators."""
+    from latentdiff.core.files import recorded
+    from latentdiff.drawing.files import open_picture
+    from latentdiff.drawing.hints import hints_of
+
+    pictures = [open_picture(wish.picture) for wish in wishes]
+    for wish in wishes:
+        pipe.load_controlnet(wish.network)
+    return hints_of(pictures, len(wishes), [recorded(wish.picture) for wish in wishes], annotate)
 
 
 def embedding_and_word(text: str) -> tuple[Path, str | None]:

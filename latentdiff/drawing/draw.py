@@ -94,8 +94,7 @@ def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
     """What jobs must have in common to be drawn in one batch."""
     canvas = job.canvas
     given = canvas and (canvas.pixels.shape, canvas.size, canvas.final, canvas.mask is None)
-    hints = tuple(map(id, job.hints))
-    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None, hints
+    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None
 
 
 def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
@@ -202,12 +201,14 @@ def draw(
     return joined([Drawing(painter, batch).drawn(output_type, watch) for batch in batches_of(painter, jobs, noise)])
 
 
-def draw_prompts(painter: Painter, prompts: Sequence[str], *, seed: int, **settings: Any) -> np.ndarray:
-    """A picture of each prompt with seeds that count up from `seed`, uint8 (N, H, W, C)."""
+def draw_prompts(
+    painter: Painter, prompts: Sequence[str], *, seed: int, hints: Sequence[tuple[Hint, ...]] = (), **settings: Any
+) -> np.ndarray:
+    """A picture of each prompt with seeds that count up from `seed`, uint8 (N, H, W, C). hints: of each prompt."""
     jobs: list[Job] = []
-    for prompt in prompts:
+    for prompt, own in zip(prompts, hints or [()] * len(prompts), strict=True):
         made = requested(painter, prompt, seed=seed + len(jobs), **settings)
-        jobs += jobs_of(painter.model, made)
+        jobs += jobs_of(painter.model, made, hints=own)
     pictures: np.ndarray = draw(painter, jobs, "uint8").images
     return pictures
 

@@ -101,7 +101,8 @@ def _walked(
     model, request = painter.model, batch.request
     prompts = prompted(batch, model, size, painter.memory)
     prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
-    controls = controls_of(painter.controls, batch.jobs[0].hints, request, start.levels, size, model.array)
+    hints = [job.hints for job in batch.jobs]
+    controls = controls_of(painter.controls, hints, request, start.levels, size, model.array)
     backbone = controlled(controls)(model.backbone)
     denoise = guided(backbone, prediction, prompts, request, start, helpers)
     sampler = SAMPLERS[request.sampler].with_options(eta=request.eta, churn=request.churn)

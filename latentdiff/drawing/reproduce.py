@@ -78,6 +78,7 @@ class HintRecord(_Data):
     """See drawing.hints.Hint.record."""
 
     image: Name | None
+    annotator: Annotated[str, Field(pattern=r"^[a-z]{1,20}$")] | None = None
     sha256: Hash
 
 
@@ -287,7 +288,7 @@ def _draw_again(pipe: Opened, record: Record, places: Sequence[Path]) -> Any:
 def _hint(record: HintRecord, places: Sequence[Path]) -> Hint:
     if record.image is None:
         raise ConfigError("the record does not name the picture of its control")
-    (hint,) = hints_of(open_picture(file_named(record.image, places)), 1, [record.image])
+    (hint,) = hints_of(open_picture(file_named(record.image, places)), 1, [record.image], record.annotator)
     if hint.record()["sha256"] != record.sha256:
         raise DataError(f"{record.image} is another picture now")
     return hint

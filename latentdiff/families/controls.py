@@ -37,5 +37,7 @@ def check_fit(control: Any, model: Model, path: Path) -> None:
         theirs, ours = (list(v) if isinstance(v, tuple) else v for v in (own.get(key), unet.get(key)))
         if theirs != ours:
             raise ModelError(f"a ControlNet for another model: its {key} is {theirs}, the U-Net's {ours} ({path})")
+    if control.factor != model.codec.factor:
+        raise ModelError(f"this ControlNet reads {control.factor} pixels a latent, not {model.codec.factor} ({path})")
     if own.in_channels != model.codec.latent_channels:
         raise ModelError(f"this ControlNet reads latents of {own.in_channels} channels ({path})")

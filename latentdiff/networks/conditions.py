@@ -10,6 +10,7 @@ Only encoders and backbones know the names. Those in use:
     guidance (B,)        the guidance that a distilled backbone is told
     label    (B,)        a class, whole numbers
     ids      (B, L)      token ids for an encoder in the same module; (B, 2, L) for two encoders
+    hint     (B, C, H, W) the picture that a control reads in training, in [0, 1]
     residual_00, ...     (B, C, h, w), what a control adds to each skip connection; the last to the middle
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EXACT = ("sizes", "guidance", "label", "ids", "mask")  # keep their precision when a network computes in another
 _RESIDUAL = "residual_"
+HINT = "hint"
 
 
 def residual_names(count: int) -> list[str]:

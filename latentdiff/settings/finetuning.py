@@ -4,6 +4,7 @@ full               all weights of the U-Net, optionally of the text encoder
 lora               low-rank factors beside the weights of attention (Hu et al. 2022), optionally of convolutions
 dreambooth         a new word for one thing, and pictures of its class (Ruiz et al. 2023); with a rank as LoRA
 textual-inversion  only the embeddings of a new word (Gal et al. 2022)
+controlnet         a ControlNet that reads an annotator's picture of each picture (Zhang et al. 2023)
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from latentdiff.core.annotators import ANNOTATORS
 from latentdiff.settings.config import Data, Learning, Override, Section, Settings, parsed, read_tree
+from latentdiff.settings.validation import one_of
 
 STAGE = "finetune"  # the only stage of such a run
 FILE = "finetune.toml"  # the effective settings, in the run's folder
 RANK = 16
+_OF_MANY = ("full", "lora", "controlnet")  # methods that learn from many different pictures
 SMALL = 100e6  # parameters of a U-Net below which it is small; Stable Diffusion 1 has 860 million, the default model 7
 TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # captions for pictures of a new word
 PromptText = Annotated[str, Field(min_length=1, max_length=10_000)]
@@ -56,6 +60,17 @@ class Word(Section):
     vectors: int = Field(1, ge=1, le=64, description="number of its vectors")
 
 
+class Control(Section):
+    """The picture that a ControlNet reads."""
+
+    annotator: str = Field("canny", description=f"what makes it of a picture: {', '.join(ANNOTATORS)}")
+
+    @field_validator("annotator")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return one_of("annotator", tuple(ANNOTATORS), value)
+
+
 class Previews(Section):
     """The pictures of a validation: every prompt from the same noise each time."""
 
@@ -74,7 +89,9 @@ class FineTuning(Settings):
     model: str = Field("", description="a folder, a .safetensors file or a hub id; none is the default model")
     variant: str | None = Field(None, description="variant of the model's weights: fp16, ...")
     revision: str | None = Field(None, description="revision of a hub id")
-    method: Literal["full", "lora", "dreambooth", "textual-inversion"] = Field("lora", description="what is trained")
+    method: Literal["full", "lora", "dreambooth", "textual-inversion", "controlnet"] = Field(
+        "lora", description="what is trained"
+    )
     quantize: Literal["int8", "fp8", "q8_0", "q4_0"] | None = Field(
         None, description="kind of the frozen weights, with fewer bits; only for methods that leave weights frozen"
     )
@@ -84,6 +101,7 @@ class FineTuning(Settings):
     lora: Lora = Lora()
     prior: Prior = Prior()
     word: Word = Word()
+    control: Control = Control()
     previews: Previews = Previews()
 
     @property
@@ -94,7 +112,7 @@ class FineTuning(Settings):
     @property
     def leaves_weights(self) -> bool:
         """Whether the model's own weights stay frozen."""
-        return self.low_rank or self.method == "textual-inversion"
+        return self.low_rank or self.method in ("textual-inversion", "controlnet")
 
     @model_validator(mode="after")
     def _of_pictures(self) -> FineTuning:
@@ -121,6 +139,14 @@ class FineTuning(Settings):
             raise ValueError("quantize has no tune_text_encoder: the text encoder's weights are frozen too")
         if self.lora.rslora and self.lora.kohya:
             raise ValueError("kohya's format has no rslora: its scale is alpha / rank")
+        return self
+
+    @model_validator(mode="after")
+    def _controls(self) -> FineTuning:
+        if self.method != "controlnet" and self.control != Control():
+            raise ValueError('control has no effect without method = "controlnet"')
+        if self.method == "controlnet" and (self.prior.prompt or self.finetune.tune_text_encoder):
+            raise ValueError("controlnet trains only the ControlNet: no prior, no text encoder")
         return self
 
     @model_validator(mode="after")
@@ -155,14 +181,15 @@ def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
         "lora": (1e-4, 1e-3),
         "dreambooth": (1e-4, 2e-4) if factors else (2e-6, 2e-5),
         "textual-inversion": (5e-4, 5e-3),
+        "controlnet": (1e-5, 2e-4),
     }
     own = config.finetune.training
-    steps = {"full": 2000, "lora": 2000, "dreambooth": 400, "textual-inversion": 1000}[config.method]
+    steps = {"dreambooth": 400, "textual-inversion": 1000, "controlnet": 5000}.get(config.method, 2000)
     steps = own.max_train_steps if "max_train_steps" in own.model_fields_set else steps
     training: dict[str, Any] = {
         "learning_rate": rates[config.method][small],
         "max_train_steps": steps,
-        "train_batch_size": (16 if small else 4) if config.method in ("full", "lora") else 4 if small else 1,
+        "train_batch_size": (16 if small else 4) if config.method in _OF_MANY else 4 if small else 1,
         "lr_schedule": "constant" if config.method == "textual-inversion" else "trapezoid",
         "lr_warmup_steps": min(100, steps // 10),
         "weight_decay": 0.0 if config.method == "textual-inversion" else 0.01,
@@ -170,7 +197,8 @@ def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
         "checkpointing_steps": 250,
         "ema_decay": 0.99,
     }
-    dropout = 0.1 if config.method in ("full", "lora") else 0.0  # every picture shows the new word
+    # every picture shows the new word; a ControlNet learns to do without the prompt (section 3.4)
+    dropout = 0.5 if config.method == "controlnet" else 0.1 if config.method in _OF_MANY else 0.0
     tree: dict[str, Any] = {"finetune": {"caption_dropout": dropout, "training": training}}
     if config.method == "textual-inversion":
         tree["data"] = {"pictures": {"layout": "uncaptioned", "instance_prompt": config.word.token}}

@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from latentdiff.core.annotators import Annotator
 from latentdiff.core.errors import ConfigError, DataError
-from latentdiff.core.images import to_images
+from latentdiff.core.images import coloured, to_images
 from latentdiff.data.examples import Examples
 from latentdiff.data.store import Store
-from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.conditions import HINT, Conditions
 from latentdiff.settings.config import Learning
 from latentdiff.stages.encoding import (
     AT_ONCE,
@@ -146,6 +147,22 @@ class CachedCaptions:
         """The stored conditions, in float32."""
         stored = Conditions({name: batch[name].float() for name in _STORED if name in batch})
         return _with_sizes(stored, batch)
+
+
+class Hinted:
+    """Captions, and beside them the picture that a control reads: an annotator's of the sample's own."""
+
+    def __init__(self, captions: Captions, examples: Examples, annotate: Annotator):
+        self._captions, self._examples, self._annotate = captions, examples, annotate
+
+    def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
+        """The captions' inputs, and `hint`, uint8 (B, 3, H, W)."""
+        hints = np.stack([self._annotate(coloured(self._examples.image(*key))) for key in keys])
+        return self._captions.batch(keys, kept) | {HINT: torch.from_numpy(hints).permute(0, 3, 1, 2).contiguous()}
+
+    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
+        """The captions' conditions and the hint in [0, 1]."""
+        return self._captions.conditions(batch).joined({HINT: batch[HINT].float() / 255})
 
 
 def _with_sizes(conditions: Conditions, batch: dict[str, Tensor]) -> Conditions:

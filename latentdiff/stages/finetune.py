@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from latentdiff.core.annotators import annotator
 from latentdiff.core.errors import ConfigError, saving
 from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
@@ -28,7 +29,7 @@ from latentdiff.runtime.device import moved
 from latentdiff.runtime.quantized import quantized
 from latentdiff.settings.config import Override, save_config
 from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
-from latentdiff.stages.cache import captions_of, latents_of
+from latentdiff.stages.cache import Hinted, captions_of, latents_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
 from latentdiff.stages.finetune_report import keep_rows_apart, report, write_page
@@ -63,7 +64,9 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
             save_config(config, run.folder / FILE)
     start = run.start(STAGE, made_from=made_from + (f" {prior.fingerprint['sha256']}" if prior else ""))
     folder = run.folder / STAGE
-    reported = partial(report, Painter(model), config, run.data.validation, validation, folder / "samples")
+    controls = () if tuning.control is None else (tuning.control,)
+    painter = Painter(model, controls=controls)
+    reported = partial(report, painter, config, run.data.validation, validation, folder / "samples")
     settings = config.finetune.training
     run_stage(accelerator, stage, settings, folder, reported, start, run.interruption, from_the_start=True)
     paths: list[Path] = []
@@ -179,6 +182,9 @@ def _samples(run: Run[FineTuning], model: Model, tuning: Tuning, sets: list[Exam
     _, text_encoder, codec = trainable(model)
     latents = latents_of(learning, sets, codec, run.cache, run.accelerator)
     captions = captions_of(learning, sets, text_encoder, run.cache, run.accelerator, sized=model.reads_sizes)
+    if tuning.control is not None:
+        annotate = annotator(run.config.control.annotator)
+        captions = [Hinted(own, examples, annotate) for own, examples in zip(captions, sets, strict=True)]
     names = [examples.pictures.name for examples in sets]
     return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
 

@@ -20,6 +20,7 @@ from latentdiff.core.text import printable, quoted
 from latentdiff.core.vocabulary import words_of
 from latentdiff.data.examples import Examples
 from latentdiff.drawing.draw import draw_prompts
+from latentdiff.drawing.hints import hints_of
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.report.page import Entry, as_html
 from latentdiff.evaluation.report.plots import Plot, Series, as_figure
@@ -46,7 +47,7 @@ def report(
     """
     numbers = validation_losses(validation, TIME_BINS, painter.model.path.T, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
-    pictures = _drawn(painter, config, prompts)
+    pictures = _drawn(painter, config, prompts, examples)
     _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png", {"step": step, "prompts": prompts})
     folder = painter.model.card.folder
     known = painter.model.card.words or frozenset()
@@ -77,10 +78,14 @@ def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
     return captions + [config.prior.prompt] * len(captions) if config.prior.prompt else captions
 
 
-def _drawn(painter: Painter, config: FineTuning, prompts: list[str]) -> np.ndarray:
-    """Pictures of prompts, uint8 (N, H, W, C), always from the same noise."""
-    side, steps = config.image_size, config.previews.num_inference_steps
-    return draw_prompts(painter, prompts, seed=config.previews.seed, height=side, width=side, num_inference_steps=steps)
+def _drawn(painter: Painter, config: FineTuning, prompts: list[str], examples: Examples) -> np.ndarray:
+    """Pictures of prompts, uint8 (N, H, W, C), always from the same noise. A control reads validation pictures."""
+    side, hints = config.image_size, []
+    if painter.controls:
+        pictures = [coloured(examples.image(row % len(examples), 0)) for row in range(len(prompts))]
+        hints = [hints_of(picture, 1, annotated=config.control.annotator) for picture in pictures]
+    asked = {"height": side, "width": side, "num_inference_steps": config.previews.num_inference_steps}
+    return draw_prompts(painter, prompts, seed=config.previews.seed, hints=hints, **asked)
 
 
 def _save(pixels: np.ndarray, path: Path, about: Mapping[str, Any]) -> None:
@@ -212,6 +217,8 @@ def _use(config: FineTuning, path: Path) -> str:
         prompt, words = f"a {config.word.token}", [*words, "--embedding", recorded(path)]
     elif config.low_rank:
         words += ["--lora", recorded(path)]
+    elif config.method == "controlnet":
+        words += ["--control", f"{recorded(path)}:picture.png", "--annotate", config.control.annotator]
     else:
         words = ["-m", recorded(path)]
     return "$ " + shlex.join(["latentdiff", "generate", prompt, *words])

@@ -10,6 +10,7 @@ from torch import nn
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.extras import adapted
+from latentdiff.families.controls import PART as CONTROLNET
 from latentdiff.families.loading import save_model
 from latentdiff.families.own import seeded
 from latentdiff.formats import adapter_file, words_file
@@ -19,6 +20,7 @@ from latentdiff.networks.adapters.trained import Factors
 from latentdiff.networks.adapters.words import begin_word
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.controls.controlnet import ControlNet, SteeredNetwork
 from latentdiff.runtime.quantized import is_quantized
 from latentdiff.settings.finetuning import RANK, FineTuning
 from latentdiff.stages.encoding import AnyCodec, AnyEncoder, AnyTextEncoder
@@ -32,13 +34,14 @@ class Tuning:
     """The module of a training step, its trained parts by file name, and a function that writes them.
 
     reads: whether the module reads captions itself, because the text encoder or its embeddings are trained.
-    write: (folder, metadata) -> the paths that were written.
+    write: (folder, metadata) -> the paths that were written. control: a ControlNet that previews draw with.
     """
 
     module: nn.Module
     parts: dict[str, nn.Module]
     reads: bool
     write: Write
+    control: ControlNet | None = None
 
 
 def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset()) -> Tuning:
@@ -57,6 +60,8 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
     text_encoder.requires_grad_(False)
     if config.method == "textual-inversion":
         return _word(model, config)
+    if config.method == "controlnet":
+        return _control(model, config)
     return _factors(model, config) if config.low_rank else _weights(model, config, words)
 
 
@@ -137,3 +142,19 @@ def _word(model: Model, config: FineTuning) -> Tuning:
         return [words_file.save_word(vectors, folder, word.token)]
 
     return Tuning(ConditionedNetwork(unet, text_encoder), parts, True, write)
+
+
+def _control(model: Model, config: FineTuning) -> Tuning:
+    """A ControlNet beside the frozen U-Net."""
+    unet, _, codec = trainable(model)
+    if not isinstance(unet, UNet):
+        raise ConfigError("a ControlNet requires a U-Net, which this model does not have")
+    unet.requires_grad_(False)
+    with seeded(config.seed):
+        control = ControlNet.create(unet.model, codec.factor)
+
+    def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
+        control.save(folder / CONTROLNET)
+        return [folder / CONTROLNET]
+
+    return Tuning(SteeredNetwork(unet, control), {CONTROLNET: control}, False, write, control)

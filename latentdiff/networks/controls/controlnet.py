@@ -4,16 +4,19 @@ U-Net's skip connections: diffusers.ControlNetModel, and ControlNetUnionModel, w
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetUnionModel
+from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor, nn
 
 from latentdiff.core.turn import Turn
-from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.conditions import HINT, Conditions, residual_names
 from latentdiff.networks.saving import save_network
+
+WIDTHS = (16, 32, 96, 256)  # channels of the layers that read the picture, each after the first halving it
 
 
 class ControlNet(nn.Module):
@@ -23,10 +26,29 @@ class ControlNet(nn.Module):
         super().__init__()
         self.model, self._turn = model, Turn()
 
+    @classmethod
+    def create(cls, unet: Any, factor: int) -> ControlNet:
+        """A new one for a U-Net of diffusers', whose encoder it copies; it adds nothing yet (section 3.2).
+
+        factor: pixels of a latent's side.
+        """
+        known = inspect.signature(ControlNetModel.__init__).parameters
+        config = {name: value for name, value in unet.config.items() if name in known}
+        model = ControlNetModel(**config, conditioning_embedding_out_channels=WIDTHS[: factor.bit_length()])
+        for name, module in model.named_children():
+            if (own := getattr(unet, name, None)) is not None:
+                module.load_state_dict(own.state_dict())
+        return cls(model)
+
     @property
     def kinds(self) -> int:
         """The number of kinds of pictures that it must be told apart; 0 if it knows one."""
         return int(self.model.config.num_control_type) if isinstance(self.model, ControlNetUnionModel) else 0
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent's side, as it reads pictures."""
+        return 2 ** (len(self.model.config.conditioning_embedding_out_channels) - 1)
 
     @property
     def channels(self) -> int:
@@ -77,3 +99,19 @@ class ControlNet(nn.Module):
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
         save_network(self.model, directory)
+
+
+class SteeredNetwork(nn.Module):
+    """A frozen U-Net and a ControlNet that learns, as one module: conditions have `hint`, (B, C, H, W) in [0, 1]."""
+
+    def __init__(self, unet: nn.Module, control: ControlNet):
+        super().__init__()
+        self.unet, self.control = unet, control
+
+    def forward(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The U-Net's output with the residuals of the hint."""
+        plain = Conditions({name: array for name, array in conditions.arrays.items() if name != HINT})
+        residuals = self.control(x, t, plain, conditions[HINT])
+        named = dict(zip(residual_names(len(residuals)), residuals, strict=True))
+        output: Tensor = self.unet(x, t, plain.joined(named))
+        return output
