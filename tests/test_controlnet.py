@@ -1,6 +1,7 @@
 """ControlNets: the pictures are those of diffusers' pipelines, with the same weights and noise."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from diffusers import (
     StableDiffusionXLControlNetUnionPipeline,
 )
 from PIL import Image
+from safetensors.torch import save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.annotators import ANNOTATORS, annotator
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.diffusion.process import diffuse
 from latentdiff.drawing.record import read_metadata
+from latentdiff.formats.original import unet_name
 
 from . import stable_diffusion
 from .stable_diffusion import load
@@ -220,6 +223,44 @@ def test_what_does_not_fit_is_refused(place, pictures, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             ours(PROMPT, control_image=pictures[0], **settings)
+
+
+def original_name(name, config):
+    """A ControlNet's weight in the layout of its inventors."""
+    match = re.fullmatch(
+        r"controlnet_(down_blocks|mid_block|cond_embedding)\.?(conv_in|conv_out|blocks)?\.?(\d*)(\..*)", name
+    )
+    if match is None:
+        return unet_name(name, config)
+    kind, part, number, rest = match.groups()
+    if kind == "cond_embedding":
+        place = {"conv_in": 0, "conv_out": 14}.get(part, 2 * int(number or 0) + 2)
+        return f"input_hint_block.{place}{rest}"
+    return f"zero_convs.{number}.0{rest}" if kind == "down_blocks" else f"middle_block_out.0{rest}"
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", ""])
+def test_a_single_file(place, pictures, tmp_path, prefix):
+    folder, _, controls, _ = place
+    state = controls[0].state_dict()
+    for number, names in enumerate(
+        ({n: prefix + original_name(n, controls[0].config) for n in state}, {n: n for n in state})
+    ):
+        file = tmp_path / f"control{number}.safetensors"
+        save_file({names[name]: tensor.contiguous() for name, tensor in state.items()}, file)
+        ours = load(folder / "model")
+        ours.load_controlnet(file)
+        read = ours.painter.controls[0].model.state_dict()
+        assert read.keys() == state.keys()
+        assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    save_file({"a": torch.zeros(1)}, tmp_path / "none.safetensors")
+    with pytest.raises(ModelError, match="there is no ControlNet in it"):
+        ours.load_controlnet(tmp_path / "none.safetensors")
+    other = dict(state)
+    other.pop("controlnet_mid_block.weight")
+    save_file(other, tmp_path / "short.safetensors")
+    with pytest.raises(ModelError, match=r"short.safetensors"):
+        ours.load_controlnet(tmp_path / "short.safetensors")
 
 
 def test_by_the_command_line(place, call, tmp_path):

@@ -32,9 +32,7 @@ class ControlNet(nn.Module):
 
         factor: pixels of a latent's side.
         """
-        known = inspect.signature(ControlNetModel.__init__).parameters
-        config = {name: value for name, value in unet.config.items() if name in known}
-        model = ControlNetModel(**config, conditioning_embedding_out_channels=WIDTHS[: factor.bit_length()])
+        model = ControlNetModel(**config_for(unet, factor))
         for name, module in model.named_children():
             if (own := getattr(unet, name, None)) is not None:
                 module.load_state_dict(own.state_dict())
@@ -99,6 +97,14 @@ class ControlNet(nn.Module):
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
         save_network(self.model, directory)
+
+
+def config_for(unet: Any, factor: int) -> dict[str, Any]:
+    """The config of a ControlNet for a U-Net of diffusers'. factor: pixels of a latent's side."""
+    known = inspect.signature(ControlNetModel.__init__).parameters
+    config = {name: value for name, value in unet.config.items() if name in known}
+    channels = min(int(unet.config.in_channels), int(unet.config.out_channels))  # an inpainting U-Net reads more
+    return config | {"in_channels": channels, "conditioning_embedding_out_channels": WIDTHS[: factor.bit_length()]}
 
 
 class SteeredNetwork(nn.Module):
