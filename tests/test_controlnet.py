@@ -1,6 +1,7 @@
 """ControlNets: the pictures are those of diffusers' pipelines, with the same weights and noise."""
 
 import inspect
+import json
 import re
 
 import numpy as np
@@ -21,9 +22,12 @@ from safetensors.torch import save_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.annotators import ANNOTATORS, annotator
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.data.companions import companions
+from latentdiff.data.dataset import open_data
 from latentdiff.diffusion.process import diffuse
 from latentdiff.drawing.record import read_metadata
 from latentdiff.formats.original import unet_name
+from latentdiff.stages.finetune import opened
 
 from . import stable_diffusion
 from .stable_diffusion import load
@@ -331,3 +335,52 @@ def test_annotators():
         assert (annotate(pixels) == annotate(pixels)).all()
     with pytest.raises(ConfigError, match="unknown annotator"):
         annotator("depth")
+
+
+def test_taught_by_pictures_of_its_own(call, tiny_model, tmp_path):
+    """A folder of the same names, cropped alike; what is missing or of another size is refused."""
+    rng, lines = np.random.default_rng(0), []
+    for name in ("photos", "maps"):
+        (tmp_path / name).mkdir()
+    for number in range(6):
+        pixels = rng.integers(0, 256, (70 + number, 90, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+        Image.fromarray(255 - pixels).save(tmp_path / "maps" / f"{number}.webp", lossless=True)
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}))
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    quick = ("--steps", 2, "--train-batch-size", 2, "--lr", 1e-2, "--set", "previews.count=2")
+    more = (
+        "--set",
+        "previews.num_inference_steps=1",
+        "--set",
+        "data.pictures.crop=random",
+        "--set",
+        "finetune.cache=false",
+    )
+    words = ("finetune", tiny_model, tmp_path / "photos", "--method", "controlnet", *quick, *more)
+    code, _, err = call(*words, "-o", tmp_path / "run", "--control-pictures", tmp_path / "maps")
+    assert code == 0, err
+    config, _ = opened(tmp_path / "run" / "finetune.toml", ())
+    data = open_data(config)
+    (seen,) = companions(config, [data.training], config.control.source)
+    for row in range(len(data.training)):
+        assert np.abs(seen.image(row, 3).astype(int) - (255 - data.training.image(row, 3))).max() <= 1, "the same place"
+    assert "--annotate" not in (tmp_path / "run" / "README.md").read_text()
+    changed = tmp_path / "maps" / "0.webp"
+    picture = Image.open(changed).convert("RGB")
+    picture.resize((33, 21)).save(changed)
+    code, _, err = call(*words, "-o", tmp_path / "other", "--control-pictures", tmp_path / "maps")
+    assert (code, "have different sizes" in err) == (3, True), err
+    changed.unlink()
+    code, _, err = call(*words, "-o", tmp_path / "other", "--control-pictures", tmp_path / "maps")
+    assert (code, "0.png has no picture of this name" in err) == (3, True), err
+    picture.rotate(180).save(changed)
+    code, _, err = call(*words, "-o", tmp_path / "run", "--control-pictures", tmp_path / "maps", "--steps", 3)
+    assert code != 0, "other control pictures are another run"
+    for given, message in (
+        (("--method", "lora", "--annotator", "canny"), 'control has no effect without method = "controlnet"'),
+        (("--method", "controlnet", "--annotator", "depth"), "annotator"),
+        (("--method", "controlnet", "--class-prompt", "a dog"), "controlnet trains only the ControlNet"),
+    ):
+        code, _, err = call("finetune", tiny_model, tmp_path / "photos", "-o", tmp_path / "no", *given)
+        assert (code, message in err) == (2, True), err

@@ -70,6 +70,10 @@ def test_what_is_saved_is_read_again(overrides, tmp_path):
         ),
         (("finetune.snr_gamma=5.0",), "snr_gamma"),
         (("data.kind=scenes",), "data.pictures.source is missing"),
+        (("data.pictures.crop=random",), "random crops cannot be cached: set finetune.cache = false"),
+        (("control.annotator=canny",), 'control has no effect without method = "controlnet"'),
+        (("method=controlnet", "prior.prompt=a"), "controlnet trains only the ControlNet"),
+        (("method=controlnet", "control.annotator=depth"), "control.annotator"),
     ],
 )
 def test_refused(overrides, message):

@@ -116,6 +116,10 @@ def finetune(
     vectors: Annotated[
         int | None, typer.Option("--num-vectors", help="Number of vectors of the new word (default: 1).")
     ] = None,
+    control_pictures: Annotated[
+        str | None,
+        typer.Option("--control-pictures", help="A folder with the picture that a controlnet reads for each picture."),
+    ] = None,
     annotator: Annotated[
         str | None,
         typer.Option("--annotator", help="What makes the pictures that a controlnet reads: canny (default), blur, ..."),
@@ -210,6 +214,7 @@ def finetune(
         "word.token": token,
         "word.initial": initial,
         "word.vectors": vectors,
+        "control.source": control_pictures,
         "control.annotator": annotator,
         "previews.prompts": prompts,
         "seed": seed,

@@ -50,6 +50,10 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self._of_row)
 
+    def each_picture(self) -> list[Picture]:
+        """All pictures, each once."""
+        return list(self._pictures)
+
     def picture(self, row: int) -> Picture:
         """The picture of a row."""
         return self._pictures[self._of_row[row]]

@@ -63,12 +63,20 @@ class Word(Section):
 class Control(Section):
     """The picture that a ControlNet reads."""
 
-    annotator: str = Field("canny", description=f"what makes it of a picture: {', '.join(ANNOTATORS)}")
+    source: str = Field("", description="a folder with a picture of the same name for each training picture")
+    annotator: str | None = Field(
+        None, description=f"what makes it of a picture: {', '.join(ANNOTATORS)}; none: canny, or with a source nothing"
+    )
+
+    @property
+    def made_by(self) -> str | None:
+        """The annotator that is used; None if the source's pictures are read as they are."""
+        return self.annotator or (None if self.source else "canny")
 
     @field_validator("annotator")
     @classmethod
-    def _known(cls, value: str) -> str:
-        return one_of("annotator", tuple(ANNOTATORS), value)
+    def _known(cls, value: str | None) -> str | None:
+        return None if value is None else one_of("annotator", tuple(ANNOTATORS), value)
 
 
 class Previews(Section):
@@ -118,6 +126,10 @@ class FineTuning(Settings):
     def _of_pictures(self) -> FineTuning:
         if self.data.kind != "pictures":
             raise ValueError("data.pictures.source is missing: give the pictures")
+        if self.data.pictures.crop == "random" and self.finetune.cache:
+            raise ValueError(
+                'random crops cannot be cached: set finetune.cache = false, or data.pictures.crop = "content"'
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from torch import nn
 
 from latentdiff.core.annotators import annotator
 from latentdiff.core.errors import ConfigError, saving
+from latentdiff.data.companions import companions
 from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion.objective import DiffusionLoss
@@ -47,6 +48,8 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     """Fine-tune a model, from where an earlier start stopped; returns the paths that were written."""
     config, accelerator = run.config, run.accelerator
     made_from = identity_of_model(model)
+    if config.control.source:
+        made_from += f" {_seen(run, [run.data.training])[0].pictures.identity()}"
     prior = _prior(run, model, made_from)
     tuning = begin(model, config, run.data.training.words())
     say(*plan(run, model, tuning))
@@ -183,10 +186,18 @@ def _samples(run: Run[FineTuning], model: Model, tuning: Tuning, sets: list[Exam
     latents = latents_of(learning, sets, codec, run.cache, run.accelerator)
     captions = captions_of(learning, sets, text_encoder, run.cache, run.accelerator, sized=model.reads_sizes)
     if tuning.control is not None:
-        annotate = annotator(run.config.control.annotator)
-        captions = [Hinted(own, examples, annotate) for own, examples in zip(captions, sets, strict=True)]
+        seen = _seen(run, sets)
+        change = run.config.control.made_by
+        annotate = (lambda pixels: pixels) if change is None else annotator(change)
+        captions = [Hinted(own, examples, annotate) for own, examples in zip(captions, seen, strict=True)]
     names = [examples.pictures.name for examples in sets]
     return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
+
+
+def _seen(run: Run[FineTuning], sets: list[Examples]) -> list[Examples]:
+    """The pictures that a control reads, before its annotator: those of its own folder, or the sets' own."""
+    source = run.config.control.source
+    return companions(run.config, sets, source, run.cache) if source else sets
 
 
 def check_fits(model: Model, config: FineTuning, data: DataSet) -> None:

@@ -18,6 +18,7 @@ from latentdiff.core.files import recorded
 from latentdiff.core.images import coloured, to_images
 from latentdiff.core.text import printable, quoted
 from latentdiff.core.vocabulary import words_of
+from latentdiff.data.companions import companions
 from latentdiff.data.examples import Examples
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.hints import hints_of
@@ -80,10 +81,11 @@ def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
 
 def _drawn(painter: Painter, config: FineTuning, prompts: list[str], examples: Examples) -> np.ndarray:
     """Pictures of prompts, uint8 (N, H, W, C), always from the same noise. A control reads validation pictures."""
-    side, hints = config.image_size, []
+    side, hints, control = config.image_size, [], config.control
     if painter.controls:
-        pictures = [coloured(examples.image(row % len(examples), 0)) for row in range(len(prompts))]
-        hints = [hints_of(picture, 1, annotated=config.control.annotator) for picture in pictures]
+        seen = companions(config, [examples], control.source)[0] if control.source else examples
+        pictures = [coloured(seen.image(row % len(seen), 0)) for row in range(len(prompts))]
+        hints = [hints_of(picture, 1, annotated=control.made_by) for picture in pictures]
     asked = {"height": side, "width": side, "num_inference_steps": config.previews.num_inference_steps}
     return draw_prompts(painter, prompts, seed=config.previews.seed, hints=hints, **asked)
 
@@ -218,7 +220,8 @@ def _use(config: FineTuning, path: Path) -> str:
     elif config.low_rank:
         words += ["--lora", recorded(path)]
     elif config.method == "controlnet":
-        words += ["--control", f"{recorded(path)}:picture.png", "--annotate", config.control.annotator]
+        change = config.control.made_by
+        words += ["--control", f"{recorded(path)}:picture.png", *(["--annotate", change] if change else [])]
     else:
         words = ["-m", recorded(path)]
     return "$ " + shlex.join(["latentdiff", "generate", prompt, *words])
