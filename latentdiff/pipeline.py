@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +199,28 @@ class LatentDiffusionPipeline:
                 raise ConfigError(f"vae must be an AutoencoderKL or AutoencoderTiny (got {type(vae).__name__})")
             source = Source("vae", "", weights_hash(vae))
             self._painter = extras.with_codec(self._painter, codec.to(self.device), source)
+
+    @property
+    def controlnet(self) -> Any:
+        """The module of the ControlNet, a list of several, or None. It can be set, also to paths."""
+        modules = [control.model for control in self._painter.controls]
+        return modules if len(modules) > 1 else modules[0] if modules else None
+
+    @controlnet.setter
+    def controlnet(self, controlnet: Any) -> None:
+        from latentdiff.drawing import extras
+        from latentdiff.families.controls import control_of
+        from latentdiff.families.weights import weights_hash
+
+        given = getattr(controlnet, "nets", controlnet)  # of diffusers' MultiControlNetModel
+        with self._in_torch("a ControlNet"):
+            self.unload_controlnets()
+            for each in given if isinstance(given, Iterable) and not isinstance(given, str) else [given]:
+                if isinstance(each, str | Path):
+                    self.load_controlnet(each)
+                elif each is not None:
+                    control, source = control_of(each, self.model), Source("controlnet", "", weights_hash(each))
+                    self._painter = extras.with_control(self._painter, control, source)
 
     def __getattr__(self, name: str) -> Any:
         """Raise AttributeError, which for a part of diffusers' pipelines names the place where it is here."""
@@ -396,7 +418,8 @@ class LatentDiffusionPipeline:
 
         with self._in_torch("a ControlNet"):
             place = as_path(path)
-            self._painter = extras.with_control(self._painter, load_control(place, self.model), place)
+            control, source = load_control(place, self.model), extras.source_of_control(place)
+            self._painter = extras.with_control(self._painter, control, source)
 
     def unload_controlnets(self) -> None:
         """Remove all ControlNets."""

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -201,6 +202,29 @@ def test_union_of_kinds(tmp_path, pictures):
         ).images
         assert np.abs(drawn[-1] - expected).max() < 1e-4
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+
+
+def test_as_diffusers_code_loads_them(place, pictures):
+    """`controlnet=` takes a module, several, or paths; the property gives them back."""
+    folder, _, controls, family = place
+    if family != "1":
+        pytest.skip("loading knows nothing of the family")
+    asked = {"num_inference_steps": 2, "seed": 1, "height": 48, "width": 64, "output_type": "np"}
+    load_with = partial(LatentDiffusionPipeline.from_pretrained, folder / "model", device="cpu")
+    expected = []
+    for given in (controls[0], folder / "control0", [str(folder / "control0")]):
+        pipe = load_with(controlnet=given)
+        assert isinstance(pipe.controlnet, ControlNetModel)
+        expected.append(pipe(PROMPT, control_image=pictures[0], **asked).images)
+    assert all((each == expected[0]).all() for each in expected)
+    pipe = load_with(controlnet=MultiControlNetModel(controls))
+    assert [control is own for control, own in zip(pipe.controlnet, controls, strict=True)] == [True, True]
+    pipe(PROMPT, control_image=pictures, **asked)
+    pipe.controlnet = None
+    assert pipe.controlnet is None
+    pipe(PROMPT, **asked)
+    with pytest.raises(ConfigError, match="controlnet must be a path"):
+        pipe.controlnet = torch.nn.Linear(1, 1)
 
 
 def test_what_does_not_fit_is_refused(place, pictures, tmp_path):

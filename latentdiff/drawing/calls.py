@@ -200,16 +200,18 @@ _WITHOUT_EFFECT = {  # arguments of diffusers' from_pretrained -> the values tha
 
 
 def loading_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts among the arguments of diffusers' `from_pretrained`: scheduler and vae. Raises ConfigError for others.
+    """The parts among the arguments of diffusers' `from_pretrained`: scheduler, vae, controlnet.
+
+    Raises ConfigError for others.
 
     Arguments that ask for what is done here anyway are accepted.
     """
     parts = {}
     for name, value in options.items():
-        if name in ("scheduler", "vae"):
+        if name in ("scheduler", "vae", "controlnet"):
             parts[name] = value
         elif name not in _WITHOUT_EFFECT:
-            known = "device, torch_dtype, variant, revision, runtime, speed, quantize, scheduler, vae"
+            known = "device, torch_dtype, variant, revision, runtime, speed, quantize, scheduler, vae, controlnet"
             raise ConfigError(f"from_pretrained has no {name}. It has {known}")
         elif not any(value is usual for usual in _WITHOUT_EFFECT[name]):
             raise ConfigError(f"{name}={str(value)[:40]} is not taken")

@@ -175,13 +175,16 @@ def with_refiner(painter: Painter, refiner: Model) -> Painter:
     return replace(painter, refiner=refiner).with_source("refiner", source)
 
 
-def with_control(painter: Painter, control: ControlNet, path: Path) -> Painter:
-    """Load one more ControlNet, which every picture requires a hint for."""
+def source_of_control(path: Path) -> Source:
+    """The record of a ControlNet from the user's path."""
     from latentdiff.formats.folder import network_hash
 
+    return Source("controlnet", recorded(path), sha256_of(path) if path.is_file() else network_hash(path))
+
+
+def with_control(painter: Painter, control: ControlNet, source: Source) -> Painter:
+    """Load one more ControlNet, which every picture requires a hint for."""
     device, dtype = painter.model.place.device, painter.model.backbone.dtype
-    sha256 = sha256_of(path) if path.is_file() else network_hash(path)
-    source = Source("controlnet", recorded(path), sha256)
     painter = replace(painter, controls=(*painter.controls, control.to(device, dtype)))
     return painter.with_source(f"controlnet {len(painter.controls)}", source)
 

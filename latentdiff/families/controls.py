@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latentdiff.core.errors import ModelError, loading
+from latentdiff.core.errors import ConfigError, ModelError, loading
 from latentdiff.formats import folder
 from latentdiff.model import Model
 
@@ -27,6 +27,19 @@ def load_control(path: Path, model: Model, variant: str | None = None) -> Any:
     name = folder.read_json(place / "config.json")["_class_name"]
     control = ControlNet(pretrained(getattr(diffusers, name), place.parent, place.name, variant, ControlNet)).eval()
     check_fit(control, model, path)
+    return control
+
+
+def control_of(module: Any, model: Model) -> Any:
+    """A module of diffusers' as a ControlNet for a model. Raises ConfigError, ModelError."""
+    from latentdiff.networks.controls.controlnet import ControlNet
+
+    if type(module).__name__ not in CLASSES:
+        raise ConfigError(
+            f"controlnet must be a path, a {' or a '.join(sorted(CLASSES))} (got {type(module).__name__})"
+        )
+    control = ControlNet(module).eval()
+    check_fit(control, model, Path("a module"))
     return control
 
 
