@@ -12,10 +12,13 @@ from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
     MultiControlNetModel,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLControlNetUnionPipeline,
+    T2IAdapter,
 )
 from PIL import Image
 from safetensors.torch import save_file
@@ -225,6 +228,42 @@ def test_as_diffusers_code_loads_them(place, pictures):
     pipe(PROMPT, **asked)
     with pytest.raises(ConfigError, match="controlnet must be a path"):
         pipe.controlnet = torch.nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_t2i_adapters(place, tmp_path, channels):
+    """Features inside the levels, from colours or from grey; several, and beside a ControlNet."""
+    folder, base, _, family = place
+    levels = list(base.unet.config.block_out_channels)
+    sizes = {"downscale_factor": 16, "adapter_type": "full_adapter_xl"} if family == "XL" else {"downscale_factor": 8}
+    channels_of = [*levels, levels[-1]] if family == "XL" else levels
+    adapter = stirred(lambda: T2IAdapter(channels, channels_of, 1, **sizes))
+    adapter.save_pretrained(tmp_path / "adapter")
+    grey = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 96), np.uint8))
+    given = grey if channels == 1 else grey.convert("RGB")
+    kind = StableDiffusionXLAdapterPipeline if family == "XL" else StableDiffusionAdapterPipeline
+    parts = {
+        name: base.components[name] for name in inspect.signature(kind.__init__).parameters if name in base.components
+    }
+    pipe = kind(**parts, adapter=adapter, **({} if family == "XL" else {"requires_safety_checker": False}))
+    pipe.set_progress_bar_config(disable=True)
+    ours = load(folder / "model")
+    ours.load_controlnet(tmp_path / "adapter")
+    for scale, guidance in ((1.0, 4.0), (0.5, 1.0)):
+        asked = {"height": 64, "width": 96, "num_inference_steps": 5, "guidance_scale": guidance}
+        expected = pipe(
+            PROMPT, image=given, adapter_conditioning_scale=scale, latents=noise(64, 96), output_type="np", **asked
+        ).images
+        ours_asked = {"control_image": grey.convert("RGB"), "controlnet_conditioning_scale": scale, **asked, **OURS}
+        drawn = ours(PROMPT, latents=noise(64, 96), **ours_asked).images
+        assert np.abs(drawn - expected).max() < 1e-4
+    ours.load_controlnet(folder / "control0")
+    both = ours(PROMPT, control_image=[grey.convert("RGB")] * 2, latents=noise(64, 96), **asked, **OURS).images
+    assert np.abs(both - drawn).max() > 1e-3
+    other = load(folder / "model")
+    stirred(lambda: T2IAdapter(3, [32, 32], 1)).save_pretrained(tmp_path / "odd")
+    with pytest.raises(ModelError, match="a T2I-Adapter for another model: it has levels"):
+        other.load_controlnet(tmp_path / "odd")
 
 
 def test_what_does_not_fit_is_refused(place, pictures, tmp_path):

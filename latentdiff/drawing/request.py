@@ -28,6 +28,7 @@ _OTHER_NAMES = {  # of other tools, and of our command line
     "num_images_per_prompt": "num_images",
     "denoising_strength": "strength",
     "mask": "mask_image",
+    "adapter_conditioning_scale": "controlnet_conditioning_scale",
 }
 
 EACH_CONTROL = (  # settings with one value for all controls, or one for each

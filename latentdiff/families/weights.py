@@ -32,6 +32,7 @@ from latentdiff.networks.codecs.qwen_image import QwenImageAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.controls.controlnet import ControlNet
+from latentdiff.networks.controls.t2i_adapter import T2IAdapter
 from latentdiff.networks.encoders.chat import ChatText
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
 from latentdiff.networks.encoders.reading import Chat
@@ -338,6 +339,9 @@ def parameters_of(network: Any, config: str, wrapper: Any = None) -> int:
             _run_codec(wrapper(skeleton))
         elif issubclass(wrapper, ControlNet):
             _run_control(wrapper(skeleton))
+        elif issubclass(wrapper, T2IAdapter):
+            hint = torch.zeros(1, 3, 64, 64)
+            wrapper(skeleton).residuals(hint, 0.0, Conditions({}), hint, scale=1.0, guess=False, kind=0)
         else:
             _run_backbone(wrapper(skeleton))
     return sum(p.numel() for p in skeleton.parameters())

@@ -12,6 +12,7 @@ Only encoders and backbones know the names. Those in use:
     ids      (B, L)      token ids for an encoder in the same module; (B, 2, L) for two encoders
     hint     (B, C, H, W) the picture that a control reads in training, in [0, 1]
     residual_00, ...     (B, C, h, w), what a control adds to each skip connection; the last to the middle
+    feature_00, ...      (B, C, h, w), what a control adds within each level
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     import torch
 
 EXACT = ("sizes", "guidance", "label", "ids", "mask")  # keep their precision when a network computes in another
-_RESIDUAL = "residual_"
+RESIDUAL, FEATURE = "residual_", "feature_"
 HINT = "hint"
 
 
-def residual_names(count: int) -> list[str]:
-    """The names of so many residuals."""
-    return [f"{_RESIDUAL}{index:02}" for index in range(count)]
+def added(arrays: Sequence[Array], kind: str = RESIDUAL) -> dict[str, Array]:
+    """What a control adds, RESIDUAL or FEATURE, by name."""
+    return {f"{kind}{index:02}": array for index, array in enumerate(arrays)}
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ class Conditions:
     def __getitem__(self, name: str) -> Array:
         return self.arrays[name]
 
-    @property
-    def residuals(self) -> list[Array]:
-        """What controls add to the skip connections, and to the middle; empty without controls."""
-        return [array for name, array in sorted(self.arrays.items()) if name.startswith(_RESIDUAL)]
+    def added(self, kind: str) -> list[Array]:
+        """What controls add, RESIDUAL or FEATURE, in order; empty without controls."""
+        return [array for name, array in sorted(self.arrays.items()) if name.startswith(kind)]
 
     def get(self, name: str) -> Array | None:
         """The array of that name, or None."""

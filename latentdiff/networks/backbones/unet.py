@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentdiff.core.turn import Turn
-from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.conditions import FEATURE, RESIDUAL, Conditions
 from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
 from latentdiff.networks.traced import Traced, example
@@ -216,7 +216,7 @@ class UNet(nn.Module):
         if "sizes" in conditions.arrays:
             added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"]}
         text = None if conditions.prepared is None else {"text": conditions.prepared}
-        time, residuals = torch.as_tensor(t, device=x.device), conditions.residuals
+        time, residuals = torch.as_tensor(t, device=x.device), conditions.added(RESIDUAL)
         output: Tensor = self.model(
             x,
             time,
@@ -225,6 +225,7 @@ class UNet(nn.Module):
             cross_attention_kwargs=text,
             down_block_additional_residuals=tuple(residuals[:-1]) or None,
             mid_block_additional_residual=residuals[-1] if residuals else None,
+            down_intrablock_additional_residuals=conditions.added(FEATURE) or None,
             return_dict=False,
         )[0]
         return output

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from latentdiff.core.arrays import Array, library, zeros
-from latentdiff.networks.conditions import Conditions, residual_names
+from latentdiff.networks.conditions import Conditions, added
 from latentdiff.networks.protocols import Backbone, Spec
 
 
 class GivesResiduals(Protocol):
     """A network that adds to a backbone's skip connections."""
+
+    adds: str  # RESIDUAL or FEATURE
+    once: bool  # whether it depends on the picture alone
 
     @property
     def guesses(self) -> bool:
@@ -41,6 +44,7 @@ class Control:
     times: tuple[float, float] = (-float("inf"), float("inf"))
     guess: bool = False
     kind: int = 0
+    known: dict[int, list[Array]] = field(default_factory=dict)  # of networks that compute once: by number of rows
 
     def residuals(self, x: Array, t: float, conditions: Conditions) -> list[Array] | None:
         """The residuals as the backbone reads them, (B, ...), or (K, B, ...) under K conditions; None if it is off."""
@@ -59,9 +63,13 @@ class Control:
         return [each.reshape(count, len(x), *each.shape[1:]) for each in own]
 
     def _computed(self, x: Array, t: float, conditions: Conditions) -> list[Array]:
-        copies = len(x) // len(self.hint)
-        hint = library(x).concatenate([self.hint] * copies)
-        return self.network.residuals(x, t, conditions, hint, scale=self.scale, guess=self.guess, kind=self.kind)
+        if self.network.once and len(x) in self.known:
+            return self.known[len(x)]
+        hint = library(x).concatenate([self.hint] * (len(x) // len(self.hint)))
+        own = self.network.residuals(x, t, conditions, hint, scale=self.scale, guess=self.guess, kind=self.kind)
+        if self.network.once:
+            self.known[len(x)] = own
+        return own
 
 
 class Controlled:
@@ -93,13 +101,13 @@ class Controlled:
         return self._backbone.predict_perturbed(x, time, self._with(x, time, conditions))
 
     def _with(self, x: Array, time: Any, conditions: Conditions) -> Conditions:
-        """The conditions with the sum of all residuals."""
-        each = [control.residuals(x, time, conditions) for control in self._controls]
-        active = [residuals for residuals in each if residuals is not None]
-        if not active:
-            return conditions
-        sums = [sum(column[1:], column[0]) for column in zip(*active, strict=True)]
-        return conditions.joined(dict(zip(residual_names(len(sums)), sums, strict=True)))
+        """The conditions with the sum of all residuals, and of all features."""
+        sums: dict[str, list[Array]] = {}
+        for control in self._controls:
+            if (own := control.residuals(x, time, conditions)) is not None:
+                kind = control.network.adds
+                sums[kind] = [a + b for a, b in zip(sums[kind], own, strict=True)] if kind in sums else own
+        return conditions.joined({name: each for kind, own in sums.items() for name, each in added(own, kind).items()})
 
 
 def controlled(controls: Sequence[Control]) -> Any:

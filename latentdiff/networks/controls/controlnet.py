@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor, nn
 
 from latentdiff.core.turn import Turn
-from latentdiff.networks.conditions import HINT, Conditions, residual_names
+from latentdiff.networks.conditions import HINT, RESIDUAL, Conditions, added
 from latentdiff.networks.saving import save_network
 
 WIDTHS = (16, 32, 96, 256)  # channels of the layers that read the picture, each after the first halving it
@@ -21,6 +21,8 @@ WIDTHS = (16, 32, 96, 256)  # channels of the layers that read the picture, each
 
 class ControlNet(nn.Module):
     """(x, t, conditions, hint) -> residuals (B, C, h, w), one for each skip connection and one for the middle."""
+
+    adds, once = RESIDUAL, False
 
     def __init__(self, model: Any):
         super().__init__()
@@ -118,6 +120,5 @@ class SteeredNetwork(nn.Module):
         """The U-Net's output with the residuals of the hint."""
         plain = Conditions({name: array for name, array in conditions.arrays.items() if name != HINT})
         residuals = self.control(x, t, plain, conditions[HINT])
-        named = dict(zip(residual_names(len(residuals)), residuals, strict=True))
-        output: Tensor = self.unet(x, t, plain.joined(named))
+        output: Tensor = self.unet(x, t, plain.joined(added(residuals)))
         return output
