@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -414,10 +415,18 @@ class LatentDiffusionPipeline:
         path: a folder in diffusers' layout. Raises ModelError if it does not fit the U-Net.
         """
         from latentdiff.drawing import extras
-        from latentdiff.families.controls import load_control
+        from latentdiff.families.controls import check_control, load_control
 
-        with self._in_torch("a ControlNet"):
-            place = as_path(path)
+        place = as_path(path)
+        if self.runtime == "openvino" and place.is_dir():
+            from latentdiff.runtime.openvino import compiled_control
+
+            folder = check_control(place)
+            compiled: Any = compiled_control(folder, self.model.backbone, partial(load_control, place))
+            if compiled is not None:
+                self._painter = extras.with_control(self._painter, compiled, extras.source_of_control(place))
+                return
+        with self._in_torch("a ControlNet without graphs"):
             control, source = load_control(place, self.model), extras.source_of_control(place)
             self._painter = extras.with_control(self._painter, control, source)
 
@@ -492,7 +501,9 @@ class LatentDiffusionPipeline:
         if self.model.other is None:
             raise ConfigError(f"{what} requires the torch runtime; {self.runtime} was requested by name")
         try:
-            self._painter = replace(before, model=self.model.other(), memory=None)
+            model = self.model.other()
+            controls = tuple(control.by_torch(model) for control in before.controls)
+            self._painter = replace(before, model=model, memory=None, controls=controls)
             yield
         except BaseException:
             self._painter = before

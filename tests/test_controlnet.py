@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 from functools import partial
 
 import numpy as np
@@ -30,7 +31,10 @@ from latentdiff.data.companions import companions
 from latentdiff.data.dataset import open_data
 from latentdiff.diffusion.process import diffuse
 from latentdiff.drawing.record import read_metadata
+from latentdiff.families.controls import stored_control
+from latentdiff.families.loading import stored_model
 from latentdiff.formats.original import unet_name
+from latentdiff.runtime.export import export, export_control
 from latentdiff.stages.finetune import opened
 
 from . import stable_diffusion
@@ -353,6 +357,12 @@ def test_by_the_command_line(place, call, tmp_path):
     record = read_metadata(tmp_path / "b.png")["latentdiff"]
     assert record["sources"][0]["kind"] == "controlnet"
     assert (record["hints"][0]["image"], record["hints"][0]["annotator"]) == ("photo.png", "canny")
+    shutil.copytree(folder / "control0", tmp_path / "my:control")
+    shutil.copy(tmp_path / "photo.png", tmp_path / "a:b.png")
+    both = f"{tmp_path / 'my:control'}:{tmp_path / 'a:b.png'}"
+    half = ("--set", "controlnet_conditioning_scale=0.5")
+    assert call("generate", PROMPT, *words, "--control", both, *half, "-o", tmp_path / "d.png")[0] == 0
+    assert (np.asarray(Image.open(tmp_path / "d.png")) == pictures[0]).all()
     for name in "ab":
         again = call("reproduce", tmp_path / f"{name}.png", "-m", folder / "model", "--source", folder / "control0",
                      "-o", tmp_path / f"{name}2.png")  # fmt: skip
@@ -364,6 +374,7 @@ def test_by_the_command_line(place, call, tmp_path):
         (("--control", f"{folder / 'control0'}:nowhere.png"), "nowhere.png"),
         (("--control", f"nowhere:{tmp_path / 'photo.png'}"), "no CONTROLNET (nowhere)"),
         (("--control", f"{control}:99"), "controlnet_conditioning_scale"),
+        (("--control", f"{control}:0.5", "--set", "controlnet_conditioning_scale=1"), "is given twice"),
         (("--control", control, "--annotate", "depth"), "unknown annotator 'depth'; one of canny"),
     ):
         annotate = () if "--annotate" in given else ("--annotate", "canny")
@@ -447,3 +458,68 @@ def test_taught_by_pictures_of_its_own(call, tiny_model, tmp_path):
     ):
         code, _, err = call("finetune", tiny_model, tmp_path / "photos", "-o", tmp_path / "no", *given)
         assert (code, message in err) == (2, True), err
+
+
+@pytest.mark.parametrize("settings", [{}, {"guess_mode": True}, {"control_guidance_end": 0.5, "hires_scale": 1.5}])
+def test_by_openvino(exported_place, pictures, settings):
+    """The ControlNet's and the U-Net's graphs draw what torch draws."""
+    folder, _ = exported_place
+    asked = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "uint8"}
+    asked |= {"control_image": pictures[1], "height": 48, "width": 64, **settings}
+    drawn = []
+    for runtime in ("openvino", "torch"):
+        load_it = partial(LatentDiffusionPipeline.from_pretrained, folder / "model", torch_dtype="float32")
+        pipe = load_it(runtime=runtime)
+        pipe.load_controlnet(folder / "control0")
+        assert pipe.runtime == runtime
+        drawn.append(pipe(**asked).images.astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def test_what_only_torch_has_takes_the_control_along(exported_place, pictures):
+    """A change to torch reloads compiled ControlNets; one without graphs changes to torch."""
+    folder, _ = exported_place
+    pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", torch_dtype="float32")
+    pipe.load_controlnet(folder / "control0")
+    asked = {"seed": 3, "num_inference_steps": 2, "height": 48, "width": 64, "output_type": "uint8"}
+    first = pipe(PROMPT, control_image=pictures[1], **asked).images
+    assert pipe.runtime == "openvino"
+    with pytest.warns(UserWarning, match="a ControlNet without graphs requires torch"):
+        pipe.load_controlnet(folder / "control1")
+    assert pipe.runtime == "torch"
+    asked |= {"control_image": [pictures[1]] * 2, "controlnet_conditioning_scale": [1.0, 0.0]}
+    assert np.abs(pipe(PROMPT, **asked).images.astype(int) - first).max() <= 1
+
+
+def test_exports_of_controls_are_checked(exported_place, tmp_path, call):
+    folder, _ = exported_place
+    other = tmp_path / "other"
+    stable_diffusion.pipeline("2").save_pretrained(other)
+    export(stored_model(other), other)
+    pipe = LatentDiffusionPipeline.from_pretrained(other, runtime="openvino")
+    with pytest.raises(ModelError, match="a ControlNet for another model: it adds to"):
+        pipe.load_controlnet(folder / "control0")
+    T2IAdapter(3, [32, 64], 1).save_pretrained(tmp_path / "adapter")
+    code, _, err = call("convert", tmp_path / "adapter", "--to", "openvino")
+    assert (code, "a T2I-Adapter draws with torch" in err, err.count("\n")) == (2, True, 1), err
+    damaged = shutil.copytree(folder / "control0", tmp_path / "damaged")
+    record = json.loads((damaged / "openvino" / "export.json").read_text())
+    del record["control"]["skips"]
+    (damaged / "openvino" / "export.json").write_text(json.dumps(record))
+    plain = LatentDiffusionPipeline.from_pretrained(folder / "model", runtime="openvino")
+    with pytest.raises(ModelError, match="an export whose facts were changed"):
+        plain.load_controlnet(damaged)
+
+
+@pytest.fixture(scope="module")
+def exported_place(tmp_path_factory):
+    """A model and a ControlNet with graphs, and a ControlNet without."""
+    folder = tmp_path_factory.mktemp("exported")
+    base = stable_diffusion.pipeline("1")
+    base.save_pretrained(folder / "model")
+    for index in range(2):
+        control_of(base.unet, 7 + index).save_pretrained(folder / f"control{index}")
+    export(stored_model(folder / "model"), folder / "model")
+    differences = export_control(stored_control(folder / "control0"), folder / "control0")
+    assert max(differences.values()) < 1e-5
+    return folder, differences

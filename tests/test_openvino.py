@@ -403,10 +403,9 @@ def test_an_export_of_another_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("export.json", "{}", "an export of format None, not 4 .* Export it again: latentdiff convert"),
-        ("export.json", '{"format": 4}', "does not name its configurations"),
-        ("export.json", '{"format": 4, "configs": {}}', "does not name its configurations"),
-        ("export.json", '{"format": 4, "configs": {"unet": 1, "text_encoder": 1}}', "does not name its configurations"),
+        ("export.json", "{}", "an export of format None, not 5 .* Export it again: latentdiff convert"),
+        ("export.json", '{"format": 5}', "an export whose facts were changed"),
+        ("export.json", '{"format": 5, "configs": {}, "sha256": 1}', "an export whose facts were changed"),
         ("unet.xml", "<net", "cannot load openvino/unet.xml"),
         ("constants.safetensors", "x", "cannot load openvino/"),
         ("text_encoder.xml", None, "an export without text_encoder.xml"),
@@ -527,6 +526,15 @@ def test_shapes_in_memory(monkeypatch):
     assert (drawn[0] == drawn[3]).all()
     kept = [shapes for part, shapes in pipe.model.backbone._compiler._ready if part == "unet"]
     assert [dict(shapes)["x"][3] for shapes in kept] == [24, 16]
+
+
+def test_inputs_in_another_memory_order(default):
+    """They are copied, and the copies live as long as the graph reads them."""
+    compiled, by_torch = (pipe.model.codec for pipe in default)
+    images = np.random.default_rng(0).standard_normal((1, 128, 128, 3)).astype(np.float32).transpose(0, 3, 1, 2)
+    expected = by_torch.latents_of(torch.from_numpy(images)).numpy()
+    for _ in range(3):
+        np.testing.assert_allclose(compiled.latents_of(images), expected, atol=1e-4)
 
 
 def test_large_graphs_in_memory(monkeypatch):

@@ -347,7 +347,7 @@ def test_an_export_that_lacks_a_fact(part, tmp_path, call):
             del facts[key]
             facts |= change
             path.write_text(json.dumps(whole))
-            with pytest.raises(ModelError, match="does not name its configurations"):
+            with pytest.raises(ModelError, match="an export whose facts were changed"):
                 opened(folder, runtime="openvino")
 
 

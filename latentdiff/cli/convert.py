@@ -166,7 +166,7 @@ def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
 def _exported(source: Path, variant: str | None) -> Path:
     """Write graphs beside a folder's weights, which do not change."""
     from latentdiff.families.loading import stored_model
-    from latentdiff.runtime.export import export
+    from latentdiff.runtime.export import export, export_control
     from latentdiff.runtime.graphs import FOLDER
 
     if not source.is_dir():
@@ -174,6 +174,11 @@ def _exported(source: Path, variant: str | None) -> Path:
     if (source / FOLDER).exists() and not (source / FOLDER).is_dir():
         raise ConfigError(f"{source / FOLDER} is a file, in the place of the graphs. Move it away")
     check_writable(source, source)
+    if (source / "config.json").is_file() and not (source / "model_index.json").is_file():
+        from latentdiff.families.controls import stored_control
+
+        _tell(export_control(stored_control(source), source))
+        return source / FOLDER
     _tell(export(stored_model(source, variant), source, variant))
     return source / FOLDER
 

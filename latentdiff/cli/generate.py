@@ -189,7 +189,10 @@ def generate(
     ] = False,
 ) -> None:
     """Draw pictures from prompts. Paths go to standard output, progress to standard error."""
+    controls = [control_wish(text) for text in control or []]
+    scales = tuple(1.0 if wish.scale is None else wish.scale for wish in controls)
     given = {
+        "controlnet_conditioning_scale": scales if any(wish.scale is not None for wish in controls) else None,
         "preset": preset,
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
@@ -219,10 +222,7 @@ def generate(
     _check_used(requests, weaker, clip)
     _check_beside(output, requests, process, resume=resume, grid=grid, steps_gif=steps_gif)
     suffix = _suffix(output, picture_format, wishes)
-    controls = [control_wish(text) for text in control or []]
-    if controls:
-        common["controlnet_conditioning_scale"] = tuple(wish.scale for wish in controls)
-    elif annotate is not None:
+    if annotate is not None and not controls:
         raise ConfigError("--annotate has no effect without --control")
     loras = [adapter_and_weight(text) for text in lora or []]
     words = [embedding_and_word(text) for text in embedding or []]

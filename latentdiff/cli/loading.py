@@ -66,18 +66,22 @@ class ControlWish(NamedTuple):
 
     network: Path
     picture: Path
-    scale: float
+    scale: float | None
 
 
 def control_wish(text: str) -> ControlWish:
-    """MODEL:PICTURE or MODEL:PICTURE:SCALE; the first may contain colons. Raises ConfigError."""
+    """MODEL:PICTURE or MODEL:PICTURE:SCALE; both paths may contain colons if they exist. Raises ConfigError."""
     rest, colon, last = text.rpartition(":")
-    scale, is_number = 1.0, False
+    scale, is_number = None, False
     if colon and not os.path.lexists(last):
         with suppress(ValueError):  # then it is a picture that is missing, which opening it says
             scale, is_number = float(last), True
-    network, colon, picture = (rest if is_number else text).rpartition(":")
-    if not (colon and network and picture):
+    paths = (rest if is_number else text).split(":")
+    places = range(1, len(paths))
+    found = (i for i in places if all(os.path.lexists(":".join(part)) for part in (paths[:i], paths[i:])))
+    i = next(found, len(paths) - 1)
+    network, picture = ":".join(paths[:i]), ":".join(paths[i:])
+    if not (network and picture):
         raise ConfigError(f"--control must be MODEL:PICTURE or MODEL:PICTURE:SCALE (got {text[:60]!r})")
     return ControlWish(Path(network), Path(picture), scale)
 

@@ -184,8 +184,9 @@ def source_of_control(path: Path) -> Source:
 
 def with_control(painter: Painter, control: ControlNet, source: Source) -> Painter:
     """Load one more ControlNet, which every picture requires a hint for."""
-    device, dtype = painter.model.place.device, painter.model.backbone.dtype
-    painter = replace(painter, controls=(*painter.controls, control.to(device, dtype)))
+    if painter.model.runtime == "torch":
+        control = control.to(painter.model.place.device, painter.model.backbone.dtype)
+    painter = replace(painter, controls=(*painter.controls, control))
     return painter.with_source(f"controlnet {len(painter.controls)}", source)
 
 

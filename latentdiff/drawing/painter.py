@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
@@ -16,7 +16,6 @@ from latentdiff.model import Model
 from latentdiff.networks.protocols import DeepFeatures, PerturbedAttention
 
 if TYPE_CHECKING:
-    from latentdiff.networks.controls.controlnet import ControlNet
     from latentdiff.networks.scorer import Scorer
 
 
@@ -28,7 +27,7 @@ class Painter:
     weaker: Model | None = None
     refiner: Model | None = None
     scorer: Scorer | None = None
-    controls: tuple[ControlNet, ...] = ()
+    controls: tuple[Any, ...] = ()  # see networks.controls.controlled.GivesResiduals
     sources: Mapping[str, Source] = field(default_factory=dict)
     memory: Memory | None = None
 

@@ -18,18 +18,28 @@ PART = "controlnet"
 
 def load_control(path: Path, model: Model, variant: str | None = None) -> Any:
     """A control for a model, on the CPU in its stored precision. Raises ModelError, UnsafeError."""
+    if path.is_file():
+        return _of_file(path, model)
+    control = stored_control(path, variant)
+    check_fit(control, model, path)
+    return control
+
+
+def stored_control(path: Path, variant: str | None = None) -> Any:
+    """A control of a folder, whatever model it is for. Raises ModelError, UnsafeError."""
     import diffusers
 
     from latentdiff.families.weights import pretrained
 
-    if path.is_file():
-        return _of_file(path, model)
-    place = folder.check_network(path, PART, CLASSES)
+    place = check_control(path)
     name = folder.read_json(place / "config.json")["_class_name"]
     wrapper = _wrapper(name)
-    control = wrapper(pretrained(getattr(diffusers, name), place.parent, place.name, variant, wrapper)).eval()
-    check_fit(control, model, path)
-    return control
+    return wrapper(pretrained(getattr(diffusers, name), place.parent, place.name, variant, wrapper)).eval()
+
+
+def check_control(path: Path) -> Path:
+    """The folder of a control, checked; see `check_network`."""
+    return folder.check_network(path, PART, CLASSES)
 
 
 def control_of(module: Any, model: Model) -> Any:

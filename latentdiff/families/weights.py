@@ -372,11 +372,8 @@ def _run_control(control: ControlNet) -> None:
     """Run a ControlNet of the meta device on small inputs."""
     config = control.model.config
     levels = len(config.block_out_channels)
-    side, width = 2**levels, config.cross_attention_dim
-    arrays = {"tokens": torch.zeros(1, 3, width if isinstance(width, int) else width[0])}
-    if config.addition_embed_type == "text_time":
-        joined, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
-        arrays |= {"pooled": torch.zeros(1, joined - 6 * each), "sizes": torch.zeros(1, 6)}
+    side = 2**levels
+    arrays = {name: torch.zeros(1, *(length or 3 for length in shape)) for name, shape in control.reads.items()}
     hint = torch.zeros(1, control.channels, control.factor * side, control.factor * side)
     x, time = torch.zeros(1, config.in_channels, side, side), torch.zeros(1)
     control.residuals(x, time, Conditions(arrays), hint, scale=1.0, guess=False, kind=0)

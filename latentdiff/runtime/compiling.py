@@ -101,8 +101,9 @@ class Compiler:
                 del self._ready[older]
             self._ready[part, shapes] = self._made_ready(part, shapes)
         request = self._ready[part, shapes].request
-        for name, array in inputs.items():
-            request.set_tensor(name, openvino().Tensor(np.ascontiguousarray(array), shared_memory=True))
+        held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # while the library reads them
+        for name, array in held.items():
+            request.set_tensor(name, openvino().Tensor(array, shared_memory=True))
         request.infer()
         return [tensor.data.copy() for tensor in request.output_tensors]
 

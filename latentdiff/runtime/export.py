@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from latentdiff.core.errors import ConfigError, ModelError, raised_as, saving
 from latentdiff.core.files import whole, write_json
 from latentdiff.model import Model
+from latentdiff.networks.controls.controlnet import ControlNet
 from latentdiff.networks.traced import Traced
 from latentdiff.runtime.compiling import Compiler, openvino
 from latentdiff.runtime.graphs import (
@@ -33,6 +34,7 @@ from latentdiff.runtime.graphs import (
     Exported,
     config_hash,
     exported,
+    sealed,
     tokenizer_of,
 )
 from latentdiff.runtime.quantized import is_quantized
@@ -67,17 +69,34 @@ def export(model: Model, directory: Path, variant: str | None = None) -> dict[st
     """
     if is_quantized(model):
         raise ConfigError("the graphs for OpenVINO read numbers, and this model's weights are quantized")
+    networks = _networks(model)
     with saving("the graphs", directory), whole(directory / FOLDER) as made:
         made.mkdir()
-        networks = _networks(model)
-        record, constants, checks = _record(model, directory, made), {}, {}
-        for network, part in networks:
-            for graph, (part_of, numbers, check) in _graphs(network, part, made).items():
-                record["graphs"][graph], constants[graph], checks[graph] = part_of, numbers, check
-            gc.collect()  # the copy in float32 is a part of cycles
-        save_file(constants, made / CONSTANTS)
-        write_json(made / RECORD, record)
+        checks = _written(networks, _record(model, directory, made), made)
         return _differences(exported(directory, variant, made), checks)
+
+
+def export_control(control: Any, directory: Path) -> dict[str, float]:
+    """Write `directory`/openvino for a ControlNet that lies in `directory`; see `export`."""
+    if not isinstance(control, ControlNet):
+        raise ConfigError("only a ControlNet has graphs among the controls; a T2I-Adapter draws with torch")
+    with saving("the graphs", directory), whole(directory / FOLDER) as made:
+        made.mkdir()
+        record = {"openvino": openvino().__version__, "configs": {".": config_hash(directory)}, "graphs": {}}
+        checks = _written([(control, ())], {"format": FORMAT, **record, "control": control.facts()}, made)
+        return _differences(exported(directory, None, made), checks)
+
+
+def _written(networks: Sequence[tuple[Any, tuple[str, ...]]], record: dict[str, Any], made: Path) -> dict[str, Check]:
+    """Write the graphs of networks, their constants and the record, which gets the graphs' names; returns checks."""
+    constants, checks = {}, {}
+    for network, part in networks:
+        for graph, (part_of, numbers, check) in _graphs(network, part, made).items():
+            record["graphs"][graph], constants[graph], checks[graph] = part_of, numbers, check
+        gc.collect()  # the copy in float32 is a part of cycles
+    save_file(constants, made / CONSTANTS)
+    write_json(made / RECORD, sealed(record))
+    return checks
 
 
 def _networks(model: Model) -> list[tuple[Any, tuple[str, ...]]]:

@@ -24,7 +24,8 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import read_json, weight_files
 
 FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
-FORMAT = 4
+FORMAT = 5
+_SEAL = "sha256"
 WEIGHT = "weight:"  # how the name of an input begins that is a weight
 _UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")  # keys of configs that do not matter
 _OLD_NAMES = (  # today's names of weights -> those in older files, or of the same weight there
@@ -98,7 +99,7 @@ class Exported:
 
 
 def exported(directory: Path, variant: str | None = None, folder: Path | None = None) -> Exported | None:
-    """The export of a checked model folder, or None. Raises ModelError for the export of another model.
+    """The export of a checked folder of a model or of a ControlNet, or None. Raises ModelError for another's.
 
     folder: where the graphs are, if not in their usual place yet.
     """
@@ -112,13 +113,9 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
     record = read_json(path)
     if record.get("format") != FORMAT:
         raise ModelError(f"an export of format {record.get('format')!r}, not {FORMAT} ({path}). {again}")
-    try:
-        changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
-        whole = _is_whole(record)
-    except (AttributeError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ModelError(f"an export that does not name its configurations ({path}). {again}")
+    if record != sealed(record):
+        raise ModelError(f"an export whose facts were changed ({path}). {again}")
+    changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
     if changed:
         raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). {again}")
     if lacking := [graph for graph in record["graphs"] if not (folder / f"{graph}.xml").is_file()]:
@@ -126,44 +123,10 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
     return Exported(directory, variant, folder, record)
 
 
-_NUMBERS: dict[str, type] = dict.fromkeys(("length", "pad"), int)
-_FACTS: dict[str, dict[str, type]] = {  # keys of export.json that are read, and the types of their values
-    "backbone": {
-        **dict.fromkeys(("inputs", "outputs", "multiple", "token_step", "deep_levels"), int),
-        **{"reads": dict, "graphs": dict, "packs": bool},
-    },
-    "autoencoder": {"factor": int, "latent_channels": int, "image_channels": int, "shows": bool},
-    "identity": {"image_channels": int},
-    "clip": {**_NUMBERS, "layers": int, "start": int, "end": int, "projects": bool},
-    "t5": _NUMBERS,
-    "chat": {"pad": int, "chat": dict},
-}
-
-_ENCODERS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {  # kinds -> possible numbers of texts, their options
-    "clip": ((1,), ()),
-    "chat": ((1,), ()),
-    "second": ((1,), ()),
-    "two": ((2,), ("zero_empty",)),
-    "clip_and_t5": ((2,), ()),
-    "three": ((2, 3), ("width",)),
-}
-
-
-def _is_whole(record: dict[str, Any]) -> bool:
-    """Whether export.json has all facts that are read, of their types."""
-    codec, texts, encoder = record["codec"], record["texts"], record["encoder"]
-    facts = [
-        (record["backbone"], "backbone"),
-        (codec, codec["kind"]),
-        *((each, each["kind"]) for each in texts.values()),
-    ]
-    typed = all(type(each[key]) is kind for each, name in facts for key, kind in _FACTS[name].items())
-    read = all(type(each["tokenizer"]) is str and type(each["words"]) is int for each in texts.values())
-    graphs = {*record["backbone"]["graphs"].values(), *texts} <= record["graphs"].keys()
-    parts = set(record["graphs"].values()) <= record["configs"].keys()
-    numbers, options = _ENCODERS[encoder["kind"]]
-    known = len(texts) in numbers and encoder["options"].keys() == set(options)
-    return typed and read and graphs and parts and known
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The content of export.json with a hash of itself: what runs the graphs relies on every fact."""
+    content = {key: value for key, value in record.items() if key != _SEAL}
+    return content | {_SEAL: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def tokenizer_of(part: str) -> str:

@@ -6,19 +6,21 @@ products have 8 bits of mantissa and are summed in float32; inputs and outputs a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentdiff.core.errors import loading
+from latentdiff.core.errors import ModelError, loading
 from latentdiff.core.turn import Turn
+from latentdiff.formats.folder import network_hash
 from latentdiff.networks.backbones.packing import Packing
-from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.conditions import RESIDUAL, Conditions
 from latentdiff.networks.protocols import Spec
 from latentdiff.runtime.compiling import Compiler
-from latentdiff.runtime.graphs import FOLDER, Exported
+from latentdiff.runtime.graphs import FOLDER, Exported, exported
 from latentdiff.runtime.texts import compiled_texts
 
 
@@ -26,7 +28,7 @@ class CompiledBackbone:
     """(x_t, t, conditions) -> output; see networks.backbones."""
 
     def __init__(self, compiler: Compiler, record: dict[str, Any]):
-        self._compiler, self.dtype, self._record = compiler, compiler.precision, record
+        self._compiler, self.dtype, self.record = compiler, compiler.precision, record
         reads = {name: tuple(shape) for name, shape in record["reads"].items()}
         inputs, outputs, multiple = (int(record[name]) for name in ("inputs", "outputs", "multiple"))
         self.spec = Spec(inputs, outputs, multiple, reads, record.get("largest"))
@@ -34,14 +36,14 @@ class CompiledBackbone:
 
     def begin(self, rows: int, size: tuple[int, ...], tokens: int, *, deep: bool) -> None:
         """Begin to compile for latents of (h, w), unless some shapes are unknown before a prompt has been read."""
-        if list(self.spec.reads) == ["tokens"] and not self._record["token_step"]:
+        if list(self.spec.reads) == ["tokens"] and not self.record["token_step"]:
             shapes = {"x": (rows, self.spec.inputs, *size), "time": (1,)}
             shapes["tokens"] = (rows, tokens, int(self.spec.reads["tokens"][1] or 0))
             self._compiler.begin(self._graph(self.spec.inputs) + "_deep" * deep, tuple(shapes.items()))
 
     def _graph(self, channels: int) -> str:
         """The graph for x of that many channels."""
-        return str(self._record["graphs"][str(channels)])
+        return str(self.record["graphs"][str(channels)])
 
     def predict(self, x: np.ndarray, t: float, conditions: Conditions) -> np.ndarray:
         """See Backbone."""
@@ -63,9 +65,11 @@ class CompiledBackbone:
         flat = conditions.flattened() if count else conditions
         inputs = {"x": np.concatenate([x] * copies), "time": np.array([t], np.float32)}
         inputs |= {name: flat[name] for name in self.spec.reads}
-        if step := int(self._record["token_step"]):
+        if step := int(self.record["token_step"]):
             inputs |= _shortened(inputs["tokens"], flat.get("mask"), step)
-        inputs |= more
+        if steering := {name: array for name, array in flat.arrays.items() if name.startswith(RESIDUAL)}:
+            graph = f"{graph}_controlled"
+        inputs |= more | steering
         arrays = {name: np.asarray(array, np.float32) for name, array in inputs.items()}
         output, *rest = self._compiler.run(graph, arrays)
         return [output.reshape(count, len(x), *output.shape[1:]) if count else output, *rest]
@@ -85,6 +89,33 @@ def _shortened(tokens: np.ndarray, mask: np.ndarray | None, step: int) -> dict[s
 
 class PackingBackbone(Packing, CompiledBackbone):
     """A backbone whose latents diffusers' pipelines take and return as tokens."""
+
+
+class CompiledControl:
+    """A ControlNet; see networks.controls.controlnet."""
+
+    adds, once, kinds = RESIDUAL, False, 0
+
+    def __init__(self, compiler: Compiler, record: dict[str, Any], other: Callable[[Any], Any]):
+        self._compiler, self.record, self._other = compiler, record, other
+        self.guesses, self.factor = bool(record["guesses"]), int(record["factor"])
+
+    def by_torch(self, model: Any) -> Any:
+        """The same ControlNet by torch, for a torch model."""
+        return self._other(model).to(model.place.device, model.backbone.dtype)
+
+    def residuals(
+        self, x: np.ndarray, t: float, conditions: Conditions, hint: np.ndarray, *, scale: float, guess: bool, kind: int
+    ) -> list[np.ndarray]:
+        """See GivesResiduals."""
+        inputs = {"x": x[:, : self.record["inputs"]], "time": np.array([t]), "hint": hint}
+        inputs |= {name: conditions[name] for name in self.record["reads"]}
+        arrays = {name: np.asarray(array, np.float32) for name, array in inputs.items()}
+        own = self._compiler.run("controlnet", arrays)
+        if self.guesses:  # one number for each channel
+            own = [each.mean((2, 3), keepdims=True) for each in own]
+        scales = np.logspace(-1, 0, len(own)) if guess and not self.guesses else np.ones(len(own))
+        return [each * np.float32(scale * share) for each, share in zip(own, scales, strict=True)]
 
 
 class CompiledAutoencoder:
@@ -171,6 +202,19 @@ class PixelCodec:
 
 
 Codecs = CompiledAutoencoder | PixelCodec
+
+
+def compiled_control(directory: Path, backbone: Any, other: Callable[[Any], Any]) -> CompiledControl | None:
+    """The ControlNet of a checked folder for a compiled backbone; None without an export. Raises ModelError.
+
+    other: a torch model -> the same by torch.
+    """
+    if (export := exported(directory)) is None:
+        return None
+    skips, own = export.record["control"]["skips"], backbone.record["skips"]
+    if skips != own:
+        raise ModelError(f"a ControlNet for another model: it adds to {skips}, the U-Net has {own} ({directory})")
+    return CompiledControl(Compiler(export, backbone.dtype, network_hash(directory)), export.record["control"], other)
 
 
 class Compiled(NamedTuple):

@@ -107,6 +107,7 @@ class Transformer(nn.Module):
             "token_step": STEP if self.masked else 0,
             "packs": isinstance(self, PacksLatents),
             "deep_levels": 0,
+            "skips": [],
         }
 
     def save_memory(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentdiff.core.turn import Turn
-from latentdiff.networks.conditions import FEATURE, RESIDUAL, Conditions
+from latentdiff.networks.conditions import FEATURE, RESIDUAL, Conditions, added
 from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
 from latentdiff.networks.traced import Traced, example
@@ -257,7 +257,21 @@ class UNet(nn.Module):
                 shallow = [inputs | {"deep": self._deep(**inputs)[1]} for inputs in plain]
             graphs[f"{GRAPH}_deep"] = Traced(GRAPH, self.model, self._deep, plain)
             graphs[f"{GRAPH}_shallow"] = Traced(GRAPH, self.model, self._shallow, shallow)
-        return graphs
+        steered = [inputs | added([example(*shape) for shape in self._skips(inputs["x"])]) for inputs in plain]
+        return graphs | {f"{GRAPH}_controlled": Traced(GRAPH, self.model, self._function, steered)}
+
+    def _skips(self, x: Tensor) -> list[tuple[int, ...]]:
+        """The shapes of the skip connections and of the middle's output, which controls add to."""
+        config, (rows, _, height, width) = self.model.config, x.shape
+        layers, widths = config.layers_per_block, list(config.block_out_channels)
+        counts = [layers] * len(widths) if isinstance(layers, int) else list(layers)
+        shapes = [(rows, widths[0], height, width)]
+        for level, (channels, count) in enumerate(zip(widths, counts, strict=True)):
+            shapes += [(rows, channels, height, width)] * count
+            if level < len(widths) - 1:
+                height, width = (height + 1) // 2, (width + 1) // 2
+                shapes.append((rows, channels, height, width))
+        return [*shapes, shapes[-1]]
 
     def _function(self, x: Tensor, time: Tensor, **arrays: Tensor) -> Tensor:
         return self._output(x, time, Conditions(arrays))
@@ -297,6 +311,7 @@ class UNet(nn.Module):
             "token_step": 0,
             "packs": False,
             "deep_levels": self.deep_levels,
+            "skips": [shape[1] for shape in self._skips(torch.empty(1, 1, 1, 1))],
         }
 
     def save_memory(self) -> None:

@@ -14,7 +14,7 @@ from latentdiff.networks.protocols import Backbone, Spec
 class GivesResiduals(Protocol):
     """A network that adds to a backbone's skip connections."""
 
-    adds: str  # RESIDUAL or FEATURE
+    adds: str  # RESIDUAL, or FEATURE within the levels
     once: bool  # whether it depends on the picture alone
 
     @property

@@ -12,10 +12,13 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor, nn
 
+from latentdiff.core.errors import ConfigError
 from latentdiff.core.turn import Turn
 from latentdiff.networks.conditions import HINT, RESIDUAL, Conditions, added
 from latentdiff.networks.saving import save_network
+from latentdiff.networks.traced import Traced, example
 
+GRAPH = "controlnet"
 WIDTHS = (16, 32, 96, 256)  # channels of the layers that read the picture, each after the first halving it
 
 
@@ -95,6 +98,47 @@ class ControlNet(nn.Module):
             options |= {"control_type": marks, "control_type_idx": [kind], "conditioning_scale": [scale]}
         with self._turn:
             return self(x, t, conditions, hint, **options)
+
+    def traced(self) -> dict[str, Traced]:
+        """(x, time (1,), hint, the conditions by name) -> residuals at a scale of 1. Raises ConfigError for unions."""
+        if self.kinds:
+            raise ConfigError("a ControlNet of several kinds of pictures has no graph")
+        config, levels = self.model.config, len(self.model.config.block_out_channels)
+        examples = []
+        for rows, height, width, length in ((3, 2**levels, 3 * 2 ** (levels - 1), 77), (1, 2 ** (levels - 1), 4, 154)):
+            sides = (height * self.factor, width * self.factor)
+            inputs = {"x": example(rows, config.in_channels, height, width), "time": torch.tensor([501.0])}
+            inputs["hint"] = example(rows, self.channels, *sides).sigmoid()
+            for name, shape in self.reads.items():
+                inputs[name] = example(rows, *(length if axis is None else axis for axis in shape))
+            examples.append(inputs)
+        return {GRAPH: Traced(".", self.model, self._function, examples)}
+
+    def _function(self, x: Tensor, time: Tensor, hint: Tensor, **arrays: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self(x, time, Conditions(arrays), hint))
+
+    @property
+    def reads(self) -> dict[str, tuple[int | None, ...]]:
+        """The conditions that it requires, as in Spec."""
+        config = self.model.config
+        width = config.cross_attention_dim
+        reads: dict[str, tuple[int | None, ...]] = {"tokens": (None, width if isinstance(width, int) else width[0])}
+        if config.addition_embed_type == "text_time":
+            joined, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+            reads |= {"pooled": (joined - 6 * each,), "sizes": (6,)}
+        return reads
+
+    def facts(self) -> dict[str, Any]:
+        """See Traceable. skips: the channels of its residuals."""
+        skips = [*self.model.controlnet_down_blocks, self.model.controlnet_mid_block]
+        return {
+            "inputs": int(self.model.config.in_channels),
+            "factor": self.factor,
+            "channels": self.channels,
+            "guesses": self.guesses,
+            "reads": {name: list(shape) for name, shape in self.reads.items()},
+            "skips": [block.out_channels for block in skips],
+        }
 
     def save(self, directory: Path) -> None:
         """Write config.json and safetensors weights."""
