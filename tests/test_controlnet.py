@@ -59,7 +59,7 @@ def control_of(unet, seed=7):
     return stirred(lambda: ControlNetModel.from_unet(unet), seed)
 
 
-@pytest.fixture(scope="module", params=["1", "2", "XL"])
+@pytest.fixture(scope="module", params=["1", pytest.param("2", marks=pytest.mark.slow), "XL"])
 def place(request, tmp_path_factory):
     """A model, two ControlNets for it, and diffusers' parts."""
     folder = tmp_path_factory.mktemp("controls")
@@ -234,7 +234,7 @@ def test_as_diffusers_code_loads_them(place, pictures):
         pipe.controlnet = torch.nn.Linear(1, 1)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("channels", [pytest.param(3, marks=pytest.mark.slow), 1])
 def test_t2i_adapters(place, tmp_path, channels):
     """Features inside the levels, from colours or from grey; several, and beside a ControlNet."""
     folder, base, _, family = place
