@@ -460,7 +460,10 @@ def test_taught_by_pictures_of_its_own(call, tiny_model, tmp_path):
         assert (code, message in err) == (2, True), err
 
 
-@pytest.mark.parametrize("settings", [{}, {"guess_mode": True}, {"control_guidance_end": 0.5, "hires_scale": 1.5}])
+_MORE = ({}, {"control_guidance_end": 0.5, "hires_scale": 1.5})
+
+
+@pytest.mark.parametrize("settings", [{"guess_mode": True}, *(pytest.param(s, marks=pytest.mark.slow) for s in _MORE)])
 def test_by_openvino(exported_place, pictures, settings):
     """The ControlNet's and the U-Net's graphs draw what torch draws."""
     folder, _ = exported_place
@@ -491,6 +494,7 @@ def test_what_only_torch_has_takes_the_control_along(exported_place, pictures):
     assert np.abs(pipe(PROMPT, **asked).images.astype(int) - first).max() <= 1
 
 
+@pytest.mark.slow
 def test_exports_of_controls_are_checked(exported_place, tmp_path, call):
     folder, _ = exported_place
     other = tmp_path / "other"

@@ -98,7 +98,10 @@ def _check_control(folder, plain, alone):
     assert torch.equal(drawn(pipe, control_image=noise), alone)
 
 
-@pytest.mark.parametrize("method", METHODS)
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("full", "dreambooth", "textual-inversion")]
+
+
+@pytest.mark.parametrize("method", ["lora", "controlnet", *SLOW])
 def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, tiny_model, method):
     """What is written changes the picture; what is not taught stays, to the bit; the page and the card say how."""
     code, out, err = finetune(source(pictures, method), "out", *METHODS[method], *QUICK)
