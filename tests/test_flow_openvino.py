@@ -1,16 +1,22 @@
 """Transformers, T5 and language models by OpenVINO: the same pictures as torch's, with the same samplers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FluxKontextPipeline
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.families.loading import stored_model
 from latentdiff.networks.encoders.prompt import Style
+from latentdiff.runtime import compiling
+from latentdiff.runtime import export as exporting
+from latentdiff.runtime.device import moved
 from latentdiff.runtime.export import export
+from latentdiff.runtime.graphs import exported
 
 from . import flow_models, flux, stable_diffusion_3
 from .test_openvino import alike
@@ -74,6 +80,40 @@ def test_from_a_picture(pipes):
     asked = {"image": rng.integers(0, 256, (48, 64, 3), np.uint8), "mask_image": mask}
     settings = {name: value for name, value in SMALL.items() if name not in ("width", "height")}
     alike(*(pipe(PROMPT, **asked, **settings).images for pipe in pipes))
+
+
+@pytest.mark.skipif(not compiling.has_bfloat16(), reason="the CPU has no bfloat16")
+def test_times_are_exact_in_bfloat16(folder):
+    """Angles stay float32: at every time the output is as near as torch's own in bfloat16, a few thousandths."""
+    backbone = stored_model(folder).backbone.float().eval()
+    traced = next(iter(backbone.traced().values()))
+    compiler, inputs = compiling.Compiler(exported(folder), "bfloat16"), dict(traced.inputs[1])
+    for time in (3.0, 501.0, 777.0, 999.0):
+        inputs["time"] = torch.tensor([time])
+        with torch.no_grad():
+            expected = traced.reference(**inputs).numpy()
+        drawn = compiler.run("transformer", {name: array.numpy() for name, array in inputs.items()})[0]
+        assert np.abs(drawn - expected).max() < 0.02 * np.abs(expected).max(), time
+
+
+def test_networks_are_as_they_were(folder, monkeypatch, tmp_path):
+    """An export converts them in place and back, to the bit; large graphs are checked in bfloat16."""
+    place = shutil.copytree(folder, tmp_path / "half")
+    model = moved(stored_model(place), dtype=torch.bfloat16)
+    before = [{name: tensor.clone() for name, tensor in network.state_dict().items()} for network in model.modules()]
+    precisions = []
+    monkeypatch.setattr(exporting, "LARGE", 1)
+    make = exporting.Compiler
+    monkeypatch.setattr(
+        exporting, "Compiler", lambda export, precision: make(export, precisions.append(precision) or precision)
+    )
+    export(model, place)
+    assert set(precisions) == {"bfloat16" if compiling.has_bfloat16() else "float32"}
+    for network, state in zip(model.modules(), before, strict=True):
+        after = network.state_dict()
+        assert all(
+            tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]) for name, tensor in state.items()
+        )
 
 
 def test_settings_of_the_family(pipes):

@@ -81,11 +81,6 @@ class Compiler:
             kept = None if file is None else user_cache.kept(file)
             self._begun[part, shapes] = self._worker.submit(self._made, part, shapes, file, kept), kept
 
-    def forget(self, part: str) -> None:
-        """Release a graph's memory."""
-        for key in [key for key in self._ready if key[0] == part]:
-            del self._ready[key]
-
     def run(self, part: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """All outputs of a graph that is compiled for the shapes of these named inputs; threads take turns.
 

@@ -63,7 +63,8 @@ class CompiledBackbone:
         """The outputs of a graph, the first like x, or (K, B, C, h, w) under K conditions."""
         copies, count = conditions.count or 1, conditions.count
         flat = conditions.flattened() if count else conditions
-        inputs = {"x": np.concatenate([x] * copies), "time": np.array([t], np.float32)}
+        factor, shift = self.record["clock"]
+        inputs = {"x": np.concatenate([x] * copies), "time": np.array([factor * float(t) + shift], np.float32)}
         inputs |= {name: flat[name] for name in self.spec.reads}
         if step := int(self.record["token_step"]):
             inputs |= _shortened(inputs["tokens"], flat.get("mask"), step)

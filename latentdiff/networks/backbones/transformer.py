@@ -26,6 +26,7 @@ class Transformer(nn.Module):
     """
 
     masked = False
+    clock: Any = (1.0, 0.0)  # a graph's time is clock[0] t + clock[1]
 
     def __init__(self, model: Any):
         super().__init__()
@@ -77,13 +78,16 @@ class Transformer(nn.Module):
         return Traced(GRAPH, self.model, self._function, self._examples(channels), self._reference)
 
     def _reference(self, x: Tensor, time: Tensor, **arrays: Tensor) -> Tensor:
+        factor, shift = self.clock
+        if (factor, shift) != (1.0, 0.0):
+            time = (time - shift) / factor
         return self.output(x, time.expand(x.shape[0]), Conditions(arrays))
 
     _function = _reference  # or a form of it that a tracer can follow
 
     def _examples(self, channels: int) -> list[Inputs]:
         spec, examples = self.spec, list[Inputs]()
-        for rows, height, width, length in ((3, 3, 5, 2 * STEP), (1, 4, 2, STEP)):
+        for rows, height, width, length in ((3, 3, 5, 2 * STEP), (1, 4, 8, STEP)):
             sides = (side * spec.multiple for side in (height, width))
             inputs = {"x": example(rows, channels, *sides), "time": torch.tensor([501.0])}
             for name, shape in spec.reads.items():
@@ -107,6 +111,7 @@ class Transformer(nn.Module):
             "token_step": STEP if self.masked else 0,
             "packs": isinstance(self, PacksLatents),
             "deep_levels": 0,
+            "clock": list(self.clock),
             "skips": [],
         }
 

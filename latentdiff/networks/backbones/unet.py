@@ -311,6 +311,7 @@ class UNet(nn.Module):
             "token_step": 0,
             "packs": False,
             "deep_levels": self.deep_levels,
+            "clock": [1.0, 0.0],
             "skips": [shape[1] for shape in self._skips(torch.empty(1, 1, 1, 1))],
         }
 

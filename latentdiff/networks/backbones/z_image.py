@@ -35,6 +35,11 @@ class ZImage(Transformer):
         )[0]
         return -torch.stack(output).squeeze(2)
 
+    @property
+    def clock(self) -> tuple[float, float]:
+        """See Transformer: the module's own time, from noise on. The library would compute the sum in 16 bits."""
+        return -self.model.t_scale / 1000, float(self.model.t_scale)
+
     def _function(self, x: Tensor, time: Tensor, **arrays: Tensor) -> Tensor:
         """See Transformer: the module's forward with masks for its lists of different lengths."""
         model, (tokens, mask) = self.model, (arrays["tokens"], arrays["mask"])
@@ -42,7 +47,7 @@ class ZImage(Transformer):
         patch = self.spec.multiple
         down, across = height // patch, width // patch
         name = f"{patch}-1"
-        adaln = model.t_embedder((1 - time.expand(rows) / 1000) * model.t_scale)
+        adaln = model.t_embedder(time.expand(rows))
 
         length = _filled(mask.sum(1).long())  # of each prompt with its padding, (B,)
         words = torch.arange(tokens.shape[1])
