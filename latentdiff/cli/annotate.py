@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from latentdiff.cli import terminal
+from latentdiff.core.annotators import ANNOTATORS
 from latentdiff.core.errors import ConfigError
-
-KINDS = "canny, blur, grey, tile, palette, segments"
 
 
 def annotate(
     picture: Annotated[Path, typer.Argument(help="A picture.")],
-    kind: Annotated[str, typer.Option("--kind", "-k", help=f"{KINDS}.")] = "canny",
+    kind: Annotated[str, typer.Option("--kind", "-k", help=f"{', '.join(ANNOTATORS)}.")] = "canny",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A new picture (default: beside it, NAME-KIND.png).")
     ] = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from latentdiff.core.arrays import Array
@@ -31,6 +31,11 @@ class Spec:
     multiple: int = 1
     reads: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     largest: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """The same for a file in JSON."""
+        shapes = {name: list(shape) for name, shape in self.reads.items()}
+        return asdict(replace(self, reads=shapes))  # type: ignore[arg-type]
 
 
 @runtime_checkable

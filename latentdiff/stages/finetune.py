@@ -69,7 +69,8 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     folder = run.folder / STAGE
     controls = () if tuning.control is None else (tuning.control,)
     painter = Painter(model, controls=controls)
-    reported = partial(report, painter, config, run.data.validation, validation, folder / "samples")
+    held_out = run.data.validation
+    reported = partial(report, painter, config, held_out, _seen(run, [held_out])[0], validation, folder / "samples")
     settings = config.finetune.training
     run_stage(accelerator, stage, settings, folder, reported, start, run.interruption, from_the_start=True)
     paths: list[Path] = []

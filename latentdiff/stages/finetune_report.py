@@ -18,7 +18,6 @@ from latentdiff.core.files import recorded
 from latentdiff.core.images import coloured, to_images
 from latentdiff.core.text import printable, quoted
 from latentdiff.core.vocabulary import words_of
-from latentdiff.data.companions import companions
 from latentdiff.data.examples import Examples
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.hints import hints_of
@@ -38,17 +37,19 @@ def report(
     painter: Painter,
     config: FineTuning,
     examples: Examples,
+    seen: Examples,
     validation: DenoiserStage,
     directory: Path,
     step: int,
 ) -> dict[str, float]:
     """The validation loss, and a picture of every prompt in a row, `step-....png`.
 
-    If the model has a CLIP of its own that knows the words of the prompts, the pictures' score too.
+    seen: the pictures that a control reads, row by row. If the model has a CLIP of its own that knows the words of the
+    prompts, the pictures' score too.
     """
     numbers = validation_losses(validation, TIME_BINS, painter.model.path.T, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
-    pictures = _drawn(painter, config, prompts, examples)
+    pictures = _drawn(painter, config, prompts, seen)
     _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png", {"step": step, "prompts": prompts})
     folder = painter.model.card.folder
     known = painter.model.card.words or frozenset()
@@ -79,11 +80,10 @@ def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
     return captions + [config.prior.prompt] * len(captions) if config.prior.prompt else captions
 
 
-def _drawn(painter: Painter, config: FineTuning, prompts: list[str], examples: Examples) -> np.ndarray:
+def _drawn(painter: Painter, config: FineTuning, prompts: list[str], seen: Examples) -> np.ndarray:
     """Pictures of prompts, uint8 (N, H, W, C), always from the same noise. A control reads validation pictures."""
     side, hints, control = config.image_size, [], config.control
     if painter.controls:
-        seen = companions(config, [examples], control.source)[0] if control.source else examples
         pictures = [coloured(seen.image(row % len(seen), 0)) for row in range(len(prompts))]
         hints = [hints_of(picture, 1, annotated=control.made_by) for picture in pictures]
     asked = {"height": side, "width": side, "num_inference_steps": config.previews.num_inference_steps}

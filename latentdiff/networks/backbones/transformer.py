@@ -100,14 +100,8 @@ class Transformer(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """See Traceable. graphs: their names by the number of channels of x."""
-        spec = self.spec
-        return {
-            "inputs": spec.inputs,
-            "outputs": spec.outputs,
-            "multiple": spec.multiple,
-            "largest": spec.largest,
-            "reads": {name: list(shape) for name, shape in spec.reads.items()},
-            "graphs": {str(spec.inputs): GRAPH},
+        return self.spec.facts() | {
+            "graphs": {str(self.spec.inputs): GRAPH},
             "token_step": STEP if self.masked else 0,
             "packs": isinstance(self, PacksLatents),
             "deep_levels": 0,

@@ -300,14 +300,8 @@ class UNet(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """See Traceable. graphs: their names by the number of channels of x."""
-        spec = self.spec
-        return {
-            "inputs": spec.inputs,
-            "outputs": spec.outputs,
-            "multiple": 1,
-            "largest": None,
-            "reads": {name: list(shape) for name, shape in spec.reads.items()},
-            "graphs": {str(spec.inputs): GRAPH},
+        return self.spec.facts() | {
+            "graphs": {str(self.spec.inputs): GRAPH},
             "token_step": 0,
             "packs": False,
             "deep_levels": self.deep_levels,

@@ -134,7 +134,6 @@ class ControlNet(nn.Module):
         return {
             "inputs": int(self.model.config.in_channels),
             "factor": self.factor,
-            "channels": self.channels,
             "guesses": self.guesses,
             "reads": {name: list(shape) for name, shape in self.reads.items()},
             "skips": [block.out_channels for block in skips],
