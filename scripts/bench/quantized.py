@@ -23,6 +23,8 @@ import numpy as np
 from peers import Peer
 from warm import asked_of
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # before installed packages, of which one is called tests too
+
 KINDS = (
     *("torch", "torch-int8", "torch-fp8", "torch-q8_0", "torch-q4_0", "stored-q8_0", "stored-q4_0"),
     *("openvino", "openvino-int8", "openvino-int4", "genai", "genai-int8", "genai-int4"),
