@@ -87,6 +87,21 @@ class NumPyPlace:
 
 
 @dataclass(frozen=True)
+class Enlarging:
+    """How a model enlarges a small picture, which its backbone reads beside x.
+
+    scale: pixels of its picture for one of the small one. path: the noise that the small picture gets before (noise
+    augmentation, Ho et al. 2022, Cascaded Diffusion Models, section 4); the backbone is told its time, below `times`.
+    usual: that time, unless another is asked.
+    """
+
+    scale: int
+    path: Path
+    times: int
+    usual: int = 20
+
+
+@dataclass(frozen=True)
 class Layout:
     """The layout of a family's single files.
 
@@ -108,7 +123,8 @@ class Family:
     on the CPU in its stored precision. save: write a model's networks into a new folder. index: its model_index.json.
     defaults: settings that its pipeline in diffusers has, where a folder recommends none. layout: of its single files.
     architecture: see `called`, where it is not the family's name. path: the path that its pipeline makes of its
-    scheduler's.
+    scheduler's. context: for editing models that cannot draw without a picture, its latents -> what the backbone reads.
+    enlarging: how the models of a folder enlarge, if they do.
     """
 
     name: str
@@ -122,6 +138,8 @@ class Family:
     layout: Layout | None = None
     architecture: Callable[[Model], str] | None = None
     path: Callable[[Path], Path] = lambda path: path
+    context: Callable[[Model, Array], Array] | None = None
+    enlarging: Callable[[FilePath], Enlarging | None] = lambda directory: None
 
     def called(self, model: Model) -> str:
         """The name of a model's architecture in the metadata of adapters, as modelspec lists them."""
@@ -149,6 +167,7 @@ class Model:
     speed: Speed = "exact"
     other: Callable[[], Model] | None = None
     ready: Ready | None = None
+    enlarging: Enlarging | None = None
     quantized: str | None = None  # the kind of its weights, if they have fewer bits; see runtime/quantized.py
 
     @property
@@ -175,6 +194,11 @@ class Model:
     def edits(self) -> bool:
         """Whether the backbone reads an input picture beside x, which it draws anew as the prompt says."""
         return self.backbone.spec.inputs == 2 * self.codec.latent_channels
+
+    @property
+    def must_edit(self) -> bool:
+        """Whether it edits a picture and cannot draw without one."""
+        return self.edits and self.family is not None and self.family.context is not None
 
     @property
     def reads_sizes(self) -> bool:

@@ -26,6 +26,7 @@ from latentdiff.drawing import calls, inputs, pixels
 from latentdiff.drawing.batch import Job
 from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, Watch, batches_of, canvas_of, draw, jobs_of
 from latentdiff.drawing.hints import hints_of
+from latentdiff.drawing.image_prompts import shown_of
 from latentdiff.drawing.latents import taken
 from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
@@ -35,6 +36,7 @@ from latentdiff.drawing.presets import settled_for
 from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
+from latentdiff.families.image_prompts import ENCODER
 from latentdiff.model import Model, ModelCard, Runtime, Speed
 from latentdiff.runtime.kinds import LACKING
 
@@ -409,6 +411,30 @@ class LatentDiffusionPipeline:
         with self._in_torch("a refiner"):
             self._painter = extras.with_refiner(self._painter, self._another(path))
 
+    def load_cascade(self, path: str | Path) -> None:
+        """Load a model that enlarges each picture; each call adds one, which enlarges the result of the one before.
+
+        It draws with the prompt and the seed of the picture, and with the settings that it recommends. Raises
+        ConfigError for a model that does not enlarge.
+        """
+        from latentdiff.drawing import extras
+
+        with self._in_torch("a cascade"):
+            self._painter = extras.with_cascade(self._painter, self._another(path))
+
+    def load_upscaler(self, path: str | Path) -> None:
+        """Load a network that enlarges in one evaluation (ESRGAN, SwinIR, ...), a .safetensors file.
+
+        It enlarges finished pictures; with `hires_scale` what the second pass draws over. Raises ConfigError,
+        ModelError.
+        """
+        from latentdiff.drawing import extras
+        from latentdiff.families.upscaler import load_upscaler_file
+
+        with self._in_torch("an upscaler"):
+            file = as_path(path)
+            self._painter = extras.with_upscaler(self._painter, load_upscaler_file(file), file)
+
     def load_controlnet(self, path: str | Path) -> None:
         """Load a ControlNet; each call adds one, and each reads a picture of its own (`control_image`).
 
@@ -435,6 +461,44 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing import extras
 
         self._painter = extras.without_controls(self._painter)
+
+    def load_ip_adapter(
+        self,
+        path: str | Path | Sequence[str | Path],
+        subfolder: str | Sequence[str] = "",
+        weight_name: str | Sequence[str] | None = None,
+        *,
+        image_encoder_folder: str | Path | None = ENCODER,
+    ) -> None:
+        """Load an IP-Adapter, or several, as in diffusers; each shows pictures of its own (`ip_adapter_image`).
+
+        path: a .safetensors file, or a folder in which subfolder and weight_name lead to one. image_encoder_folder: a
+        name beside that file, a path with a slash in the folder, or None for calls that give features.
+        Raises ModelError, UnsafeError, ConfigError.
+        """
+        from latentdiff.drawing import extras
+        from latentdiff.families import image_prompts
+
+        with self._in_torch("an IP-Adapter"):
+            for root, under, name in calls.each_weight(path, subfolder, weight_name):
+                file = image_prompts.place_of(as_path(root), under, name)
+                folder = image_encoder_folder
+                encoder = None if folder is None else image_prompts.encoder_of(file, as_path(root), folder)
+                adapter = image_prompts.load_ip_adapter(file, encoder, self.model)
+                source = extras.source_of_ip_adapter(file, encoder)
+                self._painter = extras.with_ip_adapter(self._painter, adapter, source)
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """Change the scale that calls without `ip_adapter_scale` have: a number, a dict by block, or a list of them."""
+        self._recommend(ip_adapter_scale=tuple(scale) if isinstance(scale, list | tuple) else (scale,))
+
+    def unload_ip_adapter(self) -> None:
+        """Remove all IP-Adapters."""
+        from latentdiff.drawing import extras
+
+        self._painter = extras.without_ip_adapters(self._painter)
+        defaults = {name: value for name, value in self.card.defaults.items() if name != "ip_adapter_scale"}
+        self._revise(card=replace(self.card, defaults=defaults))
 
     def _another(self, path: str | Path) -> Model:
         """Another model on this one's device, in its precision."""
@@ -546,6 +610,8 @@ class LatentDiffusionPipeline:
         mask_image: Any = None,
         outpaint: Sequence[int] | None = None,
         control_image: Any = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
         num_images_per_prompt: int = 1,
         output_type: str = "pil",
         latents: Any = None,
@@ -562,8 +628,10 @@ class LatentDiffusionPipeline:
         image: a PIL image, uint8 (H, W, 3) or floats in [0, 1] to start from. mask_image: of its size; white is
         redrawn, black is returned unchanged, grey is mixed. outpaint: pixels to add on the (left, top, right, bottom).
         control_image: the picture of the ControlNet, or a list with one for each.
-        settings: guidance_scale, sampler, strength, seed and others of `Request`; of diffusers' also timesteps, sigmas,
-        callback_on_step_end, cross_attention_kwargs={"scale": s} and return_dict.
+        ip_adapter_image: the picture of the IP-Adapter, or for each a picture or a list of pictures.
+        ip_adapter_image_embeds: in its place features, for each (2, N, ...), those of no picture first.
+        settings: guidance_scale, sampler, strength, seed and others of `Request`; of diffusers' also class_labels,
+        timesteps, sigmas, callback_on_step_end, return_dict, and of cross_attention_kwargs scale and ip_adapter_masks.
         latents: initial noise (N, C, h, w), or tokens where diffusers' pipeline takes them, generator: torch's, one or
         N, instead of the keyed noise.
         prompt_embeds: token embeddings (B, L, D) instead of B prompts, and the other embeds as in diffusers.
@@ -575,6 +643,7 @@ class LatentDiffusionPipeline:
         sizes = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
         call = calls.translated({**{name: side for name, side in sizes.items() if side is not None}, **settings})
         settings = call.settings
+        prompt = calls.classes(settings, prompt, self.model)
         calls.second_prompts(settings, prompt, negative_prompt)
         embeds = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         self._check_call(output_type, settings, prompt, negative_prompt, embeds)
@@ -586,12 +655,15 @@ class LatentDiffusionPipeline:
         margins = inputs.margins_of(outpaint)
         image, mask_image = calls.picture(image), calls.mask(mask_image)
         hints = hints_of(calls.pictures(control_image), len(self._painter.controls))
+        shown = shown_of(
+            calls.pictures(ip_adapter_image), call.masks, len(self._painter.ip_adapters), embeds=ip_adapter_image_embeds
+        )
         jobs: list[Job] = []
         negatives = calls.negatives(negative_prompt, len(prompts))
         for index, one in enumerate(prompts):
             made = self.request(one, negative_prompt=negatives[index], **fields)
             given = jobs[0].canvas if jobs else canvas_of(self.model, made, image, mask_image, margins=margins)
-            jobs += jobs_of(self.model, made, given, own[index] if own else None, hints)
+            jobs += jobs_of(self.model, made, given, own[index] if own else None, hints, shown)
             fields["seed"] = made.seed + made.num_images  # the next prompt continues the count
         shape = (len(jobs), *self.model.codec.shape(jobs[0].plan.size))
         noise = inputs.noise_of(taken(self.model, latents, shape), generator, shape, self.model.array)
@@ -624,6 +696,8 @@ class LatentDiffusionPipeline:
         if call.callback is None:
             return None
         painter = self.painter
+        if painter.cascade:
+            raise ConfigError("callback_on_step_end has no meaning in a cascade, whose models have other latents")
         passes = passes_of(next(batches_of(painter, jobs)), painter, [])
         starts = [level.t for each in passes for level in each.levels()[:-1]]
         return calls.watching(call, self, jobs[0].request.sampler, starts)

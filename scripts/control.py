@@ -1,12 +1,16 @@
-"""An edge ControlNet for the default model: its training pictures, and how well drawings follow edges.
+"""ControlNets for the default model: their training pictures, and how well drawings follow edges and maps.
 
     python scripts/control.py make FOLDER [--pictures 2000]
-    latentdiff finetune scenes-64 FOLDER/train -o RUN --method controlnet --steps 3000
-    python scripts/control.py measure FOLDER/test RUN/controlnet [--pictures 64]
+    latentdiff finetune scenes-64 FOLDER/train -o EDGES --method controlnet --steps 3000
+    python scripts/control.py edges FOLDER EDGES/controlnet [--pictures 64]
+    latentdiff finetune scenes-64 FOLDER/train -o MAPS --method controlnet --steps 3000 --control-pictures FOLDER/maps
+    python scripts/control.py maps FOLDER MAPS/controlnet [--pictures 64]
 
-`make` writes captioned procedural scenes and, apart from them, test scenes. `measure` asks for each test scene by its
-caption, with the control of its edges, without control, and with another scene's edges, from the same noise, and prints
-the F1 of the drawn edges against the asked ones at one pixel, with standard errors.
+`make` writes captioned procedural scenes with their semantic maps, a colour for each of the six shapes on black, and
+apart from them test scenes. `edges` and `maps` ask for each test scene by its caption, with its control, without
+control, and with another scene's control, from the same noise. `edges` prints the F1 of the drawn edges against the
+asked ones at one pixel; `maps` the intersection over union of what stands out from the drawn background and of the
+asked shapes. All have standard errors.
 """
 
 import argparse
@@ -17,6 +21,18 @@ import numpy as np
 from PIL import Image
 
 SIZE = 64
+PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))  # of the shapes
+
+
+def semantic_map(scene: "Scene") -> np.ndarray:  # noqa: F821 - of latentdiff.data.scenes
+    """uint8 (64, 64, 3): each pixel in the colour of the shape that covers it, or black."""
+    from latentdiff.data.scenes import SHAPES, coverage
+
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    for thing in scene.things:
+        covered = coverage(thing.shape, thing.x, thing.y, thing.radius, SIZE, SIZE) > 0.5
+        image[covered] = PALETTE[SHAPES.index(thing.shape)]
+    return image
 
 
 def make(folder: Path, count: int) -> None:
@@ -24,12 +40,15 @@ def make(folder: Path, count: int) -> None:
     from latentdiff.diffusion.noise import generator
 
     for name, number in (("train", count), ("test", max(64, count // 10))):
+        maps = folder / ("maps" if name == "train" else "test-maps")
         (folder / name).mkdir(parents=True)
+        maps.mkdir()
         lines = []
         for row in range(number):
             rng = generator(0, f"control {name}", row)
             scene = compose(describe(rng, CATEGORIES[row % len(CATEGORIES)]), rng)
             Image.fromarray(render(scene, SIZE)).save(folder / name / f"{row:05}.png")
+            Image.fromarray(semantic_map(scene)).save(maps / f"{row:05}.png")
             lines.append(json.dumps({"file_name": f"{row:05}.png", "text": scene.caption}) + "\n")
         (folder / name / "metadata.jsonl").write_text("".join(lines))
 
@@ -49,13 +68,28 @@ def f1(drawn: np.ndarray, asked: np.ndarray) -> float:
     return 0.0 if precision + recall == 0 else float(2 * precision * recall / (precision + recall))
 
 
-def measure(folder: Path, control: Path, count: int, output: Path | None) -> None:
+def foreground(picture: np.ndarray) -> np.ndarray:
+    """Where a picture differs from the colour that is most frequent on its border, bool (H, W)."""
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    colors, counts = np.unique(border // 8, axis=0, return_counts=True)
+    background = border[(border // 8 == colors[counts.argmax()]).all(1)].mean(0)
+    return np.abs(picture - background).max(-1) > 40
+
+
+def overlap(drawn: np.ndarray, asked: np.ndarray) -> float:
+    """The intersection over union of two sets of pixels, bool (H, W)."""
+    union = (drawn | asked).sum()
+    return float((drawn & asked).sum() / union) if union else 1.0
+
+
+def measure(kind: str, folder: Path, control: Path, count: int, output: Path | None) -> None:
     from latentdiff import LatentDiffusionPipeline
     from latentdiff.core.annotators import canny
 
-    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()][:count]
-    pictures = [np.asarray(Image.open(folder / line["file_name"]).convert("RGB")) for line in lines]
-    edges = [canny(picture) for picture in pictures]
+    lines = [json.loads(line) for line in (folder / "test" / "metadata.jsonl").read_text().splitlines()][:count]
+    source = folder / ("test" if kind == "edges" else "test-maps")
+    pictures = [np.asarray(Image.open(source / line["file_name"]).convert("RGB")) for line in lines]
+    hints = [canny(picture) for picture in pictures] if kind == "edges" else pictures
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", runtime="torch")
     free = [pipe(line["text"], seed=row, output_type="uint8").images[0] for row, line in enumerate(lines)]
     pipe.load_controlnet(control)
@@ -66,29 +100,38 @@ def measure(folder: Path, control: Path, count: int, output: Path | None) -> Non
             pipe(line["text"], seed=row, control_image=h, output_type="uint8").images[0] for row, (line, h) in pairs
         ]
 
-    steered, wrong = drawn(edges), drawn(edges[1:] + edges[:1])
-    for name, images in (("with the control", steered), ("without", free), ("another scene's edges", wrong)):
-        scores = [f1(canny(i)[..., 0] > 0, e[..., 0] > 0) for i, e in zip(images, edges, strict=True)]
-        print(f"{name}: F1 {np.mean(scores):.3f} +- {np.std(scores) / len(scores) ** 0.5:.3f}")
-    own = [f1(canny(i)[..., 0] > 0, e[..., 0] > 0) for i, e in zip(wrong, edges[1:] + edges[:1], strict=True)]
-    print(f"another scene's edges, against those: F1 {np.mean(own):.3f} +- {np.std(own) / len(own) ** 0.5:.3f}")
+    def score(image, hint):
+        asked = hint.any(-1)
+        return f1(canny(image)[..., 0] > 0, asked) if kind == "edges" else overlap(foreground(image), asked)
+
+    def say(what, images, asked):
+        scores = [score(*pair) for pair in zip(images, asked, strict=True)]
+        name = "F1" if kind == "edges" else "IoU"
+        print(f"{what}: {name} {np.mean(scores):.3f} +- {np.std(scores) / len(scores) ** 0.5:.3f}")
+
+    others = hints[1:] + hints[:1]
+    steered, wrong = drawn(hints), drawn(others)
+    say("with the control", steered, hints)
+    say("without", free, hints)
+    say("another scene's control", wrong, hints)
+    say("another scene's control, against that", wrong, others)
     if output is not None:
-        rows = [np.concatenate(each[:16], 1) for each in (edges, steered, free, wrong)]
+        rows = [np.concatenate(each[:16], 1) for each in (hints, steered, free, wrong)]
         Image.fromarray(np.concatenate(rows)).save(output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("make", "measure"))
+    parser.add_argument("action", choices=("make", "edges", "maps"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("control", type=Path, nargs="?")
     parser.add_argument("--pictures", type=int)
-    parser.add_argument("--output", type=Path, help="a sheet: edges, with the control, without, with another's")
+    parser.add_argument("--output", type=Path, help="a sheet: the controls, with them, without, with another's")
     arguments = parser.parse_args()
     if arguments.action == "make":
         make(arguments.folder, arguments.pictures or 2000)
     else:
-        measure(arguments.folder, arguments.control, arguments.pictures or 64, arguments.output)
+        measure(arguments.action, arguments.folder, arguments.control, arguments.pictures or 64, arguments.output)
 
 
 if __name__ == "__main__":

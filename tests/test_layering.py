@@ -39,6 +39,7 @@ HOMES = {  # the rooms that may import a library
     "transformers": {"networks", "formats", "families"},
     "open_clip": {"networks"},
     "peft": {"networks"},
+    "spandrel": {"networks"},
     "accelerate": {"training", "stages", "runtime", "networks"},
     "timm": {"training", "evaluation"},
     "datasets": {"data"},

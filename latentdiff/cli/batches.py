@@ -70,11 +70,12 @@ def write_all(
 ) -> Iterator[tuple[Path, ImageMetadata]]:
     """Draw this process's batches with a progress bar; yield every written picture. Raises ConfigError."""
     from latentdiff.drawing.batch import Batch
+    from latentdiff.drawing.cascade import steps_of
     from latentdiff.drawing.draw import Drawing, record_of
     from latentdiff.drawing.record import save_options
 
     batches = _batches(painter, jobs, target, process)
-    total = sum(sum(batch[0][1].plan.steps) for batch in batches)
+    total = sum(steps_of(batch[0][1], painter.cascade) for batch in batches)
     written: set[str] = set()
     if target.metadata and target.suffix != ".png":
         for job in jobs:  # a record that is too long is refused before drawing

@@ -22,6 +22,7 @@ class Method(StrEnum):
     dreambooth = "dreambooth"
     textual_inversion = "textual-inversion"
     controlnet = "controlnet"
+    ip_adapter = "ip-adapter"
 
 
 class MixedPrecision(StrEnum):
@@ -124,6 +125,10 @@ def finetune(
         str | None,
         typer.Option("--annotator", help="What makes the pictures that a controlnet reads: canny (default), blur, ..."),
     ] = None,
+    image_encoder: Annotated[
+        str | None,
+        typer.Option("--image-encoder", help="CLIP's image tower for an ip-adapter (default: the model's own CLIP)."),
+    ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option("--validation-prompt", help="A prompt that every validation draws; may be repeated."),
@@ -165,8 +170,8 @@ def finetune(
 ) -> None:
     """Train a model on your pictures. After an interruption the same command goes on.
 
-    Writes pytorch_lora_weights.safetensors, model/, learned_embeds.safetensors or controlnet/ into the run folder, with
-    a model card and a page of pictures before and after.
+    Writes pytorch_lora_weights.safetensors, model/, learned_embeds.safetensors, controlnet/ or ip_adapter/ into the run
+    folder, with a model card and a page of pictures before and after.
     """
     from latentdiff.families.loading import is_default
     from latentdiff.settings.finetuning import load_finetuning
@@ -216,6 +221,7 @@ def finetune(
         "word.vectors": vectors,
         "control.source": control_pictures,
         "control.annotator": annotator,
+        "image_prompt.encoder": image_encoder,
         "previews.prompts": prompts,
         "seed": seed,
         "variant": variant,

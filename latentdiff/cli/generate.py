@@ -22,7 +22,9 @@ from latentdiff.cli.loading import (
     embedding_and_word,
     load_controls,
     load_extras,
+    load_image_prompts,
     loaded,
+    picture_and_scale,
 )
 from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
 from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
@@ -35,6 +37,7 @@ from latentdiff.drawing.files import check_target, loses_pixels, open_picture, s
 if TYPE_CHECKING:
     from latentdiff.drawing.batch import Job
     from latentdiff.drawing.hints import Hint
+    from latentdiff.drawing.image_prompts import Shown
     from latentdiff.drawing.request import Request
     from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -113,6 +116,14 @@ def generate(
     refiner: Annotated[
         str | None, typer.Option(help="A model that draws the last fifth of the levels; --set refiner_switch=0.8.")
     ] = None,
+    cascade: Annotated[
+        list[str] | None,
+        typer.Option(help="A model that enlarges the picture; repeated, each enlarges the result of the one before."),
+    ] = None,
+    upscaler: Annotated[
+        Path | None,
+        typer.Option(help="A network that enlarges, like ESRGAN's: the picture, or what --hires-scale redraws."),
+    ] = None,
     control: Annotated[
         list[str] | None,
         typer.Option(help="A ControlNet and the picture it reads, MODEL:PICTURE[:SCALE]; may be repeated."),
@@ -120,6 +131,14 @@ def generate(
     annotate: Annotated[
         str | None,
         typer.Option(help="What makes the control's picture of the named one: canny, blur, grey, ... (see annotate)."),
+    ] = None,
+    ip_adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="An IP-Adapter, which shows the image prompts; may be repeated."),
+    ] = None,
+    image_prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A picture to draw by as by a prompt, PICTURE[:SCALE]; requires --ip-adapter; repeatable."),
     ] = None,
     clip: Annotated[
         Path | None,
@@ -191,7 +210,9 @@ def generate(
     """Draw pictures from prompts. Paths go to standard output, progress to standard error."""
     controls = [control_wish(text) for text in control or []]
     scales = tuple(1.0 if wish.scale is None else wish.scale for wish in controls)
+    shown, adapters = [picture_and_scale(text) for text in image_prompt or []], ip_adapter or []
     given = {
+        "ip_adapter_scale": _scales([scale for _, scale in shown], len(adapters)),
         "controlnet_conditioning_scale": scales if any(wish.scale is not None for wish in controls) else None,
         "preset": preset,
         "negative_prompt": negative_prompt,
@@ -220,6 +241,8 @@ def generate(
     requests = _requests(wishes, common)  # refused before any library or weight is loaded
     check_target(output, sum(request.num_images for request in requests), resume=resume)
     _check_used(requests, weaker, clip)
+    if steps_gif and cascade:
+        raise ConfigError("--steps-gif shows the steps of one model, not of a --cascade")
     _check_beside(output, requests, process, resume=resume, grid=grid, steps_gif=steps_gif)
     suffix = _suffix(output, picture_format, wishes)
     if annotate is not None and not controls:
@@ -229,16 +252,14 @@ def generate(
     _check_sizes(model, requests)
     pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed, quantize)
     load_extras(pipe, loras, words, vae)
-    if weaker is not None:
-        pipe.load_weaker(weaker)
-    if refiner is not None:
-        pipe.load_refiner(refiner)
-    if clip is not None:
-        pipe.load_clip(clip)
+    _load_models(pipe, weaker, refiner, cascade or [], clip)
+    if upscaler is not None:
+        pipe.load_upscaler(upscaler)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential, blocks=offload is Offload.block)
     hints = load_controls(pipe, controls, annotate) if controls else ()
-    jobs = _jobs(pipe, wishes, requests, common, hints)
+    prompts = load_image_prompts(pipe, adapters, [picture for picture, _ in shown]) if shown else ()
+    jobs = _jobs(pipe, wishes, requests, common, hints, prompts)
     paths: list[Path] = []
     for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume, steps_gif), process):
         paths.append(path)
@@ -250,6 +271,20 @@ def generate(
         terminal.result(write_grid(paths, wishes, axes, requests[0].num_images, output))
 
 
+def _load_models(
+    pipe: LatentDiffusionPipeline, weaker: str | None, refiner: str | None, cascade: Sequence[str], clip: Path | None
+) -> None:
+    """Load further models beside the model."""
+    if weaker is not None:
+        pipe.load_weaker(weaker)
+    if refiner is not None:
+        pipe.load_refiner(refiner)
+    for each in cascade:
+        pipe.load_cascade(each)
+    if clip is not None:
+        pipe.load_clip(clip)
+
+
 def _sides(width: int | None, height: int | None, size: str | None) -> dict[str, int | None]:
     if size is None:
         return {"width": width, "height": height}
@@ -258,6 +293,22 @@ def _sides(width: int | None, height: int | None, size: str | None) -> dict[str,
     if width is not None or height is not None or not digits:
         raise ConfigError(f"--size must be WIDTHxHEIGHT, and replaces --width and --height (got {size!r})")
     return {"width": int(across), "height": int(down)}
+
+
+def _scales(scales: Sequence[float | None], adapters: int) -> tuple[float, ...] | None:
+    """The scale of each IP-Adapter; None if none is given. Raises ConfigError for adapters without pictures."""
+    if not scales and not adapters:
+        return None
+    if not scales or not adapters or (adapters > 1 and len(scales) != adapters):
+        raise ConfigError(f"--image-prompt has {len(scales)} pictures, and there are {adapters} of --ip-adapter")
+    known = [scale for scale in scales if scale is not None]
+    if not known:
+        return None
+    if adapters == 1:
+        if len(set(known)) > 1:
+            raise ConfigError("one IP-Adapter has one scale. Repeat --ip-adapter for each picture")
+        return (known[0],)
+    return tuple(1.0 if scale is None else scale for scale in scales)
 
 
 def _wishes(
@@ -381,6 +432,7 @@ def _jobs(
     requests: Sequence[Request],
     common: dict[str, Any],
     hints: tuple[Hint, ...] = (),
+    shown: tuple[Shown, ...] = (),
 ) -> list[Job]:
     """A job for every picture, completed with the model's recommended settings."""
     from latentdiff.drawing.draw import jobs_of
@@ -392,7 +444,7 @@ def _jobs(
             request = pipe.request(wish.prompt, **own)
             if not jobs and wish.image is None:
                 pipe.begin(request, sum(one.num_images for one in requests))
-            jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request), hints=hints)
+            jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request), hints=hints, shown=shown)
         _warn(pipe, request)
     return jobs
 

@@ -52,13 +52,23 @@ def common_settings(given: dict[str, Any], settings: Sequence[str]) -> dict[str,
 
 def adapter_and_weight(text: str) -> tuple[Path, float]:
     """The path and the weight of PATH or PATH:WEIGHT; a path may contain colons. Raises ConfigError."""
-    path, colon, weight = text.rpartition(":")
+    path, weight = _path_and_number(text, "--lora must be PATH:WEIGHT")
+    return path, 1.0 if weight is None else weight
+
+
+def picture_and_scale(text: str) -> tuple[Path, float | None]:
+    """The path and the scale of PICTURE or PICTURE:SCALE; a path may contain colons. Raises ConfigError."""
+    return _path_and_number(text, "--image-prompt must be PICTURE:SCALE")
+
+
+def _path_and_number(text: str, rule: str) -> tuple[Path, float | None]:
+    path, colon, number = text.rpartition(":")
     try:
-        return (Path(path), float(weight)) if colon else (Path(text), 1.0)
+        return (Path(path), float(number)) if colon else (Path(text), None)
     except ValueError:
         if os.path.lexists(path) and not os.path.lexists(text):
-            raise ConfigError(f"--lora must be PATH:WEIGHT, and {weight[:40]!r} is not a number") from None
-        return Path(text), 1.0
+            raise ConfigError(f"{rule}, and {number[:40]!r} is not a number") from None
+        return Path(text), None
 
 
 class ControlWish(NamedTuple):
@@ -96,6 +106,20 @@ def load_controls(pipe: LatentDiffusionPipeline, wishes: Sequence[ControlWish], 
     for wish in wishes:
         pipe.load_controlnet(wish.network)
     return hints_of(pictures, len(wishes), [recorded(wish.picture) for wish in wishes], annotate)
+
+
+def load_image_prompts(pipe: LatentDiffusionPipeline, adapters: Sequence[Path], pictures: Sequence[Path]) -> Any:
+    """Load IP-Adapters; returns what they show: one adapter all pictures, several one each. Raises ConfigError."""
+    from latentdiff.core.files import recorded
+    from latentdiff.drawing.files import open_picture
+    from latentdiff.drawing.image_prompts import shown_of
+
+    opened, names = [open_picture(picture) for picture in pictures], [recorded(picture) for picture in pictures]
+    for adapter in adapters:
+        pipe.load_ip_adapter(adapter)
+    if len(adapters) == 1:
+        return shown_of([opened], None, 1, [names])
+    return shown_of(opened, None, len(adapters), [[name] for name in names])
 
 
 def embedding_and_word(text: str) -> tuple[Path, str | None]:

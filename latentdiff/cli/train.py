@@ -75,7 +75,10 @@ def train(
     check_writable(folder, folder)
     if (folder / "finetune.toml").exists():
         raise ConfigError(f"{folder} holds another run, of `latentdiff finetune`. Choose another folder")
-    _train(effective, folder, [str(name) for name in stage or StageName], resume, allow_changed, dry_run, deterministic)
+    if stage and StageName.clip in stage and not effective.reads_texts:
+        raise ConfigError("this config has no CLIP: its network reads classes")
+    stages = [str(name) for name in stage or StageName if name != StageName.clip or effective.reads_texts]
+    _train(effective, folder, stages, resume, allow_changed, dry_run, deterministic)
 
 
 def _train(

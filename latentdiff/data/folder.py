@@ -2,6 +2,7 @@
 
 - metadata: metadata.jsonl or .csv in the folder or below, `file_name` relative to it, the caption in `text`
 - sidecars: kohya's, img.png with img.txt (or .caption), each line one caption; a folder `10_name` counts 10 times
+- classes: the name of the folder that a picture lies in is its caption
 - uncaptioned: neither; in a folder `10_a dog` the caption is "a dog", unless there is an instance prompt
 
 Folders `train` and `test` (or `val`, ...) beside each other are splits, of which one is read, as by `datasets`.
@@ -49,6 +50,9 @@ def listing(root: Path, options: Options) -> Listing:
         paths, read = _by_metadata(root, files, pictures, metadata, others, options), {*metadata}
     elif layout == "sidecars":
         paths, read = _by_sidecars(root, pictures, beside), {*beside}
+    elif layout == "classes":
+        records = [Record(name, _reader(root, name), (_class_of(name, root),)) for name in pictures]
+        paths, read = Listing("classes", records), set()
     else:
         names = [(name, *_of_folder_name(name)) for name in pictures]
         records = [Record(name, _reader(root, name), repeats=repeats, words=words) for name, words, repeats in names]
@@ -222,6 +226,13 @@ def _of_folder_name(name: str) -> tuple[str, int]:
     """The words and the repeats in a folder name like `10_a dog`."""
     match = re.fullmatch(r"(\d{1,6})_(.+)", PurePosixPath(name).parent.name)
     return (match[2], max(int(match[1]), 1)) if match else ("", 1)
+
+
+def _class_of(name: str, root: Path) -> str:
+    """The name of the folder of a picture. Raises DataError for a picture outside of any."""
+    if not (folder := PurePosixPath(name).parent.name):
+        raise DataError(f"{printable(name)} lies in no folder of a class ({root})")
+    return folder
 
 
 def _is_sidecar(file: str) -> bool:

@@ -56,6 +56,20 @@ def classifier_free(both: Denoiser, scale: float) -> Denoiser:
     return denoise
 
 
+def of_text_and_image(both: Denoiser, free: Denoiser, text: float, image: float) -> Denoiser:
+    """Free + image (uncond - free) + text (cond - uncond), for editing (Brooks et al. 2023, eq. 3).
+
+    both: under the picture to edit, without and with the prompt; free: without either.
+    """
+
+    def denoise(x: Array, level: NoiseLevel) -> Array:
+        uncond, cond = both(x, level)
+        none = free(x, level)
+        return none + image * (uncond - none) + text * (cond - uncond)
+
+    return denoise
+
+
 def apg(both: Denoiser, scale: float, *, eta: float = 0.0, norm: float = math.inf, momentum: float = 0.0) -> Denoiser:
     """Adaptive projected guidance (Sadat et al. 2024, algorithm 1), which does not oversaturate at large scales.
 

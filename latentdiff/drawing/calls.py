@@ -15,12 +15,11 @@ from latentdiff.drawing.draw import Watch
 from latentdiff.drawing.extras import LARGEST_WEIGHT
 from latentdiff.drawing.latents import shown, taken
 from latentdiff.drawing.request import LARGEST_BATCH
+from latentdiff.model import Model
 
 _OURS = {  # arguments of diffusers that are not taken -> what to use
     "callback": "callback_on_step_end, or stream",
     "callback_steps": "callback_on_step_end, or stream",
-    "ip_adapter_image": "nothing here: IP-Adapter is not supported",
-    "ip_adapter_image_embeds": "nothing here: IP-Adapter is not supported",
     "denoising_end": "load_refiner and refiner_switch, or strength with an image",
     "denoising_start": "load_refiner and refiner_switch, or strength with an image",
     "crops_coords_top_left": "crop",
@@ -35,13 +34,14 @@ _OURS = {  # arguments of diffusers that are not taken -> what to use
 class Call(NamedTuple):
     """What a call of diffusers' asks beside our settings.
 
-    adapters: a factor of the adapters' weights. callback: called after each step.
+    adapters: a factor of the adapters' weights. masks: of the IP-Adapters. callback: called after each step.
     """
 
     settings: dict[str, Any]
     as_tuple: bool = False
     adapters: float = 1.0
     callback: Callable[..., Any] | None = None
+    masks: Any = None
 
 
 def translated(settings: Mapping[str, Any]) -> Call:
@@ -56,20 +56,46 @@ def translated(settings: Mapping[str, Any]) -> Call:
         raise ConfigError(f'callback_on_step_end_tensor_inputs can be ["latents"] only (got {str(wanted)[:60]})')
     if callback is not None and not callable(callback):
         raise ConfigError(f"callback_on_step_end must be a function (got {str(callback)[:40]!r})")
-    scale = _adapters(rest.pop("cross_attention_kwargs", None))
-    return Call(rest, rest.pop("return_dict", True) is False, scale, callback)
+    scale, masks = _attention(rest.pop("cross_attention_kwargs", None))
+    return Call(rest, rest.pop("return_dict", True) is False, scale, callback, masks)
 
 
-def _adapters(given: Any) -> float:
+def _attention(given: Any) -> tuple[float, Any]:
+    """The scale of the adapters, and the masks of image prompts. Raises ConfigError for anything else."""
     if not given:
-        return 1.0
-    if not isinstance(given, Mapping) or given.keys() != {"scale"}:
-        raise ConfigError(f"cross_attention_kwargs can be a scale of the adapters only (got {str(given)[:60]})")
-    scale = given["scale"]
+        return 1.0, None
+    if not isinstance(given, Mapping) or not given.keys() <= {"scale", "ip_adapter_masks"}:
+        names = "a scale of the adapters and ip_adapter_masks only"
+        raise ConfigError(f"cross_attention_kwargs can be {names} (got {str(given)[:60]})")
+    scale = given.get("scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST_WEIGHT:
         most = f"a number up to {LARGEST_WEIGHT:g}"
         raise ConfigError(f"cross_attention_kwargs: scale must be {most} (got {str(scale)[:40]!r})")
-    return float(scale)
+    return float(scale), given.get("ip_adapter_masks")
+
+
+def classes(settings: dict[str, Any], prompt: Any, model: Model) -> Any:
+    """The prompts, for which diffusers' DiTPipeline has `class_labels`, a list of numbers. Raises ConfigError."""
+    labels = settings.pop("class_labels", None)
+    if labels is None:
+        return prompt
+    if prompt is not None:
+        raise ConfigError("class_labels replace the prompt: give only one of them")
+    if set(model.backbone.spec.reads) != {"label"}:
+        raise ConfigError("class_labels require a model that draws classes")
+    listed = labels.tolist() if hasattr(labels, "tolist") else labels
+    if not isinstance(listed, list | tuple) or not all(type(label) is int for label in listed):
+        raise ConfigError(f"class_labels must be a list of whole numbers (got {str(labels)[:40]!r})")
+    return [str(label) for label in listed]
+
+
+def each_weight(path: Any, subfolder: Any, name: Any) -> list[tuple[Any, str, str | None]]:
+    """Path, subfolder and weight_name of each adapter; a single one is for all. Raises ConfigError."""
+    listed = [list(one) if isinstance(one, list | tuple) else [one] for one in (path, subfolder, name)]
+    count = max(map(len, listed))
+    if any(len(one) not in (1, count) for one in listed):
+        raise ConfigError("path, subfolder and weight_name must have one length")
+    return list(zip(*(one * count if len(one) == 1 else one for one in listed), strict=True))
 
 
 def batch_of_one_generator(settings: Mapping[str, Any], generator: Any, prompts: int, each: Any) -> dict[str, Any]:
@@ -115,7 +141,7 @@ def picture(image: Any) -> Any:
 def pictures(images: Any) -> Any:
     """One picture or a list of pictures as our own; see `picture`."""
     if isinstance(images, list | tuple):
-        return [picture(image) for image in images]
+        return [pictures(image) for image in images]
     return picture(images)
 
 

@@ -42,7 +42,8 @@ class Canvas:
     """pixels: uint8 (H, W, 3), padded; without padding it has `size`, (height, width) from the upper left.
 
     mask: uint8 (H, W), 255 in the part to redraw, between on its soft edge; None to draw over the whole picture.
-    closeup: the picture that this is a part of, if only the masked part is drawn.
+    closeup: the picture that this is a part of, if only the masked part is drawn. enlarged: pixels of the finished
+    picture for one of this one.
     """
 
     pixels: np.ndarray
@@ -51,11 +52,15 @@ class Canvas:
     margins: Margins
     names: tuple[str | None, str | None] = (None, None)  # file names of picture and mask, if known
     closeup: Closeup | None = None
+    enlarged: int = 1
 
     @property
     def final(self) -> tuple[int, int]:
         """(height, width) of the finished picture."""
-        return self.size if self.closeup is None else self.closeup.mask.shape
+        if self.closeup is not None:
+            height, width = self.closeup.mask.shape
+            return height, width
+        return self.enlarged * self.size[0], self.enlarged * self.size[1]
 
     def kept(self, image: Array, put: Put) -> Array:
         """A drawn image (C, H, W) with the input's pixels outside the mask, without padding."""
@@ -64,7 +69,7 @@ class Canvas:
             return _mixed(put(self.closeup.put_back(drawn)), self.closeup.pixels, self.closeup.mask, put)
         if self.mask is not None:
             image = _mixed(image, self.pixels, self.mask, put)
-        return image[:, : self.size[0], : self.size[1]]
+        return image[:, : self.final[0], : self.final[1]]
 
     @property
     def hash(self) -> str:
@@ -158,6 +163,13 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def reduced(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """uint8 (H, W, 3), whose sides are multiples of `scale`, made so many times smaller by bicubic interpolation."""
+    height, width = pixels.shape[:2]
+    size = (width // scale, height // scale)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
 def _extended(pixels: np.ndarray, marked: np.ndarray, margins: Margins) -> tuple[np.ndarray, np.ndarray]:

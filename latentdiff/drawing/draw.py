@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -12,12 +13,14 @@ from PIL import Image
 
 from latentdiff.core.arrays import Array, as_tensor, library, to_numpy
 from latentdiff.core.errors import ConfigError, NonFiniteError
-from latentdiff.core.images import to_uint8
+from latentdiff.core.images import coloured, to_uint8, to_values
 from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import NO_NOISE, Batch, GivenNoise, Job
 from latentdiff.drawing.canvas import Canvas, Margins, canvas
+from latentdiff.drawing.cascade import enlarged, final_of
 from latentdiff.drawing.hints import Hint
+from latentdiff.drawing.image_prompts import Shown
 from latentdiff.drawing.latents import returned
 from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
@@ -60,6 +63,8 @@ def canvas_of(
             check_size(name, side, model.multiple)
     if request.mask_blur and mask is None and not any(margins):
         raise ConfigError("mask_blur requires a mask or outpainting")
+    if model.enlarging is not None:
+        return _small(model.enlarging.scale, request, image, mask is not None or any(margins), names)
     asked = (request.height, request.width)
     size, closeup = asked, None
     if request.padding_mask_crop is not None:  # then the size is the part's, by default the model's
@@ -67,6 +72,17 @@ def canvas_of(
         size, closeup = (None, None), (request.padding_mask_crop, (asked[0] or own[0], asked[1] or own[1]))
     more: dict[str, Any] = {"margins": margins, "names": names, "blur": request.mask_blur, "closeup": closeup}
     return canvas(image, mask, size=size, multiple=model.multiple, **more)
+
+
+def _small(scale: int, request: Request, image: Any, is_masked: bool, names: tuple[str | None, str | None]) -> Canvas:
+    """The picture that is enlarged; width and height are those of the result. Raises ConfigError."""
+    if is_masked:
+        raise ConfigError("a model that enlarges pictures has no mask and no outpainting")
+    for name, side in (("height", request.height), ("width", request.width)):
+        if side is not None:
+            check_size(name, side, scale)
+    height, width = (None if side is None else side // scale for side in (request.height, request.width))
+    return replace(canvas(image, size=(height, width), multiple=1, names=names), enlarged=scale)
 
 
 def _check_without_image(request: Request, is_masked: bool) -> None:
@@ -83,18 +99,24 @@ def _check_without_image(request: Request, is_masked: bool) -> None:
 
 
 def jobs_of(
-    model: Model, request: Request, given: Canvas | None = None, embeds: Any = None, hints: tuple[Hint, ...] = ()
+    model: Model,
+    request: Request,
+    given: Canvas | None = None,
+    embeds: Any = None,
+    hints: tuple[Hint, ...] = (),
+    shown: tuple[Shown, ...] = (),
 ) -> list[Job]:
     """A request's pictures, one by one. Raises ConfigError for sizes that the model cannot draw."""
     planned = plan(request, model, given)
-    return [Job(request, index, planned, given, embeds, hints) for index in range(request.num_images)]
+    return [Job(request, index, planned, given, embeds, hints, shown) for index in range(request.num_images)]
 
 
 def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
     """What jobs must have in common to be drawn in one batch."""
     canvas = job.canvas
     given = canvas and (canvas.pixels.shape, canvas.size, canvas.final, canvas.mask is None)
-    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None
+    shown = [each.form for each in job.shown]
+    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None, shown
 
 
 def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
@@ -110,40 +132,72 @@ def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOI
 
 
 class Drawing:
-    """A batch being drawn: iterate over its steps, then `finish`. notes: what the user should know of it."""
+    """A batch being drawn: iterate over its steps, then `finish`. notes: what the user should know of it.
+
+    In a cascade the last painter's latents are the final ones.
+    """
 
     def __init__(self, painter: Painter, batch: Batch):
         self._painter, self.batch = painter, batch
+        self._last, self._drawn = painter, batch
         self.notes = notes_of(batch, painter.model, adapted=painter.learnt_more)
+        final_of(batch.jobs[0], painter)  # refused before anything is drawn
 
     def __iter__(self) -> Generator[Step, Array | None, None]:
         """Every step of every pass; other latents may be sent, from which drawing goes on."""
-        request = self.batch.request
-        codec = self._painter.model.codec
-        walk = steps(self.batch, self._painter, self.notes)
+        latents = yield from self._walked()
+        for painter in self._painter.cascade:
+            small = coloured(to_uint8(self._images(latents)))
+            self._last, self._drawn = painter, enlarged(self._drawn, small, painter)
+            latents = yield from self._walked()
+
+    def _walked(self) -> Generator[Step, Array | None, Array]:
+        """Every step of the present painter; returns the last latents."""
+        request = self._drawn.request
+        codec = self._last.model.codec
+        walk = steps(self._drawn, self._last, self.notes)
         sent: Array | None = None
+        final: Array = None
         while True:
             # entered for each step: a block that stays open in a generator would be open for its caller too
             with codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
                 try:
                     step = walk.send(sent)
                 except StopIteration:
-                    return
+                    return final
             sent = yield step
+            final = step.x if sent is None else sent
+
+    def _images(self, latents: Array) -> Array:
+        """The images of final latents, (B, C, H, W), with what their inputs keep. Raises NonFiniteError."""
+        model, jobs, request = self._last.model, self._drawn.jobs, self._drawn.request
+        with model.codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
+            images = pixels.decode(model, latents, self.notes)
+        self._check_finite(latents, images)
+        return _kept(model, images, [job.canvas for job in jobs])
+
+    def _upscaled(self, images: Array) -> Array:
+        """Images enlarged by the upscaler, unless a second pass has drawn over what it enlarged."""
+        upscaler = self._painter.upscaler
+        if upscaler is None or self.batch.request.hires_scale:
+            return images
+        return self._last.model.array(to_values(upscaler.enlarge(coloured(to_uint8(images)))))
+
+    def _check_finite(self, latents: Array, images: Array) -> None:
+        if not (pixels.all_finite(latents) and pixels.all_finite(images)):
+            what = "sampling" if not pixels.all_finite(latents) else "decoding"
+            seeds = [job.seed for job in self.batch.jobs]
+            raise NonFiniteError(f"{what} gave non-finite numbers (seeds {seeds}). Try float32 or less guidance")
 
     def finish(self, latents: Array, output_type: str = "pil") -> Output:
         """Decode final latents and record how each picture was made. Raises NonFiniteError."""
-        model, jobs, request = self._painter.model, self.batch.jobs, self.batch.request
+        model, jobs = self._last.model, self.batch.jobs
         seeds = [job.seed for job in jobs]
         images: Any = latents
-        if output_type != "latent":
-            with model.codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
-                images = pixels.decode(model, latents, self.notes)
-        if not (pixels.all_finite(latents) and pixels.all_finite(images)):
-            what = "sampling" if not pixels.all_finite(latents) else "decoding"
-            raise NonFiniteError(f"{what} gave non-finite numbers (seeds {seeds}). Try float32 or less guidance")
-        if output_type != "latent":
-            images = _kept(model, images, [job.canvas for job in jobs])
+        if output_type == "latent":
+            self._check_finite(latents, latents)
+        else:
+            images = self._upscaled(self._images(latents))
             self.notes += _notes_on_flat(model, images, seeds)
         own = bool(self.batch.noise)
         records = [record_of(self._painter, job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
@@ -202,13 +256,26 @@ def draw(
 
 
 def draw_prompts(
-    painter: Painter, prompts: Sequence[str], *, seed: int, hints: Sequence[tuple[Hint, ...]] = (), **settings: Any
+    painter: Painter,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    hints: Sequence[tuple[Hint, ...]] = (),
+    shown: Sequence[tuple[Shown, ...]] = (),
+    images: Sequence[np.ndarray] = (),
+    **settings: Any,
 ) -> np.ndarray:
-    """A picture of each prompt with seeds that count up from `seed`, uint8 (N, H, W, C). hints: of each prompt."""
+    """A picture of each prompt with seeds that count up from `seed`, uint8 (N, H, W, C).
+
+    hints, shown: of each prompt, for the controls and the IP-Adapters. images: that each starts from, uint8 (H, W, 3).
+    """
     jobs: list[Job] = []
-    for prompt, own in zip(prompts, hints or [()] * len(prompts), strict=True):
+    nothing: list[tuple[Any, ...]] = [()] * len(prompts)
+    alone: list[Any] = [None] * len(prompts)
+    each = zip(prompts, images or alone, hints or nothing, shown or nothing, strict=True)
+    for prompt, image, own, beside in each:
         made = requested(painter, prompt, seed=seed + len(jobs), **settings)
-        jobs += jobs_of(painter.model, made, hints=own)
+        jobs += jobs_of(painter.model, made, canvas_of(painter.model, made, image), hints=own, shown=beside)
     pictures: np.ndarray = draw(painter, jobs, "uint8").images
     return pictures
 
@@ -216,7 +283,7 @@ def draw_prompts(
 def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[int, int] = (0, 1)) -> ImageMetadata:
     """The record of a picture. place: its index in its batch, and the batch's size."""
     model, card = painter.model, painter.model.card
-    height, width = job.plan.final if job.canvas is None else job.canvas.final
+    height, width = final_of(job, painter)
     return ImageMetadata(
         request=job.request.model_dump(),
         index=job.index,
@@ -231,6 +298,7 @@ def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[
         sources=tuple(painter.sources.values()),
         canvas=None if job.canvas is None else job.canvas.record(),
         hints=tuple(hint.record() for hint in job.hints),
+        image_prompts=tuple(each.record() for each in job.shown),
         runtime=model.runtime,
         device=getattr(model.place.device, "type", "cpu"),
         dtype=model.dtype,
@@ -238,5 +306,5 @@ def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[
         quantized=model.quantized,
         versions=installed_versions(model.runtime),
         batch=place,
-        own_noise=own_noise or job.embeds is not None,
+        own_noise=own_noise or job.embeds is not None or any(not each.pictures for each in job.shown),
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from latentdiff.networks.adapters.words import Words
     from latentdiff.networks.controls.controlnet import ControlNet
     from latentdiff.networks.scorer import Scorer
+    from latentdiff.networks.upscaler import Upscaler
 
 LARGEST_WEIGHT = 10.0
 
@@ -175,6 +176,24 @@ def with_refiner(painter: Painter, refiner: Model) -> Painter:
     return replace(painter, refiner=refiner).with_source("refiner", source)
 
 
+def with_cascade(painter: Painter, model: Model) -> Painter:
+    """Load one more model that enlarges. Raises ConfigError for one that does not."""
+    if model.enlarging is None:
+        raise ConfigError(f"a cascade requires models that enlarge pictures; {model.card.name} draws them")
+    painter = replace(painter, cascade=(*painter.cascade, Painter(model)))
+    return painter.with_source(
+        f"cascade {len(painter.cascade)}", Source("cascade", model.card.source or "", model.card.hash)
+    )
+
+
+def with_upscaler(painter: Painter, upscaler: Upscaler, file: Path) -> Painter:
+    """Load a network that enlarges what is drawn, or in two passes what is drawn over."""
+    upscaler = upscaler.to(painter.model.place.device)
+    return replace(painter, upscaler=upscaler).with_source(
+        "upscaler", Source("upscaler", recorded(file), sha256_of(file))
+    )
+
+
 def source_of_control(path: Path) -> Source:
     """The record of a ControlNet from the user's path."""
     from latentdiff.formats.folder import network_hash
@@ -194,6 +213,28 @@ def without_controls(painter: Painter) -> Painter:
     """Remove all ControlNets."""
     kept = {name: source for name, source in painter.sources.items() if source.kind != "controlnet"}
     return replace(painter, controls=(), sources=kept)
+
+
+def source_of_ip_adapter(file: Path, encoder: Path | None) -> Source:
+    """The record of an IP-Adapter from the user's paths."""
+    from latentdiff.formats.folder import weight_files
+
+    files = [] if encoder is None else weight_files(encoder)
+    named = None if encoder is None else recorded(encoder)
+    return Source("ip-adapter", recorded(file), sha256_of(file, *files), encoder=named)
+
+
+def with_ip_adapter(painter: Painter, adapter: Any, source: Source) -> Painter:
+    """Load one more IP-Adapter, which every picture requires something to be shown for."""
+    adapter = adapter.to(painter.model.place.device, painter.model.backbone.dtype)
+    painter = replace(painter, ip_adapters=(*painter.ip_adapters, adapter))
+    return painter.with_source(f"ip-adapter {len(painter.ip_adapters)}", source)
+
+
+def without_ip_adapters(painter: Painter) -> Painter:
+    """Remove all IP-Adapters."""
+    kept = {name: source for name, source in painter.sources.items() if source.kind != "ip-adapter"}
+    return replace(painter, ip_adapters=(), sources=kept)
 
 
 def _check_latents(painter: Painter, other: Model, what: str, *, plain: bool = True) -> None:

@@ -81,7 +81,7 @@ def guided(
     if prompts.uncond is not None:
         both = prepared(backbone, together([prompts.uncond, prompts.cond]))
         pair = guidance.once(denoiser(network, prediction, both))
-        cond, denoise = guidance.chosen(pair, 1), _classifier_free(pair, request, "guidance" in backbone.spec.reads)
+        cond, denoise = guidance.chosen(pair, 1), _by_prompt(pair, backbone, prediction, prompts, request, start)
     if request.pag_scale:
         assert isinstance(backbone, PerturbedAttention)
         other = denoiser(perturbed(backbone, beside), prediction, prepared(backbone, prompts.cond))
@@ -110,8 +110,17 @@ def _network(backbone: Backbone, extra: Array | None, every: int) -> Network:
     return reusing(backbone, extra, every)
 
 
-def _classifier_free(pair: Denoiser, request: Request, is_told: bool) -> Denoiser:
-    scale = request.cfg(is_told)
+def _by_prompt(
+    pair: Denoiser, backbone: Backbone, prediction: str, prompts: Prompted, request: Request, start: Start
+) -> Denoiser:
+    """Guidance by the prompt, and of a network that edits pictures by the picture too."""
+    told = "guidance" in backbone.spec.reads
+    if start.context is not None and not told:
+        assert prompts.uncond is not None
+        nothing = _network(backbone, 0 * start.context, request.cache_interval)
+        free = denoiser(nothing, prediction, prepared(backbone, prompts.uncond))
+        return guidance.of_text_and_image(pair, free, request.guidance_scale, request.image_guidance_scale)
+    scale = request.cfg(told)
     if not request.apg:
         return guidance.classifier_free(pair, scale)
     norm = math.inf if request.apg_norm is None else request.apg_norm

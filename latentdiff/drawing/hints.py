@@ -70,21 +70,24 @@ def controls_of(
     controls = []
     for index, (network, *own) in enumerate(zip(networks, *hints, strict=True)):
         picture: Array = put(np.concatenate([hint.sized(*size) for hint in own]))
-        start, end = _of(request.control_guidance_start, index, 0.0), _of(request.control_guidance_end, index, 1.0)
+        start, end = (
+            value_of(request.control_guidance_start, index, 0.0),
+            value_of(request.control_guidance_end, index, 1.0),
+        )
         controls.append(
             Control(
                 network,
                 picture,
-                _of(request.controlnet_conditioning_scale, index, 1.0),
+                value_of(request.controlnet_conditioning_scale, index, 1.0),
                 _times(levels, start, end),
                 request.guess_mode,
-                int(_of(request.control_mode, index, 0)),
+                int(value_of(request.control_mode, index, 0)),
             )
         )
     return controls
 
 
-def _of(values: Sequence[Any], index: int, default: Any) -> Any:
+def value_of(values: Sequence[Any], index: int, default: Any) -> Any:
     """A control's own value; one value is for all of them."""
     return default if not values else values[0] if len(values) == 1 else values[index]
 

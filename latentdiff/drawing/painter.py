@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
 from latentdiff.diffusion.path import Straight
-from latentdiff.drawing.prompts import Memory
+from latentdiff.drawing.prompts import Memory, noise_level
 from latentdiff.drawing.record import Source
-from latentdiff.drawing.request import EACH_CONTROL, Request
+from latentdiff.drawing.request import EACH_CONTROL, IMAGE_GUIDANCE, Request
 from latentdiff.model import Model
 from latentdiff.networks.protocols import DeepFeatures, PerturbedAttention
 
 if TYPE_CHECKING:
     from latentdiff.networks.scorer import Scorer
+    from latentdiff.networks.upscaler import Upscaler
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Painter:
     refiner: Model | None = None
     scorer: Scorer | None = None
     controls: tuple[Any, ...] = ()  # see networks.controls.controlled.GivesResiduals
+    ip_adapters: tuple[Any, ...] = ()  # see networks.controls.ip_adapter
+    upscaler: Upscaler | None = None
+    cascade: tuple[Painter, ...] = ()  # which enlarge the picture one after the other
     sources: Mapping[str, Source] = field(default_factory=dict)
     memory: Memory | None = None
 
@@ -70,18 +74,14 @@ def check(request: Request, painter: Painter) -> None:
     model = painter.model
     backbone = model.backbone
     prediction_of(request, model)
-    if (request.original_size or request.crop != (0, 0)) and not model.reads_sizes:
-        raise ConfigError("original_size and crop require a model that reads sizes; this one reads none")
-    if request.true_cfg_scale != 1 and not model.is_told_guidance:
-        raise ConfigError("true_cfg_scale requires a model that is told its guidance. Use guidance_scale")
-    if request.pag_scale and not (isinstance(backbone, PerturbedAttention) and backbone.perturbed_blocks):
-        raise ConfigError("pag_scale requires self-attention in the middle block, which this model does not have")
+    _check_read(request, model)
     if request.autoguidance_scale != 1 and painter.weaker is None:
         raise ConfigError("autoguidance_scale requires a weaker model (load_weaker, --weaker)")
     if painter.refiner is None and request.refiner_switch is not None:
         raise ConfigError("refiner_switch requires a refiner (load_refiner, --refiner)")
     if painter.refiner is not None and (request.pag_scale or request.autoguidance_scale != 1):
         raise ConfigError("a refiner is guided by the prompt alone: not by pag_scale or autoguidance_scale")
+    _check_enlarging(request, model)
     _check_controls(request, painter)
     if request.clip_guidance_scale and painter.scorer is None:
         raise ConfigError("clip_guidance_scale requires a CLIP (load_clip, --clip)")
@@ -89,8 +89,42 @@ def check(request: Request, painter: Painter) -> None:
         raise ConfigError("cache_interval requires a U-Net of several levels; this model has one")
 
 
+def _check_read(request: Request, model: Model) -> None:
+    """Raises ConfigError for settings of what this backbone does not read or have."""
+    backbone = model.backbone
+    if (request.original_size or request.crop != (0, 0)) and not model.reads_sizes:
+        raise ConfigError("original_size and crop require a model that reads sizes; this one reads none")
+    if request.true_cfg_scale != 1 and not model.is_told_guidance:
+        raise ConfigError("true_cfg_scale requires a model that is told its guidance. Use guidance_scale")
+    if request.image_guidance_scale != IMAGE_GUIDANCE and not model.must_edit:
+        raise ConfigError("image_guidance_scale requires a model that edits pictures, like InstructPix2Pix")
+    if request.apg and model.must_edit:
+        raise ConfigError("apg has no form for a model that is guided by a picture too")
+    if request.pag_scale and not (isinstance(backbone, PerturbedAttention) and backbone.perturbed_blocks):
+        raise ConfigError("pag_scale requires self-attention in the middle block, which this model does not have")
+
+
+def _check_enlarging(request: Request, model: Model) -> None:
+    """Raises ConfigError for settings that a model that enlarges pictures does not have, or alone has."""
+    enlarging = model.enlarging
+    if enlarging is None:
+        if request.noise_level is not None:
+            raise ConfigError("noise_level requires a model that enlarges pictures")
+        return
+    if (level := noise_level(enlarging, request)) >= enlarging.times:
+        raise ConfigError(f"noise_level must be below {enlarging.times} for this model (got {level})")
+    for name, given in {
+        "strength": request.strength is not None,
+        "hires_scale": request.hires_scale is not None,
+        "padding_mask_crop": request.padding_mask_crop is not None,
+    }.items():
+        if given:
+            raise ConfigError(f"{name} has no meaning for a model that enlarges pictures")
+
+
 def _check_controls(request: Request, painter: Painter) -> None:
     """Raises ConfigError for settings of controls that are not loaded, or that do not know the kind of picture."""
+    _check_image_prompts(request, len(painter.ip_adapters))
     count, controls = len(painter.controls), painter.controls
     for name in EACH_CONTROL:
         if (given := len(getattr(request, name))) not in (0, 1, count) or (given and not count):
@@ -112,3 +146,10 @@ def _check_controls(request: Request, painter: Painter) -> None:
             )
         if mode is not None and not mode < max(control.kinds, 1):
             raise ConfigError(f"control_mode {mode} is none of the {max(control.kinds, 1)} kinds of this ControlNet")
+
+
+def _check_image_prompts(request: Request, count: int) -> None:
+    given = len(request.ip_adapter_scale)
+    if given and (not count or given not in (1, count)):
+        loaded = f"{count} IP-Adapters are loaded" if count else "no IP-Adapter is loaded"
+        raise ConfigError(f"ip_adapter_scale has {given} values, and {loaded} (load_ip_adapter, --ip-adapter)")

@@ -2,7 +2,8 @@
 
 TextToImage    from noise
 ImageToImage   from input pictures, of which all or a masked part is drawn over
-Hires          from the previous pass' picture, enlarged
+Enlarge        from noise, beside small input pictures
+Hires          from the previous pass' picture, enlarged by Lanczos or by an upscaler
 
 With a refiner the last pass' last levels are another model's.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,19 +21,24 @@ from latentdiff.core.arrays import Array, library
 from latentdiff.core.images import coloured, to_uint8
 from latentdiff.diffusion.level import CLEAN, NoiseLevel
 from latentdiff.diffusion.parametrization import Denoiser, denoiser
+from latentdiff.diffusion.process import diffuse
 from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import Batch
 from latentdiff.drawing.canvas import HALF, Canvas, resized
 from latentdiff.drawing.guided import Helpers, guided, network_of, prepared
 from latentdiff.drawing.hints import controls_of
+from latentdiff.drawing.image_prompts import with_image_prompts
 from latentdiff.drawing.painter import Painter, prediction_of
 from latentdiff.drawing.plan import PlannedPass, Size, shortened
-from latentdiff.drawing.prompts import prompted
+from latentdiff.drawing.prompts import noise_level, prompted
 from latentdiff.drawing.request import Request
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.model import Model
 from latentdiff.networks.controls.controlled import controlled
+
+if TYPE_CHECKING:
+    from latentdiff.networks.upscaler import Upscaler
 
 REFINER_SWITCH = 0.8  # Podell et al. 2023: the refiner is trained on the last fifth of the levels
 
@@ -62,8 +68,9 @@ class Pass(Protocol):
 def passes_of(batch: Batch, painter: Painter, notes: list[str]) -> list[Pass]:
     """The passes of a batch, from its plan."""
     first, *later = batch.plan.passes
-    made: list[Pass] = [(ImageToImage if batch.canvases else TextToImage)(batch, painter.model, first, notes)]
-    return made + [Hires(batch, painter.model, planned, notes) for planned in later]
+    kind = TextToImage if not batch.canvases else ImageToImage if painter.model.enlarging is None else Enlarge
+    made: list[Pass] = [kind(batch, painter.model, first, notes)]
+    return made + [Hires(batch, painter.model, planned, notes, upscaler=painter.upscaler) for planned in later]
 
 
 def steps(batch: Batch, painter: Painter, notes: list[str]) -> Generator[Step, Array | None, None]:
@@ -71,7 +78,7 @@ def steps(batch: Batch, painter: Painter, notes: list[str]) -> Generator[Step, A
     before: Array | None = None
     passes = passes_of(batch, painter, notes)
     for each in passes:
-        draw = _draw(batch, painter.model, each.planned.size)
+        draw = _draw(batch, painter.model, painter.model.codec.shape(each.planned.size))
         start = each.start(before, draw)
         walk = partial(_walked, batch, size=each.planned.size, draw=draw)
         if painter.refiner is None or each is not passes[-1]:
@@ -82,7 +89,7 @@ def steps(batch: Batch, painter: Painter, notes: list[str]) -> Generator[Step, A
             x = yield from walk(painter, replace(start, levels=start.levels[: split + 1]), each.purpose)
             start = replace(start, x=x)
         if split < len(start.levels) - 1:
-            refining = replace(painter, model=painter.refiner, refiner=None, memory=None, controls=())
+            refining = replace(painter, model=painter.refiner, refiner=None, memory=None, controls=(), ip_adapters=())
             rest = replace(start, levels=start.levels[split:], extra=None, context=None)
             yield from walk(refining, rest, "refiner noise")
 
@@ -100,6 +107,8 @@ def _walked(
     """Walk through the levels of a start, yielding each step; returns the last latents."""
     model, request = painter.model, batch.request
     prompts = prompted(batch, model, size, painter.memory)
+    shown = [job.shown for job in batch.jobs]
+    prompts = with_image_prompts(prompts, painter.ip_adapters, shown, request, model.array)
     prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
     hints = [job.hints for job in batch.jobs]
     controls = controls_of(painter.controls, hints, request, start.levels, size, model.array)
@@ -116,8 +125,7 @@ def _walked(
             return step.x if sent is None else sent
 
 
-def _draw(batch: Batch, model: Model, size: Size) -> Draw:
-    shape = model.codec.shape(size)
+def _draw(batch: Batch, model: Model, shape: tuple[int, ...]) -> Draw:
     if batch.noise.generators is not None:
         return generated(batch.noise.generators, shape, model.array)
     return keyed(batch.jobs, shape, model.array)
@@ -175,10 +183,30 @@ class ImageToImage(_Planned):
         mask = _each(masked, lambda canvas: _latent_mask(model, canvas)) if masked else None
         fresh = self.planned.strength == 1
         start = from_latents(self.levels(), self.noise(draw), known, mask, fresh=fresh)
-        if model.inpaints and fresh:  # as diffusers starts: the network reads the kept part beside x
+        if (model.inpaints or model.edits) and fresh:  # as diffusers starts: the network reads the picture beside x
             start = replace(start, x=self.noise(draw))
-        start = replace(start, context=known) if model.edits else start
+        start = replace(start, context=_context(model, known)) if model.edits else start
         return with_extra(model, start, masked, notes=self.notes)
+
+
+@dataclass(frozen=True)
+class Enlarge(_Planned):
+    """See the module. Noise is added to the small pictures: the network learnt to mend what it finds in noisy ones."""
+
+    purpose: str = "enlarging noise"
+
+    def start(self, before: Array | None, draw: Draw) -> Start:
+        """See Pass."""
+        model, enlarging = self.model, self.model.enlarging
+        assert enlarging is not None
+        _, height, width = model.codec.shape(self.planned.size)
+        seen = np.stack([resized(canvas.pixels, height, width) for canvas in self.batch.canvases])
+        small = pixels.as_images(model, seen)
+        level = enlarging.path.level(noise_level(enlarging, self.batch.request))
+        drawn = _draw(self.batch, model, tuple(small.shape[1:]))("noise of the small picture")
+        own = self.batch.noise.latents  # a key of its own: in a cascade the small picture has grown from the other
+        x = draw("enlarged latents") if own is None else own
+        return Start(x, self.levels(), extra=diffuse(small, drawn, level))
 
 
 @dataclass(frozen=True)
@@ -186,14 +214,22 @@ class Hires(_Planned):
     """See the module."""
 
     purpose: str = "hires noise"
+    upscaler: Upscaler | None = None
 
     def start(self, before: Array | None, draw: Draw) -> Start:
         """See Pass."""
         drawn = coloured(to_uint8(pixels.decode(self.model, before, self.notes)))
+        if self.upscaler is not None:
+            drawn = self.upscaler.enlarge(drawn)
         enlarged = np.stack([resized(picture, *self.planned.size) for picture in drawn])
         known = pixels.encode(self.model, enlarged, self.notes)
         start = from_latents(self.levels(), draw("hires latents"), known)
         return with_extra(self.model, start, notes=self.notes)
+
+
+def _context(model: Model, known: Array) -> Array:
+    """What an editing backbone reads of a picture's latents."""
+    return known if model.family is None or model.family.context is None else model.family.context(model, known)
 
 
 def _latent_mask(model: Model, canvas: Canvas) -> Array:

@@ -52,9 +52,16 @@ def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
     steps = request.num_inference_steps
     if steps > model.path.T:
         raise ConfigError(f"num_inference_steps: the model has {model.path.T} (got {steps})")
+    if canvas is None and (model.must_edit or model.enlarging is not None):
+        does = "edits" if model.enlarging is None else "enlarges"
+        raise ConfigError(f"this model {does} a picture: give one (image, --image)")
     _check_levels(request, model)
     size = _first_size(request, model, canvas)
-    strength = 1.0 if canvas is None else strength_of(request, canvas.mask is not None or model.edits)
+    strength = (
+        1.0
+        if canvas is None
+        else strength_of(request, canvas.mask is not None or model.edits or model.enlarging is not None)
+    )
     passes = [PlannedPass(size, steps if canvas is None else kept_steps(steps, strength), strength)]
     if request.hires_scale is not None:
         height, width = (max(1, round(side * request.hires_scale / model.multiple)) * model.multiple for side in size)
@@ -78,8 +85,8 @@ def _check_levels(request: Request, model: Model) -> None:
 
 def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
     if canvas is not None:
-        height, width = canvas.pixels.shape[:2]
-        if min(canvas.size) < model.multiple:
+        height, width = (canvas.enlarged * side for side in canvas.pixels.shape[:2])
+        if canvas.enlarged * min(canvas.size) < model.multiple:
             size = f"{canvas.size[1]}x{canvas.size[0]} pixels, less than {model.multiple}. Enlarge it (width, height)"
             raise ConfigError(f"{canvas.names[0] or 'the image'} has {size}")
     else:
@@ -88,6 +95,8 @@ def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
     largest = model.backbone.spec.largest
     if largest is not None and max(height, width) > largest * model.codec.factor:
         raise ConfigError(f"sides must be at most {largest * model.codec.factor} for this model (got {width}x{height})")
+    if model.backbone.spec.square and height != width:
+        raise ConfigError(f"this model draws squares: give equal sides (got {width}x{height})")
     return check_size("height", height, model.multiple), check_size("width", width, model.multiple)
 
 

@@ -13,7 +13,7 @@ from latentdiff.core.vocabulary import unseen
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.plan import Size
 from latentdiff.drawing.request import Request
-from latentdiff.model import Model
+from latentdiff.model import Enlarging, Model
 from latentdiff.networks.conditions import Conditions, stacked
 from latentdiff.networks.encoders.prompt import Prompt, Style
 from latentdiff.networks.protocols import Encoder
@@ -120,9 +120,8 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
         return with_sizes(job.embeds[0], sizes)
 
     cond = stacked([of(job) for job in batch.jobs]).mapped(model.array)
-    told = model.is_told_guidance
-    if told:
-        cond = cond.joined(_guidance(model, request, len(batch)))
+    told, more = model.is_told_guidance, _of_request(model, request, len(batch))
+    cond = cond.joined(more)
     if request.cfg(told) <= 1:
         return Prompted(cond, None)
     plain = replace(style, clip_skip=None)
@@ -135,9 +134,7 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
             else with_sizes(own, sizes_of_negative)
         )
         negative.append(other)
-    uncond = stacked(negative).mapped(model.array)
-    if told:
-        uncond = uncond.joined(_guidance(model, request, len(batch)))
+    uncond = stacked(negative).mapped(model.array).joined(more)
     _check_shapes(cond, uncond)
     return Prompted(cond, uncond)
 
@@ -150,10 +147,21 @@ def _sizes(model: Model, request: Request, size: Size, score: float) -> tuple[fl
     return tuple(map(float, (*(request.original_size or size), *request.crop, *((score,) if scored else size))))
 
 
-def _guidance(model: Model, request: Request, count: int) -> dict[str, Array]:
+def _of_request(model: Model, request: Request, count: int) -> dict[str, Array]:
+    """The conditions that are numbers of the request, (B,): the guidance, and the noise of a small picture."""
     import numpy as np
 
-    return {"guidance": model.array(np.full(count, request.guidance_scale, np.float32))}
+    numbers: dict[str, float] = {}
+    if model.is_told_guidance:
+        numbers["guidance"] = request.guidance_scale
+    if model.enlarging is not None:
+        numbers["label"] = noise_level(model.enlarging, request)
+    return {name: model.array(np.full(count, number, np.float32)) for name, number in numbers.items()}
+
+
+def noise_level(enlarging: Enlarging, request: Request) -> int:
+    """The time of the noise that a small picture gets."""
+    return enlarging.usual if request.noise_level is None else request.noise_level
 
 
 def _check_shapes(cond: Conditions, uncond: Conditions) -> None:

@@ -39,19 +39,20 @@ class Source:
     path: a relative path as typed, of an absolute path only the name: pictures do not reveal folders.
     """
 
-    kind: str  # lora, merged (a lora too), embedding, weaker, refiner, clip, vae, controlnet
+    kind: str  # lora, merged (a lora too), embedding, or the name of what is loaded beside the model
     path: str
     sha256: str
     weight: float = 1.0
     word: str | None = None  # the name of an embedding, if not its own
+    encoder: str | None = None  # the path of an IP-Adapter's image encoder, like `path`
 
 
 @dataclass(frozen=True)
 class ImageMetadata:
     """One picture's record. `request` is the call's, with defaults; `seed` and `index` belong to this picture.
 
-    steps: the steps of each pass. canvas: the input picture. hints: the pictures of the controls. batch: its index in
-    its batch, and the batch's size.
+    steps: the steps of each pass. canvas: the input picture. hints: the pictures of the controls. image_prompts: the
+    pictures and masks of each IP-Adapter. batch: its index in its batch, and the batch's size.
     own_noise: whether noise or conditions were the caller's own, and not those of seed and prompt.
     """
 
@@ -72,6 +73,7 @@ class ImageMetadata:
     sources: tuple[Source, ...] = ()
     canvas: dict[str, Any] | None = None
     hints: tuple[dict[str, Any], ...] = ()
+    image_prompts: tuple[dict[str, Any], ...] = ()
     batch: tuple[int, int] = (0, 1)
     own_noise: bool = False
     speed: str = "exact"

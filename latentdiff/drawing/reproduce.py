@@ -25,6 +25,7 @@ from latentdiff.drawing.canvas import BLACK, Margins
 from latentdiff.drawing.draw import Drawing, canvas_of
 from latentdiff.drawing.files import encoded, open_picture
 from latentdiff.drawing.hints import Hint, hints_of
+from latentdiff.drawing.image_prompts import LARGEST_NUMBER, Shown
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.plan import plan
 from latentdiff.drawing.record import VERSION, installed_versions, read_metadata
@@ -45,8 +46,11 @@ class Opened(Protocol):
     def load_clip(self, directory: Path | None = None) -> None: ...  # noqa: D102
     def load_weaker(self, path: Path) -> None: ...  # noqa: D102
     def load_refiner(self, path: Path) -> None: ...  # noqa: D102
+    def load_cascade(self, path: Path) -> None: ...  # noqa: D102
+    def load_upscaler(self, path: Path) -> None: ...  # noqa: D102
     def load_vae(self, path: Path) -> None: ...  # noqa: D102
     def load_controlnet(self, path: Path) -> None: ...  # noqa: D102
+    def load_ip_adapter(self, path: Path, *, image_encoder_folder: Path | None) -> None: ...  # noqa: D102
     def load_textual_inversion(self, path: Path, token: str | None = None) -> Any: ...  # noqa: D102
     def load_lora_weights(self, path: Path, *, weight: float, fuse: bool) -> Any: ...  # noqa: D102
 
@@ -58,11 +62,24 @@ class _Data(BaseModel):
 class SourceRecord(_Data):
     """See record.Source."""
 
-    kind: Literal["lora", "merged", "embedding", "weaker", "refiner", "clip", "vae", "controlnet"]
+    kind: Literal[
+        "lora",
+        "merged",
+        "embedding",
+        "weaker",
+        "refiner",
+        "cascade",
+        "upscaler",
+        "clip",
+        "vae",
+        "controlnet",
+        "ip-adapter",
+    ]
     path: Name
     sha256: Hash
     weight: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
     word: Annotated[str, Field(max_length=200)] | None = None
+    encoder: Name | None = None
 
 
 class CanvasRecord(_Data):
@@ -80,6 +97,13 @@ class HintRecord(_Data):
     image: Name | None
     annotator: Annotated[str, Field(pattern=r"^[a-z]{1,20}$")] | None = None
     sha256: Hash
+
+
+class ShownRecord(_Data):
+    """See drawing.image_prompts.Shown.record."""
+
+    pictures: tuple[HintRecord, ...] = Field(max_length=LARGEST_NUMBER)
+    masks: tuple[HintRecord, ...] = Field((), max_length=LARGEST_NUMBER)
 
 
 class Record(_Data):
@@ -102,6 +126,7 @@ class Record(_Data):
     sources: tuple[SourceRecord, ...] = Field((), max_length=100)
     canvas: CanvasRecord | None = None
     hints: tuple[HintRecord, ...] = Field((), max_length=20)
+    image_prompts: tuple[ShownRecord, ...] = Field((), max_length=20)
     batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)
     own_noise: bool = False
     speed: Literal["exact", "fast", "max"] = "exact"
@@ -224,20 +249,24 @@ def _model(record: Record, named: str | Path | None) -> str | Path | None:
 
 
 def _load(pipe: Opened, source: SourceRecord, places: Sequence[Path]) -> None:
+    of_a_path: dict[str, Callable[[Path], None]] = {
+        "clip": pipe.load_clip,
+        "weaker": pipe.load_weaker,
+        "refiner": pipe.load_refiner,
+        "cascade": pipe.load_cascade,
+        "upscaler": pipe.load_upscaler,
+        "vae": pipe.load_vae,
+        "controlnet": pipe.load_controlnet,
+    }
     if source.kind == "clip" and not source.path:
         pipe.load_clip()
     else:
         path = file_named(source.path, places)
-        if source.kind == "clip":
-            pipe.load_clip(path)
-        elif source.kind == "weaker":
-            pipe.load_weaker(path)
-        elif source.kind == "refiner":
-            pipe.load_refiner(path)
-        elif source.kind == "vae":
-            pipe.load_vae(path)
-        elif source.kind == "controlnet":
-            pipe.load_controlnet(path)
+        if source.kind in of_a_path:
+            of_a_path[source.kind](path)
+        elif source.kind == "ip-adapter":
+            encoder = None if source.encoder is None else file_named(source.encoder, places)
+            pipe.load_ip_adapter(path, image_encoder_folder=encoder)
         elif source.kind == "embedding":
             pipe.load_textual_inversion(path, source.word)
         else:
@@ -280,14 +309,19 @@ def _draw_again(pipe: Opened, record: Record, places: Sequence[Path]) -> Any:
     painter = pipe.painter
     canvas = None if record.canvas is None else _canvas(painter, request, record.canvas, places)
     place, size = record.batch
-    hints = tuple(_hint(hint, places) for hint in record.hints)
-    job = Job(request, record.index, plan(request, painter.model, canvas), canvas, hints=hints)
+    hints = _hints(record.hints, places)
+    shown = tuple(Shown(_hints(own.pictures, places), _hints(own.masks, places)) for own in record.image_prompts)
+    job = Job(request, record.index, plan(request, painter.model, canvas), canvas, hints=hints, shown=shown)
     return Drawing(painter, Batch([job] * size)).drawn().images[place]
+
+
+def _hints(records: Sequence[HintRecord], places: Sequence[Path]) -> tuple[Hint, ...]:
+    return tuple(_hint(record, places) for record in records)
 
 
 def _hint(record: HintRecord, places: Sequence[Path]) -> Hint:
     if record.image is None:
-        raise ConfigError("the record does not name the picture of its control")
+        raise ConfigError("the record does not name the picture of a control or of an image prompt")
     (hint,) = hints_of(open_picture(file_named(record.image, places)), 1, [record.image], record.annotator)
     if hint.record()["sha256"] != record.sha256:
         raise DataError(f"{record.image} is another picture now")

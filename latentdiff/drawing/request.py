@@ -20,6 +20,7 @@ from latentdiff.settings.validation import Fault, did_you_mean, first_fault, one
 LONGEST_PROMPT = 10_000  # characters
 LARGEST_BATCH = 1024
 LONGEST = 2048  # pixels of a side
+IMAGE_GUIDANCE = 1.5  # of InstructPix2Pix
 _OTHER_NAMES = {  # of other tools, and of our command line
     "steps": "num_inference_steps",
     "cfg": "guidance_scale",
@@ -91,6 +92,9 @@ class Request(BaseModel):
     true_cfg_scale: Finite = Field(
         1.0, ge=0, le=100, description="classifier-free guidance of a model that is told its guidance_scale"
     )
+    image_guidance_scale: Finite = Field(
+        IMAGE_GUIDANCE, ge=1, le=100, description="guidance by the picture of models that edit (Brooks et al. 2023)"
+    )
     guidance_rescale: Fraction = Field(0.0, description="restores the unguided contrast (Lin et al. 2023)")
     guidance_renorm: bool = Field(False, description="keeps the length of each token of the network's output")
     guidance_interval: tuple[Finite, Finite] | None = Field(
@@ -122,6 +126,9 @@ class Request(BaseModel):
     control_mode: tuple[Annotated[int, Field(ge=0, le=100)], ...] = Field(
         (), max_length=20, description="the kind of each control's picture, for ControlNets that know several"
     )
+    ip_adapter_scale: tuple[Finite | dict[str, Any], ...] = Field(
+        (), max_length=20, description="how strongly each image prompt acts, in all blocks or by block; none: 1"
+    )
     guess_mode: bool = Field(False, description="controls act on the prompt alone, less on finer levels")
 
     cache_interval: int = Field(
@@ -131,6 +138,9 @@ class Request(BaseModel):
     # where sampling starts and ends
     strength: Fraction | None = Field(
         None, description="share of the noise that an input picture gets; none: 0.8, with a mask 1"
+    )
+    noise_level: int | None = Field(
+        None, ge=0, le=1000, description="time of the noise that a small picture gets before it is enlarged"
     )
     mask_blur: Finite = Field(0.0, ge=0, le=256, description="pixels: softens the edge of a mask, or of outpainting")
     padding_mask_crop: int | None = Field(
@@ -219,7 +229,7 @@ def request(**fields: Any) -> Request:
             raise ConfigError(f"{name} must be a list of numbers (got {str(fields[name])[:40]!r})")
     if fields.get("sigmas") and fields["sigmas"][-1] == 0:
         fields["sigmas"] = fields["sigmas"][:-1]  # diffusers' lists end at 0, which every walk does
-    for name in EACH_CONTROL:
+    for name in (*EACH_CONTROL, "ip_adapter_scale"):
         if name in fields and not isinstance(fields[name], tuple):
             fields[name] = (fields[name],)
     _read_a1111(fields)

@@ -11,6 +11,7 @@ from typing import Any
 
 from latentdiff.core.errors import ModelError, UnsafeError
 from latentdiff.families import (
+    dit,
     flux,
     flux_2,
     own,
@@ -18,12 +19,24 @@ from latentdiff.families import (
     stable_diffusion,
     stable_diffusion_3,
     stable_diffusion_xl,
+    upscaler,
     z_image,
 )
 from latentdiff.formats import folder
 from latentdiff.model import Family
 
-_MODULES = (own, stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, flux_2, z_image, qwen_image)
+_MODULES = (
+    own,
+    stable_diffusion,
+    stable_diffusion_xl,
+    upscaler,
+    dit,
+    stable_diffusion_3,
+    flux,
+    flux_2,
+    z_image,
+    qwen_image,
+)
 FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in _MODULES)
 
 

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.core.errors import ConfigError, raised_as
 from latentdiff.diffusion.path import Path, Straight, schedule_named
 from latentdiff.diffusion.times import Times
-from latentdiff.families import stable_diffusion
-from latentdiff.model import Family, Model, ModelCard
+from latentdiff.families import dit, stable_diffusion, upscaler
+from latentdiff.model import Enlarging, Family, Model, ModelCard
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from latentdiff.networks.backbones.dit import DiT
     from latentdiff.networks.backbones.unet import UNet
     from latentdiff.networks.clip import Clip
     from latentdiff.networks.codecs.autoencoder import Autoencoder
     from latentdiff.networks.codecs.identity import IdentityCodec
+    from latentdiff.networks.encoders.class_labels import ClassLabels
     from latentdiff.networks.encoders.clip import TextEncoder, Tokenizer
     from latentdiff.settings.config import Config, Learning
 
@@ -139,7 +141,27 @@ def new_unet(config: Config, channels: int, side: int) -> UNet:
         num_heads=settings.num_heads,
         norm_num_groups=settings.norm_num_groups,
         pooled_text=settings.pooled_text,
+        beside=image_channels(config) if settings.enlarging.scale > 1 else 0,
+        classes=settings.schedule.num_train_timesteps if settings.enlarging.scale > 1 else None,
     )
+
+
+def new_enlarging(config: Config) -> Enlarging | None:
+    """How the config's model enlarges; None if it draws. The small picture is noised along the config's schedule."""
+    settings, schedule = config.denoiser.enlarging, config.denoiser.schedule
+    if settings.scale == 1:
+        return None
+    path = schedule_named(schedule.kind, schedule.num_train_timesteps)
+    return Enlarging(settings.scale, path, settings.times, usual=min(20, settings.times - 1))
+
+
+def new_backbone(config: Config, channels: int, side: int, classes: int) -> UNet | DiT:
+    """The network of the config with random weights, for latents (channels, side, side); see `new_unet`."""
+    if config.reads_texts:
+        return new_unet(config, channels, side)
+    from latentdiff.networks.backbones.dit import DiT
+
+    return DiT.create(sample_size=side, channels=channels, classes=classes, **config.denoiser.dit.model_dump())
 
 
 def new_path(config: Config) -> Path:
@@ -156,16 +178,19 @@ def times_of(learning: Learning, path: Path) -> Times:
     return Times(path, learning.times, learning.logit_mean, learning.logit_std)
 
 
-def new_model(config: Config, codec: AnyCodec, text_encoder: TextEncoder, unet: UNet) -> Model:
+def new_model(config: Config, codec: AnyCodec, text_encoder: TextEncoder | ClassLabels, backbone: UNet | DiT) -> Model:
     """The model of trained networks, with the config's name, size and recommended settings."""
     size = (config.image_size, config.image_size)
     card = ModelCard(name=config.name, size=size, defaults=config.recommended.model_dump())
-    networks: Any = (unet.eval(), text_encoder.eval(), codec)
+    networks: Any = (backbone.eval(), text_encoder.eval(), codec)
     path, prediction = new_path(config), config.denoiser.prediction
-    model = stable_diffusion.assembled(
-        *networks, path=path, prediction=prediction, card=card, where=FilePath(config.name)
-    )
-    return replace(model, family=FAMILY)
+    if not config.reads_texts:
+        names = list(networks[1].names)
+        return dit.assembled(networks[0], names, codec, path, prediction, card, FilePath(config.name))
+    enlarging = new_enlarging(config)
+    facts: dict[str, Any] = {"path": path, "prediction": prediction, "card": card, "where": FilePath(config.name)}
+    model = stable_diffusion.assembled(*networks, **facts, enlarging=enlarging)
+    return replace(model, family=FAMILY if enlarging is None else upscaler.FAMILY)
 
 
 def check_networks(config: Config) -> None:
@@ -184,16 +209,23 @@ def check_networks(config: Config) -> None:
             if side % codec.factor or crop % codec.factor:
                 raise ConfigError(f"image_size and autoencoder.crop must be multiples of {codec.factor}")
             codec.decode(codec.encode(torch.zeros(1, image_channels(config), crop, crop))[0])
-        with _described("clip"):
-            new_clip(config)(torch.zeros(2, 3, side, side), torch.zeros(2, config.clip.max_length, dtype=torch.long))
+        if config.reads_texts:
+            with _described("clip"):
+                ids = torch.zeros(2, config.clip.max_length, dtype=torch.long)
+                new_clip(config)(torch.zeros(2, 3, side, side), ids)
         with _described("denoiser"):
             latents = torch.zeros(1, codec.latent_channels, side // codec.factor, side // codec.factor)
-            unet = new_unet(config, latents.shape[1], latents.shape[2])
+            backbone = new_backbone(config, latents.shape[1], latents.shape[2], 1)
+            if latents.shape[2] % backbone.spec.multiple:
+                raise ConfigError(f"denoiser.dit.patch_size must divide {latents.shape[2]} latents")
             step = config.data.pictures.bucket_step
-            if step and step % codec.factor:
-                raise ConfigError(f"data.pictures.bucket_step must be a multiple of {codec.factor} (got {step})")
+            if step and (step % codec.factor or backbone.spec.square):
+                most = f"a multiple of {codec.factor}" if not backbone.spec.square else "unset: a dit draws squares"
+                raise ConfigError(f"data.pictures.bucket_step must be {most} (got {step})")
             tokens = torch.zeros(1, config.clip.max_length, config.clip.text_width)
-            unet(latents, 0, Conditions({"tokens": tokens}))
+            arrays = {"tokens": tokens, "label": torch.zeros(1)}
+            x = torch.zeros(1, backbone.spec.inputs, *latents.shape[2:])
+            backbone(x, 0, Conditions({name: arrays[name] for name in backbone.spec.reads}))
 
 
 def _described(section: str) -> AbstractContextManager[None]:

@@ -72,6 +72,13 @@ def read_json_as(model: type[Data], path: FilePath) -> Data:
         ) from None
 
 
+def read_path(file: FilePath) -> VariancePreserving:
+    """The noise levels of a scheduler config. Raises ModelError."""
+    config = read_json_as(_Config, file)
+    with raised_as(ModelError, f"no noise schedule ({file})"):
+        return _variance_preserving(config, file)
+
+
 def read_scheduler(directory: FilePath) -> Scheduler:
     """The scheduler config of a model folder. Raises ModelError."""
     path = directory / FILE

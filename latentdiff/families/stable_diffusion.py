@@ -12,9 +12,10 @@ from typing import Any
 from latentdiff.core.errors import ModelError
 from latentdiff.families.card import model_card
 from latentdiff.families.scheduler import read_scheduler
-from latentdiff.model import Family, Model, TorchPlace
+from latentdiff.model import Enlarging, Family, Model, TorchPlace
 
 TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
+EDIT = "StableDiffusionInstructPix2PixPipeline"
 _TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
 PARTS: Mapping[str, frozenset[str]] = {
     "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
@@ -34,7 +35,12 @@ def load(directory: Path, variant: str | None) -> Model:
     return replace(read(directory, variant), family=FAMILY)
 
 
-def read(directory: Path, variant: str | None, defaults: Mapping[str, Any] = MappingProxyType({})) -> Model:
+def read(
+    directory: Path,
+    variant: str | None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    enlarging: Enlarging | None = None,
+) -> Model:
     """The networks of a checked folder as a model whose family is not set yet."""
     from latentdiff.families.weights import load_codec, load_text_encoders, load_unet
 
@@ -42,23 +48,46 @@ def read(directory: Path, variant: str | None, defaults: Mapping[str, Any] = Map
     codec, texts = load_codec(directory, variant), load_text_encoders(directory, variant)
     unet = load_unet(directory, variant)
     card = model_card(directory, path.T, variant, defaults)
-    return assembled(unet, texts, codec, path=path, prediction=prediction, card=card, where=directory)
+    facts: dict[str, Any] = {
+        "path": path,
+        "prediction": prediction,
+        "card": card,
+        "where": directory,
+        "enlarging": enlarging,
+    }
+    return assembled(unet, texts, codec, **facts)
 
 
-def assembled(unet: Any, texts: Any, codec: Any, *, path: Any, prediction: str, card: Any, where: Path) -> Model:
+def assembled(
+    unet: Any,
+    texts: Any,
+    codec: Any,
+    *,
+    path: Any,
+    prediction: str,
+    card: Any,
+    where: Path,
+    enlarging: Enlarging | None = None,
+) -> Model:
     """A model without a family, from networks. Raises ModelError if they do not fit together."""
     from latentdiff.networks.encoders.second_clip import SecondTextEncoder
     from latentdiff.networks.encoders.two_clips import TwoTextEncoders
 
     latents, inputs = codec.latent_channels, unet.spec.inputs
-    if inputs not in (latents, 2 * latents + 1):
-        raise ModelError(f"a U-Net that reads {inputs} channels does not fit latents of {latents} ({where})")
     sized = isinstance(texts, TwoTextEncoders | SecondTextEncoder)
+    if (enlarging is not None) != ("label" in unet.spec.reads):
+        raise ModelError(f"a U-Net that reads classes enlarges pictures, and no other does ({where})")
+    if enlarging is not None:
+        if inputs != latents + codec.image_channels:
+            raise ModelError(f"a U-Net that enlarges must read {latents} + {codec.image_channels} channels ({where})")
+    elif inputs not in (latents, 2 * latents + 1) and (sized or inputs != 2 * latents):
+        raise ModelError(f"a U-Net that reads {inputs} channels does not fit latents of {latents} ({where})")
     if ("sizes" in unet.spec.reads) != sized:
         raise ModelError(f"a U-Net of SDXL requires two text encoders, others require one ({where})")
     _check_widths(unet, texts, where)
     parts = parts_of(unet, texts, codec)
-    return Model(unet, texts, codec, path, prediction, card, TorchPlace("cpu"), parts=parts)
+    place = TorchPlace("cpu")
+    return Model(unet, texts, codec, path, prediction, card, place, parts=parts, enlarging=enlarging)
 
 
 def _check_widths(unet: Any, texts: Any, where: Path) -> None:
@@ -96,7 +125,7 @@ def save_transformer(model: Model, directory: Path) -> None:
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
     return {
-        "_class_name": f"StableDiffusion{'Inpaint' if model.inpaints else ''}Pipeline",
+        "_class_name": EDIT if model.edits else f"StableDiffusion{'Inpaint' if model.inpaints else ''}Pipeline",
         **shared_index(model),
         "safety_checker": [None, None],
         "requires_safety_checker": False,
@@ -118,6 +147,12 @@ def shared_index(model: Model) -> dict[str, Any]:
     }
 
 
+def unscaled(model: Model, latents: Any) -> Any:
+    """See Family.context: InstructPix2Pix reads latents as the VAE gives them, without their scale."""
+    codec: Any = model.codec
+    return latents / codec.scale
+
+
 def architecture(model: Model) -> str:
     """See Family: the version, by the width of its text encoder; models trained here have widths of their own."""
     second = "v2-768-v" if model.prediction == "v_prediction" else "v2-512"
@@ -127,11 +162,12 @@ def architecture(model: Model) -> str:
 
 FAMILY = Family(
     "Stable Diffusion",
-    frozenset(f"StableDiffusion{task}" for task in TASKS),
+    frozenset(f"StableDiffusion{task}" for task in TASKS) | {EDIT},
     PARTS,
     frozenset({"vae"}),
     load,
     save,
     index,
     architecture=architecture,
+    context=unscaled,
 )

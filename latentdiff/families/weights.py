@@ -32,6 +32,7 @@ from latentdiff.networks.codecs.qwen_image import QwenImageAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.controls.controlnet import ControlNet
+from latentdiff.networks.controls.ip_adapter import ImageEncoder
 from latentdiff.networks.controls.t2i_adapter import T2IAdapter
 from latentdiff.networks.encoders.chat import ChatText
 from latentdiff.networks.encoders.clip import END, START, TextEncoder
@@ -84,9 +85,10 @@ def codec_of(vae: Any) -> Autoencoder | None:
 
 
 def _identity(directory: Path) -> IdentityCodec:
-    channels = read_json(directory / "unet" / "config.json").get("in_channels")
+    part = "unet" if (directory / "unet").is_dir() else "transformer"
+    channels = read_json(directory / part / "config.json").get("in_channels")
     if channels not in (1, 3):
-        raise ModelError(f"a U-Net of {channels} channels requires a vae, and there is none ({directory})")
+        raise ModelError(f"a {part} of {channels} channels requires a vae, and there is none ({directory})")
     return IdentityCodec(channels)
 
 
@@ -339,6 +341,9 @@ def parameters_of(network: Any, config: str, wrapper: Any = None) -> int:
             _run_codec(wrapper(skeleton))
         elif issubclass(wrapper, ControlNet):
             _run_control(wrapper(skeleton))
+        elif issubclass(wrapper, ImageEncoder):
+            side = skeleton.config.image_size
+            skeleton(torch.zeros(1, 3, side, side))
         elif issubclass(wrapper, T2IAdapter):
             hint = torch.zeros(1, 3, 64, 64)
             wrapper(skeleton).residuals(hint, 0.0, Conditions({}), hint, scale=1.0, guess=False, kind=0)
@@ -363,8 +368,8 @@ def _run_backbone(backbone: Any) -> None:
     spec, levels = backbone.spec, getattr(backbone.model.config, "block_out_channels", None)
     side = 2 ** len(levels) if levels else 2 * spec.multiple
     conditions = {name: torch.zeros(1, *(length or 3 for length in shape)) for name, shape in spec.reads.items()}
-    if getattr(backbone.model, "class_embedding", None) is not None:
-        raise ValueError("it reads classes, which no text encoder gives")
+    if getattr(backbone.model, "class_embedding", None) is not None and "label" not in spec.reads:
+        raise ValueError("it reads classes in a form that is not known")
     backbone(torch.zeros(1, spec.inputs, side, side), torch.zeros(1), Conditions(conditions))
 
 

@@ -20,7 +20,13 @@ from latentdiff.core.files import sha256_of
 from latentdiff.formats import gguf_file
 from latentdiff.formats.pickle import is_pickle, named_safetensors
 
-_UNREAD = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}  # of the first, the config alone
+_UNREAD = {
+    "scheduler",
+    "low_res_scheduler",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+}
 _MODULES = {"diffusers", "transformers", "stable_diffusion", None}
 NETWORKS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
 _NO_SIZE = 128  # latents of a side of a transformer whose config has no size
@@ -75,11 +81,13 @@ def check_network(path: Path, part: str, classes: Set[str]) -> Path:
     Raises ModelError, UnsafeError.
     """
     folder = (path / part if (path / "model_index.json").is_file() else path).resolve()
-    what = part.upper()
+    what = part.replace("_", " ") if "_" in part else part.upper()
     if not (folder / "config.json").is_file():
         raise ModelError(f"no {what} ({path}). Give a folder with its config.json and safetensors weights")
     _check_contents(folder, of_model=False)
-    name = read_json(folder / "config.json").get("_class_name")
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures")  # of transformers
+    name = config.get("_class_name", architectures[0] if isinstance(architectures, list) and architectures else None)
     if not isinstance(name, str) or name not in classes:
         raise UnsafeError(f"a {what} of unknown class {str(name)[:60]} ({path}). Known: {', '.join(sorted(classes))}")
     return folder

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from latentdiff.core.errors import ModelError
 from latentdiff.core.files import let_others_read
 
 VOCABULARY = 49408  # of CLIP
@@ -116,10 +118,7 @@ def contrastive_loss(process: int = 0, processes: int = 1) -> ClipLoss:
 
 @torch.no_grad()
 def text_model_of(clip: Clip) -> CLIPTextModel:
-    """The text tower in transformers' format: the same weights under its names, last hidden states after ln_final.
-
-    open_clip stores the query, key and value projections as one matrix.
-    """
+    """The text tower in transformers' format: the same weights under its names, last hidden states after ln_final."""
     state = clip.towers.state_dict()
     text = clip.config["text_cfg"]
     model = CLIPTextModel(
@@ -143,7 +142,55 @@ def text_model_of(clip: Clip) -> CLIPTextModel:
         "final_layer_norm.weight": state["ln_final.weight"],
         "final_layer_norm.bias": state["ln_final.bias"],
     }
-    for layer in range(text["layers"]):
+    model.load_state_dict(renamed | _layers(state, text["layers"]))
+    return model.eval()
+
+
+@torch.no_grad()
+def image_model_of(clip: Clip) -> CLIPVisionModelWithProjection:
+    """The image tower in transformers' format, for pictures as CLIPImageProcessor normalises them.
+
+    This tower reads pixels in [-1, 1], y = 2 (deviation x + mean) - 1 of the processor's x. The patches are a linear
+    map, so the factor joins its weights and the rest the embeddings of positions. Raises ModelError for a tower that is
+    no vision transformer with a class token.
+    """
+    state = {name.removeprefix("visual."): t for name, t in clip.towers.state_dict().items() if "visual." in name}
+    vision = clip.config["vision_cfg"]
+    if "class_embedding" not in state or "ln_pre.weight" not in state or clip.config.get("quick_gelu"):
+        raise ModelError("this CLIP's image tower has no form in transformers. Give another image encoder")
+    model = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=vision["width"],
+            intermediate_size=int(vision["width"] * vision["mlp_ratio"]),
+            projection_dim=clip.config["embed_dim"],
+            num_hidden_layers=vision["layers"],
+            num_attention_heads=vision["width"] // vision["head_width"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            hidden_act="gelu",
+        )
+    )
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    patches, places = state["conv1.weight"], state["positional_embedding"].clone()
+    places[1:] += (patches * (2 * mean - 1)).sum((1, 2, 3))
+    renamed = {
+        "embeddings.class_embedding": state["class_embedding"],
+        "embeddings.patch_embedding.weight": patches * 2 * deviation,
+        "embeddings.position_embedding.weight": places,
+        "visual_projection.weight": state["proj"].T,
+    }
+    for theirs, ours in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+        renamed |= {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    renamed |= _layers(state, vision["layers"])
+    prefix = "" if "pre_layrnorm.weight" in model.state_dict() else "vision_model."
+    model.load_state_dict({n if n.startswith("visual_p") else prefix + n: t for n, t in renamed.items()})
+    return model.eval()
+
+
+def _layers(state: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The layers of a tower under transformers' names; open_clip stores query, key and value as one matrix."""
+    renamed = {}
+    for layer in range(count):
         source, target = f"transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
         for kind in ("weight", "bias"):
             parts = state[f"{source}attn.in_proj_{kind}"].chunk(3)
@@ -151,8 +198,7 @@ def text_model_of(clip: Clip) -> CLIPTextModel:
                 renamed[f"{target}self_attn.{name}_proj.{kind}"] = part
             for theirs, ours in _LAYER_NAMES.items():
                 renamed[f"{target}{ours}.{kind}"] = state[f"{source}{theirs}.{kind}"]
-    model.load_state_dict(renamed)
-    return model.eval()
+    return renamed
 
 
 _LAYER_NAMES = {

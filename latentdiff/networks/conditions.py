@@ -10,16 +10,20 @@ Only encoders and backbones know the names. Those in use:
     guidance (B,)        the guidance that a distilled backbone is told
     label    (B,)        a class, whole numbers
     ids      (B, L)      token ids for an encoder in the same module; (B, 2, L) for two encoders
+    beside   (B, C, h, w) what a backbone reads in further channels of x, in training
     hint     (B, C, H, W) the picture that a control reads in training, in [0, 1]
     residual_00, ...     (B, C, h, w), what a control adds to each skip connection; the last to the middle
     feature_00, ...      (B, C, h, w), what a control adds within each level
+    features             (B, N, ...), of N pictures, from which an image prompt is made in training
+    image_00_00, ...     (B, 2, L, C), of each image prompt keys and values for each cross-attention
+    image_00_mask        (B, H, W) in [0, 1], where an image prompt acts; without one everywhere
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latentdiff.core.arrays import Array, library
 
@@ -28,12 +32,26 @@ if TYPE_CHECKING:
 
 EXACT = ("sizes", "guidance", "label", "ids", "mask")  # keep their precision when a network computes in another
 RESIDUAL, FEATURE = "residual_", "feature_"
-HINT = "hint"
+HINT, FEATURES, BESIDE = "hint", "features", "beside"
+_IMAGE, _MASK = "image_", "mask"
 
 
 def added(arrays: Sequence[Array], kind: str = RESIDUAL) -> dict[str, Array]:
     """What a control adds, RESIDUAL or FEATURE, by name."""
     return {f"{kind}{index:02}": array for index, array in enumerate(arrays)}
+
+
+def image_prompt(number: int, heads: Sequence[Array], mask: Array | None = None) -> dict[str, Array]:
+    """The keys and values of an image prompt, and its mask, by name."""
+    arrays = {f"{_IMAGE}{number:02}_{layer:02}": array for layer, array in enumerate(heads)}
+    return arrays if mask is None else arrays | {f"{_IMAGE}{number:02}_{_MASK}": mask}
+
+
+class ImagePrompt(NamedTuple):
+    """The keys and values (B, 2, L, C) of an image prompt for each cross-attention, and where it acts (B, H, W)."""
+
+    heads: list[Array]
+    mask: Array | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,16 @@ class Conditions:
     def added(self, kind: str) -> list[Array]:
         """What controls add, RESIDUAL or FEATURE, in order; empty without controls."""
         return [array for name, array in sorted(self.arrays.items()) if name.startswith(kind)]
+
+    @property
+    def image_prompts(self) -> list[ImagePrompt]:
+        """The image prompts, in order."""
+        found: dict[str, dict[str, Array]] = {}
+        for name, array in sorted(self.arrays.items()):
+            if name.startswith(_IMAGE):
+                number, _, rest = name.removeprefix(_IMAGE).partition("_")
+                found.setdefault(number, {})[rest] = array
+        return [ImagePrompt([a for n, a in own.items() if n != _MASK], own.get(_MASK)) for own in found.values()]
 
     def get(self, name: str) -> Array | None:
         """The array of that name, or None."""

@@ -202,6 +202,7 @@ def _compiled(
         ready=ready,
         speed="exact" if precise == "float32" else "max",
         quantized=quantize,
+        enlarging=family.enlarging(source.path),
     )
 
 

@@ -105,10 +105,10 @@ def _written(networks: Sequence[tuple[Any, tuple[str, ...]]], record: dict[str, 
 
 def _networks(model: Model) -> list[tuple[Any, tuple[str, ...]]]:
     """All networks, text encoders with the names of their parts. Raises ConfigError unless all can be traced."""
-    texts: Mapping[str, Any] = getattr(model.encoder, "texts", {})
+    texts: Mapping[str, Any] | None = getattr(model.encoder, "texts", None)
     networks: list[tuple[Any, tuple[str, ...]]] = [(model.backbone, ()), (model.codec, ())]
-    networks[1:1] = [(text, (part,)) for part, text in texts.items()]
-    if not (texts and all(hasattr(network, "traced") for network, _ in networks)):
+    networks[1:1] = [(text, (part,)) for part, text in (texts or {}).items()]
+    if texts is None or not all(hasattr(network, "traced") for network, _ in networks):
         raise ConfigError("the networks of this model have no form that OpenVINO's tracer can follow")
     return networks
 

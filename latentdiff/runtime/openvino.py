@@ -31,7 +31,7 @@ class CompiledBackbone:
         self._compiler, self.dtype, self.record = compiler, compiler.precision, record
         reads = {name: tuple(shape) for name, shape in record["reads"].items()}
         inputs, outputs, multiple = (int(record[name]) for name in ("inputs", "outputs", "multiple"))
-        self.spec = Spec(inputs, outputs, multiple, reads, record.get("largest"))
+        self.spec = Spec(inputs, outputs, multiple, reads, record.get("largest"), bool(record.get("square")))
         self.deep_levels = int(record["deep_levels"])
 
     def begin(self, rows: int, size: tuple[int, ...], tokens: int, *, deep: bool) -> None:
@@ -126,6 +126,7 @@ class CompiledAutoencoder:
         self._compiler, self.dtype = compiler, compiler.precision
         self.factor, self.latent_channels = int(record["factor"]), int(record["latent_channels"])
         self.image_channels, self._slices, self._turn = int(record["image_channels"]), False, Turn()
+        self.scale = float(record.get("scale", 1.0))
 
     def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """See Codec."""

@@ -17,6 +17,7 @@ from latentdiff.networks.encoders.reading import (
     PLAIN,
     Chat,
     ChatReading,
+    ClassReading,
     ClipAndT5Reading,
     SecondReading,
     T5Reading,
@@ -166,6 +167,7 @@ class CompiledChat(_Text, ChatReading):
 
 _KINDS: dict[str, Any] = {"clip": CompiledClip, "t5": CompiledT5, "chat": CompiledChat}
 _READINGS: dict[str, Any] = {
+    "classes": ClassReading,
     "two": TwoReading,
     "second": SecondReading,
     "clip_and_t5": ClipAndT5Reading,

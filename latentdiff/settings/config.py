@@ -84,8 +84,8 @@ class Pictures(Section):
     """A data set of the user's own: its place, what is read from it, and how a picture becomes a sample."""
 
     source: str = Field("", description="a folder, shards-{000..099}.tar, .parquet files, or a hub id")
-    layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "shards", "table"] = Field(
-        "auto", description="where captions are; auto finds out"
+    layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "classes", "shards", "table"] = Field(
+        "auto", description="where captions are; auto finds out; classes: the names of folders"
     )
     split: str = Field("train", description="the split of a table or of folders named train, test, ...")
     image_column: str | None = Field(None, description="a table's column of pictures (default: image)")
@@ -255,9 +255,28 @@ class Learning(Section):
         return self
 
 
-class Denoiser(Learning):
-    """diffusers.UNet2DConditionModel and the objective it is trained on."""
+class DiT(Section):
+    """A diffusion transformer, which learns classes: its captions are their names (Peebles & Xie 2023)."""
 
+    patch_size: int = Field(2, ge=1, le=64, description="side of a patch in latents")
+    layers: int = Field(6, ge=1, le=100, description="transformer blocks")
+    heads: int = Field(4, ge=1, le=100, description="heads of the attention")
+    head_width: int = Field(32, ge=4, le=256, description="channels of a head")
+
+
+class Enlarging(Section):
+    """A model that enlarges small pictures, which the U-Net reads beside its own, noised a little."""
+
+    scale: int = Field(1, ge=1, le=16, description="pixels of a side for one of the small picture; 1: it draws instead")
+    times: int = Field(350, ge=1, description="the small picture's noise is below this time, drawn anew each time")
+
+
+class Denoiser(Learning):
+    """diffusers.UNet2DConditionModel or DiTTransformer2DModel, and the objective it is trained on."""
+
+    network: Literal["unet", "dit"] = Field("unet", description="unet reads texts; dit reads classes, without CLIP")
+    dit: DiT = DiT()
+    enlarging: Enlarging = Enlarging()
     block_out_channels: tuple[int, ...] = Field(
         (64, 128, 192), description="channels of each level; a level halves the sides"
     )
@@ -319,6 +338,45 @@ class Config(Settings):
             raise ValueError("zero_terminal_snr has no effect on a straight path, which ends in pure noise by itself")
         if denoiser.path != "straight" and denoiser.shift != 1:
             raise ValueError('denoiser.shift requires denoiser.path = "straight"')
+        return self
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that train something, in order."""
+        without = {"autoencoder": self.autoencoder.kind == "identity", "clip": not self.reads_texts}
+        return tuple(stage for stage in STAGES if not without.get(stage))
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the denoiser reads texts, not classes."""
+        return self.denoiser.network != "dit"
+
+    @model_validator(mode="after")
+    def _classes_are_of_pictures(self) -> Config:
+        denoiser = self.denoiser
+        if denoiser.network != "dit":
+            if denoiser.dit != DiT():
+                raise ValueError('denoiser.dit has no effect without denoiser.network = "dit"')
+            return self
+        if self.data.kind != "pictures":
+            raise ValueError("denoiser.network dit learns classes: give pictures with their classes")
+        if denoiser.tune_text_encoder or denoiser.distance_pictures:
+            raise ValueError("a dit has no text encoder and no CLIP: no tune_text_encoder, no distance_pictures")
+        return self
+
+    @model_validator(mode="after")
+    def _enlarging_fits(self) -> Config:
+        denoiser, enlarging = self.denoiser, self.denoiser.enlarging
+        if enlarging.scale == 1:
+            if enlarging != Enlarging():
+                raise ValueError("denoiser.enlarging.times has no effect without denoiser.enlarging.scale")
+            return self
+        if not self.reads_texts or denoiser.tune_text_encoder or denoiser.distance_pictures:
+            raise ValueError("denoiser.enlarging requires a unet, and has no tune_text_encoder and distance_pictures")
+        if self.image_size % enlarging.scale:
+            raise ValueError(f"image_size must be a multiple of denoiser.enlarging.scale (got {enlarging.scale})")
+        if enlarging.times > denoiser.schedule.num_train_timesteps:
+            raise ValueError("denoiser.enlarging.times is more than denoiser.schedule.num_train_timesteps")
         return self
 
     @model_validator(mode="after")

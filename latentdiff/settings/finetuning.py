@@ -5,6 +5,7 @@ lora               low-rank factors beside the weights of attention (Hu et al. 2
 dreambooth         a new word for one thing, and pictures of its class (Ruiz et al. 2023); with a rank as LoRA
 textual-inversion  only the embeddings of a new word (Gal et al. 2022)
 controlnet         a ControlNet that reads an annotator's picture of each picture (Zhang et al. 2023)
+ip-adapter         an IP-Adapter, which draws by a picture as by a prompt (Ye et al. 2023)
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from latentdiff.settings.validation import one_of
 STAGE = "finetune"  # the only stage of such a run
 FILE = "finetune.toml"  # the effective settings, in the run's folder
 RANK = 16
-_OF_MANY = ("full", "lora", "controlnet")  # methods that learn from many different pictures
+_BESIDE = ("controlnet", "ip-adapter")  # methods that train a network beside the model
+_OF_MANY = ("full", "lora", *_BESIDE)  # methods that learn from many different pictures
 SMALL = 100e6  # parameters of a U-Net below which it is small; Stable Diffusion 1 has 860 million, the default model 7
 TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # captions for pictures of a new word
 PromptText = Annotated[str, Field(min_length=1, max_length=10_000)]
@@ -79,6 +81,15 @@ class Control(Section):
         return None if value is None else one_of("annotator", tuple(ANNOTATORS), value)
 
 
+class ImagePrompt(Section):
+    """The training of an IP-Adapter."""
+
+    encoder: str = Field(
+        "", description="a folder of CLIP's image tower in transformers' format; none: the model's own CLIP"
+    )
+    dropout: float = Field(0.1, ge=0, le=1, description="share of the pictures that are not shown")
+
+
 class Previews(Section):
     """The pictures of a validation: every prompt from the same noise each time."""
 
@@ -97,7 +108,7 @@ class FineTuning(Settings):
     model: str = Field("", description="a folder, a .safetensors file or a hub id; none is the default model")
     variant: str | None = Field(None, description="variant of the model's weights: fp16, ...")
     revision: str | None = Field(None, description="revision of a hub id")
-    method: Literal["full", "lora", "dreambooth", "textual-inversion", "controlnet"] = Field(
+    method: Literal["full", "lora", "dreambooth", "textual-inversion", "controlnet", "ip-adapter"] = Field(
         "lora", description="what is trained"
     )
     quantize: Literal["int8", "fp8", "q8_0", "q4_0"] | None = Field(
@@ -110,6 +121,7 @@ class FineTuning(Settings):
     prior: Prior = Prior()
     word: Word = Word()
     control: Control = Control()
+    image_prompt: ImagePrompt = ImagePrompt()
     previews: Previews = Previews()
 
     @property
@@ -120,7 +132,7 @@ class FineTuning(Settings):
     @property
     def leaves_weights(self) -> bool:
         """Whether the model's own weights stay frozen."""
-        return self.low_rank or self.method in ("textual-inversion", "controlnet")
+        return self.low_rank or self.method in ("textual-inversion", *_BESIDE)
 
     @model_validator(mode="after")
     def _of_pictures(self) -> FineTuning:
@@ -157,8 +169,10 @@ class FineTuning(Settings):
     def _controls(self) -> FineTuning:
         if self.method != "controlnet" and self.control != Control():
             raise ValueError('control has no effect without method = "controlnet"')
-        if self.method == "controlnet" and (self.prior.prompt or self.finetune.tune_text_encoder):
-            raise ValueError("controlnet trains only the ControlNet: no prior, no text encoder")
+        if self.method != "ip-adapter" and self.image_prompt != ImagePrompt():
+            raise ValueError('image_prompt has no effect without method = "ip-adapter"')
+        if self.method in _BESIDE and (self.prior.prompt or self.finetune.tune_text_encoder):
+            raise ValueError(f"{self.method} trains only a network beside the model: no prior, no text encoder")
         return self
 
     @model_validator(mode="after")
@@ -194,9 +208,10 @@ def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
         "dreambooth": (1e-4, 2e-4) if factors else (2e-6, 2e-5),
         "textual-inversion": (5e-4, 5e-3),
         "controlnet": (1e-5, 2e-4),
+        "ip-adapter": (1e-4, 1e-3),
     }
     own = config.finetune.training
-    steps = {"dreambooth": 400, "textual-inversion": 1000, "controlnet": 5000}.get(config.method, 2000)
+    steps = {"dreambooth": 400, "textual-inversion": 1000, **dict.fromkeys(_BESIDE, 5000)}.get(config.method, 2000)
     steps = own.max_train_steps if "max_train_steps" in own.model_fields_set else steps
     training: dict[str, Any] = {
         "learning_rate": rates[config.method][small],
@@ -209,8 +224,8 @@ def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
         "checkpointing_steps": 250,
         "ema_decay": 0.99,
     }
-    # every picture shows the new word; a ControlNet learns to do without the prompt (section 3.4)
-    dropout = 0.5 if config.method == "controlnet" else 0.1 if config.method in _OF_MANY else 0.0
+    # every picture shows the new word; networks beside the model learn to do without the prompt (ControlNet, 3.4)
+    dropout = 0.5 if config.method in _BESIDE else 0.1 if config.method in _OF_MANY else 0.0
     tree: dict[str, Any] = {"finetune": {"caption_dropout": dropout, "training": training}}
     if config.method == "textual-inversion":
         tree["data"] = {"pictures": {"layout": "uncaptioned", "instance_prompt": config.word.token}}

@@ -8,6 +8,7 @@ from pathlib import Path
 from latentdiff.core.errors import ConfigError
 from latentdiff.data.dataset import DataSet
 from latentdiff.families.own import check_networks
+from latentdiff.networks.encoders.class_labels import ClassLabels
 from latentdiff.settings.config import Config
 from latentdiff.stages.cache import Shard, conditions_store, fill_conditions, fill_latents, latents_store
 from latentdiff.stages.denoiser import networks_before
@@ -31,7 +32,9 @@ def cache_ahead(config: Config, folder: Path, data: DataSet, share: Shard) -> tu
         raise ConfigError("caching ahead requires denoiser.cache = true")
     check_networks(config)
     device = new_accelerator(config).device
-    autoencoder, text_encoder = networks_before(config, folder)
+    autoencoder, text_encoder = networks_before(config, folder, data.training)
+    if isinstance(text_encoder, ClassLabels):
+        raise ConfigError("caching ahead is for networks that read texts; classes need none")
     cache, latents, contexts = folder / "cache", 0, 0
     of_pictures, of_captions = latents_store(config.denoiser, autoencoder, cache), conditions_store(text_encoder, cache)
     autoencoder.to(device)

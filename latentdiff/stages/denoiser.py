@@ -12,12 +12,14 @@ from PIL import Image
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, saving
+from latentdiff.core.images import coloured
 from latentdiff.data import scenes
 from latentdiff.data.dataset import readable
 from latentdiff.data.examples import Examples
 from latentdiff.data.scene_set import Scenes
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
+from latentdiff.drawing.canvas import reduced, resized
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
@@ -26,18 +28,31 @@ from latentdiff.evaluation.features import of_model
 from latentdiff.evaluation.held_out import held_out, pictures_of
 from latentdiff.evaluation.sections import References, measured
 from latentdiff.families.loading import save_model
-from latentdiff.families.own import laid_out_for, new_codec, new_model, new_path, new_unet, seeded, times_of
+from latentdiff.families.own import (
+    laid_out_for,
+    new_backbone,
+    new_codec,
+    new_enlarging,
+    new_model,
+    new_path,
+    seeded,
+    times_of,
+)
 from latentdiff.families.weights import load_codec, load_text_encoder, weights_hash
 from latentdiff.model import TorchPlace
+from latentdiff.networks.backbones.dit import DiT
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.encoders.class_labels import ClassLabels
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.settings.config import Config, Learning
-from latentdiff.stages.cache import captions_of, latents_of
+from latentdiff.stages.cache import Small, captions_of, latents_of
+from latentdiff.stages.classes import classes_of
 from latentdiff.stages.encoding import AnyCodec
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import (
     TIME_BINS,
+    BesideNetwork,
     ConditionedNetwork,
     DenoiserStage,
     Draws,
@@ -52,12 +67,12 @@ from latentdiff.training.run import run_stage
 def train_denoiser(run: Run[Config]) -> None:
     """Train the U-Net, and optionally the text encoder, on latents; completes `run/model`."""
     config, accelerator = run.config, run.accelerator
-    codec, text_encoder = networks_before(config, run.folder)
+    codec, text_encoder = networks_before(config, run.folder, run.data.training)
     made_from = f"{weights_hash(codec)} {weights_hash(text_encoder)}"
-    unet = _unet(config, codec, accelerator.device)
-    network: nn.Module = unet
+    unet = _backbone(config, codec, text_encoder, accelerator.device)
+    network: nn.Module = unet if config.denoiser.enlarging.scale == 1 else BesideNetwork(unet)
     parts: dict[str, nn.Module] = {"unet": unet}
-    if config.denoiser.tune_text_encoder:
+    if config.denoiser.tune_text_encoder and isinstance(text_encoder, TextEncoder):
         thaw(text_encoder)
         network, parts["text_encoder"] = ConditionedNetwork(unet, text_encoder), text_encoder
     trained, validated = _samples(run, codec, text_encoder)
@@ -75,35 +90,45 @@ def train_denoiser(run: Run[Config]) -> None:
         with saving("the model", run.folder / "model"):
             pictures = run.data.training.pictures
             things = pictures.maker.things() if isinstance(pictures, Scenes) else None
-            card = replace(model.card, words=run.data.training.words(), things=things)
+            words: frozenset[str] | None = run.data.training.words()
+            if isinstance(text_encoder, ClassLabels):  # which refuses what it does not know
+                words, things = None, {"classes": text_encoder.names}
+            card = replace(model.card, words=words, things=things)
             save_model(replace(model, card=card), run.folder / "model")
     accelerator.wait_for_everyone()
 
 
-def _samples(run: Run[Config], codec: AnyCodec, text_encoder: TextEncoder) -> list[Samples]:
+def _samples(run: Run[Config], codec: AnyCodec, text_encoder: TextEncoder | ClassLabels) -> list[Samples]:
     """The samples of the training and the validation set."""
     sets = (run.data.training, run.data.validation)
     latents = latents_of(run.config.denoiser, sets, codec, run.cache, run.accelerator)
     captions = captions_of(run.config.denoiser, sets, text_encoder, run.cache, run.accelerator)
+    if (enlarging := new_enlarging(run.config)) is not None:
+        facts = {"factor": codec.factor, "seed": run.config.seed}
+        captions = [Small(own, examples, enlarging, **facts) for own, examples in zip(captions, sets, strict=True)]
     names = [examples.pictures.name for examples in sets]
     return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
 
 
-def networks_before(config: Config, folder: Path) -> tuple[AnyCodec, TextEncoder]:
-    """The networks of the earlier stages in the run's folder. Raises ConfigError if one is missing."""
-    identity = config.autoencoder.kind == "identity"
-    for stage_before, part in (("autoencoder", folder / "model" / "vae"), ("clip", folder / "clip" / "text_encoder")):
-        if not part.is_dir() and not (stage_before == "autoencoder" and identity):
+def networks_before(config: Config, folder: Path, examples: Examples) -> tuple[AnyCodec, TextEncoder | ClassLabels]:
+    """The networks of the earlier stages in the run's folder. Raises ConfigError if one is missing.
+
+    The classes of a network that reads classes are those of the training set.
+    """
+    parts = {"autoencoder": folder / "model" / "vae", "clip": folder / "clip" / "text_encoder"}
+    for stage_before, part in parts.items():
+        if stage_before in config.stages and not part.is_dir():
             raise ConfigError(f"the denoiser requires the {stage_before} of the same run ({part}). Train it first")
-    codec = new_codec(config) if identity else load_codec(folder / "model")
-    return codec, load_text_encoder(folder / "clip")
+    codec = load_codec(folder / "model") if "autoencoder" in config.stages else new_codec(config)
+    return codec, load_text_encoder(folder / "clip") if config.reads_texts else ClassLabels(classes_of(examples))
 
 
-def _unet(config: Config, codec: AnyCodec, device: torch.device) -> UNet:
+def _backbone(config: Config, codec: AnyCodec, encoder: TextEncoder | ClassLabels, device: torch.device) -> UNet | DiT:
+    classes = len(encoder.names) if isinstance(encoder, ClassLabels) else 0
     with seeded(config.seed):
-        unet = new_unet(config, codec.latent_channels, config.image_size // codec.factor)
-    prepare_unet(unet, config.denoiser, device)
-    return unet
+        backbone = new_backbone(config, codec.latent_channels, config.image_size // codec.factor, classes)
+    prepare_unet(backbone, config.denoiser, device)
+    return backbone
 
 
 def prepare_unet(unet: UNet | Transformer, learning: Learning, device: torch.device) -> None:
@@ -152,18 +177,20 @@ def _report(
     composition scores if the oracle can read them; optionally their distances from held-out pictures.
     """
     config, examples, directory = run.config, run.data.validation, run.folder / "denoiser" / "samples"
-    unet = painter.model.backbone
-    assert isinstance(unet, UNet)
     painter = replace(painter, model=replace(painter.model, place=TorchPlace(run.accelerator.device)))
     timesteps = config.denoiser.schedule.num_train_timesteps
     numbers = validation_losses(validation, TIME_BINS, timesteps, config.denoiser.training.train_batch_size)
-    if readable(config):
+    if painter.model.enlarging is not None:
+        rows = _enlarged(painter, config, examples)
+    elif readable(config):
         score = evaluate_composition(painter, pictures=config.denoiser.preview_pictures, seed=config.seed)
         rows = [pictures[:8] for pictures in score.pictures.values()]
         numbers |= {"composition": score.overall} | {name: share.mean for name, share in score.categories.items()}
     else:
         rows = [draw_prompts(painter, prompts, seed=config.seed) for prompts in _prompts(config, examples)]
     if references is not None:
+        unet = painter.model.backbone
+        assert isinstance(unet, UNet)
         with unet.as_loaded():
             pictures = drawn_pictures(painter, references.captions, seed=config.seed)
         numbers |= {name: figure.value for name, figure in measured(pictures, references).items()}
@@ -171,6 +198,18 @@ def _report(
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")
     return numbers
+
+
+def _enlarged(painter: Painter, config: Config, examples: Examples) -> list[np.ndarray]:
+    """Rows of eight pictures: small validation pictures, what is drawn of them, and the true ones."""
+    assert painter.model.enlarging is not None
+    rows = range(min(8, len(examples)))
+    true = [coloured(examples.image(row, 0)) for row in rows]
+    small = [reduced(pixels, painter.model.enlarging.scale) for pixels in true]
+    prompts = [examples.caption(row, 0) for row in rows]
+    drawn = draw_prompts(painter, prompts, seed=config.seed, images=small)
+    seen = [resized(pixels, *whole.shape[:2]) for pixels, whole in zip(small, true, strict=True)]
+    return [examples.toned(np.stack(seen)), drawn, examples.toned(np.stack(true))]
 
 
 def _prompts(config: Config, examples: Examples) -> list[list[str]]:

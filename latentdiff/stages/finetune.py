@@ -30,7 +30,7 @@ from latentdiff.runtime.device import moved
 from latentdiff.runtime.quantized import quantized
 from latentdiff.settings.config import Override, save_config
 from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
-from latentdiff.stages.cache import Hinted, captions_of, latents_of
+from latentdiff.stages.cache import Hinted, Shown, captions_of, latents_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
 from latentdiff.stages.finetune_report import keep_rows_apart, report, write_page
@@ -52,6 +52,8 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
         made_from += f" {_seen(run, [run.data.training])[0].pictures.identity()}"
     prior = _prior(run, model, made_from)
     tuning = begin(model, config, run.data.training.words())
+    if tuning.ip_adapter is not None and tuning.ip_adapter.encoder is not None:
+        made_from += f" {weights_hash(tuning.ip_adapter.encoder)}"
     say(*plan(run, model, tuning))
     unet, text_encoder, _ = trainable(model)
     prepare_unet(unet, config.finetune, accelerator.device)
@@ -68,7 +70,8 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     start = run.start(STAGE, made_from=made_from + (f" {prior.fingerprint['sha256']}" if prior else ""))
     folder = run.folder / STAGE
     controls = () if tuning.control is None else (tuning.control,)
-    painter = Painter(model, controls=controls)
+    shown = () if tuning.ip_adapter is None else (tuning.ip_adapter.to(accelerator.device),)
+    painter = Painter(model, controls=controls, ip_adapters=shown)
     held_out = run.data.validation
     reported = partial(report, painter, config, held_out, _seen(run, [held_out])[0], validation, folder / "samples")
     settings = config.finetune.training
@@ -182,15 +185,20 @@ def _order(run: Run[FineTuning], examples: Examples, purpose: str) -> Order:
 
 
 def _samples(run: Run[FineTuning], model: Model, tuning: Tuning, sets: list[Examples]) -> list[Samples]:
-    learning = run.config.finetune.model_copy(update={"tune_text_encoder": tuning.reads})
+    config = run.config
+    learning = config.finetune.model_copy(update={"tune_text_encoder": tuning.reads})
     _, text_encoder, codec = trainable(model)
     latents = latents_of(learning, sets, codec, run.cache, run.accelerator)
     captions = captions_of(learning, sets, text_encoder, run.cache, run.accelerator, sized=model.reads_sizes)
     if tuning.control is not None:
         seen = _seen(run, sets)
-        change = run.config.control.made_by
+        change = config.control.made_by
         annotate = (lambda pixels: pixels) if change is None else annotator(change)
         captions = [Hinted(own, examples, annotate) for own, examples in zip(captions, seen, strict=True)]
+    if (adapter := tuning.ip_adapter) is not None:
+        rates = [config.image_prompt.dropout, *[0.0] * (len(sets) - 1)]  # the validation shows all
+        pairs = zip(captions, sets, rates, strict=True)
+        captions = [Shown(*pair, adapter=adapter, seed=config.seed) for pair in pairs]
     names = [examples.pictures.name for examples in sets]
     return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
 

@@ -20,7 +20,8 @@ from latentdiff.core.text import printable, quoted
 from latentdiff.core.vocabulary import words_of
 from latentdiff.data.examples import Examples
 from latentdiff.drawing.draw import draw_prompts
-from latentdiff.drawing.hints import hints_of
+from latentdiff.drawing.hints import Hint, hints_of
+from latentdiff.drawing.image_prompts import Shown, shown_of
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.report.page import Entry, as_html
 from latentdiff.evaluation.report.plots import Plot, Series, as_figure
@@ -81,13 +82,20 @@ def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
 
 
 def _drawn(painter: Painter, config: FineTuning, prompts: list[str], seen: Examples) -> np.ndarray:
-    """Pictures of prompts, uint8 (N, H, W, C), always from the same noise. A control reads validation pictures."""
-    side, hints, control = config.image_size, [], config.control
-    if painter.controls:
+    """Pictures of prompts, uint8 (N, H, W, C), always from the same noise.
+
+    A control or an IP-Adapter reads validation pictures.
+    """
+    side = config.image_size
+    hints: list[tuple[Hint, ...]] = []
+    shown: list[tuple[Shown, ...]] = []
+    if painter.controls or painter.ip_adapters:
         pictures = [coloured(seen.image(row % len(seen), 0)) for row in range(len(prompts))]
-        hints = [hints_of(picture, 1, annotated=control.made_by) for picture in pictures]
-    asked = {"height": side, "width": side, "num_inference_steps": config.previews.num_inference_steps}
-    return draw_prompts(painter, prompts, seed=config.previews.seed, hints=hints, **asked)
+        change, counts = config.control.made_by, (len(painter.controls), len(painter.ip_adapters))
+        hints = [hints_of(picture if counts[0] else None, counts[0], annotated=change) for picture in pictures]
+        shown = [shown_of(picture if counts[1] else None, None, counts[1]) for picture in pictures]
+    asked: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": config.previews.num_inference_steps}
+    return draw_prompts(painter, prompts, seed=config.previews.seed, hints=hints, shown=shown, **asked)
 
 
 def _save(pixels: np.ndarray, path: Path, about: Mapping[str, Any]) -> None:
@@ -222,6 +230,8 @@ def _use(config: FineTuning, path: Path) -> str:
     elif config.method == "controlnet":
         change = config.control.made_by
         words += ["--control", f"{recorded(path)}:picture.png", *(["--annotate", change] if change else [])]
+    elif config.method == "ip-adapter":
+        words += ["--ip-adapter", recorded(path), "--image-prompt", "picture.png"]
     else:
         words = ["-m", recorded(path)]
     return "$ " + shlex.join(["latentdiff", "generate", prompt, *words])

@@ -11,6 +11,7 @@ from torch import nn
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.extras import adapted
 from latentdiff.families.controls import PART as CONTROLNET
+from latentdiff.families.image_prompts import image_encoder_for, save_ip_adapter
 from latentdiff.families.loading import save_model
 from latentdiff.families.own import seeded
 from latentdiff.formats import adapter_file, words_file
@@ -21,6 +22,7 @@ from latentdiff.networks.adapters.words import begin_word
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.controls.controlnet import ControlNet, SteeredNetwork
+from latentdiff.networks.controls.ip_adapter import IPAdapter, PromptedNetwork
 from latentdiff.runtime.quantized import is_quantized
 from latentdiff.settings.finetuning import RANK, FineTuning
 from latentdiff.stages.encoding import AnyCodec, AnyEncoder, AnyTextEncoder
@@ -34,7 +36,7 @@ class Tuning:
     """The module of a training step, its trained parts by file name, and a function that writes them.
 
     reads: whether the module reads captions itself, because the text encoder or its embeddings are trained.
-    write: (folder, metadata) -> the paths that were written. control: a ControlNet that previews draw with.
+    write: (folder, metadata) -> the paths that were written. control, ip_adapter: what previews draw with.
     """
 
     module: nn.Module
@@ -42,6 +44,10 @@ class Tuning:
     reads: bool
     write: Write
     control: ControlNet | None = None
+    ip_adapter: IPAdapter | None = None
+
+
+IP_ADAPTER = "ip_adapter"
 
 
 def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset()) -> Tuning:
@@ -62,6 +68,8 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
         return _word(model, config)
     if config.method == "controlnet":
         return _control(model, config)
+    if config.method == "ip-adapter":
+        return _image_prompt(model, config)
     return _factors(model, config) if config.low_rank else _weights(model, config, words)
 
 
@@ -158,3 +166,24 @@ def _control(model: Model, config: FineTuning) -> Tuning:
         return [folder / CONTROLNET]
 
     return Tuning(SteeredNetwork(unet, control), {CONTROLNET: control}, False, write, control)
+
+
+def _image_prompt(model: Model, config: FineTuning) -> Tuning:
+    """An IP-Adapter beside the frozen U-Net; its image encoder is frozen too."""
+    unet, *_ = trainable(model)
+    if not isinstance(unet, UNet):
+        raise ConfigError("an IP-Adapter requires a U-Net, which this model does not have")
+    unet.requires_grad_(False)
+    place = Path(config.image_prompt.encoder) if config.image_prompt.encoder else None
+    encoder = image_encoder_for(model, place).requires_grad_(False)
+    with seeded(config.seed):
+        learning = IPAdapter.create(unet, encoder)
+    adapter = IPAdapter(learning.projection, learning.keys, learning.values, learning.names, encoder)
+    learning.encoder = None  # checkpoints hold what is trained
+
+    def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
+        save_ip_adapter(adapter, folder / IP_ADAPTER)
+        return [folder / IP_ADAPTER]
+
+    module = PromptedNetwork(unet, learning)
+    return Tuning(module, {IP_ADAPTER: learning}, False, write, ip_adapter=adapter)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.settings.config import STAGES, load_config
+from latentdiff.settings.config import load_config
 from latentdiff.settings.finetuning import FILE, STAGE, load_finetuning
 from latentdiff.training.lock import is_locked
 
@@ -72,8 +72,7 @@ def _lengths(folder: Path) -> dict[str, int]:
     if (folder / FILE).is_file():
         return {STAGE: load_finetuning(folder / FILE).finetune.training.max_train_steps}
     config = load_config(folder / "config.toml")
-    names = [name for name in STAGES if name != "autoencoder" or config.autoencoder.kind != "identity"]
-    return {name: getattr(config, name).training.max_train_steps for name in names}
+    return {name: getattr(config, name).training.max_train_steps for name in config.stages}
 
 
 def _lines(log: Path, *, latest_first: bool = False) -> Iterator[dict[str, Any]]:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from latentdiff.data.pictures import PictureSet
-from latentdiff.families.own import new_clip, new_codec, new_unet
+from latentdiff.families.own import new_backbone, new_clip, new_codec
 from latentdiff.settings.config import Config, Training
+from latentdiff.stages.classes import classes_of
 from latentdiff.stages.run import Run
 from latentdiff.training.checkpoint import label, load_state
 from latentdiff.training.loop import Batching
@@ -28,7 +29,8 @@ class Weights(NamedTuple):
 
 def plan_of(run: Run[Config]) -> list[str]:
     """The plan of the stages of a config."""
-    return plan_lines(run, {stage: _weights(run.config, stage) for stage in run.stages})
+    classes = 1 if run.config.reads_texts else len(classes_of(run.data.training))
+    return plan_lines(run, {stage: _weights(run.config, stage, classes) for stage in run.stages})
 
 
 def plan_lines(run: Run[Any], weights: Mapping[str, Weights | None]) -> list[str]:
@@ -109,12 +111,12 @@ def _size_line(size: Weights, checkpoint: int, settings: Training) -> str:
     )
 
 
-def _weights(config: Config, stage: str) -> Weights | None:
-    module = _module(config, stage)
+def _weights(config: Config, stage: str, classes: int) -> Weights | None:
+    module = _module(config, stage, classes)
     return None if module is None else Weights(sum(parameter.nbytes for parameter in module.parameters()))
 
 
-def _module(config: Config, stage: str) -> nn.Module | None:
+def _module(config: Config, stage: str, classes: int) -> nn.Module | None:
     """The module that a stage trains, on the meta device."""
     with torch.device("meta"):
         autoencoder = new_codec(config)
@@ -122,7 +124,8 @@ def _module(config: Config, stage: str) -> nn.Module | None:
             return autoencoder if config.autoencoder.kind != "identity" else None
         if stage == "clip":
             return new_clip(config)
-        return new_unet(config, autoencoder.latent_channels, config.image_size // autoencoder.factor)
+        side = config.image_size // autoencoder.factor
+        return new_backbone(config, autoencoder.latent_channels, side, classes)
 
 
 def _size(count: float) -> str:

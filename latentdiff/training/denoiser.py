@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
-from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.conditions import BESIDE, Conditions
 from latentdiff.training.order import Order
 
 Key = tuple[int, int]  # (row, epoch): a sample
@@ -68,6 +68,20 @@ class ConditionedNetwork(nn.Module):
         """x_t (B, C, h, w), times (B,), `ids` (B, L) and other conditions -> output like x_t."""
         others = {name: array for name, array in conditions.arrays.items() if name != "ids"}
         output: Tensor = self.unet(x, t, self.text_encoder(conditions["ids"]).joined(others))
+        return output
+
+
+class BesideNetwork(nn.Module):
+    """A backbone that reads the condition `beside` (B, C, h, w) in further channels of x."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.unet = backbone
+
+    def forward(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """x_t (B, C, h, w), times (B,) -> output like x_t."""
+        others = Conditions({name: array for name, array in conditions.arrays.items() if name != BESIDE})
+        output: Tensor = self.unet(torch.cat([x, conditions[BESIDE]], 1), t, others)
         return output
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
 from latentdiff.core.turn import Turn
-from latentdiff.networks.conditions import FEATURE, RESIDUAL, Conditions, added
+from latentdiff.networks.conditions import FEATURE, RESIDUAL, Conditions, ImagePrompt, added
 from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
 from latentdiff.networks.traced import Traced, example
@@ -48,15 +49,20 @@ class UNet(nn.Module):
         num_heads: int,
         norm_num_groups: int,
         pooled_text: bool,
+        beside: int = 0,
+        classes: int | None = None,
     ) -> UNet:
         """A new U-Net with random weights; `attention` says which levels attend to the text, from the finest.
+
+        beside: channels that it reads beside x. classes: the number of values of `label`, if it reads that.
 
         With `pooled_text` the text, pooled by attention, joins the embedding of the time, and both scale and shift
         every residual block (as in GLIDE, Nichol et al. 2021).
         """
         model = UNet2DConditionModel(
             sample_size=sample_size,
-            in_channels=channels,
+            in_channels=channels + beside,
+            num_class_embeds=classes,
             out_channels=channels,
             block_out_channels=block_out_channels,
             layers_per_block=layers_per_block,
@@ -82,6 +88,8 @@ class UNet(nn.Module):
             joined, each = int(config.projection_class_embeddings_input_dim), int(config.addition_time_embed_dim)
             sizes = 5 if joined - 5 * each == width else 6  # a refiner's tokens and pooled text are of one encoder
             reads |= {"pooled": (joined - sizes * each,), "sizes": (sizes,)}
+        if config.num_class_embeds is not None and config.class_embed_type is None:
+            reads["label"] = ()
         return Spec(int(config.in_channels), int(config.out_channels), reads=reads)
 
     @property
@@ -121,7 +129,7 @@ class UNet(nn.Module):
         for _, attention in self._attentions("attn1"):
             attention.set_processor(_Plain() if adapted else _Fused())
         for name, attention in self._attentions("attn2"):
-            attention.set_processor(_FromText(name))
+            attention.set_processor(_CrossAttention(name))
         self._fused = True
 
     def unfuse(self) -> None:
@@ -215,20 +223,45 @@ class UNet(nn.Module):
         added = None
         if "sizes" in conditions.arrays:
             added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"]}
+        label = conditions.get("label")
         text = None if conditions.prepared is None else {"text": conditions.prepared}
         time, residuals = torch.as_tensor(t, device=x.device), conditions.added(RESIDUAL)
-        output: Tensor = self.model(
-            x,
-            time,
-            conditions["tokens"],
-            added_cond_kwargs=added,
-            cross_attention_kwargs=text,
-            down_block_additional_residuals=tuple(residuals[:-1]) or None,
-            mid_block_additional_residual=residuals[-1] if residuals else None,
-            down_intrablock_additional_residuals=conditions.added(FEATURE) or None,
-            return_dict=False,
-        )[0]
+        with self._shown(conditions.image_prompts):
+            output: Tensor = self.model(
+                x,
+                time,
+                conditions["tokens"],
+                class_labels=None if label is None else label.long(),
+                added_cond_kwargs=added,
+                cross_attention_kwargs=text,
+                down_block_additional_residuals=tuple(residuals[:-1]) or None,
+                mid_block_additional_residual=residuals[-1] if residuals else None,
+                down_intrablock_additional_residuals=conditions.added(FEATURE) or None,
+                return_dict=False,
+            )[0]
         return output
+
+    @contextmanager
+    def _shown(self, prompts: Sequence[ImagePrompt]) -> Iterator[None]:
+        """A block in which cross-attention attends to image prompts too.
+
+        With gradients it lasts until the next one: recomputed activations (`save_memory`) read it after the block.
+        """
+        if not prompts:
+            yield
+            return
+        attentions = self._attentions("attn2")
+        before = [attention.processor for _, attention in attentions]
+        compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, None  # it knows of no change
+        for layer, (name, attention) in enumerate(attentions):
+            attention.processor = _CrossAttention(name, [(each.heads[layer], each.mask) for each in prompts])
+        try:
+            yield
+        finally:
+            self.model._compiled_call_impl = compiled
+            if not torch.is_grad_enabled():
+                for (_, attention), processor in zip(attentions, before, strict=True):
+                    attention.processor = processor
 
     def use_plain_attention(self) -> None:
         """Compute attention as two matrix products and a softmax, for training on a CPU.
@@ -293,6 +326,8 @@ class UNet(nn.Module):
             inputs = {"x": example(rows, self.spec.inputs, height, width), "time": torch.tensor([501.0])}
             for name, shape in self.spec.reads.items():
                 inputs[name] = example(rows, *(length if axis is None else axis for axis in shape))
+            if "label" in inputs:
+                inputs["label"] = torch.arange(float(rows))
             if "sizes" in inputs:
                 inputs["sizes"] = torch.arange(float(inputs["sizes"].numel())).view_as(inputs["sizes"]) * 64
             examples.append(inputs)
@@ -352,21 +387,43 @@ class _Fused(FusedAttnProcessor2_0):
         return super().__call__(*args, **settings)
 
 
-class _FromText:
-    """Cross-attention that takes its keys and values (B, L, H d) from the conditions, by its own name."""
+class _CrossAttention:
+    """Cross-attention to the text, by its own name, and to image prompts.
 
-    def __init__(self, name: str):
-        self._name = name
+    images: of each prompt keys and values (B, 2, L, H d), and where it acts (B, height, width) or None.
+    """
+
+    def __init__(self, name: str, images: Sequence[tuple[Tensor, Tensor | None]] = ()):
+        self._name, self._images = name, images
 
     def __call__(
-        self, attention: Attention, hidden_states: Tensor, *_: Any, text: dict[str, tuple[Tensor, Tensor]], **__: Any
+        self,
+        attention: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *_: Any,
+        text: dict[str, tuple[Tensor, Tensor]] | None = None,
+        **__: Any,
     ) -> Tensor:
-        heads = [
-            tensor.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            for tensor in (attention.to_q(hidden_states), *text[self._name])
-        ]
-        drawn = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return attention.to_out[0](drawn) / attention.rescale_output_factor
+        if text is None:  # the conditions hold no keys and values of the text
+            keys, values = attention.to_k(encoder_hidden_states), attention.to_v(encoder_hidden_states)
+        else:
+            keys, values = text[self._name]
+        queries = attention.to_q(hidden_states)
+        drawn = _attended(attention.heads, queries, keys, values)
+        for heads, mask in self._images:
+            seen = _attended(attention.heads, queries, heads[:, 0], heads[:, 1])
+            if mask is not None:
+                seen = seen * IPAdapterMaskProcessor.downsample(mask, *seen.shape).to(seen.dtype)
+            drawn = drawn + seen
+        output: Tensor = attention.to_out[0](drawn) / attention.rescale_output_factor
+        return output
+
+
+def _attended(count: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of several heads, which lie one after the other in the last axis (B, L, H d)."""
+    q, k, v = (each.reshape(*each.shape[:2], count, -1).transpose(1, 2) for each in (queries, keys, values))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class _Identity:

@@ -106,6 +106,7 @@ class Autoencoder(nn.Module):
             "latent_channels": self.latent_channels,
             "image_channels": self.image_channels,
             "shows": False,
+            "scale": self.scale,
         }
 
     def save(self, directory: Path) -> None:

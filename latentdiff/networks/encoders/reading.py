@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
 from latentdiff.core.arrays import Array, beside, library, zeros
+from latentdiff.core.errors import ConfigError
 from latentdiff.core.turn import Turn
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.joined import with_both, with_sizes
@@ -152,6 +154,38 @@ class ChatReading:
 
     def _ids(self, prompt: str) -> list[int]:
         return self.words(self.chat.before + prompt + self.chat.after)
+
+
+class ClassReading:
+    """A class's name, one of its names between commas, or its number -> `label` (); the empty prompt is no class.
+
+    names: of each class; their number stands for none.
+    """
+
+    length = 1
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        numbers = {str(number): number for number in range(len(self.names))}
+        parts = {part.strip(): n for n, name in reversed(list(enumerate(self.names))) for part in name.split(",")}
+        self._known = {"": len(self.names)} | numbers | parts | {name: n for n, name in enumerate(self.names)}
+
+    def label(self, name: str) -> int:
+        """The number of a class. Raises ConfigError for a name that is none."""
+        if (found := self._known.get(name.strip())) is None:
+            near = get_close_matches(name.strip(), [known for known in self._known if known], n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"this model has no class {name[:60]!r}{meant}")
+        return found
+
+    def read(self, prompt: str, style: Style = PLAIN) -> Reading:
+        """See Encoder."""
+        self.label(prompt)
+        return Reading(1, 1, 0)
+
+    def encode(self, prompt: Prompt) -> Conditions:
+        """See Encoder."""
+        return Conditions({"label": np.float32(self.label(prompt.text)).reshape(())})
 
 
 class TwoReading:

@@ -1,0 +1,110 @@
+"""Editing by instruction (Brooks et al. 2023): the pictures are those of diffusers' pipeline."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion import guidance
+from latentdiff.diffusion.level import NoiseLevel
+
+from . import stable_diffusion
+from .stable_diffusion import load
+
+PROMPT, NEGATIVE = "make it snow", "blurry"
+OURS = {"sampler": "ddim", "spacing": "trailing"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("editing") / "model"
+    base = stable_diffusion.pipeline("1")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        unet = stable_diffusion.unet("1", True, in_channels=8)
+    parts = {**base.components, "unet": unet}
+    made = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder)
+    return folder, made
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+
+
+def noise(rows=1):
+    return torch.randn(rows, 4, 6, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_guidance_of_text_and_image():
+    """A closed form: with equal scales it is plain guidance from nothing; with both 1 it is the conditional."""
+    x, level = np.ones((1, 1, 2, 2)), NoiseLevel(5, 0.6, 0.8)
+    both = lambda x, level: (2 * x, 5 * x)  # noqa: E731
+    free = lambda x, level: -1 * x  # noqa: E731
+    for text, image, expected in ((1, 1, 5), (3, 3, 17), (7.5, 1.5, -1 + 1.5 * 3 + 7.5 * 3), (0, 1, 2)):
+        drawn = guidance.of_text_and_image(both, free, text, image)(x, level)
+        assert np.allclose(drawn, expected)
+
+
+SETTINGS = {
+    "plain": {},
+    "by the picture": {"image_guidance_scale": 3.0},
+    "unguided": {"guidance_scale": 1.0},
+    "with a negative prompt": {"negative_prompt": NEGATIVE},
+    "one step": {"num_inference_steps": 1},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_as_diffusers_draws(place, picture, settings):
+    folder, theirs = place
+    asked = {"num_inference_steps": 4, "guidance_scale": 6.0, "image": picture, "latents": noise(), **settings}
+    expected = theirs(PROMPT, output_type="np", **asked).images
+    drawn = load(folder)(PROMPT, output_type="np", **asked, **OURS).images
+    assert np.abs(drawn - expected).max() < 1e-4
+
+
+def test_as_openvino_draws(place, picture, tmp_path):
+    from latentdiff.runtime.export import export
+
+    folder, _ = place
+    copy = shutil.copytree(folder, tmp_path / "model")
+    export(load(copy).model, copy)
+    asked = {"num_inference_steps": 3, "image": picture, "seed": 1, "output_type": "uint8", "num_images_per_prompt": 2}
+    fast = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
+    drawn = [pipe(PROMPT, **asked, **OURS).images.astype(int) for pipe in (fast, load(folder))]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def test_saved_as_it_was(place, picture, tmp_path):
+    folder, _ = place
+    load(folder).save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == (
+        "StableDiffusionInstructPix2PixPipeline"
+    )
+    again = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "saved")
+    assert again.unet.config.in_channels == 8
+    asked = {"num_inference_steps": 2, "image": picture, "seed": 2, "output_type": "uint8"}
+    assert (load(tmp_path / "saved")(PROMPT, **asked).images == load(folder)(PROMPT, **asked).images).all()
+
+
+def test_refusals(place, picture, tmp_path):
+    folder, _ = place
+    pipe = load(folder)
+    with pytest.raises(ConfigError, match="this model edits a picture: give one"):
+        pipe(PROMPT, num_inference_steps=2)
+    with pytest.raises(ConfigError, match="image_guidance_scale"):
+        pipe(PROMPT, image=picture, image_guidance_scale=0.5)
+    with pytest.raises(ConfigError, match="apg has no form"):
+        pipe(PROMPT, image=picture, apg=True)
+    stable_diffusion.pipeline("1").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="image_guidance_scale requires a model that edits"):
+        load(tmp_path / "plain")(PROMPT, image=picture, image_guidance_scale=2.0)
