@@ -295,9 +295,11 @@ class LatentDiffusionPipeline:
             weaker = None if painter.weaker is None else moved(painter.weaker, device, dtype)
             refiner = None if painter.refiner is None else moved(painter.refiner, device, dtype)
             model = moved(painter.model, device, dtype)
-            self._painter = replace(painter, model=model, weaker=weaker, refiner=refiner)
-            if painter.scorer is not None:
-                painter.scorer.to(device=self.device)
+            cascade = tuple(replace(each, model=moved(each.model, device, dtype)) for each in painter.cascade)
+            self._painter = replace(painter, model=model, weaker=weaker, refiner=refiner, cascade=cascade)
+            for network in (painter.scorer, painter.upscaler, *painter.controls, *painter.ip_adapters):
+                if network is not None:
+                    network.to(device=self.device)
             return self
 
     def offload(
@@ -418,9 +420,12 @@ class LatentDiffusionPipeline:
         ConfigError for a model that does not enlarge.
         """
         from latentdiff.drawing import extras
+        from latentdiff.runtime import choice
 
-        with self._in_torch("a cascade"):
-            self._painter = extras.with_cascade(self._painter, self._another(path))
+        compiled = self.runtime == "openvino"
+        where = {"runtime": "auto"} if compiled else {"device": self.device, "dtype": self.model.dtype}
+        model, _ = choice.load(as_path(path), **{"runtime": "torch", **where})
+        self._painter = extras.with_cascade(self._painter, model)
 
     def load_upscaler(self, path: str | Path) -> None:
         """Load a network that enlarges in one evaluation (ESRGAN, SwinIR, ...), a .safetensors file.
@@ -431,9 +436,8 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing import extras
         from latentdiff.families.upscaler import load_upscaler_file
 
-        with self._in_torch("an upscaler"):
-            file = as_path(path)
-            self._painter = extras.with_upscaler(self._painter, load_upscaler_file(file), file)
+        file = as_path(path)
+        self._painter = extras.with_upscaler(self._painter, load_upscaler_file(file).to(self.device), file)
 
     def load_controlnet(self, path: str | Path) -> None:
         """Load a ControlNet; each call adds one, and each reads a picture of its own (`control_image`).

@@ -454,7 +454,7 @@ def test_taught_by_pictures_of_its_own(call, tiny_model, tmp_path):
     for given, message in (
         (("--method", "lora", "--annotator", "canny"), 'control has no effect without method = "controlnet"'),
         (("--method", "controlnet", "--annotator", "depth"), "annotator"),
-        (("--method", "controlnet", "--class-prompt", "a dog"), "controlnet trains only the ControlNet"),
+        (("--method", "controlnet", "--class-prompt", "a dog"), "controlnet trains only a network beside the model"),
     ):
         code, _, err = call("finetune", tiny_model, tmp_path / "photos", "-o", tmp_path / "no", *given)
         assert (code, message in err) == (2, True), err

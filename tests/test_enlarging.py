@@ -37,6 +37,11 @@ SMALL = {
 }
 
 
+def size_of(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
 def words_of(settings):
     return [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
 
@@ -96,9 +101,9 @@ def test_trained_and_resumed(tmp_path, call):
     Image.fromarray(picture).save(tmp_path / "small.png")
     command = ["generate", "a red circle", "--steps", "2", "-s", "1"]
     assert call(*command, "-m", model, "-i", "small.png", "-o", "large.png")[0] == 0
-    assert Image.open(tmp_path / "large.png").size == (48, 32)
+    assert size_of(tmp_path / "large.png") == (48, 32)
     assert call(*command, "--cascade", model, "-o", "cascade.png")[0] == 0
-    assert Image.open(tmp_path / "cascade.png").size == (256, 256)
+    assert size_of(tmp_path / "cascade.png") == (256, 256)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_what_is_saved_is_read_again(overrides, tmp_path):
         (("data.kind=scenes",), "data.pictures.source is missing"),
         (("data.pictures.crop=random",), "random crops cannot be cached: set finetune.cache = false"),
         (("control.annotator=canny",), 'control has no effect without method = "controlnet"'),
-        (("method=controlnet", "prior.prompt=a"), "controlnet trains only the ControlNet"),
+        (("method=controlnet", "prior.prompt=a"), "controlnet trains only a network beside the model"),
         (("method=controlnet", "control.annotator=depth"), "control.annotator"),
     ],
 )

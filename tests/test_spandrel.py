@@ -10,6 +10,12 @@ from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet
 
 from latentdiff.core.errors import ModelError, UnsafeError
 
+
+def size_of(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
 PROMPT = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
 
 
@@ -59,7 +65,7 @@ def test_in_two_passes(pipe, upscaler):
 def test_from_the_shell_and_again(tiny_model, upscaler, tmp_path, call):
     words = ["generate", "a red circle", "-m", tiny_model, "--steps", "2", "-s", "1", "--upscaler", upscaler]
     assert call(*words, "-o", "large.png")[0] == 0
-    assert Image.open(tmp_path / "large.png").size == (128, 128)
+    assert size_of(tmp_path / "large.png") == (128, 128)
     assert call("reproduce", "large.png", "--model", tiny_model, "--source", upscaler)[0] == 0
     assert call(*words, "--size", "2048x2048", "-o", "x.png", "--upscaler", tmp_path / "absent.safetensors")[0] == 4
 

@@ -29,6 +29,11 @@ def leading(T: int, steps: int, whole: Whole) -> list[float]:
     return [float(i * stride + offset) for i in reversed(range(steps))]
 
 
+def leading_zero(T: int, steps: int, whole: Whole) -> list[float]:
+    """Multiples of T // steps without an offset: diffusers' `steps_offset=0`, as DiT has it."""
+    return [float(i * (T // steps)) for i in reversed(range(steps))]
+
+
 def linspace(T: int, steps: int, whole: Whole) -> list[float]:
     """From the last time to the first, both included (Lin et al. 2023, table 2)."""
     return [whole(value) for value in _even(T - 1, 0, steps)]
@@ -119,6 +124,7 @@ def _between(values: Sequence[float], place: float) -> float:
 TIME_GRIDS: dict[str, TimeGrid] = {
     "trailing": trailing,
     "leading": leading,
+    "leading_zero": leading_zero,
     "linspace": linspace,
     "leading_open": leading_open,
     "linspace_open": linspace_open,

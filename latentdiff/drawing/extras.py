@@ -188,7 +188,6 @@ def with_cascade(painter: Painter, model: Model) -> Painter:
 
 def with_upscaler(painter: Painter, upscaler: Upscaler, file: Path) -> Painter:
     """Load a network that enlarges what is drawn, or in two passes what is drawn over."""
-    upscaler = upscaler.to(painter.model.place.device)
     return replace(painter, upscaler=upscaler).with_source(
         "upscaler", Source("upscaler", recorded(file), sha256_of(file))
     )

@@ -13,7 +13,6 @@ from latentdiff.core.arrays import Array, Put, library
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.canvas import pixels_of
 from latentdiff.drawing.hints import Hint, value_of
-from latentdiff.drawing.prompts import Prompted
 from latentdiff.drawing.request import Request
 from latentdiff.networks.conditions import Conditions, image_prompt
 
@@ -105,14 +104,17 @@ def _of_embeds(embeds: Any, images: Any, count: int) -> tuple[Shown, ...]:
 
 
 def with_image_prompts(
-    prompts: Prompted, adapters: Sequence[Any], shown: Sequence[Sequence[Shown]], request: Request, put: Put
-) -> Prompted:
+    cond: Conditions,
+    uncond: Conditions | None,
+    adapters: Sequence[Any],
+    shown: Sequence[Sequence[Shown]],
+    request: Request,
+    put: Put,
+) -> tuple[Conditions, Conditions | None]:
     """The conditions of a batch with its image prompts; the negative ones show no picture.
 
     shown: by each picture of the batch. put: an array where the networks are. Raises ConfigError.
     """
-    if not adapters:
-        return prompts
     arrays: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
     for index, (adapter, *own) in enumerate(zip(adapters, *shown, strict=True)):
         scales = layer_scales(adapter.names, value_of(request.ip_adapter_scale, index, 1.0))
@@ -125,9 +127,7 @@ def with_image_prompts(
             for number, mask in enumerate(masks):  # each picture by itself
                 heads = adapter.heads(stacked[:, number : number + 1], scales)
                 one.update(image_prompt(_next(one), heads, mask))
-    cond = Conditions({**prompts.cond.arrays, **arrays[0]})
-    uncond = None if prompts.uncond is None else Conditions({**prompts.uncond.arrays, **arrays[1]})
-    return Prompted(cond, uncond)
+    return cond.joined(arrays[0]), None if uncond is None else uncond.joined(arrays[1])
 
 
 def _next(arrays: Mapping[str, Array]) -> int:

@@ -31,7 +31,7 @@ from latentdiff.drawing.hints import controls_of
 from latentdiff.drawing.image_prompts import with_image_prompts
 from latentdiff.drawing.painter import Painter, prediction_of
 from latentdiff.drawing.plan import PlannedPass, Size, shortened
-from latentdiff.drawing.prompts import noise_level, prompted
+from latentdiff.drawing.prompts import Prompted, noise_level, prompted
 from latentdiff.drawing.request import Request
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.model import Model
@@ -108,7 +108,8 @@ def _walked(
     model, request = painter.model, batch.request
     prompts = prompted(batch, model, size, painter.memory)
     shown = [job.shown for job in batch.jobs]
-    prompts = with_image_prompts(prompts, painter.ip_adapters, shown, request, model.array)
+    if painter.ip_adapters:
+        prompts = Prompted(*with_image_prompts(*prompts, painter.ip_adapters, shown, request, model.array))
     prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
     hints = [job.hints for job in batch.jobs]
     controls = controls_of(painter.controls, hints, request, start.levels, size, model.array)

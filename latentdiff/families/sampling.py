@@ -73,6 +73,8 @@ def scheduler_of(sampler: str, spacing: str) -> tuple[str, dict[str, Any]]:
     """
     flags: dict[str, Any] = {key: True for key, grid in _SIGMAS.items() if grid == spacing}
     flags["timestep_spacing"] = "linspace" if flags else _THEIRS.get(spacing, spacing)
+    if spacing == "leading_zero":
+        flags |= {"timestep_spacing": "leading", "steps_offset": 0}
     if sampler == "dpmpp_2m_sde":
         return "DPMSolverMultistepScheduler", flags | _SDE
     if sampler == "plms":
@@ -97,7 +99,9 @@ def sampling_of(config: Mapping[str, Any]) -> Sampling:
     spacing = ours.get(stated, stated if stated in ("leading", "linspace", "trailing") else "trailing")
     if name in ("DDIMScheduler", "PNDMScheduler") and stated == "linspace":
         notes.append("timestep_spacing=linspace")  # diffusers' would step from other times than it has reached
-    if spacing.startswith("leading") and config.get("steps_offset", 0) != 1:
+    if spacing == "leading" and config.get("steps_offset", 0) == 0:
+        spacing = "leading_zero"
+    elif spacing.startswith("leading") and config.get("steps_offset", 0) != 1:
         notes.append(f"steps_offset={config.get('steps_offset', 0)}")
     for key, grid in _SIGMAS.items():
         if config.get(key):

@@ -19,6 +19,7 @@ from latentdiff.settings.validation import first_fault
 FILE = "scheduler/scheduler_config.json"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_SPACINGS = {"leading": "leading", "leading_zero": "leading", "linspace": "linspace"}  # ours -> diffusers'
 Data = TypeVar("Data", bound=BaseModel)
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
@@ -171,8 +172,8 @@ def scheduler_config(path: Path, prediction: str, spacing: str = "leading") -> d
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": path.T,
         "prediction_type": prediction,
-        "timestep_spacing": spacing if spacing in ("leading", "linspace") else "trailing",
-        "steps_offset": 1,
+        "timestep_spacing": _SPACINGS.get(spacing, "trailing"),
+        "steps_offset": 0 if spacing == "leading_zero" else 1,
         "clip_sample": False,
         "set_alpha_to_one": True,
         **_described(path),

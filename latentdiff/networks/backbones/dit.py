@@ -12,7 +12,7 @@ from torch import Tensor
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.protocols import Spec
-from latentdiff.networks.traced import Inputs
+from latentdiff.networks.traced import Inputs, example
 
 
 class DiT(Transformer):
@@ -68,6 +68,6 @@ class DiT(Transformer):
         side = int(self.model.config.sample_size)
         labels = torch.arange(4.0) % (self.classes + 1)
         return [
-            {"x": torch.randn(rows, channels, side, side), "time": torch.tensor([501.0]), "label": labels[:rows]}
+            {"x": example(rows, channels, side, side), "time": torch.tensor([501.0]), "label": labels[:rows]}
             for rows in (3, 1)
         ]
