@@ -41,7 +41,9 @@ METHODS = {
     ),
     "textual-inversion": ("--method", "textual-inversion", "--token", "<ink>", "--initial", "star", "--num-vectors", 2),
     "controlnet": ("--method", "controlnet", "--annotator", "tile"),
+    "ip-adapter": ("--method", "ip-adapter"),
 }
+CAPTIONED = ("full", "lora", "controlnet", "ip-adapter")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def pictures(tmp_path_factory):
 
 
 def source(pictures, method):
-    return pictures / ("captioned" if method in ("full", "lora", "controlnet") else "bare")
+    return pictures / ("captioned" if method in CAPTIONED else "bare")
 
 
 @pytest.fixture
@@ -77,6 +79,8 @@ def result_of(folder, method):
         return load_file(folder / "learned_embeds.safetensors")
     if method == "controlnet":
         return load_file(folder / "controlnet" / "diffusion_pytorch_model.safetensors")
+    if method == "ip-adapter":
+        return load_file(folder / "ip_adapter" / "ip_adapter.safetensors")
     parts = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
     files = {part: load_file(folder / "model" / part / f"{name}.safetensors") for part, name in parts.items()}
     return {f"{part}.{name}": tensor for part, state in files.items() for name, tensor in state.items()}
@@ -98,10 +102,24 @@ def _check_control(folder, plain, alone):
     assert torch.equal(drawn(pipe, control_image=noise), alone)
 
 
+def _check_image_prompt(folder, taught, model):
+    """diffusers loads it with its image encoder, and draws the same picture."""
+    theirs = StableDiffusionPipeline.from_pretrained(model, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_ip_adapter(str(folder), subfolder="ip_adapter", weight_name="ip_adapter.safetensors")
+    taught.load_ip_adapter(folder / "ip_adapter")
+    size = taught.model.codec.shape((64, 64))
+    asked = {"latents": torch.randn(1, *size, generator=torch.Generator().manual_seed(0)), "num_inference_steps": 2}
+    asked |= {"ip_adapter_image": Image.new("RGB", (64, 64), "red"), "guidance_scale": 3.0, "output_type": "np"}
+    expected = theirs(PROMPT, **asked).images
+    own = taught(PROMPT, sampler="ddim", spacing="trailing", **asked).images
+    assert np.abs(own - expected).max() < 1e-3
+
+
 SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("full", "dreambooth", "textual-inversion")]
 
 
-@pytest.mark.parametrize("method", ["lora", "controlnet", *SLOW])
+@pytest.mark.parametrize("method", ["lora", "controlnet", "ip-adapter", *SLOW])
 def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, tiny_model, method):
     """What is written changes the picture; what is not taught stays, to the bit; the page and the card say how."""
     code, out, err = finetune(source(pictures, method), "out", *METHODS[method], *QUICK)
@@ -109,6 +127,7 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
     folder = tmp_path / "out"
     paths = [path.removeprefix("out/") for path in out.split()]
     names = {"full": "model", "textual-inversion": "learned_embeds.safetensors", "controlnet": "controlnet"}
+    names["ip-adapter"] = "ip_adapter"
     result = names.get(method, "pytorch_lora_weights.safetensors")
     kohya = ["out-kohya.safetensors"] if method == "lora" else []
     for name in kohya:
@@ -136,10 +155,13 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
     elif method == "controlnet":
         _check_control(folder / "controlnet", plain, drawn(plain))
         taught.load_controlnet(folder / "controlnet")
+    elif method == "ip-adapter":
+        _check_image_prompt(folder, taught, tiny_model)
     elif method != "full":
         fit = taught.load_lora_weights(folder)
         assert (fit.unused, fit.missing) == ([], [])
-    hint = {"control_image": np.zeros((64, 64, 3), np.uint8)} if method == "controlnet" else {}
+    black = np.zeros((64, 64, 3), np.uint8)
+    hint = {"controlnet": {"control_image": black}, "ip-adapter": {"ip_adapter_image": black}}.get(method, {})
     assert (drawn(taught, prompt, **hint) - drawn(plain, prompt)).abs().max() > 1e-4
     log = [json.loads(line) for line in (folder / "finetune" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 4], "a validation before the first step and at the end"

@@ -14,6 +14,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.diffusion.process import diffuse
 from latentdiff.drawing.image_prompts import layer_scales
+from latentdiff.drawing.record import read_metadata
 
 from . import ip_adapters, stable_diffusion
 from .stable_diffusion import load
@@ -253,3 +254,36 @@ def test_scales_of_layers():
     assert layer_scales(names, 0.5) == [0.5] * 5
     assert layer_scales(names, {"down": {"block_1": [0.1, 0.2]}, "mid": 0.3}) == [0.1, 0.2, 0.0, 0.3, 0.0]
     assert layer_scales(names, {"down": 0.4, "up": {"block_0": 0.6}}) == [0.4, 0.4, 0.4, 0.0, 0.6]
+
+
+def test_from_the_shell_and_again(place, pictures, tmp_path, call):
+    """The record names pictures, adapter and encoder; from it the same picture is drawn again."""
+    folder, family = place
+    if family != "1":
+        pytest.skip("the command knows nothing of the family")
+    pictures[0].save(tmp_path / "cat.png")
+    pictures[1].save(tmp_path / "dog.png")
+    file = folder / "hub" / "models" / "plain.safetensors"
+    words = ["generate", PROMPT, "-m", folder / "model", "--steps", "2", "-s", "1", "--size", "64x48"]
+    shown = ["--ip-adapter", file, "--image-prompt", "cat.png:0.5", "--image-prompt", "dog.png"]
+    code, _, err = call(*words, *shown, "-o", "out.png")
+    assert code == 0, err
+    own = ours(folder, ["plain"])
+    asked = {"num_inference_steps": 2, "seed": 1, "output_type": "uint8", "ip_adapter_scale": 0.5, **SIZE}
+    expected = own(PROMPT, ip_adapter_image=[pictures[:2]], **asked).images[0]
+    assert (np.asarray(Image.open(tmp_path / "out.png")) == expected).all()
+    record = read_metadata(tmp_path / "out.png")["latentdiff"]
+    assert [each["image"] for each in record["image_prompts"][0]["pictures"]] == ["cat.png", "dog.png"]
+    assert record["sources"][0]["encoder"] == "image_encoder"
+    places = ["--source", file, "--source", file.parent]
+    code, out, err = call("reproduce", "out.png", "--model", folder / "model", *places)
+    assert code == 0, err
+    for wrong, message in (
+        (["--image-prompt", "cat.png"], "--image-prompt has 1 pictures, and there are 0 of --ip-adapter"),
+        (["--ip-adapter", file], "has 0 pictures, and there are 1"),
+        ([*shown, "--image-prompt", "cat.png:0.9"], "one IP-Adapter has one scale"),
+        (["--ip-adapter", file, "--image-prompt", "cat.png:much"], "is not a number"),
+    ):
+        code, _, err = call(*words, *wrong, "-o", "wrong.png")
+        assert code == 2
+        assert message in err

@@ -11,10 +11,11 @@ from latentdiff.core.images import luminance, to_images, to_uint8
 from latentdiff.families.clip import load_own_scorer
 from latentdiff.families.weights import load_clip
 from latentdiff.networks.backbones.unet import UNet
-from latentdiff.networks.clip import Clip, contrastive_loss, text_model_of
+from latentdiff.networks.clip import Clip, contrastive_loss, image_model_of, text_model_of
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.controls.ip_adapter import ImageEncoder
 from latentdiff.networks.encoders.clip import END, START, TextEncoder, clip_tokenizer, learnt_tokenizer, tokenize
 from latentdiff.networks.encoders.prompt import Prompt
 
@@ -156,6 +157,18 @@ def test_exported_text_tower_computes_the_same():
 
 
 @torch.no_grad()
+def test_image_tower_in_transformers_format():
+    """The same embedding of a picture, as CLIPImageProcessor makes it for others."""
+    clip = clip_towers().eval()
+    side = clip.config["vision_cfg"]["image_size"]
+    pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
+    expected = clip.towers.encode_image(to_images(pixels))
+    encoder = ImageEncoder(image_model_of(clip))
+    found = encoder(encoder.pixels(list(pixels)), whole=False)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (found[0] - found[1]).abs().max() > 1e-2 * found.abs().max()
+
+
 def test_a_new_text_tower_tells_words_apart():
     """One other word moves the context at that word by most of its length (0.84; 0.54 as open_clip draws them)."""
     encoder = TextEncoder(clip_tokenizer(32), text_model_of(clip_towers()))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentdiff.core.errors import ConfigError, ModelError, loading
+from latentdiff.core.files import let_others_read
 from latentdiff.formats import folder
 from latentdiff.model import Model
 
@@ -106,6 +107,7 @@ def save_ip_adapter(adapter: IPAdapter, directory: Path) -> list[Path]:
     save_file(adapter.state(), file)
     assert adapter.encoder is not None
     save_network(adapter.encoder.model, folder)
+    let_others_read(directory)
     return [file, folder]
 
 
