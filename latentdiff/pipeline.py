@@ -422,9 +422,10 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing import extras
         from latentdiff.runtime import choice
 
-        compiled = self.runtime == "openvino"
-        where = {"runtime": "auto"} if compiled else {"device": self.device, "dtype": self.model.dtype}
-        model, _ = choice.load(as_path(path), **{"runtime": "torch", **where})
+        if self.runtime == "openvino":
+            model, _ = choice.load(as_path(path))
+        else:
+            model, _ = choice.load(as_path(path), runtime="torch", device=self.device, dtype=self.model.dtype)
         self._painter = extras.with_cascade(self._painter, model)
 
     def load_upscaler(self, path: str | Path) -> None:

@@ -12,8 +12,9 @@ from latentdiff.core.images import to_values
 from latentdiff.data.dataset import open_data
 from latentdiff.drawing.canvas import reduced, resized
 from latentdiff.families.own import new_enlarging
+from latentdiff.networks.conditions import Conditions
 from latentdiff.settings.config import load_config
-from latentdiff.stages.cache import Small
+from latentdiff.stages.beside import Small
 
 from .conftest import ROOT
 from .stable_diffusion import load
@@ -49,6 +50,9 @@ def words_of(settings):
 class NoCaptions:
     def batch(self, keys, kept):
         return {}
+
+    def conditions(self, batch):
+        return Conditions({})
 
 
 def test_what_it_reads():
@@ -112,7 +116,7 @@ def test_trained_and_resumed(tmp_path, call):
         ({"denoiser.enlarging.scale": 5}, "multiple of denoiser.enlarging.scale"),
         ({"denoiser.enlarging.scale": 1}, "times has no effect"),
         ({"denoiser.enlarging.times": 2000}, "more than denoiser.schedule"),
-        ({"denoiser.tune_text_encoder": True}, "has no tune_text_encoder"),
+        ({"denoiser.tune_text_encoder": True}, "without tune_text_encoder"),
     ],
 )
 def test_refused_settings(settings, message):

@@ -276,7 +276,7 @@ def test_from_the_shell_and_again(place, pictures, tmp_path, call):
     assert [each["image"] for each in record["image_prompts"][0]["pictures"]] == ["cat.png", "dog.png"]
     assert record["sources"][0]["encoder"] == "image_encoder"
     places = ["--source", file, "--source", file.parent]
-    code, out, err = call("reproduce", "out.png", "--model", folder / "model", *places)
+    code, _, err = call("reproduce", "out.png", "--model", folder / "model", *places)
     assert code == 0, err
     for wrong, message in (
         (["--image-prompt", "cat.png"], "--image-prompt has 1 pictures, and there are 0 of --ip-adapter"),

@@ -49,13 +49,14 @@ def load(directory: FilePath, variant: str | None) -> Model:
 
 FAMILY = Family(
     "latentdiff",
-    frozenset({"StableDiffusionPipeline", "StableDiffusionInpaintPipeline"}),
+    frozenset({"StableDiffusionPipeline", "StableDiffusionInpaintPipeline", stable_diffusion.EDIT}),
     stable_diffusion.PARTS,
     frozenset({"vae"}),
     load,
     stable_diffusion.save,
     stable_diffusion.index,
     architecture=stable_diffusion.architecture,
+    context=stable_diffusion.unscaled,
 )
 
 
@@ -141,9 +142,17 @@ def new_unet(config: Config, channels: int, side: int) -> UNet:
         num_heads=settings.num_heads,
         norm_num_groups=settings.norm_num_groups,
         pooled_text=settings.pooled_text,
-        beside=image_channels(config) if settings.enlarging.scale > 1 else 0,
+        beside=_beside(config, channels),
         classes=settings.schedule.num_train_timesteps if settings.enlarging.scale > 1 else None,
     )
+
+
+def _beside(config: Config, channels: int) -> int:
+    """The channels that the U-Net reads beside latents of so many channels."""
+    denoiser = config.denoiser
+    if denoiser.enlarging.scale > 1:
+        return image_channels(config)
+    return channels if denoiser.editing.source else channels + 1 if denoiser.inpainting else 0
 
 
 def new_enlarging(config: Config) -> Enlarging | None:

@@ -149,8 +149,7 @@ def shared_index(model: Model) -> dict[str, Any]:
 
 def unscaled(model: Model, latents: Any) -> Any:
     """See Family.context: InstructPix2Pix reads latents as the VAE gives them, without their scale."""
-    codec: Any = model.codec
-    return latents / codec.scale
+    return latents / getattr(model.codec, "scale", 1.0)
 
 
 def architecture(model: Model) -> str:

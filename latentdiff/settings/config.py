@@ -271,12 +271,21 @@ class Enlarging(Section):
     times: int = Field(350, ge=1, description="the small picture's noise is below this time, drawn anew each time")
 
 
+class Editing(Section):
+    """A model that makes one picture of another, which the U-Net reads beside its own (Brooks et al. 2023)."""
+
+    source: str = Field("", description="a folder with the picture before, of the same name, for each picture")
+    dropout: float = Field(0.05, ge=0, le=1, description="share of the pictures before that are left out, for guidance")
+
+
 class Denoiser(Learning):
     """diffusers.UNet2DConditionModel or DiTTransformer2DModel, and the objective it is trained on."""
 
     network: Literal["unet", "dit"] = Field("unet", description="unet reads texts; dit reads classes, without CLIP")
     dit: DiT = DiT()
     enlarging: Enlarging = Enlarging()
+    editing: Editing = Editing()
+    inpainting: bool = Field(False, description="the U-Net reads a mask and the rest of the picture, and fills it in")
     block_out_channels: tuple[int, ...] = Field(
         (64, 128, 192), description="channels of each level; a level halves the sides"
     )
@@ -371,12 +380,24 @@ class Config(Settings):
             if enlarging != Enlarging():
                 raise ValueError("denoiser.enlarging.times has no effect without denoiser.enlarging.scale")
             return self
-        if not self.reads_texts or denoiser.tune_text_encoder or denoiser.distance_pictures:
-            raise ValueError("denoiser.enlarging requires a unet, and has no tune_text_encoder and distance_pictures")
         if self.image_size % enlarging.scale:
             raise ValueError(f"image_size must be a multiple of denoiser.enlarging.scale (got {enlarging.scale})")
         if enlarging.times > denoiser.schedule.num_train_timesteps:
             raise ValueError("denoiser.enlarging.times is more than denoiser.schedule.num_train_timesteps")
+        return self
+
+    @model_validator(mode="after")
+    def _reads_one_thing_beside(self) -> Config:
+        denoiser, editing = self.denoiser, self.denoiser.editing
+        reads = [denoiser.enlarging.scale > 1, bool(editing.source), denoiser.inpainting]
+        if editing != Editing() and not editing.source:
+            raise ValueError("denoiser.editing.dropout has no effect without denoiser.editing.source")
+        if sum(reads) > 1:
+            raise ValueError("denoiser has one of enlarging, editing and inpainting")
+        if any(reads) and (not self.reads_texts or denoiser.tune_text_encoder or denoiser.distance_pictures):
+            raise ValueError("a network that reads pictures is a unet, without tune_text_encoder and distance_pictures")
+        if editing.source and self.data.kind != "pictures":
+            raise ValueError("denoiser.editing requires pictures of your own, each with the picture before")
         return self
 
     @model_validator(mode="after")

@@ -16,17 +16,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentdiff.core.annotators import Annotator
 from latentdiff.core.errors import ConfigError, DataError
-from latentdiff.core.images import coloured, to_images, to_values
+from latentdiff.core.images import to_images
 from latentdiff.data.examples import Examples
 from latentdiff.data.store import Store
-from latentdiff.diffusion import noise
-from latentdiff.diffusion.process import diffuse
-from latentdiff.drawing.canvas import reduced, resized
-from latentdiff.model import Enlarging
-from latentdiff.networks.conditions import BESIDE, FEATURES, HINT, Conditions
-from latentdiff.networks.controls.ip_adapter import IPAdapter
+from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.class_labels import ClassLabels
 from latentdiff.settings.config import Learning
 from latentdiff.stages.encoding import (
@@ -168,78 +162,6 @@ class Classes:
     def conditions(self, batch: dict[str, Tensor]) -> Conditions:
         """The labels."""
         return Conditions({"label": batch["label"]})
-
-
-class Hinted:
-    """Captions, and beside them the picture that a control reads: an annotator's of the sample's own."""
-
-    def __init__(self, captions: Captions, examples: Examples, annotate: Annotator):
-        self._captions, self._examples, self._annotate = captions, examples, annotate
-
-    def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """The captions' inputs, and `hint`, uint8 (B, 3, H, W)."""
-        hints = np.stack([self._annotate(coloured(self._examples.image(*key))) for key in keys])
-        return self._captions.batch(keys, kept) | {HINT: torch.from_numpy(hints).permute(0, 3, 1, 2).contiguous()}
-
-    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
-        """The captions' conditions and the hint in [0, 1]."""
-        return self._captions.conditions(batch).joined({HINT: batch[HINT].float() / 255})
-
-
-class Small:
-    """Captions, and beside them the small picture that a model enlarges, noised by a time that is drawn too.
-
-    side: of the grid of latents, to which the small picture is enlarged. The draws are keyed by seed, row and epoch.
-    """
-
-    def __init__(self, captions: Captions, examples: Examples, enlarging: Enlarging, *, factor: int, seed: int):
-        self._captions, self._examples, self._enlarging = captions, examples, enlarging
-        self._factor, self._seed = factor, seed
-
-    def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """The captions' inputs, `beside` (B, C, h, w) and `label` (B,)."""
-        drawn = [self._seen(*key) for key in keys]
-        beside, labels = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
-        return self._captions.batch(keys, kept) | {BESIDE: beside, "label": labels}
-
-    def _seen(self, row: int, epoch: int) -> tuple[np.ndarray, np.float32]:
-        enlarging, pixels = self._enlarging, coloured(self._examples.image(row, epoch))
-        height, width = (side // self._factor for side in pixels.shape[:2])
-        seen = resized(reduced(pixels, enlarging.scale), height, width)
-        values = to_values(self._examples.toned(seen)[None])[0]
-        rng = noise.generator(self._seed, "small picture", row, epoch)
-        level = enlarging.path.level(int(rng.integers(enlarging.times)))
-        noised = diffuse(values, rng.standard_normal(values.shape, dtype=np.float32), level)
-        return np.asarray(noised, np.float32), np.float32(level.t)
-
-    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
-        """The captions' conditions, the small picture and the time of its noise."""
-        return self._captions.conditions(batch).joined({BESIDE: batch[BESIDE], "label": batch["label"]})
-
-
-class Shown:
-    """Captions, and beside them the features of the sample's own picture, which an IP-Adapter reads.
-
-    dropout: the share of samples whose picture is not shown, keyed by seed, row and epoch.
-    """
-
-    def __init__(self, captions: Captions, examples: Examples, dropout: float, *, adapter: IPAdapter, seed: int):
-        assert adapter.encoder is not None
-        self._captions, self._examples, self._dropout = captions, examples, dropout
-        self._encoder, self._whole, self._seed = adapter.encoder, adapter.whole, seed
-
-    def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """The captions' inputs, `shown` (B,), and `pixels` as CLIP reads them."""
-        pixels = self._encoder.pixels([coloured(self._examples.image(*key)) for key in keys])
-        draws = [noise.generator(self._seed, "image prompt", *key).random() for key in keys]
-        shown = torch.tensor([draw >= self._dropout for draw in draws])
-        return self._captions.batch(keys, kept) | {"pixels": pixels, "shown": shown}
-
-    def conditions(self, batch: dict[str, Tensor]) -> Conditions:
-        """The captions' conditions and the features (B, 1, D), zeros where nothing is shown."""
-        features = self._encoder(batch["pixels"], whole=self._whole).float()
-        features = features * batch["shown"].view(-1, *[1] * (features.ndim - 1))
-        return self._captions.conditions(batch).joined({FEATURES: features[:, None]})
 
 
 def _with_sizes(conditions: Conditions, batch: dict[str, Tensor]) -> Conditions:

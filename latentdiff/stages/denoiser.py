@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from latentdiff.core.errors import ConfigError, saving
 from latentdiff.core.images import coloured
 from latentdiff.data import scenes
+from latentdiff.data.companions import companions
 from latentdiff.data.dataset import readable
 from latentdiff.data.examples import Examples
 from latentdiff.data.scene_set import Scenes
@@ -46,13 +48,15 @@ from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.encoders.class_labels import ClassLabels
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.settings.config import Config, Learning
-from latentdiff.stages.cache import Small, captions_of, latents_of
+from latentdiff.stages.beside import Edited, Masked, Small
+from latentdiff.stages.cache import captions_of, latents_of
 from latentdiff.stages.classes import classes_of
 from latentdiff.stages.encoding import AnyCodec
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import (
     TIME_BINS,
     BesideNetwork,
+    Captions,
     ConditionedNetwork,
     DenoiserStage,
     Draws,
@@ -69,8 +73,10 @@ def train_denoiser(run: Run[Config]) -> None:
     config, accelerator = run.config, run.accelerator
     codec, text_encoder = networks_before(config, run.folder, run.data.training)
     made_from = f"{weights_hash(codec)} {weights_hash(text_encoder)}"
+    if config.denoiser.editing.source:
+        made_from += f" {_before(run, [run.data.training])[0].pictures.identity()}"
     unet = _backbone(config, codec, text_encoder, accelerator.device)
-    network: nn.Module = unet if config.denoiser.enlarging.scale == 1 else BesideNetwork(unet)
+    network: nn.Module = BesideNetwork(unet) if _reads_beside(config) else unet
     parts: dict[str, nn.Module] = {"unet": unet}
     if config.denoiser.tune_text_encoder and isinstance(text_encoder, TextEncoder):
         thaw(text_encoder)
@@ -103,11 +109,37 @@ def _samples(run: Run[Config], codec: AnyCodec, text_encoder: TextEncoder | Clas
     sets = (run.data.training, run.data.validation)
     latents = latents_of(run.config.denoiser, sets, codec, run.cache, run.accelerator)
     captions = captions_of(run.config.denoiser, sets, text_encoder, run.cache, run.accelerator)
-    if (enlarging := new_enlarging(run.config)) is not None:
-        facts = {"factor": codec.factor, "seed": run.config.seed}
-        captions = [Small(own, examples, enlarging, **facts) for own, examples in zip(captions, sets, strict=True)]
+    captions = _with_pictures(run, codec, sets, captions)
     names = [examples.pictures.name for examples in sets]
     return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
+
+
+def _reads_beside(config: Config) -> bool:
+    """Whether the U-Net reads a picture beside its latents."""
+    denoiser = config.denoiser
+    return denoiser.enlarging.scale > 1 or bool(denoiser.editing.source) or denoiser.inpainting
+
+
+def _before(run: Run[Config], sets: Sequence[Examples]) -> list[Examples]:
+    """The pictures that an editing model makes those of the sets of."""
+    return companions(run.config, sets, run.config.denoiser.editing.source, run.cache)
+
+
+def _with_pictures(
+    run: Run[Config], codec: AnyCodec, sets: Sequence[Examples], captions: list[Captions]
+) -> list[Captions]:
+    """The captions with the picture that the U-Net reads beside its latents, if it reads one."""
+    settings, seed = run.config.denoiser, run.config.seed
+    if (enlarging := new_enlarging(run.config)) is not None:
+        pairs = zip(captions, sets, strict=True)
+        return [Small(own, examples, enlarging, factor=codec.factor, seed=seed) for own, examples in pairs]
+    if settings.editing.source:
+        rates = [settings.editing.dropout, 0.0]  # the validation shows all
+        each = zip(captions, _before(run, sets), rates, strict=True)
+        return [Edited(own, before, codec, rate, seed=seed) for own, before, rate in each]
+    if settings.inpainting:
+        return [Masked(own, examples, codec, seed=seed) for own, examples in zip(captions, sets, strict=True)]
+    return captions
 
 
 def networks_before(config: Config, folder: Path, examples: Examples) -> tuple[AnyCodec, TextEncoder | ClassLabels]:
@@ -180,8 +212,8 @@ def _report(
     painter = replace(painter, model=replace(painter.model, place=TorchPlace(run.accelerator.device)))
     timesteps = config.denoiser.schedule.num_train_timesteps
     numbers = validation_losses(validation, TIME_BINS, timesteps, config.denoiser.training.train_batch_size)
-    if painter.model.enlarging is not None:
-        rows = _enlarged(painter, config, examples)
+    if painter.model.enlarging is not None or painter.model.must_edit:
+        rows = _made_of_pictures(run, painter, examples)
     elif readable(config):
         score = evaluate_composition(painter, pictures=config.denoiser.preview_pictures, seed=config.seed)
         rows = [pictures[:8] for pictures in score.pictures.values()]
@@ -200,15 +232,18 @@ def _report(
     return numbers
 
 
-def _enlarged(painter: Painter, config: Config, examples: Examples) -> list[np.ndarray]:
-    """Rows of eight pictures: small validation pictures, what is drawn of them, and the true ones."""
-    assert painter.model.enlarging is not None
-    rows = range(min(8, len(examples)))
+def _made_of_pictures(run: Run[Config], painter: Painter, examples: Examples) -> list[np.ndarray]:
+    """Rows of eight pictures: what an enlarging or editing model reads, what is drawn of it, and the true pictures."""
+    rows, enlarging = range(min(8, len(examples))), painter.model.enlarging
     true = [coloured(examples.image(row, 0)) for row in rows]
-    small = [reduced(pixels, painter.model.enlarging.scale) for pixels in true]
+    if enlarging is not None:
+        read = [reduced(pixels, enlarging.scale) for pixels in true]
+    else:
+        (before,) = _before(run, [examples])
+        read = [coloured(before.image(row, 0)) for row in rows]
     prompts = [examples.caption(row, 0) for row in rows]
-    drawn = draw_prompts(painter, prompts, seed=config.seed, images=small)
-    seen = [resized(pixels, *whole.shape[:2]) for pixels, whole in zip(small, true, strict=True)]
+    drawn = draw_prompts(painter, prompts, seed=run.config.seed, images=read)
+    seen = [resized(pixels, *whole.shape[:2]) for pixels, whole in zip(read, true, strict=True)]
     return [examples.toned(np.stack(seen)), drawn, examples.toned(np.stack(true))]
 
 

@@ -30,7 +30,8 @@ from latentdiff.runtime.device import moved
 from latentdiff.runtime.quantized import quantized
 from latentdiff.settings.config import Override, save_config
 from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
-from latentdiff.stages.cache import Hinted, Shown, captions_of, latents_of
+from latentdiff.stages.beside import Hinted, Shown
+from latentdiff.stages.cache import captions_of, latents_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
 from latentdiff.stages.finetune_report import keep_rows_apart, report, write_page
