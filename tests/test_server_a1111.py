@@ -9,12 +9,17 @@ import time
 import httpx
 import numpy as np
 import pytest
+import torch
 import webuiapi
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.annotators import canny
 from latentdiff.drawing.draw import Drawing
 from latentdiff.drawing.record import parameters_text
+from latentdiff.networks.controls.controlnet import ControlNet
+from latentdiff.server.shelf import Shelf
 
 from .serving import PROMPT, Served, png
 
@@ -22,6 +27,11 @@ QUICK = {"steps": 4, "seed": 7, "width": 64, "height": 64, "cfg_scale": 2.0, "sa
 OURS = {"num_inference_steps": 4, "seed": 7, "guidance_scale": 2.0, "sampler": "ddim"}
 
 SMALL = base64.b64encode(png(Image.new("L", (9, 9)))).decode()
+
+
+def unit(**fields):
+    """A body with one unit of the ControlNet extension."""
+    return {"prompt": "a", "alwayson_scripts": {"controlnet": {"args": [fields]}}}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +158,15 @@ def test_a_token_as_a_password(tiny, tmp_path):
     [
         ("txt2img", {"prompt": "a", "tiling": True}, "tiling is not supported"),
         ("txt2img", {"prompt": "a", "script_name": "x"}, "script_name is not supported"),
-        ("txt2img", {"prompt": "a", "alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts is not supported"),
+        ("txt2img", {"prompt": "a", "alwayson_scripts": {"roop": {"args": [1]}}}, "alwayson_scripts is not supported"),
+        ("txt2img", {"prompt": "a", "alwayson_scripts": [1]}, "alwayson_scripts must be an object"),
+        ("txt2img", unit(model="canny", image=SMALL), "unknown ControlNet 'canny'; no folder of ControlNets"),
+        ("txt2img", unit(model="canny"), "a unit requires an image"),
+        ("txt2img", unit(model="canny", image=SMALL, module="openpose"), "unknown module 'openpose'; none or one of"),
+        ("txt2img", unit(model="canny", image=SMALL, control_mode="My prompt is more important"), "use Balanced"),
+        ("txt2img", unit(model="canny", image=SMALL, mask=SMALL), "mask is not supported"),
+        ("txt2img", unit(model="canny", image=SMALL, weight="much"), "controlnet: weight"),
+        ("txt2img", unit(model="canny", image="/etc/passwd"), "a picture must be in base64"),
         ("txt2img", {"prompt": "a", "s_churn": 1}, "s_churn is not supported"),
         ("txt2img", {"prompt": "a", "seed_resize_from_w": 64}, "seed_resize_from_w is not supported"),
         ("txt2img", {"prompt": "a", "enable_hr": True, "hr_resize_x": 256}, "hr_resize_x is not supported"),
@@ -238,3 +256,38 @@ def test_odd_texts_in_a_picture(served, text):
     answer = served.post("/sdapi/v1/png-info", {"image": base64.b64encode(content.getvalue()).decode()})
     assert answer.status_code == 200
     assert json.loads(answer.json()["items"]["workflow"]) == json.loads(text)
+
+
+def test_controls(tiny_model, tmp_path, photo):
+    """Units as the client sends them draw what `control_image` draws; a unit without a model is none."""
+    pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
+    unet = pipe.model.backbone
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        control = ControlNet.create(unet.model, pipe.model.codec.factor)
+        for parameter in control.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    control.save(tmp_path / "controls" / "edges")
+
+    def opened(*_):
+        return LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
+
+    shelf = Shelf(pipe, opened, controls=tmp_path / "controls")
+    own = opened()
+    own.load_controlnet(tmp_path / "controls" / "edges")
+    steered = {"control_image": canny(np.asarray(photo)), "controlnet_conditioning_scale": 0.7}
+    expected = own(PROMPT, **OURS, **steered, control_guidance_end=0.8).images[0]
+    plain = pipe(PROMPT, **OURS).images[0]
+    with Served(pipe, tmp_path / "out", shelf=shelf) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        client = webuiapi.WebUIApi(host=host, port=int(port), sampler="DDIM", steps=4)
+        assert client.controlnet_model_list() == ["edges"]
+        assert "canny" in client.controlnet_module_list()
+        of_ours = webuiapi.ControlNetUnit(
+            image=photo, module="canny", model="edges [12345678]", weight=0.7, guidance_end=0.8
+        )
+        drawn = client.txt2img(prompt=PROMPT, controlnet_units=[of_ours], **QUICK)
+        empty = client.txt2img(prompt=PROMPT, controlnet_units=[webuiapi.ControlNetUnit(image=photo)], **QUICK)
+    np.testing.assert_array_equal(np.asarray(drawn.image), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(empty.image), np.asarray(plain))
+    assert (np.asarray(drawn.image) != np.asarray(plain)).any()

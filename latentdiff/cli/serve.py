@@ -34,6 +34,9 @@ def serve(
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     models: Annotated[Path | None, typer.Option(help="A folder of models that clients may choose by name.")] = None,
     loras: Annotated[Path | None, typer.Option(help="A folder of adapters that clients may choose by name.")] = None,
+    controls: Annotated[
+        Path | None, typer.Option(help="A folder of ControlNets that clients may choose by name.")
+    ] = None,
     keep: Annotated[int, typer.Option(min=1, max=100, help="Models in memory at most.")] = 2,
     runs: Annotated[Path, typer.Option(help="The folder of the training runs that the page shows.")] = Path("runs"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of all pictures.")] = OUTPUTS,
@@ -58,7 +61,7 @@ def serve(
 ) -> None:
     """Serve a web page, OpenAI's images API and A1111's API. Ctrl-C stops it."""
     _check_token(host, token)
-    for folder in (models, loras):
+    for folder in (models, loras, controls):
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"no such folder ({folder})")
     if output.exists() and not output.is_dir():
@@ -82,7 +85,7 @@ def serve(
 
     with listening(host, port) as listener:  # before the model is loaded, which may take minutes
         pipe = opened(None)
-        shelf = Shelf(pipe, opened, models, loras, keep)
+        shelf = Shelf(pipe, opened, models, loras, keep, controls)
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         terminal.note(f"{pipe.card.name} at {address}, for programs at {address}/v1; pictures go to {output}")
         run(Studio(shelf, output, most_waiting, runs), listener, names_of(host), token, address if open_ else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -20,6 +21,7 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import parameters_text
+from latentdiff.server.controls import controls_of
 from latentdiff.server.studio import (
     MOST_PICTURES,
     Order,
@@ -34,7 +36,7 @@ from latentdiff.server.work import Drawn, StoppedError, Ticket, all_drawn
 
 Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # what is not supported -> values that mean nothing, beside empty ones
-    **dict.fromkeys(("restore_faces", "tiling", "styles", "script_name", "alwayson_scripts", "refiner_checkpoint"), ()),
+    **dict.fromkeys(("restore_faces", "tiling", "styles", "script_name", "refiner_checkpoint"), ()),
     **dict.fromkeys(("s_churn", "s_tmin", "firstphase_width", "firstphase_height"), ()),
     **dict.fromkeys(("seed_resize_from_w", "seed_resize_from_h"), (-1,)),
     **dict.fromkeys(("s_noise", "initial_noise_multiplier"), (1,)),
@@ -81,6 +83,7 @@ class Settings(BaseModel):
     inpaint_full_res: bool = False
     inpaint_full_res_padding: Annotated[int, Field(ge=0)] = 0
     send_images: bool = True
+    alwayson_scripts: Any = None
     override_settings: dict[str, Any] = {}
 
     def drawing(self) -> dict[str, Any]:
@@ -209,9 +212,10 @@ async def _answered(
 ) -> Response:
     model = settings.override_settings.get("sd_model_checkpoint")
     chosen = None if model is None else checkpoint_named(studio, model)
-    ticket = await studio.submit(
-        Order(settings.drawing() | further, client_of(http), chosen, interruptible=True, **given)
-    )
+    controls = controls_of(settings.alwayson_scripts)
+    asked = settings.drawing() | further | controls.settings
+    order = Order(asked, client_of(http), chosen, controls=controls.names, hints=controls.hints, interruptible=True)
+    ticket = await studio.submit(replace(order, **given))
     pictures: dict[int, Drawn] = {}
     try:
         async for event in all_drawn(ticket, http.is_disconnected):
@@ -221,7 +225,7 @@ async def _answered(
             raise  # otherwise interrupted: what is drawn is the answer
     drawn = [pictures[number] for number in sorted(pictures)]
     images = [to_base64(each.kept.png) for each in drawn] if settings.send_images else []
-    read = {*Settings.model_fields} - {"init_images", "mask", "override_settings"}
+    read = {*Settings.model_fields} - {"init_images", "mask", "override_settings", "alwayson_scripts"}
     body = settings.model_dump(include=read)
     answer = {"images": images, "parameters": body, "info": _info(ticket, drawn)}
     return JSONResponse(answer, headers={"x-ignored": ", ".join(settings.ignored())} if settings.ignored() else None)

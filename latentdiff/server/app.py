@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from latentdiff.core.errors import LatentDiffError
-from latentdiff.server import a1111, a1111_facts, gallery, openai, page, runs
+from latentdiff.server import a1111, a1111_facts, controls, gallery, openai, page, runs
 from latentdiff.server.guard import Guard, Limits
 from latentdiff.server.openai import failure, status_of
 from latentdiff.server.studio import Studio
@@ -26,6 +26,7 @@ def application(studio: Studio, hosts: tuple[str, ...] | None, token: str | None
         a1111.routes(studio),
         a1111_facts.model_routes(studio),
         a1111_facts.list_routes(),
+        controls.routes(studio),
         a1111_facts.tool_routes(),
         gallery.routes(studio),
         page.routes(studio),

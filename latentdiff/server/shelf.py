@@ -1,6 +1,6 @@
-"""The models and the adapters that clients may choose by name, and the models that are loaded.
+"""The models, adapters and ControlNets that clients may choose by name, and the models that are loaded.
 
-Names are those of two folders that the user named at the start; a request never holds a path. A model with adapters
+Names are those of folders that the user named at the start; a request never holds a path. A model with adapters
 is loaded apart from the model alone, since adapters are added to the weights.
 """
 
@@ -29,11 +29,12 @@ class Adapter(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a request draws with. torch: whether its settings require torch's networks."""
+    """What a request draws with. torch: whether its settings require torch's networks. controls: ControlNets."""
 
     model: str
     adapters: tuple[Adapter, ...] = ()
     torch: bool = False
+    controls: tuple[str, ...] = ()
 
 
 _Key = tuple[Wanted, tuple[tuple[int, int, int], ...]]
@@ -55,11 +56,12 @@ class Shelf:
         models: Path | None = None,
         adapters: Path | None = None,
         keep: int = 2,
+        controls: Path | None = None,
     ):
         self.current = self.first = first.card.name
         self.keep = keep
         self.own = frozenset(each.sha256 for each in first.painter.sources.values())  # that the first model always has
-        self._open, self._models, self._adapters = open_, models, adapters
+        self._open, self._models, self._adapters, self._controls = open_, models, adapters, controls
         self._hashes = {self.first: first.card.hash}
         self._failed: OrderedDict[_Key, LatentDiffError] = OrderedDict()
         self._turn = threading.Lock()
@@ -73,6 +75,10 @@ class Shelf:
     def adapters(self) -> list[str]:
         """The adapters that may be chosen."""
         return list(_places(self._adapters, "*.safetensors"))
+
+    def controls(self) -> list[str]:
+        """The ControlNets that may be chosen."""
+        return list(_places(self._controls, "config.json"))
 
     def hash_of(self, name: str) -> str | None:
         """The hash of a model that has been loaded."""
@@ -112,7 +118,9 @@ class Shelf:
         pipe.rename(wanted.model)  # so that a picture's record names the model as clients do
         for adapter in wanted.adapters:
             pipe.load_lora_weights(self._adapter(adapter.name), weight=adapter.weight, fuse=True)
-        if not wanted.adapters:
+        for control in wanted.controls:
+            pipe.load_controlnet(self._control(control))
+        if not wanted.adapters and not wanted.controls:
             self._hashes[wanted.model] = pipe.card.hash
         return pipe
 
@@ -124,6 +132,9 @@ class Shelf:
         files = [] if model is None else [model if model.is_file() else model / "model_index.json"]
         for adapter in wanted.adapters:
             path = self._adapter(adapter.name)
+            files += [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        for control in wanted.controls:
+            path = self._control(control)
             files += [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         states = [file.stat() for file in files]
         return wanted, tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
@@ -147,6 +158,13 @@ class Shelf:
         if name not in places:
             known = f"one of {', '.join(list(places)[:20])}" if places else "no folder of adapters was named"
             raise ConfigError(f"unknown adapter {name[:60]!r}; {known}")
+        return places[name]
+
+    def _control(self, name: str) -> Path:
+        places = _places(self._controls, "config.json")
+        if name not in places:
+            known = f"one of {', '.join(list(places)[:20])}" if places else "no folder of ControlNets was named"
+            raise ConfigError(f"unknown ControlNet {name[:60]!r}; {known}")
         return places[name]
 
 

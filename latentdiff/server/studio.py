@@ -23,6 +23,7 @@ from latentdiff.core.errors import ConfigError, DataError, ResourceError
 from latentdiff.drawing.canvas import BLACK, Margins
 from latentdiff.drawing.draw import canvas_of, jobs_of
 from latentdiff.drawing.files import write_pictures
+from latentdiff.drawing.hints import Hint
 from latentdiff.drawing.painter import torch_only
 from latentdiff.drawing.presets import settled_for
 from latentdiff.drawing.record import ImageMetadata
@@ -47,6 +48,7 @@ class Order:
     """What a client asks for: settings of drawing, and the model and adapters beside those that the prompt names.
 
     image, mask: what drawing starts from, uint8 (H, W, 3) and (H, W); white is redrawn. margins: to add around it.
+    controls, hints: the ControlNets, and the picture that each reads.
     previews, follow, interruptible: see Ticket. sha256: the hash that the model must have, if that is known.
     """
 
@@ -61,6 +63,8 @@ class Order:
     follow: bool = False
     interruptible: bool = False
     sha256: str | None = None
+    controls: tuple[str, ...] = ()
+    hints: tuple[Hint, ...] = ()
 
 
 class Studio:
@@ -91,7 +95,7 @@ class Studio:
             raise ConfigError("prompt must be text")
         prompt, adapters = without_tags(order.settings["prompt"])
         settings = {**order.settings, "prompt": prompt}
-        wanted = Wanted(order.model or self.shelf.current, (*order.adapters, *adapters))
+        wanted = Wanted(order.model or self.shelf.current, (*order.adapters, *adapters), controls=order.controls)
         with self._holding() as held:
             pipe = await self._take(wanted, held)
             if order.sha256 not in (None, pipe.card.hash):
@@ -100,7 +104,7 @@ class Studio:
                 pipe = await self._take(wanted._replace(torch=True), held)  # others' pictures stay as they are
             request = pipe.request(**settings)
             canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)
-            jobs = jobs_of(pipe.model, request, canvas)
+            jobs = jobs_of(pipe.model, request, canvas, hints=order.hints)
             ticket = Ticket(pipe.painter, jobs, order.client, order.previews, order.follow, order.interruptible)
             return self.worker.submit(ticket)
 
