@@ -208,6 +208,9 @@ def test_trained_from_nothing(stripes, tmp_path, call):
     assert pipe.model.encoder.names == ("9", "columns", "rows")
     assert call("generate", "rows", "-m", tmp_path / "whole" / "model", "-s", "1", "-o", "rows.png")[0] == 0
     assert read_metadata(tmp_path / "rows.png")["latentdiff"]["request"]["prompt"] == "rows"
+    assert call("generate", "--class", "rows", "-m", tmp_path / "whole" / "model", "-s", "1", "-o", "again.png")[0] == 0
+    with Image.open(tmp_path / "rows.png") as first, Image.open(tmp_path / "again.png") as second:
+        assert (np.asarray(first) == np.asarray(second)).all()
     code, _, err = call("generate", "row", "-m", tmp_path / "whole" / "model", "-o", "row.png")
     assert code == 2
     assert "this model has no class 'row' (did you mean rows?)" in err

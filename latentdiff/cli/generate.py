@@ -60,6 +60,9 @@ class Offload(StrEnum):
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads it from standard input.')] = None,
+    class_: Annotated[
+        str | None, typer.Option("--class", help="For models of classes: the class to draw, in place of the prompt.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What not to draw.")] = None,
     model: Annotated[
         str | None,
@@ -234,7 +237,7 @@ def generate(
         "batch_size": batch_size,
     }
     common = common_settings(given, settings or [])
-    wishes, axes = _wishes(prompt, prompts_file, image, mask, outpaint), grid_of(vary or [], "--vary")
+    wishes, axes = _wishes(_subject(prompt, class_), prompts_file, image, mask, outpaint), grid_of(vary or [], "--vary")
     process = Process.of_launcher()
     _check_seed(wishes, common, resume, process)
     wishes = varied(wishes, axes, common)
@@ -293,6 +296,13 @@ def _sides(width: int | None, height: int | None, size: str | None) -> dict[str,
     if width is not None or height is not None or not digits:
         raise ConfigError(f"--size must be WIDTHxHEIGHT, and replaces --width and --height (got {size!r})")
     return {"width": int(across), "height": int(down)}
+
+
+def _subject(prompt: str | None, class_: str | None) -> str | None:
+    """The prompt, or the class in its place. Raises ConfigError for both."""
+    if prompt is not None and class_ is not None:
+        raise ConfigError("--class replaces the prompt: give only one of them")
+    return prompt if class_ is None else class_
 
 
 def _scales(scales: Sequence[float | None], adapters: int) -> tuple[float, ...] | None:

@@ -213,7 +213,7 @@ async def _answered(
     model = settings.override_settings.get("sd_model_checkpoint")
     chosen = None if model is None else checkpoint_named(studio, model)
     controls = controls_of(settings.alwayson_scripts)
-    asked = settings.drawing() | further | controls.settings
+    asked = {**settings.drawing(), **further, **controls.settings}
     order = Order(asked, client_of(http), chosen, controls=controls.names, hints=controls.hints, interruptible=True)
     ticket = await studio.submit(replace(order, **given))
     pictures: dict[int, Drawn] = {}
