@@ -17,23 +17,9 @@ from latentdiff.stages.beside import Edited, Masked
 
 from .conftest import ROOT
 from .stable_diffusion import load
-from .test_enlarging import NoCaptions, words_of
+from .test_enlarging import SMALL, NoCaptions, words_of
 
-QUICK = {
-    "image_size": 16,
-    "clip.training.max_train_steps": 1,
-    "clip.training.train_batch_size": 2,
-    "denoiser.block_out_channels": [16, 32],
-    "denoiser.attention": [False, True],
-    "denoiser.training.max_train_steps": 6,
-    "denoiser.training.train_batch_size": 4,
-    "denoiser.training.checkpointing_steps": 2,
-    "denoiser.training.validation_steps": 6,
-    "denoiser.training.lr_schedule": "constant",
-    "denoiser.training.lr_warmup_steps": 0,
-    "denoiser.preview_pictures": 8,
-    "recommended.num_inference_steps": 2,
-}
+QUICK = SMALL | {"image_size": 16, "clip.training.max_train_steps": 1, "clip.training.train_batch_size": 2}
 EDITING = ROOT / "configs" / "maps-64.toml"
 
 

@@ -210,8 +210,11 @@ def with_control(painter: Painter, control: ControlNet, source: Source) -> Paint
 
 def without_controls(painter: Painter) -> Painter:
     """Remove all ControlNets."""
-    kept = {name: source for name, source in painter.sources.items() if source.kind != "controlnet"}
-    return replace(painter, controls=(), sources=kept)
+    return replace(painter, controls=(), sources=_sources_but(painter, "controlnet"))
+
+
+def _sources_but(painter: Painter, kind: str) -> dict[str, Source]:
+    return {name: source for name, source in painter.sources.items() if source.kind != kind}
 
 
 def source_of_ip_adapter(file: Path, encoder: Path | None) -> Source:
@@ -232,8 +235,7 @@ def with_ip_adapter(painter: Painter, adapter: Any, source: Source) -> Painter:
 
 def without_ip_adapters(painter: Painter) -> Painter:
     """Remove all IP-Adapters."""
-    kept = {name: source for name, source in painter.sources.items() if source.kind != "ip-adapter"}
-    return replace(painter, ip_adapters=(), sources=kept)
+    return replace(painter, ip_adapters=(), sources=_sources_but(painter, "ip-adapter"))
 
 
 def _check_latents(painter: Painter, other: Model, what: str, *, plain: bool = True) -> None:

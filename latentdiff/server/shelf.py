@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -154,18 +154,18 @@ class Shelf:
         return places[name]
 
     def _adapter(self, name: str) -> Path:
-        places = _places(self._adapters, "*.safetensors")
-        if name not in places:
-            known = f"one of {', '.join(list(places)[:20])}" if places else "no folder of adapters was named"
-            raise ConfigError(f"unknown adapter {name[:60]!r}; {known}")
-        return places[name]
+        return _named(name, _places(self._adapters, "*.safetensors"), "adapter")
 
     def _control(self, name: str) -> Path:
-        places = _places(self._controls, "config.json")
-        if name not in places:
-            known = f"one of {', '.join(list(places)[:20])}" if places else "no folder of ControlNets was named"
-            raise ConfigError(f"unknown ControlNet {name[:60]!r}; {known}")
-        return places[name]
+        return _named(name, _places(self._controls, "config.json"), "ControlNet")
+
+
+def _named(name: str, places: Mapping[str, Path], what: str) -> Path:
+    """The place of a name. Raises ConfigError."""
+    if name not in places:
+        known = f"one of {', '.join(list(places)[:20])}" if places else f"no folder of {what}s was named"
+        raise ConfigError(f"unknown {what} {name[:60]!r}; {known}")
+    return places[name]
 
 
 def _places(folder: Path | None, inside: str) -> dict[str, Path]:
