@@ -19,7 +19,12 @@ from .conftest import ROOT
 from .stable_diffusion import load
 from .test_enlarging import SMALL, NoCaptions, words_of
 
-QUICK = SMALL | {"image_size": 16, "clip.training.max_train_steps": 1, "clip.training.train_batch_size": 2}
+QUICK = SMALL | {
+    "data.kind": "pictures",
+    "image_size": 16,
+    "clip.training.max_train_steps": 1,
+    "clip.training.train_batch_size": 2,
+}
 EDITING = ROOT / "configs" / "maps-64.toml"
 
 

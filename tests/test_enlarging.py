@@ -21,6 +21,7 @@ from .stable_diffusion import load
 
 CONFIG = ROOT / "configs" / "enlarge-4.toml"
 SMALL = {
+    "data.kind": "scenes",
     "image_size": 32,
     "data.count": 32,
     "clip.training.max_train_steps": 2,
