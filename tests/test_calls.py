@@ -252,7 +252,7 @@ def test_timesteps_and_sigmas(name, folders, theirs):
         ({"timesteps": [9, 2], "num_inference_steps": 5}, "2 timesteps or sigmas for 5 num_inference_steps"),
         ({"sigmas": [float("nan"), 1]}, "sigmas"),
         ({"callback": print}, "callback is not taken: use callback_on_step_end, or stream"),
-        ({"ip_adapter_image": 1}, "IP-Adapter is not supported"),
+        ({"ip_adapter_image": 1}, "1 image prompts, and no IP-Adapter is loaded"),
         ({"denoising_end": 0.8}, "denoising_end is not taken: use load_refiner and refiner_switch"),
         ({"crops_coords_top_left": (0, 0)}, "use crop"),
         ({"cross_attention_kwargs": {"gligen": 1}}, "can be a scale of the adapters only"),

@@ -248,6 +248,13 @@ def test_refusals(place, pictures, tmp_path):
         own(PROMPT, ip_adapter_image=[pictures[:2]], cross_attention_kwargs=masks, **ASKED)
 
 
+def test_info_knows_it(place, call):
+    folder, _ = place
+    file = folder / "hub" / "models" / "plain.safetensors"
+    code, out, _ = call("info", file)
+    assert (code, json.loads(out)["kind"]) == (0, "IP-Adapter")
+
+
 def test_scales_of_layers():
     names = ["down_blocks.1.attentions.0.a", "down_blocks.1.attentions.1.a", "down_blocks.2.attentions.0.a"]
     names += ["mid_block.attentions.0.a", "up_blocks.0.attentions.0.a"]

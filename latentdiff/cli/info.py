@@ -54,9 +54,10 @@ def _print_things(path: Path, text: str) -> None:
 
 def _adapter_in(folder: Path) -> Path:
     """The adapter or the learnt words in the folder of a fine-tuning; the folder itself if there are none."""
+    from latentdiff.families.image_prompts import FILE
     from latentdiff.formats import adapter_file, words_file
 
-    files = [folder / name for name in (*adapter_file.NAMES, words_file.FILE)]
+    files = [folder / name for name in (*adapter_file.NAMES, words_file.FILE, FILE)]
     return next((file for file in files if file.is_file()), folder)
 
 

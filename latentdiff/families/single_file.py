@@ -228,6 +228,10 @@ def _kind(names: Sequence[str], path: Path) -> str:
         return f"Stable Diffusion {_kind_of(names, path)}, original layout"
     if {"emb_params", "clip_l", "clip_g"} & {*names} or (names and all(re.fullmatch(r"<.+>", name) for name in names)):
         return "learnt words"
+    if any(name.startswith("ip_adapter.") for name in names):
+        return "IP-Adapter"
+    if any("input_hint_block." in name or "controlnet_cond_embedding." in name for name in names):
+        return "ControlNet"
     if not _of_adapter(names):
         return "weights"
     return "adapter, " + (
