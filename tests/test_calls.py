@@ -255,7 +255,7 @@ def test_timesteps_and_sigmas(name, folders, theirs):
         ({"ip_adapter_image": 1}, "1 image prompts, and no IP-Adapter is loaded"),
         ({"denoising_end": 0.8}, "denoising_end is not taken: use load_refiner and refiner_switch"),
         ({"crops_coords_top_left": (0, 0)}, "use crop"),
-        ({"cross_attention_kwargs": {"gligen": 1}}, "can be a scale of the adapters only"),
+        ({"cross_attention_kwargs": {"gligen": 1}}, "can be a scale of the adapters and ip_adapter_masks only"),
         ({"cross_attention_kwargs": {"scale": "x"}}, "scale must be a number up to 10"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r'can be \["latents"\] only'),
         ({"timesteps": 5}, "timesteps must be a list"),
