@@ -119,6 +119,7 @@ def test_saved_as_it_was(place, tmp_path):
     assert (pictures[0] == pictures[1]).all()
 
 
+@pytest.mark.slow
 def test_as_openvino_draws(place, tmp_path):
     from latentdiff.runtime.export import export
 

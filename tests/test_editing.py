@@ -72,6 +72,7 @@ def test_as_diffusers_draws(place, picture, settings):
     assert np.abs(drawn - expected).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_as_openvino_draws(place, picture, tmp_path):
     from latentdiff.runtime.export import export
 

@@ -107,8 +107,8 @@ def test_trained_and_resumed(tmp_path, call):
     command = ["generate", "a red circle", "--steps", "2", "-s", "1"]
     assert call(*command, "-m", model, "-i", "small.png", "-o", "large.png")[0] == 0
     assert size_of(tmp_path / "large.png") == (48, 32)
-    assert call(*command, "--cascade", model, "-o", "cascade.png")[0] == 0
-    assert size_of(tmp_path / "cascade.png") == (256, 256)
+    assert call(*command, "--size", "16x16", "--cascade", model, "-o", "cascade.png")[0] == 0
+    assert size_of(tmp_path / "cascade.png") == (64, 64)
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,20 @@ ASKED = {"num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": NEG
 KINDS = ("plain", "plus", "full")
 
 
-@pytest.fixture(scope="module", params=["1", pytest.param("2", marks=pytest.mark.slow), "XL"])
+@pytest.fixture(scope="module", params=["1", *(pytest.param(each, marks=pytest.mark.slow) for each in ("2", "XL"))])
 def place(request, tmp_path_factory):
     """A model and three adapters beside their image encoder, as on the hub."""
     folder = tmp_path_factory.mktemp("prompted")
-    base = stable_diffusion.pipeline(request.param)
+    return made(folder, request.param), request.param
+
+
+def made(folder, family, kinds=KINDS):
+    base = stable_diffusion.pipeline(family)
     base.save_pretrained(folder / "model")
     ip_adapters.image_encoder().save_pretrained(folder / "hub" / "models" / "image_encoder")
-    for kind in KINDS:
+    for kind in kinds:
         save_file(ip_adapters.state(base.unet, kind), folder / "hub" / "models" / f"{kind}.safetensors")
-    return folder, request.param
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,15 @@ def test_as_diffusers_draws(place, pictures, kind, settings):
     asked.pop("ip_adapter_image")
     plain = own(PROMPT, latents=noise(), **asked, **OURS).images
     assert (plain == load(folder / "model")(PROMPT, latents=noise(), **asked, **OURS).images).all()
+
+
+def test_of_xl(tmp_path, pictures):
+    """Once in the quick suite; the other families' proofs are slow."""
+    folder = made(tmp_path, "XL", ["plus"])
+    asked = {"ip_adapter_image": pictures[0], **ASKED}
+    expected = theirs("XL", folder, ["plus"])(PROMPT, latents=noise(), output_type="np", **asked).images
+    drawn = ours(folder, ["plus"])(PROMPT, latents=noise(), **asked, **OURS).images
+    assert np.abs(drawn - expected).max() < 1e-4
 
 
 def test_several_pictures_of_several_adapters(place, pictures):

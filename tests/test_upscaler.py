@@ -82,6 +82,7 @@ def test_noise_is_keyed_by_the_picture(place, picture):
     assert (ours(PROMPT, seed=5, **asked).images == alone).all()
 
 
+@pytest.mark.slow
 def test_as_openvino_draws(place, picture, tmp_path):
     from latentdiff.runtime.export import export
 
@@ -154,9 +155,10 @@ def test_from_the_shell(place, picture, tmp_path, call):
 
 def test_cascade(place, tmp_path, call):
     """A base draws, the upscaler enlarges with the same prompt and seed: as one by hand after the other."""
-    folder, _ = place
     stable_diffusion.pipeline("1").save_pretrained(tmp_path / "base")
-    base, enlarger = load(tmp_path / "base"), load(folder)
+    base, enlarger, folder = load(tmp_path / "base"), load(place[0]), tmp_path / "quick"
+    enlarger._recommend(num_inference_steps=3)
+    enlarger.save_pretrained(folder)
     small = base(PROMPT, seed=3, num_inference_steps=2, width=16, height=16).images[0]
     expected = enlarger(PROMPT, image=small, seed=3, output_type="uint8").images
     base.load_cascade(folder)

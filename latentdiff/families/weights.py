@@ -88,7 +88,8 @@ def _identity(directory: Path) -> IdentityCodec:
     part = "unet" if (directory / "unet").is_dir() else "transformer"
     channels = read_json(directory / part / "config.json").get("out_channels")
     if channels not in (1, 3):
-        raise ModelError(f"a {part} of {channels} channels requires a vae, and there is none ({directory})")
+        name = "U-Net" if part == "unet" else part
+        raise ModelError(f"a {name} of {channels} channels requires a vae, and there is none ({directory})")
     return IdentityCodec(channels)
 
 
