@@ -207,7 +207,7 @@ def test_a_config_that_asks_for_more_than_the_weights(folder):
 
 def test_a_unet_of_classes(folder):
     edit(folder / "unet" / "config.json", num_class_embeds=4)
-    assert "a U-Net that reads classes enlarges pictures, and no other does" in refusal(folder, ModelError)
+    assert "1 weights are missing, the first is class_embedding.weight" in refusal(folder, ModelError)
 
 
 def test_vae_of_not_a_number(folder):

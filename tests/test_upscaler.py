@@ -137,6 +137,10 @@ def test_refusals(place, picture, tmp_path):
     (copy / "model_index.json").write_text(json.dumps(index | {"max_noise_level": 5000}))
     with pytest.raises(ModelError, match="max_noise_level must be a time below 1000"):
         load(copy)
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(ModelError, match="a U-Net that reads classes enlarges pictures, and no other does"):
+        load(copy)
+    (copy / "model_index.json").write_text(json.dumps(index))
     (copy / "low_res_scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(ModelError, match=r"scheduler_config\.json is missing"):
         load(copy)
