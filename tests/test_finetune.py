@@ -42,8 +42,9 @@ METHODS = {
     "textual-inversion": ("--method", "textual-inversion", "--token", "<ink>", "--initial", "star", "--num-vectors", 2),
     "controlnet": ("--method", "controlnet", "--annotator", "tile"),
     "ip-adapter": ("--method", "ip-adapter"),
+    "consistency": ("--method", "consistency", "--rank", 2),
 }
-CAPTIONED = ("full", "lora", "controlnet", "ip-adapter")
+CAPTIONED = ("full", "lora", "controlnet", "ip-adapter", "consistency")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def begun(model, pictures, folder, method, hook=None):
 
 def result_of(folder, method):
     """The tensors of what was learnt."""
-    if method in ("lora", "dreambooth"):
+    if method in ("lora", "dreambooth", "consistency"):
         return load_file(folder / "pytorch_lora_weights.safetensors")
     if method == "textual-inversion":
         return load_file(folder / "learned_embeds.safetensors")
@@ -116,7 +117,7 @@ def _check_image_prompt(folder, taught, model):
     assert np.abs(own - expected).max() < 1e-3
 
 
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("full", "dreambooth", "textual-inversion")]
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("full", "dreambooth", "textual-inversion", "consistency")]
 
 
 @pytest.mark.parametrize("method", ["lora", "controlnet", "ip-adapter", *SLOW])
@@ -207,18 +208,22 @@ def test_killed_and_gone_on_with(pictures, tmp_path, tiny_model, method):
 
 def in_taught_loss():
     """In the third step, between its two parts."""
+    from latentdiff.training.consistency import ConsistencyStage
     from latentdiff.training.denoiser import DenoiserStage
 
     calls = [0]
-    original = DenoiserStage.loss
 
-    def counted(self, module, batch):
-        calls[0] += module.training and self._draws.purpose == "training"
-        if calls[0] == 6:
-            KILL()
-        return original(self, module, batch)
+    def counting(original):
+        def counted(self, module, batch):
+            calls[0] += module.training and self._draws.purpose == "training"
+            if calls[0] == 6:
+                KILL()
+            return original(self, module, batch)
 
-    DenoiserStage.loss = counted
+        return counted
+
+    for stage in (DenoiserStage, ConsistencyStage):
+        stage.loss = counting(stage.loss)
 
 
 def test_it_is_found_again_and_refused(finetune, pictures, tmp_path, tiny_model):

@@ -23,6 +23,7 @@ class Method(StrEnum):
     textual_inversion = "textual-inversion"
     controlnet = "controlnet"
     ip_adapter = "ip-adapter"
+    consistency = "consistency"
 
 
 class MixedPrecision(StrEnum):

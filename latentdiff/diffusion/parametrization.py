@@ -118,6 +118,15 @@ def x0_from(c: Coefficients, output: Array, x: Array) -> Array:
     return c.skip * x + c.out * output if c.skip else c.out * output
 
 
+def boundary(t: float, scaling: float = 10.0, std: float = 0.5) -> tuple[float, float]:
+    """(c_skip, c_out) of a consistency function c_skip x_t + c_out x0: 1 and 0 at time 0, soon 0 and 1.
+
+    Luo et al. 2023, equation 9, with their scaling of times and their sigma_data.
+    """
+    scaled = scaling * t
+    return std**2 / (scaled**2 + std**2), scaled / math.sqrt(scaled**2 + std**2)
+
+
 def target(prediction: str, level: NoiseLevel) -> tuple[float, float]:
     """(a, b) of the network's target a noise + b x0: the module's equation solved for F.
 

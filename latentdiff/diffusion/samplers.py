@@ -25,7 +25,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from latentdiff.diffusion.level import NoiseLevel
-from latentdiff.diffusion.parametrization import Array, Denoiser
+from latentdiff.diffusion.parametrization import Array, Denoiser, boundary
 from latentdiff.diffusion.process import posterior_mean, transition
 
 if TYPE_CHECKING:
@@ -354,8 +354,7 @@ def lcm(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent, path
     and 0.5: at time 0 it is x itself.
     """
     for number, (t, s) in enumerate(pairwise(levels), 1):
-        scaled = 10 * t.t
-        c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
+        c_skip, c_out = boundary(t.t)
         x0 = c_out * denoise(x, t) + c_skip * x
         x = s.alpha * x0
         if s.sigma > 0:

@@ -6,6 +6,7 @@ dreambooth         a new word for one thing, and pictures of its class (Ruiz et 
 textual-inversion  only the embeddings of a new word (Gal et al. 2022)
 controlnet         a ControlNet that reads an annotator's picture of each picture (Zhang et al. 2023)
 ip-adapter         an IP-Adapter, which draws by a picture as by a prompt (Ye et al. 2023)
+consistency        a student that draws in few steps without guidance (Luo et al. 2023); with a rank as LoRA
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ STAGE = "finetune"  # the only stage of such a run
 FILE = "finetune.toml"  # the effective settings, in the run's folder
 RANK = 16
 _BESIDE = ("controlnet", "ip-adapter")  # methods that train a network beside the model
-_OF_MANY = ("full", "lora", *_BESIDE)  # methods that learn from many different pictures
+_EITHER = ("dreambooth", "consistency")  # methods that train factors if there is a rank, else all weights
+_OF_MANY = ("full", "lora", "consistency", *_BESIDE)  # methods that learn from many different pictures
 SMALL = 100e6  # parameters of a U-Net below which it is small; Stable Diffusion 1 has 860 million, the default model 7
 TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # captions for pictures of a new word
+Method = Literal["full", "lora", "dreambooth", "textual-inversion", "controlnet", "ip-adapter", "consistency"]
 PromptText = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
@@ -90,6 +93,16 @@ class ImagePrompt(Section):
     dropout: float = Field(0.1, ge=0, le=1, description="share of the pictures that are not shown")
 
 
+class Consistency(Section):
+    """The distillation of a model's own guided paths."""
+
+    guidance: float | None = Field(
+        None, ge=1, le=100, description="the teacher's guidance_scale, which the student has inside; none: the model's"
+    )
+    steps: int = Field(50, ge=2, le=1000, description="levels of the grid between whose neighbours the loss is")
+    huber: float = Field(0.001, gt=0, le=10, description="c of the pseudo-Huber distance")
+
+
 class Previews(Section):
     """The pictures of a validation: every prompt from the same noise each time."""
 
@@ -108,9 +121,7 @@ class FineTuning(Settings):
     model: str = Field("", description="a folder, a .safetensors file or a hub id; none is the default model")
     variant: str | None = Field(None, description="variant of the model's weights: fp16, ...")
     revision: str | None = Field(None, description="revision of a hub id")
-    method: Literal["full", "lora", "dreambooth", "textual-inversion", "controlnet", "ip-adapter"] = Field(
-        "lora", description="what is trained"
-    )
+    method: Method = Field("lora", description="what is trained")
     quantize: Literal["int8", "fp8", "q8_0", "q4_0"] | None = Field(
         None, description="kind of the frozen weights, with fewer bits; only for methods that leave weights frozen"
     )
@@ -122,12 +133,13 @@ class FineTuning(Settings):
     word: Word = Word()
     control: Control = Control()
     image_prompt: ImagePrompt = ImagePrompt()
+    consistency: Consistency = Consistency()
     previews: Previews = Previews()
 
     @property
     def low_rank(self) -> bool:
         """Whether factors are trained instead of weights."""
-        return self.method == "lora" or (self.method == "dreambooth" and self.lora.rank is not None)
+        return self.method == "lora" or (self.method in _EITHER and self.lora.rank is not None)
 
     @property
     def leaves_weights(self) -> bool:
@@ -171,6 +183,12 @@ class FineTuning(Settings):
             raise ValueError('control has no effect without method = "controlnet"')
         if self.method != "ip-adapter" and self.image_prompt != ImagePrompt():
             raise ValueError('image_prompt has no effect without method = "ip-adapter"')
+        if self.method != "consistency" and self.consistency != Consistency():
+            raise ValueError('consistency has no effect without method = "consistency"')
+        if self.method == "consistency" and (self.prior.prompt or self.finetune.tune_text_encoder):
+            raise ValueError("consistency distils the backbone alone: no prior, no text encoder")
+        if self.method == "consistency" and (self.finetune.weighting != "uniform" or self.finetune.input_perturbation):
+            raise ValueError("consistency has no weighting of noise levels and no input_perturbation")
         if self.method in _BESIDE and (self.prior.prompt or self.finetune.tune_text_encoder):
             raise ValueError(f"{self.method} trains only a network beside the model: no prior, no text encoder")
         return self
@@ -209,6 +227,7 @@ def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
         "textual-inversion": (5e-4, 5e-3),
         "controlnet": (1e-5, 2e-4),
         "ip-adapter": (1e-4, 1e-3),
+        "consistency": (1e-4, 1e-3) if factors else (1e-6, 1e-4),
     }
     own = config.finetune.training
     steps = {"dreambooth": 400, "textual-inversion": 1000, **dict.fromkeys(_BESIDE, 5000)}.get(config.method, 2000)

@@ -17,6 +17,7 @@ from latentdiff.core.errors import ConfigError, saving
 from latentdiff.data.companions import companions
 from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
+from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
 from latentdiff.drawing.draw import requested
@@ -38,6 +39,7 @@ from latentdiff.stages.finetune_report import keep_rows_apart, report, write_pag
 from latentdiff.stages.methods import Tuning, begin, trainable
 from latentdiff.stages.plan import Weights, plan_lines
 from latentdiff.stages.run import Run
+from latentdiff.training.consistency import ConsistencyStage
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, Draws, Samples
 from latentdiff.training.loop import Stage
 from latentdiff.training.order import Order
@@ -164,6 +166,8 @@ def _stages(run: Run[FineTuning], model: Model, tuning: Tuning, prior: DataSet |
     learning, times = config.finetune, times_of(config.finetune, model.path)
     sets = [run.data.training, run.data.validation, *([prior.training] if prior else [])]
     trained, validated, *others = _samples(run, model, tuning, sets)
+    if tuning.teacher is not None:
+        return _distilled(run, model, tuning, trained, validated)
     loss = DiffusionLoss(model.path, model.prediction, learning.weighting, learning.snr_gamma)
     rates = learning.caption_dropout, learning.noise_offset, learning.input_perturbation
     made = partial(DenoiserStage, tuning.module, tuning.parts)
@@ -176,6 +180,23 @@ def _stages(run: Run[FineTuning], model: Model, tuning: Tuning, prior: DataSet |
     draws = Draws(config.seed, times, *rates, purpose="prior")
     beside = made(loss, others[0], draws, _order(run, prior.training, "prior"))
     return PriorStage(own, beside, config.prior.weight), validation
+
+
+def _distilled(
+    run: Run[FineTuning], model: Model, tuning: Tuning, trained: Samples, validated: Samples
+) -> tuple[Stage, DenoiserStage]:
+    """The stages of a consistency distillation, whose teacher is the model as it was."""
+    config, settings = run.config, run.config.consistency
+    guidance = settings.guidance or float(model.card.defaults.get("guidance_scale", 7.5))
+    path, prediction = model.path, model.prediction
+    loss = ConsistencyLoss(path, prediction, steps=settings.steps, guidance=guidance, huber=settings.huber)
+    teacher = tuning.teacher.to(run.accelerator.device)
+    made = partial(ConsistencyStage, tuning.module, tuning.parts, loss, teacher)
+    rates = config.finetune.caption_dropout, config.finetune.noise_offset
+    own = Draws(config.seed, times_of(config.finetune, model.path), *rates)
+    fixed = Draws(config.seed, Times(model.path, bins=TIME_BINS), purpose="validation")
+    training, validation = _order(run, run.data.training, "training"), _order(run, run.data.validation, "validation")
+    return made(trained, own, training), made(validated, fixed, validation)
 
 
 def _order(run: Run[FineTuning], examples: Examples, purpose: str) -> Order:

@@ -23,6 +23,7 @@ from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.hints import Hint, hints_of
 from latentdiff.drawing.image_prompts import Shown, shown_of
 from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.presets import PRESETS
 from latentdiff.evaluation.report.page import Entry, as_html
 from latentdiff.evaluation.report.plots import Plot, Series, as_figure
 from latentdiff.families.clip import load_own_scorer
@@ -95,6 +96,8 @@ def _drawn(painter: Painter, config: FineTuning, prompts: list[str], seen: Examp
         hints = [hints_of(picture if counts[0] else None, counts[0], annotated=change) for picture in pictures]
         shown = [shown_of(picture if counts[1] else None, None, counts[1]) for picture in pictures]
     asked: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": config.previews.num_inference_steps}
+    if config.method == "consistency":
+        asked |= PRESETS["lcm"]
     return draw_prompts(painter, prompts, seed=config.previews.seed, hints=hints, shown=shown, **asked)
 
 
@@ -226,7 +229,7 @@ def _use(config: FineTuning, path: Path) -> str:
     if config.method == "textual-inversion":
         prompt, words = f"a {config.word.token}", [*words, "--embedding", recorded(path)]
     elif config.low_rank:
-        words += ["--lora", recorded(path)]
+        words += ["--lora", recorded(path), *(["--preset", "lcm"] if config.method == "consistency" else [])]
     elif config.method == "controlnet":
         change = config.control.made_by
         words += ["--control", f"{recorded(path)}:picture.png", *(["--annotate", change] if change else [])]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.presets import PRESETS
 from latentdiff.families.controls import PART as CONTROLNET
 from latentdiff.families.image_prompts import image_encoder_for, save_ip_adapter
 from latentdiff.families.loading import save_model
@@ -36,7 +39,8 @@ class Tuning:
     """The module of a training step, its trained parts by file name, and a function that writes them.
 
     reads: whether the module reads captions itself, because the text encoder or its embeddings are trained.
-    write: (folder, metadata) -> the paths that were written. control, ip_adapter: what previews draw with.
+    write: (folder, metadata) -> the paths that were written. control, ip_adapter: what previews draw with. teacher: the
+    backbone as it was, which a student learns from.
     """
 
     module: nn.Module
@@ -45,6 +49,7 @@ class Tuning:
     write: Write
     control: ControlNet | None = None
     ip_adapter: IPAdapter | None = None
+    teacher: Any = None
 
 
 IP_ADAPTER = "ip_adapter"
@@ -70,7 +75,12 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
         return _control(model, config)
     if config.method == "ip-adapter":
         return _image_prompt(model, config)
-    return _factors(model, config) if config.low_rank else _weights(model, config, words)
+    teacher = copy.deepcopy(model.backbone) if config.method == "consistency" else None
+    if teacher is not None and not config.low_rank:
+        few = {**model.card.defaults, **PRESETS["lcm"]}
+        model = replace(model, card=replace(model.card, defaults=few))
+    tuning = _factors(model, config) if config.low_rank else _weights(model, config, words)
+    return replace(tuning, teacher=teacher)
 
 
 def trainable(model: Model) -> tuple[UNet | Transformer, AnyEncoder, AnyCodec]:

@@ -1,0 +1,49 @@
+"""Consistency distillation of a model's own guided paths, in place of the diffusion loss; see diffusion/consistency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.diffusion.consistency import ConsistencyLoss
+from latentdiff.training.denoiser import DenoiserStage, Draws, Key, Samples
+from latentdiff.training.order import Order
+
+_EMPTY = "empty."  # before the names of the empty prompt's tensors in a batch
+
+
+class ConsistencyStage(DenoiserStage):
+    """E d(f(x_t), f(x_s)) over a set of pictures. teacher: the model before, frozen."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: dict[str, nn.Module],
+        loss: ConsistencyLoss,
+        teacher: nn.Module,
+        samples: Samples,
+        draws: Draws,
+        order: Order,
+    ):
+        self.module, self.parts = module, parts
+        self._consistency, self._teacher = loss, teacher.requires_grad_(False).eval()
+        self._samples, self._draws, self._order = samples, draws, order
+
+    def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
+        """As of DenoiserStage, with the places of the times in the grid, and the conditions of the empty prompt."""
+        batch = super().batch_of(keys)
+        numbers = torch.tensor([self._consistency.number(float(t)) for t in batch.pop("t")])
+        empty = self._samples.captions.batch(keys, [False] * len(keys))
+        return batch | {"number": numbers} | {_EMPTY + name: tensor for name, tensor in empty.items()}
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Losses (B,)."""
+        mean, log_variance = self._samples.latents.moments(batch)
+        x0 = mean + (0.5 * log_variance).exp() * batch["posterior"]
+        own = {name: tensor for name, tensor in batch.items() if not name.startswith(_EMPTY)}
+        empty = {name.removeprefix(_EMPTY): tensor for name, tensor in batch.items() if name.startswith(_EMPTY)}
+        captions = self._samples.captions
+        cond, uncond = captions.conditions(own), captions.conditions(empty)
+        return self._consistency(module, self._teacher, x0, batch["noise"], batch["number"], cond, uncond)

@@ -1,0 +1,154 @@
+"""Consistency distillation: closed forms on Gaussian data, and the method from the command to few steps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from latentdiff.diffusion.consistency import ConsistencyLoss
+from latentdiff.diffusion.parametrization import boundary, parametrization_named
+from latentdiff.diffusion.path import Straight, VariancePreserving
+from latentdiff.diffusion.samplers import SAMPLERS
+
+STD, MEAN = 0.6, 0.4
+PATHS = {"epsilon": VariancePreserving.scaled_linear(), "v_prediction": VariancePreserving.cosine(), "flow": Straight()}
+
+
+def exact(path, prediction, std=STD, mean=MEAN):
+    """The network of Gaussian data: E[x0 | x_t] = mean + g (x - alpha mean), g = alpha std^2 / Var[x_t]."""
+
+    def network(x, time, conditions):
+        outputs = []
+        for row, t in zip(x, time.tolist() if hasattr(time, "tolist") else [time] * len(x), strict=True):
+            level, shift = path.level(t), mean if conditions is None else conditions
+            gain = level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2)
+            c = parametrization_named(prediction)(level)
+            x0 = shift + gain * (row - level.alpha * shift)
+            outputs.append((x0 - c.skip * row) / c.out)
+        return torch.stack(outputs)
+
+    return network
+
+
+def jump(x, level, std=STD, mean=MEAN):
+    """The end of the probability flow of Gaussian data: the standardised value stays."""
+    return mean + std * (x - level.alpha * mean) / math.sqrt(level.alpha**2 * std**2 + level.sigma**2)
+
+
+class Solution(torch.nn.Module):
+    """A student that is the exact consistency function."""
+
+    def __init__(self, path, prediction):
+        super().__init__()
+        self.path, self.prediction = path, prediction
+
+    def forward(self, x, time, conditions):
+        outputs = []
+        for row, t in zip(x, time.tolist(), strict=True):
+            level = self.path.level(t)
+            c, (c_skip, c_out) = parametrization_named(self.prediction)(level), boundary(t)
+            x0 = (jump(row, level) - c_skip * row) / c_out if c_out else row
+            outputs.append((x0 - c.skip * row) / c.out)
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("prediction", PATHS)
+def test_the_solution_has_no_loss(prediction):
+    """As the steps of the teacher's solver become small: its error in a step is of second order."""
+    path = PATHS[prediction]
+    x0 = MEAN + STD * torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4096, 1, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for steps in (25, 50, 100):
+        loss = ConsistencyLoss(path, prediction, steps=steps, guidance=1.0, huber=1e-5)
+        number = torch.arange(4096) % (steps - 1) + (1 if prediction == "epsilon" else 0)
+        value = loss(Solution(path, prediction), exact(path, prediction), x0, noise, number, None, None)
+        errors.append(float(value.mean()))
+    assert errors[0] / errors[1] > 2.5
+    assert errors[1] / errors[2] > 2.5
+    assert errors[2] < 2e-3
+    wrong = loss(exact(path, prediction), exact(path, prediction), x0, noise, number, None, None)
+    assert wrong.mean() > 5 * errors[2], "the denoiser itself is not the solution"
+
+
+def test_guidance_is_inside():
+    """The teacher's step is along the guided direction: with data at two means the path of the extrapolated one."""
+    path, prediction = PATHS["v_prediction"], "v_prediction"
+    loss = ConsistencyLoss(path, prediction, steps=50, guidance=3.0, huber=1e-4)
+    x0, noise = torch.zeros(1, 1), torch.ones(1, 1)
+    seen = {}
+
+    def student(x, time, conditions):
+        seen.setdefault("x", []).append(x.detach().clone())
+        return 0 * x
+
+    loss(student, exact(path, prediction), x0, noise, torch.tensor([10]), 1.0, 0.0)
+    levels = [*path.levels(50, "distilled")[:-1], path.numbered(0)]
+    t, s = levels[10], levels[11]
+    x = t.sigma * torch.ones(1, 1)
+    denoised = [
+        shift + (t.alpha * STD**2 / (t.alpha**2 * STD**2 + t.sigma**2)) * (x - t.alpha * shift) for shift in (0.0, 1.0)
+    ]
+    guided = denoised[0] + 3 * (denoised[1] - denoised[0])
+    expected = s.alpha * guided + s.sigma * (x - t.alpha * guided) / t.sigma
+    assert torch.allclose(seen["x"][0], expected, atol=1e-6), "the goal is taken a step nearer to the data"
+    assert torch.allclose(seen["x"][1], x, atol=1e-6)
+
+
+def test_the_last_goal_is_the_data_itself():
+    loss = ConsistencyLoss(PATHS["epsilon"], "epsilon", steps=10, guidance=1.0, huber=1e-3)
+    assert loss._table[-1][-2:].tolist() == [1.0, 0.0]
+    assert [loss.number(t) for t in (999, 950, 900, 99, 0)] == [0, 0, 0, 9, 9]
+
+
+def test_a_student_learns_it():
+    """Trained from the teacher's weights it jumps in one step where the teacher is a standard deviation away."""
+    path, prediction = PATHS["v_prediction"], "v_prediction"
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1)
+    )
+
+    def student(x, time, conditions):
+        scaled = time[:, None] / 500 - 1
+        return net(torch.cat([x, scaled, scaled**2], 1))
+
+    teacher, loss = exact(path, prediction), ConsistencyLoss(path, prediction, steps=20, guidance=1.0, huber=1e-2)
+    levels = torch.tensor([[lv.alpha, lv.sigma, lv.t] for lv in [*path.levels(20, "distilled")[:-1], path.numbered(0)]])
+    gain = levels[:, 0] * STD**2 / (levels[:, 0] ** 2 * STD**2 + levels[:, 1] ** 2)
+
+    def quick(x, time, conditions):
+        index = (levels[None, :, 2] - time[:, None]).abs().argmin(1)
+        alpha, sigma, g = levels[index, 0, None], levels[index, 1, None], gain[index, None]
+        x0 = MEAN + g * (x - alpha * MEAN)
+        return (alpha * x - x0) / sigma
+
+    assert torch.allclose(
+        quick(torch.ones(3, 1), levels[:3, 2], None), teacher(torch.ones(3, 1), levels[:3, 2], None), atol=1e-5
+    )
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1500):
+        x0 = MEAN + STD * torch.randn(256, 1, generator=generator)
+        number = torch.randint(20, (256,), generator=generator)
+        value = loss(student, quick, x0, torch.randn(256, 1, generator=generator), number, None, None).mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+    x = torch.randn(4000, 1, generator=generator)
+    with torch.no_grad():
+
+        def denoise(x, level):
+            c = parametrization_named(prediction)(level)
+            return c.skip * x + c.out * student(x, torch.full((len(x),), level.t), None)
+
+        (step,) = SAMPLERS["lcm"].walk(denoise, x, path.levels(1, "distilled"))
+    drawn = np.asarray(step.x)
+    assert abs(drawn.mean() - MEAN) < 0.05
+    assert abs(drawn.std() - STD) < 0.08
+    top = path.levels(1, "distilled")[0]
+    collapsed = MEAN + (top.alpha * STD**2 / (top.alpha**2 * STD**2 + top.sigma**2)) * (x.numpy() - top.alpha * MEAN)
+    assert collapsed.std() < 0.1 * STD, "the teacher in one step draws the mean"
