@@ -4,7 +4,7 @@
     latentdiff train configs/enlarge-4.toml --data FOLDER/train -o RUN
     python scripts/enlarge.py measure FOLDER RUN/model [--pictures 32] [--output enlarged.png]
 
-`make` writes parts of 64 pixels of procedural scenes of 256, and apart from them whole test scenes. `measure` makes the
+`make` writes parts of 32 pixels of procedural scenes of 256, and apart from them whole test scenes. `measure` makes the
 test scenes four times smaller and enlarges them again, and prints the peak signal-to-noise ratio (dB) and the
 structural similarity (Wang et al. 2004) to the true scenes, with standard errors: of bicubic and Lanczos interpolation,
 of the model's single pictures, and of the mean of four, for two noise levels. A mean is nearer to the truth than a
@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-SIDE, PART, SCALE = 256, 64, 4
+SIDE, PART, SCALE = 256, 32, 4
 
 
 def make(folder: Path, count: int) -> None:

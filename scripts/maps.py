@@ -1,8 +1,8 @@
 """Semantic maps drawn by diffusion, beside a U-Net that is trained on the same pairs with cross-entropy.
 
     python scripts/control.py make scenes --pictures 3000
-    latentdiff train configs/maps-64.toml
-    python scripts/maps.py scenes runs/maps-64/model [--pictures 64] [--samples 8] [--steps 3000] [--output maps.png]
+    latentdiff train configs/maps-32.toml
+    python scripts/maps.py scenes runs/maps-32/model [--pictures 64] [--samples 8] [--steps 2000] [--output maps.png]
 
 For each test picture several maps are drawn, from other noise. Each pixel has the class whose colour is nearest. It
 prints, over seven classes with the background, the mean intersection over union of single samples, of the majority of
@@ -32,11 +32,14 @@ def classes_of(pictures: np.ndarray) -> np.ndarray:
     return np.square(pictures[..., None, :].astype(float) - COLORS).sum(-1).argmin(-1)
 
 
-def read(folder: Path, names: list[str]) -> np.ndarray:
+SIDE = 32
+
+
+def read(folder: Path, names: list[str], how: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
     pictures = []
     for name in names:
         with Image.open(folder / name) as picture:
-            pictures.append(np.asarray(picture.convert("RGB")))
+            pictures.append(np.asarray(picture.convert("RGB").resize((SIDE, SIDE), how)))
     return np.stack(pictures)
 
 
@@ -61,7 +64,7 @@ def by_cross_entropy(pictures: np.ndarray, maps: np.ndarray, steps: int) -> nn.M
     """A U-Net of the same widths, trained on the same pairs."""
     torch.manual_seed(0)
     network = UNet2DModel(
-        sample_size=64,
+        sample_size=SIDE,
         in_channels=3,
         out_channels=len(COLORS),
         block_out_channels=CHANNELS,
@@ -99,14 +102,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3000, help="of the training with cross-entropy")
+    parser.add_argument("--steps", type=int, default=2000, help="of the training with cross-entropy")
     parser.add_argument("--output", type=Path, help="a sheet: pictures, true maps, a sample, the majority, the U-Net")
     given = parser.parse_args()
     from latentdiff import LatentDiffusionPipeline
 
     lines = (given.folder / "test" / "metadata.jsonl").read_text().splitlines()[: given.pictures]
     names = [json.loads(line)["file_name"] for line in lines]
-    pictures, true = read(given.folder / "test", names), classes_of(read(given.folder / "test-maps", names))
+    pictures, true = (
+        read(given.folder / "test", names),
+        classes_of(read(given.folder / "test-maps", names, Image.Resampling.BOX)),
+    )
     pipe = LatentDiffusionPipeline.from_pretrained(given.model, device="cpu")
     asked = {"num_images_per_prompt": given.samples, "seed": 0, "output_type": "uint8"}
     drawn = np.stack([pipe("the map of a picture", image=picture, **asked).images for picture in pictures])
@@ -116,7 +122,7 @@ def main() -> None:
     say("a sample", np.mean([overlaps(samples[:, i], true) for i in range(given.samples)], 0))
     say(f"the majority of {given.samples}", overlaps(majority, true), calibration(votes.max(-1), majority == true))
     own = sorted(path.name for path in (given.folder / "train").glob("*.png"))
-    train = read(given.folder / "train", own), classes_of(read(given.folder / "maps", own))
+    train = read(given.folder / "train", own), classes_of(read(given.folder / "maps", own, Image.Resampling.BOX))
     network = by_cross_entropy(*train, given.steps)
     with torch.no_grad():
         chances = torch.cat([network(as_values(part), 0).sample.softmax(1) for part in np.array_split(pictures, 8)])

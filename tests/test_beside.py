@@ -25,7 +25,7 @@ QUICK = SMALL | {
     "clip.training.max_train_steps": 1,
     "clip.training.train_batch_size": 2,
 }
-EDITING = ROOT / "configs" / "maps-64.toml"
+EDITING = ROOT / "configs" / "maps-32.toml"
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,10 @@ def _check_image_prompt(folder, taught, model):
     assert np.abs(own - expected).max() < 1e-3
 
 
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("full", "dreambooth", "textual-inversion", "consistency")]
+SLOW = [
+    pytest.param(method, marks=pytest.mark.slow)
+    for method in ("full", "dreambooth", "textual-inversion", "consistency")
+]
 
 
 @pytest.mark.parametrize("method", ["lora", "controlnet", "ip-adapter", *SLOW])

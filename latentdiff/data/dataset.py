@@ -107,7 +107,8 @@ def picture_data(config: Settings, survey: Survey) -> DataSet:
     held_ids = {picture.id for picture in held[: settings.validation_pictures]}
     if survey.pictures and len(held_ids) == len({picture.id for picture in survey.pictures}):
         count = len(survey.pictures)
-        raise DataError(f"{count} of {count} images are held out for validation. Hold out fewer than there are")
+        wanted = f"data.pictures.validation_pictures = {settings.validation_pictures}"
+        raise DataError(f"{count} of {count} images are held out for validation ({wanted}). Hold out fewer")
     trained = [picture for picture in survey.pictures if picture.id not in held_ids]
     looked_at = [picture for picture in survey.pictures if picture.id in held_ids] or held[:VALIDATION]
     rule = CaptionRule(**settings.captions.model_dump())
