@@ -5,11 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.parametrization import boundary, parametrization_named
 from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.drawing.presets import PRESETS
+
+from . import stable_diffusion
+from .forked import Started
+from .pictures import as_jsonl, some_pictures
+from .stable_diffusion import load
 
 STD, MEAN = 0.6, 0.4
 PATHS = {"epsilon": VariancePreserving.scaled_linear(), "v_prediction": VariancePreserving.cosine(), "flow": Straight()}
@@ -152,3 +159,55 @@ def test_a_student_learns_it():
     top = path.levels(1, "distilled")[0]
     collapsed = MEAN + (top.alpha * STD**2 / (top.alpha**2 * STD**2 + top.sigma**2)) * (x.numpy() - top.alpha * MEAN)
     assert collapsed.std() < 0.1 * STD, "the teacher in one step draws the mean"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A tiny Stable Diffusion, distilled for three steps of training."""
+    folder = tmp_path_factory.mktemp("student")
+    stable_diffusion.pipeline("1").save_pretrained(folder / "teacher")
+    as_jsonl(folder / "pictures", some_pictures(6, 64))
+    words = ("--method", "consistency", "--steps", 3, "--train-batch-size", 2, "--lr", 1e-3, "--validation-steps", 3)
+    words += ("--set", "previews.count=1", "--set", "previews.num_inference_steps=1", "--resolution", 64)
+    command = ("finetune", folder / "teacher", folder / "pictures", "-o")
+    for name, more in (("full", ()), ("factors", ("--rank", 2))):
+        code, err = Started(*command, folder / name, *words, *more).ended()
+        assert code == 0, err
+    return folder
+
+
+ASKED = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "np"}
+
+
+@pytest.mark.slow
+def test_diffusers_draws_the_student(student):
+    """By the scheduler that the folder names, from the same latents and noise."""
+    theirs = StableDiffusionPipeline.from_pretrained(student / "full" / "model", requires_safety_checker=False)
+    assert isinstance(theirs.scheduler, LCMScheduler)
+    ours = load(student / "full" / "model")
+    assert {**ours.card.defaults} | PRESETS["lcm"] == {**ours.card.defaults}
+    teacher = load(student / "teacher")
+    drawn = []
+    for pipe in (theirs, ours):
+        noise = torch.Generator().manual_seed(2)
+        latents = torch.randn(1, 4, 8, 8, generator=noise)
+        drawn.append(pipe("a star", latents=latents, generator=noise, **ASKED).images)
+    assert np.abs(drawn[0] - drawn[1]).max() < 1e-4
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    before = teacher("a star", latents=latents, generator=noise, preset="lcm", height=64, width=64, output_type="np")
+    assert np.abs(before.images - drawn[1]).max() > 1e-4, "it has learnt"
+
+
+@pytest.mark.slow
+def test_its_factors_are_an_lcm_lora(student):
+    theirs = StableDiffusionPipeline.from_pretrained(student / "teacher", requires_safety_checker=False)
+    theirs.scheduler = LCMScheduler.from_config(theirs.scheduler.config)
+    theirs.load_lora_weights(student / "factors", weight_name="pytorch_lora_weights.safetensors")
+    ours = load(student / "teacher")
+    ours.load_lora_weights(student / "factors")
+    drawn = []
+    for pipe, more in ((theirs, {}), (ours, {"preset": "lcm"})):
+        noise = torch.Generator().manual_seed(2)
+        latents = torch.randn(1, 4, 8, 8, generator=noise)
+        drawn.append(pipe("a star", latents=latents, generator=noise, **ASKED, **more).images)
+    assert np.abs(drawn[0] - drawn[1]).max() < 1e-4

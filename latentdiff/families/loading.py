@@ -119,11 +119,10 @@ def save_model(model: Model, directory: Path) -> None:
         if clip is not None and clip.is_dir():
             shutil.copytree(clip, made / "clip")
         model.family.save(model, made)
-        spacing = model.card.defaults.get("spacing", "leading")
-        write_json(made / SCHEDULER_FILE, scheduler_config(model.path, model.prediction, spacing))
-        index = model.family.index(model)
-        if model.path.whole is False:
-            index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        sampler, spacing = (model.card.defaults.get(name, "") for name in ("sampler", "spacing"))
+        scheduler = scheduler_config(model.path, model.prediction, spacing or "leading", sampler)
+        write_json(made / SCHEDULER_FILE, scheduler)
+        index = model.family.index(model) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
         write_json(made / "model_index.json", index)
         if model.card.words is not None:
             write_text(made / WORDS, "".join(f"{word}\n" for word in sorted(model.card.words)))

@@ -19,6 +19,10 @@ from latentdiff.settings.validation import first_fault
 FILE = "scheduler/scheduler_config.json"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_DISTILLED = {  # which draw from other levels
+    "lcm": {"_class_name": "LCMScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
+    "tcd": {"_class_name": "TCDScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
+}
 _SPACINGS = {"leading": "leading", "leading_zero": "leading", "linspace": "linspace"}  # ours -> diffusers'
 Data = TypeVar("Data", bound=BaseModel)
 Beta = Annotated[float, Field(gt=0, lt=1)]
@@ -160,10 +164,11 @@ def _variance_preserving(config: _Config, path: FilePath) -> VariancePreserving:
     return made.zero_terminal_snr() if config.rescale_betas_zero_snr else made
 
 
-def scheduler_config(path: Path, prediction: str, spacing: str = "leading") -> dict[str, Any]:
+def scheduler_config(path: Path, prediction: str, spacing: str = "leading", sampler: str = "ddim") -> dict[str, Any]:
     """diffusers' config of a path: DDIM's for a variance-preserving path, flow matching's for a straight one.
 
-    Betas are listed if none of diffusers' kinds describes them.
+    Models that are distilled for few steps have their sampler's own. Betas are listed if none of diffusers' kinds
+    describes them.
     """
     if isinstance(path, Straight):
         return _flow_config(path, prediction)
@@ -177,6 +182,7 @@ def scheduler_config(path: Path, prediction: str, spacing: str = "leading") -> d
         "clip_sample": False,
         "set_alpha_to_one": True,
         **_described(path),
+        **_DISTILLED.get(sampler, {}),
     }
 
 
