@@ -2,19 +2,18 @@
 
     python scripts/enlarge.py make FOLDER [--pictures 4000]
     latentdiff train configs/enlarge-4.toml --data FOLDER/train -o RUN
-    python scripts/enlarge.py measure FOLDER RUN/model [--pictures 32] [--output enlarged.png]
+    python scripts/enlarge.py measure FOLDER RUN/model [--pictures 48] [--output enlarged.png]
 
-`make` writes parts of 32 pixels of procedural scenes of 256, and apart from them whole test scenes. `measure` makes the
-test scenes four times smaller and enlarges them again, and prints the peak signal-to-noise ratio (dB) and the
-structural similarity (Wang et al. 2004) to the true scenes, with standard errors: of bicubic and Lanczos interpolation,
+`make` writes parts of 32 pixels of procedural scenes of 256, and of other scenes parts of 64 and the captions. `measure`
+makes the test parts four times smaller and enlarges them again. It prints the peak signal-to-noise ratio (dB) and the
+structural similarity (Wang et al. 2004) to the true parts, with standard errors: of bicubic and Lanczos interpolation,
 of the model's single pictures, and of the mean of four, for two noise levels. A mean is nearer to the truth than a
-picture that looks like one. Then the default model draws captions of test scenes, and the cascade enlarges what it
-draws: printed are the root mean square distance of the enlarged pictures, made small again, to those that were drawn
-(of 255), and the mean step from pixel to pixel over that of true scenes, of the cascade and of Lanczos: the sharpness.
+picture that looks like one. Then the default model draws six of the captions, and the cascade enlarges what it draws.
+It prints the root mean square distance (of 255) of the enlarged pictures, made small again, to those that were drawn,
+and the sharpness of the cascade and of Lanczos: the mean step from pixel to pixel over that of true scenes.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +21,32 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-SIDE, PART, SCALE = 256, 32, 4
+SIDE, SCALE = 256, 4
+PARTS = {"train": 32, "test": 64}  # pixels
+CASCADES = 6
+
+
+def scene_of(name: str, row: int):
+    from latentdiff.data.scenes import CATEGORIES, compose, describe
+    from latentdiff.diffusion.noise import generator
+
+    rng = generator(0, f"enlarge {name}", row)
+    return compose(describe(rng, CATEGORIES[row % len(CATEGORIES)]), rng), rng
 
 
 def make(folder: Path, count: int) -> None:
-    from latentdiff.data.scenes import CATEGORIES, compose, describe, render
-    from latentdiff.diffusion.noise import generator
+    from latentdiff.data.scenes import render
 
-    for name, number in (("train", count), ("test", max(32, count // 20))):
+    for name, number in (("train", count), ("test", max(48, count // 20))):
         (folder / name).mkdir(parents=True)
-        lines = []
         for row in range(number):
-            rng = generator(0, f"enlarge {name}", row)
-            scene = compose(describe(rng, CATEGORIES[row % len(CATEGORIES)]), rng)
-            picture = render(scene, SIDE)
-            if name == "train":  # around a point of a thing, where the edges are
-                thing = scene.things[rng.integers(len(scene.things))]
-                place = np.array([thing.y, thing.x]) + thing.radius * rng.uniform(-1, 1, 2)
-                top, left = np.clip(place * SCALE - PART / 2, 0, SIDE - PART).astype(int)
-                picture = picture[top : top + PART, left : left + PART]
+            scene, rng = scene_of(name, row)
+            thing = scene.things[rng.integers(len(scene.things))]  # around a point of a thing, where the edges are
+            place = np.array([thing.y, thing.x]) + thing.radius * rng.uniform(-1, 1, 2)
+            part = PARTS[name]
+            top, left = np.clip(place * SCALE - part / 2, 0, SIDE - part).astype(int)
+            picture = render(scene, SIDE)[top : top + part, left : left + part]
             Image.fromarray(picture).save(folder / name / f"{row:05}.png")
-            lines.append(json.dumps({"file_name": f"{row:05}.png", "text": scene.caption}) + "\n")
-        if name == "test":
-            (folder / name / "metadata.jsonl").write_text("".join(lines))
 
 
 def resized(picture: np.ndarray, side: int, how: Image.Resampling) -> np.ndarray:
@@ -81,20 +83,20 @@ def main() -> None:
     if given.action == "make":
         make(given.folder, given.pictures or 4000)
     else:
-        measure(given.folder, given.model, given.pictures or 32, given.output)
+        measure(given.folder, given.model, given.pictures or 48, given.output)
 
 
 def measure(folder: Path, model: str, count: int, output: Path | None) -> None:
     from latentdiff import LatentDiffusionPipeline
 
-    lines = [json.loads(line) for line in (folder / "test" / "metadata.jsonl").read_text().splitlines()][:count]
     true = []
-    for line in lines:
-        with Image.open(folder / "test" / line["file_name"]) as picture:
+    for file in sorted((folder / "test").glob("*.png"))[:count]:
+        with Image.open(file) as picture:
             true.append(np.asarray(picture.convert("RGB")))
-    small = [resized(picture, SIDE // SCALE, Image.Resampling.BICUBIC) for picture in true]
+    part = PARTS["test"]
+    small = [resized(picture, part // SCALE, Image.Resampling.BICUBIC) for picture in true]
     ways = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}
-    enlarged = {name: [resized(picture, SIDE, how) for picture in small] for name, how in ways.items()}
+    enlarged = {name: [resized(picture, part, how) for picture in small] for name, how in ways.items()}
     for name, pictures in enlarged.items():
         say(name, [likeness(*pair) for pair in zip(pictures, true, strict=True)])
     pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
@@ -103,21 +105,35 @@ def measure(folder: Path, model: str, count: int, output: Path | None) -> None:
         drawn = [pipe("", image=p, seed=4 * row, noise_level=level, **asked).images for row, p in enumerate(small)]
         say(f"the model, noise level {level}", [likeness(d[0], t) for d, t in zip(drawn, true, strict=True)])
         say("    the mean of four", [likeness(d.mean(0), t) for d, t in zip(drawn, true, strict=True)])
+    rows = [
+        [resized(p, part, Image.Resampling.NEAREST) for p in small],
+        enlarged["Lanczos"],
+        [d[0] for d in drawn],
+        true,
+    ]
+    cascade(model, output, np.concatenate([np.concatenate(list(row[:24]), 1) for row in rows]))
+
+
+def cascade(model: str, output: Path | None, above: np.ndarray) -> None:
+    """Print the figures of the cascade; write its pictures under others."""
+    from latentdiff import LatentDiffusionPipeline
+    from latentdiff.data.scenes import render
+
+    scenes = [scene_of("test", row)[0] for row in range(CASCADES)]
     base = LatentDiffusionPipeline.from_pretrained(device="cpu", runtime="torch")
-    prompts = [line["text"] for line in lines]
+    prompts = [scene.caption for scene in scenes]
     first = base(prompts, seed=0, output_type="uint8").images
     base.load_cascade(model)
-    last = base(prompts, seed=0, output_type="uint8").images
+    last = base(prompts, seed=0, batch_size=1, output_type="uint8").images
     back = np.stack([resized(picture, SIDE // SCALE, Image.Resampling.BICUBIC) for picture in last])
     lanczos = np.stack([resized(picture, SIDE, Image.Resampling.LANCZOS) for picture in first])
     print(f"the cascade: made small again {np.sqrt(np.square(back.astype(float) - first).mean()):.2f} of 255 away")
-    truth = sharpness(np.stack(true))
+    truth = sharpness(np.stack([render(scene, SIDE) for scene in scenes]))
     shares = f"cascade {sharpness(last) / truth:.3f}, Lanczos {sharpness(lanczos) / truth:.3f}"
     print(f"sharpness over that of true scenes: {shares}")
     if output is not None:
-        little = [resized(picture, SIDE, Image.Resampling.NEAREST) for picture in small]
-        rows = [little, enlarged["Lanczos"], [each[0] for each in drawn], true, lanczos, last]
-        Image.fromarray(np.concatenate([np.concatenate(list(row[:6]), 1) for row in rows])).save(output)
+        below = np.concatenate([np.concatenate(list(row), 1) for row in (lanczos, last)])
+        Image.fromarray(np.concatenate([above, below])).save(output)
 
 
 if __name__ == "__main__":
