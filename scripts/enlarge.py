@@ -4,10 +4,10 @@
     latentdiff train configs/enlarge-4.toml --data FOLDER/train -o RUN
     python scripts/enlarge.py measure FOLDER RUN/model [--pictures 48] [--output enlarged.png]
 
-`make` writes parts of 32 pixels of procedural scenes of 256, and of other scenes parts of 64 and the captions. `measure`
-makes the test parts four times smaller and enlarges them again. It prints the peak signal-to-noise ratio (dB) and the
-structural similarity (Wang et al. 2004) to the true parts, with standard errors: of bicubic and Lanczos interpolation,
-of the model's single pictures, and of the mean of four, for two noise levels. A mean is nearer to the truth than a
+`make` writes parts of 32 pixels of procedural scenes of 256, and of other scenes parts of 64. `measure` makes the test
+parts four times smaller and enlarges them again. It prints the peak signal-to-noise ratio (dB) and the structural
+similarity (Wang et al. 2004) to the true parts, with standard errors: of bicubic and Lanczos interpolation, of the
+model's single pictures, and of the mean of four, for two noise levels. A mean is nearer to the truth than a
 picture that looks like one. Then the default model draws six of the captions, and the cascade enlarges what it draws.
 It prints the root mean square distance (of 255) of the enlarged pictures, made small again, to those that were drawn,
 and the sharpness of the cascade and of Lanczos: the mean step from pixel to pixel over that of true scenes.
