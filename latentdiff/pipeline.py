@@ -435,10 +435,10 @@ class LatentDiffusionPipeline:
         ModelError.
         """
         from latentdiff.drawing import extras
-        from latentdiff.families.upscaler import load_upscaler_file
+        from latentdiff.families.spandrel_file import load_upscaler
 
         file = as_path(path)
-        self._painter = extras.with_upscaler(self._painter, load_upscaler_file(file).to(self.device), file)
+        self._painter = extras.with_upscaler(self._painter, load_upscaler(file).to(self.device), file)
 
     def load_controlnet(self, path: str | Path) -> None:
         """Load a ControlNet; each call adds one, and each reads a picture of its own (`control_image`).

@@ -15,7 +15,6 @@ from latentdiff.families.scheduler import read_path, scheduler_config
 from latentdiff.families.stable_diffusion import PARTS, architecture, read, shared_index
 from latentdiff.families.stable_diffusion import save as save_networks
 from latentdiff.formats.folder import picture_geometry, read_json
-from latentdiff.formats.pickle import check_safetensors
 from latentdiff.model import Enlarging, Family, Model
 
 PIPELINE = "StableDiffusionUpscalePipeline"
@@ -64,16 +63,6 @@ def index(model: Model) -> dict[str, Any]:
         "max_noise_level": model.enlarging.times - 1,
         "scale": model.enlarging.scale,
     }
-
-
-def load_upscaler_file(file: Path) -> Any:
-    """A network that enlarges in one evaluation, from its file. Raises ConfigError, ModelError, UnsafeError."""
-    from latentdiff.networks.upscaler import load_upscaler
-
-    if not file.is_file():
-        raise ModelError(f"no such file ({file}). An upscaler is a .safetensors file")
-    check_safetensors(file, ". `latentdiff convert --trust-pickle` converts it")
-    return load_upscaler(file)
 
 
 FAMILY = Family(
