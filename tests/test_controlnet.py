@@ -460,10 +460,8 @@ def test_taught_by_pictures_of_its_own(call, tiny_model, tmp_path):
         assert (code, message in err) == (2, True), err
 
 
-_MORE = ({}, {"control_guidance_end": 0.5, "hires_scale": 1.5})
-
-
-@pytest.mark.parametrize("settings", [{"guess_mode": True}, *(pytest.param(s, marks=pytest.mark.slow) for s in _MORE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"guess_mode": True}, {}, {"control_guidance_end": 0.5, "hires_scale": 1.5}])
 def test_by_openvino(exported_place, pictures, settings):
     """The ControlNet's and the U-Net's graphs draw what torch draws."""
     folder, _ = exported_place
