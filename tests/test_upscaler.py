@@ -180,6 +180,8 @@ def test_cascade(place, tmp_path, call):
     assert call(*words, "--size", "16x16", "--steps-gif", "-o", tmp_path / "gif")[0] == 2
     with pytest.raises(ConfigError, match="callback_on_step_end has no meaning in a cascade"):
         base(PROMPT, num_inference_steps=1, callback_on_step_end=lambda *_: {})
+    with pytest.raises(ConfigError, match="prompt_embeds have no meaning in a cascade"):
+        base(prompt_embeds=torch.zeros(1, 77, 64), num_inference_steps=1, guidance_scale=1.0)
     base.load_cascade(folder)
     with pytest.raises(ConfigError, match="the enlarged picture has 16384x16384 pixels"):
         base(PROMPT, width=1024, height=1024, num_inference_steps=1)

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 LARGEST = 8192  # pixels of a side of an enlarged picture
 
 
+def check_jobs(jobs: Sequence[Job], painter: Painter) -> None:
+    """Raises ConfigError for jobs that a cascade cannot enlarge, before anything is drawn."""
+    final_of(jobs[0], painter)
+    if painter.cascade and any(job.embeds is not None for job in jobs):
+        raise ConfigError("prompt_embeds have no meaning in a cascade, whose models read prompts of their own")
+
+
 def enlarged(batch: Batch, pictures: np.ndarray, painter: Painter) -> Batch:
     """The batch in which a painter enlarges the pictures of another, uint8 (B, H, W, 3), by its own settings."""
     jobs = []

@@ -18,7 +18,7 @@ from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import NO_NOISE, Batch, GivenNoise, Job
 from latentdiff.drawing.canvas import Canvas, Margins, canvas
-from latentdiff.drawing.cascade import enlarged, final_of
+from latentdiff.drawing.cascade import check_jobs, enlarged, final_of
 from latentdiff.drawing.hints import Hint
 from latentdiff.drawing.image_prompts import Shown
 from latentdiff.drawing.latents import returned
@@ -141,7 +141,7 @@ class Drawing:
         self._painter, self.batch = painter, batch
         self._last, self._drawn = painter, batch
         self.notes = notes_of(batch, painter.model, adapted=painter.learnt_more)
-        final_of(batch.jobs[0], painter)  # refused before anything is drawn
+        check_jobs(batch.jobs, painter)
 
     def __iter__(self) -> Generator[Step, Array | None, None]:
         """Every step of every pass; other latents may be sent, from which drawing goes on."""

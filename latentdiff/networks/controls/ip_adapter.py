@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessor
 
 from latentdiff.core.turn import Turn
 from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.conditions import FEATURES, Conditions, image_prompt
 
 TOKENS = 4  # of a new adapter
 
@@ -151,10 +152,8 @@ class PromptedNetwork(nn.Module):
         super().__init__()
         self.unet, self.adapter = unet, adapter
 
-    def forward(self, x: Tensor, t: Tensor, conditions: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The U-Net's output with attention to the pictures."""
-        from latentdiff.networks.conditions import FEATURES, Conditions, image_prompt
-
         plain = Conditions({name: array for name, array in conditions.arrays.items() if name != FEATURES})
         heads = self.adapter(conditions[FEATURES])
         output: Tensor = self.unet(x, t, plain.joined(image_prompt(0, heads)))
