@@ -129,3 +129,21 @@ def test_masks():
 def test_refused_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         load_config(ROOT / "configs" / "scenes-tiny.toml", list(settings.items()))
+
+
+def test_the_pictures_before_are_a_part_of_the_data(pairs, tmp_path, call):
+    """What is missing is said before any stage; a change of one is a change of the data, which may be accepted."""
+    own = shutil.copytree(pairs, tmp_path / "pairs")
+    words = words_of(settings_of(own) | {"denoiser.training.max_train_steps": 2})
+    (own / "before" / "3.png").rename(tmp_path / "3.png")
+    code, _, err = call("train", EDITING, "-o", tmp_path / "run", *words, "--dry-run")
+    assert code == 3
+    assert "3.png has no picture of this name in" in err
+    (tmp_path / "3.png").rename(own / "before" / "3.png")
+    assert call("train", EDITING, "-o", tmp_path / "run", *words)[0] == 0
+    shutil.copy(own / "before" / "1.png", own / "before" / "3.png")
+    more = words_of(settings_of(own) | {"denoiser.training.max_train_steps": 4})
+    code, _, err = call("train", EDITING, "-o", tmp_path / "run", *more, "--stage", "denoiser")
+    assert code == 2
+    assert "cannot resume: dataset changed" in err
+    assert call("train", EDITING, "-o", tmp_path / "run", *more, "--stage", "denoiser", "--allow-changed")[0] == 0

@@ -89,6 +89,8 @@ def test_names_of_classes():
     known = {"great white": 0, " white shark ": 0, "0": 0, "7": 1, "tabby": 2, "cat": 3, "": 4}
     assert {name: encoder.label(name) for name in known} == known, "a whole name comes before a part, then a number"
     assert encoder.encode(Prompt("3"))["label"] == 3
+    composed, apart = "gr\u00f6\u00dfe", "gro\u0308\u00dfe"
+    assert ClassLabels([composed]).label(apart) == 0, "the same letters"
     with pytest.raises(ConfigError, match=r"no class 'tabyb' \(did you mean tabby\?\)"):
         encoder.read("tabyb")
 
@@ -129,6 +131,11 @@ def test_as_openvino_draws(place, tmp_path):
     fast = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
     drawn = [pipe("tabby", **asked).images.astype(int) for pipe in (fast, load(place[0]))]
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    with pytest.raises(ConfigError, match="another size requires the torch runtime"):
+        fast("tabby", width=24, height=24)
+    free = LatentDiffusionPipeline.from_pretrained(copy, device="cpu")
+    with pytest.warns(UserWarning, match="another size requires torch"):
+        assert free("tabby", width=24, height=24, num_inference_steps=1).images[0].size == (24, 24)
 
 
 def test_wrong_names_of_classes(place, tmp_path):
@@ -186,6 +193,22 @@ def settings_of(stripes, **more):
 def test_classes_of_folders(stripes):
     data = open_data(load_config(ROOT / "configs" / "digits-8.toml", settings_of(stripes)))
     assert classes_of(data.training) == ["9", "columns", "rows"]
+    nested = stripes.parent / "nested"
+    shutil.copytree(stripes, nested / "animals", dirs_exist_ok=True)
+    shutil.copytree(stripes / "rows", nested / "rows", dirs_exist_ok=True)
+    own = open_data(load_config(ROOT / "configs" / "digits-8.toml", settings_of(nested)))
+    names = classes_of(own.training)
+    assert names == ["animals/9", "animals/columns", "animals/rows", "rows"], "two folders of one name are two classes"
+    few = stripes.parent / "few"
+    for name in ("a", "b"):
+        (few / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(stripes / "rows" / "0.png", few / name / f"{name}.png")
+        Image.new("L", (8, 8), 9 if name == "a" else 99).save(few / name / f"{name}.png")
+    settings = settings_of(few, **{"data.pictures.validation_pictures": 0})
+    with pytest.raises(DataError, match="2 classes of 2 pictures: a class requires two pictures"):
+        classes_of(open_data(load_config(ROOT / "configs" / "digits-8.toml", settings)).training)
+    with pytest.raises(ConfigError, match="instance_prompt has no effect"):
+        load_config(ROOT / "configs" / "digits-8.toml", settings_of(stripes, **{"data.pictures.instance_prompt": "a"}))
     flat = load_config(ROOT / "configs" / "digits-8.toml", settings_of(stripes / "rows"))
     with pytest.raises(DataError, match="lies in no folder of a class"):
         open_data(flat)
@@ -215,6 +238,7 @@ def test_trained_from_nothing(stripes, tmp_path, call):
     code, _, err = call("generate", "row", "-m", tmp_path / "whole" / "model", "-o", "row.png")
     assert code == 2
     assert "this model has no class 'row' (did you mean rows?)" in err
+    assert call("info", tmp_path / "whole" / "model", "--find", "")[1] == "classes: 9, columns, rows\n"
     code, _, err = call("train", config, "-o", tmp_path / "clip", *words, "--stage", "clip")
     assert code == 2
     assert "no CLIP" in err

@@ -253,9 +253,32 @@ def test_refusals(place, pictures, tmp_path):
         ({"down": {"block_0": [1.0, 2.0]}}, "has 1 attentions"),
         ({"up": "much"}, "must be a number"),
         (float("nan"), "ip_adapter_scale"),
+        ({"up": float("nan")}, "must be a number up to 10"),
+        ({"down": {"block_0": [[1]]}}, "must be a number up to 10"),
+        ({"up": 10**400}, "must be a number up to 10"),
+        ([{"up": [True]}], "must be a number up to 10"),
+        (1e9, "must be a number up to 10"),
     ):
         with pytest.raises(ConfigError, match=message):
             own(PROMPT, ip_adapter_image=pictures[0], ip_adapter_scale=scale, **ASKED)
+    for masks in (5, [torch.zeros(1, 1, 0, 0)], [torch.full((1, 1, 8, 8), float("nan"))]):
+        with pytest.raises(ConfigError, match="ip_adapter_masks must"):
+            asked = {"ip_adapter_image": pictures[0], "cross_attention_kwargs": {"ip_adapter_masks": masks}}
+            own(PROMPT, **asked, **ASKED)
+    for embeds, message in (
+        (torch.zeros(2, 1, 49), "do not fit the IP-Adapter"),
+        (torch.zeros(2, 0, 48), "must be tensors"),
+        (torch.zeros(2, 1, 48, dtype=torch.complex64), "must be tensors"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            own(PROMPT, ip_adapter_image_embeds=[embeds], **ASKED)
+    for wrong in ({"subfolder": 5}, {"weight_name": 5}):
+        with pytest.raises(ConfigError, match="must be text"):
+            own.load_ip_adapter(hub, **wrong)
+    whole = {name: t.to(torch.int64) if name == "image_proj.proj.weight" else t for name, t in state.items()}
+    save_file(whole, tmp_path / "whole.safetensors")
+    with pytest.raises(ModelError, match="floating point of 16 bits"):
+        own.load_ip_adapter(tmp_path / "whole.safetensors", image_encoder_folder=None)
     with pytest.raises(ConfigError, match="1 masks for 2 pictures"):
         masks = {"ip_adapter_masks": [[pictures[0]]]}
         own(PROMPT, ip_adapter_image=[pictures[:2]], cross_attention_kwargs=masks, **ASKED)

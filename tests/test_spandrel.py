@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from spandrel import ModelLoader
 from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet
 
-from latentdiff.core.errors import ModelError, UnsafeError
+from latentdiff.core.errors import ModelError, NonFiniteError, UnsafeError
 
 
 def size_of(path):
@@ -78,3 +78,16 @@ def test_refusals(pipe, upscaler, tiny_model, tmp_path):
     torch.save({}, tmp_path / "esrgan.pth")
     with pytest.raises(UnsafeError, match="pickle"):
         pipe.load_upscaler(tmp_path / "esrgan.pth")
+
+
+def test_weights_of_not_a_number(pipe, upscaler, tmp_path):
+    """No black picture in silence."""
+    state = load_file(upscaler)
+    next(iter(state.values())).fill_(float("nan"))
+    save_file(state, tmp_path / "nan.safetensors")
+    pipe.load_upscaler(tmp_path / "nan.safetensors")
+    try:
+        with pytest.raises(NonFiniteError, match="the upscaler gave non-finite"):
+            pipe(**PROMPT)
+    finally:
+        pipe._painter = pipe._painter.__class__(pipe.model)

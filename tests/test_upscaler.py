@@ -14,6 +14,7 @@ from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.drawing.record import read_metadata
 
 from . import stable_diffusion
+from .pictures import as_jsonl, some_pictures
 from .stable_diffusion import load
 
 PROMPT, NEGATIVE = "a castle on the hill", "blurry"
@@ -144,6 +145,13 @@ def test_refusals(place, picture, tmp_path):
     (copy / "low_res_scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(ModelError, match=r"scheduler_config\.json is missing"):
         load(copy)
+
+
+def test_not_taught(place, tmp_path, call):
+    as_jsonl(tmp_path / "pictures", some_pictures(3))
+    code, _, err = call("finetune", place[0], tmp_path / "pictures", "-o", tmp_path / "run", "--dry-run")
+    assert code == 2
+    assert "fine-tuning a model that enlarges pictures is not supported" in err
 
 
 def test_from_the_shell(place, picture, tmp_path, call):

@@ -95,6 +95,7 @@ def _train(
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.settings.config import save_config
     from latentdiff.stages.chain import TRAIN
+    from latentdiff.stages.denoiser import with_before
     from latentdiff.stages.plan import plan_of
     from latentdiff.stages.run import (
         Run,
@@ -117,7 +118,8 @@ def _train(
         if deterministic:
             _choose_deterministic_kernels()
         with accelerator.main_process_first():
-            data = open_data(config, None if dry_run else folder / "cache")
+            cache = None if dry_run else folder / "cache"
+            data = with_before(config, open_data(config, cache), cache)
         check_trainable(config, data, stages, accelerator.num_processes)
         checkpoints, notes = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
         changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)

@@ -73,7 +73,8 @@ def raised_as(kind: type[LatentDiffError], what: str) -> Iterator[None]:
     except LatentDiffError:
         raise
     except Exception as error:
-        raise kind(f"{what}: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise kind(f"{what}: {reason}") from error
 
 
 def loading(part: str | Path, directory: Path | None = None) -> AbstractContextManager[None]:

@@ -34,11 +34,14 @@ class DataSet:
     training: Examples
     validation: Examples
     survey: Survey | None = None
+    beside: str = ""  # the identity of further pictures that training reads
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """The number of pictures and a sha256 of their contents."""
-        return {"images": len(self.training), "sha256": self.training.pictures.identity()}
+        own = self.training.pictures.identity()
+        both = hashlib.sha256(f"{own} {self.beside}".encode()).hexdigest() if self.beside else own
+        return {"images": len(self.training), "sha256": both}
 
     def write_quarantine(self, folder: Path) -> None:
         """Write `quarantine.jsonl`, which lists what this start leaves out, or remove an old one."""

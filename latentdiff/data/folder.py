@@ -2,7 +2,7 @@
 
 - metadata: metadata.jsonl or .csv in the folder or below, `file_name` relative to it, the caption in `text`
 - sidecars: kohya's, img.png with img.txt (or .caption), each line one caption; a folder `10_name` counts 10 times
-- classes: the name of the folder that a picture lies in is its caption
+- classes: the folder that a picture lies in is its caption, "cat", or "animals/cat"
 - uncaptioned: neither; in a folder `10_a dog` the caption is "a dog", unless there is an instance prompt
 
 Folders `train` and `test` (or `val`, ...) beside each other are splits, of which one is read, as by `datasets`.
@@ -229,10 +229,12 @@ def _of_folder_name(name: str) -> tuple[str, int]:
 
 
 def _class_of(name: str, root: Path) -> str:
-    """The name of the folder of a picture. Raises DataError for a picture outside of any."""
-    if not (folder := PurePosixPath(name).parent.name):
+    """The folder of a picture, without that of its split. Raises DataError for a picture outside of any."""
+    parts = PurePosixPath(name).parent.parts
+    parts = parts[1:] if len(parts) > 1 and parts[0].lower() in _SPLITS else parts
+    if not parts:
         raise DataError(f"{printable(name)} lies in no folder of a class ({root})")
-    return folder
+    return unicodedata.normalize("NFC", "/".join(parts))
 
 
 def _is_sidecar(file: str) -> bool:

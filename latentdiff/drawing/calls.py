@@ -93,6 +93,9 @@ def each_weight(path: Any, subfolder: Any, name: Any) -> list[tuple[Any, str, st
     """Path, subfolder and weight_name of each adapter; a single one is for all. Raises ConfigError."""
     listed = [list(one) if isinstance(one, list | tuple) else [one] for one in (path, subfolder, name)]
     count = max(map(len, listed))
+    for wanted, given in zip(("subfolder", "weight_name"), listed[1:], strict=True):
+        if not all(each is None or isinstance(each, str) for each in given):
+            raise ConfigError(f"{wanted} must be text")
     if any(len(one) not in (1, count) for one in listed):
         raise ConfigError("path, subfolder and weight_name must have one length")
     return list(zip(*(one * count if len(one) == 1 else one for one in listed), strict=True))

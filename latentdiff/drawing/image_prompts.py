@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.core.arrays import Array, Put, library
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, raised_as
 from latentdiff.drawing.canvas import pixels_of
 from latentdiff.drawing.hints import Hint, value_of
 from latentdiff.drawing.request import Request
@@ -64,6 +64,8 @@ def shown_of(
     if len(listed) != count:
         loaded = f"{count} IP-Adapters are loaded" if count else "no IP-Adapter is loaded"
         raise ConfigError(f"{len(listed)} image prompts, and {loaded} (load_ip_adapter, --ip-adapter)")
+    if masks is not None and not (isinstance(masks, list | tuple) or getattr(masks, "ndim", 0) >= 3):
+        raise ConfigError("ip_adapter_masks must be a list with the masks of each IP-Adapter")
     masked = [None] * count if masks is None else list(masks)
     if len(masked) != count:
         raise ConfigError(f"{len(masked)} lists of masks, and {count} IP-Adapters")
@@ -86,6 +88,8 @@ def _masks_of(given: Any) -> list[Any]:
     if hasattr(given, "detach"):
         given = given.detach().float().cpu().numpy()
     if isinstance(given, np.ndarray) and given.ndim == 4 and len(given) == 1:
+        if not given.size or not np.isfinite(given).all():
+            raise ConfigError("ip_adapter_masks must hold finite numbers")
         given = [np.rint(255 * np.clip(mask, 0, 1)).astype(np.uint8) for mask in given[0]]
     listed = list(given) if isinstance(given, list | tuple) else [given]
     return [Image.fromarray(m) if isinstance(m, np.ndarray) and m.ndim == 2 else m for m in listed]
@@ -98,7 +102,8 @@ def _of_embeds(embeds: Any, images: Any, count: int) -> tuple[Shown, ...]:
     if len(listed) != count:
         raise ConfigError(f"{len(listed)} ip_adapter_image_embeds, and {count} IP-Adapters are loaded")
     for each in listed:
-        if getattr(each, "ndim", 0) not in (3, 4) or len(each) not in (1, 2):
+        is_tensor = getattr(each, "ndim", 0) in (3, 4) and hasattr(each, "is_floating_point")
+        if not is_tensor or len(each) not in (1, 2) or not each.is_floating_point() or not each.numel():
             raise ConfigError("ip_adapter_image_embeds must be tensors (2, N, ...), without and with the pictures")
     return tuple(Shown(features=[(each[-1], each[0] if len(each) == 2 else 0 * each[-1])]) for each in listed)
 
@@ -121,13 +126,18 @@ def with_image_prompts(
         masks = _masks(own, put)
         for one, features in zip(arrays, zip(*(each.seen(adapter) for each in own), strict=True), strict=True):
             stacked = put(library(features[0]).stack(list(features)))
-            if masks is None:
-                one.update(image_prompt(_next(one), adapter.heads(stacked, scales)))
-                continue
-            for number, mask in enumerate(masks):  # each picture by itself
-                heads = adapter.heads(stacked[:, number : number + 1], scales)
-                one.update(image_prompt(_next(one), heads, mask))
+            with raised_as(ConfigError, "the features do not fit the IP-Adapter"):
+                _show(one, adapter, stacked, scales, masks)
     return cond.joined(arrays[0]), None if uncond is None else uncond.joined(arrays[1])
+
+
+def _show(arrays: dict[str, Array], adapter: Any, features: Array, scales: list[float], masks: Any) -> None:
+    """Add the keys and values of pictures, which with masks are each by itself."""
+    if masks is None:
+        arrays.update(image_prompt(_next(arrays), adapter.heads(features, scales)))
+    for number, mask in enumerate(masks or ()):
+        heads = adapter.heads(features[:, number : number + 1], scales)
+        arrays.update(image_prompt(_next(arrays), heads, mask))
 
 
 def _next(arrays: Mapping[str, Array]) -> int:

@@ -55,7 +55,15 @@ def torch_only(request: Request, model: Model) -> str | None:
         return "guidance by CLIP"
     if request.autoguidance_scale != 1:
         return "a weaker model"
+    if model.backbone.spec.side is not None and _other_size(request, model):
+        return "another size"
     return "vae_tiling" if request.vae_tiling else None
+
+
+def _other_size(request: Request, model: Model) -> bool:
+    """Whether a request asks for a size of its own."""
+    sides = zip((request.height, request.width), model.card.size, strict=True)
+    return request.hires_scale is not None or any(asked not in (None, usual) for asked, usual in sides)
 
 
 def prediction_of(request: Request, model: Model) -> str:

@@ -95,6 +95,12 @@ def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
     largest = model.backbone.spec.largest
     if largest is not None and max(height, width) > largest * model.codec.factor:
         raise ConfigError(f"sides must be at most {largest * model.codec.factor} for this model (got {width}x{height})")
+    side = model.backbone.spec.side
+    if side is not None and {height, width} != {side * model.codec.factor}:
+        only = side * model.codec.factor
+        raise ConfigError(
+            f"the graphs of this model draw {only}x{only} pixels alone; torch draws other sizes (--runtime)"
+        )
     if model.backbone.spec.square and height != width:
         raise ConfigError(f"this model draws squares: give equal sides (got {width}x{height})")
     return check_size("height", height, model.multiple), check_size("width", width, model.multiple)

@@ -21,6 +21,7 @@ LONGEST_PROMPT = 10_000  # characters
 LARGEST_BATCH = 1024
 LONGEST = 2048  # pixels of a side
 IMAGE_GUIDANCE = 1.5  # of InstructPix2Pix
+LARGEST_SCALE = 10.0  # of an image prompt
 _OTHER_NAMES = {  # of other tools, and of our command line
     "steps": "num_inference_steps",
     "cfg": "guidance_scale",
@@ -177,6 +178,13 @@ class Request(BaseModel):
     def _known_prediction(cls, value: str | None) -> str | None:
         return None if value is None else one_of("prediction", tuple(PARAMETRIZATIONS), value)
 
+    @field_validator("ip_adapter_scale")
+    @classmethod
+    def _scales(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        for value in values:
+            _check_scale(value)
+        return values
+
     @field_validator("guidance_interval")
     @classmethod
     def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -219,6 +227,16 @@ class Request(BaseModel):
         if self.variation_seed is not None and self.variation_seed + self.num_images - 1 > MAX_SEED:
             raise ValueError(f"variation_seed: the last picture's is over {MAX_SEED}")
         return self
+
+
+def _check_scale(scale: Any) -> None:
+    """Raises ValueError unless a scale is a number, or numbers by block."""
+    for value in scale.values() if isinstance(scale, dict) else (scale,):
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, dict) and isinstance(scale, dict) and each:
+                _check_scale(each)
+            elif isinstance(each, bool) or not isinstance(each, int | float) or not abs(each) <= LARGEST_SCALE:
+                raise ValueError(f"a scale must be a number up to {LARGEST_SCALE:g}, of all or by block")
 
 
 def request(**fields: Any) -> Request:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.families.scheduler import read_json_as, read_scheduler
-from latentdiff.formats.folder import folder_hash, picture_geometry
+from latentdiff.formats.folder import folder_hash, picture_geometry, read_json
 from latentdiff.model import NOTHING, ModelCard
 from latentdiff.settings.recommended import Recommended
 
@@ -89,7 +89,11 @@ def known_words(directory: Path) -> frozenset[str] | None:
 def known_things(directory: Path) -> dict[str, tuple[str, ...]] | None:
     """The names of what a model draws, by category, or None if its folder does not say. Raises ModelError."""
     path = directory / THINGS
-    return read_json_as(_Things, path).root if path.is_file() else None
+    if path.is_file():
+        return read_json_as(_Things, path).root
+    labels = read_json(directory / "model_index.json").get("id2label")
+    names = tuple(map(str, labels.values())) if isinstance(labels, dict) else ()
+    return {"classes": names} if names else None
 
 
 def card_tree(card: ModelCard) -> dict[str, Any]:

@@ -58,6 +58,9 @@ def load_ip_adapter(file: Path, encoder: Path | None, model: Model) -> IPAdapter
     check_safetensors(file, ". `latentdiff convert --trust-pickle` converts it")
     with loading(file):
         state = load_file(file)
+        odd = [name for name, tensor in state.items() if not tensor.is_floating_point() or tensor.itemsize < 2]
+        if odd:
+            raise ModelError(f"weights must be floating point of 16 bits or more (got {odd[0]} in {file})")
         groups = {name.partition(".")[0] for name in state}
         if groups != {"image_proj", "ip_adapter"}:
             raise ModelError(f"no IP-Adapter: its names begin with {', '.join(sorted(groups)[:3])} ({file})")

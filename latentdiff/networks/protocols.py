@@ -23,7 +23,8 @@ class Spec:
     inputs: the number of channels that it reads: the data's, and for inpainting those of a mask and the masked data.
     outputs: the number of channels that it returns. multiple: sides must be multiples of this. reads: the conditions
     that it requires, each with its shape for one picture, in which None stands for any length. largest: of a side of x,
-    if there is a limit. square: whether both sides must be equal.
+    if there is a limit. square: whether both sides must be equal. side: the only one
+    of x that a graph reads, if its places are fixed.
     """
 
     inputs: int
@@ -32,6 +33,7 @@ class Spec:
     reads: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     largest: int | None = None
     square: bool = False
+    side: int | None = None
 
     def facts(self) -> dict[str, Any]:
         """The same for a file in JSON."""

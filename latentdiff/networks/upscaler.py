@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from latentdiff.core.errors import ConfigError, ModelError, loading
+from latentdiff.core.errors import ConfigError, ModelError, NonFiniteError, loading
 from latentdiff.core.images import luminance, to_images, to_uint8
 from latentdiff.core.turn import Turn
 
@@ -32,6 +32,8 @@ class Upscaler(nn.Module):
             values = to_images((luminance(picture) if grey else picture)[None]).to(weight.device, weight.dtype)
             with self._turn:
                 drawn = self._described((values + 1) / 2)  # which pads and crops as the network requires
+            if not bool(drawn.isfinite().all()):
+                raise NonFiniteError("the upscaler gave non-finite numbers")
             rows.append(to_uint8(2 * drawn.float().cpu() - 1))
         large = np.concatenate(rows)
         return large if large.shape[-1] == 3 else large.repeat(3, -1)

@@ -31,7 +31,9 @@ class CompiledBackbone:
         self._compiler, self.dtype, self.record = compiler, compiler.precision, record
         reads = {name: tuple(shape) for name, shape in record["reads"].items()}
         inputs, outputs, multiple = (int(record[name]) for name in ("inputs", "outputs", "multiple"))
-        self.spec = Spec(inputs, outputs, multiple, reads, record.get("largest"), bool(record.get("square")))
+        self.spec = Spec(
+            inputs, outputs, multiple, reads, record.get("largest"), bool(record.get("square")), record.get("side")
+        )
         self.deep_levels = int(record["deep_levels"])
 
     def begin(self, rows: int, size: tuple[int, ...], tokens: int, *, deep: bool) -> None:

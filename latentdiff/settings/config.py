@@ -151,6 +151,12 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
+    def _folders_are_captions(self) -> Data:
+        if self.pictures.layout == "classes" and self.pictures.instance_prompt is not None:
+            raise ValueError("data.pictures.instance_prompt has no effect where folders are the captions")
+        return self
+
+    @model_validator(mode="after")
     def _some_share(self) -> Data:
         if not sum(self.mix):
             raise ValueError("data.mix has no share above 0")

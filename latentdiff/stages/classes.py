@@ -15,11 +15,12 @@ def classes_of(examples: Examples) -> list[str]:
     captions = (examples.rule.possible(examples.pictures.captions(row)) for row in range(len(examples)))
     names = {name for possible in captions for name in possible or ()}
     names.discard("")
-    if not 1 <= len(names) <= MOST or len(names) > len(examples) / 2:
-        what = f"{len(names):,} captions of {len(examples):,} pictures"
-        raise DataError(
-            f"{what} are no classes. Put each class in a folder of its name: data.pictures.layout = classes"
-        )
+    what = f"{len(names):,} classes of {len(examples):,} pictures"
+    if not names:
+        raise DataError(f"{what}: no picture has a caption")
+    if len(names) > MOST or len(names) > len(examples) / 2:
+        why = "a class requires two pictures and more on the average"
+        raise DataError(f"{what}: {why}. Put each in a folder of its name, data.pictures.layout = classes")
     return sorted(names, key=_in_order)
 
 

@@ -16,7 +16,7 @@ from latentdiff.core.errors import ConfigError, saving
 from latentdiff.core.images import coloured
 from latentdiff.data import scenes
 from latentdiff.data.companions import companions
-from latentdiff.data.dataset import readable
+from latentdiff.data.dataset import DataSet, readable
 from latentdiff.data.examples import Examples
 from latentdiff.data.scene_set import Scenes
 from latentdiff.diffusion.objective import DiffusionLoss
@@ -73,8 +73,6 @@ def train_denoiser(run: Run[Config]) -> None:
     config, accelerator = run.config, run.accelerator
     codec, text_encoder = networks_before(config, run.folder, run.data.training)
     made_from = f"{weights_hash(codec)} {weights_hash(text_encoder)}"
-    if config.denoiser.editing.source:
-        made_from += f" {_before(run, [run.data.training])[0].pictures.identity()}"
     unet = _backbone(config, codec, text_encoder, accelerator.device)
     network: nn.Module = BesideNetwork(unet) if _reads_beside(config) else unet
     parts: dict[str, nn.Module] = {"unet": unet}
@@ -118,6 +116,14 @@ def _reads_beside(config: Config) -> bool:
     """Whether the U-Net reads a picture beside its latents."""
     denoiser = config.denoiser
     return denoiser.enlarging.scale > 1 or bool(denoiser.editing.source) or denoiser.inpainting
+
+
+def with_before(config: Config, data: DataSet, cache: Path | None) -> DataSet:
+    """The data set with the identity of the pictures before, which an editing model reads. Raises DataError."""
+    if not config.denoiser.editing.source:
+        return data
+    before = companions(config, [data.training, data.validation], config.denoiser.editing.source, cache)
+    return replace(data, beside=before[0].pictures.identity())
 
 
 def _before(run: Run[Config], sets: Sequence[Examples]) -> list[Examples]:

@@ -36,7 +36,7 @@ from latentdiff.stages.cache import captions_of, latents_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
 from latentdiff.stages.finetune_report import keep_rows_apart, report, write_page
-from latentdiff.stages.methods import Tuning, begin, trainable
+from latentdiff.stages.methods import Tuning, begin, check_kind, trainable
 from latentdiff.stages.plan import Weights, plan_lines
 from latentdiff.stages.run import Run
 from latentdiff.training.consistency import ConsistencyStage
@@ -233,6 +233,7 @@ def _seen(run: Run[FineTuning], sets: list[Examples]) -> list[Examples]:
 
 def check_fits(model: Model, config: FineTuning, data: DataSet) -> None:
     """Refuse data that the model cannot take, before training. Raises ConfigError."""
+    check_kind(model)
     for size in data.training.pictures.buckets():
         if any(side % model.multiple for side in size):
             shape = f"{size[1]}x{size[0]}, not of multiples of {model.multiple}"

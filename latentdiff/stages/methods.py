@@ -60,10 +60,7 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
 
     Raises ConfigError.
     """
-    if model.inpaints:
-        raise ConfigError("fine-tuning an inpainting model is not supported: give the plain model that it comes from")
-    if model.edits:
-        raise ConfigError("fine-tuning an editing model is not supported: captioned pictures have no picture before")
+    check_kind(model)
     if is_quantized(model) and (config.lora.dora or config.finetune.tune_text_encoder or not config.leaves_weights):
         raise ConfigError("quantized weights are frozen: lora or textual-inversion, without dora, trains beside them")
     _, text_encoder, codec = trainable(model)
@@ -81,6 +78,16 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
         model = replace(model, card=replace(model.card, defaults=few))
     tuning = _factors(model, config) if config.low_rank else _weights(model, config, words)
     return replace(tuning, teacher=teacher)
+
+
+def check_kind(model: Model) -> None:
+    """Raises ConfigError for a model that reads pictures."""
+    if model.inpaints:
+        raise ConfigError("fine-tuning an inpainting model is not supported: give the plain model that it comes from")
+    if model.edits:
+        raise ConfigError("fine-tuning an editing model is not supported: captioned pictures have no picture before")
+    if model.enlarging is not None:
+        raise ConfigError("fine-tuning a model that enlarges pictures is not supported")
 
 
 def trainable(model: Model) -> tuple[UNet | Transformer, AnyEncoder, AnyCodec]:

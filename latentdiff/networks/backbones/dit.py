@@ -64,6 +64,10 @@ class DiT(Transformer):
         output: Tensor = self.model(x, time, conditions["label"].long(), return_dict=False)[0]
         return output[:, : x.shape[1]]
 
+    def facts(self) -> dict[str, Any]:
+        """See Traceable. A graph holds the places of the size that it was traced with."""
+        return super().facts() | {"side": int(self.model.config.sample_size)}
+
     def _examples(self, channels: int) -> list[Inputs]:
         side = int(self.model.config.sample_size)
         labels = torch.arange(4.0) % (self.classes + 1)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -168,10 +169,12 @@ class ClassReading:
         self.names = tuple(names)
         numbers = {str(number): number for number in range(len(self.names))}
         parts = {part.strip(): n for n, name in reversed(list(enumerate(self.names))) for part in name.split(",")}
-        self._known = {"": len(self.names)} | numbers | parts | {name: n for n, name in enumerate(self.names)}
+        known = {"": len(self.names)} | numbers | parts | {name: n for n, name in enumerate(self.names)}
+        self._known = {normalize("NFC", name): number for name, number in known.items()}
 
     def label(self, name: str) -> int:
         """The number of a class. Raises ConfigError for a name that is none."""
+        name = normalize("NFC", name)
         if (found := self._known.get(name.strip())) is None:
             near = get_close_matches(name.strip(), [known for known in self._known if known], n=1)
             meant = f" (did you mean {near[0]}?)" if near else ""
