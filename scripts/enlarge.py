@@ -53,10 +53,10 @@ def resized(picture: np.ndarray, side: int, how: Image.Resampling) -> np.ndarray
     return np.asarray(Image.fromarray(picture).resize((side, side), how))
 
 
-def likeness(found: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+def likeness(picture: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """PSNR in dB, and SSIM, of pictures (H, W, 3) from 0 to 255."""
-    error = np.square(found.astype(float) - true).mean()
-    both = [torch.from_numpy(np.asarray(p, np.float32)).permute(2, 0, 1)[None] for p in (found, true)]
+    error = np.square(picture.astype(float) - true).mean()
+    both = [torch.from_numpy(np.asarray(p, np.float32)).permute(2, 0, 1)[None] for p in (picture, true)]
     return 10 * np.log10(255**2 / max(error, 1e-9)), float(structural_similarity_index_measure(*both, data_range=255.0))
 
 

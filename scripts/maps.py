@@ -24,15 +24,12 @@ from PIL import Image
 from torch import nn
 
 COLORS = np.array([(0, 0, 0), *PALETTE])
-CHANNELS, BATCH, RATE = (32, 64, 96), 16, 5e-4  # of the config
+SIDE, CHANNELS, BATCH, RATE = 32, (32, 64, 96), 16, 5e-4  # of the config
 
 
 def classes_of(pictures: np.ndarray) -> np.ndarray:
     """uint8 (..., 3) -> the index of the nearest colour."""
     return np.square(pictures[..., None, :].astype(float) - COLORS).sum(-1).argmin(-1)
-
-
-SIDE = 32
 
 
 def read(folder: Path, names: list[str], how: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
@@ -43,10 +40,10 @@ def read(folder: Path, names: list[str], how: Image.Resampling = Image.Resamplin
     return np.stack(pictures)
 
 
-def overlaps(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+def overlaps(classes: np.ndarray, true: np.ndarray) -> np.ndarray:
     """The intersection over union of each picture (N, H, W), averaged over the classes that are in it."""
     scores = []
-    for one, other in zip(found, true, strict=True):
+    for one, other in zip(classes, true, strict=True):
         present = np.unique(other)
         scores.append(np.mean([((one == c) & (other == c)).sum() / ((one == c) | (other == c)).sum() for c in present]))
     return np.array(scores)
@@ -126,10 +123,10 @@ def main() -> None:
     network = by_cross_entropy(*train, given.steps)
     with torch.no_grad():
         chances = torch.cat([network(as_values(part), 0).sample.softmax(1) for part in np.array_split(pictures, 8)])
-    likely, found = (each.numpy() for each in chances.max(1))
-    say("a U-Net by cross-entropy", overlaps(found, true), calibration(likely, found == true))
+    likely, best = (each.numpy() for each in chances.max(1))
+    say("a U-Net by cross-entropy", overlaps(best, true), calibration(likely, best == true))
     if given.output is not None:
-        rows = [pictures, COLORS[true], drawn[:, 0], COLORS[majority], COLORS[found]]
+        rows = [pictures, COLORS[true], drawn[:, 0], COLORS[majority], COLORS[best]]
         sheet = np.concatenate([np.concatenate(list(row[:12]), 1) for row in rows])
         Image.fromarray(sheet.astype(np.uint8)).save(given.output)
 

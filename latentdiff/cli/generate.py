@@ -255,9 +255,7 @@ def generate(
     _check_sizes(model, requests)
     pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed, quantize)
     load_extras(pipe, loras, words, vae)
-    _load_models(pipe, weaker, refiner, cascade or [], clip)
-    if upscaler is not None:
-        pipe.load_upscaler(upscaler)
+    _load_models(pipe, weaker, refiner, cascade or [], clip, upscaler)
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential, blocks=offload is Offload.block)
     hints = load_controls(pipe, controls, annotate) if controls else ()
@@ -275,7 +273,12 @@ def generate(
 
 
 def _load_models(
-    pipe: LatentDiffusionPipeline, weaker: str | None, refiner: str | None, cascade: Sequence[str], clip: Path | None
+    pipe: LatentDiffusionPipeline,
+    weaker: str | None,
+    refiner: str | None,
+    cascade: Sequence[str],
+    clip: Path | None,
+    upscaler: Path | None,
 ) -> None:
     """Load further models beside the model."""
     if weaker is not None:
@@ -286,6 +289,8 @@ def _load_models(
         pipe.load_cascade(each)
     if clip is not None:
         pipe.load_clip(clip)
+    if upscaler is not None:
+        pipe.load_upscaler(upscaler)
 
 
 def _sides(width: int | None, height: int | None, size: str | None) -> dict[str, int | None]:

@@ -13,6 +13,7 @@ from latentdiff.model import Model
 if TYPE_CHECKING:
     from latentdiff.networks.controls.ip_adapter import ImageEncoder, IPAdapter
 
+PART = "ip_adapter"
 ENCODER = "image_encoder"
 FILE = "ip_adapter.safetensors"
 _CLASSES = frozenset({"CLIPVisionModelWithProjection"})

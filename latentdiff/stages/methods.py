@@ -14,6 +14,7 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.extras import adapted
 from latentdiff.drawing.presets import PRESETS
 from latentdiff.families.controls import PART as CONTROLNET
+from latentdiff.families.image_prompts import PART as IP_ADAPTER
 from latentdiff.families.image_prompts import image_encoder_for, save_ip_adapter
 from latentdiff.families.loading import save_model
 from latentdiff.families.own import seeded
@@ -50,9 +51,6 @@ class Tuning:
     control: ControlNet | None = None
     ip_adapter: IPAdapter | None = None
     teacher: Any = None
-
-
-IP_ADAPTER = "ip_adapter"
 
 
 def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset()) -> Tuning:

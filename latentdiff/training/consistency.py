@@ -40,10 +40,9 @@ class ConsistencyStage(DenoiserStage):
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Losses (B,)."""
-        mean, log_variance = self._samples.latents.moments(batch)
-        x0 = mean + (0.5 * log_variance).exp() * batch["posterior"]
         own = {name: tensor for name, tensor in batch.items() if not name.startswith(_EMPTY)}
         empty = {name.removeprefix(_EMPTY): tensor for name, tensor in batch.items() if name.startswith(_EMPTY)}
         captions = self._samples.captions
         cond, uncond = captions.conditions(own), captions.conditions(empty)
+        x0 = self._x0(batch)
         return self._consistency(module, self._teacher, x0, batch["noise"], batch["number"], cond, uncond)

@@ -155,10 +155,15 @@ class DenoiserStage:
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Losses (B,)."""
-        mean, log_variance = self._samples.latents.moments(batch)
-        x0 = mean + (0.5 * log_variance).exp() * batch["posterior"]
         conditions = self._samples.captions.conditions(batch)
-        return self._diffusion_loss(module, x0, batch["noise"], batch["t"], conditions, batch.get("perturbation"))
+        return self._diffusion_loss(
+            module, self._x0(batch), batch["noise"], batch["t"], conditions, batch.get("perturbation")
+        )
+
+    def _x0(self, batch: dict[str, Tensor]) -> Tensor:
+        """Latents (B, C, h, w), drawn from the posteriors of the codec."""
+        mean, log_variance = self._samples.latents.moments(batch)
+        return mean + (0.5 * log_variance).exp() * batch["posterior"]
 
     def sample_ids(self, positions: range) -> list[str]:
         """The user's names of the pictures."""
