@@ -79,14 +79,15 @@ def train_denoiser(run: Run[Config]) -> None:
     if config.denoiser.tune_text_encoder and isinstance(text_encoder, TextEncoder):
         thaw(text_encoder)
         network, parts["text_encoder"] = ConditionedNetwork(unet, text_encoder), text_encoder
-    trained, validated = _samples(run, codec, text_encoder)
+    before = _before(run)
+    trained, validated = _samples(run, codec, text_encoder, before)
     loss, draws, order = _training(config, run.data.training, accelerator.num_processes)
     stage = DenoiserStage(network, parts, loss, trained, draws, order)
     loss, draws, order = _validation(config, run.data.validation)
     validation = DenoiserStage(network, parts, loss, validated, draws, order)
     model = new_model(config, codec, text_encoder, unet)
     references = _references(run) if config.denoiser.distance_pictures and accelerator.is_main_process else None
-    report = partial(_report, run, Painter(model), validation, references)
+    report = partial(_report, run, Painter(model), validation, references, before[-1:])
     start = run.start("denoiser", made_from=made_from)
     settings = config.denoiser.training
     run_stage(accelerator, stage, settings, run.folder / "denoiser", report, start, run.interruption)
@@ -102,12 +103,14 @@ def train_denoiser(run: Run[Config]) -> None:
     accelerator.wait_for_everyone()
 
 
-def _samples(run: Run[Config], codec: AnyCodec, text_encoder: TextEncoder | ClassLabels) -> list[Samples]:
+def _samples(
+    run: Run[Config], codec: AnyCodec, text_encoder: TextEncoder | ClassLabels, before: Sequence[Examples]
+) -> list[Samples]:
     """The samples of the training and the validation set."""
     sets = (run.data.training, run.data.validation)
     latents = latents_of(run.config.denoiser, sets, codec, run.cache, run.accelerator)
     captions = captions_of(run.config.denoiser, sets, text_encoder, run.cache, run.accelerator)
-    captions = _with_pictures(run, codec, sets, captions)
+    captions = _with_pictures(run, codec, sets, captions, before)
     names = [examples.pictures.name for examples in sets]
     return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
 
@@ -126,13 +129,18 @@ def with_before(config: Config, data: DataSet, cache: Path | None) -> DataSet:
     return replace(data, beside=before[0].pictures.identity())
 
 
-def _before(run: Run[Config], sets: Sequence[Examples]) -> list[Examples]:
-    """The pictures that an editing model makes those of the sets of."""
-    return companions(run.config, sets, run.config.denoiser.editing.source, run.cache)
+def _before(run: Run[Config]) -> list[Examples]:
+    """The pictures that an editing model makes those of the training and the validation set of; [] for others."""
+    source = run.config.denoiser.editing.source
+    return companions(run.config, [run.data.training, run.data.validation], source, run.cache) if source else []
 
 
 def _with_pictures(
-    run: Run[Config], codec: AnyCodec, sets: Sequence[Examples], captions: list[Captions]
+    run: Run[Config],
+    codec: AnyCodec,
+    sets: Sequence[Examples],
+    captions: list[Captions],
+    before: Sequence[Examples],
 ) -> list[Captions]:
     """The captions with the picture that the U-Net reads beside its latents, if it reads one."""
     settings, seed = run.config.denoiser, run.config.seed
@@ -141,8 +149,8 @@ def _with_pictures(
         return [Small(own, examples, enlarging, factor=codec.factor, seed=seed) for own, examples in pairs]
     if settings.editing.source:
         rates = [settings.editing.dropout, 0.0]  # the validation shows all
-        each = zip(captions, _before(run, sets), rates, strict=True)
-        return [Edited(own, before, codec, rate, seed=seed) for own, before, rate in each]
+        each = zip(captions, before, rates, strict=True)
+        return [Edited(own, source, codec, rate, seed=seed) for own, source, rate in each]
     if settings.inpainting:
         return [Masked(own, examples, codec, seed=seed) for own, examples in zip(captions, sets, strict=True)]
     return captions
@@ -209,7 +217,12 @@ def _references(run: Run[Config]) -> References:
 
 
 def _report(
-    run: Run[Config], painter: Painter, validation: DenoiserStage, references: References | None, step: int
+    run: Run[Config],
+    painter: Painter,
+    validation: DenoiserStage,
+    references: References | None,
+    before: Sequence[Examples],
+    step: int,
 ) -> dict[str, float]:
     """A validation: the loss; pictures of fixed prompts and seeds in `samples`, in rows by category or caption; their
     composition scores if the oracle can read them; optionally their distances from held-out pictures.
@@ -219,7 +232,7 @@ def _report(
     timesteps = config.denoiser.schedule.num_train_timesteps
     numbers = validation_losses(validation, TIME_BINS, timesteps, config.denoiser.training.train_batch_size)
     if painter.model.enlarging is not None or painter.model.must_edit:
-        rows = _made_of_pictures(run, painter, examples)
+        rows = _made_of_pictures(run, painter, examples, before)
     elif readable(config):
         score = evaluate_composition(painter, pictures=config.denoiser.preview_pictures, seed=config.seed)
         rows = [pictures[:8] for pictures in score.pictures.values()]
@@ -238,15 +251,17 @@ def _report(
     return numbers
 
 
-def _made_of_pictures(run: Run[Config], painter: Painter, examples: Examples) -> list[np.ndarray]:
+def _made_of_pictures(
+    run: Run[Config], painter: Painter, examples: Examples, before: Sequence[Examples]
+) -> list[np.ndarray]:
     """Rows of eight pictures: what an enlarging or editing model reads, what is drawn of it, and the true pictures."""
     rows, enlarging = range(min(8, len(examples))), painter.model.enlarging
     true = [coloured(examples.image(row, 0)) for row in rows]
     if enlarging is not None:
         read = [reduced(pixels, enlarging.scale) for pixels in true]
     else:
-        (before,) = _before(run, [examples])
-        read = [coloured(before.image(row, 0)) for row in rows]
+        (source,) = before
+        read = [coloured(source.image(row, 0)) for row in rows]
     prompts = [examples.caption(row, 0) for row in rows]
     drawn = draw_prompts(painter, prompts, seed=run.config.seed, images=read)
     seen = [resized(pixels, *whole.shape[:2]) for pixels, whole in zip(read, true, strict=True)]
