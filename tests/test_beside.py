@@ -96,6 +96,9 @@ def test_trained_and_resumed(pairs, tmp_path, call, kind):
     else:
         with pytest.raises(ConfigError, match="edits a picture: give one"):
             pipe("the map of a picture")
+        with Image.open(sorted((tmp_path / "whole" / "denoiser" / "samples").glob("*.png"))[-1]) as sheet:
+            before, _, after = np.asarray(sheet).reshape(3, 16, 64, 3)
+        assert (before == 255 - after).all(), "the preview shows the pictures before of the validation set"
 
 
 def test_masks():
