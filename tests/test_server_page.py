@@ -242,10 +242,10 @@ def test_variations_and_a_larger_picture(page, shop, tiny):
     arrived(page, 6)
     name = page.locator("#gallery figure img").first.get_attribute("src").rpartition("/")[2].partition("?")[0]
     record = json.loads(Image.open(shop.studio.folder / name).text["latentdiff"])["request"]
-    again = tiny(
-        PROMPT, seed=9, num_inference_steps=4, **{k: record[k] for k in ("variation_seed", "variation_strength")}
-    )
-    np.testing.assert_array_equal(pixels(shop, page), np.asarray(again.images[0]))
+    varied = {key: record[key] for key in ("variation_seed", "variation_strength")}
+    again = tiny(PROMPT, num_images_per_prompt=4, seed=9, num_inference_steps=4, **varied)  # in one batch, as drawn
+    for place in range(4):
+        np.testing.assert_array_equal(pixels(shop, page, place), np.asarray(again.images[place]))
     page.locator("#gallery button:text('Vary')").first.click()  # a variation is varied by drawing over it
     arrived(page, 10)
 
