@@ -38,6 +38,7 @@ from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
 from latentdiff.families.image_prompts import ENCODER
 from latentdiff.model import Model, ModelCard, Runtime, Speed
+from latentdiff.networks.protocols import PromptedByPictures
 from latentdiff.runtime.kinds import LACKING
 
 if TYPE_CHECKING:
@@ -484,8 +485,12 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing import extras
         from latentdiff.families import image_prompts
 
-        with self._in_torch("an IP-Adapter"):
-            for root, under, name in calls.each_weight(path, subfolder, weight_name):
+        weights, before = list(calls.each_weight(path, subfolder, weight_name)), len(self._painter.ip_adapters)
+        backbone = self.model.backbone
+        has_graphs = self.runtime == "torch" or (isinstance(backbone, PromptedByPictures) and backbone.prompted_layers)
+        what = "a second IP-Adapter" if has_graphs else "an IP-Adapter without graphs of the U-Net for it"
+        with nullcontext() if has_graphs and len(weights) + before == 1 else self._in_torch(what):
+            for root, under, name in weights:
                 file = image_prompts.place_of(as_path(root), under, name)
                 folder = image_encoder_folder
                 encoder = None if folder is None else image_prompts.encoder_of(file, as_path(root), folder)
@@ -561,6 +566,8 @@ class LatentDiffusionPipeline:
 
         Raises ConfigError if the other runtime was requested by name.
         """
+        from latentdiff.drawing.extras import with_adapters_placed
+
         before = self._painter
         if self.runtime == "torch":
             yield
@@ -574,6 +581,7 @@ class LatentDiffusionPipeline:
             controls = tuple(control.by_torch(model) for control in before.controls)
             self._painter = replace(before, model=model, memory=None, controls=controls)
             yield
+            self._painter = with_adapters_placed(self._painter)
         except BaseException:
             self._painter = before
             raise
@@ -589,7 +597,7 @@ class LatentDiffusionPipeline:
     def request(self, prompt: str, **settings: Any) -> Request:
         """A validated request with recommended settings; loads the model's own CLIP if the request requires it."""
         made = request(prompt=prompt, **settled_for(self.model, settings))
-        what = torch_only(made, self.model)
+        what = torch_only(made, self.model, len(self._painter.ip_adapters))
         with self._in_torch(what) if what else nullcontext():
             if made.clip_guidance_scale and self._painter.scorer is None:
                 self.load_clip()
@@ -663,6 +671,8 @@ class LatentDiffusionPipeline:
         shown = shown_of(
             calls.pictures(ip_adapter_image), call.masks, len(self._painter.ip_adapters), embeds=ip_adapter_image_embeds
         )
+        if self.runtime != "torch" and any(each.masks for each in shown):
+            self.use_torch("a mask of an image prompt")
         jobs: list[Job] = []
         negatives = calls.negatives(negative_prompt, len(prompts))
         for index, one in enumerate(prompts):

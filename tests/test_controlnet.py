@@ -37,7 +37,7 @@ from latentdiff.formats.original import unet_name
 from latentdiff.runtime.export import export, export_control
 from latentdiff.stages.finetune import opened
 
-from . import stable_diffusion
+from . import ip_adapters, stable_diffusion
 from .stable_diffusion import load
 
 PROMPT, NEGATIVE = "a castle on the hill", "blurry"
@@ -492,6 +492,58 @@ def test_what_only_torch_has_takes_the_control_along(exported_place, pictures):
     assert np.abs(pipe(PROMPT, **asked).images.astype(int) - first).max() <= 1
 
 
+@pytest.mark.parametrize("is_controlled", [False, True])
+def test_an_image_prompt_by_openvino(exported_place, pictures, is_controlled):
+    """The U-Net's graph reads the adapter's keys and values, alone and beside a ControlNet's residuals."""
+    folder, _ = exported_place
+    asked = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "uint8"}
+    asked |= {"height": 48, "width": 64, "ip_adapter_image": [pictures], "ip_adapter_scale": 0.8}
+    asked |= {"control_image": pictures[1]} if is_controlled else {}
+    drawn = []
+    for runtime in ("openvino", "torch"):
+        pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", torch_dtype="float32", runtime=runtime)
+        if is_controlled:
+            pipe.load_controlnet(folder / "control0")
+        pipe.load_ip_adapter(folder / "plus.safetensors")
+        drawn.append(pipe(**asked).images.astype(int))
+        assert pipe.runtime == runtime
+        drawn.append(pipe(**asked | {"ip_adapter_scale": 0.0}).images.astype(int))
+    compiled, compiled_alone, expected, expected_alone = drawn
+    assert np.abs(compiled - expected).max() <= 1
+    assert np.abs(compiled_alone - expected_alone).max() <= 1
+    assert np.abs(compiled - compiled_alone).max() > 1, "it steers"
+
+
+def test_what_only_torch_has_takes_the_image_prompt_along(exported_place, pictures):
+    """Masks, a second IP-Adapter and DeepCache change to torch, which draws the same with the adapter."""
+    folder, _ = exported_place
+    asked = {"seed": 3, "num_inference_steps": 2, "height": 48, "width": 64, "output_type": "uint8"}
+    white = Image.fromarray(np.full((48, 64), 255, np.uint8))
+
+    def opened(**settings):
+        pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", torch_dtype="float32", **settings)
+        pipe.load_ip_adapter(folder / "plus.safetensors")
+        return pipe
+
+    pipe = opened()
+    first = pipe(PROMPT, ip_adapter_image=pictures[0], **asked).images
+    assert pipe.runtime == "openvino"
+    masked = {"ip_adapter_image": pictures[0], "cross_attention_kwargs": {"ip_adapter_masks": [[white]]}}
+    with pytest.warns(UserWarning, match="a mask of an image prompt requires torch"):
+        assert np.abs(pipe(PROMPT, **masked, **asked).images.astype(int) - first).max() <= 1
+    pipe = opened()
+    with pytest.warns(UserWarning, match="a second IP-Adapter requires torch"):
+        pipe.load_ip_adapter(folder / "plus.safetensors")
+    both = {"ip_adapter_image": [pictures[0], pictures[0]], "ip_adapter_scale": [1.0, 0.0]}
+    assert np.abs(pipe(PROMPT, **both, **asked).images.astype(int) - first).max() <= 1
+    with pytest.raises(ConfigError, match="cache_interval with an IP-Adapter requires the torch runtime"):
+        opened(runtime="openvino")(PROMPT, ip_adapter_image=pictures[0], cache_interval=2, **asked)
+    save_file(ip_adapters.state(stable_diffusion.pipeline("XL").unet, "plus"), folder / "xl.safetensors")
+    pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", runtime="openvino")
+    with pytest.raises(ModelError, match="layer 0 has"):
+        pipe.load_ip_adapter(folder / "xl.safetensors", image_encoder_folder=None)
+
+
 @pytest.mark.slow
 def test_exports_of_controls_are_checked(exported_place, tmp_path, call):
     folder, _ = exported_place
@@ -515,12 +567,14 @@ def test_exports_of_controls_are_checked(exported_place, tmp_path, call):
 
 @pytest.fixture(scope="module")
 def exported_place(tmp_path_factory):
-    """A model and a ControlNet with graphs, and a ControlNet without."""
+    """A model and a ControlNet with graphs, and without them a ControlNet and an IP-Adapter."""
     folder = tmp_path_factory.mktemp("exported")
     base = stable_diffusion.pipeline("1")
     base.save_pretrained(folder / "model")
     for index in range(2):
         control_of(base.unet, 7 + index).save_pretrained(folder / f"control{index}")
+    ip_adapters.image_encoder().save_pretrained(folder / "image_encoder")
+    save_file(ip_adapters.state(base.unet, "plus"), folder / "plus.safetensors")
     export(stored_model(folder / "model"), folder / "model")
     differences = export_control(stored_control(folder / "control0"), folder / "control0")
     assert max(differences.values()) < 1e-5

@@ -228,9 +228,16 @@ def source_of_ip_adapter(file: Path, encoder: Path | None) -> Source:
 
 def with_ip_adapter(painter: Painter, adapter: Any, source: Source) -> Painter:
     """Load one more IP-Adapter, which every picture requires something to be shown for."""
-    adapter = adapter.to(painter.model.place.device, painter.model.backbone.dtype)
-    painter = replace(painter, ip_adapters=(*painter.ip_adapters, adapter))
+    painter = with_adapters_placed(replace(painter, ip_adapters=(*painter.ip_adapters, adapter)))
     return painter.with_source(f"ip-adapter {len(painter.ip_adapters)}", source)
+
+
+def with_adapters_placed(painter: Painter) -> Painter:
+    """The same painter with its IP-Adapters on the model's device in its precision; a compiled model's are float32."""
+    place, backbone = painter.model.place, painter.model.backbone
+    precision = backbone.dtype if place.runtime == "torch" else "float32"
+    placed = tuple(adapter.placed(place.device, precision) for adapter in painter.ip_adapters)
+    return replace(painter, ip_adapters=placed)
 
 
 def without_ip_adapters(painter: Painter) -> Painter:

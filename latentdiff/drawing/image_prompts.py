@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,19 +126,23 @@ def with_image_prompts(
         scales = layer_scales(adapter.names, value_of(request.ip_adapter_scale, index, 1.0))
         masks = _masks(own, put)
         for one, features in zip(arrays, zip(*(each.seen(adapter) for each in own), strict=True), strict=True):
-            stacked = put(library(features[0]).stack(list(features)))
+            stacked = library(features[0]).stack(list(features))
             with raised_as(ConfigError, "the features do not fit the IP-Adapter"):
-                _show(one, adapter, stacked, scales, masks)
+                _show(one, partial(_heads, adapter, scales, put), stacked, masks)
     return cond.joined(arrays[0]), None if uncond is None else uncond.joined(arrays[1])
 
 
-def _show(arrays: dict[str, Array], adapter: Any, features: Array, scales: list[float], masks: Any) -> None:
+def _heads(adapter: Any, scales: list[float], put: Put, features: Array) -> list[Array]:
+    """The keys and values of pictures for each layer, where the backbone is."""
+    return [put(heads) for heads in adapter.heads(features, scales)]
+
+
+def _show(arrays: dict[str, Array], heads: Callable[[Array], list[Array]], features: Array, masks: Any) -> None:
     """Add the keys and values of pictures, which with masks are each by itself."""
     if masks is None:
-        arrays.update(image_prompt(_next(arrays), adapter.heads(features, scales)))
+        arrays.update(image_prompt(_next(arrays), heads(features)))
     for number, mask in enumerate(masks or ()):
-        heads = adapter.heads(features[:, number : number + 1], scales)
-        arrays.update(image_prompt(_next(arrays), heads, mask))
+        arrays.update(image_prompt(_next(arrays), heads(features[:, number : number + 1]), mask))
 
 
 def _next(arrays: Mapping[str, Array]) -> int:

@@ -45,10 +45,15 @@ class Painter:
         return replace(self, sources={**self.sources, name: source})
 
 
-def torch_only(request: Request, model: Model) -> str | None:
-    """The part of a request that requires torch; None if a compiled model can draw it."""
+def torch_only(request: Request, model: Model, image_prompts: int = 0) -> str | None:
+    """The part of a request that requires torch; None if a compiled model can draw it.
+
+    image_prompts: the number of IP-Adapters.
+    """
     if model.runtime == "torch":
         return None
+    if image_prompts and request.cache_interval > 1:
+        return "cache_interval with an IP-Adapter"
     if request.pag_scale and not isinstance(model.backbone, PerturbedAttention):
         return "perturbed attention"
     if request.clip_guidance_scale:

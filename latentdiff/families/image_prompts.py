@@ -9,6 +9,7 @@ from latentdiff.core.errors import ConfigError, ModelError, loading
 from latentdiff.core.files import let_others_read
 from latentdiff.formats import folder
 from latentdiff.model import Model
+from latentdiff.networks.protocols import PromptedByPictures
 
 if TYPE_CHECKING:
     from latentdiff.networks.controls.ip_adapter import ImageEncoder, IPAdapter
@@ -51,10 +52,10 @@ def load_ip_adapter(file: Path, encoder: Path | None, model: Model) -> IPAdapter
     from safetensors.torch import load_file
 
     from latentdiff.formats.pickle import check_safetensors
-    from latentdiff.networks.backbones.unet import UNet
     from latentdiff.networks.controls.ip_adapter import from_state
 
-    if not isinstance(model.backbone, UNet):
+    backbone = model.backbone
+    if not (isinstance(backbone, PromptedByPictures) and backbone.prompted_layers):
         raise ConfigError("an IP-Adapter requires a U-Net, which this model does not have")
     check_safetensors(file, ". `latentdiff convert --trust-pickle` converts it")
     with loading(file):
@@ -68,7 +69,7 @@ def load_ip_adapter(file: Path, encoder: Path | None, model: Model) -> IPAdapter
         if "image_proj.norm.weight" in state and "image_proj.proj.2.weight" in state:
             raise ModelError(f"an IP-Adapter of faces, whose features no CLIP gives, is not supported ({file})")
         tower = None if encoder is None else load_image_encoder(encoder)
-        adapter = from_state(model.backbone, state, tower)
+        adapter = from_state(backbone.prompted_layers, int(backbone.spec.reads["tokens"][-1] or 0), state, tower)
         check_fit(adapter, model, file)
         return adapter
 

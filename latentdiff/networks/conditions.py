@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     import torch
 
 EXACT = ("sizes", "guidance", "label", "ids", "mask")  # keep their precision when a network computes in another
-RESIDUAL, FEATURE = "residual_", "feature_"
+RESIDUAL, FEATURE, IMAGE = "residual_", "feature_", "image_"
 HINT, FEATURES, BESIDE = "hint", "features", "beside"
-_IMAGE, _MASK = "image_", "mask"
+_MASK = "mask"
 
 
 def added(arrays: Sequence[Array], kind: str = RESIDUAL) -> dict[str, Array]:
@@ -43,8 +43,8 @@ def added(arrays: Sequence[Array], kind: str = RESIDUAL) -> dict[str, Array]:
 
 def image_prompt(number: int, heads: Sequence[Array], mask: Array | None = None) -> dict[str, Array]:
     """The keys and values of an image prompt, and its mask, by name."""
-    arrays = {f"{_IMAGE}{number:02}_{layer:02}": array for layer, array in enumerate(heads)}
-    return arrays if mask is None else arrays | {f"{_IMAGE}{number:02}_{_MASK}": mask}
+    arrays = {f"{IMAGE}{number:02}_{layer:02}": array for layer, array in enumerate(heads)}
+    return arrays if mask is None else arrays | {f"{IMAGE}{number:02}_{_MASK}": mask}
 
 
 class ImagePrompt(NamedTuple):
@@ -78,8 +78,8 @@ class Conditions:
         """The image prompts, in order."""
         found: dict[str, dict[str, Array]] = {}
         for name, array in sorted(self.arrays.items()):
-            if name.startswith(_IMAGE):
-                number, _, rest = name.removeprefix(_IMAGE).partition("_")
+            if name.startswith(IMAGE):
+                number, _, rest = name.removeprefix(IMAGE).partition("_")
                 found.setdefault(number, {})[rest] = array
         return [ImagePrompt([a for n, a in own.items() if n != _MASK], own.get(_MASK)) for own in found.values()]
 

@@ -6,7 +6,7 @@ some networks have is a protocol of its own, which callers test by `isinstance`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -80,6 +80,16 @@ class DeepFeatures(Protocol):
 
     def predict_from(self, x: Array, time: Array, conditions: Conditions, deep: Array | None) -> tuple[Array, Array]:
         """`predict` and the deep features. With those of an earlier step only the finest level is computed."""
+        ...
+
+
+@runtime_checkable
+class PromptedByPictures(Protocol):
+    """A backbone whose cross-attention attends to image prompts too (IP-Adapter, Ye et al. 2023)."""
+
+    @property
+    def prompted_layers(self) -> Sequence[tuple[str, int]]:
+        """The name of each cross-attention, and the width of its keys and values; empty if none can be added."""
         ...
 
 

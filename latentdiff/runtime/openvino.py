@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentdiff.core.errors import ModelError, loading
+from latentdiff.core.errors import ConfigError, ModelError, loading
 from latentdiff.core.turn import Turn
 from latentdiff.formats.folder import network_hash
 from latentdiff.networks.backbones.packing import Packing
-from latentdiff.networks.conditions import RESIDUAL, Conditions
+from latentdiff.networks.conditions import IMAGE, RESIDUAL, Conditions
 from latentdiff.networks.protocols import Spec
 from latentdiff.runtime.compiling import Compiler
 from latentdiff.runtime.graphs import FOLDER, Exported, exported
@@ -35,6 +35,7 @@ class CompiledBackbone:
             inputs, outputs, multiple, reads, record.get("largest"), bool(record.get("square")), record.get("side")
         )
         self.deep_levels = int(record["deep_levels"])
+        self.prompted_layers = [(str(name), int(width)) for name, width in record.get("attentions", ())]
 
     def begin(self, rows: int, size: tuple[int, ...], tokens: int, *, deep: bool) -> None:
         """Begin to compile for latents of (h, w), unless some shapes are unknown before a prompt has been read."""
@@ -70,9 +71,12 @@ class CompiledBackbone:
         inputs |= {name: flat[name] for name in self.spec.reads}
         if step := int(self.record["token_step"]):
             inputs |= _shortened(inputs["tokens"], flat.get("mask"), step)
-        if steering := {name: array for name, array in flat.arrays.items() if name.startswith(RESIDUAL)}:
-            graph = f"{graph}_controlled"
-        inputs |= more | steering
+        if len(conditions.image_prompts) > 1 or any(each.mask is not None for each in conditions.image_prompts):
+            raise ConfigError("several image prompts, or masks of one, require the torch runtime")
+        for kind, suffix in ((IMAGE, "_prompted"), (RESIDUAL, "_controlled")):
+            if steering := {name: array for name, array in flat.arrays.items() if name.startswith(kind)}:
+                graph, inputs = f"{graph}{suffix}", inputs | steering
+        inputs |= more
         arrays = {name: np.asarray(array, np.float32) for name, array in inputs.items()}
         output, *rest = self._compiler.run(graph, arrays)
         return [output.reshape(count, len(x), *output.shape[1:]) if count else output, *rest]

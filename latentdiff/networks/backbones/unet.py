@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latentdiff.core.turn import Turn
-from latentdiff.networks.conditions import FEATURE, RESIDUAL, Conditions, ImagePrompt, added
+from latentdiff.networks.conditions import FEATURE, RESIDUAL, Conditions, ImagePrompt, added, image_prompt
 from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
 from latentdiff.networks.traced import Traced, example
@@ -291,7 +291,21 @@ class UNet(nn.Module):
             graphs[f"{GRAPH}_deep"] = Traced(GRAPH, self.model, self._deep, plain)
             graphs[f"{GRAPH}_shallow"] = Traced(GRAPH, self.model, self._shallow, shallow)
         steered = [inputs | added([example(*shape) for shape in self._skips(inputs["x"])]) for inputs in plain]
-        return graphs | {f"{GRAPH}_controlled": Traced(GRAPH, self.model, self._function, steered)}
+        graphs[f"{GRAPH}_controlled"] = Traced(GRAPH, self.model, self._function, steered)
+        prompts = [self._example_prompt(len(plain[0]["x"]), 4), self._example_prompt(len(plain[1]["x"]), 6)]
+        for name, inputs in {"": plain, "_controlled": steered}.items():
+            shown = [own | prompt for own, prompt in zip(inputs, prompts, strict=True)]
+            graphs[f"{GRAPH}_prompted{name}"] = Traced(GRAPH, self.model, self._function, shown)
+        return graphs
+
+    def _example_prompt(self, rows: int, length: int) -> dict[str, Tensor]:
+        """The keys and values of an image prompt of so many tokens."""
+        return image_prompt(0, [example(rows, 2, length, width) for _, width in self.prompted_layers])
+
+    @property
+    def prompted_layers(self) -> list[tuple[str, int]]:
+        """See PromptedByPictures."""
+        return [(name, int(attention.to_k.out_features)) for name, attention in self._attentions("attn2")]
 
     def _skips(self, x: Tensor) -> list[tuple[int, ...]]:
         """The shapes of the skip connections and of the middle's output, which controls add to."""
@@ -342,6 +356,7 @@ class UNet(nn.Module):
             "deep_levels": self.deep_levels,
             "clock": [1.0, 0.0],
             "skips": [shape[1] for shape in self._skips(torch.empty(1, 1, 1, 1))],
+            "attentions": self.prompted_layers,
         }
 
     def save_memory(self) -> None:

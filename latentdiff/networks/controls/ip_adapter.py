@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
@@ -89,6 +90,10 @@ class IPAdapter(nn.Module):
         tokens = self.projection(features.flatten(0, 1).to(self.dtype)).reshape(rows, -1, self.keys[0].in_features)
         return [torch.stack([key(tokens), value(tokens)], 1) for key, value in zip(self.keys, self.values, strict=True)]
 
+    def placed(self, device: Any, precision: torch.dtype | str) -> IPAdapter:
+        """Itself on a device, in a precision: "float32" or torch's own."""
+        return self.to(device, torch.float32 if isinstance(precision, str) else precision)
+
     @torch.no_grad()
     def features(self, pictures: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Features (N, ...) of uint8 pictures (H, W, 3), and those that stand for no picture, as diffusers has them."""
@@ -101,9 +106,12 @@ class IPAdapter(nn.Module):
 
     @torch.no_grad()
     def heads(self, features: Tensor, scales: Sequence[float]) -> list[Tensor]:
-        """Keys and values of each layer, the values times the layer's scale: attention is linear in them."""
+        """Keys and values of each layer, the values times the layer's scale: attention is linear in them.
+
+        features: (B, N, ...) on any device.
+        """
         with self._turn:
-            both = zip(self(features), scales, strict=True)
+            both = zip(self(features.to(next(self.keys.parameters()).device)), scales, strict=True)
             return [torch.stack([heads[:, 0], scale * heads[:, 1]], 1) for heads, scale in both]
 
     def state(self) -> dict[str, Tensor]:
@@ -123,21 +131,25 @@ def _layer(weight: Tensor) -> nn.Linear:
     return made
 
 
-def from_state(unet: UNet, state: Mapping[str, Tensor], encoder: ImageEncoder | None) -> IPAdapter:
-    """An adapter of a file's weights. Raises KeyError, ValueError or RuntimeError for weights of another network."""
+def from_state(
+    attentions: Sequence[tuple[str, int]], width: int, state: Mapping[str, Tensor], encoder: ImageEncoder | None
+) -> IPAdapter:
+    """An adapter of a file's weights. Raises KeyError, ValueError or RuntimeError for weights of another network.
+
+    attentions: see PromptedByPictures. width: of the text's tokens, which those of a picture have too.
+    """
     groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in state.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
-    projection = unet.model._convert_ip_adapter_image_proj_to_diffusers(groups["image_proj"], low_cpu_mem_usage=False)
+    convert = UNet2DConditionLoadersMixin._convert_ip_adapter_image_proj_to_diffusers  # reads nothing of a U-Net
+    projection = convert(None, groups["image_proj"], low_cpu_mem_usage=False)
     layers: dict[str, list[nn.Linear]] = {"k": [], "v": []}
-    attentions = unet.cross_attentions()
-    for index, (_, attention) in enumerate(attentions):
+    for index, (_, heads) in enumerate(attentions):
         for kind, made in layers.items():
-            weight, own = groups["ip_adapter"][f"{2 * index + 1}.to_{kind}_ip.weight"], getattr(attention, f"to_{kind}")
-            if tuple(weight.shape) != (own.out_features, own.in_features):
-                shapes = f"{tuple(weight.shape)}, the U-Net {(own.out_features, own.in_features)}"
-                raise ValueError(f"layer {index} has {shapes}")
+            weight = groups["ip_adapter"][f"{2 * index + 1}.to_{kind}_ip.weight"]
+            if tuple(weight.shape) != (heads, width):
+                raise ValueError(f"layer {index} has {tuple(weight.shape)}, the U-Net {(heads, width)}")
             made.append(_layer(weight))
     if (more := len(groups["ip_adapter"]) - 2 * len(attentions)) > 0:
         raise ValueError(f"{more} weights are of no layer")
