@@ -30,8 +30,18 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The longest files come first: one at the end would leave the other processes idle."""
+    """Mark the cases of `quick` tests that it does not name as slow.
+
+    The longest files come first: one at the end would leave the other processes idle.
+    """
+    for item in items:
+        quick = item.get_closest_marker("quick")
+        if quick is not None:
+            assert quick.args, item.nodeid
+            if item.callspec.id not in quick.args:
+                item.add_marker("slow")
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 

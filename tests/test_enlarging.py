@@ -78,8 +78,9 @@ def test_what_it_reads():
     assert (again["beside"].flip(0) == batch["beside"]).all(), "a sample does not depend on its batch"
 
 
-def test_trained_and_resumed(tmp_path, call):
+def test_trained_and_resumed(tmp_path, call, monkeypatch):
     """Killed and resumed with the same bits; the model enlarges what it is given, and in a cascade what is drawn."""
+    monkeypatch.setattr("latentdiff.data.dataset.VALIDATION", 8)
     words = [
         f"--set={key}={str(value).lower() if key.endswith('attention') else value}" for key, value in SMALL.items()
     ]

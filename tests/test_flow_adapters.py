@@ -114,6 +114,7 @@ def drawn(folder, file, weight=1.0):
     return pipe(PROMPT, **ASKED).images, fit
 
 
+@pytest.mark.quick("Flux.1", "Qwen-Image", "Z-Image")
 def test_four_formats_of_one_adapter_draw_one_picture(folder, plain, tmp_path):
     network = load(folder).model.parts["transformer"]
     kind, made = type(network).__name__, factors(network)

@@ -125,6 +125,7 @@ def test_weights_in_blocks_are_frozen(data, call, tmp_path, words):
         assert last < first
 
 
+@pytest.mark.quick("numbers")
 @pytest.mark.parametrize("further", [(), ("--quantize", "q4_0")], ids=["numbers", "blocks"])
 def test_killed_and_gone_on_with(data, tmp_path, further):
     """SIGKILL in the third step: the same bits in the end."""

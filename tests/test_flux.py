@@ -56,6 +56,7 @@ def test_what_has_no_effect_is_refused(folder):
     assert pipe.request(PROMPT, preset="hyper").guidance_scale == expected
 
 
+@pytest.mark.quick("dev-settings0", "dev-settings3", "schnell-settings1", "schnell-settings2")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -153,6 +154,7 @@ def picture(height=64, width=64):
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8))
 
 
+@pytest.mark.quick("settings2")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -100,6 +100,13 @@ def by_peft(config, folder, tmp_path):
 TARGETS = ["to_q", "conv1"]
 
 
+@pytest.mark.quick(
+    "LORA-4-{'.*to_q': 2.0}-{}",
+    "LORA-4-{'attn1.to_q': 3.0, 'to_q': 5.0}-{}",
+    "LORA-4-{}-{}",
+    "LOHA-4-{}-{}",
+    "LOKR-64-{'to_q': 3}-{'to_q': 2}",
+)
 @pytest.mark.parametrize(
     "config",
     [

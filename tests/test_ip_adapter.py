@@ -68,6 +68,7 @@ def ours(folder, kinds):
     return with_adapters(load(folder / "model"), folder, kinds)
 
 
+@pytest.mark.quick("1-guided-plain", "1-guided-plus", "1-guided-full", "1-unguided-plus")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}], ids=["guided", "unguided"])
 def test_as_diffusers_draws(place, pictures, kind, settings):
@@ -166,6 +167,7 @@ def test_over_a_picture(place, pictures):
     assert np.abs(drawn - expected).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_in_every_other_way(place, pictures):
     """Beside a mask, a second pass, other guidance, reused features; a batch; and as fast as it gets."""
     folder, family = place

@@ -47,6 +47,7 @@ def test_the_grid_is_that_of_diffusers(shift, steps):
     np.testing.assert_allclose([level.sigma for level in levels], scheduler.sigmas, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.quick("with T5-settings0", "with T5-settings2", "without T5-settings1", "without T5-settings3")
 @pytest.mark.parametrize(
     "settings",
     [

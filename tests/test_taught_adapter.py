@@ -73,7 +73,7 @@ def test_it_begins_as_nothing_and_is_all_that_is_trained(folders, kind):
     assert all(torch.equal(parameters[name], others[name]) for name in parameters), "a function of the seed"
 
 
-QUICK = (("plain", "1"), ("dora", "1"), ("convolutions", "XL"))
+QUICK = (("plain", "1"), ("dora", "1"), ("convolutions", "1"))
 EACH = [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in product(KINDS, ("1", "XL"))]
 
 

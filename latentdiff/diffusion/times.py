@@ -2,6 +2,8 @@
 
     uniform        every time alike
     logit_normal   s = sigmoid(mean + std z), z ~ N(0, 1): more often in the middle (Esser et al. 2024, eq. 19)
+    log_normal     sigma / alpha = exp(mean + std z) (Karras et al. 2022, table 1); on paths whose end has less noise
+                   the rest of the times are the last
 
 A time is a share s in [0, 1] of the path; on a path with whole times it is a whole number. A validation draws from bins
 of equal width.
@@ -16,7 +18,7 @@ import numpy as np
 
 from latentdiff.diffusion.path import Path, Straight
 
-DISTRIBUTIONS = ("uniform", "logit_normal")
+DISTRIBUTIONS = ("uniform", "logit_normal", "log_normal")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Times:
         T = self.path.T
         if self.distribution == "logit_normal":
             share = 1 / (1 + math.exp(-(self.mean + self.std * rng.standard_normal())))
+        elif self.distribution == "log_normal":
+            return self._of_ratio(math.exp(self.mean + self.std * rng.standard_normal()))
         elif self.path.whole:
             whole = rng.integers(T)
             share = whole / T
@@ -47,3 +51,7 @@ class Times:
             return np.int64(min(share * T, T - 1))
         shifted = float(self.path.shifted(np.array(share))) if isinstance(self.path, Straight) else share
         return np.float64(max(shifted, 1e-6) * T)
+
+    def _of_ratio(self, ratio: float) -> np.int64 | np.float64:
+        t = self.path.level_of(ratio).t
+        return np.int64(round(t)) if self.path.whole else np.float64(max(t, 1e-6 * self.path.T))

@@ -94,12 +94,18 @@ class ImagePrompt(Section):
 
 
 class Consistency(Section):
-    """The distillation of a model's own guided paths."""
+    """A student of a model's own guided paths, which draws in few steps."""
 
+    objective: Literal["lcm", "ect"] = Field(
+        "lcm", description="lcm: the teacher's steps (Luo et al. 2023); ect: the data's own (Geng et al. 2024)"
+    )
     guidance: float | None = Field(
         None, ge=1, le=100, description="the teacher's guidance_scale, which the student has inside; none: the model's"
     )
-    steps: int = Field(50, ge=2, le=1000, description="levels of the grid between whose neighbours the loss is")
+    steps: int = Field(50, ge=2, le=1000, description="lcm: levels of the grid between whose neighbours the loss is")
+    shrink: float = Field(
+        256, ge=2, le=10_000, description="ect: q, how much nearer the second of two levels is: the larger, the less"
+    )
     huber: float = Field(0.001, gt=0, le=10, description="c of the pseudo-Huber distance")
 
 
@@ -189,6 +195,12 @@ class FineTuning(Settings):
             raise ValueError("consistency distils the backbone alone: no prior, no text encoder")
         if self.method == "consistency" and (self.finetune.weighting != "uniform" or self.finetune.input_perturbation):
             raise ValueError("consistency has no weighting of noise levels and no input_perturbation")
+        if self.consistency.objective == "ect" and self.consistency.steps != Consistency().steps:
+            raise ValueError('consistency.steps has no effect on objective = "ect"; shrink has')
+        if self.consistency.objective == "lcm" and self.consistency.shrink != Consistency().shrink:
+            raise ValueError('consistency.shrink has no effect on objective = "lcm"; steps has')
+        if self.method == "consistency" and self.consistency.objective == "ect" and self.finetune.times != "uniform":
+            raise ValueError('consistency with objective = "ect" has its own times')
         if self.method in _BESIDE and (self.prior.prompt or self.finetune.tune_text_encoder):
             raise ValueError(f"{self.method} trains only a network beside the model: no prior, no text encoder")
         return self

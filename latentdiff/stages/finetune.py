@@ -18,6 +18,7 @@ from latentdiff.data.companions import companions
 from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
 from latentdiff.diffusion.consistency import ConsistencyLoss
+from latentdiff.diffusion.easy_consistency import LOG_MEAN, LOG_STD, EasyConsistencyLoss
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
 from latentdiff.drawing.draw import requested
@@ -185,15 +186,20 @@ def _stages(run: Run[FineTuning], model: Model, tuning: Tuning, prior: DataSet |
 def _distilled(
     run: Run[FineTuning], model: Model, tuning: Tuning, trained: Samples, validated: Samples
 ) -> tuple[Stage, DenoiserStage]:
-    """The stages of a consistency distillation, whose teacher is the model as it was."""
+    """The stages of a student, whose teacher is the model as it was."""
     config, settings = run.config, run.config.consistency
     guidance = settings.guidance or float(model.card.defaults.get("guidance_scale", 7.5))
-    path, prediction = model.path, model.prediction
-    loss = ConsistencyLoss(path, prediction, steps=settings.steps, guidance=guidance, huber=settings.huber)
+    made_of, common = (model.path, model.prediction), {"guidance": guidance, "huber": settings.huber}
+    if settings.objective == "ect":
+        times = Times(model.path, "log_normal", LOG_MEAN, LOG_STD)
+        loss: Any = EasyConsistencyLoss(*made_of, shrink=settings.shrink, **common)
+    else:
+        times = times_of(config.finetune, model.path)
+        loss = ConsistencyLoss(*made_of, steps=settings.steps, **common)
     teacher = tuning.teacher.to(run.accelerator.device)
     made = partial(ConsistencyStage, tuning.module, tuning.parts, loss, teacher)
     rates = config.finetune.caption_dropout, config.finetune.noise_offset
-    own = Draws(config.seed, times_of(config.finetune, model.path), *rates)
+    own = Draws(config.seed, times, *rates)
     fixed = Draws(config.seed, Times(model.path, bins=TIME_BINS), purpose="validation")
     training, validation = _order(run, run.data.training, "training"), _order(run, run.data.validation, "validation")
     return made(trained, own, training), made(validated, fixed, validation)

@@ -1,4 +1,4 @@
-"""Consistency distillation of a model's own guided paths, in place of the diffusion loss; see diffusion/consistency."""
+"""Students of a model as it was, in place of the diffusion loss; see diffusion/consistency and easy_consistency."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion.consistency import ConsistencyLoss
+from latentdiff.diffusion.easy_consistency import EasyConsistencyLoss
 from latentdiff.training.denoiser import DenoiserStage, Draws, Key, Samples
 from latentdiff.training.order import Order
 
@@ -21,7 +22,7 @@ class ConsistencyStage(DenoiserStage):
         self,
         module: nn.Module,
         parts: dict[str, nn.Module],
-        loss: ConsistencyLoss,
+        loss: ConsistencyLoss | EasyConsistencyLoss,
         teacher: nn.Module,
         samples: Samples,
         draws: Draws,
@@ -32,11 +33,11 @@ class ConsistencyStage(DenoiserStage):
         self._samples, self._draws, self._order = samples, draws, order
 
     def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        """As of DenoiserStage, with the places of the times in the grid, and the conditions of the empty prompt."""
+        """As of DenoiserStage, with the two levels of each time, and the conditions of the empty prompt."""
         batch = super().batch_of(keys)
-        numbers = torch.tensor([self._consistency.number(float(t)) for t in batch.pop("t")])
+        levels = torch.stack([self._consistency.rows(float(t)) for t in batch.pop("t")])
         empty = self._samples.captions.batch(keys, [False] * len(keys))
-        return batch | {"number": numbers} | {_EMPTY + name: tensor for name, tensor in empty.items()}
+        return batch | {"levels": levels} | {_EMPTY + name: tensor for name, tensor in empty.items()}
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Losses (B,)."""
@@ -45,4 +46,4 @@ class ConsistencyStage(DenoiserStage):
         captions = self._samples.captions
         cond, uncond = captions.conditions(own), captions.conditions(empty)
         x0 = self._x0(batch)
-        return self._consistency(module, self._teacher, x0, batch["noise"], batch["number"], cond, uncond)
+        return self._consistency(module, self._teacher, x0, batch["noise"], batch["levels"], cond, uncond)

@@ -1,0 +1,69 @@
+"""Easy consistency tuning: a model learns to jump from its own data, without a solver (Geng et al. 2024).
+
+    loss = E 1 / (r_t - r_s) d(f(x_t, t), f(x_s, s) without gradient)       x_t = alpha_t x0 + sigma_t noise
+    r_s = r_t (1 - n(r_t) / q)        n(r) = 1 + k sigmoid(-b r)            x_s = alpha_s x0 + sigma_s noise
+
+with the noise-to-signal ratio r = sigma / alpha (their t), one x0 and noise for both, and the pseudo-Huber distance
+d(a, b) = sqrt(|a - b|^2 + c^2) - c of whole pictures (their sections 3 and 4). At q = 1 this is the diffusion loss: x_s
+would be the data. f: see diffusion/jump.py.
+
+A guided student: in place of x0, x_s is a step towards free + w (x0 - free), where `free` is what the model as it was
+predicts without a prompt. On average over the data this is the guided direction of the path (as in Geng et al. 2025,
+Mean Flows, equation 19).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.jump import columns, denoised, distance, jump, nearer, row_of
+from latentdiff.diffusion.parametrization import Network
+from latentdiff.diffusion.path import Path
+
+K, B = 8.0, 1.0
+LARGEST_RATIO = 80.0  # EDM's: a path that ends in pure noise has no finite one there
+LOG_MEAN, LOG_STD = -1.1, 2.0  # of the logarithm of the ratios in training
+
+
+class EasyConsistencyLoss:
+    """The loss of a student between two levels of one noisy picture.
+
+    guidance: the scale of guidance inside the student; 1 is none. huber: c per value. shrink: q.
+    """
+
+    def __init__(self, path: Path, prediction: str, *, shrink: float, guidance: float, huber: float):
+        self.path, self._prediction, self._shrink = path, prediction, shrink
+        self._guidance, self._huber = guidance, huber
+
+    def rows(self, t: float) -> Tensor:
+        """The rows of the level of a training time and of the next nearer one, (2, 8)."""
+        level = self.path.level(t)
+        ratio = min(level.sigma / level.alpha, LARGEST_RATIO) if level.alpha else LARGEST_RATIO
+        share = (1 + K / (1 + math.exp(B * ratio))) / self._shrink
+        after = self.path.level_of(ratio * max(1 - share, 0.0))
+        return torch.tensor([row_of(each, self._prediction) for each in (level, after)], dtype=torch.float64).float()
+
+    def __call__(
+        self, student: Network, teacher: Network, x0: Tensor, noise: Tensor, rows: Tensor, cond: Any, uncond: Any
+    ) -> Tensor:
+        """x0 and noise (B, ...), rows (B, 2, 8), conditions with and without prompt -> losses (B,)."""
+        at, after = columns(rows[:, 0], x0), columns(rows[:, 1], x0)
+        x = at.alpha * x0 + at.sigma * noise
+        with torch.no_grad():
+            guided = x0
+            if self._guidance != 1:
+                free = denoised(teacher, x, at, uncond)
+                guided = free + self._guidance * (x0 - free)
+            goal = jump(student, nearer(x, guided, at, after), after, cond)
+        apart = (jump(student, x, at, cond) - goal).flatten(1).norm(dim=1)
+        return distance(apart, torch.zeros_like(apart), self._huber * x0[0].numel() ** 0.5) / self._fall(at, after)
+
+    def _fall(self, at: Any, after: Any) -> Tensor:
+        """r_t - r_s, (B,)."""
+        ratios = ((row.sigma / row.alpha).flatten().clamp(max=LARGEST_RATIO) for row in (at, after))
+        high, low = ratios
+        return (high - low).clamp(min=1e-6)
