@@ -14,14 +14,11 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## install everything and draw a picture
 	$(BIN)/latentdiff generate "a red circle above a blue square" --seed 1
 
-# in several processes of one thread each: most of a test is starting up, which no thread shortens. The files of the
-# tests, two gigabytes, lie in memory where that has room: a disk makes every checkpoint wait until it is written
-ROOM = $(shell test "$$(df --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 6000000 2>/dev/null && echo --tmpdir=/dev/shm)
-
+# in several processes of one thread each: most of a test is starting up, which no thread shortens; one more than cores,
+# since some wait for processes of their own
 test: $(VENV)/.installed
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo "No Chromium here: the web page is not tested. apt-get install chromium"
-	@files=$$(mktemp -d $(ROOM) latentdiff-tests-XXXXXX $(if $(ROOM),,-t)) && trap 'rm -rf "$$files"' EXIT && \
-	TMPDIR=$$files OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest

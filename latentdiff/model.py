@@ -151,8 +151,8 @@ class Model:
     """Networks, the path between data and noise, and the backbone's prediction.
 
     parts: diffusers' names -> the libraries' own objects, for saving, adapters and hashing. other: the same model by
-    torch, if this one is compiled and may be replaced. ready: starts compilation for latents (B, C, h, w), a number of
-    conditions, and with or without reused deep features.
+    torch, if this one is compiled; is_fixed: whether that must not take over. ready: starts compilation for latents
+    (B, C, h, w), a number of conditions, and with or without reused deep features.
     """
 
     backbone: Backbone
@@ -166,6 +166,7 @@ class Model:
     parts: Mapping[str, Any] = field(default_factory=dict)
     speed: Speed = "exact"
     other: Callable[[], Model] | None = None
+    is_fixed: bool = False
     ready: Ready | None = None
     enlarging: Enlarging | None = None
     quantized: str | None = None  # the kind of its weights, if they have fewer bits; see runtime/quantized.py

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,11 +32,12 @@ from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
 from latentdiff.drawing.passes import passes_of
 from latentdiff.drawing.plan import plan
-from latentdiff.drawing.presets import settled_for
+from latentdiff.drawing.presets import PRESETS, settled_for
 from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
 from latentdiff.families.image_prompts import ENCODER
+from latentdiff.formats.folder import FEW_STEPS
 from latentdiff.model import Model, ModelCard, Runtime, Speed
 from latentdiff.networks.protocols import PromptedByPictures
 from latentdiff.runtime.kinds import LACKING
@@ -343,12 +344,69 @@ class LatentDiffusionPipeline:
         """
         from latentdiff.drawing import extras
 
-        with self._changing("an adapter"):
-            place = as_path(path)
-            self._painter, fit = extras.with_adapter(
-                self._painter, place, name=adapter_name, weight=weight, merged=fuse
-            )
+        load = partial(extras.with_adapter, path=as_path(path), name=adapter_name, weight=weight, merged=fuse)
+        if fuse and self.model.other is not None and (fit := self._fused(load)):
             return fit
+        with self._changing("an adapter"):
+            self._painter, fit = load(self._painter)
+            return fit
+
+    def _fused(self, load: Callable[[Painter], tuple[Painter, Fit]]) -> Fit | None:
+        """Put the weights that an adapter changes into compiled networks.
+
+        None for an adapter with words, which only torch's text encoders learn.
+        """
+        from latentdiff.runtime import merging
+
+        before = self._painter
+        assert before.model.other is not None
+        by_torch, fit = load(replace(before, model=before.model.other()))
+        if fit.words:
+            return None
+        source = by_torch.sources[f"adapter {fit.name}"]
+        tensors = merging.weights_of(by_torch.model, fit.layers, Path(source.path))
+        model = merging.with_weights(
+            before.model, lambda: tensors, f"{source.sha256} {source.weight}", _after(load, before)
+        )
+        self._painter = replace(by_torch, model=model)
+        self._forget()
+        return fit
+
+    def load_few_steps(self) -> None:
+        """Change to the student of few steps in the model's folder, an adapter of consistency distillation.
+
+        Calls then draw in 4 steps without guidance, unless they ask for others. Raises ConfigError, ModelError.
+        """
+        from latentdiff.drawing import extras
+        from latentdiff.runtime import merging
+
+        before, file = self._painter, extras.few_steps_in(self.card)
+        if file is None:
+            raise ConfigError(f"{self.card.name} has no student of few steps in its folder ({FEW_STEPS})")
+        if "few-steps" in before.sources:
+            return
+        load = partial(extras.with_few_steps, file=file)
+        if before.model.other is None:
+            with self._changing("a student of few steps"):
+                self._painter, _ = load(self._painter)
+        else:
+            source, made = extras.source_of_few_steps(file), before.model.other
+
+            def tensors() -> Any:  # only once: compiled graphs are kept
+                by_torch, fit = load(replace(before, model=made()))
+                return merging.weights_of(by_torch.model, fit.layers, file)
+
+            model = merging.with_weights(before.model, tensors, source.sha256, _after(load, before))
+            self._painter = replace(before, model=model).with_source("few-steps", source)
+            self._forget()
+        self._recommend(**PRESETS["lcm"])
+
+    @property
+    def has_few_steps(self) -> bool:
+        """Whether the model's folder has a student of few steps, see `load_few_steps`."""
+        from latentdiff.drawing import extras
+
+        return extras.few_steps_in(self.card) is not None
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
         """Make these adapters active, with one weight for all or one each."""
@@ -574,7 +632,7 @@ class LatentDiffusionPipeline:
             return
         if self.model.other is None and self.model.quantized in LACKING:
             raise ConfigError(f"{what} requires the torch runtime, which has no {self.model.quantized}")
-        if self.model.other is None:
+        if self.model.other is None or self.model.is_fixed:
             raise ConfigError(f"{what} requires the torch runtime; {self.runtime} was requested by name")
         try:
             model = self.model.other()
@@ -744,3 +802,10 @@ class LatentDiffusionPipeline:
     def encode(self, pictures: np.ndarray) -> Array:
         """uint8 (B, H, W, 3) -> latents (B, C, h, w), each picture by itself."""
         return pixels.encode(self.model, pictures)
+
+
+def _after(load: Callable[[Painter], tuple[Painter, Any]], before: Painter) -> Callable[[], Model]:
+    """Makes the model by torch that a compiled one becomes by a change: `load` of a painter with torch's networks."""
+    other = before.model.other
+    assert other is not None
+    return lambda: load(replace(before, model=other()))[0].model

@@ -8,9 +8,11 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from latentdiff.diffusion.consistency import ConsistencyLoss
+from latentdiff.diffusion.easy_consistency import LOG_MEAN, LOG_STD, EasyConsistencyLoss
 from latentdiff.diffusion.parametrization import boundary, parametrization_named
 from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.diffusion.times import Times
 from latentdiff.drawing.presets import PRESETS
 
 from . import stable_diffusion
@@ -43,6 +45,11 @@ def jump(x, level, std=STD, mean=MEAN):
     return mean + std * (x - level.alpha * mean) / math.sqrt(level.alpha**2 * std**2 + level.sigma**2)
 
 
+def rows(loss, numbers):
+    """The rows of places in the grid and of their neighbours, (B, 2, 8)."""
+    return torch.stack([loss._table[number : number + 2] for number in numbers])
+
+
 class Solution(torch.nn.Module):
     """A student that is the exact consistency function."""
 
@@ -70,12 +77,12 @@ def test_the_solution_has_no_loss(prediction):
     for steps in (25, 50, 100):
         loss = ConsistencyLoss(path, prediction, steps=steps, guidance=1.0, huber=1e-5)
         number = torch.arange(4096) % (steps - 1) + (1 if prediction == "epsilon" else 0)
-        value = loss(Solution(path, prediction), exact(path, prediction), x0, noise, number, None, None)
+        value = loss(Solution(path, prediction), exact(path, prediction), x0, noise, rows(loss, number), None, None)
         errors.append(float(value.mean()))
     assert errors[0] / errors[1] > 2.5
     assert errors[1] / errors[2] > 2.5
     assert errors[2] < 2e-3
-    wrong = loss(exact(path, prediction), exact(path, prediction), x0, noise, number, None, None)
+    wrong = loss(exact(path, prediction), exact(path, prediction), x0, noise, rows(loss, number), None, None)
     assert wrong.mean() > 5 * errors[2], "the denoiser itself is not the solution"
 
 
@@ -90,7 +97,7 @@ def test_guidance_is_inside():
         seen.setdefault("x", []).append(x.detach().clone())
         return 0 * x
 
-    loss(student, exact(path, prediction), x0, noise, torch.tensor([10]), 1.0, 0.0)
+    loss(student, exact(path, prediction), x0, noise, rows(loss, [10]), 1.0, 0.0)
     levels = [*path.levels(50, "distilled")[:-1], path.numbered(0)]
     t, s = levels[10], levels[11]
     x = t.sigma * torch.ones(1, 1)
@@ -107,6 +114,7 @@ def test_the_last_goal_is_the_data_itself():
     loss = ConsistencyLoss(PATHS["epsilon"], "epsilon", steps=10, guidance=1.0, huber=1e-3)
     assert loss._table[-1][-2:].tolist() == [1.0, 0.0]
     assert [loss.number(t) for t in (999, 950, 900, 99, 0)] == [0, 0, 0, 9, 9]
+    assert torch.equal(loss.rows(950), loss._table[:2])
 
 
 def test_a_student_learns_it():
@@ -140,7 +148,8 @@ def test_a_student_learns_it():
     for _ in range(1500):
         x0 = MEAN + STD * torch.randn(256, 1, generator=generator)
         number = torch.randint(20, (256,), generator=generator)
-        value = loss(student, quick, x0, torch.randn(256, 1, generator=generator), number, None, None).mean()
+        noise = torch.randn(256, 1, generator=generator)
+        value = loss(student, quick, x0, noise, rows(loss, number), None, None).mean()
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -159,6 +168,124 @@ def test_a_student_learns_it():
     top = path.levels(1, "distilled")[0]
     collapsed = MEAN + (top.alpha * STD**2 / (top.alpha**2 * STD**2 + top.sigma**2)) * (x.numpy() - top.alpha * MEAN)
     assert collapsed.std() < 0.1 * STD, "the teacher in one step draws the mean"
+
+
+def easy_rows(loss, times):
+    return torch.stack([loss.rows(float(t)) for t in times])
+
+
+@pytest.mark.parametrize("prediction", PATHS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_tuning_has_no_loss_at_the_solution(prediction, guidance):
+    """Of data without spread the consistency function is known at every level: the data, of which nothing is drawn.
+
+    With guidance the data of the prompt are at 1 and those without at 0: the guided path ends at the scale.
+    """
+    path = PATHS[prediction]
+    loss = EasyConsistencyLoss(path, prediction, shrink=16, guidance=guidance, huber=1e-3)
+    x0, noise = torch.ones(64, 2), torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    times = np.linspace(path.T / 10, path.T - 1, 64).astype(int)
+    levels = easy_rows(loss, times)
+
+    def solution(x, time, mean):
+        outputs = []
+        for row, t in zip(x, time.tolist(), strict=True):
+            c, (c_skip, c_out) = parametrization_named(prediction)(path.level(t)), boundary(t)
+            outputs.append(((guidance * mean - c_skip * row) / c_out - c.skip * row) / c.out)
+        return torch.stack(outputs)
+
+    zero = exact(path, prediction, std=0.0, mean=0.0)
+    value = loss(solution, zero, x0, noise, levels, 1.0, None)
+    off = loss(lambda *given: 1.02 * solution(*given), zero, x0, noise, levels, 1.0, None)
+    assert value.max() < 1e-2 * off.mean()
+
+
+@pytest.mark.parametrize("prediction", PATHS)
+def test_levels_of_tuning(prediction):
+    """r_s = r_t (1 - n / q) with the same x0 and noise; at q = n it is the data, and the loss that of diffusion."""
+    path = PATHS[prediction]
+    loss = EasyConsistencyLoss(path, prediction, shrink=256, guidance=1.0, huber=1e-3)
+    for t in (400.0, 900.0):
+        at, after = loss.rows(t)
+        ratio = float(at[1] / at[0])
+        n = 1 + 8 / (1 + math.exp(ratio))
+        assert float(after[1] / after[0]) == pytest.approx(ratio * (1 - n / 256), rel=1e-4)
+        assert float(after[2]) < t
+    seen = []
+
+    def student(x, time, conditions):
+        seen.append(x.detach().clone())
+        return 0 * x
+
+    x0, noise = torch.randn(1, 3), torch.randn(1, 3)
+    levels = easy_rows(loss, [400])
+    loss(student, None, x0, noise, levels, None, None)
+    scale = levels[0, 1, 3]
+    assert torch.allclose(seen[0], scale * (levels[0, 1, 0] * x0 + levels[0, 1, 1] * noise), atol=1e-5)
+    whole = EasyConsistencyLoss(path, prediction, shrink=1, guidance=1.0, huber=1e-3).rows(400)
+    assert whole[1, :2].tolist() == [1.0, 0.0]
+    if path.whole:
+        assert whole[1, -2:].tolist() == [1.0, 0.0], "f is the identity there"
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "end"),
+    [(Straight(), "flow", 1000), (VariancePreserving.cosine().zero_terminal_snr(), "v_prediction", 999)],
+)
+def test_the_end_of_a_path_without_signal(path, prediction, end):
+    """There the ratio is taken to be 80, EDM's largest."""
+    loss = EasyConsistencyLoss(path, prediction, shrink=256, guidance=1.0, huber=1e-3)
+    at, after = loss.rows(end)
+    assert float(at[0]) == pytest.approx(0, abs=1e-6)
+    assert float(after[1] / after[0]) == pytest.approx(80 * (1 - 1 / 256), rel=1e-3)
+    x0 = torch.ones(1, 2)
+    value = loss(lambda x, time, conditions: x, None, x0, x0, torch.stack([at, after])[None], None, None)
+    assert torch.isfinite(value).all()
+
+
+def test_times_of_tuning():
+    """The logarithms of the ratios are normal where the path has them."""
+    times = Times(Straight(), "log_normal", LOG_MEAN, LOG_STD)
+    rng = np.random.default_rng(0)
+    drawn = np.array([times.draw(rng) for _ in range(20_000)]) / 1000
+    logs = np.log(drawn / (1 - drawn))
+    assert abs(logs.mean() - LOG_MEAN) < 0.05
+    assert abs(logs.std() - LOG_STD) < 0.05
+    whole = Times(VariancePreserving.cosine(), "log_normal", LOG_MEAN, LOG_STD)
+    assert all(isinstance(whole.draw(rng), np.int64) for _ in range(10))
+
+
+def test_a_student_is_tuned():
+    """From the data alone it comes to draw them in one step: their mean and their spread."""
+    path, prediction = PATHS["flow"], "flow"
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1)
+    )
+
+    def student(x, time, conditions):
+        share = time[:, None] / 1000
+        return net(torch.cat([x, share, share**2], 1))
+
+    loss = EasyConsistencyLoss(path, prediction, shrink=8, guidance=1.0, huber=0.03)
+    known = [loss.rows(t) for t in np.linspace(1, 1000, 500)]
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        x0 = MEAN + STD * torch.randn(256, 1, generator=generator)
+        chosen = torch.stack([known[i] for i in torch.randint(500, (256,), generator=generator).tolist()])
+        value = loss(student, None, x0, torch.randn(256, 1, generator=generator), chosen, None, None).mean()
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    x = torch.randn(4000, 1, generator=generator)
+    with torch.no_grad():
+        drawn = x - student(x, torch.full((4000,), 1000.0), None)
+    assert abs(float(drawn.mean()) - MEAN) < 0.06
+    assert abs(float(drawn.std()) - STD) < 0.12
 
 
 @pytest.fixture(scope="module")

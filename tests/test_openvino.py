@@ -524,7 +524,7 @@ def test_shapes_in_memory(monkeypatch):
     settings = {"seed": 1, "num_inference_steps": 1, "output_type": "uint8"}
     drawn = [pipe(PROMPT, width=width, **settings).images for width in (64, 80, 96, 64)]
     assert (drawn[0] == drawn[3]).all()
-    kept = [shapes for part, shapes in pipe.model.backbone._compiler._ready if part == "unet"]
+    kept = [shapes for part, shapes in pipe.model.backbone.compiler._ready if part == "unet"]
     assert [dict(shapes)["x"][3] for shapes in kept] == [24, 16]
 
 
@@ -543,7 +543,7 @@ def test_large_graphs_in_memory(monkeypatch):
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino", torch_dtype="float32")
     for width in (64, 80):
         pipe(PROMPT, seed=1, width=width, num_inference_steps=1)
-    kept = [dict(shapes)["x"][3] for part, shapes in pipe.model.backbone._compiler._ready if part == "unet"]
+    kept = [dict(shapes)["x"][3] for part, shapes in pipe.model.backbone.compiler._ready if part == "unet"]
     assert kept == [20]
 
 

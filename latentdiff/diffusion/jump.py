@@ -1,6 +1,6 @@
 """The consistency function of a network: a jump from any level to x0 (Song et al. 2023, Consistency Models, eq. 5).
 
-    f(x_t, t) = c_skip x_t + c_out x0(x_t, t)          f(x_0, 0) = x_0
+f(x_t, t) = c_skip x_t + c_out x0(x_t, t)          f(x_0, 0) = x_0
 """
 
 from __future__ import annotations

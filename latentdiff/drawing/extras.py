@@ -16,7 +16,8 @@ from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.core.files import recorded, sha256_of
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.record import Source
-from latentdiff.model import Model
+from latentdiff.formats.folder import FEW_STEPS, FEW_STEPS_FILE
+from latentdiff.model import Model, ModelCard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,7 +34,7 @@ LARGEST_WEIGHT = 10.0
 class Fit:
     """How an adapter fits a model: layers that it changes, names that match none, factors without a partner.
 
-    words: learnt words in the same file, which prompts may use now.
+    words: learnt words in the same file, which prompts may use now. layers: those that it changes, (part, module).
     """
 
     name: str
@@ -41,6 +42,7 @@ class Fit:
     unused: list[str]
     missing: list[str]
     words: list[str] = field(default_factory=list)
+    layers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         counts = f"{self.matched} layers matched, {len(self.unused)} names unused, {len(self.missing)} missing"
@@ -80,8 +82,26 @@ def with_adapter(
         words.add()
     source = Source("merged" if merged else "lora", recorded(path), sha256_of(file), weight)
     names = [name for words in bundled for name in words.names]
-    fit = Fit(called, adapter.matched, adapter.unused, adapter.missing, names)
+    layers = tuple((part, module) for part, own in adapter.layers.items() for module in own)
+    fit = Fit(called, adapter.matched, adapter.unused, adapter.missing, names, layers)
     return painter.with_source(f"adapter {called}", source), fit
+
+
+def few_steps_in(card: ModelCard) -> Path | None:
+    """The file of the student of few steps in a model's folder; None if it has none."""
+    file = None if card.folder is None else card.folder / FEW_STEPS / FEW_STEPS_FILE
+    return file if file is not None and file.is_file() else None
+
+
+def source_of_few_steps(file: Path) -> Source:
+    """The record of a model's own student of few steps."""
+    return Source("few-steps", "", sha256_of(file))
+
+
+def with_few_steps(painter: Painter, file: Path) -> tuple[Painter, Fit]:
+    """Merge a model's student of few steps into the weights. Raises ModelError."""
+    merged, fit = with_adapter(painter, file, merged=True)
+    return replace(merged, sources=painter.sources).with_source("few-steps", source_of_few_steps(file)), fit
 
 
 def weighed(painter: Painter, weights: Mapping[str, float]) -> Painter:

@@ -50,6 +50,7 @@ class Opened(Protocol):
     def load_upscaler(self, path: Path) -> None: ...  # noqa: D102
     def load_vae(self, path: Path) -> None: ...  # noqa: D102
     def load_controlnet(self, path: Path) -> None: ...  # noqa: D102
+    def load_few_steps(self) -> None: ...  # noqa: D102
     def load_ip_adapter(self, path: Path, *, image_encoder_folder: Path | None) -> None: ...  # noqa: D102
     def load_textual_inversion(self, path: Path, token: str | None = None) -> Any: ...  # noqa: D102
     def load_lora_weights(self, path: Path, *, weight: float, fuse: bool) -> Any: ...  # noqa: D102
@@ -73,6 +74,7 @@ class SourceRecord(_Data):
         "clip",
         "vae",
         "controlnet",
+        "few-steps",
         "ip-adapter",
     ]
     path: Name
@@ -260,6 +262,8 @@ def _load(pipe: Opened, source: SourceRecord, places: Sequence[Path]) -> None:
     }
     if source.kind == "clip" and not source.path:
         pipe.load_clip()
+    elif source.kind == "few-steps":
+        pipe.load_few_steps()
     else:
         path = file_named(source.path, places)
         if source.kind in of_a_path:
@@ -274,7 +278,7 @@ def _load(pipe: Opened, source: SourceRecord, places: Sequence[Path]) -> None:
     latest = list(pipe.painter.sources.values())[-1]
     if latest.sha256 != source.sha256:
         both = f"{latest.sha256[:10]}, not {source.sha256[:10]}"
-        raise ModelError(f"{source.path or 'clip'} is another file now ({both})")
+        raise ModelError(f"{source.path or source.kind} is another file now ({both})")
 
 
 def file_named(name: str, places: Sequence[Path]) -> Path:

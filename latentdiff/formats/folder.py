@@ -45,6 +45,8 @@ _ASKS_TO_RUN_CODE = {
     "_attn_implementation_internal",
     "quantization_config",  # calls the loader of another package
 }
+FEW_STEPS = "few_steps"  # the folder of a model's student of few steps, an adapter
+FEW_STEPS_FILE = "pytorch_lora_weights.safetensors"
 GGUF = "model.gguf"  # the weights of a network, if some are in blocks
 _SINGLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.((?:(?!-\d{5}-of-)[\w.-])+))?\.safetensors")
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.([\w.-]+))?\.json")

@@ -187,7 +187,7 @@ def _compiled(
     compiler = Compiler(export, precise, card.hash, quantize)
     networks = compiled_networks(export, compiler)
     ready = partial(begin, networks)
-    alone = required or quantize not in (None, *kinds.TORCH)
+    alone = quantize not in (None, *kinds.TORCH)
     other = None if alone else partial(_by_torch, source.path, "cpu", precision, speed, variant, None, quantize)
     return Model(
         networks.backbone,
@@ -199,6 +199,7 @@ def _compiled(
         NumPyPlace(),
         family,
         other=_named(other, card),
+        is_fixed=required,
         ready=ready,
         speed="exact" if precise == "float32" else "max",
         quantized=quantize,

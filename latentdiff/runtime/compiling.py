@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -20,12 +20,13 @@ import numpy as np
 
 from latentdiff.core import cache as user_cache
 from latentdiff.core.errors import ModelError, ResourceError, loading
-from latentdiff.runtime.graphs import FOLDER, WEIGHT, Exported, Stored, named
+from latentdiff.runtime.graphs import FOLDER, WEIGHT, Changed, Exported, Stored, named
 
 SHAPES = 4  # compiled versions of a graph in memory, each with its own weights; the oldest is dropped
 LARGE = 32 * 32  # latents or pixels from which generated kernels pay off even if they run once
 NARROW_LATENTS, NARROW_PICTURE = 8, 64  # columns below which bfloat16 is not used
 HEAVY = 2**30  # bytes of weights from which only one compiled version of a graph stays in memory
+Tensors = Mapping[str, Mapping[str, Changed]]  # by part and name
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of a graph's inputs, except its weights
 
 
@@ -63,9 +64,20 @@ class Ready(NamedTuple):
 class Compiler:
     """The graphs of one model in one precision; each is compiled once for each set of shapes, in its own thread."""
 
-    def __init__(self, model: Exported, precision: str, model_hash: str | None = None, quantize: str | None = None):
-        """model_hash: the hash of the weights; without it nothing is cached. quantize: see runtime/compressed.py."""
-        self._model, self._model_hash, self.precision, self._quantize = model, model_hash, precision, quantize
+    def __init__(
+        self,
+        model: Exported,
+        precision: str,
+        model_hash: str | None = None,
+        quantize: str | None = None,
+        changed: Callable[[], Tensors] = dict,
+    ):
+        """model_hash: the hash of the weights; without it nothing is cached. quantize: see runtime/compressed.py.
+
+        changed: returns tensors in place of the stored ones; it is called when a graph is compiled that is not cached.
+        """
+        self.model, self._model_hash, self.precision, self._quantize = model, model_hash, precision, quantize
+        self._changed = cache(changed)
         self._begun: dict[tuple[str, Shapes], tuple[Future[Ready], user_cache.Kept | None]] = {}
         self._ready: dict[tuple[str, Shapes], Ready] = {}
         self._worker, self._turn = ThreadPoolExecutor(1, "compile"), RLock()
@@ -73,6 +85,16 @@ class Compiler:
     def __deepcopy__(self, memo: object) -> Compiler:
         """Itself: it is immutable, and callers take turns."""
         return self
+
+    def changed(self, tensors: Callable[[], Tensors], key: str) -> Compiler:
+        """One whose graphs read these tensors in place of the present ones. key: names them in the cache."""
+
+        def all_of() -> Tensors:
+            before, own = self._changed(), tensors()
+            return {part: {**before.get(part, {}), **own.get(part, {})} for part in before.keys() | own.keys()}
+
+        known = self._model_hash and hashlib.sha256(f"{self._model_hash} {key}".encode()).hexdigest()
+        return Compiler(self.model, self.precision, known, self._quantize, all_of)
 
     def begin(self, part: str, shapes: Shapes) -> None:
         """Begin to compile a part for shapes, unless that has begun already."""
@@ -105,7 +127,7 @@ class Compiler:
     def _superfluous(self, part: str) -> list[tuple[str, Shapes]]:
         """The oldest compiled versions of a graph, which have to go before another one is made."""
         made = [key for key in self._ready if key[0] == part]
-        size = sum(stored.end - stored.begin for stored in self._model.weights(part).values()) if made else 0
+        size = sum(stored.end - stored.begin for stored in self.model.weights(part).values()) if made else 0
         return made if size >= HEAVY else made[: 1 - SHAPES]
 
     def _made_ready(self, part: str, shapes: Shapes) -> Ready:
@@ -127,7 +149,7 @@ class Compiler:
         if kept is not None:
             compiled = _core().import_model(openvino().Tensor(kept.content), "CPU", settings)
             return Ready(compiled.create_infer_request(), [kept.content])
-        with loading(f"{FOLDER}/{part}.xml", self._model.directory), _told_of_memory():
+        with loading(f"{FOLDER}/{part}.xml", self.model.directory), _told_of_memory():
             graph, held = self._bound(part, shapes)
             if kind := self._kind(part):
                 from latentdiff.runtime.compressed import compressed
@@ -157,14 +179,15 @@ class Compiler:
 
     def _bound(self, part: str, shapes: Shapes) -> tuple[Any, list[np.ndarray]]:
         """A part's graph with its weights and shapes set, and the arrays of its weights."""
-        graph, constants = self._model.graph(part)
+        graph, constants = self.model.graph(part)
         held = [constants]
         model = _core().read_model(graph, openvino().Tensor(constants))
-        weights, network = self._model.weights(part), self._model.part(part)
+        network = self.model.part(part)
+        weights: dict[str, Stored | Changed] = {**self.model.weights(part), **self._changed().get(network, {})}
         for parameter in model.get_parameters():
             name = parameter.get_friendly_name()
             if name.startswith(WEIGHT):
-                stored = named(weights, name.removeprefix(WEIGHT), network, self._model.directory)
+                stored = named(weights, name.removeprefix(WEIGHT), network, self.model.directory)
                 held.append(bind(parameter, stored))
                 model.remove_parameter(parameter)
         model.reshape({name: list(shape) for name, shape in shapes})
@@ -172,13 +195,13 @@ class Compiler:
 
     def _kind(self, part: str) -> str | None:
         """The kind of a part's weights; a VAE's are few and stay numbers."""
-        return None if self._model.part(part) == "vae" else self._quantize
+        return None if self.model.part(part) == "vae" else self._quantize
 
     def _key(self, part: str, shapes: Shapes) -> str:
         ov = openvino()
         cpu = [_core().get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
         settings = self._settings(part, shapes)
-        made_from = [self._model.identity(part), self._model_hash, shapes, settings, ov.__version__, cpu]
+        made_from = [self.model.identity(part), self._model_hash, shapes, settings, ov.__version__, cpu]
         made_from += [kind] if (kind := self._kind(part)) else []
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
@@ -197,7 +220,7 @@ def _told_of_memory() -> Iterator[None]:
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
-def bind(parameter: Any, stored: Stored) -> np.ndarray:
+def bind(parameter: Any, stored: Stored | Changed) -> np.ndarray:
     """Replace a graph's input by a stored tensor of its shape; 16-bit numbers are widened to float32.
 
     Returns the numbers, which are not copied and must live as long as the graph. Raises ModelError for another shape,

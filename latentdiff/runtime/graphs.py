@@ -59,6 +59,24 @@ class Stored:
         return np.asarray(values.view(kind).reshape(self.shape))
 
 
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """A tensor in place of a stored one, float32. file: what changed it."""
+
+    values: np.ndarray
+    file: Path
+    kind: str = "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self.values.shape
+
+    def read(self) -> np.ndarray:
+        """The numbers."""
+        return self.values
+
+
 @dataclass(frozen=True)
 class Exported:
     """An export that fits its model; `folder` holds the graphs."""
@@ -141,7 +159,7 @@ def config_hash(part: Path) -> str:
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
-def named(weights: Mapping[str, Stored], name: str, part: str, directory: Path) -> Stored:
+def named(weights: Mapping[str, Stored | Changed], name: str, part: str, directory: Path) -> Stored | Changed:
     """The tensor of that name, or of its name in older files. Raises ModelError."""
     for new, old in _OLD_NAMES:
         for candidate in (name, name.replace(new, old, 1) if new else old + name):

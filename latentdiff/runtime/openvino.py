@@ -28,7 +28,7 @@ class CompiledBackbone:
     """(x_t, t, conditions) -> output; see networks.backbones."""
 
     def __init__(self, compiler: Compiler, record: dict[str, Any]):
-        self._compiler, self.dtype, self.record = compiler, compiler.precision, record
+        self.compiler, self.dtype, self.record = compiler, compiler.precision, record
         reads = {name: tuple(shape) for name, shape in record["reads"].items()}
         inputs, outputs, multiple = (int(record[name]) for name in ("inputs", "outputs", "multiple"))
         self.spec = Spec(
@@ -42,7 +42,7 @@ class CompiledBackbone:
         if list(self.spec.reads) == ["tokens"] and not self.record["token_step"]:
             shapes = {"x": (rows, self.spec.inputs, *size), "time": (1,)}
             shapes["tokens"] = (rows, tokens, int(self.spec.reads["tokens"][1] or 0))
-            self._compiler.begin(self._graph(self.spec.inputs) + "_deep" * deep, tuple(shapes.items()))
+            self.compiler.begin(self._graph(self.spec.inputs) + "_deep" * deep, tuple(shapes.items()))
 
     def _graph(self, channels: int) -> str:
         """The graph for x of that many channels."""
@@ -78,7 +78,7 @@ class CompiledBackbone:
                 graph, inputs = f"{graph}{suffix}", inputs | steering
         inputs |= more
         arrays = {name: np.asarray(array, np.float32) for name, array in inputs.items()}
-        output, *rest = self._compiler.run(graph, arrays)
+        output, *rest = self.compiler.run(graph, arrays)
         return [output.reshape(count, len(x), *output.shape[1:]) if count else output, *rest]
 
 

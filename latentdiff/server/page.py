@@ -36,7 +36,7 @@ from latentdiff.server.studio import (
     read_picture,
     to_base64,
 )
-from latentdiff.server.work import Drawn, Preview, Ticket
+from latentdiff.server.work import Drawn, Preview, Ticket, all_drawn
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = (  # of the page: scripts, pictures and addresses of this server alone; in no frame of another page
@@ -94,6 +94,24 @@ class Body(BaseModel):
         )
 
 
+class Live(BaseModel):
+    """What is drawn while the prompt is typed: one picture in few steps, which is not kept. seed: as text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    model: str | None = None
+    seed: Annotated[str, Field(pattern=r"^\d{1,20}$")] = "0"
+    width: int | None = None
+    height: int | None = None
+
+    def order(self, client: str) -> Order:
+        """The order."""
+        size = {name: side for name, side in (("width", self.width), ("height", self.height)) if side is not None}
+        settings = {"prompt": self.prompt, "seed": int(self.seed), **size}
+        return Order(settings, client, self.model, fast=True, is_kept=False)
+
+
 def routes(studio: Studio) -> APIRouter:
     """The page, and what it asks."""
     router = APIRouter()
@@ -130,12 +148,21 @@ def routes(studio: Studio) -> APIRouter:
             "height": height,
             "multiple": pipe.model.multiple,
             "settings": settings,
+            "live": pipe.has_few_steps,
         }
 
     @router.post("/api/draw")
     async def draw(body: Body, http: HttpRequest) -> Response:
         ticket = await studio.submit(body.order(client_of(http)))
         return StreamingResponse(_told(studio, ticket), media_type="application/x-ndjson")
+
+    @router.post("/api/live")
+    async def live(body: Live, http: HttpRequest) -> dict[str, Any]:
+        """A picture in few steps, as a data URL."""
+        ticket = await studio.submit(body.order(client_of(http)))
+        async for drawn in all_drawn(ticket, http.is_disconnected):
+            image = to_base64(encoded(drawn.image, ".png", None))
+        return {"image": f"data:image/png;base64,{image}", "notes": [*drawn.notes]}
 
     return router
 

@@ -29,12 +29,16 @@ class Adapter(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a request draws with. torch: whether its settings require torch's networks. controls: ControlNets."""
+    """What a request draws with. torch: whether its settings require torch's networks. controls: ControlNets.
+
+    fast: whether the model's student of few steps draws.
+    """
 
     model: str
     adapters: tuple[Adapter, ...] = ()
     torch: bool = False
     controls: tuple[str, ...] = ()
+    fast: bool = False
 
 
 _Key = tuple[Wanted, tuple[tuple[int, int, int], ...]]
@@ -114,13 +118,15 @@ class Shelf:
             return self._loaded[key]
 
     def _opened(self, wanted: Wanted) -> LatentDiffusionPipeline:
-        pipe = self._open(self._model(wanted.model), wanted.torch or bool(wanted.adapters))
+        pipe = self._open(self._model(wanted.model), wanted.torch)
         pipe.rename(wanted.model)  # so that a picture's record names the model as clients do
+        if wanted.fast:
+            pipe.load_few_steps()
         for adapter in wanted.adapters:
             pipe.load_lora_weights(self._adapter(adapter.name), weight=adapter.weight, fuse=True)
         for control in wanted.controls:
             pipe.load_controlnet(self._control(control))
-        if not wanted.adapters and not wanted.controls:
+        if not (wanted.adapters or wanted.controls or wanted.fast):
             self._hashes[wanted.model] = pipe.card.hash
         return pipe
 

@@ -49,7 +49,8 @@ class Order:
 
     image, mask: what drawing starts from, uint8 (H, W, 3) and (H, W); white is redrawn. margins: to add around it.
     controls, hints: the ControlNets, and the picture that each reads.
-    previews, follow, interruptible: see Ticket. sha256: the hash that the model must have, if that is known.
+    previews, follow, interruptible, is_kept: see Ticket. sha256: the hash that the model must have, if that is known.
+    fast: whether the model's student of few steps draws.
     """
 
     settings: Mapping[str, Any]
@@ -65,6 +66,8 @@ class Order:
     sha256: str | None = None
     controls: tuple[str, ...] = ()
     hints: tuple[Hint, ...] = ()
+    fast: bool = False
+    is_kept: bool = True
 
 
 class Studio:
@@ -95,7 +98,8 @@ class Studio:
             raise ConfigError("prompt must be text")
         prompt, adapters = without_tags(order.settings["prompt"])
         settings = {**order.settings, "prompt": prompt}
-        wanted = Wanted(order.model or self.shelf.current, (*order.adapters, *adapters), controls=order.controls)
+        named = order.model or self.shelf.current, (*order.adapters, *adapters)
+        wanted = Wanted(*named, controls=order.controls, fast=order.fast)
         with self._holding() as held:
             pipe = await self._take(wanted, held)
             if order.sha256 not in (None, pipe.card.hash):
@@ -105,8 +109,8 @@ class Studio:
             request = pipe.request(**settings)
             canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)
             jobs = jobs_of(pipe.model, request, canvas, hints=order.hints)
-            ticket = Ticket(pipe.painter, jobs, order.client, order.previews, order.follow, order.interruptible)
-            return self.worker.submit(ticket)
+            told = order.previews, order.follow, order.interruptible, order.is_kept
+            return self.worker.submit(Ticket(pipe.painter, jobs, order.client, *told))
 
     @contextmanager
     def _holding(self) -> Iterator[list[LatentDiffusionPipeline]]:

@@ -53,6 +53,7 @@ class Kept:
     png: bytes
 
 
+NOT_KEPT = Kept("", b"")
 Finish = Callable[[Image.Image, ImageMetadata], Kept]
 
 
@@ -80,7 +81,7 @@ class Ticket:
     """The pictures that one client has asked for, and the painter that draws them.
 
     previews: how many of each picture. follow: whether each step is an event. interruptible: whether `interrupt`
-    cancels it. steps, done: of all pictures.
+    cancels it. is_kept: whether pictures are written into the folder. steps, done: of all pictures.
     """
 
     painter: Painter
@@ -89,6 +90,7 @@ class Ticket:
     previews: int = 0
     follow: bool = False
     interruptible: bool = False
+    is_kept: bool = True
     cancelled: bool = False
     steps: int = 0
     done: int = 0
@@ -276,7 +278,8 @@ class Worker:
             if ticket.cancelled:
                 ticket.tell(StoppedError("cancelled"))
             else:
-                ticket.tell(Drawn(number, image, record, self._finish(image, record), tuple(output.notes)))
+                kept = self._finish(image, record) if ticket.is_kept else NOT_KEPT
+                ticket.tell(Drawn(number, image, record, kept, tuple(output.notes)))
 
     def _tell_all(self, error: Exception) -> None:
         for ticket in self.current():

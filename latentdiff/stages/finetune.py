@@ -189,13 +189,15 @@ def _distilled(
     """The stages of a student, whose teacher is the model as it was."""
     config, settings = run.config, run.config.consistency
     guidance = settings.guidance or float(model.card.defaults.get("guidance_scale", 7.5))
-    made_of, common = (model.path, model.prediction), {"guidance": guidance, "huber": settings.huber}
+    path, prediction = model.path, model.prediction
     if settings.objective == "ect":
-        times = Times(model.path, "log_normal", LOG_MEAN, LOG_STD)
-        loss: Any = EasyConsistencyLoss(*made_of, shrink=settings.shrink, **common)
+        times = Times(path, "log_normal", LOG_MEAN, LOG_STD)
+        loss: Any = EasyConsistencyLoss(
+            path, prediction, shrink=settings.shrink, guidance=guidance, huber=settings.huber
+        )
     else:
-        times = times_of(config.finetune, model.path)
-        loss = ConsistencyLoss(*made_of, steps=settings.steps, **common)
+        times = times_of(config.finetune, path)
+        loss = ConsistencyLoss(path, prediction, steps=settings.steps, guidance=guidance, huber=settings.huber)
     teacher = tuning.teacher.to(run.accelerator.device)
     made = partial(ConsistencyStage, tuning.module, tuning.parts, loss, teacher)
     rates = config.finetune.caption_dropout, config.finetune.noise_offset

@@ -5,6 +5,7 @@ import { button, byId, tried } from "./dom.js";
 import { cancel, show } from "./draw.js";
 import { go, reuse } from "./actions.js";
 import * as history from "./history.js";
+import * as live from "./live.js";
 import * as paper from "./paper.js";
 import * as runs from "./runs.js";
 import * as settings from "./settings.js";
@@ -60,9 +61,10 @@ function listen() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("form").requestSubmit();
   });
   byId("cancel").addEventListener("click", cancel);
+  for (const name of ["live", "prompt", "seed", "width", "height"]) byId(name).addEventListener("input", live.sketch);
   byId("model").addEventListener("change", ({ target }) => {
     show(`Loading ${target.value}`);
-    tried(() => settings.chooseModel(target.value).finally(() => show("")));
+    tried(() => settings.chooseModel(target.value).finally(() => show("")).then(live.offer));
   });
   byId("file").addEventListener("change", ({ target }) => {
     const file = target.files[0];
@@ -93,4 +95,4 @@ function listen() {
 
 listen();
 view();
-tried(settings.load);
+tried(() => settings.load().then(live.offer));

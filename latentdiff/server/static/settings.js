@@ -75,6 +75,17 @@ export function requestOf(record, changed) {
   return { settings, model: record.model, hash: record.hash || null, adapters, previews: previews() };
 }
 
+/** Whether the model has a student of few steps, which draws while the prompt is typed. */
+export const isLive = () => Boolean(model?.live);
+
+/** The body of a request for a sketch. */
+export function liveRequest() {
+  const body = { prompt: byId("prompt").value, model: byId("model").value };
+  if (/^\d{1,20}$/.test(byId("seed").value.trim())) body.seed = byId("seed").value.trim();
+  for (const side of ["width", "height"]) if (byId(side).value) body[side] = Number(byId(side).value);
+  return body;
+}
+
 /** The multiple that sides must have. */
 export const multiple = () => model?.multiple ?? 8;
 

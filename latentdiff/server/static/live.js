@@ -1,0 +1,41 @@
+// Drawing while the prompt is typed: one picture in few steps, from the same noise, which is not kept.
+
+import { post } from "./api.js";
+import { byId, complain } from "./dom.js";
+import * as settings from "./settings.js";
+
+let drawing = false;
+let again = false; // something was typed meanwhile
+
+/** Offer it for a model that has a student of few steps. */
+export function offer() {
+  byId("live-choice").hidden = !settings.isLive();
+  sketch();
+}
+
+/** Draw what the form says now. While a picture is being drawn, only the latest wish waits. */
+export async function sketch() {
+  const wanted = byId("live").checked && settings.isLive() && byId("prompt").value.trim() !== "";
+  if (!wanted) byId("sketch").hidden = true;
+  if (!wanted) return;
+  if (drawing) {
+    again = true;
+    return;
+  }
+  drawing = true;
+  const body = settings.liveRequest();
+  try {
+    const { image } = await post("/api/live", body);
+    if (!byId("live").checked) return;
+    Object.assign(byId("sketch"), { src: image, alt: `A sketch of: ${body.prompt}`, hidden: false });
+    complain("");
+  } catch (error) {
+    complain(error.message);
+  } finally {
+    drawing = false;
+    if (again) {
+      again = false;
+      sketch();
+    }
+  }
+}

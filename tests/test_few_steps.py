@@ -1,0 +1,209 @@
+"""The student of few steps in a model's folder, and adapters in compiled networks: the weights are torch's."""
+
+import base64
+import io
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.record import read_metadata
+from latentdiff.families.loading import default_model, stored_model
+from latentdiff.runtime.export import export
+from latentdiff.server.shelf import Shelf
+
+from . import stable_diffusion
+from .conftest import ROOT
+from .serving import Served
+
+PROMPT = "a red circle above a blue square"
+ASKED = {"prompt": PROMPT, "seed": 3, "output_type": "uint8"}
+
+
+def factors(model, seed, ends=("to_q", "conv1", "q_proj")):
+    """Factors beside some layers of a model's U-Net and text encoders, as PEFT writes them."""
+    draw, state = partial(torch.randn, generator=torch.Generator().manual_seed(seed)), {}
+    for part, network in adapted(model).items():
+        for name, layer in network.named_modules():
+            if name.endswith(ends):
+                weight = layer.weight
+                state[f"{part}.{name}.lora_A.weight"] = 0.2 * draw(2, *weight.shape[1:])
+                state[f"{part}.{name}.lora_B.weight"] = 0.2 * draw(len(weight), 2, *[1] * (weight.ndim - 2))
+    assert {name.partition(".")[0] for name in state} == adapted(model).keys()
+    return state
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the default model with a student, one without, and two adapters."""
+    folder, model = tmp_path_factory.mktemp("few"), stored_model(None)
+    for name in ("model", "bare"):
+        shutil.copytree(default_model(), folder / name, ignore=shutil.ignore_patterns("few_steps"))
+    student = folder / "model" / "few_steps" / "pytorch_lora_weights.safetensors"
+    student.parent.mkdir()
+    save_file(factors(model, 0), student)
+    for seed in (1, 2):
+        save_file(factors(model, seed), folder / f"{seed}.safetensors")
+    return folder
+
+
+def opened(place, runtime, **settings):
+    return LatentDiffusionPipeline.from_pretrained(
+        place / "model", runtime=runtime, device="cpu", torch_dtype="float32", **settings
+    )
+
+
+def test_the_student_draws(place):
+    """In four steps without guidance, as its adapter draws that is loaded by hand; by both runtimes."""
+    by_hand = opened(place, "torch")
+    by_hand.load_lora_weights(place / "model" / "few_steps", fuse=True)
+    expected = by_hand(preset="lcm", **ASKED).images.astype(int)
+    for runtime in ("torch", "openvino"):
+        pipe = opened(place, runtime)
+        plain = pipe(num_inference_steps=4, **ASKED).images
+        pipe.load_few_steps()
+        out = pipe(**ASKED)
+        assert (pipe.runtime, out.metadata[0].runtime, out.metadata[0].steps) == (runtime, runtime, (4,))
+        assert np.abs(out.images - expected).max() <= (runtime == "openvino")
+        assert np.abs(plain.astype(int) - expected).max() > 10
+        assert [(each.kind, each.path) for each in out.metadata[0].sources] == [("few-steps", "")]
+        pipe.load_few_steps()
+        assert (pipe(**ASKED).images == out.images).all(), "loaded once"
+
+
+def test_torch_takes_the_student_along(place):
+    pipe = opened(place, "auto")
+    pipe.load_few_steps()
+    first = pipe(**ASKED).images.astype(int)
+    with pytest.warns(UserWarning, match="vae_tiling requires torch"):
+        again = pipe(vae_tiling=True, **ASKED).images
+    assert pipe.runtime == "torch"
+    assert np.abs(again - first).max() <= 1
+
+
+def test_without_a_student(place):
+    assert opened(place, "auto").has_few_steps
+    bare = LatentDiffusionPipeline.from_pretrained(place / "bare", device="cpu")
+    assert not bare.has_few_steps
+    with pytest.raises(ConfigError, match="scenes-64 has no student of few steps in its folder"):
+        bare.load_few_steps()
+
+
+def test_adapters_in_compiled_networks(place):
+    """One after the other, each with its weight: the weights, and so the pictures, are torch's."""
+    pictures = {}
+    for runtime in ("torch", "openvino"):
+        pipe = opened(place, runtime)
+        fit = pipe.load_lora_weights(place / "1.safetensors", weight=0.7, fuse=True)
+        one = pipe(num_inference_steps=3, **ASKED).images.astype(int)
+        pipe.load_lora_weights(place / "2.safetensors", weight=-0.5, fuse=True)
+        both = pipe(num_inference_steps=3, **ASKED)
+        assert both.metadata[0].runtime == runtime
+        assert [(each.kind, each.weight) for each in both.metadata[0].sources] == [("merged", 0.7), ("merged", -0.5)]
+        pictures[runtime] = fit.matched, one, both.images.astype(int)
+    (matched, one, both), (own, mine, ours) = pictures["torch"], pictures["openvino"]
+    assert matched == own
+    assert np.abs(one - mine).max() <= 1
+    assert np.abs(both - ours).max() <= 1
+    assert np.abs(one - both).max() > 10
+
+
+def test_torch_takes_adapters_along(place):
+    pipe = opened(place, "auto")
+    pipe.load_lora_weights(place / "1.safetensors", fuse=True)
+    first = pipe(num_inference_steps=2, **ASKED).images.astype(int)
+    assert pipe.runtime == "openvino"
+    with pytest.warns(UserWarning, match="an adapter requires torch"):
+        pipe.load_lora_weights(place / "2.safetensors", weight=0.0)
+    assert np.abs(pipe(num_inference_steps=2, **ASKED).images - first).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["1", "2", "XL"])
+def test_adapters_of_every_family_in_compiled_networks(family, tmp_path):
+    stable_diffusion.pipeline(family).save_pretrained(tmp_path / "model")
+    model = stored_model(tmp_path / "model")
+    export(model, tmp_path / "model")
+    save_file(factors(model, 0), tmp_path / "lora.safetensors")
+    drawn = []
+    for runtime in ("torch", "openvino"):
+        pipe = opened(tmp_path, runtime)
+        pipe.load_lora_weights(tmp_path / "lora.safetensors", fuse=True)
+        drawn.append(pipe(num_inference_steps=2, height=64, width=64, **ASKED).images.astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def test_on_the_command_line(place, call, tmp_path):
+    code, _, err = call("generate", PROMPT, "-m", place / "model", "--fast", "-s", 3, "-o", "fast.png")
+    assert code == 0, err
+    record = read_metadata(tmp_path / "fast.png")["latentdiff"]
+    assert record["sources"][0]["kind"] == "few-steps"
+    assert record["runtime"] == "openvino"
+    assert record["steps"] == [4]
+    code, _, err = call("reproduce", "fast.png", "--model", place / "model")
+    assert code == 0, err
+    code, _, err = call("generate", PROMPT, "-m", place / "model", "--steps", 2, "-s", 3, "-o", "plain.png")
+    assert (code, "--fast draws better pictures in 2 steps" in err) == (0, True), err
+    words = ("--fast", "--lora", f"{place / '1.safetensors'}:0.5", "--steps", 2, "-s", 3)
+    code, _, err = call("generate", PROMPT, "-m", place / "model", *words, "-o", "both.png")
+    assert (code, "--fast draws" in err) == (0, False), err
+    kinds = [each["kind"] for each in read_metadata(tmp_path / "both.png")["latentdiff"]["sources"]]
+    assert kinds == ["few-steps", "merged"]
+    pipe = LatentDiffusionPipeline.from_pretrained(place / "model", device="cpu")
+    pipe.load_few_steps()
+    assert (np.asarray(Image.open("fast.png")) == pipe(**ASKED).images[0]).all()
+    code, _, err = call("generate", PROMPT, "-m", place / "bare", "--fast", "-o", "no.png")
+    assert (code, err.count("\n")) == (2, 1), err
+
+
+def test_the_second_start_imports_no_torch(place, tmp_path):
+    """The student's graphs are in the user's cache: its adapter is not read again."""
+    code = (
+        "import sys\nfrom latentdiff.cli import main\n"
+        f"sys.argv = ['latentdiff', 'generate', {PROMPT!r}, '-m', {str(place / 'model')!r}, '--fast', '-o', sys.argv[1]]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "print('torch' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LATENTDIFF_CACHE": str(tmp_path / "cache")}
+    seen = []
+    for name in ("first.png", "second.png"):
+        words = [sys.executable, "-c", code, str(tmp_path / name)]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        seen.append(done.stdout.split()[-1])
+    assert seen == ["True", "False"]
+
+
+def test_drawing_while_typing(place, tmp_path):
+    """The server draws with the student and keeps nothing; another request is drawn by the plain model."""
+    pipe = opened(place, "torch")
+    with Served(pipe, tmp_path / "outputs", shelf=_shelf(place, pipe)) as server:
+        answer = server.post("/api/live", {"prompt": PROMPT, "seed": "3"})
+        assert answer.status_code == 200, answer.text
+        drawn = _decoded(answer.json()["image"])
+        assert list((tmp_path / "outputs").glob("*.png")) == []
+        assert server.post("/api/live", {"prompt": PROMPT, "seed": "-3"}).status_code == 422
+        assert server.post("/api/live", {"prompt": PROMPT, "steps": 3}).status_code == 422
+        assert server.post("/api/live", {"prompt": PROMPT, "width": 7}).status_code == 422
+        assert httpx.get(f"{server.address}/api/models/scenes-64").json()["live"]
+    student = opened(place, "torch")
+    student.load_few_steps()
+    assert (drawn == student(**ASKED).images[0]).all()
+
+
+def _shelf(place, pipe):
+    return Shelf(pipe, lambda *_: opened(place, "torch"))
+
+
+def _decoded(address):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
