@@ -37,9 +37,7 @@ from latentdiff.drawing.prompts import Memory
 from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
 from latentdiff.families.image_prompts import ENCODER
-from latentdiff.formats.folder import FEW_STEPS
 from latentdiff.model import Model, ModelCard, Runtime, Speed
-from latentdiff.networks.protocols import PromptedByPictures
 from latentdiff.runtime.kinds import LACKING
 
 if TYPE_CHECKING:
@@ -380,9 +378,7 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing import extras
         from latentdiff.runtime import merging
 
-        before, file = self._painter, extras.few_steps_in(self.card)
-        if file is None:
-            raise ConfigError(f"{self.card.name} has no student of few steps in its folder ({FEW_STEPS})")
+        before, file = self._painter, extras.few_steps_of(self.card)
         if "few-steps" in before.sources:
             return
         load = partial(extras.with_few_steps, file=file)
@@ -544,8 +540,7 @@ class LatentDiffusionPipeline:
         from latentdiff.families import image_prompts
 
         weights, before = list(calls.each_weight(path, subfolder, weight_name)), len(self._painter.ip_adapters)
-        backbone = self.model.backbone
-        has_graphs = self.runtime == "torch" or (isinstance(backbone, PromptedByPictures) and backbone.prompted_layers)
+        has_graphs = self.runtime == "torch" or extras.reads_image_prompts(self.model)
         what = "a second IP-Adapter" if has_graphs else "an IP-Adapter without graphs of the U-Net for it"
         with nullcontext() if has_graphs and len(weights) + before == 1 else self._in_torch(what):
             for root, under, name in weights:

@@ -1,11 +1,13 @@
 """Consistency distillation: closed forms on Gaussian data, and the method from the command to few steps."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
+from PIL import Image
 
 from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.easy_consistency import LOG_MEAN, LOG_STD, EasyConsistencyLoss
@@ -304,6 +306,22 @@ def student(tmp_path_factory):
 
 
 ASKED = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "np"}
+
+
+@pytest.mark.slow
+def test_beside_its_teacher(student):
+    """The report shows both from the same noise: the last row's first picture is the student's in one step."""
+    sheet = np.asarray(Image.open(student / "full" / "few-steps.png"))
+    assert sheet.shape == (128, 256, 3)
+    assert "few-steps.png" in (student / "full" / "README.md").read_text()
+    (prompt,) = json.loads(Image.open(student / "full" / "few-steps.png").text["Description"])["prompts"]
+    asked = {"prompt": prompt, "seed": 0, "height": 64, "width": 64, "output_type": "uint8"}
+    teacher, own = load(student / "teacher"), load(student / "full" / "model")
+    for column, count in enumerate((1, 2, 4, 8)):
+        for row, pipe in enumerate((teacher, own)):
+            drawn = pipe(num_inference_steps=count, **asked).images[0].astype(int)
+            shown = sheet[64 * row : 64 * row + 64, 64 * column : 64 * column + 64]
+            assert np.abs(drawn - shown).max() <= 1
 
 
 @pytest.mark.slow

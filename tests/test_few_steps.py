@@ -8,7 +8,6 @@ import subprocess
 import sys
 from functools import partial
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -25,7 +24,7 @@ from latentdiff.server.shelf import Shelf
 
 from . import stable_diffusion
 from .conftest import ROOT
-from .serving import Served
+from .serving import Served, get
 
 PROMPT = "a red circle above a blue square"
 ASKED = {"prompt": PROMPT, "seed": 3, "output_type": "uint8"}
@@ -171,7 +170,8 @@ def test_the_second_start_imports_no_torch(place, tmp_path):
     """The student's graphs are in the user's cache: its adapter is not read again."""
     code = (
         "import sys\nfrom latentdiff.cli import main\n"
-        f"sys.argv = ['latentdiff', 'generate', {PROMPT!r}, '-m', {str(place / 'model')!r}, '--fast', '-o', sys.argv[1]]\n"
+        f"words = ['generate', {PROMPT!r}, '-m', {str(place / 'model')!r}, '--fast', '-o', sys.argv[1]]\n"
+        "sys.argv = ['latentdiff', *words]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "print('torch' in sys.modules)"
     )
@@ -195,7 +195,7 @@ def test_drawing_while_typing(place, tmp_path):
         assert server.post("/api/live", {"prompt": PROMPT, "seed": "-3"}).status_code == 422
         assert server.post("/api/live", {"prompt": PROMPT, "steps": 3}).status_code == 422
         assert server.post("/api/live", {"prompt": PROMPT, "width": 7}).status_code == 422
-        assert httpx.get(f"{server.address}/api/models/scenes-64").json()["live"]
+        assert get(f"{server.address}/api/models/scenes-64").json()["live"]
     student = opened(place, "torch")
     student.load_few_steps()
     assert (drawn == student(**ASKED).images[0]).all()

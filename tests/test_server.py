@@ -22,7 +22,7 @@ from latentdiff.server.guard import LOOPBACK, Limits, names_of
 
 from .conftest import ROOT
 from .forked import Started
-from .serving import PROMPT, Served, png
+from .serving import PROMPT, Served, get, png, post, stream
 
 FOREIGN = "http://169.254.169.254/latest/meta-data"
 QUICK = {"num_inference_steps": 4, "seed": 7}
@@ -63,7 +63,7 @@ def test_pictures_are_those_of_the_pipeline(served, tiny):
 
 def test_urls_lead_to_the_files(served):
     answer = served.client().images.generate(prompt=PROMPT, response_format="url", extra_body=QUICK)
-    picture = httpx.get(answer.data[0].url)
+    picture = get(answer.data[0].url)
     assert (picture.status_code, picture.headers["x-content-type-options"]) == (200, "nosniff")
     file = served.studio.folder / answer.data[0].url.rpartition("/")[2]
     assert picture.content == file.read_bytes()
@@ -194,7 +194,7 @@ def test_a_full_queue_refuses(tiny, tmp_path):
 def test_what_is_before_a_ticket_counts_what_is_being_drawn(tiny, tmp_path):
     with Served(tiny, tmp_path / "out") as server:
         body = {"prompt": "a", "num_inference_steps": 1000, "stream": True}
-        with httpx.stream("POST", f"{server.address}/v1/images/generations", json=body, timeout=60):
+        with stream("POST", f"{server.address}/v1/images/generations", json=body, timeout=60):
             wait_for(lambda: server.studio.worker.current())
             (first,) = server.studio.worker.current()
             later = threading.Thread(target=server.post, args=("/v1/images/generations", {"prompt": "b", **QUICK}))
@@ -228,7 +228,7 @@ def test_a_client_that_goes_away_cancels(served):
     """Its pictures are left between steps, and the next client is served."""
     body = {"prompt": PROMPT, "num_inference_steps": 1000, "stream": True, "partial_images": 1}
     before = served.studio.worker.drawn
-    with httpx.stream("POST", f"{served.address}/v1/images/generations", json=body, timeout=60) as answer:
+    with stream("POST", f"{served.address}/v1/images/generations", json=body, timeout=60) as answer:
         assert answer.status_code == 200
     assert served.post("/v1/images/generations", {"prompt": "a ring", **QUICK}).status_code == 200
     assert served.studio.worker.drawn == before + 1
@@ -239,7 +239,7 @@ def test_a_client_without_a_stream_that_goes_away_cancels(served, path):
     before = served.studio.worker.drawn
     body = {"prompt": PROMPT, "num_inference_steps": 1000, "steps": 1000, "n": 10, "n_iter": 10}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(served.address + path, json=body, timeout=0.5)
+        post(served.address + path, json=body, timeout=0.5)
     wait_for(lambda: not served.studio.worker.current() and not served.studio.worker.waiting, 20)
     assert served.studio.worker.drawn == before
 
@@ -275,14 +275,14 @@ def test_a_mask_is_upright_and_has_transparent_parts(served, photo):
     """EXIF turns the mask as it turns the picture; a mask that is opaque everywhere redraws nothing."""
     url, data = f"{served.address}/v1/images/edits", {"prompt": "a ring", "response_format": "b64_json", **QUICK}
     opaque = {"image": png(photo), "mask": png(Image.new("RGB", photo.size, "white"))}
-    answer = httpx.post(url, files=opaque, data=data, timeout=60)
+    answer = post(url, files=opaque, data=data, timeout=60)
     assert (answer.status_code, "no transparent part" in answer.text) == (422, True)
     alpha = np.full((64, 64), 255, np.uint8)
     alpha[:16] = 0  # upside down by its EXIF: the bottom is redrawn
     mask, exif, content = Image.fromarray(np.dstack([*[alpha] * 3, alpha])), Image.Exif(), io.BytesIO()
     exif[274] = 3
     mask.save(content, "PNG", exif=exif)
-    answer = httpx.post(url, files={"image": png(photo), "mask": content.getvalue()}, data=data, timeout=60)
+    answer = post(url, files={"image": png(photo), "mask": content.getvalue()}, data=data, timeout=60)
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))))
     np.testing.assert_array_equal(drawn[:48], np.asarray(photo)[:48])
     assert (drawn[48:] != np.asarray(photo)[48:]).any()
@@ -313,7 +313,7 @@ def test_a_long_prompt_as_jpeg(served):
 )
 def test_foreign_requests(served, headers, status):
     body = json.dumps({"prompt": "a", **QUICK})
-    answer = httpx.post(
+    answer = post(
         f"{served.address}/v1/images/generations",
         content=body,
         headers={"content-type": "application/json", **headers},
@@ -326,8 +326,8 @@ def test_reading_for_another_site_is_refused_too(served):
     """An <img> of another page could load models; a link that leads to the page is followed."""
     foreign = {"sec-fetch-site": "cross-site"}
     for path in ("/v1/models", "/api/models/scenes-tiny", "/pictures/00001-7.png"):
-        assert httpx.get(served.address + path, headers=foreign).status_code == 403
-    assert httpx.get(served.address, headers=foreign | {"sec-fetch-mode": "navigate"}).status_code == 200
+        assert get(served.address + path, headers=foreign).status_code == 403
+    assert get(served.address, headers=foreign | {"sec-fetch-mode": "navigate"}).status_code == 200
 
 
 def test_local_addresses_check_the_host():
@@ -364,9 +364,9 @@ def test_bad_bodies(served, body, status, message):
 def test_bad_pictures(served, connections):
     url = f"{served.address}/v1/images/edits"
     for content, message in ((b"<html>", "not an image"), (b"", "empty"), (png(Image.new("L", (2, 1))), "pixels")):
-        answer = httpx.post(url, files={"image": ("a.png", content)}, data={"prompt": "a"}, timeout=30)
+        answer = post(url, files={"image": ("a.png", content)}, data={"prompt": "a"}, timeout=30)
         assert (answer.status_code, message in answer.json()["error"]["message"]) == (422, True), answer.text
-    answer = httpx.post(url, data={"prompt": "a", "image": FOREIGN}, files={"x": b""}, timeout=30)
+    answer = post(url, data={"prompt": "a", "image": FOREIGN}, files={"x": b""}, timeout=30)
     assert (answer.status_code, "image must be one picture" in answer.text) == (422, True)
     for body in ({"images": [{"image_url": FOREIGN}]}, {"image_url": FOREIGN}):
         assert served.post("/v1/images/edits", {"prompt": "a", **body}).status_code == 422
@@ -387,7 +387,7 @@ def test_only_pictures_that_were_drawn_are_served(served, tmp_path):
     secret.write_text("x")
     (served.studio.folder / "00099-1.png").symlink_to(secret)
     for name in ("secret.txt", "../secret.txt", "..%2fsecret.txt", "00099-1.png", "00001-1.svg", "%00.png"):
-        assert httpx.get(f"{served.address}/pictures/{name}").status_code == 404
+        assert get(f"{served.address}/pictures/{name}").status_code == 404
 
 
 def test_a_token(tiny, tmp_path):
@@ -400,10 +400,10 @@ def test_a_token(tiny, tmp_path):
             ("Bearer long enough", 200),
             (f"Basic {good}", 200),
         ):
-            answer = httpx.get(f"{server.address}/v1/models", headers={} if value is None else {"authorization": value})
+            answer = get(f"{server.address}/v1/models", headers={} if value is None else {"authorization": value})
             assert answer.status_code == status
-        assert httpx.get(f"{server.address}/health").status_code == 200
-        assert httpx.get(f"{server.address}/metrics").status_code == 401
+        assert get(f"{server.address}/health").status_code == 200
+        assert get(f"{server.address}/metrics").status_code == 401
 
 
 def test_large_and_slow_bodies(tiny, tmp_path):
@@ -417,9 +417,9 @@ def test_large_and_slow_bodies(tiny, tmp_path):
 
 
 def test_health_and_metrics(served):
-    health = httpx.get(f"{served.address}/health").json()
+    health = get(f"{served.address}/health").json()
     assert (health["status"], health["model"]) == ("ok", "scenes-tiny")
-    text = httpx.get(f"{served.address}/metrics").text
+    text = get(f"{served.address}/metrics").text
     assert f"latentdiff_pictures_total {served.studio.worker.drawn:.1f}" in text
 
 
@@ -494,7 +494,7 @@ def test_mutated_bodies(served, path, count, connections):
     """Every answer is a picture or a refusal in a line, never a failure; memory stays, and no other host is asked."""
     rng = np.random.default_rng(len(path))
     before = megabytes()
-    with httpx.Client(base_url=served.address, timeout=60) as client:
+    with httpx.Client(verify=False, base_url=served.address, timeout=60) as client:
         for k in range(count):
             content = json.dumps(mutated(SOUND[path], rng)).encode()
             cut = content[: rng.integers(len(content))] if rng.random() < 0.2 else content
@@ -513,7 +513,7 @@ def test_mutated_forms(served, path, count, photo, connections):
     """The same of multipart bodies, whose pictures are damaged too."""
     rng = np.random.default_rng(len(path))
     picture = png(photo)
-    with httpx.Client(base_url=served.address, timeout=60) as client:
+    with httpx.Client(verify=False, base_url=served.address, timeout=60) as client:
         for _ in range(count):
             fields = mutated({"prompt": "a ring", "n": 1, "size": "64x64"}, rng)
             texts = {key: text if isinstance(text, str) else json.dumps(text) for key, text in fields.items()}
@@ -539,7 +539,7 @@ def test_the_command_from_start_to_signal(tiny_model, tmp_path, call):
         port = free.getsockname()[1]
     server = Started("serve", "-m", tiny_model, "--port", port, "--runtime", "torch", cwd=tmp_path)
     address = f"http://127.0.0.1:{port}"
-    wait_for(lambda: httpx.get(f"{address}/health").status_code == 200)
+    wait_for(lambda: get(f"{address}/health").status_code == 200)
     assert f"scenes-tiny at {address}, for programs at {address}/v1; pictures go to outputs" in server.err.read_text()
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="not used", max_retries=0)
     answer = client.images.generate(prompt=PROMPT, n=2, extra_body=QUICK)
@@ -551,13 +551,13 @@ def test_the_command_from_start_to_signal(tiny_model, tmp_path, call):
 
     def ask(seed):
         body = {"prompt": PROMPT, "seed": seed, "num_inference_steps": 200}
-        answers.append(httpx.post(f"{address}/v1/images/generations", json=body, timeout=60).status_code)
+        answers.append(post(f"{address}/v1/images/generations", json=body, timeout=60).status_code)
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(20)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: httpx.get(f"{address}/health").json()["waiting"] > 0)
-    assert len(httpx.get(f"{address}/api/history").json()["pictures"]) >= 2
+    wait_for(lambda: get(f"{address}/health").json()["waiting"] > 0)
+    assert len(get(f"{address}/api/history").json()["pictures"]) >= 2
     server.process.terminate()
     code, err = server.ended(60)
     for thread in threads:
@@ -571,8 +571,8 @@ def test_the_command_from_start_to_signal(tiny_model, tmp_path, call):
         with Image.open(path) as image:
             image.load()
     again = Started("serve", "-m", tiny_model, "--port", port, "--runtime", "torch", cwd=tmp_path)
-    wait_for(lambda: httpx.get(f"{address}/health").status_code == 200)
-    history = httpx.get(f"{address}/api/history", params={"count": 200}).json()["pictures"]
+    wait_for(lambda: get(f"{address}/health").status_code == 200)
+    history = get(f"{address}/api/history", params={"count": 200}).json()["pictures"]
     again.process.terminate()
     assert again.ended(60)[0] == 143
     assert sorted(each["name"] for each in history) == [path.name for path in pictures], "the history is right"
@@ -591,7 +591,7 @@ def test_the_examples_of_the_manual(served, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"star-0.png", "star-1.png", "rings.png"}
     (curl,) = re.findall(r"^\$ (curl .*)$", page, re.M)
     answer = subprocess.run(shlex.split(curl.replace("7860", port)), capture_output=True, text=True, check=True)
-    assert httpx.get(json.loads(answer.stdout)["data"][0]["url"]).status_code == 200
+    assert get(json.loads(answer.stdout)["data"][0]["url"]).status_code == 200
 
 
 def wait_for(is_true, seconds=60):

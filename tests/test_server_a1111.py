@@ -6,7 +6,6 @@ import json
 import threading
 import time
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,7 @@ from latentdiff.drawing.record import parameters_text
 from latentdiff.networks.controls.controlnet import ControlNet
 from latentdiff.server.shelf import Shelf
 
-from .serving import PROMPT, Served, png
+from .serving import PROMPT, Served, png, post
 
 QUICK = {"steps": 4, "seed": 7, "width": 64, "height": 64, "cfg_scale": 2.0, "sampler_name": "DDIM"}
 OURS = {"num_inference_steps": 4, "seed": 7, "guidance_scale": 2.0, "sampler": "ddim"}
@@ -131,7 +130,7 @@ def test_progress_and_interruption(served, client):
     results = []
     body = {"prompt": PROMPT, "steps": 1000, "n_iter": 2, "sampler_name": "DDIM", "width": 64, "height": 64}
     address = f"{served.address}/sdapi/v1/txt2img"
-    asking = threading.Thread(target=lambda: results.append(httpx.post(address, json=body, timeout=60)))
+    asking = threading.Thread(target=lambda: results.append(post(address, json=body, timeout=60)))
     asking.start()
     end = time.monotonic() + 30
     while not (now := client.get_progress())["current_image"]:

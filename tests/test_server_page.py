@@ -7,7 +7,6 @@ import re
 import shutil
 import time
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +14,7 @@ from PIL import Image
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.server.shelf import Shelf
 
-from .serving import PROMPT, Served, png
+from .serving import PROMPT, Served, get, png
 from .test_server_shelf import opened, places  # noqa: F401 - a fixture
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -108,7 +107,7 @@ def arrived(page, count):
 def pixels(shop, page, place=0):
     """What a picture of the gallery shows, from its address."""
     address = page.locator("#gallery figure img").nth(place).get_attribute("src")
-    return np.asarray(Image.open(io.BytesIO(httpx.get(shop.address + address).content)))
+    return np.asarray(Image.open(io.BytesIO(get(shop.address + address).content)))
 
 
 def test_draw_with_previews(page, shop, tiny):
@@ -409,7 +408,7 @@ def test_a_model_that_does_not_load(browser, shop, places):  # noqa: F811
 def test_more_pictures_than_a_page_of_the_history(page, shop):
     for _ in range(2):
         shop.post("/v1/images/generations", {"prompt": "many", "n": 10, "num_inference_steps": 1})
-    count = len(httpx.get(f"{shop.address}/api/history", params={"count": 200}).json()["pictures"])
+    count = len(get(f"{shop.address}/api/history", params={"count": 200}).json()["pictures"])
     while count <= 48:
         shop.post("/v1/images/generations", {"prompt": "many", "n": 10, "num_inference_steps": 1})
         count += 10
@@ -519,11 +518,11 @@ def test_a_refusal_is_one_sentence(browser, shop):
 
 def test_headers_of_the_page(shop):
     """Scripts of this server alone, in no frame; the files of the page and nothing else."""
-    answer = httpx.get(shop.address)
+    answer = get(shop.address)
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'; script-src 'self';" in policy
     assert "frame-ancestors 'none'" in policy
     assert "unsafe" not in policy
     assert answer.headers["cross-origin-resource-policy"] == "same-origin"
     for name in ("../app.py", "%2e%2e%2fapp.py", "..%2f..%2fmodel.py", "nothing.js"):
-        assert httpx.get(f"{shop.address}/page/{name}").status_code == 404
+        assert get(f"{shop.address}/page/{name}").status_code == 404

@@ -26,7 +26,7 @@ from latentdiff.drawing.request import LONGEST_PROMPT
 from latentdiff.server.history import FILE, History, Search
 from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
 
-from .serving import PROMPT, Served
+from .serving import PROMPT, Served, get
 from .test_server import decoded
 
 QUICK = {"num_inference_steps": 4, "seed": 7}
@@ -83,7 +83,7 @@ def test_a1111_chooses_the_model_of_all(shop, places):
     sha256 = opened(places[0] / "other").card.hash
     assert shop.post("/sdapi/v1/options", {"sd_model_checkpoint": "other"}).status_code == 200
     try:
-        options = httpx.get(f"{shop.address}/sdapi/v1/options").json()
+        options = get(f"{shop.address}/sdapi/v1/options").json()
         assert options["sd_model_checkpoint"] == f"other [{sha256[:10]}]"
         body = {"prompt": PROMPT, "steps": 2, "seed": 1}
         assert json.loads(shop.post("/sdapi/v1/txt2img", body).json()["info"])["sd_model_name"] == "other"
@@ -91,13 +91,13 @@ def test_a1111_chooses_the_model_of_all(shop, places):
         assert json.loads(shop.post("/sdapi/v1/txt2img", chosen).json()["info"])["sd_model_name"] == "scenes-tiny"
     finally:
         shop.post("/sdapi/v1/options", {"sd_model_checkpoint": "scenes-tiny"})
-    assert httpx.get(f"{shop.address}/health").json()["model"] == "scenes-tiny"
+    assert get(f"{shop.address}/health").json()["model"] == "scenes-tiny"
 
 
 @pytest.mark.parametrize("weight", [0.8, -0.5])
 def test_adapters_in_the_prompt(shop, places, tiny_model, tiny, weight):
     """<lora:NAME:WEIGHT> draws what the adapter at this weight draws, to the bit, and the others' pictures stay."""
-    assert [row["name"] for row in httpx.get(f"{shop.address}/sdapi/v1/loras").json()] == ["ink"]
+    assert [row["name"] for row in get(f"{shop.address}/sdapi/v1/loras").json()] == ["ink"]
     (item,) = shop.client().images.generate(prompt=f"{PROMPT} <lora:ink:{weight}>", extra_body=QUICK).data
     pipe = opened(tiny_model)
     pipe.load_lora_weights(places[1] / "ink.safetensors", weight=weight, fuse=True)
@@ -204,7 +204,7 @@ def test_the_server_stops_while_a_model_loads(tiny, places, tmp_path):
         asking = threading.Thread(target=lambda: answers.append(server.post("/v1/images/generations", body)))
         asking.start()
         loading.wait(20)
-        assert httpx.get(f"{server.address}/page/style.css").status_code == 200  # nothing else waits
+        assert get(f"{server.address}/page/style.css").status_code == 200  # nothing else waits
         server.studio.worker.stop()
         asking.join(1.5)
         assert (answers[0].status_code, answers[0].json()["error"]["message"]) == (503, "the server stops")
@@ -335,29 +335,29 @@ def test_pictures_of_any_time(drawn):
 
 def test_the_history_by_http(tiny, drawn):
     with Served(tiny, drawn) as server:
-        answer = httpx.get(f"{server.address}/api/history", params={"words": "ring", "until": "2026-01-03"}).json()
+        answer = get(f"{server.address}/api/history", params={"words": "ring", "until": "2026-01-03"}).json()
         assert [each["name"] for each in answer["pictures"]] == ["00003-2.jpg"]
         record = answer["pictures"][0]["record"]
         assert (record["settings"]["prompt"], record["settings"]["seed"]) == ("two red rings", "2")
-        picture = httpx.get(f"{server.address}/pictures/00003-2.jpg")
+        picture = get(f"{server.address}/pictures/00003-2.jpg")
         assert (picture.headers["content-type"], picture.content) == (
             "image/jpeg",
             (drawn / "00003-2.jpg").read_bytes(),
         )
         for name in ("00007-1.png", "holiday.png", FILE, quote("../x", safe="")):
-            assert httpx.get(f"{server.address}/pictures/{name}").status_code == 404
+            assert get(f"{server.address}/pictures/{name}").status_code == 404
         for day, count in (("0002-01-01", 4), ("2300-01-01", 0), ("9999-12-31", 0)):
-            found = httpx.get(f"{server.address}/api/history", params={"since": day}).json()["pictures"]
+            found = get(f"{server.address}/api/history", params={"since": day}).json()["pictures"]
             assert len(found) == count
-        assert len(httpx.get(f"{server.address}/api/history", params={"until": "9999-12-31"}).json()["pictures"]) == 4
-        first = httpx.get(f"{server.address}/api/history", params={"count": 3}).json()["pictures"]
-        rest = httpx.get(f"{server.address}/api/history", params={"before": first[-1]["place"]}).json()["pictures"]
+        assert len(get(f"{server.address}/api/history", params={"until": "9999-12-31"}).json()["pictures"]) == 4
+        first = get(f"{server.address}/api/history", params={"count": 3}).json()["pictures"]
+        rest = get(f"{server.address}/api/history", params={"before": first[-1]["place"]}).json()["pictures"]
         assert [each["name"] for each in rest] == ["00001-0.png"]
         for signs, count in (("!!!", 0), ("*", 1), ("🔴", 0)):  # signs alone are looked for as they are
-            found = httpx.get(f"{server.address}/api/history", params={"words": signs}).json()["pictures"]
+            found = get(f"{server.address}/api/history", params={"words": signs}).json()["pictures"]
             assert len(found) == count
         assert httpx.head(f"{server.address}/pictures/00003-2.jpg").status_code == 200
         far = f"{10**18}-1"
-        assert httpx.get(f"{server.address}/api/history", params={"before": "9" * 18 + "-1"}).status_code == 200
+        assert get(f"{server.address}/api/history", params={"before": "9" * 18 + "-1"}).status_code == 200
         for bad in ({"since": "yesterday"}, {"before": "x"}, {"before": far}, {"count": 10**6}, {"words": "x" * 300}):
-            assert httpx.get(f"{server.address}/api/history", params=bad).status_code == 422
+            assert get(f"{server.address}/api/history", params=bad).status_code == 422

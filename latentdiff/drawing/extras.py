@@ -18,6 +18,7 @@ from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.record import Source
 from latentdiff.formats.folder import FEW_STEPS, FEW_STEPS_FILE
 from latentdiff.model import Model, ModelCard
+from latentdiff.networks.protocols import PromptedByPictures
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,6 +92,13 @@ def few_steps_in(card: ModelCard) -> Path | None:
     """The file of the student of few steps in a model's folder; None if it has none."""
     file = None if card.folder is None else card.folder / FEW_STEPS / FEW_STEPS_FILE
     return file if file is not None and file.is_file() else None
+
+
+def few_steps_of(card: ModelCard) -> Path:
+    """See `few_steps_in`. Raises ConfigError if the folder has none."""
+    if (file := few_steps_in(card)) is None:
+        raise ConfigError(f"{card.name} has no student of few steps in its folder ({FEW_STEPS})")
+    return file
 
 
 def source_of_few_steps(file: Path) -> Source:
@@ -244,6 +252,11 @@ def source_of_ip_adapter(file: Path, encoder: Path | None) -> Source:
     files = [] if encoder is None else weight_files(encoder)
     named = None if encoder is None else recorded(encoder)
     return Source("ip-adapter", recorded(file), sha256_of(file, *files), encoder=named)
+
+
+def reads_image_prompts(model: Model) -> bool:
+    """Whether an IP-Adapter can be put beside the backbone."""
+    return isinstance(model.backbone, PromptedByPictures) and bool(model.backbone.prompted_layers)
 
 
 def with_ip_adapter(painter: Painter, adapter: Any, source: Source) -> Painter:

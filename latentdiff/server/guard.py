@@ -25,6 +25,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 TYPES = ("application/json", "multipart/form-data")
 OPEN = ("/health",)  # needs no token
+TOO_LARGE = 413
 ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin"))
 
 
@@ -54,6 +55,8 @@ class Guard:
             return
         body = await self._body(receive, headers)
         if isinstance(body, tuple):
+            if body[0] == TOO_LARGE:
+                await _drain(receive)
             await _answer(send, *body)
             return
         await self._app(scope, _again(body, receive), _with_headers(send))
@@ -90,7 +93,7 @@ class Guard:
         most = self._limits.body
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > most:
-            return 413, f"a body has at most {most} bytes"
+            return TOO_LARGE, f"a body has at most {most} bytes"
         parts, size = [], 0
         try:
             async with asyncio.timeout(self._limits.seconds):
@@ -99,7 +102,7 @@ class Guard:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > most:
-                        return 413, f"a body has at most {most} bytes"
+                        return TOO_LARGE, f"a body has at most {most} bytes"
                     if message["type"] != "http.request" or not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
@@ -36,7 +37,8 @@ from latentdiff.stages.beside import Hinted, Shown
 from latentdiff.stages.cache import captions_of, latents_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
-from latentdiff.stages.finetune_report import keep_rows_apart, report, write_page
+from latentdiff.stages.few_steps import few_steps
+from latentdiff.stages.finetune_report import keep_rows_apart, prompts_of, report, write_page
 from latentdiff.stages.methods import Tuning, begin, check_kind, trainable
 from latentdiff.stages.plan import Weights, plan_lines
 from latentdiff.stages.run import Run
@@ -85,7 +87,10 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
         save_config(config, run.folder / FILE)
         with saving("what was learnt", run.folder):
             paths = tuning.write(run.folder, said_of(run, model))
-        paths += write_page(run, paths)
+        sheets: list[np.ndarray] = []
+        if tuning.teacher is not None:
+            sheets = few_steps(painter, tuning.teacher, config, prompts_of(config, held_out))
+        paths += write_page(run, paths, sheets)
     accelerator.wait_for_everyone()
     return paths
 

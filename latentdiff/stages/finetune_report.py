@@ -29,6 +29,7 @@ from latentdiff.evaluation.report.plots import Plot, Series, as_figure
 from latentdiff.families.clip import load_own_scorer
 from latentdiff.settings.config import flat
 from latentdiff.settings.finetuning import STAGE, FineTuning
+from latentdiff.stages import few_steps
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, validation_losses
 
@@ -108,15 +109,21 @@ def _save(pixels: np.ndarray, path: Path, about: Mapping[str, Any]) -> None:
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=info)
 
 
-def write_page(run: Run[FineTuning], paths: Sequence[Path]) -> list[Path]:
-    """Write the page and the card beside the trained weights; returns their paths."""
+def write_page(run: Run[FineTuning], paths: Sequence[Path], sheets: Sequence[np.ndarray] = ()) -> list[Path]:
+    """Write the page and the card beside the trained weights; returns their paths.
+
+    sheets: of a student beside its teacher, for each prompt; see few_steps.py.
+    """
     folder, lines = run.folder, _lines(run.folder / STAGE / "log.jsonl")
     files = sorted((folder / STAGE / "samples").glob("step-*.png"))
     rows, steps = [_row(path) for path in files], [int(path.stem.removeprefix("step-")) for path in files]
     if rows:
         about = {"steps": steps, "prompts": prompts_of(run.config, run.data.validation)}
         _save(np.concatenate(rows), folder / STRIP, about)
-    (folder / PAGE).write_text(_page(run, lines, rows), encoding="utf-8")
+    if sheets:
+        about = {"what": few_steps.CAPTION, "prompts": prompts_of(run.config, run.data.validation)}
+        _save(np.concatenate(list(sheets)), folder / few_steps.FILE, about)
+    (folder / PAGE).write_text(_page(run, lines, rows, sheets), encoding="utf-8")
     (folder / CARD).write_text(_card(run, lines, paths, steps), encoding="utf-8")
     return [folder / PAGE, folder / CARD]
 
@@ -132,7 +139,9 @@ def _lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[np.ndarray]) -> str:
+def _page(
+    run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[np.ndarray], sheets: Sequence[np.ndarray]
+) -> str:
     """The page: pictures before and after, prompt by prompt, curves of the losses, the settings."""
     config = run.config
     prompts = prompts_of(config, run.data.validation)
@@ -141,6 +150,7 @@ def _page(run: Run[FineTuning], lines: Sequence[Mapping[str, Any]], rows: list[n
     for prompt, first, last in zip(prompts, *ends, strict=False):
         gap = np.full((len(first), 2, 3), 255, np.uint8)
         sheet.append((np.concatenate([first, gap, last], 1), {"before, after": prompt}))
+    sheet += [(each, {few_steps.CAPTION: prompt}) for prompt, each in zip(prompts, sheets, strict=False)]
     settings = tuple(f"{key} = {value}" for key, value in _differing(config).items())
     sections = [
         Entry("model", _model(config)),
@@ -198,7 +208,7 @@ Made with latentdiff {version("latentdiff")}.
 ![from the first step to the last, always the same prompts and noise]({STRIP})
 
 Rows: steps {", ".join(f"{step:,}" for step in steps)}. Columns: {prompts}.
-
+{_beside_teacher(config)}
 ## Use
 
 ```console
@@ -215,6 +225,11 @@ Rows: steps {", ".join(f"{step:,}" for step in steps)}. Columns: {prompts}.
 |---|---|
 {settings}
 """
+
+
+def _beside_teacher(config: FineTuning) -> str:
+    """The picture of a student beside its teacher; nothing for other methods."""
+    return f"\n![{few_steps.CAPTION}]({few_steps.FILE})\n" if config.method == "consistency" else ""
 
 
 def _use(config: FineTuning, path: Path) -> str:

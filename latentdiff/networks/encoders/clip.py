@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -204,12 +205,16 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 def clip_tokenizer(max_length: int, pad: str = END) -> CLIPTokenizer:
     """CLIP's tokenizer, from the merges that open_clip ships; OpenCLIP's own models pad with "!", which has id 0."""
+    return _tokenizer(_merges(), max_length, pad)
+
+
+@cache
+def _merges() -> list[tuple[str, str]]:
     from open_clip.tokenizer import default_bpe
 
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
-    merges = [(first, second) for first, second in map(str.split, lines[1 : 49152 - 256 - 2 + 1])]
-    return _tokenizer(merges, max_length, pad)
+    return [(first, second) for first, second in map(str.split, lines[1 : 49152 - 256 - 2 + 1])]
 
 
 def learnt_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> CLIPTokenizer:
