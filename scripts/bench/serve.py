@@ -4,7 +4,8 @@
 
 A lone request and a call of the warm pipeline take turns. Under load every request is for one picture of its own seed;
 it takes turns with one call of the pipeline for as many pictures, in full batches; which of them is first changes
-from turn to turn. Memory is the server's.
+from turn to turn. Memory is the server's. Last come sketches: a prompt is typed letter by letter, and each letter is
+asked for when the sketch before is there (a model without a student of few steps has none).
 """
 
 import argparse
@@ -28,14 +29,25 @@ from latentdiff import LatentDiffusionPipeline
 PROMPT = "a red circle above a blue square"
 
 
-def asked(address: str, seed: int) -> dict:
-    """One picture."""
-    body = json.dumps({"prompt": PROMPT, "seed": seed}).encode()
-    request = urllib.request.Request(
-        f"{address}/v1/images/generations", body, {"content-type": "application/json"}, method="POST"
-    )
+def post(address: str, body: dict) -> dict:
+    """The answer to a body in JSON."""
+    head = {"content-type": "application/json"}
+    request = urllib.request.Request(address, json.dumps(body).encode(), head, method="POST")
     with urllib.request.urlopen(request, timeout=300) as answer:
         return json.load(answer)
+
+
+def asked(address: str, seed: int) -> dict:
+    """One picture."""
+    return post(f"{address}/v1/images/generations", {"prompt": PROMPT, "seed": seed})
+
+
+def sketched(address: str) -> float:
+    """Sketches a second while the prompt is typed."""
+    texts = [PROMPT[:length] for length in range(1, len(PROMPT) + 1)]
+    post(f"{address}/api/live", {"prompt": PROMPT})  # loads the student
+    taken = seconds(lambda: [post(f"{address}/api/live", {"prompt": text}) for text in texts])
+    return len(texts) / taken
 
 
 def seed_of(answer: dict) -> int:
@@ -129,6 +141,8 @@ def main() -> None:
                     f"one call in full batches: {count / batches:.1f} pictures/s; the server has {shares[-1]:.2f} of it"
                 )
             print(f"median share: {statistics.median(shares):.2f}")
+            if pipe.has_few_steps:
+                print(f"sketches while a prompt is typed: {sketched(address):.1f} pictures/s")
             print(f"memory: {before:.0f} MB before, {megabytes(server.pid):.0f} MB after")
         finally:
             server.terminate()
