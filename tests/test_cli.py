@@ -196,7 +196,7 @@ def test_the_end_of_memory_is_told_in_one_line(call, monkeypatch):
     def app(**options):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("latentdiff.cli.app", app)
+    monkeypatch.setattr("latentdiff.cli._command", lambda: app)
     code, err = call("generate", PROMPT)
     assert (code, err.count("\n")) == (6, 1)
     assert err.startswith("error: out of memory.")

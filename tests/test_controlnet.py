@@ -32,8 +32,9 @@ from latentdiff.data.dataset import open_data
 from latentdiff.diffusion.process import diffuse
 from latentdiff.drawing.record import read_metadata
 from latentdiff.families.controls import stored_control
-from latentdiff.families.loading import stored_model
+from latentdiff.families.loading import default_model, stored_model
 from latentdiff.formats.original import unet_name
+from latentdiff.networks.controls.controlnet import ControlNet
 from latentdiff.runtime.export import export, export_control
 from latentdiff.stages.finetune import opened
 
@@ -567,15 +568,13 @@ def test_exports_of_controls_are_checked(exported_place, tmp_path, call):
 
 @pytest.fixture(scope="module")
 def exported_place(tmp_path_factory):
-    """A model and a ControlNet with graphs, and without them a ControlNet and an IP-Adapter."""
-    folder = tmp_path_factory.mktemp("exported")
-    base = stable_diffusion.pipeline("1")
-    base.save_pretrained(folder / "model")
+    """The default model and a ControlNet with graphs, and without them a ControlNet and an IP-Adapter."""
+    folder, unet = tmp_path_factory.mktemp("exported"), stored_model(None).parts["unet"]
+    (folder / "model").symlink_to(default_model())
     for index in range(2):
-        control_of(base.unet, 7 + index).save_pretrained(folder / f"control{index}")
+        stirred(partial(ControlNet.create, unet, 4), 7 + index).save(folder / f"control{index}")
     ip_adapters.image_encoder().save_pretrained(folder / "image_encoder")
-    save_file(ip_adapters.state(base.unet, "plus"), folder / "plus.safetensors")
-    export(stored_model(folder / "model"), folder / "model")
+    save_file(ip_adapters.state(unet, "plus"), folder / "plus.safetensors")
     differences = export_control(stored_control(folder / "control0"), folder / "control0")
     assert max(differences.values()) < 1e-5
     return folder, differences

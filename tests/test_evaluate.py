@@ -58,7 +58,7 @@ def whole_report(command, tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "out"
     prompts = folder.parent / "evaluation_metadata.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    sweep = ("--sweep", "guidance_scale=1,2", "--sweep", "sampler=ddim,unipc")
+    sweep = ("--sweep", "sampler=ddim,unipc")
     done = command("evaluate", tiny_model, "-o", folder, *QUICK, *sweep, "--geneval", prompts)
     return folder, done
 
@@ -122,7 +122,7 @@ def test_measured_once(whole_report, call, tiny_model):
     """The same command measures nothing again; another section is added to the same folder."""
     folder, _ = whole_report
     before = {path: path.stat().st_mtime_ns for path in (folder / "A").rglob("*.*")}
-    sweep = ("--sweep", "guidance_scale=1,2", "--sweep", "sampler=ddim,unipc")
+    sweep = ("--sweep", "sampler=ddim,unipc")
     prompts = folder.parent / "evaluation_metadata.jsonl"
     told = metrics(folder)
     code, out, _ = call("evaluate", tiny_model, "-o", folder, *QUICK, *sweep, "--geneval", prompts)
@@ -170,7 +170,7 @@ def test_one_that_was_interrupted_ends_the_same(whole_report, call, tiny_model, 
         (cut / name).unlink()
     kept = {path: path.stat().st_mtime_ns for path in (cut / "A/likelihood").iterdir()}
     assert kept
-    sweep = ("--sweep", "guidance_scale=1,2", "--sweep", "sampler=ddim,unipc")
+    sweep = ("--sweep", "sampler=ddim,unipc")
     prompts = folder.parent / "evaluation_metadata.jsonl"
     assert call("evaluate", tiny_model, "-o", cut, *QUICK, *sweep, "--geneval", prompts)[0] == 0
     for section in EVERYTHING:

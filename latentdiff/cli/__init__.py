@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -67,6 +68,11 @@ class _Terminated(BaseException):
     """SIGTERM as an exception, so that unfinished files are removed."""
 
 
+@cache
+def _command() -> Any:
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; errors are one line on stderr and an exit code (see `latentdiff.core.errors`)."""
     # libraries print bars and tables while loading; their errors are printed below
@@ -76,7 +82,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: terminal.warning(message)
     _catch_signals()
     try:
-        status = app(prog_name="latentdiff", standalone_mode=False)
+        status = _command()(prog_name="latentdiff", standalone_mode=False)
         sys.stdout.flush()
     except LatentDiffError as error:
         _fail(str(error), error.exit_code)
