@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError
+from latentdiff.data.folder import listing
+from latentdiff.data.source import Options
 from latentdiff.drawing.extras import adapted
 from latentdiff.drawing.record import read_metadata
 from latentdiff.families.loading import default_model, stored_model
@@ -21,7 +23,7 @@ from latentdiff.runtime.export import export
 from latentdiff.server.shelf import Shelf
 
 from . import stable_diffusion
-from .serving import Served, get
+from .serving import Served, get, png
 
 PROMPT = "a red circle above a blue square"
 ASKED = {"prompt": PROMPT, "seed": 3, "output_type": "uint8"}
@@ -200,3 +202,14 @@ def _shelf(place, pipe):
 
 def _decoded(address):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
+
+
+def test_the_models_own_pictures(place, call, tmp_path):
+    """What it draws is a data set: the captions are the prompts in the records."""
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo green stars\n")
+    words = ("--prompts-file", "prompts.txt", "-m", place / "model", "--steps", 1, "-s", 1, "-N", 2, "-o", "drawn")
+    assert call("generate", *words)[0] == 0
+    (tmp_path / "drawn" / "other.png").write_bytes(png(Image.new("RGB", (8, 8))))
+    found = listing(tmp_path / "drawn", Options(layout="drawn"))
+    captions = sorted(record.captions for record in found.records)
+    assert captions == [(), ("a red circle",), ("a red circle",), ("two green stars",), ("two green stars",)]

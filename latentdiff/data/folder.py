@@ -3,6 +3,7 @@
 - metadata: metadata.jsonl or .csv in the folder or below, `file_name` relative to it, the caption in `text`
 - sidecars: kohya's, img.png with img.txt (or .caption), each line one caption; a folder `10_name` counts 10 times
 - classes: the folder that a picture lies in is its caption, "cat", or "animals/cat"
+- drawn: the prompts in the records of PNG that this package has drawn
 - uncaptioned: neither; in a folder `10_a dog` the caption is "a dog", unless there is an instance prompt
 
 Folders `train` and `test` (or `val`, ...) beside each other are splits, of which one is read, as by `datasets`.
@@ -24,6 +25,7 @@ from typing import Any
 from latentdiff.core.decoding import SUFFIXES
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.text import printable
+from latentdiff.data.drawn import prompts_in
 from latentdiff.data.inside import check_link, named_inside
 from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, lines_of
 
@@ -50,6 +52,9 @@ def listing(root: Path, options: Options) -> Listing:
         paths, read = _by_metadata(root, files, pictures, metadata, others, options), {*metadata}
     elif layout == "sidecars":
         paths, read = _by_sidecars(root, pictures, beside), {*beside}
+    elif layout == "drawn":
+        records = [Record(name, _reader(root, name), prompts_in(root / name)) for name in pictures]
+        paths, read = Listing("drawn", records), set()
     elif layout == "classes":
         records = [Record(name, _reader(root, name), (_class_of(name, root),)) for name in pictures]
         paths, read = Listing("classes", records), set()

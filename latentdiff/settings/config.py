@@ -84,8 +84,9 @@ class Pictures(Section):
     """A data set of the user's own: its place, what is read from it, and how a picture becomes a sample."""
 
     source: str = Field("", description="a folder, shards-{000..099}.tar, .parquet files, or a hub id")
-    layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "classes", "shards", "table"] = Field(
-        "auto", description="where captions are; auto finds out; classes: the names of folders"
+    layout: Literal["auto", "metadata", "sidecars", "uncaptioned", "drawn", "classes", "shards", "table"] = Field(
+        "auto",
+        description="where captions are; auto finds out; drawn: the records of drawn pictures; classes: folders' names",
     )
     split: str = Field("train", description="the split of a table or of folders named train, test, ...")
     image_column: str | None = Field(None, description="a table's column of pictures (default: image)")
