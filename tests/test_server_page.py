@@ -1,20 +1,24 @@
 """The web page in a real Chromium: drawing, cancelling, painting, the history, training runs; and what it may load."""
 
+import base64
 import io
 import json
 import os
 import re
 import shutil
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.server.shelf import Shelf
 
 from .serving import PROMPT, Served, get, png
+from .test_few_steps import factors
 from .test_server_shelf import opened, places  # noqa: F401 - a fixture
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -124,6 +128,29 @@ def test_draw_with_previews(page, shop, tiny):
     expected = tiny(PROMPT, num_images_per_prompt=2, seed=7, num_inference_steps=150).images
     for place in range(2):
         np.testing.assert_array_equal(pixels(shop, page, place), np.asarray(expected[place]))
+
+
+def test_sketches_while_typing(browser, page, tiny_model, tmp_path):
+    """A model with a student draws with every letter, always from the same noise; nothing is kept."""
+    expect(page.locator("#live-choice")).to_be_hidden()
+    place = shutil.copytree(tiny_model, tmp_path / "model")
+    (place / "few_steps").mkdir()
+    load = partial(LatentDiffusionPipeline.from_pretrained, place, device="cpu", runtime="torch")
+    save_file(factors(load().model, 0), place / "few_steps" / "pytorch_lora_weights.safetensors")
+    student = load()
+    student.load_few_steps()
+    served = Served(load(), tmp_path / "outputs", shelf=Shelf(load(), lambda *_: load()))
+    with served as server, opened_page(browser, server.address) as sketching:
+        sketching.locator("#live").check()
+        ask(sketching, "", seed=5)
+        sketching.locator("#prompt").press_sequentially(PROMPT)
+        expect(sketching.locator("#sketch")).to_have_attribute("alt", f"A sketch of: {PROMPT}")
+        data = sketching.locator("#sketch").get_attribute("src").partition(",")[2]
+        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        np.testing.assert_array_equal(drawn, np.asarray(student(PROMPT, seed=5).images[0]))
+        assert list((tmp_path / "outputs").glob("*.png")) == []
+        sketching.locator("#live").uncheck()
+        expect(sketching.locator("#sketch")).to_be_hidden()
 
 
 def test_cancel(page, shop):
