@@ -46,10 +46,12 @@ def _print_things(path: Path, text: str) -> None:
     things = known_things(path) if path.is_dir() else None
     if things is None:
         raise ConfigError(f"{path} has no things.json, so what it draws is not known")
-    found = {category: [name for name in names if text.lower() in name.lower()] for category, names in things.items()}
-    if not any(found.values()):
+    matching = {
+        category: [name for name in names if text.lower() in name.lower()] for category, names in things.items()
+    }
+    if not any(matching.values()):
         terminal.note(f"it draws nothing whose name holds {text!r}")
-    terminal.result(*(f"{category}: {', '.join(names)}" for category, names in found.items() if names))
+    terminal.result(*(f"{category}: {', '.join(names)}" for category, names in matching.items() if names))
 
 
 def _adapter_in(folder: Path) -> Path:

@@ -88,8 +88,8 @@ def control_wish(text: str) -> ControlWish:
             scale, is_number = float(last), True
     paths = (rest if is_number else text).split(":")
     places = range(1, len(paths))
-    found = (i for i in places if all(os.path.lexists(":".join(part)) for part in (paths[:i], paths[i:])))
-    i = next(found, len(paths) - 1)
+    fitting = (i for i in places if all(os.path.lexists(":".join(part)) for part in (paths[:i], paths[i:])))
+    i = next(fitting, len(paths) - 1)
     network, picture = ":".join(paths[:i]), ":".join(paths[i:])
     if not (network and picture):
         raise ConfigError(f"--control must be MODEL:PICTURE or MODEL:PICTURE:SCALE (got {text[:60]!r})")

@@ -25,8 +25,8 @@ def companions(config: Settings, sets: Sequence[Examples], source: str, cache: P
         raise ConfigError("data.pictures.crop = content would crop a picture and its control differently. Use center")
     own: dict[str, Any] = {"source": source, "layout": "uncaptioned", "allow_missing_captions": True}
     plain = settings.model_copy(update=own | {"instance_prompt": None})
-    found = look(config.model_copy(update={"data": config.data.model_copy(update={"pictures": plain})}), cache)
-    named = {_stem(picture.name): picture for picture in found.sound(False).pictures}
+    survey = look(config.model_copy(update={"data": config.data.model_copy(update={"pictures": plain})}), cache)
+    named = {_stem(picture.name): picture for picture in survey.sound(False).pictures}
     results = []
     for examples in sets:
         assert isinstance(examples.pictures, PictureSet)
@@ -38,7 +38,7 @@ def companions(config: Settings, sets: Sequence[Examples], source: str, cache: P
                 sizes = " and ".join(f"{each.facts.size[1]}x{each.facts.size[0]}" for each in (picture, other))
                 raise DataError(f"{picture.name} and its picture in {source} have different sizes: {sizes}")
             paired.append(replace(other, repeats=picture.repeats))
-        results.append(replace(examples, pictures=picture_set(config, found, paired, settings.bucket_step)))
+        results.append(replace(examples, pictures=picture_set(config, survey, paired, settings.bucket_step)))
     return results
 
 

@@ -114,13 +114,13 @@ def _by_prompt(
     pair: Denoiser, backbone: Backbone, prediction: str, prompts: Prompted, request: Request, start: Start
 ) -> Denoiser:
     """Guidance by the prompt, and of a network that edits pictures by the picture too."""
-    told = "guidance" in backbone.spec.reads
-    if start.context is not None and not told:
+    reads_guidance = "guidance" in backbone.spec.reads
+    if start.context is not None and not reads_guidance:
         assert prompts.uncond is not None
         nothing = _network(backbone, 0 * start.context, request.cache_interval)
         free = denoiser(nothing, prediction, prepared(backbone, prompts.uncond))
         return guidance.of_text_and_image(pair, free, request.guidance_scale, request.image_guidance_scale)
-    scale = request.cfg(told)
+    scale = request.cfg(reads_guidance)
     if not request.apg:
         return guidance.classifier_free(pair, scale)
     norm = math.inf if request.apg_norm is None else request.apg_norm

@@ -120,9 +120,9 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
         return with_sizes(job.embeds[0], sizes)
 
     cond = stacked([of(job) for job in batch.jobs]).mapped(model.array)
-    told, more = model.is_told_guidance, _of_request(model, request, len(batch))
+    reads_guidance, more = model.is_told_guidance, _of_request(model, request, len(batch))
     cond = cond.joined(more)
-    if request.cfg(told) <= 1:
+    if request.cfg(reads_guidance) <= 1:
         return Prompted(cond, None)
     plain = replace(style, clip_skip=None)
     negative = []

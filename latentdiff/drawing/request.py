@@ -301,8 +301,8 @@ def _refusal(fault: Fault) -> ConfigError:
         return ConfigError(fault.message)
     got = repr(fault.got)
     text = got if len(got) <= 40 else f"{got[:30]}... of {len(str(fault.got))} characters"
-    said = repr(fault.got) in fault.message
-    return ConfigError(f"{fault.key}: {fault.message}" + ("" if said else f" (got {text})"))
+    is_quoted = repr(fault.got) in fault.message
+    return ConfigError(f"{fault.key}: {fault.message}" + ("" if is_quoted else f" (got {text})"))
 
 
 def check_size(name: str, value: int, multiple: int) -> int:

@@ -57,15 +57,15 @@ def objects(picture: np.ndarray) -> list[Found]:
     reach = max(1, round(_APART * width / 2))
     grown = ndimage.binary_dilation(different, iterations=reach)
     labels, _ = ndimage.label(grown, np.ones((3, 3)))
-    found = []
+    objects = []
     for number, box in enumerate(ndimage.find_objects(labels), 1):
         mask = different & (labels == number)
         if mask.sum() < _SPECK * height * width:
             continue
         rows, columns = np.flatnonzero(mask[box].any(1)), np.flatnonzero(mask[box].any(0))
         top, left = box[0].start, box[1].start
-        found.append(Found((top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1), mask))
-    return sorted(found, key=lambda each: -int(each.mask.sum()))
+        objects.append(Found((top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1), mask))
+    return sorted(objects, key=lambda each: -int(each.mask.sum()))
 
 
 def cropped(picture: np.ndarray, box: tuple[int, int, int, int], side: int, margin: float = 0.08) -> np.ndarray:

@@ -94,7 +94,7 @@ def through(model: Model, pictures: np.ndarray) -> np.ndarray:
     return np.concatenate([pixels.reconstruct(model, batch) for batch in batches])
 
 
-def style_distances(benchmark: SpriteBenchmark, found: Recognition, seed: int) -> np.ndarray:
+def style_distances(benchmark: SpriteBenchmark, result: Recognition, seed: int) -> np.ndarray:
     """The distance (N,) of each drawn picture from its true one, in units of the true one's from its other styles.
 
     Below 1 the picture is nearer to its style than the styles are to each other. Distances are 1 minus the cosine of
@@ -105,9 +105,9 @@ def style_distances(benchmark: SpriteBenchmark, found: Recognition, seed: int) -
     def features(pictures: np.ndarray) -> np.ndarray:
         return judge.features(np.stack([judge.look(picture) for picture in pictures]))
 
-    true, shown = features(own_pictures(benchmark, found.sprites, seed)), features(found.pictures)
+    true, shown = features(own_pictures(benchmark, result.sprites, seed)), features(result.pictures)
     ratios = []
-    for sprite, own, drawn_one in zip(found.sprites, true, shown, strict=True):
+    for sprite, own, drawn_one in zip(result.sprites, true, shown, strict=True):
         others = [other for other in library.by_name[sprite.name] if other.style != sprite.style]
         between = 1 - features(own_pictures(benchmark, others, seed)) @ own
         ratios.append((1 - drawn_one @ own) / between.mean())

@@ -224,17 +224,17 @@ def of_recognition(subject: Subject, references: References, settings: Evaluatio
         if not sprites:
             continue
         place = folder / ("things" + suffix.replace("_", "-"))
-        found = recognition.drawn(subject.painter, benchmark, sprites, settings.seed, place, **settings.drawing)
-        outcomes[suffix] = found
+        result = recognition.drawn(subject.painter, benchmark, sprites, settings.seed, place, **settings.drawing)
+        outcomes[suffix] = result
         own = recognition.own_pictures(benchmark, sprites, settings.seed)
         decoded = recognition.through(subject.exact().model, own)
         for among in (1, recognition.MOST_LIKELY):
-            figures[f"recognised_{among}{suffix}"] = mean(found.right(among), "higher", paired=True)
+            figures[f"recognised_{among}{suffix}"] = mean(result.right(among), "higher", paired=True)
             for title, pictures in (("rendered", own), ("decoded", decoded)):
-                right = replace(found, names=recognition.named(benchmark.judge, pictures)).right(among)
+                right = replace(result, names=recognition.named(benchmark.judge, pictures)).right(among)
                 figures[f"recognised_{among}_{title}{suffix}"] = mean(right, "neither")
         if suffix:
-            ratios = recognition.style_distances(benchmark, found, settings.seed)
+            ratios = recognition.style_distances(benchmark, result, settings.seed)
             figures[f"style_distance{suffix}"] = mean(ratios, "lower", paired=True)
     first = outcomes[""]
     shown = [

@@ -101,8 +101,8 @@ def transformer_of(shapes: Shapes) -> Found | None:
 def found_in(file: Path) -> Found | None:
     """The transformer that a file holds; None for anything else. Raises ModelError, UnsafeError."""
     with loading(file):
-        found = [transformer_of(part.shapes) for part in parts_in(file)]
-    return next((each for each in found if each is not None), None)
+        known = [transformer_of(part.shapes) for part in parts_in(file)]
+    return next((each for each in known if each is not None), None)
 
 
 def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Model:
@@ -176,10 +176,10 @@ def _described(kind: str, config: str) -> dict[str, tuple[int, ...]] | None:
 
 def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, Any] | None]:
     """The part of the base that a part of a file takes the place of, and a transformer's config. Raises ModelError."""
-    if (found := transformer_of(part.shapes)) is not None:
-        if found.family is not family:
-            raise ModelError(f"{part.file} is of {found.family.name}, {base} of {family.name}")
-        return "transformer", found.config
+    if (transformer := transformer_of(part.shapes)) is not None:
+        if transformer.family is not family:
+            raise ModelError(f"{part.file} is of {transformer.family.name}, {base} of {family.name}")
+        return "transformer", transformer.config
     if _has_names_of_diffusers(part, family, base):
         return "transformer", None
     classes = next((classes for sign, classes in _SIGNS.items() if _ending(part.shapes, sign)), None)

@@ -85,9 +85,9 @@ _PLAIN: dict[str, Any] = {
 def load_single_file(path: Path) -> Model:
     """A model in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
     check_file(path)
-    found = found_in(path)
-    if found is not None or is_gguf(path):
-        what = "one network" if found is None else f"the transformer of {found.family.name}"
+    transformer = found_in(path)
+    if transformer is not None or is_gguf(path):
+        what = "one network" if transformer is None else f"the transformer of {transformer.family.name}"
         raise ModelError(
             f"{path} holds {what} and no tokenizer. Join it with a folder of this "
             f"family: latentdiff convert {path} OUTPUT --base FOLDER"
@@ -210,10 +210,10 @@ def described(path: Path) -> dict[str, Any]:
             names, metadata = list(file.keys()), dict(file.metadata() or {})
             counts = [math.prod(file.get_slice(name).get_shape()) for name in names]
             kinds = sorted({file.get_slice(name).get_dtype() for name in names})
-    found = found_in(path)
+    transformer = found_in(path)
     return {
         "name": path.stem,
-        "kind": _kind(names, path) if found is None else f"{found.family.name}, transformer",
+        "kind": _kind(names, path) if transformer is None else f"{transformer.family.name}, transformer",
         "hash": sha256_of(path),
         "tensors": len(names),
         "parameters": sum(counts),

@@ -313,8 +313,8 @@ def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:
     odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith(COUNTS)]
     if odd:
         raise ModelError(f"{folder.name}: weights must have 16 bits or more (got {odd[0]} in {folder.parent})")
-    found = {_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES}
-    return reduce(torch.promote_types, found) if found else torch.float32
+    dtypes = {_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES}
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def _kinds(file: Path) -> dict[str, str]:

@@ -76,12 +76,12 @@ class Conditions:
     @property
     def image_prompts(self) -> list[ImagePrompt]:
         """The image prompts, in order."""
-        found: dict[str, dict[str, Array]] = {}
+        prompts: dict[str, dict[str, Array]] = {}
         for name, array in sorted(self.arrays.items()):
             if name.startswith(IMAGE):
                 number, _, rest = name.removeprefix(IMAGE).partition("_")
-                found.setdefault(number, {})[rest] = array
-        return [ImagePrompt([a for n, a in own.items() if n != _MASK], own.get(_MASK)) for own in found.values()]
+                prompts.setdefault(number, {})[rest] = array
+        return [ImagePrompt([a for n, a in own.items() if n != _MASK], own.get(_MASK)) for own in prompts.values()]
 
     def get(self, name: str) -> Array | None:
         """The array of that name, or None."""

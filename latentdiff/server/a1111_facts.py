@@ -135,8 +135,8 @@ def tool_routes() -> APIRouter:
 
     @router.post("/png-info")
     def png_info(image: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
-        found = read_metadata_of(from_base64(image), "image", decoded=False)
-        texts = {name: text if isinstance(text, str) else json.dumps(text) for name, text in found.items()}
+        record = read_metadata_of(from_base64(image), "image", decoded=False)
+        texts = {name: text if isinstance(text, str) else json.dumps(text) for name, text in record.items()}
         return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}
 
     @router.post("/extra-single-image")

@@ -42,7 +42,7 @@ def routes(studio: Studio) -> APIRouter:
         start = -LATEST if since is None else _beginning(since)
         end = LATEST if until is None or until == date.max else _beginning(until + timedelta(days=1)) - 1
         search = Search(words, model, start, end, (LATEST, 0) if before is None else _place(before), count)
-        found = [
+        rows = [
             {
                 "name": each.name,
                 "place": "-".join(map(str, each.place)),
@@ -50,7 +50,7 @@ def routes(studio: Studio) -> APIRouter:
             }
             for each in studio.history.search(search)
         ]
-        return {"pictures": found, "models": studio.history.models()}
+        return {"pictures": rows, "models": studio.history.models()}
 
     @router.post("/api/read")
     def read(image: Annotated[str, Body(embed=True)]) -> dict[str, Any]:

@@ -109,8 +109,8 @@ class Studio:
             request = pipe.request(**settings)
             canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)
             jobs = jobs_of(pipe.model, request, canvas, hints=order.hints)
-            told = order.previews, order.follow, order.interruptible, order.is_kept
-            return self.worker.submit(Ticket(pipe.painter, jobs, order.client, *told))
+            watching = order.previews, order.follow, order.interruptible, order.is_kept
+            return self.worker.submit(Ticket(pipe.painter, jobs, order.client, *watching))
 
     @contextmanager
     def _holding(self) -> Iterator[list[LatentDiffusionPipeline]]:

@@ -64,7 +64,7 @@ def words_and_places(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[
     """The words of a prompt and the places of their tokens among those that the U-Net reads."""
     from latentdiff.networks.encoders.prompt import Style
 
-    found: list[tuple[str, list[int]]] = []
+    words: list[tuple[str, list[int]]] = []
     begins = True
     for number, chunk in enumerate(encoder.reader.chunks(prompt, Style())):
         tokens = encoder.tokenizer.convert_ids_to_tokens(chunk.ids)
@@ -72,11 +72,11 @@ def words_and_places(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[
             text = token.removesuffix("</w>")
             place = number * encoder.length + 1 + index
             if begins:
-                found.append((text, [place]))
+                words.append((text, [place]))
             else:
-                found[-1] = (found[-1][0] + text, [*found[-1][1], place])
+                words[-1] = (words[-1][0] + text, [*words[-1][1], place])
             begins = token != text
-    return found
+    return words
 
 
 def _grey(picture: np.ndarray) -> np.ndarray:

@@ -175,11 +175,11 @@ class ClassReading:
     def label(self, name: str) -> int:
         """The number of a class. Raises ConfigError for a name that is none."""
         name = normalize("NFC", name)
-        if (found := self._known.get(name.strip())) is None:
+        if (number := self._known.get(name.strip())) is None:
             near = get_close_matches(name.strip(), [known for known in self._known if known], n=1)
             meant = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(f"this model has no class {name[:60]!r}{meant}")
-        return found
+        return number
 
     def read(self, prompt: str, style: Style = PLAIN) -> Reading:
         """See Encoder."""
