@@ -87,7 +87,7 @@ class Labelled:
 
 PAIRS = [
     ("vectors", "variance preserving"),
-    ("points", "straight"),
+    pytest.param(("points", "straight"), marks=pytest.mark.slow),
     pytest.param(("vectors", "straight"), marks=pytest.mark.slow),
     pytest.param(("points", "variance preserving"), marks=pytest.mark.slow),
 ]
