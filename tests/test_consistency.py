@@ -9,6 +9,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.easy_consistency import LOG_MEAN, LOG_STD, EasyConsistencyLoss
 from latentdiff.diffusion.parametrization import boundary, parametrization_named
@@ -16,6 +17,7 @@ from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.diffusion.times import Times
 from latentdiff.drawing.presets import PRESETS
+from latentdiff.settings.finetuning import load_finetuning
 
 from . import stable_diffusion
 from .forked import Started
@@ -243,6 +245,22 @@ def test_the_end_of_a_path_without_signal(path, prediction, end):
     x0 = torch.ones(1, 2)
     value = loss(lambda x, time, conditions: x, None, x0, x0, torch.stack([at, after])[None], None, None)
     assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"consistency.objective": "ect", "consistency.steps": 20}, "steps has no effect"),
+        ({"consistency.shrink": 20}, "shrink has no effect"),
+        ({"consistency.objective": "ect", "finetune.times": "logit_normal"}, "has its own times"),
+        ({"consistency.objective": "dmd"}, "must be 'lcm' or 'ect'"),
+        ({"consistency.objective": "ect", "consistency.shrink": 1}, "shrink"),
+    ],
+)
+def test_settings_without_effect(settings, message):
+    given = {"method": "consistency", "data.kind": "pictures", "data.pictures.source": "photos", **settings}
+    with pytest.raises(ConfigError, match=message):
+        load_finetuning(None, tuple(given.items()))
 
 
 def test_times_of_tuning():

@@ -2,8 +2,8 @@
 
     loss = E d(f(x_t, t), f(x_s, s) without gradient)  x_s: one DDIM step of the guided teacher from x_t
 
-with d(a, b) = sqrt(|a - b|^2 + c^2) - c, the pseudo-Huber distance, value by value (Song et al. 2023, Consistency
-Models; Luo et al. 2023, Latent Consistency Models, algorithm 1). The teacher's guidance is inside the student, which is
+with d the pseudo-Huber distance (Song et al. 2023, Consistency Models; Luo et al. 2023, Latent Consistency Models,
+algorithm 1). The teacher's guidance is inside the student, which is
 drawn without. f: see diffusion/jump.py.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import columns, denoised, distance, jump, nearer, table
+from latentdiff.diffusion.jump import columns, denoised, distance, end_of, jump, nearer, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
@@ -28,7 +28,7 @@ class ConsistencyLoss:
     def __init__(self, path: Path, prediction: str, *, steps: int, guidance: float, huber: float):
         self.path, self.steps, self._guidance, self._huber = path, steps, guidance, huber
         grid = path.levels(steps, "distilled" if path.whole else "trailing")[:-1]
-        self._table = table([*grid, path.numbered(0)], prediction)
+        self._table = table([*grid, end_of(path)], prediction)
 
     def number(self, t: float) -> int:
         """The place in the grid that a training time of the path stands for."""
@@ -51,4 +51,4 @@ class ConsistencyLoss:
                 free = denoised(teacher, x, at, uncond)
                 guided = free + self._guidance * (guided - free)
             goal = jump(student, nearer(x, guided, at, after), after, cond)
-        return distance(jump(student, x, at, cond), goal, self._huber).flatten(1).mean(1)
+        return distance(jump(student, x, at, cond), goal, self._huber)

@@ -3,8 +3,8 @@
     loss = E 1 / (r_t - r_s) d(f(x_t, t), f(x_s, s) without gradient)       x_t = alpha_t x0 + sigma_t noise
     r_s = r_t (1 - n(r_t) / q)        n(r) = 1 + k sigmoid(-b r)            x_s = alpha_s x0 + sigma_s noise
 
-with the noise-to-signal ratio r = sigma / alpha (their t), one x0 and noise for both, and the pseudo-Huber distance
-d(a, b) = sqrt(|a - b|^2 + c^2) - c of whole pictures (their sections 3 and 4). At q = 1 this is the diffusion loss: x_s
+with the noise-to-signal ratio r = sigma / alpha (their t), one x0 and noise for both, and the pseudo-Huber distance d
+(their sections 3 and 4). At q = 1 this is the diffusion loss: x_s
 would be the data. f: see diffusion/jump.py.
 
 A guided student: in place of x0, x_s is a step towards free + w (x0 - free), where `free` is what the model as it was
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import columns, denoised, distance, jump, nearer, row_of
+from latentdiff.diffusion.jump import columns, denoised, distance, end_of, jump, nearer, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
@@ -45,7 +45,9 @@ class EasyConsistencyLoss:
         ratio = min(level.sigma / level.alpha, LARGEST_RATIO) if level.alpha else LARGEST_RATIO
         share = (1 + K / (1 + math.exp(B * ratio))) / self._shrink
         after = self.path.level_of(ratio * max(1 - share, 0.0))
-        return torch.tensor([row_of(each, self._prediction) for each in (level, after)], dtype=torch.float64).float()
+        if after.t <= self.path.numbered(0).t:
+            after = end_of(self.path)
+        return table([level, after], self._prediction)
 
     def __call__(
         self, student: Network, teacher: Network, x0: Tensor, noise: Tensor, rows: Tensor, cond: Any, uncond: Any
@@ -59,8 +61,7 @@ class EasyConsistencyLoss:
                 free = denoised(teacher, x, at, uncond)
                 guided = free + self._guidance * (x0 - free)
             goal = jump(student, nearer(x, guided, at, after), after, cond)
-        apart = (jump(student, x, at, cond) - goal).flatten(1).norm(dim=1)
-        return distance(apart, torch.zeros_like(apart), self._huber * x0[0].numel() ** 0.5) / self._fall(at, after)
+        return distance(jump(student, x, at, cond), goal, self._huber) / self._fall(at, after)
 
     def _fall(self, at: Any, after: Any) -> Tensor:
         """r_t - r_s, (B,)."""

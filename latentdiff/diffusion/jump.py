@@ -5,6 +5,7 @@ f(x_t, t) = c_skip x_t + c_out x0(x_t, t)          f(x_0, 0) = x_0
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.parametrization import Network, boundary, parametrization_named
+from latentdiff.diffusion.path import Path
 
 
 class Row(NamedTuple):
@@ -27,11 +29,16 @@ class Row(NamedTuple):
     c_out: float
 
 
-def row_of(level: NoiseLevel, prediction: str, *, is_end: bool = False) -> Row:
-    """The numbers of a level. is_end: f is the identity there, whatever its time."""
+def row_of(level: NoiseLevel, prediction: str) -> Row:
+    """The numbers of a level; at the end f is the identity, whatever its time."""
     c = parametrization_named(prediction)(level)
-    ends = (1.0, 0.0) if is_end else boundary(level.t)
+    ends = boundary(level.t) if level.sigma else (1.0, 0.0)
     return Row(level.alpha, level.sigma, c.time, c.scale, c.skip, c.out, *ends)
+
+
+def table(levels: Sequence[NoiseLevel], prediction: str) -> Tensor:
+    """The rows of levels, (N, 8)."""
+    return torch.tensor([row_of(level, prediction) for level in levels], dtype=torch.float64).float()
 
 
 def columns(rows: Tensor, like: Tensor) -> Any:
@@ -62,13 +69,20 @@ def nearer(x: Tensor, x0: Tensor, at: Any, after: Any) -> Tensor:
     return step
 
 
-def distance(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """The pseudo-Huber distance of values, sqrt((a - b)^2 + c^2) - c, (B, ...)."""
-    apart: Tensor = ((a - b) ** 2 + c**2).sqrt() - c
+def distance(a: Tensor, b: Tensor, huber: float) -> Tensor:
+    """The pseudo-Huber distance of pictures, sqrt(|a - b|^2 + c^2) - c with c = huber sqrt(number of values), (B,).
+
+    (Song and Dhariwal 2024, Improved Techniques for Training Consistency Models, section 3.3.) Where every value had its
+    own, small errors would weigh as much as large ones, and a small student's pictures come out grained.
+    """
+    c = huber * a[0].numel() ** 0.5
+    apart: Tensor = ((a - b).flatten(1).square().sum(1) + c**2).sqrt() - c
     return apart
 
 
-def table(levels: list[NoiseLevel], prediction: str) -> Tensor:
-    """The rows of a grid of levels, at whose last f is the identity, (N, 8)."""
-    rows = [row_of(level, prediction, is_end=number == len(levels) - 1) for number, level in enumerate(levels)]
-    return torch.tensor(rows, dtype=torch.float64).float()
+def end_of(path: Path) -> NoiseLevel:
+    """The end of a jump: the data without noise, at the time of the path's least noisy level.
+
+    A path's own last level has some noise, which a student would learn to draw.
+    """
+    return NoiseLevel(path.numbered(0).t, 1.0, 0.0)
