@@ -1,10 +1,14 @@
 """Consistency distillation: a student that jumps from any level to x0, as its teacher's guided path would end.
 
-    loss = E d(f(x_t, t), f(x_s, s) without gradient)  x_s: one DDIM step of the guided teacher from x_t
+    loss = E 1 / (r_t - r_s) d(f(x_t, t), f(x_s, s) without gradient)
+
+    x_s: one DDIM step of the guided teacher from x_t          r = sigma / alpha
 
 with d the pseudo-Huber distance (Song et al. 2023, Consistency Models; Luo et al. 2023, Latent Consistency Models,
-algorithm 1). The teacher's guidance is inside the student, which is
-drawn without. f: see diffusion/jump.py.
+algorithm 1). The teacher's guidance is inside the student, which is drawn without. f: see diffusion/jump.py.
+
+The weight is that of Song and Dhariwal 2024 (section 3.1). With equal weights, as Luo et al. have them, the large errors
+at high noise spoil what a small student knows at low noise, from which it learns the rest: its loss rises instead.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import columns, denoised, distance, end_of, jump, nearer, table
+from latentdiff.diffusion.jump import columns, denoised, distance, end_of, fall, jump, nearer, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
@@ -51,4 +55,4 @@ class ConsistencyLoss:
                 free = denoised(teacher, x, at, uncond)
                 guided = free + self._guidance * (guided - free)
             goal = jump(student, nearer(x, guided, at, after), after, cond)
-        return distance(jump(student, x, at, cond), goal, self._huber)
+        return distance(jump(student, x, at, cond), goal, self._huber) / fall(at, after)

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import columns, denoised, distance, end_of, jump, nearer, table
+from latentdiff.diffusion.jump import LARGEST_RATIO, columns, denoised, distance, end_of, fall, jump, nearer, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
 K, B = 8.0, 1.0
-LARGEST_RATIO = 80.0  # EDM's: a path that ends in pure noise has no finite one there
 LOG_MEAN, LOG_STD = -1.1, 2.0  # of the logarithm of the ratios in training
 
 
@@ -61,10 +60,4 @@ class EasyConsistencyLoss:
                 free = denoised(teacher, x, at, uncond)
                 guided = free + self._guidance * (x0 - free)
             goal = jump(student, nearer(x, guided, at, after), after, cond)
-        return distance(jump(student, x, at, cond), goal, self._huber) / self._fall(at, after)
-
-    def _fall(self, at: Any, after: Any) -> Tensor:
-        """r_t - r_s, (B,)."""
-        ratios = ((row.sigma / row.alpha).flatten().clamp(max=LARGEST_RATIO) for row in (at, after))
-        high, low = ratios
-        return (high - low).clamp(min=1e-6)
+        return distance(jump(student, x, at, cond), goal, self._huber) / fall(at, after)

@@ -15,6 +15,8 @@ from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.parametrization import Network, boundary, parametrization_named
 from latentdiff.diffusion.path import Path
 
+LARGEST_RATIO = 80.0  # EDM's
+
 
 class Row(NamedTuple):
     """The numbers of a level: x_t = alpha x0 + sigma noise; x0 = skip x + out F(scale x, time); c_skip and c_out."""
@@ -72,12 +74,21 @@ def nearer(x: Tensor, x0: Tensor, at: Any, after: Any) -> Tensor:
 def distance(a: Tensor, b: Tensor, huber: float) -> Tensor:
     """The pseudo-Huber distance of pictures, sqrt(|a - b|^2 + c^2) - c with c = huber sqrt(number of values), (B,).
 
-    (Song and Dhariwal 2024, Improved Techniques for Training Consistency Models, section 3.3.) Where every value had its
-    own, small errors would weigh as much as large ones, and a small student's pictures come out grained.
+    (Song and Dhariwal 2024, Improved Techniques for Training Consistency Models, section 3.3.) With a distance for every
+    value small errors would weigh as much as large ones.
     """
     c = huber * a[0].numel() ** 0.5
     apart: Tensor = ((a - b).flatten(1).square().sum(1) + c**2).sqrt() - c
     return apart
+
+
+def fall(at: Any, after: Any) -> Tensor:
+    """The difference of the noise-to-signal ratios r = sigma / alpha of two levels, (B,).
+
+    A path may end without signal, so r is at most 80 at the first level, EDM's largest, and at most 40 at the second.
+    """
+    high, low = ((row.sigma / row.alpha).flatten() for row in (at, after))
+    return (high.clamp(max=LARGEST_RATIO) - low.clamp(max=LARGEST_RATIO / 2)).clamp(min=1e-6)
 
 
 def end_of(path: Path) -> NoiseLevel:
