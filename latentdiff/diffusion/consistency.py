@@ -7,7 +7,7 @@
 with d the pseudo-Huber distance (Song et al. 2023, Consistency Models; Luo et al. 2023, Latent Consistency Models,
 algorithm 1). The teacher's guidance is inside the student, which is drawn without. f: see diffusion/jump.py.
 
-The weight is that of Song and Dhariwal 2024 (section 3.1). With equal weights, as Luo et al. have them, the large errors
+The weight is that of Song and Dhariwal 2024 (section 3.1). With equal weights, as Luo et al. have them, large errors
 at high noise spoil what a small student knows at low noise, from which it learns the rest: its loss rises instead.
 """
 

@@ -74,8 +74,8 @@ def nearer(x: Tensor, x0: Tensor, at: Any, after: Any) -> Tensor:
 def distance(a: Tensor, b: Tensor, huber: float) -> Tensor:
     """The pseudo-Huber distance of pictures, sqrt(|a - b|^2 + c^2) - c with c = huber sqrt(number of values), (B,).
 
-    (Song and Dhariwal 2024, Improved Techniques for Training Consistency Models, section 3.3.) With a distance for every
-    value small errors would weigh as much as large ones.
+    (Song and Dhariwal 2024, Improved Techniques for Training Consistency Models, section 3.3.) With a distance for each
+    value, small errors would weigh as much as large ones.
     """
     c = huber * a[0].numel() ** 0.5
     apart: Tensor = ((a - b).flatten(1).square().sum(1) + c**2).sqrt() - c
