@@ -74,7 +74,7 @@ class Solution(torch.nn.Module):
 
 @pytest.mark.parametrize("prediction", PATHS)
 def test_the_solution_has_no_loss(prediction):
-    """As the steps of the teacher's solver become small: its error in a step is of second order, the weight of first."""
+    """As the steps of the teacher's solver become small: its error is of second order, the weight of first."""
     path = PATHS[prediction]
     x0 = MEAN + STD * torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(4096, 1, generator=torch.Generator().manual_seed(1))
