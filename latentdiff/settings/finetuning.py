@@ -239,13 +239,15 @@ def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
         "textual-inversion": (5e-4, 5e-3),
         "controlnet": (1e-5, 2e-4),
         "ip-adapter": (1e-4, 1e-3),
-        "consistency": (1e-4, 1e-3) if factors else (1e-6, 1e-4),
+        "lcm": (1e-4, 5e-5) if factors else (1e-6, 1e-5),  # a small student diverges at ten times this rate
+        "ect": (1e-4, 1e-3) if factors else (1e-6, 1e-4),
     }
+    method = config.consistency.objective if config.method == "consistency" else config.method
     own = config.finetune.training
     steps = {"dreambooth": 400, "textual-inversion": 1000, **dict.fromkeys(_BESIDE, 5000)}.get(config.method, 2000)
     steps = own.max_train_steps if "max_train_steps" in own.model_fields_set else steps
     training: dict[str, Any] = {
-        "learning_rate": rates[config.method][small],
+        "learning_rate": rates[method][small],
         "max_train_steps": steps,
         "train_batch_size": (16 if small else 4) if config.method in _OF_MANY else 4 if small else 1,
         "lr_schedule": "constant" if config.method == "textual-inversion" else "trapezoid",
