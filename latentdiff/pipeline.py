@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentdiff.core.arrays import Array
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.core.files import recorded
 from latentdiff.core.turn import Turn
 from latentdiff.diffusion.samplers import Step
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     from latentdiff.drawing.extras import Fit
 
+    Load = Callable[[Painter], tuple[Painter, Fit]]
+
 __all__ = ["LatentDiffusionPipeline", "ModelCard", "Output"]
 
 
@@ -55,10 +57,11 @@ class LatentDiffusionPipeline:
     during a call. speed: see `runtime.speed`; it is applied when the first picture is drawn.
     """
 
-    __slots__ = ("_painter", "_speed", "_turn")
+    __slots__ = ("_loads", "_painter", "_speed", "_turn")
 
     def __init__(self, model: Model, *, speed: Speed = "exact"):
         self._painter, self._speed, self._turn = Painter(model), speed, Turn()
+        self._loads: tuple[Load, ...] = ()  # what has changed the weights of compiled networks
         self._forget()
 
     @classmethod
@@ -116,7 +119,8 @@ class LatentDiffusionPipeline:
 
         with self._changing("saving"):  # without what is fused for speed
             check_merged(self._painter)
-            save_model(self.model, as_path(directory))
+            changed = any(source.kind in ("merged", "few-steps", "vae") for source in self._painter.sources.values())
+            save_model(self.model, as_path(directory), with_student=not changed)
 
     # what it is made of
 
@@ -349,7 +353,7 @@ class LatentDiffusionPipeline:
             self._painter, fit = load(self._painter)
             return fit
 
-    def _fused(self, load: Callable[[Painter], tuple[Painter, Fit]]) -> Fit | None:
+    def _fused(self, load: Load) -> Fit | None:
         """Put the weights that an adapter changes into compiled networks.
 
         None for an adapter with words, which only torch's text encoders learn.
@@ -357,16 +361,14 @@ class LatentDiffusionPipeline:
         from latentdiff.runtime import merging
 
         before = self._painter
-        assert before.model.other is not None
-        by_torch, fit = load(replace(before, model=before.model.other()))
+        by_torch, fit = load(replace(before, model=_exact(before, self._loads)))
         if fit.words:
             return None
-        source = by_torch.sources[f"adapter {fit.name}"]
+        (source,) = (by_torch.sources[name] for name in by_torch.sources.keys() - before.sources.keys())
         tensors = merging.weights_of(by_torch.model, fit.layers, Path(source.path))
-        model = merging.with_weights(
-            before.model, lambda: tensors, f"{source.sha256} {source.weight}", _after(load, before)
-        )
-        self._painter = replace(by_torch, model=model)
+        made = _after(load, before, source)
+        model = merging.with_weights(before.model, lambda: tensors, merging.hash_of(tensors), made)
+        self._painter, self._loads = replace(by_torch, model=model), (*self._loads, load)
         self._forget()
         return fit
 
@@ -376,33 +378,46 @@ class LatentDiffusionPipeline:
         Calls then draw in 4 steps without guidance, unless they ask for others. Raises ConfigError, ModelError.
         """
         from latentdiff.drawing import extras
-        from latentdiff.runtime import merging
 
         before, file = self._painter, extras.few_steps_of(self.card)
         if "few-steps" in before.sources:
             return
+        if self.model.quantized:
+            raise ConfigError(
+                f"a student of few steps requires weights that are not quantized ({self.model.quantized})"
+            )
         load = partial(extras.with_few_steps, file=file)
         if before.model.other is None:
             with self._changing("a student of few steps"):
                 self._painter, _ = load(self._painter)
+        elif any(source.kind == "merged" for source in before.sources.values()):
+            self._fused(load)
         else:
-            source, made = extras.source_of_few_steps(file), before.model.other
-
-            def tensors() -> Any:  # only once: compiled graphs are kept
-                by_torch, fit = load(replace(before, model=made()))
-                return merging.weights_of(by_torch.model, fit.layers, file)
-
-            model = merging.with_weights(before.model, tensors, source.sha256, _after(load, before))
-            self._painter = replace(before, model=model).with_source("few-steps", source)
+            self._painter = self._later(load, extras.source_of_few_steps(file), file)
+            self._loads = (load,)
             self._forget()
         self._recommend(**PRESETS["lcm"])
+
+    def _later(self, load: Load, source: Source, file: Path) -> Painter:
+        """The painter with compiled networks that a file changes; it is read when a graph is not in the cache."""
+        from latentdiff.runtime import merging
+
+        before, made = self._painter, _after(load, self._painter, source)
+
+        def tensors() -> Any:
+            by_torch, fit = load(replace(before, model=_exact(before)))
+            _check_same(by_torch.sources["few-steps"], source)
+            return merging.weights_of(by_torch.model, fit.layers, file)
+
+        model = merging.with_weights(before.model, tensors, source.sha256, made)
+        return replace(before, model=model).with_source("few-steps", source)
 
     @property
     def has_few_steps(self) -> bool:
         """Whether the model's folder has a student of few steps, see `load_few_steps`."""
         from latentdiff.drawing import extras
 
-        return extras.few_steps_in(self.card) is not None
+        return extras.few_steps_at(self.card.folder) is not None
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
         """Make these adapters active, with one weight for all or one each."""
@@ -799,8 +814,41 @@ class LatentDiffusionPipeline:
         return pixels.encode(self.model, pictures)
 
 
-def _after(load: Callable[[Painter], tuple[Painter, Any]], before: Painter) -> Callable[[], Model]:
-    """Makes the model by torch that a compiled one becomes by a change: `load` of a painter with torch's networks."""
+def _exact(painter: Painter, loads: Iterable[Load] = ()) -> Model:
+    """The model of a painter by torch in float32, after what has changed its weights.
+
+    Whatever precision it is drawn in, adapters are added in float32, so that pictures do not depend on it.
+    """
+    import torch
+
+    from latentdiff.families.loading import stored_model
+    from latentdiff.runtime.device import moved
+
+    card = painter.model.card
+    changed = Painter(moved(stored_model(card.folder, card.variant), "cpu", torch.float32))
+    for load in loads:
+        changed, _ = load(changed)
+    return changed.model
+
+
+def _after(load: Load, before: Painter, source: Source) -> Callable[[], Model]:
+    """Makes the model by torch that a compiled one becomes by a change: `load` of a painter with torch's networks.
+
+    source: of the file that is read again then.
+    """
     other = before.model.other
     assert other is not None
-    return lambda: load(replace(before, model=other()))[0].model
+
+    def made() -> Model:
+        after, _ = load(replace(before, model=other()))
+        (again,) = (after.sources[name] for name in after.sources.keys() - before.sources.keys())
+        _check_same(again, source)
+        return after.model
+
+    return made
+
+
+def _check_same(again: Source, source: Source) -> None:
+    """Raises ModelError if a file is another one than when it was loaded."""
+    if again.sha256 != source.sha256:
+        raise ModelError(f"{source.path or source.kind} was changed after it was loaded. Load it again")

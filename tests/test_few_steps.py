@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import shutil
 from functools import partial
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.data.folder import listing
 from latentdiff.data.source import Options
 from latentdiff.drawing.extras import adapted
@@ -179,6 +180,94 @@ def test_the_second_start_reads_no_adapter(place, tmp_path, monkeypatch):
     assert (drawn[0] == drawn[1]).all()
 
 
+def test_a_file_that_changes(place, tmp_path):
+    """A config beside an adapter is a part of it; a file that is another one when it is read again is refused."""
+    shutil.copytree(place / "bare", tmp_path / "model")
+    folder, state = tmp_path / "adapter", load_file(place / "1.safetensors")
+    folder.mkdir()
+    save_file({name: t for name, t in state.items() if name.startswith("unet.")}, folder / "adapter_model.safetensors")
+    drawn = {}
+    for alpha in (2, 8):
+        (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        for runtime in ("openvino", "torch"):
+            pipe = opened(tmp_path, runtime)
+            pipe.load_lora_weights(folder, fuse=True)
+            drawn[alpha, runtime] = pipe(num_inference_steps=2, **ASKED).images.astype(int)
+        assert np.abs(drawn[alpha, "openvino"] - drawn[alpha, "torch"]).max() <= 1
+    assert np.abs(drawn[2, "torch"] - drawn[8, "torch"]).max() > 10
+    student = tmp_path / "model" / "few_steps" / "pytorch_lora_weights.safetensors"
+    student.parent.mkdir()
+    shutil.copy(place / "1.safetensors", student)
+    pipe = opened(tmp_path, "openvino")
+    pipe.load_few_steps()
+    shutil.copy(place / "2.safetensors", student)
+    with pytest.raises(ModelError, match="few-steps was changed after it was loaded"):
+        pipe(**ASKED)
+    shutil.copy(place / "1.safetensors", tmp_path / "x.safetensors")
+    pipe = opened(tmp_path, "auto")
+    pipe.load_lora_weights(tmp_path / "x.safetensors", fuse=True)
+    shutil.copy(place / "2.safetensors", tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=r"x\.safetensors was changed after it was loaded"):
+        pipe(vae_tiling=True, **ASKED)
+
+
+def test_saved_with_its_student(place, tmp_path):
+    """The student stays with the weights that it belongs to, and with no others."""
+    opened(place, "torch").save_pretrained(tmp_path / "saved")
+    assert opened_at(tmp_path / "saved").has_few_steps
+    opened_at(place / "bare").save_pretrained(tmp_path / "saved")
+    assert not opened_at(tmp_path / "saved").has_few_steps
+    for load in (
+        lambda pipe: pipe.load_few_steps(),
+        lambda pipe: pipe.load_lora_weights(place / "1.safetensors", fuse=True),
+    ):
+        pipe = opened(place, "torch")
+        load(pipe)
+        pipe.save_pretrained(tmp_path / "saved")
+        assert not opened_at(tmp_path / "saved").has_few_steps
+
+
+def opened_at(folder):
+    return LatentDiffusionPipeline.from_pretrained(folder, runtime="torch", device="cpu")
+
+
+def test_a_student_beside_others(place, tmp_path):
+    """After an adapter of the usual file name; with words, or on quantized weights, it is refused."""
+    (tmp_path / "lora").mkdir()
+    shutil.copy(place / "1.safetensors", tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    drawn = []
+    for runtime in ("openvino", "torch"):
+        pipe = opened(place, runtime)
+        pipe.load_lora_weights(tmp_path / "lora" / "pytorch_lora_weights.safetensors", fuse=True)
+        pipe.load_few_steps()
+        drawn.append(pipe(**ASKED).images.astype(int))
+        assert [each.kind for each in pipe.painter.sources.values()] == ["merged", "few-steps"]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    with pytest.raises(ConfigError, match="requires weights that are not quantized"):
+        opened(place, "auto", quantize="int8").load_few_steps()
+    shutil.copytree(place / "model", tmp_path / "model")
+    width = stored_model(None).parts["text_encoder"].get_input_embeddings().weight.shape[1]
+    words = {"bundle_emb.zork.string_to_param.*": torch.ones(1, width)}
+    file = tmp_path / "model" / "few_steps" / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file) | words, file)
+    for runtime in ("openvino", "torch"):
+        pipe = opened(tmp_path, runtime)
+        with pytest.raises(ModelError, match="cannot have learnt words"):
+            pipe.load_few_steps()
+            pipe(**ASKED)
+
+
+def test_two_adapters_of_one_name(place, call, tmp_path):
+    words = ["generate", PROMPT, "-m", place / "bare", "--steps", 2, "-s", 1, "-o", "two.png"]
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        shutil.copy(place / f"{number}.safetensors", tmp_path / str(number) / "pytorch_lora_weights.safetensors")
+        words += ["--lora", f"{number}/pytorch_lora_weights.safetensors:0.5"]
+    assert call(*words)[0] == 0
+    code, _, err = call("reproduce", "two.png", "--model", place / "bare")
+    assert code == 0, err
+
+
 def test_drawing_while_typing(place, tmp_path):
     """The server draws with the student and keeps nothing; another request is drawn by the plain model."""
     pipe = opened(place, "torch")
@@ -209,7 +298,19 @@ def test_the_models_own_pictures(place, call, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo green stars\n")
     words = ("--prompts-file", "prompts.txt", "-m", place / "model", "--steps", 1, "-s", 1, "-N", 2, "-o", "drawn")
     assert call("generate", *words)[0] == 0
-    (tmp_path / "drawn" / "other.png").write_bytes(png(Image.new("RGB", (8, 8))))
+    plain = png(Image.new("RGB", (8, 8)))
+    huge = plain[:16] + (40000).to_bytes(4) * 2 + plain[24:]
+    for number, content in enumerate((plain, huge, plain[:40], b"no picture")):
+        (tmp_path / "drawn" / f"other{number}.png").write_bytes(content)
     found = listing(tmp_path / "drawn", Options(layout="drawn"))
     captions = sorted(record.captions for record in found.records)
-    assert captions == [(), ("a red circle",), ("a red circle",), ("two green stars",), ("two green stars",)]
+    assert captions == [
+        (),
+        (),
+        (),
+        (),
+        ("a red circle",),
+        ("a red circle",),
+        ("two green stars",),
+        ("two green stars",),
+    ]

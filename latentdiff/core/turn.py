@@ -24,3 +24,6 @@ class Turn:
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return Turn, ()
+
+
+LOADING = Turn()  # transformers and peft change torch's classes while they make modules, which other threads would see

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 from PIL import Image
+
+from latentdiff.core.errors import DataError
+from latentdiff.data.source import captions_in
 
 RECORD = "latentdiff"  # the PNG's text chunk, see drawing/record.py
 
@@ -13,8 +17,11 @@ RECORD = "latentdiff"  # the PNG's text chunk, see drawing/record.py
 def prompts_in(path: Path) -> tuple[str, ...]:
     """The prompt in a PNG's record; () for a file without one, which is then a picture without a caption."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with warnings.catch_warnings(), Image.open(path, formats=["PNG"]) as image:
+            warnings.simplefilter("ignore")
             prompt = json.loads(image.text[RECORD])["request"]["prompt"]  # type: ignore[attr-defined]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return captions_in({"text": prompt}, path.name)
+    except DataError:  # a prompt that is no text
+        raise
+    except Exception:  # a picture that cannot be read is reported with its pixels, by core/decoding
         return ()
-    return (prompt,) if isinstance(prompt, str) and prompt.strip() else ()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.core.files import recorded, sha256_of
+from latentdiff.core.turn import LOADING
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.record import Source
 from latentdiff.formats.folder import FEW_STEPS, FEW_STEPS_FILE
@@ -73,12 +74,14 @@ def with_adapter(
     if f"adapter {called}" in painter.sources:
         raise ConfigError(f"the adapter name {called!r} is in use. Give this one another name ({path})")
     networks = adapted(painter.model)
-    adapter = adapter_file.read_adapter(path, networks)
+    with LOADING:
+        adapter = adapter_file.read_adapter(path, networks)
     bundled = [_words(painter, state, file, _free(painter, word)) for word, state in adapter.words.items()]
-    if merged:
-        attached.merge(adapter, networks, weight)
-    else:
-        attached.attach(adapter, networks, called, weight)
+    with LOADING:
+        if merged:
+            attached.merge(adapter, networks, weight)
+        else:
+            attached.attach(adapter, networks, called, weight)
     for words in bundled:
         words.add()
     source = Source("merged" if merged else "lora", recorded(path), sha256_of(file), weight)
@@ -88,15 +91,15 @@ def with_adapter(
     return painter.with_source(f"adapter {called}", source), fit
 
 
-def few_steps_in(card: ModelCard) -> Path | None:
+def few_steps_at(folder: Path | None) -> Path | None:
     """The file of the student of few steps in a model's folder; None if it has none."""
-    file = None if card.folder is None else card.folder / FEW_STEPS / FEW_STEPS_FILE
+    file = None if folder is None else folder / FEW_STEPS / FEW_STEPS_FILE
     return file if file is not None and file.is_file() else None
 
 
 def few_steps_of(card: ModelCard) -> Path:
-    """See `few_steps_in`. Raises ConfigError if the folder has none."""
-    if (file := few_steps_in(card)) is None:
+    """See `few_steps_at`. Raises ConfigError if the folder has none."""
+    if (file := few_steps_at(card.folder)) is None:
         raise ConfigError(f"{card.name} has no student of few steps in its folder ({FEW_STEPS})")
     return file
 
@@ -108,7 +111,9 @@ def source_of_few_steps(file: Path) -> Source:
 
 def with_few_steps(painter: Painter, file: Path) -> tuple[Painter, Fit]:
     """Merge a model's student of few steps into the weights. Raises ModelError."""
-    merged, fit = with_adapter(painter, file, merged=True)
+    merged, fit = with_adapter(painter, file, name=FEW_STEPS, merged=True)
+    if fit.words:
+        raise ModelError(f"a student of few steps cannot have learnt words ({', '.join(fit.words)} in {file})")
     return replace(merged, sources=painter.sources).with_source("few-steps", source_of_few_steps(file)), fit
 
 

@@ -53,7 +53,7 @@ class Opened(Protocol):
     def load_few_steps(self) -> None: ...  # noqa: D102
     def load_ip_adapter(self, path: Path, *, image_encoder_folder: Path | None) -> None: ...  # noqa: D102
     def load_textual_inversion(self, path: Path, token: str | None = None) -> Any: ...  # noqa: D102
-    def load_lora_weights(self, path: Path, *, weight: float, fuse: bool) -> Any: ...  # noqa: D102
+    def load_lora_weights(self, path: Path, name: str | None, *, weight: float, fuse: bool) -> Any: ...  # noqa: D102
 
 
 class _Data(BaseModel):
@@ -274,7 +274,8 @@ def _load(pipe: Opened, source: SourceRecord, places: Sequence[Path]) -> None:
         elif source.kind == "embedding":
             pipe.load_textual_inversion(path, source.word)
         else:
-            pipe.load_lora_weights(path, weight=source.weight, fuse=source.kind == "merged")
+            name = f"{path.stem}_{len(pipe.painter.sources) + 1}"  # two files may have the same name
+            pipe.load_lora_weights(path, name, weight=source.weight, fuse=source.kind == "merged")
     latest = list(pipe.painter.sources.values())[-1]
     if latest.sha256 != source.sha256:
         both = f"{latest.sha256[:10]}, not {source.sha256[:10]}"

@@ -10,17 +10,18 @@ from typing import NamedTuple
 
 from latentdiff.core.errors import ConfigError, ModelError, saving
 from latentdiff.core.files import recorded, whole, write_json, write_text
+from latentdiff.core.turn import LOADING
 from latentdiff.families import check_folder
 from latentdiff.families.card import FILE as CARD_FILE
 from latentdiff.families.card import THINGS, WORDS, card_tree, model_card
 from latentdiff.families.scheduler import FILE as SCHEDULER_FILE
 from latentdiff.families.scheduler import scheduler_config
-from latentdiff.formats.folder import NETWORKS, folder_hash
+from latentdiff.formats.folder import FEW_STEPS, NETWORKS, folder_hash
 from latentdiff.model import Family, Model, ModelCard
 
 DEFAULT_MODEL = "scenes-64"
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-_PARTS = frozenset({*NETWORKS, *_TOKENIZERS, WORDS, THINGS})  # of another model none may stay
+_PARTS = frozenset({*NETWORKS, *_TOKENIZERS, WORDS, THINGS, FEW_STEPS})  # of another model none may stay
 
 
 class Located(NamedTuple):
@@ -85,10 +86,12 @@ def stored_model(path: str | Path | None, variant: str | None = None, revision: 
     if source.path.is_file():
         from latentdiff.families.single_file import load_single_file
 
-        model = load_single_file(source.path)
+        with LOADING:
+            model = load_single_file(source.path)
     else:
         family, _ = check_folder(source.path)
-        model = family.load(source.path, variant)
+        with LOADING:
+            model = family.load(source.path, variant)
     return replace(model, card=_named(model.card, source, variant))
 
 
@@ -102,8 +105,10 @@ def _named(card: ModelCard, source: Located, variant: str | None) -> ModelCard:
     return replace(card, name=name, source=source.source, variant=variant)
 
 
-def save_model(model: Model, directory: Path) -> None:
+def save_model(model: Model, directory: Path, *, with_student: bool = False) -> None:
     """Write a folder: networks, tokenizer, scheduler, model_index, latentdiff.json, and its CLIP if it has one.
+
+    with_student: also its student of few steps if it has one, which belongs to these weights.
 
     Raises ConfigError for a model without a family and for a path that is a file.
     """
@@ -118,6 +123,9 @@ def save_model(model: Model, directory: Path) -> None:
         clip = None if model.card.folder is None else model.card.folder / "clip"
         if clip is not None and clip.is_dir():
             shutil.copytree(clip, made / "clip")
+        student = None if model.card.folder is None else model.card.folder / FEW_STEPS
+        if with_student and student is not None and student.is_dir():
+            shutil.copytree(student, made / FEW_STEPS)
         model.family.save(model, made)
         sampler, spacing = (model.card.defaults.get(name, "") for name in ("sampler", "spacing"))
         scheduler = scheduler_config(model.path, model.prediction, spacing or "leading", sampler)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from latentdiff.model import Model
 from latentdiff.runtime.compiling import Tensors
@@ -30,6 +33,16 @@ def with_weights(model: Model, tensors: Callable[[], Tensors], key: str, made: C
         ready=partial(begin, networks),
         other=made,
     )
+
+
+def hash_of(tensors: Tensors) -> str:
+    """A hash of the numbers: they depend on more than an adapter's file, on its config and on the model's precision."""
+    digest = hashlib.sha256()
+    for part in sorted(tensors):
+        for name, tensor in sorted(tensors[part].items()):
+            digest.update(f"{part} {name} {tensor.shape}".encode())
+            digest.update(np.ascontiguousarray(tensor.values).data)
+    return digest.hexdigest()
 
 
 def weights_of(model: Model, layers: Iterable[tuple[str, str]], file: Path) -> Tensors:

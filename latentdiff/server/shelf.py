@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latentdiff.core.errors import ConfigError, LatentDiffError
+from latentdiff.drawing.extras import few_steps_at
 from latentdiff.drawing.request import LONGEST_PROMPT
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -66,7 +67,7 @@ class Shelf:
         self.keep = keep
         self.own = frozenset(each.sha256 for each in first.painter.sources.values())  # that the first model always has
         self._open, self._models, self._adapters, self._controls = open_, models, adapters, controls
-        self._hashes = {self.first: first.card.hash}
+        self._hashes, self._first_folder = {self.first: first.card.hash}, first.card.folder
         self._failed: OrderedDict[_Key, LatentDiffError] = OrderedDict()
         self._turn = threading.Lock()
         self._check_first(first.card.folder)
@@ -136,6 +137,8 @@ class Shelf:
             raise ConfigError("an adapter is named twice")
         model = self._model(wanted.model)
         files = [] if model is None else [model if model.is_file() else model / "model_index.json"]
+        if wanted.fast and (student := few_steps_at(self._first_folder if model is None else model)) is not None:
+            files.append(student)
         for adapter in wanted.adapters:
             path = self._adapter(adapter.name)
             files += [path] if path.is_file() else sorted(path.glob("*.safetensors"))
