@@ -152,11 +152,9 @@ def test_on_the_command_line(place, call, tmp_path):
     assert record["steps"] == [4]
     code, _, err = call("reproduce", "fast.png", "--model", place / "model")
     assert code == 0, err
-    code, _, err = call("generate", PROMPT, "-m", place / "model", "--steps", 2, "-s", 3, "-o", "plain.png")
-    assert (code, "--fast draws better pictures in 2 steps" in err) == (0, True), err
     words = ("--fast", "--lora", f"{place / '1.safetensors'}:0.5", "--steps", 2, "-s", 3)
     code, _, err = call("generate", PROMPT, "-m", place / "model", *words, "-o", "both.png")
-    assert (code, "--fast draws" in err) == (0, False), err
+    assert code == 0, err
     kinds = [each["kind"] for each in read_metadata(tmp_path / "both.png")["latentdiff"]["sources"]]
     assert kinds == ["few-steps", "merged"]
     pipe = LatentDiffusionPipeline.from_pretrained(place / "model", device="cpu")

@@ -58,9 +58,6 @@ class Offload(StrEnum):
     sequential = "sequential"
 
 
-FEW = 8  # steps up to which a student of few steps draws better than its teacher
-
-
 def generate(
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads it from standard input.')] = None,
     class_: Annotated[
@@ -262,8 +259,6 @@ def generate(
     pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed, quantize)
     if fast:
         pipe.load_few_steps()
-    elif steps is not None and steps <= FEW and not (preset or loras) and pipe.has_few_steps:
-        terminal.note(f"--fast draws better pictures in {steps} steps, by a student that {pipe.card.name} has")
     load_extras(pipe, loras, words, vae)
     _load_models(pipe, weaker, refiner, cascade or [], clip, upscaler)
     if offload is not None:

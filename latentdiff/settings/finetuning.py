@@ -104,7 +104,7 @@ class Consistency(Section):
     )
     steps: int = Field(50, ge=2, le=1000, description="lcm: levels of the grid between whose neighbours the loss is")
     shrink: float = Field(
-        256, ge=2, le=10_000, description="ect: q, how much nearer the second of two levels is: the larger, the less"
+        24, ge=2, le=10_000, description="ect: q: the larger, the nearer two levels are; 256 for a million samples"
     )
     huber: float = Field(0.001, gt=0, le=10, description="c of the pseudo-Huber distance")
 
