@@ -238,6 +238,13 @@ def test_levels_of_tuning(prediction):
     loss(student, None, x0, noise, levels, None, None)
     scale = levels[0, 1, 3]
     assert torch.allclose(seen[0], scale * (levels[0, 1, 0] * x0 + levels[0, 1, 1] * noise), atol=1e-5)
+    guided = EasyConsistencyLoss(path, prediction, shrink=256, guidance=3.0, huber=1e-3)
+    guided(student, exact(path, prediction, std=0.0), x0, noise, levels, None, None)
+    at, after = levels[0]
+    goal = MEAN + 3 * (x0 - MEAN)  # without a prompt the data are at the mean
+    x = at[0] * x0 + at[1] * noise
+    nearer = after[0] * goal + after[1] * (x - at[0] * goal) / at[1]
+    assert torch.allclose(seen[2], scale * nearer, atol=1e-3)
     whole = EasyConsistencyLoss(path, prediction, shrink=1, guidance=1.0, huber=1e-3).rows(400)
     assert whole[1, :2].tolist() == [1.0, 0.0]
     if path.whole:
