@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import columns, denoised, distance, end_of, fall, jump, nearer, table
+from latentdiff.diffusion.jump import columns, denoised, end_of, pair_loss, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
@@ -54,5 +54,4 @@ class ConsistencyLoss:
             if self._guidance != 1:
                 free = denoised(teacher, x, at, uncond)
                 guided = free + self._guidance * (guided - free)
-            goal = jump(student, nearer(x, guided, at, after), after, cond)
-        return distance(jump(student, x, at, cond), goal, self._huber) / fall(at, after)
+        return pair_loss(student, x, guided, at, after, cond, self._huber)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import LARGEST_RATIO, columns, denoised, distance, end_of, fall, jump, nearer, table
+from latentdiff.diffusion.jump import LARGEST_RATIO, columns, denoised, end_of, pair_loss, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
@@ -59,5 +59,4 @@ class EasyConsistencyLoss:
             if self._guidance != 1:
                 free = denoised(teacher, x, at, uncond)
                 guided = free + self._guidance * (x0 - free)
-            goal = jump(student, nearer(x, guided, at, after), after, cond)
-        return distance(jump(student, x, at, cond), goal, self._huber) / fall(at, after)
+        return pair_loss(student, x, guided, at, after, cond, self._huber)

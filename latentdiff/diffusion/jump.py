@@ -91,6 +91,13 @@ def fall(at: Any, after: Any) -> Tensor:
     return (high.clamp(max=LARGEST_RATIO) - low.clamp(max=LARGEST_RATIO / 2)).clamp(min=1e-6)
 
 
+def pair_loss(student: Network, x: Tensor, x0: Tensor, at: Any, after: Any, cond: Any, huber: float) -> Tensor:
+    """1 / (r_t - r_s) d(f(x_t, t), f(x_s, s) without gradient), (B,), with x_s on the line from x_t to x0."""
+    with torch.no_grad():
+        goal = jump(student, nearer(x, x0, at, after), after, cond)
+    return distance(jump(student, x, at, cond), goal, huber) / fall(at, after)
+
+
 def end_of(path: Path) -> NoiseLevel:
     """The end of a jump: the data without noise, at the time of the path's least noisy level.
 
