@@ -828,6 +828,8 @@ def _exact(painter: Painter, loads: Iterable[Load] = ()) -> Model:
     changed = Painter(moved(stored_model(card.folder, card.variant), "cpu", torch.float32))
     for load in loads:
         changed, _ = load(changed)
+    for name, source in changed.sources.items():
+        _check_same(source, painter.sources[name])
     return changed.model
 
 
