@@ -85,6 +85,7 @@ def test_by_the_formula(folders, files, family):
         torch.testing.assert_close(after, before + delta.reshape(before.shape), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.quick("XL")
 @FAMILIES
 def test_kohya_s_twin_draws_the_same_picture(folders, files, family):
     """To the bit; and merged or beside the weights to rounding."""
@@ -113,6 +114,7 @@ def test_files_round_trip(folders, files, family, tmp_path):
     assert (tmp_path / "kohya.safetensors").read_bytes() == (files[family] / "kohya.safetensors").read_bytes()
 
 
+@pytest.mark.quick("XL")
 @FAMILIES
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_reads_both_as_we_do(folders, files, family, tmp_path):
@@ -421,6 +423,7 @@ def test_a_folder_with_adapters_beside_the_weights_is_not_saved(folders, files, 
 # learnt words
 
 
+@pytest.mark.quick("1-1", "3-XL")
 @FAMILIES
 @pytest.mark.parametrize("count", [1, 3])
 def test_learnt_words(folders, family, count, tmp_path):

@@ -59,6 +59,7 @@ def test_the_picture_before_is_read(pairs):
     assert len(examples) == 8
 
 
+@pytest.mark.quick("editing")
 @pytest.mark.parametrize("kind", ["editing", "inpainting"])
 def test_trained_and_resumed(pairs, tmp_path, call, kind):
     """Killed and resumed with the same bits; diffusers knows the kind of model; it draws of a picture."""

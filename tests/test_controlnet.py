@@ -100,6 +100,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.quick(*(f"1-{name}" for name in SETTINGS), "XL-plain")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_as_diffusers_draws(place, pictures, settings):
     folder, base, controls, family = place
@@ -117,6 +118,7 @@ def test_as_diffusers_draws(place, pictures, settings):
     ).shape == drawn.shape
 
 
+@pytest.mark.quick("1")
 def test_several_at_once(place, pictures):
     folder, base, controls, family = place
     each = {
@@ -235,6 +237,7 @@ def test_as_diffusers_code_loads_them(place, pictures):
         pipe.controlnet = torch.nn.Linear(1, 1)
 
 
+@pytest.mark.quick("1-1")
 @pytest.mark.parametrize("channels", [pytest.param(3, marks=pytest.mark.slow), 1])
 def test_t2i_adapters(place, tmp_path, channels):
     """Features inside the levels, from colours or from grey; several, and beside a ControlNet."""
@@ -271,6 +274,7 @@ def test_t2i_adapters(place, tmp_path, channels):
         other.load_controlnet(tmp_path / "odd")
 
 
+@pytest.mark.quick("1")
 def test_what_does_not_fit_is_refused(place, pictures, tmp_path):
     folder, _, _, family = place
     ours = load(folder / "model")
@@ -311,6 +315,7 @@ def original_name(name, config):
     return f"zero_convs.{number}.0{rest}" if kind == "down_blocks" else f"middle_block_out.0{rest}"
 
 
+@pytest.mark.quick("1-control_model.", "XL-")
 @pytest.mark.parametrize("prefix", ["control_model.", ""])
 def test_a_single_file(place, pictures, tmp_path, prefix):
     folder, _, controls, _ = place

@@ -60,6 +60,7 @@ def noise():
     return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.quick("0.55")
 @pytest.mark.parametrize("switch", [0.8, 0.55, 0.3])
 def test_pictures_are_those_of_diffusers(both, switch):
     place, base, refiner = both

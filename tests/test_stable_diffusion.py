@@ -250,8 +250,9 @@ def test_weights_of_several_precisions_are_not_rounded(folders, tmp_path, wide):
     assert weights["conv_in.weight"].dtype == torch.float32
 
 
+@pytest.mark.quick("dtype1-1", "dtype1-XL")
 @pytest.mark.parametrize("family", stable_diffusion.FAMILIES)
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_single_file_round_trip(folders, family, dtype, tmp_path):
     """Folder -> file -> folder -> file: the same bits each time, by diffusers' conversion, and the same picture."""
     pipe = stable_diffusion.stored(folders[family]).to(dtype=dtype)
@@ -276,6 +277,7 @@ def test_single_file_round_trip(folders, family, dtype, tmp_path):
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
 
 
+@pytest.mark.quick("1", "XL")
 @pytest.mark.parametrize("family", stable_diffusion.FAMILIES)
 def test_a_single_file_loads_in_diffusers(folders, family, tmp_path):
     """diffusers reads what we wrote, given the folder's configs: the same U-Net and autoencoder."""
@@ -304,6 +306,7 @@ def test_inferred_configs_are_the_published_ones(folders, tmp_path):
             assert differing <= {"sample_size"}, "of which a file says nothing"
 
 
+@pytest.mark.quick("XL")
 @pytest.mark.parametrize("family", ["1", "XL"])
 def test_a_single_file_that_says_what_it_predicts(folders, family, tmp_path):
     pipe = stable_diffusion.stored(folders[family])
