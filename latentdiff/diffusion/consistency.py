@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import columns, denoised, end_of, pair_loss, table
+from latentdiff.diffusion.jump import columns, denoised, end_of, pair_loss, scale_of, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
@@ -44,14 +44,26 @@ class ConsistencyLoss:
         return self._table[number : number + 2]
 
     def __call__(
-        self, student: Network, teacher: Network, x0: Tensor, noise: Tensor, rows: Tensor, cond: Any, uncond: Any
+        self,
+        student: Network,
+        teacher: Network,
+        x0: Tensor,
+        noise: Tensor,
+        rows: Tensor,
+        cond: Any,
+        uncond: Any,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        """x0 and noise (B, ...), rows (B, 2, 8), conditions with and without prompt -> losses (B,)."""
+        """x0 and noise (B, ...), rows (B, 2, 8), conditions with and without prompt -> losses (B,).
+
+        guidance: a scale for each sample (B,), for a student that reads it.
+        """
         at, after = columns(rows[:, 0], x0), columns(rows[:, 1], x0)
         x = at.alpha * x0 + at.sigma * noise
         with torch.no_grad():
             guided = denoised(teacher, x, at, cond)
-            if self._guidance != 1:
+            scale = scale_of(self._guidance, guidance, x)
+            if scale is not None:
                 free = denoised(teacher, x, at, uncond)
-                guided = free + self._guidance * (guided - free)
+                guided = free + scale * (guided - free)
         return pair_loss(student, x, guided, at, after, cond, self._huber)

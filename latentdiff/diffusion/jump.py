@@ -98,6 +98,13 @@ def pair_loss(student: Network, x: Tensor, x0: Tensor, at: Any, after: Any, cond
     return distance(jump(student, x, at, cond), goal, huber) / fall(at, after)
 
 
+def scale_of(usual: float, each: Tensor | None, like: Tensor) -> Any:
+    """The scale of guidance that multiplies `like` (B, ...): of each sample (B,), or the usual one; None for none."""
+    if each is None:
+        return None if usual == 1 else usual
+    return each.reshape(-1, *[1] * (like.ndim - 1))
+
+
 def end_of(path: Path) -> NoiseLevel:
     """The end of a jump: the data without noise, at the time of the path's least noisy level.
 

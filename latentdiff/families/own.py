@@ -49,12 +49,15 @@ def load(directory: FilePath, variant: str | None) -> Model:
 
 FAMILY = Family(
     "latentdiff",
-    frozenset({"StableDiffusionPipeline", "StableDiffusionInpaintPipeline", stable_diffusion.EDIT}),
+    frozenset(
+        {"StableDiffusionPipeline", "StableDiffusionInpaintPipeline", stable_diffusion.EDIT, stable_diffusion.LCM}
+    ),
     stable_diffusion.PARTS,
     frozenset({"vae"}),
     load,
     stable_diffusion.save,
     stable_diffusion.index,
+    stable_diffusion.defaults,
     architecture=stable_diffusion.architecture,
     context=stable_diffusion.unscaled,
 )

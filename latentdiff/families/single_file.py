@@ -29,7 +29,7 @@ from latentdiff.core.files import sha256_of
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families import stable_diffusion, stable_diffusion_xl
 from latentdiff.families.parts import found_in
-from latentdiff.families.stable_diffusion import assembled
+from latentdiff.families.stable_diffusion import OF_LCM, assembled
 from latentdiff.families.stable_diffusion_xl import DEFAULTS as OF_XL
 from latentdiff.formats.gguf_file import is_gguf, shapes_in, types_in
 from latentdiff.formats.original import (
@@ -61,6 +61,7 @@ from latentdiff.networks.quiet import quietly
 State = dict[str, Tensor]
 AnyTexts = TextEncoder | TwoTextEncoders | SecondTextEncoder
 SIDES = {"1": 64, "2": 64, "XL": 128, "XL refiner": 128}  # of latents; Stable Diffusion 2 of velocity: 96
+GUIDANCE = "time_embed.cond_proj.weight"  # of distilled models that read it
 OPEN_CLIP_H = (1024, 23)  # width -> the layers that are read, of 24; some files omit the last
 
 
@@ -96,7 +97,7 @@ def load_single_file(path: Path) -> Model:
         state = _with_averages(unscaled(load_file(path)))
         kind = _kind_of(state, path)
         config = unet_config(state, kind)
-        unet = UNet(filled(UNet2DConditionModel, config, conversion.convert_ldm_unet_checkpoint(state, config))).eval()
+        unet = UNet(filled(UNet2DConditionModel, config, _unet(state, config))).eval()
         codec: Any = AbsentCodec(SCALING[kind])
         if any(name.startswith(VAE) for name in state):
             codec = KLAutoencoder(_vae(state, kind)).eval()
@@ -112,11 +113,26 @@ def load_single_file(path: Path) -> Model:
         codec,
         path=schedule.zero_terminal_snr() if zero_terminal_snr else schedule,
         prediction=prediction,
-        card=ModelCard(path.stem, sha256_of(path), (side, side), _PLAIN | OF_XL if _is_large(kind) else dict(_PLAIN)),
+        card=ModelCard(path.stem, sha256_of(path), (side, side), _usual(kind, config)),
         where=path,
     )
     family = stable_diffusion_xl if _is_large(kind) else stable_diffusion
     return replace(model, family=family.FAMILY)
+
+
+def _usual(kind: Kind, config: dict[str, Any]) -> dict[str, Any]:
+    """What is recommended for a file, which says nothing of it."""
+    if "time_cond_proj_dim" in config:
+        return {"sampler": "lcm", "spacing": "distilled", **OF_LCM}
+    return _PLAIN | OF_XL if _is_large(kind) else dict(_PLAIN)
+
+
+def _unet(state: State, config: dict[str, Any]) -> State:
+    """The U-Net's weights under diffusers' names; its own conversion leaves out what reads the guidance."""
+    weights: State = conversion.convert_ldm_unet_checkpoint(state, config)
+    if (guidance := state.get(f"{UNET}{GUIDANCE}")) is not None:
+        weights["time_embedding.cond_proj.weight"] = guidance
+    return weights
 
 
 def _vae(state: State, kind: Kind) -> AutoencoderKL:
@@ -293,6 +309,8 @@ def unet_config(state: State, kind: Kind) -> dict[str, Any]:
         "attention_head_dim": tuple(max(c // 64, 1) for c in channels) if later else 8,  # diffusers' name for heads
         "use_linear_projection": later,
     }
+    if GUIDANCE in weights:
+        config["time_cond_proj_dim"] = weights[GUIDANCE].shape[1]
     if _is_large(kind):
         config["addition_embed_type"] = "text_time"
         config["addition_time_embed_dim"] = 256

@@ -12,10 +12,13 @@ from typing import Any
 from latentdiff.core.errors import ModelError
 from latentdiff.families.card import model_card
 from latentdiff.families.scheduler import read_scheduler
+from latentdiff.formats.folder import read_json
 from latentdiff.model import Enlarging, Family, Model, TorchPlace
 
 TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
 EDIT = "StableDiffusionInstructPix2PixPipeline"
+LCM = "LatentConsistencyModelPipeline"  # its U-Net reads the guidance
+OF_LCM: Mapping[str, Any] = {"num_inference_steps": 4, "guidance_scale": 8.5}
 _TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
 PARTS: Mapping[str, frozenset[str]] = {
     "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
@@ -32,7 +35,12 @@ PARTS_OF_TWO: Mapping[str, frozenset[str]] = {
 
 def load(directory: Path, variant: str | None) -> Model:
     """See Family."""
-    return replace(read(directory, variant), family=FAMILY)
+    return replace(read(directory, variant, defaults(directory)), family=FAMILY)
+
+
+def defaults(directory: Path) -> Mapping[str, Any]:
+    """See Family."""
+    return OF_LCM if read_json(directory / "unet" / "config.json").get("time_cond_proj_dim") else {}
 
 
 def read(
@@ -125,11 +133,20 @@ def save_transformer(model: Model, directory: Path) -> None:
 def index(model: Model) -> dict[str, Any]:
     """See Family."""
     return {
-        "_class_name": EDIT if model.edits else f"StableDiffusion{'Inpaint' if model.inpaints else ''}Pipeline",
+        "_class_name": _pipeline(model),
         **shared_index(model),
         "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
+
+
+def _pipeline(model: Model) -> str:
+    """diffusers' class for a model."""
+    if model.edits:
+        return EDIT
+    if model.inpaints:
+        return "StableDiffusionInpaintPipeline"
+    return LCM if model.is_told_guidance else "StableDiffusionPipeline"
 
 
 def shared_index(model: Model) -> dict[str, Any]:
@@ -161,12 +178,13 @@ def architecture(model: Model) -> str:
 
 FAMILY = Family(
     "Stable Diffusion",
-    frozenset(f"StableDiffusion{task}" for task in TASKS) | {EDIT},
+    frozenset(f"StableDiffusion{task}" for task in TASKS) | {EDIT, LCM, "LatentConsistencyModelImg2ImgPipeline"},
     PARTS,
     frozenset({"vae"}),
     load,
     save,
     index,
+    defaults,
     architecture=architecture,
     context=unscaled,
 )

@@ -30,6 +30,7 @@ _OF_MANY = ("full", "lora", "consistency", *_BESIDE)  # methods that learn from 
 SMALL = 100e6  # parameters of a U-Net below which it is small; Stable Diffusion 1 has 860 million, the default model 7
 TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of a {}")  # captions for pictures of a new word
 Method = Literal["full", "lora", "dreambooth", "textual-inversion", "controlnet", "ip-adapter", "consistency"]
+Scale = Annotated[float, Field(ge=1, le=100)]
 PromptText = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
@@ -101,6 +102,9 @@ class Consistency(Section):
     )
     guidance: float | None = Field(
         None, ge=1, le=100, description="the teacher's guidance_scale, which the student has inside; none: the model's"
+    )
+    guidance_range: tuple[Scale, Scale] | None = Field(
+        None, description="the student reads its guidance_scale, trained between these two; without a rank only"
     )
     steps: int = Field(50, ge=2, le=1000, description="lcm: levels of the grid between whose neighbours the loss is")
     shrink: float = Field(
@@ -189,6 +193,12 @@ class FineTuning(Settings):
             raise ValueError('control has no effect without method = "controlnet"')
         if self.method != "ip-adapter" and self.image_prompt != ImagePrompt():
             raise ValueError('image_prompt has no effect without method = "ip-adapter"')
+        if self.method in _BESIDE and (self.prior.prompt or self.finetune.tune_text_encoder):
+            raise ValueError(f"{self.method} trains only a network beside the model: no prior, no text encoder")
+        return self
+
+    @model_validator(mode="after")
+    def _students(self) -> FineTuning:
         if self.method != "consistency" and self.consistency != Consistency():
             raise ValueError('consistency has no effect without method = "consistency"')
         if self.method == "consistency" and (self.prior.prompt or self.finetune.tune_text_encoder):
@@ -199,10 +209,17 @@ class FineTuning(Settings):
             raise ValueError('consistency.steps has no effect on objective = "ect"; shrink has')
         if self.consistency.objective == "lcm" and self.consistency.shrink != Consistency().shrink:
             raise ValueError('consistency.shrink has no effect on objective = "lcm"; steps has')
-        if self.method == "consistency" and self.consistency.objective == "ect" and self.finetune.times != "uniform":
+        if self.consistency.objective == "ect" and self.finetune.times != "uniform":
             raise ValueError('consistency with objective = "ect" has its own times')
-        if self.method in _BESIDE and (self.prior.prompt or self.finetune.tune_text_encoder):
-            raise ValueError(f"{self.method} trains only a network beside the model: no prior, no text encoder")
+        return self
+
+    @model_validator(mode="after")
+    def _scales(self) -> FineTuning:
+        scales = self.consistency.guidance_range
+        if scales is not None and (self.low_rank or self.consistency.guidance is not None):
+            raise ValueError("consistency.guidance_range adds a layer: it has no rank and no consistency.guidance")
+        if scales is not None and scales[0] > scales[1]:
+            raise ValueError("consistency.guidance_range must be two rising numbers")
         return self
 
     @model_validator(mode="after")

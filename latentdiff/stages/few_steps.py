@@ -11,7 +11,6 @@ import numpy as np
 from latentdiff.core.images import coloured
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
-from latentdiff.drawing.presets import PRESETS
 from latentdiff.settings.finetuning import FineTuning
 
 FILE = "few-steps.png"
@@ -22,11 +21,11 @@ CAPTION = "above the teacher, below the student, in 1, 2, 4 and 8 steps from the
 def few_steps(painter: Painter, teacher: Any, config: FineTuning, prompts: Sequence[str]) -> list[np.ndarray]:
     """For each prompt uint8 (2 H, 4 W, 3): the rows are the teacher's and the student's, the columns COUNTS.
 
-    teacher: its backbone, drawn with as the model recommends, with guidance; the student is drawn without.
+    teacher: its backbone, drawn with as the model recommends, with guidance; the student is drawn without, or reads it.
     """
     before = replace(painter, model=replace(painter.model, backbone=teacher))
     rows = []
-    for each, settings in ((before, {}), (painter, PRESETS["lcm"])):
+    for each, settings in ((before, {}), (painter, {"preset": "lcm"})):
         asked: dict[str, Any] = {**settings, "height": config.image_size, "width": config.image_size}
         drawn = [
             coloured(draw_prompts(each, prompts, seed=config.previews.seed, **asked | {"num_inference_steps": count}))

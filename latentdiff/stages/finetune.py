@@ -204,7 +204,7 @@ def _distilled(
         times = times_of(config.finetune, path)
         loss = ConsistencyLoss(path, prediction, steps=settings.steps, guidance=guidance, huber=settings.huber)
     teacher = tuning.teacher.to(run.accelerator.device)
-    made = partial(ConsistencyStage, tuning.module, tuning.parts, loss, teacher)
+    made = partial(ConsistencyStage, tuning.module, tuning.parts, loss, teacher, guidance=settings.guidance_range)
     rates = config.finetune.caption_dropout, config.finetune.noise_offset
     own = Draws(config.seed, times, *rates)
     fixed = Draws(config.seed, Times(model.path, bins=TIME_BINS), purpose="validation")

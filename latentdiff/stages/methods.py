@@ -72,10 +72,20 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
         return _image_prompt(model, config)
     teacher = copy.deepcopy(model.backbone) if config.method == "consistency" else None
     if teacher is not None and not config.low_rank:
-        few = {**model.card.defaults, **PRESETS["lcm"]}
-        model = replace(model, card=replace(model.card, defaults=few))
+        model = _student(model, config)
     tuning = _factors(model, config) if config.low_rank else _weights(model, config, words)
     return replace(tuning, teacher=teacher)
+
+
+def _student(model: Model, config: FineTuning) -> Model:
+    """The model with settings of few steps; with a layer that reads the guidance if the config has its range."""
+    few, scales = {**model.card.defaults, **PRESETS["lcm"]}, config.consistency.guidance_range
+    if scales is not None:
+        if not isinstance(model.backbone, UNet) or model.is_told_guidance:
+            raise ConfigError("consistency.guidance_range requires a U-Net that does not read its guidance yet")
+        model.backbone.read_guidance()
+        few["guidance_scale"] = min(max(model.card.defaults.get("guidance_scale", 7.5), scales[0]), scales[1])
+    return replace(model, card=replace(model.card, defaults=few))
 
 
 def check_kind(model: Model) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from latentdiff.diffusion import noise
 from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.easy_consistency import EasyConsistencyLoss
 from latentdiff.training.denoiser import DenoiserStage, Draws, Key, Samples
@@ -16,7 +17,10 @@ _EMPTY = "empty."  # before the names of the empty prompt's tensors in a batch
 
 
 class ConsistencyStage(DenoiserStage):
-    """E d(f(x_t), f(x_s)) over a set of pictures. teacher: the model before, frozen."""
+    """E d(f(x_t), f(x_s)) over a set of pictures. teacher: the model before, frozen.
+
+    guidance: the range of the scales that the student reads, if it does.
+    """
 
     def __init__(
         self,
@@ -27,17 +31,25 @@ class ConsistencyStage(DenoiserStage):
         samples: Samples,
         draws: Draws,
         order: Order,
+        guidance: tuple[float, float] | None = None,
     ):
         self.module, self.parts = module, parts
         self._consistency, self._teacher = loss, teacher.requires_grad_(False).eval()
-        self._samples, self._draws, self._order = samples, draws, order
+        self._samples, self._draws, self._order, self._guidance = samples, draws, order, guidance
 
     def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
         """As of DenoiserStage, with the two levels of each time, and the conditions of the empty prompt."""
         batch = super().batch_of(keys)
         levels = torch.stack([self._consistency.rows(float(t)) for t in batch.pop("t")])
         empty = self._samples.captions.batch(keys, [False] * len(keys))
+        if self._guidance is not None:
+            batch["guidance"] = torch.tensor([self._scale(*key) for key in keys], dtype=torch.float32)
         return batch | {"levels": levels} | {_EMPTY + name: tensor for name, tensor in empty.items()}
+
+    def _scale(self, row: int, epoch: int) -> float:
+        """The guidance of one sample in one epoch: uniform in the range (Luo et al. 2023, algorithm 1)."""
+        assert self._guidance is not None
+        return noise.generator(self._draws.seed, f"guidance {self._draws.purpose}", row, epoch).uniform(*self._guidance)
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Losses (B,)."""
@@ -45,5 +57,7 @@ class ConsistencyStage(DenoiserStage):
         empty = {name.removeprefix(_EMPTY): tensor for name, tensor in batch.items() if name.startswith(_EMPTY)}
         captions = self._samples.captions
         cond, uncond = captions.conditions(own), captions.conditions(empty)
-        x0 = self._x0(batch)
-        return self._consistency(module, self._teacher, x0, batch["noise"], batch["levels"], cond, uncond)
+        x0, scale = self._x0(batch), batch.get("guidance")
+        if scale is not None:
+            cond = cond.joined({"guidance": scale})
+        return self._consistency(module, self._teacher, x0, batch["noise"], batch["levels"], cond, uncond, scale)

@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,8 +29,8 @@ _FUSED = {"to_qkv", "to_kv"}
 class UNet(nn.Module):
     """(x_t, t, conditions) -> output, with x_t (B, C, h, w), t a time or (B,) times, conditions `tokens` (B, L, D).
 
-    Stable Diffusion XL's also reads `pooled` and `sizes`. Under K conditions x_t runs K times in one batch and the
-    output is (K, B, C, h, w).
+    Stable Diffusion XL's also reads `pooled` and `sizes`, and a distilled one `guidance`, by default 1. Under K
+    conditions x_t runs K times in one batch and the output is (K, B, C, h, w).
     """
 
     def __init__(self, model: UNet2DConditionModel):
@@ -90,7 +91,16 @@ class UNet(nn.Module):
             reads |= {"pooled": (joined - sizes * each,), "sizes": (sizes,)}
         if config.num_class_embeds is not None and config.class_embed_type is None:
             reads["label"] = ()
+        if config.time_cond_proj_dim is not None:
+            reads["guidance"] = ()
         return Spec(int(config.in_channels), int(config.out_channels), reads=reads)
+
+    def read_guidance(self, width: int = 256) -> None:
+        """Add a layer that reads the guidance as `width` waves; it begins at zero, which changes nothing."""
+        layer = nn.Linear(width, self.model.config.block_out_channels[0], bias=False)
+        nn.init.zeros_(layer.weight)
+        self.model.time_embedding.cond_proj = layer.to(self.model.device, self.dtype)
+        self.model.register_to_config(time_cond_proj_dim=width)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,6 +242,7 @@ class UNet(nn.Module):
                 time,
                 conditions["tokens"],
                 class_labels=None if label is None else label.long(),
+                timestep_cond=self._embedded(conditions.get("guidance"), x),
                 added_cond_kwargs=added,
                 cross_attention_kwargs=text,
                 down_block_additional_residuals=tuple(residuals[:-1]) or None,
@@ -240,6 +251,15 @@ class UNet(nn.Module):
                 return_dict=False,
             )[0]
         return output
+
+    def _embedded(self, guidance: Tensor | None, x: Tensor) -> Tensor | None:
+        """Sines and cosines (B, D) of 1000 (w - 1) with the scale w of guidance (Luo et al. 2023, section 4.1)."""
+        width = self.model.config.time_cond_proj_dim
+        if width is None:
+            return None
+        scale = torch.ones(len(x), device=x.device) if guidance is None else guidance
+        waves = get_timestep_embedding(1000 * (scale - 1), width, downscale_freq_shift=1)
+        return waves.to(x.dtype)
 
     @contextmanager
     def _shown(self, prompts: Sequence[ImagePrompt]) -> Iterator[None]:
