@@ -272,7 +272,7 @@ def test_the_end_of_a_path_without_signal(path, prediction, end):
         ({"consistency.objective": "ect", "consistency.steps": 20}, "steps has no effect"),
         ({"consistency.shrink": 20}, "shrink has no effect"),
         ({"consistency.objective": "ect", "finetune.times": "logit_normal"}, "has its own times"),
-        ({"consistency.objective": "dmd"}, "must be 'lcm' or 'ect'"),
+        ({"consistency.objective": "dmd"}, "must be 'lcm', 'ect' or 'mean-flow'"),
         ({"consistency.objective": "ect", "consistency.shrink": 1}, "shrink"),
     ],
 )

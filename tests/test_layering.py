@@ -169,10 +169,13 @@ def test_no_room_needs_itself_through_others():
     assert circles({room: sorted(rooms) for room, rooms in ARROWS.items()}) == []
 
 
+OF_TRAINING = ("objective.py", "bound.py", "jump.py", "consistency.py", "easy_consistency.py", "mean_flow.py")
+
+
 def test_the_mathematics_needs_numpy_only():
     """But for one inverse of scipy's, which is imported where it is used."""
     for path in sorted((PACKAGE / "diffusion").glob("*.py")):
-        if path.name in ("objective.py", "bound.py", "jump.py", "consistency.py", "easy_consistency.py"):
+        if path.name in OF_TRAINING:
             continue
         foreign = {m.split(".")[0] for m in imports_of(path)} & {"torch", "scipy", "diffusers", "transformers"}
         assert foreign <= ({"scipy"} if path.name == "grids.py" else set()), f"{path.name} imports {foreign}"

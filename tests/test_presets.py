@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.presets import PRESETS, settled
 from latentdiff.drawing.record import read_metadata
@@ -19,12 +19,13 @@ LEVELS = {  # the times that each was distilled on, at its own number of steps a
     "hyper": {1: [999], 4: [999, 749, 499, 249]},
     "tcd": {4: [999, 759, 499, 259]},
     "dmd2": {4: [999, 749, 499, 249]},
+    "mean-flow": {1: [1000], 2: [1000, 500], 4: [1000, 750, 500, 250]},
 }
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_levels(name):
-    path = VariancePreserving.scaled_linear()
+    path = Straight() if name == "mean-flow" else VariancePreserving.scaled_linear()
     for steps, times in LEVELS[name].items():
         levels = path.levels(steps, PRESETS[name]["spacing"])
         assert [round(level.t) for level in levels[:-1]] == times

@@ -38,8 +38,8 @@ class ConsistencyLoss:
         """The place in the grid that a training time of the path stands for."""
         return min(int((1 - (t + 1) / self.path.T) * self.steps), self.steps - 1)
 
-    def rows(self, t: float) -> Tensor:
-        """The rows of the level that a training time stands for and of the next one, (2, 8)."""
+    def rows(self, t: float, rng: Any = None) -> Tensor:
+        """The rows of the level that a training time stands for and of the next one, (2, 8). rng is not used."""
         number = self.number(t)
         return self._table[number : number + 2]
 

@@ -38,8 +38,8 @@ class EasyConsistencyLoss:
         self.path, self._prediction, self._shrink = path, prediction, shrink
         self._guidance, self._huber = guidance, huber
 
-    def rows(self, t: float) -> Tensor:
-        """The rows of the level of a training time and of the next nearer one, (2, 8)."""
+    def rows(self, t: float, rng: Any = None) -> Tensor:
+        """The rows of the level of a training time and of the next nearer one, (2, 8). rng is not used."""
         level = self.path.level(t)
         ratio = min(level.sigma / level.alpha, LARGEST_RATIO) if level.alpha else LARGEST_RATIO
         share = (1 + K / (1 + math.exp(B * ratio))) / self._shrink

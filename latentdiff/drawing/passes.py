@@ -35,11 +35,14 @@ from latentdiff.drawing.prompts import Prompted, noise_level, prompted
 from latentdiff.drawing.request import Request
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.model import Model
+from latentdiff.networks.averaging import averaging
 from latentdiff.networks.controls.controlled import controlled
+from latentdiff.networks.protocols import Backbone
 
 if TYPE_CHECKING:
     from latentdiff.networks.upscaler import Upscaler
 
+AVERAGED = ("ddim", "euler")  # samplers that take one evaluation for a step, along its velocity
 REFINER_SWITCH = 0.8  # Podell et al. 2023: the refiner is trained on the last fifth of the levels
 
 
@@ -113,7 +116,7 @@ def _walked(
     prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
     hints = [job.hints for job in batch.jobs]
     controls = controls_of(painter.controls, hints, request, start.levels, size, model.array)
-    backbone = controlled(controls)(model.backbone)
+    backbone = controlled(controls)(_averaging(model, request, start))
     denoise = guided(backbone, prediction, prompts, request, start, helpers)
     sampler = SAMPLERS[request.sampler].with_options(eta=request.eta, churn=request.churn)
     walk = sampler(denoise, start.x, start.levels, partial(draw, purpose), model.path)
@@ -124,6 +127,13 @@ def _walked(
             step = walk.send(sent)
         except StopIteration:
             return step.x if sent is None else sent
+
+
+def _averaging(model: Model, request: Request, start: Start) -> Backbone:
+    """The backbone; a mean flow's averages over each step, for samplers that go straight to the next level."""
+    times = [level.t for level in start.levels[:-1]] + [0.0]
+    straight = request.sampler in AVERAGED
+    return averaging(model.backbone, times if straight else [], model.array)
 
 
 def _draw(batch: Batch, model: Model, shape: tuple[int, ...]) -> Draw:

@@ -8,6 +8,7 @@ A preset stands between the model's recommended settings and the user's: any set
     hyper       Hyper-SD                                      999, 749, 499, 249                   Ren et al. 2024
     tcd         trajectory consistency distillation           999, 759, 499, 259                   Zheng et al. 2024
     dmd2        distribution matching distillation            999, 749, 499, 249                   Yin et al. 2024
+    mean-flow   mean flows, on straight paths                 1000, 750, 500, 250                  Geng et al. 2025
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "hyper": _few("ddim"),
     "tcd": _few("tcd", "distilled"),
     "dmd2": _few("lcm"),
+    "mean-flow": _few("euler"),
 }
 
 

@@ -49,9 +49,7 @@ def load(directory: FilePath, variant: str | None) -> Model:
 
 FAMILY = Family(
     "latentdiff",
-    frozenset(
-        {"StableDiffusionPipeline", "StableDiffusionInpaintPipeline", stable_diffusion.EDIT, stable_diffusion.LCM}
-    ),
+    stable_diffusion.FAMILY.pipelines,
     stable_diffusion.PARTS,
     frozenset({"vae"}),
     load,

@@ -18,6 +18,7 @@ from latentdiff.model import Enlarging, Family, Model, TorchPlace
 TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
 EDIT = "StableDiffusionInstructPix2PixPipeline"
 LCM = "LatentConsistencyModelPipeline"  # its U-Net reads the guidance
+OWN = "LatentDiffusionPipeline"  # of networks that diffusers does not know
 OF_LCM: Mapping[str, Any] = {"num_inference_steps": 4, "guidance_scale": 8.5}
 _TOKENIZERS = frozenset({"CLIPTokenizer", "CLIPTokenizerFast"})
 PARTS: Mapping[str, frozenset[str]] = {
@@ -40,7 +41,8 @@ def load(directory: Path, variant: str | None) -> Model:
 
 def defaults(directory: Path) -> Mapping[str, Any]:
     """See Family."""
-    return OF_LCM if read_json(directory / "unet" / "config.json").get("time_cond_proj_dim") else {}
+    config = read_json(directory / "unet" / "config.json")
+    return OF_LCM if config.get("time_cond_proj_dim") and "time_cond" not in config else {}
 
 
 def read(
@@ -144,6 +146,8 @@ def _pipeline(model: Model) -> str:
     """diffusers' class for a model."""
     if model.edits:
         return EDIT
+    if "until" in model.backbone.spec.reads:  # diffusers would draw it wrongly
+        return OWN
     if model.inpaints:
         return "StableDiffusionInpaintPipeline"
     return LCM if model.is_told_guidance else "StableDiffusionPipeline"
@@ -178,7 +182,7 @@ def architecture(model: Model) -> str:
 
 FAMILY = Family(
     "Stable Diffusion",
-    frozenset(f"StableDiffusion{task}" for task in TASKS) | {EDIT, LCM, "LatentConsistencyModelImg2ImgPipeline"},
+    frozenset(f"StableDiffusion{task}" for task in TASKS) | {EDIT, LCM, OWN, "LatentConsistencyModelImg2ImgPipeline"},
     PARTS,
     frozenset({"vae"}),
     load,

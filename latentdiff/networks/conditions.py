@@ -8,6 +8,7 @@ Only encoders and backbones know the names. Those in use:
     sizes    (B, 6)      pixels, as Stable Diffusion XL reads them: original (height, width), the crop's (top, left),
                          the target (height, width); always float32, in which 1023 is itself
     guidance (B,)        the guidance that a distilled backbone is told
+    until    (B,)        the time to which a mean flow's velocity is averaged
     label    (B,)        a class, whole numbers
     ids      (B, L)      token ids for an encoder in the same module; (B, 2, L) for two encoders
     beside   (B, C, h, w) what a backbone reads in further channels of x, in training
@@ -30,7 +31,8 @@ from latentdiff.core.arrays import Array, library
 if TYPE_CHECKING:
     import torch
 
-EXACT = ("sizes", "guidance", "label", "ids", "mask")  # keep their precision when a network computes in another
+# keep their precision when a network computes in another
+EXACT = ("sizes", "guidance", "until", "label", "ids", "mask")
 RESIDUAL, FEATURE, IMAGE = "residual_", "feature_", "image_"
 HINT, FEATURES, BESIDE = "hint", "features", "beside"
 _MASK = "mask"

@@ -97,8 +97,10 @@ class ImagePrompt(Section):
 class Consistency(Section):
     """A student of a model's own guided paths, which draws in few steps."""
 
-    objective: Literal["lcm", "ect"] = Field(
-        "lcm", description="lcm: the teacher's steps (Luo et al. 2023); ect: the data's own (Geng et al. 2024)"
+    objective: Literal["lcm", "ect", "mean-flow"] = Field(
+        "lcm",
+        description="lcm: the teacher's steps (Luo et al. 2023); ect: the data's own (Geng et al. 2024); mean-flow:"
+        " average velocities, for straight paths, without a rank (Geng et al. 2025)",
     )
     guidance: float | None = Field(
         None, ge=1, le=100, description="the teacher's guidance_scale, which the student has inside; none: the model's"
@@ -111,6 +113,9 @@ class Consistency(Section):
         24, ge=2, le=10_000, description="ect: q: the larger, the nearer two levels are; 256 for a million samples"
     )
     huber: float = Field(0.001, gt=0, le=10, description="c of the pseudo-Huber distance")
+
+
+_WITHOUT_EFFECT = {"lcm": ("shrink",), "ect": ("steps",), "mean-flow": ("steps", "shrink", "huber", "guidance_range")}
 
 
 class Previews(Section):
@@ -205,12 +210,14 @@ class FineTuning(Settings):
             raise ValueError("consistency distils the backbone alone: no prior, no text encoder")
         if self.method == "consistency" and (self.finetune.weighting != "uniform" or self.finetune.input_perturbation):
             raise ValueError("consistency has no weighting of noise levels and no input_perturbation")
-        if self.consistency.objective == "ect" and self.consistency.steps != Consistency().steps:
-            raise ValueError('consistency.steps has no effect on objective = "ect"; shrink has')
-        if self.consistency.objective == "lcm" and self.consistency.shrink != Consistency().shrink:
-            raise ValueError('consistency.shrink has no effect on objective = "lcm"; steps has')
-        if self.consistency.objective == "ect" and self.finetune.times != "uniform":
-            raise ValueError('consistency with objective = "ect" has its own times')
+        objective, usual = self.consistency.objective, Consistency()
+        for name in _WITHOUT_EFFECT[objective]:
+            if getattr(self.consistency, name) != getattr(usual, name):
+                raise ValueError(f'consistency.{name} has no effect on objective = "{objective}"')
+        if objective != "lcm" and self.finetune.times != "uniform":
+            raise ValueError(f'consistency with objective = "{objective}" has its own times')
+        if objective == "mean-flow" and self.low_rank:
+            raise ValueError('consistency with objective = "mean-flow" adds a layer: it has no rank')
         return self
 
     @model_validator(mode="after")
@@ -258,6 +265,7 @@ def defaults(config: FineTuning, *, small: bool) -> dict[str, Any]:
         "ip-adapter": (1e-4, 1e-3),
         "lcm": (1e-4, 5e-5) if factors else (1e-6, 1e-5),  # a small student diverges at ten times this rate
         "ect": (1e-4, 1e-3) if factors else (1e-6, 1e-4),
+        "mean-flow": (1e-5, 1e-4),
     }
     method = config.consistency.objective if config.method == "consistency" else config.method
     own = config.finetune.training

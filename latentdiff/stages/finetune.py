@@ -18,8 +18,10 @@ from latentdiff.core.errors import ConfigError, saving
 from latentdiff.data.companions import companions
 from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
+from latentdiff.diffusion import mean_flow
 from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.easy_consistency import LOG_MEAN, LOG_STD, EasyConsistencyLoss
+from latentdiff.diffusion.mean_flow import MeanFlowLoss
 from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.times import Times
 from latentdiff.drawing.draw import requested
@@ -194,15 +196,7 @@ def _distilled(
     """The stages of a student, whose teacher is the model as it was."""
     config, settings = run.config, run.config.consistency
     guidance = settings.guidance or float(model.card.defaults.get("guidance_scale", 7.5))
-    path, prediction = model.path, model.prediction
-    if settings.objective == "ect":
-        times = Times(path, "log_normal", LOG_MEAN, LOG_STD)
-        loss: Any = EasyConsistencyLoss(
-            path, prediction, shrink=settings.shrink, guidance=guidance, huber=settings.huber
-        )
-    else:
-        times = times_of(config.finetune, path)
-        loss = ConsistencyLoss(path, prediction, steps=settings.steps, guidance=guidance, huber=settings.huber)
+    loss, times = _loss_of(config, model, guidance)
     teacher = tuning.teacher.to(run.accelerator.device)
     made = partial(ConsistencyStage, tuning.module, tuning.parts, loss, teacher, guidance=settings.guidance_range)
     rates = config.finetune.caption_dropout, config.finetune.noise_offset
@@ -210,6 +204,19 @@ def _distilled(
     fixed = Draws(config.seed, Times(model.path, bins=TIME_BINS), purpose="validation")
     training, validation = _order(run, run.data.training, "training"), _order(run, run.data.validation, "validation")
     return made(trained, own, training), made(validated, fixed, validation)
+
+
+def _loss_of(config: FineTuning, model: Model, guidance: float) -> tuple[Any, Times]:
+    """The loss of a student, and the times at which it is trained."""
+    settings, path, prediction = config.consistency, model.path, model.prediction
+    if settings.objective == "mean-flow":
+        return MeanFlowLoss(path, guidance=guidance), Times(path, "logit_normal", mean_flow.LOG_MEAN, mean_flow.LOG_STD)
+    if settings.objective == "ect":
+        times = Times(path, "log_normal", LOG_MEAN, LOG_STD)
+        huber = settings.huber
+        return EasyConsistencyLoss(path, prediction, shrink=settings.shrink, guidance=guidance, huber=huber), times
+    loss = ConsistencyLoss(path, prediction, steps=settings.steps, guidance=guidance, huber=settings.huber)
+    return loss, times_of(config.finetune, path)
 
 
 def _order(run: Run[FineTuning], examples: Examples, purpose: str) -> Order:

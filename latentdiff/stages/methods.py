@@ -32,6 +32,7 @@ from latentdiff.settings.finetuning import RANK, FineTuning
 from latentdiff.stages.encoding import AnyCodec, AnyEncoder, AnyTextEncoder
 from latentdiff.training.denoiser import ConditionedNetwork, thaw
 
+MORE = {"mean-flow": "until"}  # what the students of an objective read beside the time
 Write = Callable[[Path, Mapping[str, str]], list[Path]]
 
 
@@ -78,14 +79,23 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
 
 
 def _student(model: Model, config: FineTuning) -> Model:
-    """The model with settings of few steps; with a layer that reads the guidance if the config has its range."""
-    few, scales = {**model.card.defaults, **PRESETS["lcm"]}, config.consistency.guidance_range
+    """The model with settings of few steps, and with a layer for what the student reads more than its teacher."""
+    scales, more = config.consistency.guidance_range, MORE.get(config.consistency.objective)
+    few = {**model.card.defaults, **PRESETS[preset_of(config)]}
+    if more == "until" and model.prediction != "flow":
+        raise ConfigError("a mean flow requires a model of a straight path that predicts its velocity (flow)")
+    if more or scales is not None:
+        if not isinstance(model.backbone, UNet) or {"guidance", "until"} & model.backbone.spec.reads.keys():
+            raise ConfigError("this student requires a U-Net that does not read a guidance or an end yet")
+        model.backbone.read_more(more or "guidance")
     if scales is not None:
-        if not isinstance(model.backbone, UNet) or model.is_told_guidance:
-            raise ConfigError("consistency.guidance_range requires a U-Net that does not read its guidance yet")
-        model.backbone.read_guidance()
         few["guidance_scale"] = min(max(model.card.defaults.get("guidance_scale", 7.5), scales[0]), scales[1])
     return replace(model, card=replace(model.card, defaults=few))
+
+
+def preset_of(config: FineTuning) -> str:
+    """What a student is drawn with."""
+    return "mean-flow" if config.consistency.objective == "mean-flow" else "lcm"
 
 
 def check_kind(model: Model) -> None:

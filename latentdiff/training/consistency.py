@@ -1,15 +1,20 @@
-"""Students of a model as it was, in place of the diffusion loss; see diffusion/consistency and easy_consistency."""
+"""Students of a model as it was, in place of the diffusion loss.
+
+See diffusion/consistency, diffusion/easy_consistency and diffusion/mean_flow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.easy_consistency import EasyConsistencyLoss
+from latentdiff.diffusion.mean_flow import MeanFlowLoss
 from latentdiff.training.denoiser import DenoiserStage, Draws, Key, Samples
 from latentdiff.training.order import Order
 
@@ -17,7 +22,7 @@ _EMPTY = "empty."  # before the names of the empty prompt's tensors in a batch
 
 
 class ConsistencyStage(DenoiserStage):
-    """E d(f(x_t), f(x_s)) over a set of pictures. teacher: the model before, frozen.
+    """E of the loss of a student over a set of pictures. teacher: the model before, frozen.
 
     guidance: the range of the scales that the student reads, if it does.
     """
@@ -26,7 +31,7 @@ class ConsistencyStage(DenoiserStage):
         self,
         module: nn.Module,
         parts: dict[str, nn.Module],
-        loss: ConsistencyLoss | EasyConsistencyLoss,
+        loss: ConsistencyLoss | EasyConsistencyLoss | MeanFlowLoss,
         teacher: nn.Module,
         samples: Samples,
         draws: Draws,
@@ -38,9 +43,11 @@ class ConsistencyStage(DenoiserStage):
         self._samples, self._draws, self._order, self._guidance = samples, draws, order, guidance
 
     def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        """As of DenoiserStage, with the two levels of each time, and the conditions of the empty prompt."""
+        """As of DenoiserStage, with two levels or times for each time, and the conditions of the empty prompt."""
         batch = super().batch_of(keys)
-        levels = torch.stack([self._consistency.rows(float(t)) for t in batch.pop("t")])
+        drawn = [self._generator("levels", *key) for key in keys]
+        pairs = zip(batch.pop("t"), drawn, strict=True)
+        levels = torch.stack([self._consistency.rows(float(t), rng) for t, rng in pairs])
         empty = self._samples.captions.batch(keys, [False] * len(keys))
         if self._guidance is not None:
             batch["guidance"] = torch.tensor([self._scale(*key) for key in keys], dtype=torch.float32)
@@ -49,7 +56,10 @@ class ConsistencyStage(DenoiserStage):
     def _scale(self, row: int, epoch: int) -> float:
         """The guidance of one sample in one epoch: uniform in the range (Luo et al. 2023, algorithm 1)."""
         assert self._guidance is not None
-        return noise.generator(self._draws.seed, f"guidance {self._draws.purpose}", row, epoch).uniform(*self._guidance)
+        return self._generator("guidance", row, epoch).uniform(*self._guidance)
+
+    def _generator(self, what: str, row: int, epoch: int) -> np.random.Generator:
+        return noise.generator(self._draws.seed, f"{what} {self._draws.purpose}", row, epoch)
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Losses (B,)."""

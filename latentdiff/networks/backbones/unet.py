@@ -22,6 +22,7 @@ from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
 from latentdiff.networks.traced import Traced, example
 
+EXTRA = "time_cond"  # an entry of the config: what joins the time, if not the guidance
 GRAPH = "unet"  # its part, and the name of its graph
 _FUSED = {"to_qkv", "to_kv"}
 
@@ -29,7 +30,8 @@ _FUSED = {"to_qkv", "to_kv"}
 class UNet(nn.Module):
     """(x_t, t, conditions) -> output, with x_t (B, C, h, w), t a time or (B,) times, conditions `tokens` (B, L, D).
 
-    Stable Diffusion XL's also reads `pooled` and `sizes`, and a distilled one `guidance`, by default 1. Under K
+    Stable Diffusion XL's also reads `pooled` and `sizes`, and a distilled one `guidance`, by default 1, or
+    `until`, by default t. Under K
     conditions x_t runs K times in one batch and the output is (K, B, C, h, w).
     """
 
@@ -92,15 +94,20 @@ class UNet(nn.Module):
         if config.num_class_embeds is not None and config.class_embed_type is None:
             reads["label"] = ()
         if config.time_cond_proj_dim is not None:
-            reads["guidance"] = ()
+            reads[self._extra] = ()
         return Spec(int(config.in_channels), int(config.out_channels), reads=reads)
 
-    def read_guidance(self, width: int = 256) -> None:
-        """Add a layer that reads the guidance as `width` waves; it begins at zero, which changes nothing."""
+    @property
+    def _extra(self) -> str:
+        """The condition that joins the time: `guidance`, or `until`, of which diffusers knows nothing."""
+        return str(self.model.config.get(EXTRA, "guidance"))
+
+    def read_more(self, name: str, width: int = 256) -> None:
+        """Add a layer that reads `guidance` or `until` as so many waves; it begins at zero, which changes nothing."""
         layer = nn.Linear(width, self.model.config.block_out_channels[0], bias=False)
         nn.init.zeros_(layer.weight)
         self.model.time_embedding.cond_proj = layer.to(self.model.device, self.dtype)
-        self.model.register_to_config(time_cond_proj_dim=width)
+        self.model.register_to_config(time_cond_proj_dim=width, **({EXTRA: name} if name != "guidance" else {}))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -242,7 +249,7 @@ class UNet(nn.Module):
                 time,
                 conditions["tokens"],
                 class_labels=None if label is None else label.long(),
-                timestep_cond=self._embedded(conditions.get("guidance"), x),
+                timestep_cond=self._waves(x, time, conditions),
                 added_cond_kwargs=added,
                 cross_attention_kwargs=text,
                 down_block_additional_residuals=tuple(residuals[:-1]) or None,
@@ -252,14 +259,19 @@ class UNet(nn.Module):
             )[0]
         return output
 
-    def _embedded(self, guidance: Tensor | None, x: Tensor) -> Tensor | None:
-        """Sines and cosines (B, D) of 1000 (w - 1) with the scale w of guidance (Luo et al. 2023, section 4.1)."""
+    def _waves(self, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor | None:
+        """Sines and cosines (B, D) of 1000 (w - 1) with the scale w of guidance (Luo et al. 2023, section 4.1), or of
+        the time from `until` to t (Geng et al. 2025).
+        """
         width = self.model.config.time_cond_proj_dim
         if width is None:
             return None
-        scale = torch.ones(len(x), device=x.device) if guidance is None else guidance
-        waves = get_timestep_embedding(1000 * (scale - 1), width, downscale_freq_shift=1)
-        return waves.to(x.dtype)
+        number = conditions.get(self._extra)
+        if number is None:
+            number = torch.zeros(len(x), device=x.device)
+        else:
+            number = 1000 * (number - 1) if self._extra == "guidance" else time - number
+        return get_timestep_embedding(number, width, downscale_freq_shift=1).to(x.dtype)
 
     @contextmanager
     def _shown(self, prompts: Sequence[ImagePrompt]) -> Iterator[None]:

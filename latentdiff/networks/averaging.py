@@ -1,0 +1,59 @@
+"""A backbone of a mean flow, which reads at each step the time where the step ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+
+from latentdiff.core.arrays import Array
+from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.protocols import Backbone, Spec
+
+
+class Averaging:
+    """See Backbone. ends: the time where the step from each time ends; other times end where they begin."""
+
+    def __init__(self, backbone: Any, ends: dict[float, float], array: Callable[[Array], Array]):
+        self._backbone, self._ends, self._array = backbone, ends, array
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    @property
+    def dtype(self) -> Any:
+        """See Backbone."""
+        return self._backbone.dtype
+
+    @property
+    def spec(self) -> Spec:
+        """See Backbone."""
+        spec: Spec = self._backbone.spec
+        return spec
+
+    def predict(self, x: Array, time: Array, conditions: Conditions) -> Array:
+        """See Backbone."""
+        return self._backbone.predict(x, time, self._with(x, time, conditions))
+
+    def predict_from(self, x: Array, time: Array, conditions: Conditions, deep: Array | None) -> tuple[Array, Array]:
+        """See DeepFeatures."""
+        features: tuple[Array, Array] = self._backbone.predict_from(x, time, self._with(x, time, conditions), deep)
+        return features
+
+    def predict_perturbed(self, x: Array, time: Array, conditions: Conditions) -> Array:
+        """See PerturbedAttention."""
+        return self._backbone.predict_perturbed(x, time, self._with(x, time, conditions))
+
+    def _with(self, x: Array, time: Array, conditions: Conditions) -> Conditions:
+        rows = (conditions.count, len(x)) if conditions.count else (len(x),)
+        end = self._ends.get(float(time), float(time))
+        return conditions.joined({"until": self._array(np.full(rows, end, np.float32))})
+
+
+def averaging(backbone: Backbone, times: Sequence[float], array: Callable[[Array], Array]) -> Backbone:
+    """A backbone that reads `until` under a walk through these times, descending; any other as it is."""
+    if "until" not in backbone.spec.reads:
+        return backbone
+    return cast("Backbone", Averaging(backbone, dict(pairwise(times)), array))
