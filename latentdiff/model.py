@@ -91,7 +91,7 @@ class Enlarging:
     """How a model enlarges a small picture, which its backbone reads beside x.
 
     scale: pixels of its picture for one of the small one. path: the noise that the small picture gets before (noise
-    augmentation, Ho et al. 2022, Cascaded Diffusion Models, section 4); the backbone is told its time, below `times`.
+    augmentation, Ho et al. 2022, Cascaded Diffusion Models, section 4); the backbone reads its time, below `times`.
     usual: that time, unless another is asked.
     """
 
@@ -207,7 +207,7 @@ class Model:
         return "sizes" in self.backbone.spec.reads
 
     @property
-    def is_told_guidance(self) -> bool:
+    def reads_guidance(self) -> bool:
         """Whether the backbone reads guidance_scale as a condition instead of being guided by it."""
         return "guidance" in self.backbone.spec.reads
 

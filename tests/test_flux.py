@@ -106,7 +106,7 @@ def test_conditions_are_those_of_diffusers(folder):
 def test_guidance_that_has_no_effect_is_refused(folder):
     pipe = load(folder)
     if folder.name == "schnell":
-        with pytest.raises(ConfigError, match="true_cfg_scale requires a model that is told its guidance"):
+        with pytest.raises(ConfigError, match="true_cfg_scale requires a model that reads its guidance"):
             pipe(PROMPT, width=64, height=64, true_cfg_scale=2.0)
         return
     settings = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}

@@ -51,8 +51,8 @@ def test_what_wins():
         "sampler": "lcm", "spacing": "trailing", "num_inference_steps": 3, "guidance_scale": 1.0, "clip_skip": 1,
     }  # fmt: skip
     assert settled({"sampler": "ddim"}, {"eta": 1}) == {"sampler": "ddim", "eta": 1}
-    assert settled({"guidance_scale": 3.5}, {"preset": "hyper"}, is_told=True)["guidance_scale"] == 3.5
-    assert settled({}, {"preset": "hyper", "guidance_scale": 2.0}, is_told=True)["guidance_scale"] == 2.0
+    assert settled({"guidance_scale": 3.5}, {"preset": "hyper"}, reads_guidance=True)["guidance_scale"] == 3.5
+    assert settled({}, {"preset": "hyper", "guidance_scale": 2.0}, reads_guidance=True)["guidance_scale"] == 2.0
     for bad in ("fast", 3, ["lcm"]):
         with pytest.raises(ConfigError, match=r"unknown preset .* one of lcm, turbo"):
             settled({}, {"preset": bad})

@@ -102,14 +102,14 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{(error.strerror or str(error)).lower()}{where}", ResourceError.exit_code)
     except Exception as error:
-        _fail_as_told(error)
+        _fail_by_message(error)
         raise
     if status == 130:
         _fail("interrupted", 130)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail_as_told(error: Exception) -> None:
+def _fail_by_message(error: Exception) -> None:
     """Print errors of the command line's parser, and torch's out of memory; any other error is a bug and is raised."""
     if usage := getattr(error, "format_message", None):
         if type(error).__name__ == "NoArgsIsHelpError":  # a command without arguments prints its help

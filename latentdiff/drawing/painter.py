@@ -107,8 +107,8 @@ def _check_read(request: Request, model: Model) -> None:
     backbone = model.backbone
     if (request.original_size or request.crop != (0, 0)) and not model.reads_sizes:
         raise ConfigError("original_size and crop require a model that reads sizes; this one reads none")
-    if request.true_cfg_scale != 1 and not model.is_told_guidance:
-        raise ConfigError("true_cfg_scale requires a model that is told its guidance. Use guidance_scale")
+    if request.true_cfg_scale != 1 and not model.reads_guidance:
+        raise ConfigError("true_cfg_scale requires a model that reads its guidance. Use guidance_scale")
     if request.image_guidance_scale != IMAGE_GUIDANCE and not model.must_edit:
         raise ConfigError("image_guidance_scale requires a model that edits pictures, like InstructPix2Pix")
     if request.apg and model.must_edit:

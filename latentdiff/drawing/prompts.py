@@ -78,9 +78,9 @@ def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
         notes[f"the prompt has no learnt word ({', '.join(learnt)})"] = None
     encoder, known = model.encoder, None if adapted else model.card.words
     for job in batch.jobs:
-        guided = job.request.cfg(model.is_told_guidance) > 1
+        guided = job.request.cfg(model.reads_guidance) > 1
         if job.request.negative_prompt and not guided:
-            scale = "true_cfg_scale" if model.is_told_guidance else "guidance_scale"
+            scale = "true_cfg_scale" if model.reads_guidance else "guidance_scale"
             notes[f"the negative prompt has no effect: it requires {scale} over 1"] = None
         names = ("prompt", "negative_prompt") if guided else ("prompt",)
         for name in names if job.embeds is None else ():
@@ -120,7 +120,7 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
         return with_sizes(job.embeds[0], sizes)
 
     cond = stacked([of(job) for job in batch.jobs]).mapped(model.array)
-    reads_guidance, more = model.is_told_guidance, _of_request(model, request, len(batch))
+    reads_guidance, more = model.reads_guidance, _of_request(model, request, len(batch))
     cond = cond.joined(more)
     if request.cfg(reads_guidance) <= 1:
         return Prompted(cond, None)
@@ -152,7 +152,7 @@ def _of_request(model: Model, request: Request, count: int) -> dict[str, Array]:
     import numpy as np
 
     numbers: dict[str, float] = {}
-    if model.is_told_guidance:
+    if model.reads_guidance:
         numbers["guidance"] = request.guidance_scale
     if model.enlarging is not None:
         numbers["label"] = noise_level(model.enlarging, request)

@@ -91,7 +91,7 @@ class Request(BaseModel):
     # guidance, see diffusion/guidance.py
     guidance_scale: Finite = Field(7.5, ge=0, le=100, description="classifier-free guidance; 1 is none")
     true_cfg_scale: Finite = Field(
-        1.0, ge=0, le=100, description="classifier-free guidance of a model that is told its guidance_scale"
+        1.0, ge=0, le=100, description="classifier-free guidance of a model that reads its guidance_scale"
     )
     image_guidance_scale: Finite = Field(
         IMAGE_GUIDANCE, ge=1, le=100, description="guidance by the picture of models that edit (Brooks et al. 2023)"
@@ -159,9 +159,9 @@ class Request(BaseModel):
     vae_tiling: bool = Field(False, description="decode in tiles")
     vae_slicing: bool = Field(False, description="decode picture by picture")
 
-    def cfg(self, is_told: bool) -> float:
-        """The scale of classifier-free guidance; 1 or less is none. is_told: see Model.is_told_guidance."""
-        return self.true_cfg_scale if is_told else self.guidance_scale
+    def cfg(self, reads_guidance: bool) -> float:
+        """The scale of classifier-free guidance; 1 or less is none. reads_guidance: see Model.reads_guidance."""
+        return self.true_cfg_scale if reads_guidance else self.guidance_scale
 
     @field_validator("sampler")
     @classmethod

@@ -1,6 +1,6 @@
 """Flux.1, dev, schnell and Kontext: a transformer on a straight path, a KL autoencoder of 16 channels, CLIP and T5.
 
-dev is told its guidance, and its shift grows with the picture; schnell is distilled to four steps (Black Forest Labs
+dev reads its guidance, and its shift grows with the picture; schnell is distilled to four steps (Black Forest Labs
 2024). Kontext, whose weights have dev's shapes, is known by its pipeline's class; it draws an input picture anew.
 """
 
@@ -25,7 +25,7 @@ PARTS = {
 KONTEXT = frozenset({"FluxKontextPipeline", "FluxKontextInpaintPipeline"})
 T5_LENGTH = 512  # tokens that T5 reads
 DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5}
-DISTILLED = {"num_inference_steps": 4, "guidance_scale": 1.0}  # schnell, which no guidance is told
+DISTILLED = {"num_inference_steps": 4, "guidance_scale": 1.0}  # schnell, which reads no guidance
 
 
 def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:

@@ -150,7 +150,7 @@ def _pipeline(model: Model) -> str:
         return OWN
     if model.inpaints:
         return "StableDiffusionInpaintPipeline"
-    return LCM if model.is_told_guidance else "StableDiffusionPipeline"
+    return LCM if model.reads_guidance else "StableDiffusionPipeline"
 
 
 def shared_index(model: Model) -> dict[str, Any]:

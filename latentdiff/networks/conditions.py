@@ -7,7 +7,7 @@ Only encoders and backbones know the names. Those in use:
     pooled   (B, P)      one vector a text
     sizes    (B, 6)      pixels, as Stable Diffusion XL reads them: original (height, width), the crop's (top, left),
                          the target (height, width); always float32, in which 1023 is itself
-    guidance (B,)        the guidance that a distilled backbone is told
+    guidance (B,)        the guidance that a distilled backbone reads
     until    (B,)        the time to which a mean flow's velocity is averaged
     label    (B,)        a class, whole numbers
     ids      (B, L)      token ids for an encoder in the same module; (B, 2, L) for two encoders

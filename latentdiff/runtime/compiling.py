@@ -108,7 +108,7 @@ class Compiler:
 
         Raises ModelError, ResourceError.
         """
-        with self._turn, _told_of_memory():
+        with self._turn, _memory_errors():
             return self._run(part, inputs)
 
     def _run(self, part: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -149,7 +149,7 @@ class Compiler:
         if kept is not None:
             compiled = _core().import_model(openvino().Tensor(kept.content), "CPU", settings)
             return Ready(compiled.create_infer_request(), [kept.content])
-        with loading(f"{FOLDER}/{part}.xml", self.model.directory), _told_of_memory():
+        with loading(f"{FOLDER}/{part}.xml", self.model.directory), _memory_errors():
             graph, held = self._bound(part, shapes)
             if kind := self._kind(part):
                 from latentdiff.runtime.compressed import compressed
@@ -207,7 +207,7 @@ class Compiler:
 
 
 @contextmanager
-def _told_of_memory() -> Iterator[None]:
+def _memory_errors() -> Iterator[None]:
     """A block in which OpenVINO's errors of memory become a ResourceError."""
     try:
         yield

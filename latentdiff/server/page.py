@@ -154,7 +154,7 @@ def routes(studio: Studio) -> APIRouter:
     @router.post("/api/draw")
     async def draw(body: Body, http: HttpRequest) -> Response:
         ticket = await studio.submit(body.order(client_of(http)))
-        return StreamingResponse(_told(studio, ticket), media_type="application/x-ndjson")
+        return StreamingResponse(_events_of(studio, ticket), media_type="application/x-ndjson")
 
     @router.post("/api/live")
     async def live(body: Live, http: HttpRequest) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _file(name: str) -> Response:
     return Response(content, media_type=TYPES[name[name.rindex(".") :]], headers=headers)
 
 
-async def _told(studio: Studio, ticket: Ticket) -> AsyncIterator[str]:
+async def _events_of(studio: Studio, ticket: Ticket) -> AsyncIterator[str]:
     """One JSON object a line: places in the queue, steps, previews, pictures, and what went wrong."""
     yield _line(_progress(studio, ticket))
     try:
