@@ -123,6 +123,26 @@ def tiny_model(tiny_run):
 
 
 @pytest.fixture(scope="session")
+def compiled_model(tiny_model, tmp_path_factory):
+    """The tiny model with graphs for OpenVINO; what it reads changes its pictures much more than so few steps teach."""
+
+    def make(folder):
+        from safetensors.torch import load_file, save_file
+
+        from latentdiff.families.loading import stored_model
+        from latentdiff.runtime.export import export
+
+        loosened(shutil.copytree(tiny_model, folder))
+        (file,) = (folder / "unet").glob("*.safetensors")
+        weights = load_file(file)
+        weights |= {name: 300 * weight for name, weight in weights.items() if name.endswith("attn2.to_v.weight")}
+        save_file(weights, file, {"format": "pt"})
+        export(stored_model(folder), folder)
+
+    return made_once(tmp_path_factory, "compiled", make)
+
+
+@pytest.fixture(scope="session")
 def pipe(tiny_model):
     """The tiny model's pipeline, on the CPU."""
     from latentdiff import LatentDiffusionPipeline
