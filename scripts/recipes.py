@@ -15,22 +15,24 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 DIFFUSION = ("denoiser.schedule.zero_terminal_snr=false",)
 RECIPES: dict[str, tuple[str, ...]] = {
     "base": (),
-    "epsilon, min-SNR": (*DIFFUSION, "denoiser.prediction=epsilon", "denoiser.weighting=min_snr"),
-    "v, min-SNR": ("denoiser.weighting=min_snr",),
-    "flow": (*DIFFUSION, "denoiser.path=straight", "denoiser.prediction=flow"),
+    "AdamW": ("denoiser.training.optimizer=adamw",),
     "flow, logit-normal": (
         *DIFFUSION,
         "denoiser.path=straight",
         "denoiser.prediction=flow",
         "denoiser.times=logit_normal",
     ),
-    "AdamW": ("denoiser.training.optimizer=adamw",),
     "text encoder frozen": ("denoiser.tune_text_encoder=false",),
+    "epsilon, min-SNR": (*DIFFUSION, "denoiser.prediction=epsilon", "denoiser.weighting=min_snr"),
+    "v, min-SNR": ("denoiser.weighting=min_snr",),
+    "flow": (*DIFFUSION, "denoiser.path=straight", "denoiser.prediction=flow"),
+    "twice the rate": ("denoiser.training.learning_rate=2e-3",),
     "no pooled text": ("denoiser.pooled_text=false",),
 }
 
@@ -61,7 +63,12 @@ def trained(config: Path, folder: Path, steps: int, overrides: tuple[str, ...]) 
         f"denoiser.training.validation_steps={steps}",
         *overrides,
     )
-    latentdiff("train", config, "-o", folder, "--stage", "denoiser", *(w for each in settings for w in ("--set", each)))
+    latentdiff("train", config, "-o", folder, "--stage", "denoiser", *set_by(settings))
+
+
+def set_by(settings: Sequence[str]) -> list[str]:
+    """The words of a command that set them."""
+    return [word for each in settings for word in ("--set", each)]
 
 
 def measured(folder: Path, pictures: int, judge: Path | None) -> dict[str, str]:
@@ -90,17 +97,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--judge", type=Path)
-    parser.add_argument("--only", default="", help="recipes whose names hold this text")
+    parser.add_argument("--only", action="append", choices=RECIPES, help="a recipe's name; several may be given")
+    parser.add_argument("--set", action="append", default=[], help="a setting of all recipes: data.count=100000")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    latentdiff("data", "cache", given.config, "-o", given.run)
+    latentdiff("data", "cache", given.config, "-o", given.run, *set_by(given.set))
     rows = {}
-    for name, overrides in RECIPES.items():
-        if given.only not in name:
-            continue
+    for name in given.only or RECIPES:
         folder = given.out / name.replace(", ", "-").replace(" ", "-")
         begun(given.run, folder)
-        trained(given.config, folder, given.steps, overrides)
+        trained(given.config, folder, given.steps, (*given.set, *RECIPES[name]))
         rows[name] = measured(folder, given.pictures, given.judge)
         shutil.rmtree(folder / "cache", ignore_errors=True)
     heads = list(next(iter(rows.values())))
