@@ -18,7 +18,7 @@ from latentdiff.data.folder import listing
 from latentdiff.data.source import Options
 from latentdiff.drawing.extras import adapted
 from latentdiff.drawing.record import read_metadata
-from latentdiff.families.loading import default_model, stored_model
+from latentdiff.families.loading import stored_model
 from latentdiff.runtime import merging
 from latentdiff.runtime.export import export
 from latentdiff.server.shelf import Shelf
@@ -44,11 +44,11 @@ def factors(model, seed, ends=("to_q", "conv1", "q_proj")):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A copy of the default model with a student, one without, and two adapters."""
-    folder, model = tmp_path_factory.mktemp("few"), stored_model(None)
+def place(compiled_model, tmp_path_factory):
+    """A copy of the tiny model with a student, one without, and two adapters."""
+    folder, model = tmp_path_factory.mktemp("few"), stored_model(compiled_model)
     for name in ("model", "bare"):
-        shutil.copytree(default_model(), folder / name, ignore=shutil.ignore_patterns("few_steps"))
+        shutil.copytree(compiled_model, folder / name)
     student = folder / "model" / "few_steps" / "pytorch_lora_weights.safetensors"
     student.parent.mkdir()
     save_file(factors(model, 0), student)
@@ -95,7 +95,7 @@ def test_without_a_student(place):
     assert opened(place, "auto").has_few_steps
     bare = LatentDiffusionPipeline.from_pretrained(place / "bare", device="cpu")
     assert not bare.has_few_steps
-    with pytest.raises(ConfigError, match="scenes-64 has no student of few steps in its folder"):
+    with pytest.raises(ConfigError, match="scenes-tiny has no student of few steps in its folder"):
         bare.load_few_steps()
 
 
@@ -233,7 +233,7 @@ def opened_at(folder):
     return LatentDiffusionPipeline.from_pretrained(folder, runtime="torch", device="cpu")
 
 
-def test_a_student_beside_others(place, tmp_path):
+def test_a_student_beside_others(place, compiled_model, tmp_path):
     """After an adapter of the usual file name; with words, or on quantized weights, it is refused."""
     (tmp_path / "lora").mkdir()
     shutil.copy(place / "1.safetensors", tmp_path / "lora" / "pytorch_lora_weights.safetensors")
@@ -248,7 +248,7 @@ def test_a_student_beside_others(place, tmp_path):
     with pytest.raises(ConfigError, match="requires weights that are not quantized"):
         opened(place, "auto", quantize="int8").load_few_steps()
     shutil.copytree(place / "model", tmp_path / "model")
-    width = stored_model(None).parts["text_encoder"].get_input_embeddings().weight.shape[1]
+    width = stored_model(compiled_model).parts["text_encoder"].get_input_embeddings().weight.shape[1]
     words = {"bundle_emb.zork.string_to_param.*": torch.ones(1, width)}
     file = tmp_path / "model" / "few_steps" / "pytorch_lora_weights.safetensors"
     save_file(load_file(file) | words, file)
@@ -281,7 +281,7 @@ def test_drawing_while_typing(place, tmp_path):
         assert server.post("/api/live", {"prompt": PROMPT, "seed": "-3"}).status_code == 422
         assert server.post("/api/live", {"prompt": PROMPT, "steps": 3}).status_code == 422
         assert server.post("/api/live", {"prompt": PROMPT, "width": 7}).status_code == 422
-        assert get(f"{server.address}/api/models/scenes-64").json()["live"]
+        assert get(f"{server.address}/api/models/scenes-tiny").json()["live"]
     student = opened(place, "torch")
     student.load_few_steps()
     assert (drawn == student(**ASKED).images[0]).all()
