@@ -39,6 +39,12 @@ def theirs(folders):
     return pipe
 
 
+@pytest.fixture(scope="module")
+def sampled(folders):
+    """A pipeline whose sampler the tests change."""
+    return load(folders["1"])
+
+
 def noise(count=1):
     return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -101,9 +107,9 @@ def test_a_scheduler_comes_back_as_it_was_set(name, spacing, folders):
 @pytest.mark.filterwarnings("ignore:of this scheduler")  # exponential sigmas of multistep solvers differ
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy's, of KDPM2
 @pytest.mark.parametrize("sampler", [*(name for name, row in SAMPLERS.items() if row.schedulers), "dpmpp_2m_sde"])
-def test_every_sampling_comes_back(sampler, folders):
+def test_every_sampling_comes_back(sampler, sampled):
     """The scheduler of a sampler and a grid asks for that sampler and that grid."""
-    pipe = load(folders["1"])
+    pipe = sampled
     grids = {"karras", "exponential", "trailing"}
     kind, _ = scheduler_of(sampler, "trailing")
     grids |= {sampling_of({"_class_name": kind, "timestep_spacing": s}).settings["spacing"] for s in SPACINGS}

@@ -121,6 +121,7 @@ def test_the_last_goal_is_the_data_itself():
     assert torch.equal(loss.rows(950), loss._table[:2])
 
 
+@pytest.mark.slow
 def test_a_student_learns_it():
     """Trained from the teacher's weights it jumps in one step where the teacher is a standard deviation away."""
     path, prediction = PATHS["v_prediction"], "v_prediction"
@@ -294,6 +295,7 @@ def test_times_of_tuning():
     assert all(isinstance(whole.draw(rng), np.int64) for _ in range(10))
 
 
+@pytest.mark.slow
 def test_a_student_is_tuned():
     """From the data alone it comes to draw them in one step: their mean and their spread."""
     path, prediction = PATHS["flow"], "flow"
