@@ -21,7 +21,7 @@ from latentdiff.drawing.record import read_metadata
 from latentdiff.families.loading import stored_model
 from latentdiff.runtime import merging
 from latentdiff.runtime.export import export
-from latentdiff.server.shelf import Shelf
+from latentdiff.server.shelf import Shelf, Wanted
 
 from . import stable_diffusion
 from .serving import Served, get, png
@@ -285,6 +285,22 @@ def test_drawing_while_typing(place, tmp_path):
     student = opened(place, "torch")
     student.load_few_steps()
     assert (drawn == student(**ASKED).images[0]).all()
+
+
+def test_a_student_that_is_replaced_is_another_one(place, tmp_path):
+    """The server draws with the file that is there; the one that was replaced is not drawn with from memory."""
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu", runtime="torch")
+    shelf = Shelf(pipe, lambda *_: LatentDiffusionPipeline.from_pretrained(model, device="cpu", runtime="torch"))
+    wanted = Wanted(pipe.card.name, fast=True)
+    drawn = [shelf.take(wanted)(**ASKED).images]
+    assert shelf.loaded(wanted) is shelf.take(wanted)
+    other = tmp_path / "other.safetensors"
+    save_file(factors(pipe.model, 5), other)
+    other.rename(model / "few_steps" / "pytorch_lora_weights.safetensors")
+    assert shelf.loaded(wanted) is None
+    drawn.append(shelf.take(wanted)(**ASKED).images)
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 1
 
 
 def _shelf(place, pipe):
