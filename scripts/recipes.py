@@ -18,21 +18,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-DIFFUSION = ("denoiser.schedule.zero_terminal_snr=false",)
+DIFFUSION = ("denoiser.path=variance_preserving", "denoiser.times=uniform")
+VELOCITY = (*DIFFUSION, "denoiser.prediction=v_prediction", "denoiser.schedule.zero_terminal_snr=true")
 RECIPES: dict[str, tuple[str, ...]] = {
     "base": (),
     "AdamW": ("denoiser.training.optimizer=adamw",),
-    "flow, logit-normal": (
-        *DIFFUSION,
-        "denoiser.path=straight",
-        "denoiser.prediction=flow",
-        "denoiser.times=logit_normal",
-    ),
-    "text encoder frozen": ("denoiser.tune_text_encoder=false",),
+    "v": VELOCITY,
+    "v, AdamW": (*VELOCITY, "denoiser.training.optimizer=adamw"),
+    "v, twice the rate": (*VELOCITY, "denoiser.training.learning_rate=2e-3"),
+    "v, min-SNR": (*VELOCITY, "denoiser.weighting=min_snr"),
     "epsilon, min-SNR": (*DIFFUSION, "denoiser.prediction=epsilon", "denoiser.weighting=min_snr"),
-    "v, min-SNR": ("denoiser.weighting=min_snr",),
-    "flow": (*DIFFUSION, "denoiser.path=straight", "denoiser.prediction=flow"),
-    "twice the rate": ("denoiser.training.learning_rate=2e-3",),
+    "uniform times": ("denoiser.times=uniform",),
+    "text encoder frozen": ("denoiser.tune_text_encoder=false",),
     "no pooled text": ("denoiser.pooled_text=false",),
 }
 
