@@ -19,12 +19,17 @@ ROOT = Path(__file__).parent.parent
 
 LONGEST = (
     "openvino",
+    "stable_diffusion",
     "faults",
     "evaluate",
-    "finetune",
+    "server_page",
+    "controlnet",
+    "server",
+    "single_files",
+    "few_steps",
     "adapters",
-    "reproduce",
-    "stable_diffusion",
+    "finetune",
+    "mean_flow",
     "folder",
     "processes",
 )
@@ -34,7 +39,8 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     """Mark the cases of `quick` tests that it does not name as slow.
 
-    The longest files come first: one at the end would leave the other processes idle.
+    The longest files come first: one at the end would leave the other processes idle. Of the first three one trains
+    the tiny model, for which others would have to wait.
     """
     for item in items:
         quick = item.get_closest_marker("quick")
@@ -124,7 +130,9 @@ def tiny_model(tiny_run):
 
 @pytest.fixture(scope="session")
 def compiled_model(tiny_model, tmp_path_factory):
-    """The tiny model with graphs for OpenVINO; what it reads changes its pictures much more than so few steps teach."""
+    """The tiny model with graphs for OpenVINO. Its text has two layers, and changes its pictures much more than so few
+    steps teach.
+    """
 
     def make(folder):
         from safetensors.torch import load_file, save_file
@@ -137,6 +145,13 @@ def compiled_model(tiny_model, tmp_path_factory):
         weights = load_file(file)
         weights |= {name: 300 * weight for name, weight in weights.items() if name.endswith("attn2.to_v.weight")}
         save_file(weights, file, {"format": "pt"})
+        file = folder / "text_encoder" / "model.safetensors"
+        weights = load_file(file)
+        first = {name: weight for name, weight in weights.items() if "layers.0." in name}
+        weights |= {name.replace("layers.0.", "layers.1."): weight.clone() for name, weight in first.items()}
+        save_file(weights, file, {"format": "pt"})
+        config = folder / "text_encoder" / "config.json"
+        config.write_text(config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
         export(stored_model(folder), folder)
 
     return made_once(tmp_path_factory, "compiled", make)

@@ -122,6 +122,7 @@ def test_one_file_and_back(folder, call, tmp_path):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_by_openvino(folder, call, tmp_path):
     """At most one of 255 from torch at each scale, four steps with the same noise."""
     assert call("convert", folder, tmp_path / "compiled", "--to", "openvino")[0] == 0

@@ -268,6 +268,7 @@ def test_what_was_learnt_is_drawn(student):
     assert (other - x).abs().max() > 1e-3, "Heun's method follows instantaneous velocities"
 
 
+@pytest.mark.slow
 def test_by_openvino(student, call, tmp_path):
     assert call("convert", student / "run" / "model", tmp_path / "compiled", "--to", "openvino")[0] == 0
     settings = {"runtime": "openvino", "torch_dtype": torch.float32}
