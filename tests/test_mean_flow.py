@@ -1,5 +1,6 @@
 """Mean flows: the average velocity of data that are normal is known, and one step along it draws them."""
 
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.core.errors import ConfigError
+from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.diffusion import mean_flow
 from latentdiff.diffusion.mean_flow import MeanFlowLoss
 from latentdiff.diffusion.path import Straight, VariancePreserving
@@ -280,6 +281,14 @@ def test_diffusers_does_not_draw_it_wrongly(student):
     """Its pipelines know no end of a step, so the folder names one that diffusers refuses."""
     with pytest.raises(AttributeError, match="LatentDiffusionPipeline"):
         diffusers.DiffusionPipeline.from_pretrained(student / "run" / "model")
+
+
+def test_a_network_that_reads_something_unknown_is_refused(student, tmp_path):
+    folder = shutil.copytree(student / "run" / "model", tmp_path / "model")
+    config = folder / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"until"', '"zork"'))
+    with pytest.raises(ModelError, match=r"time_cond must be guidance or until \(got 'zork' in .*unet/config.json\)"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

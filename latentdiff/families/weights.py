@@ -22,7 +22,7 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import GGUF, check_depth, numbers_in, read_json, variant_of, weight_files
 from latentdiff.formats.gguf_file import is_gguf, read_gguf
 from latentdiff.model import NOTHING
-from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.backbones.unet import EXTRA, MORE, UNet
 from latentdiff.networks.blocks import is_block, shape_of
 from latentdiff.networks.codecs.autoencoder import Autoencoder
 from latentdiff.networks.codecs.flux_2 import Flux2Autoencoder
@@ -204,8 +204,13 @@ def _rows(model: Any) -> Any:
 
 
 def load_unet(directory: Path, variant: str | None = None) -> UNet:
-    """The U-Net of a model folder."""
-    return UNet(pretrained(diffusers.UNet2DConditionModel, directory, "unet", variant, UNet)).eval()
+    """The U-Net of a model folder. Raises ModelError."""
+    unet = UNet(pretrained(diffusers.UNet2DConditionModel, directory, "unet", variant, UNet)).eval()
+    if (extra := unet.model.config.get(EXTRA, MORE[0])) not in MORE:
+        raise ModelError(
+            f"{EXTRA} must be {' or '.join(MORE)} (got {str(extra)[:40]!r} in {directory}/unet/config.json)"
+        )
+    return unet
 
 
 def load_clip(directory: Path, text_encoder: Path | None = None) -> Clip:

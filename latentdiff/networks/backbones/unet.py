@@ -23,6 +23,7 @@ from latentdiff.networks.saving import save_network
 from latentdiff.networks.traced import Traced, example
 
 EXTRA = "time_cond"  # an entry of the config: what joins the time, if not the guidance
+MORE = ("guidance", "until")
 GRAPH = "unet"  # its part, and the name of its graph
 _FUSED = {"to_qkv", "to_kv"}
 
