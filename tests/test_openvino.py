@@ -249,7 +249,12 @@ def test_compiled_graphs_are_kept_and_checked(cached, monkeypatch):
     monkeypatch.setattr(compiling.Compiler, "_bound", lambda *a: bound.append(a[1]) or of_part(*a))
     assert (draw() == first).all()
     assert not bound
-    for damage in (lambda b: b[: len(b) // 2], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], lambda b: b[:3]):
+    for damage in (
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
+        lambda b: b"",
+        lambda b: b[:3],
+    ):
         for path, content in kept.items():
             path.write_bytes(damage(content))
         assert (draw() == first).all()
