@@ -10,41 +10,21 @@ import numpy as np
 
 from latentdiff.core.arrays import Array
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.protocols import Backbone, Spec
+from latentdiff.networks.informed import Informed
+from latentdiff.networks.protocols import Backbone
 
 
-class Averaging:
+class Averaging(Informed):
     """See Backbone. ends: the time where the step from each time ends; other times end where they begin."""
 
     def __init__(self, backbone: Any, ends: dict[float, float], array: Callable[[Array], Array]):
-        self._backbone, self._ends, self._array = backbone, ends, array
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backbone, name)
-
-    @property
-    def dtype(self) -> Any:
-        """See Backbone."""
-        return self._backbone.dtype
-
-    @property
-    def spec(self) -> Spec:
-        """See Backbone."""
-        spec: Spec = self._backbone.spec
-        return spec
-
-    def predict(self, x: Array, time: Array, conditions: Conditions) -> Array:
-        """See Backbone."""
-        return self._backbone.predict(x, time, self._with(x, time, conditions))
+        super().__init__(backbone)
+        self._ends, self._array = ends, array
 
     def predict_from(self, x: Array, time: Array, conditions: Conditions, deep: Array | None) -> tuple[Array, Array]:
         """See DeepFeatures."""
         features: tuple[Array, Array] = self._backbone.predict_from(x, time, self._with(x, time, conditions), deep)
         return features
-
-    def predict_perturbed(self, x: Array, time: Array, conditions: Conditions) -> Array:
-        """See PerturbedAttention."""
-        return self._backbone.predict_perturbed(x, time, self._with(x, time, conditions))
 
     def _with(self, x: Array, time: Array, conditions: Conditions) -> Conditions:
         rows = (conditions.count, len(x)) if conditions.count else (len(x),)

@@ -8,7 +8,8 @@ from typing import Any, Protocol, cast
 
 from latentdiff.core.arrays import Array, library, zeros
 from latentdiff.networks.conditions import Conditions, added
-from latentdiff.networks.protocols import Backbone, Spec
+from latentdiff.networks.informed import Informed
+from latentdiff.networks.protocols import Backbone
 
 
 class GivesResiduals(Protocol):
@@ -72,33 +73,12 @@ class Control:
         return own
 
 
-class Controlled:
+class Controlled(Informed):
     """See Backbone. Residuals of several controls are added."""
 
     def __init__(self, backbone: Any, controls: Sequence[Control]):
-        self._backbone, self._controls = backbone, controls
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backbone, name)
-
-    @property
-    def dtype(self) -> Any:
-        """See Backbone."""
-        return self._backbone.dtype
-
-    @property
-    def spec(self) -> Spec:
-        """See Backbone."""
-        spec: Spec = self._backbone.spec
-        return spec
-
-    def predict(self, x: Array, time: Array, conditions: Conditions) -> Array:
-        """See Backbone."""
-        return self._backbone.predict(x, time, self._with(x, time, conditions))
-
-    def predict_perturbed(self, x: Array, time: Array, conditions: Conditions) -> Array:
-        """See PerturbedAttention."""
-        return self._backbone.predict_perturbed(x, time, self._with(x, time, conditions))
+        super().__init__(backbone)
+        self._controls = controls
 
     def _with(self, x: Array, time: Any, conditions: Conditions) -> Conditions:
         """The conditions with the sum of all residuals, and of all features."""
