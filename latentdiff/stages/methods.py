@@ -24,7 +24,7 @@ from latentdiff.networks.adapters import trained
 from latentdiff.networks.adapters.trained import Factors
 from latentdiff.networks.adapters.words import begin_word
 from latentdiff.networks.backbones.transformer import Transformer
-from latentdiff.networks.backbones.unet import UNet
+from latentdiff.networks.backbones.unet import MORE, UNet
 from latentdiff.networks.controls.controlnet import ControlNet, SteeredNetwork
 from latentdiff.networks.controls.ip_adapter import IPAdapter, PromptedNetwork
 from latentdiff.runtime.quantized import is_quantized
@@ -32,7 +32,7 @@ from latentdiff.settings.finetuning import RANK, FineTuning
 from latentdiff.stages.encoding import AnyCodec, AnyEncoder, AnyTextEncoder
 from latentdiff.training.denoiser import ConditionedNetwork, thaw
 
-MORE = {"mean-flow": "until"}  # what the students of an objective read beside the time
+READS = {"mean-flow": "until"}  # what the students of an objective read beside the time
 Write = Callable[[Path, Mapping[str, str]], list[Path]]
 
 
@@ -80,12 +80,12 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
 
 def _student(model: Model, config: FineTuning) -> Model:
     """The model with settings of few steps, and with a layer for what the student reads more than its teacher."""
-    scales, more = config.consistency.guidance_range, MORE.get(config.consistency.objective)
+    scales, more = config.consistency.guidance_range, READS.get(config.consistency.objective)
     few = {**model.card.defaults, **PRESETS[preset_of(config)]}
     if more == "until" and model.prediction != "flow":
         raise ConfigError("a mean flow requires a model of a straight path that predicts its velocity (flow)")
     if more or scales is not None:
-        if not isinstance(model.backbone, UNet) or {"guidance", "until"} & model.backbone.spec.reads.keys():
+        if not isinstance(model.backbone, UNet) or set(MORE) & model.backbone.spec.reads.keys():
             raise ConfigError("this student requires a U-Net that does not read a guidance or an end yet")
         model.backbone.read_more(more or "guidance")
     if scales is not None:
