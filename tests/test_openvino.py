@@ -1,6 +1,7 @@
 """Drawing by OpenVINO: equal to torch to rounding, without torch, and never in silence where it cannot."""
 
 import copy
+import gzip
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from latentdiff.core.errors import ConfigError, ModelError, ResourceError
 from latentdiff.families.loading import default_model, stored_model
 from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.prompt import Prompt
-from latentdiff.runtime import compiling
+from latentdiff.runtime import compiling, graphs
 from latentdiff.runtime.export import export
 from latentdiff.runtime.graphs import exported, named
 
@@ -403,17 +404,25 @@ def test_an_export_of_another_configuration(compiled_model, tmp_path):
     assert exported(folder) is not None, "who wrote it is no matter"
 
 
+def test_a_small_file_that_unpacks_to_a_large_graph_is_refused(compiled_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "_LARGEST", 10_000)
+    file = Path(shutil.copytree(compiled_model, tmp_path / "model")) / "openvino" / "unet.xml.gz"
+    file.write_bytes(gzip.compress(bytes(10_001)))
+    with pytest.raises(ModelError, match="a graph of more than"):
+        LatentDiffusionPipeline.from_pretrained(tmp_path / "model", runtime="openvino")(PROMPT, num_inference_steps=1)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("export.json", "{}", "an export of format None, not 5 .* Export it again: latentdiff convert"),
-        ("export.json", '{"format": 5}', "an export whose facts were changed"),
-        ("export.json", '{"format": 5, "configs": {}, "sha256": 1}', "an export whose facts were changed"),
-        ("unet.xml", "<net", "cannot load openvino/unet.xml"),
+        ("export.json", "{}", "an export of format None, not 6 .* Export it again: latentdiff convert"),
+        ("export.json", '{"format": 6}', "an export whose facts were changed"),
+        ("export.json", '{"format": 6, "configs": {}, "sha256": 1}', "an export whose facts were changed"),
+        ("unet.xml.gz", "<net", "cannot load openvino/unet.xml.gz"),
         ("constants.safetensors", "x", "cannot load openvino/"),
-        ("text_encoder.xml", None, "an export without text_encoder.xml"),
+        ("text_encoder.xml.gz", None, "an export without text_encoder.xml.gz"),
         ("export.json", None, "an export without export.json"),
-        ("unet.xml", None, "an export without unet.xml"),
+        ("unet.xml.gz", None, "an export without unet.xml.gz"),
         ("../tokenizer/tokenizer.json", '{"version": "1.0"', "cannot load .*tokenizer.json"),
         ("../tokenizer/tokenizer.json", "{}", "cannot load .*tokenizer.json"),
     ],

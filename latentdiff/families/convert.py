@@ -16,7 +16,7 @@ from latentdiff.families.card import FILE as CARD_FILE
 from latentdiff.families.card import known_words
 from latentdiff.formats.folder import folder_hash, read_json
 
-_COPIED = (".json", ".txt", ".md", ".xml", ".gguf")
+_COPIED = (".json", ".txt", ".md", ".gz", ".gguf")
 
 
 def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from latentdiff.core import cache as user_cache
 from latentdiff.core.errors import ModelError, ResourceError, loading
-from latentdiff.runtime.graphs import FOLDER, WEIGHT, Changed, Exported, Stored, named
+from latentdiff.runtime.graphs import FOLDER, WEIGHT, Changed, Exported, Stored, file_of, named
 
 SHAPES = 4  # compiled versions of a graph in memory, each with its own weights; the oldest is dropped
 LARGE = 32 * 32  # latents or pixels from which generated kernels pay off even if they run once
@@ -149,7 +149,7 @@ class Compiler:
         if kept is not None:
             compiled = _core().import_model(openvino().Tensor(kept.content), "CPU", settings)
             return Ready(compiled.create_infer_request(), [kept.content])
-        with loading(f"{FOLDER}/{part}.xml", self.model.directory), _memory_errors():
+        with loading(f"{FOLDER}/{file_of(part)}", self.model.directory), _memory_errors():
             graph, held = self._bound(part, shapes)
             if kind := self._kind(part):
                 from latentdiff.runtime.compressed import compressed

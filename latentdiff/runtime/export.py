@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import gzip
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from latentdiff.runtime.graphs import (
     Exported,
     config_hash,
     exported,
+    file_of,
     sealed,
     tokenizer_of,
 )
@@ -120,7 +122,7 @@ def _graphs(network: Any, part: tuple[str, ...], made: Path) -> dict[str, tuple[
         functions: Mapping[str, Traced] = exact.eval().traced(*part)
         for graph, traced in functions.items():
             with raised_as(ModelError, f"cannot export {graph}"):
-                numbers = _write(_traced(traced), made / f"{graph}.xml")
+                numbers = _write(_traced(traced), made / file_of(graph))
             results[graph] = traced.part, numbers, _check(traced)
     return results
 
@@ -208,14 +210,15 @@ def _ends(numbers: np.ndarray) -> tuple[int, bytes]:
 
 
 def _write(graph: Any, file: Path) -> np.ndarray:
-    """Write a graph; returns its constants as bytes, (N,) uint8."""
-    constants = file.with_suffix(".constants")
-    openvino().serialize(graph, str(file), str(constants))
-    tree = ElementTree.parse(file)
+    """Write a graph, compressed to a twelfth; returns its constants as bytes, (N,) uint8."""
+    plain, constants = file.with_suffix(""), file.with_suffix(".constants")
+    openvino().serialize(graph, str(plain), str(constants))
+    tree = ElementTree.parse(plain)
     _keep_angles_exact(tree)
     _drop_names_of_origin(tree)
-    tree.write(file)
+    file.write_bytes(gzip.compress(ElementTree.tostring(tree.getroot()), mtime=0))  # equal graphs, equal files
     content = np.frombuffer(constants.read_bytes(), np.uint8)
+    plain.unlink()
     constants.unlink()
     return content
 

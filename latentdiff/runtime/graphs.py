@@ -1,16 +1,17 @@
 """A model's networks as OpenVINO graphs on disk: `MODEL/openvino/`, beside the weights that they read.
 
-    unet.xml, text_encoder.xml, ...   the graphs, with named inputs; their weights are inputs too, named as in the
-                                      model's own files
-    constants.safetensors             all other constants, which depend only on the configuration
-    export.json                       facts about the networks, and the configurations of the export
+    unet.xml.gz, text_encoder.xml.gz, ...   the graphs, with named inputs; their weights are inputs too, named as in
+                                            the model's own files
+    constants.safetensors                   all other constants, which depend only on the configuration
+    export.json                             facts about the networks, and the configurations of the export
 
-So an export takes a megabyte whatever the size of the model, has no second copy of the weights, and stays valid when
-they are trained further. A changed configuration is refused.
+So an export takes a third of a megabyte whatever the size of the model, has no second copy of the weights, and stays
+valid when they are trained further. A changed configuration is refused.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,8 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import read_json, weight_files
 
 FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
-FORMAT = 5
+FORMAT = 6
+_LARGEST = 1 << 28  # bytes of a graph; those of the largest models have ten million
 _SEAL = "sha256"
 WEIGHT = "weight:"  # how the name of an input begins that is a weight
 _UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")  # keys of configs that do not matter
@@ -90,8 +92,12 @@ class Exported:
         """The graph of a part and its constants, as bytes for OpenVINO. Raises ModelError."""
         from safetensors.numpy import load_file
 
-        with loading(f"{FOLDER}/{part}.xml", self.directory):
-            return (self.folder / f"{part}.xml").read_bytes(), load_file(self.folder / CONSTANTS)[part]
+        file = self.folder / file_of(part)
+        with loading(f"{FOLDER}/{file.name}", self.directory), gzip.open(file) as content:
+            graph = content.read(_LARGEST + 1)
+            if len(graph) > _LARGEST:
+                raise ModelError(f"a graph of more than {_LARGEST >> 20} MB ({file})")
+            return graph, load_file(self.folder / CONSTANTS)[part]
 
     def part(self, graph: str) -> str:
         """The part of the model that has a graph's weights."""
@@ -110,8 +116,8 @@ class Exported:
     def identity(self, part: str) -> str:
         """A hash of the graph with its constants. Raises ModelError."""
         digest = hashlib.sha256()
-        with loading(f"{FOLDER}/{part}.xml", self.directory):
-            for name in (f"{part}.xml", CONSTANTS):
+        with loading(f"{FOLDER}/{file_of(part)}", self.directory):
+            for name in (file_of(part), CONSTANTS):
                 digest.update((self.folder / name).read_bytes())
         return digest.hexdigest()
 
@@ -136,8 +142,8 @@ def exported(directory: Path, variant: str | None = None, folder: Path | None = 
     changed = [part for part, known in record["configs"].items() if known != config_hash(directory / part)]
     if changed:
         raise ModelError(f"exported before {changed[0]}/config.json was changed ({path}). {again}")
-    if lacking := [graph for graph in record["graphs"] if not (folder / f"{graph}.xml").is_file()]:
-        raise ModelError(f"an export without {lacking[0]}.xml ({folder}). {again}")
+    if lacking := [file for file in map(file_of, record["graphs"]) if not (folder / file).is_file()]:
+        raise ModelError(f"an export without {lacking[0]} ({folder}). {again}")
     return Exported(directory, variant, folder, record)
 
 
@@ -145,6 +151,11 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
     """The content of export.json with a hash of itself: what runs the graphs relies on every fact."""
     content = {key: value for key, value in record.items() if key != _SEAL}
     return content | {_SEAL: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def file_of(graph: str) -> str:
+    """The name of a graph's file."""
+    return f"{graph}.xml.gz"
 
 
 def tokenizer_of(part: str) -> str:
