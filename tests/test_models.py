@@ -9,7 +9,7 @@ from transformers import CLIPTextModel
 
 from latentdiff.core.images import luminance, to_images, to_uint8
 from latentdiff.families.clip import load_own_scorer
-from latentdiff.families.weights import load_clip
+from latentdiff.families.weights import load_clip, load_text_encoder
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.clip import Clip, contrastive_loss, image_model_of, text_model_of
 from latentdiff.networks.codecs.identity import IdentityCodec
@@ -235,6 +235,19 @@ def test_plain_attention_computes_the_same():
     fused = unet(x, 10.0, context)
     unet.use_plain_attention()
     torch.testing.assert_close(unet(x, 10.0, context), fused, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_plain_attention_of_texts_computes_the_same(tiny_model):
+    encoder = load_text_encoder(tiny_model)
+    ids = encoder.tokenize(["a red circle", "two blue squares above a cyan star"])
+    fused = encoder(ids)["tokens"]
+    encoder.use_plain_attention()
+    plain = encoder(ids)["tokens"]
+    torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
+    with encoder.as_loaded():
+        assert torch.equal(encoder(ids)["tokens"], fused)
+    assert torch.equal(encoder(ids)["tokens"], plain)
 
 
 def test_pictures_round_trip():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from latentdiff.families.own import (
     times_of,
 )
 from latentdiff.families.weights import load_codec, load_text_encoder, weights_hash
-from latentdiff.model import TorchPlace
+from latentdiff.model import Model, TorchPlace
 from latentdiff.networks.backbones.dit import DiT
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.backbones.unet import UNet
@@ -78,6 +79,8 @@ def train_denoiser(run: Run[Config]) -> None:
     parts: dict[str, nn.Module] = {"unet": unet}
     if config.denoiser.tune_text_encoder and isinstance(text_encoder, TextEncoder):
         thaw(text_encoder)
+        if accelerator.device.type == "cpu":
+            text_encoder.use_plain_attention()
         network, parts["text_encoder"] = ConditionedNetwork(unet, text_encoder), text_encoder
     before = _before(run)
     trained, validated = _samples(run, codec, text_encoder, before)
@@ -240,15 +243,23 @@ def _report(
     else:
         rows = [draw_prompts(painter, prompts, seed=config.seed) for prompts in _prompts(config, examples)]
     if references is not None:
-        unet = painter.model.backbone
-        assert isinstance(unet, UNet)
-        with unet.as_loaded():
+        with as_loaded(painter.model):
             pictures = drawn_pictures(painter, references.captions, seed=config.seed)
         numbers |= {name: figure.value for name, figure in measured(pictures, references).items()}
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")
     return numbers
+
+
+@contextmanager
+def as_loaded(model: Model) -> Iterator[None]:
+    """A block in which a model's networks compute as loaded ones do, to the bit."""
+    networks = [network for network in (model.backbone, model.encoder) if isinstance(network, UNet | TextEncoder)]
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(network.as_loaded())
+        yield
 
 
 def _made_of_pictures(

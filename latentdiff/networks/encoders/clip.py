@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,20 @@ class TextEncoder(nn.Module):
         output = self.model(ids, output_hidden_states=self.penultimate)
         tokens = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
         return conditions_of(tokens, getattr(output, "text_embeds", None))
+
+    def use_plain_attention(self) -> None:
+        """Compute attention as two matrix products and a softmax, for training on a CPU: see UNet."""
+        self.model.set_attn_implementation("eager")
+
+    @contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """A block without `use_plain_attention`: outputs equal those of a loaded encoder to the bit."""
+        own = self.model.config._attn_implementation
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(own)
 
     def read(self, prompt: str, style: Style = Style()) -> Reading:  # noqa: B008 - frozen
         """See Encoder. Raises ConfigError for weights that are too large."""
