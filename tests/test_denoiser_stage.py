@@ -1,5 +1,7 @@
 """The denoiser's batches: keyed draws, epochs, dropped captions, the posterior, what is added to the noise."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,16 @@ def test_validation_is_by_bins_of_time_and_never_changes():
     bins = [f"loss_at_{low}_to_{low + 249}" for low in (0, 250, 500, 750)]
     assert list(first) == ["validation_loss", *bins]
     assert first["validation_loss"] == pytest.approx(np.mean([first[name] for name in bins]))
+
+
+def test_latents_are_samples_or_means():
+    drawn, mean = denoiser_stage(), denoiser_stage(samples=False)
+    batch = mean.batch_of([(row, 3) for row in range(10)])
+    assert torch.equal(mean._x0(batch), batch["mean"].float())
+    sampled = drawn.batch_of([(row, 3) for row in range(10)])
+    assert torch.equal(sampled["noise"], batch["noise"])
+    apart = (drawn._x0(sampled) - batch["mean"].float()).std()
+    assert float(apart) == pytest.approx(math.exp(-1), rel=0.2), "the deviation of log-variance -2"
 
 
 def test_times_are_uniform():

@@ -293,6 +293,9 @@ class Denoiser(Learning):
     enlarging: Enlarging = Enlarging()
     editing: Editing = Editing()
     inpainting: bool = Field(False, description="the U-Net reads a mask and the rest of the picture, and fills it in")
+    posterior: Literal["sample", "mean"] = Field(
+        "sample", description="latents are samples of the autoencoder's posterior, or its means, which have less noise"
+    )
     block_out_channels: tuple[int, ...] = Field(
         (64, 128, 192), description="channels of each level; a level halves the sides"
     )

@@ -197,13 +197,15 @@ def _training(config: Config, examples: Examples, processes: int) -> tuple[Diffu
     rates = settings.caption_dropout, settings.noise_offset, settings.input_perturbation
     batch = settings.training.train_batch_size * settings.training.gradient_accumulation_steps * processes
     order = Order(config.seed, "training", list(examples.pictures.buckets().values()), batch)
-    return loss, Draws(config.seed, times_of(settings, path), *rates), order
+    samples = settings.posterior == "sample"
+    return loss, Draws(config.seed, times_of(settings, path), *rates, samples=samples), order
 
 
 def _validation(config: Config, examples: Examples) -> tuple[DiffusionLoss, Draws, Order]:
     """Likewise for validation: no weights, dropout, offset or perturbation; each picture once in each bin of time."""
     path = new_path(config)
-    draws = Draws(config.seed, Times(path, bins=TIME_BINS), purpose="validation")
+    samples = config.denoiser.posterior == "sample"
+    draws = Draws(config.seed, Times(path, bins=TIME_BINS), purpose="validation", samples=samples)
     order = Order(config.seed, "validation", list(examples.pictures.buckets().values()))
     return DiffusionLoss(path, config.denoiser.prediction), draws, order
 

@@ -96,7 +96,10 @@ def thaw(text_encoder: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random draws of a sample: their rates, and the purpose that keys them."""
+    """The random draws of a sample: their rates, and the purpose that keys them.
+
+    samples: whether latents are samples of the codec's posterior, or its mean.
+    """
 
     seed: int
     times: Times
@@ -104,13 +107,15 @@ class Draws:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     purpose: str = "training"
+    samples: bool = True
 
     def of(self, row: int, epoch: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """The draws of one sample in one epoch, a function of only these arguments."""
         rng = noise.generator(self.seed, self.purpose, row, epoch)
         t = self.times.draw(rng, epoch)
         drawn: dict[str, Any] = {"rows": np.int64(row), "t": t, "kept": np.bool_(rng.random() >= self.caption_dropout)}
-        drawn["noise"], drawn["posterior"] = rng.standard_normal((2, *shape), dtype=np.float32)
+        drawn["noise"], posterior = rng.standard_normal((2, *shape), dtype=np.float32)
+        drawn["posterior"] = posterior if self.samples else np.zeros_like(posterior)
         if self.noise_offset:
             offset = rng.standard_normal((shape[0], *[1] * (len(shape) - 1)), dtype=np.float32)
             drawn["noise"] = drawn["noise"] + np.float32(self.noise_offset) * offset
@@ -161,7 +166,7 @@ class DenoiserStage:
         )
 
     def _x0(self, batch: dict[str, Tensor]) -> Tensor:
-        """Latents (B, C, h, w), drawn from the posteriors of the codec."""
+        """Latents (B, C, h, w): samples of the posteriors of the codec, or their means."""
         mean, log_variance = self._samples.latents.moments(batch)
         return mean + (0.5 * log_variance).exp() * batch["posterior"]
 
