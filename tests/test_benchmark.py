@@ -18,7 +18,7 @@ from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import UNIT, background, compose
 from latentdiff.diffusion import noise
 from latentdiff.evaluation import recognition
-from latentdiff.evaluation.benchmark import SpriteBenchmark
+from latentdiff.evaluation.benchmark import ComposedShapes, SpriteBenchmark
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.objects import background_of, cropped, objects
 
@@ -95,7 +95,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def benchmark(library):
-    return SpriteBenchmark(library, WindowJudge(), 128, shapes=0.0)
+    return SpriteBenchmark(library, 128, 0.0, WindowJudge())
 
 
 def scenes(benchmark, category, count=24):
@@ -125,6 +125,18 @@ def test_every_object_of_a_scene_is_found(benchmark, category):
         centres = np.array([part.centre for part in parts])
         expected = np.array([(thing.x, thing.y) for thing in scene.things]) * 128 / UNIT
         assert (np.abs(expected[:, None] - centres).max(-1).min(1) < 3).all()
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_the_oracle_reads_composed_shapes(category):
+    """At 128 pixels, on plain and graded backgrounds; another scene's prompt is almost never right."""
+    benchmark = ComposedShapes(128)
+    drawn = scenes(benchmark, category, 100)
+    pictures = [benchmark.picture(scene) for scene in drawn]
+    right = [benchmark.is_right(picture, scene) for picture, scene in zip(pictures, drawn, strict=True)]
+    assert np.mean(right) >= 0.97, [scene.description for scene, good in zip(drawn, right, strict=True) if not good]
+    others = [benchmark.is_right(picture, scene) for picture, scene in zip(pictures, drawn[1:], strict=False)]
+    assert np.mean(others) < 0.1
 
 
 def test_specks_are_no_objects():

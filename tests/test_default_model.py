@@ -6,8 +6,9 @@ import torch
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.images import to_images
-from latentdiff.data import oracle, scenes
+from latentdiff.data import scenes
 from latentdiff.diffusion import noise
+from latentdiff.evaluation import oracle
 from latentdiff.evaluation.composition import ceiling, evaluate_composition
 from latentdiff.families.loading import default_model
 from latentdiff.families.weights import load_clip, load_text_encoder

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latentdiff.data import oracle, scenes
+from latentdiff.data import scenes
 from latentdiff.data.scenes import CATEGORIES, HELD_OUT, Description, Group, Scene, Thing
 from latentdiff.diffusion.noise import generator
+from latentdiff.evaluation import oracle
 
 
 def drawn(count, category=None, held_out=False, purpose="test"):

@@ -114,5 +114,6 @@ class SpriteScenes:
 def maker_of(data: Data) -> Maker:
     """The maker of a config's scenes. Raises DataError for a library of sprites that cannot be read."""
     if data.kind == "sprites":
-        return SpriteScenes(Describer(Library(Path(data.sprites.source)), data.sprites.shapes), data.mix)
+        source = Path(data.sprites.source) if data.sprites.source else None
+        return SpriteScenes(Describer(Library(source), data.sprites.shapes), data.mix)
     return ShapeScenes(data.mix)

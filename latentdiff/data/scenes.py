@@ -1,7 +1,7 @@
 """Procedural captioned scenes: a description, its caption, and a picture that satisfies it.
 
 A `Description` holds exactly what a caption states. From it follow the caption (by template) and a `Scene`
-(a layout that satisfies the description), and from the scene the picture. `data/oracle.py` goes the other
+(a layout that satisfies the description), and from the scene the picture. `evaluation/oracle.py` goes the other
 way, from a picture to its objects, so that a drawn picture can be compared with its prompt.
 
 Randomness is an argument: a caller that keys its generator by (seed, index) gets the same scene for that

@@ -1,7 +1,7 @@
 """What composition is measured on: scenes with prompts, and a reader that says whether a picture shows one.
 
-The oracle reads scenes of shapes exactly. Scenes of sprites are read by finding the objects, naming each by the judge,
-and naming its main colour.
+The oracle reads scenes of shapes. Scenes of sprites are read by finding the objects, naming each by the judge, and
+naming its main colour.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import permutations
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from latentdiff.data import oracle, scenes
+from latentdiff.data import scenes
 from latentdiff.data.sprites.captions import sentence
 from latentdiff.data.sprites.color import main_color
 from latentdiff.data.sprites.description import Describer, Description, Group
 from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import Scene, compose, render
 from latentdiff.diffusion import noise
+from latentdiff.evaluation import oracle
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.objects import Found, cropped, objects
 from latentdiff.model import Model
@@ -60,7 +61,7 @@ class Benchmark(Protocol):
 class ShapeBenchmark:
     """Scenes of shapes, 64 x 64, read by the oracle."""
 
-    reader: str = "oracle"
+    reader: ClassVar[str] = "oracle"
 
     def scene(self, rng: np.random.Generator, category: str, held_out: bool) -> scenes.Scene:
         """See Benchmark."""
@@ -90,18 +91,15 @@ SHAPES = ShapeBenchmark()
 
 
 @dataclass(frozen=True)
-class SpriteBenchmark:
-    """Scenes of sprites read by a judge, with prompts as people type them. shapes: their share of the objects.
-
-    An object has a name if the name is among the judge's `among` likeliest.
+class Composed:
+    """Composed scenes with prompts as people type them; a benchmark says how it reads them. shapes: their share of the
+    objects.
     """
 
     library: Library
-    judge: Judge
     size: int
-    shapes: float = 0.1
-    among: int = 1
-    reader: str = field(default="judge", init=False)
+    shapes: float
+    reader: ClassVar[str]
 
     def scene(self, rng: np.random.Generator, category: str, held_out: bool) -> Scene:
         """See Benchmark."""
@@ -121,6 +119,37 @@ class SpriteBenchmark:
     def picture(self, scene: Scene) -> np.ndarray:
         """See Benchmark."""
         return render(scene, self.library, self.size)
+
+    def lacking(self, model: Model) -> str | None:
+        """See Benchmark."""
+        if model.card.size == (self.size, self.size) and model.codec.image_channels == 3:
+            return None
+        return f"the {self.reader} reads pictures of {self.size}x{self.size} in colour"
+
+
+@dataclass(frozen=True)
+class ComposedShapes(Composed):
+    """Composed scenes of shapes alone, which the oracle reads."""
+
+    library: Library = field(default_factory=lambda: Library(None), init=False)
+    shapes: float = field(default=1.0, init=False)
+    reader: ClassVar[str] = "oracle"
+
+    def is_right(self, picture: np.ndarray, scene: Scene) -> bool:
+        """See Benchmark."""
+        stated = scene.description
+        groups = tuple(scenes.Group(group.name, group.color, group.count) for group in stated.groups)
+        described = scenes.Description(stated.category, groups, stated.relation)
+        return oracle.satisfies(oracle.read(picture), described)
+
+
+@dataclass(frozen=True)
+class SpriteBenchmark(Composed):
+    """Composed scenes read by a judge. An object has a name if the name is among the judge's `among` likeliest."""
+
+    judge: Judge
+    among: int = 1
+    reader: ClassVar[str] = "judge"
 
     def is_right(self, picture: np.ndarray, scene: Scene) -> bool:
         """See Benchmark. In the categories about colours, and for shapes, the main colour must be the stated one."""
@@ -143,12 +172,6 @@ class SpriteBenchmark:
             if all(fits(group, k) for group, k in zip(groups, order, strict=True)):
                 return not description.relation or _related(description, [parts[k] for k in order])
         return False
-
-    def lacking(self, model: Model) -> str | None:
-        """See Benchmark."""
-        if model.card.size == (self.size, self.size) and model.codec.image_channels == 3:
-            return None
-        return f"the judge reads pictures of {self.size}x{self.size} in colour"
 
 
 def _united(parts: list[Found]) -> Found:

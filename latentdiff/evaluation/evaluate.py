@@ -19,7 +19,7 @@ from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.presets import settled_for
 from latentdiff.drawing.record import installed_versions
 from latentdiff.evaluation import features as extractors
-from latentdiff.evaluation.benchmark import SHAPES, Benchmark, SpriteBenchmark
+from latentdiff.evaluation.benchmark import SHAPES, Benchmark, ComposedShapes, SpriteBenchmark
 from latentdiff.evaluation.features import Extractor
 from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.held_out import held_out, pictures_of
@@ -28,6 +28,7 @@ from latentdiff.evaluation.sections import EvaluationSettings, References
 from latentdiff.families.loading import default_model
 from latentdiff.formats.folder import settings_hash
 from latentdiff.formats.tensors import read_tensors
+from latentdiff.model import ModelCard
 from latentdiff.networks.perception import lpips
 from latentdiff.settings.config import Config, load_config, own_pictures
 
@@ -108,7 +109,8 @@ def references_of(
     distance = lpips(read_tensors(sources.lpips), sources.lpips) if sources.lpips else None
     model = candidate.painter.model
     side = model.card.size[0]
-    config = _config(sources.data, side, sources.lenient)
+    lenient = [*(_shapes_of(model.card) if sources.data is None else ()), *sources.lenient]
+    config = _config(sources.data, side, lenient)
     survey = None if config.data.is_procedural else look(config).sound(config.data.pictures.skip_bad)
     for note in survey.listing.notes if survey else ():
         say(f"data: {note}")
@@ -145,9 +147,12 @@ def _benchmark(config: Config, judge: Path | None) -> Benchmark | None:
     """The benchmark of a config's scenes; None if their pictures cannot be read."""
     if config.data.kind == "scenes":
         return SHAPES
+    settings = config.data.sprites
+    if config.data.kind == "sprites" and not settings.source:
+        return ComposedShapes(config.image_size)
     if config.data.kind == "sprites" and judge is not None:
-        settings = config.data.sprites
-        return SpriteBenchmark(Library(Path(settings.source)), Judge.load(judge), config.image_size, settings.shapes)
+        library = Library(Path(settings.source))
+        return SpriteBenchmark(library, config.image_size, settings.shapes, Judge.load(judge))
     return None
 
 
@@ -164,6 +169,12 @@ def _config(data: str | None, side: int, lenient: Overrides) -> Config:
     if data is not None and data.endswith(".toml") and not Path(data).is_dir():
         return load_config(Path(data), overrides)
     return load_config(None, [*(own_pictures(data) if data is not None else ()), *overrides])
+
+
+def _shapes_of(card: ModelCard) -> Overrides:
+    """Scenes of shapes as a model knows them: one of named things has seen them on backgrounds of all colours."""
+    names_things = bool((card.things or {}).keys() - {"shapes", "classes"})
+    return [("data.kind", "sprites"), ("data.sprites.shapes", 1.0)] if names_things else []
 
 
 def _extractor(candidate: Candidate, features: Path | None, say: Say) -> Extractor:

@@ -119,7 +119,10 @@ class Pictures(Section):
 class Sprites(Section):
     """Sprites of which scenes are composed."""
 
-    source: str = Field("", description="a folder with RGBA pictures and metadata.jsonl: file_name, name, style, ...")
+    source: str = Field(
+        "",
+        description="a folder with RGBA pictures and metadata.jsonl: file_name, name, style, ...; none with shapes = 1",
+    )
     shapes: Fraction = Field(0.1, description="share of objects that are coloured shapes instead")
 
 
@@ -147,8 +150,8 @@ class Data(Section):
     def _somewhere(self) -> Data:
         if self.kind == "pictures" and not self.pictures.source:
             raise ValueError("data.pictures.source is missing: give the pictures")
-        if self.kind == "sprites" and not self.sprites.source:
-            raise ValueError("data.sprites.source is missing: give the folder of sprites")
+        if self.kind == "sprites" and not self.sprites.source and self.sprites.shapes < 1:
+            raise ValueError("data.sprites.source is missing: give the folder of sprites, or shapes = 1 for none")
         return self
 
     @model_validator(mode="after")

@@ -16,10 +16,10 @@ from torch import Tensor
 from latentdiff.core.errors import ConfigError, saving
 from latentdiff.core.files import whole
 from latentdiff.core.images import to_images, to_uint8
-from latentdiff.data import oracle
 from latentdiff.data.dataset import VALIDATION, readable
 from latentdiff.data.examples import Examples
 from latentdiff.data.scene_set import Scenes
+from latentdiff.evaluation import oracle
 from latentdiff.families import check_vae
 from latentdiff.families.loading import located
 from latentdiff.families.own import laid_out_for, new_codec, seeded

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.data import oracle, scenes
+from latentdiff.data import scenes
+from latentdiff.evaluation import oracle
 from latentdiff.evaluation.composition import evaluation_scenes
 from latentdiff.settings.config import parsed_override
 

@@ -21,8 +21,9 @@ from PIL import Image
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.decoding import decode
 from latentdiff.core.images import to_images
-from latentdiff.data import oracle, scenes
+from latentdiff.data import scenes
 from latentdiff.data.transform import view
+from latentdiff.evaluation import oracle
 
 
 def given(paths: list[Path], side: int) -> np.ndarray:

@@ -56,15 +56,20 @@ class _Row(BaseModel):
 
 
 class Library:
-    """The sprites of a folder, in the order of its metadata. Raises DataError for a row or a picture that is wrong."""
+    """The sprites of a folder, in the order of its metadata; without a folder, none.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        places = [(f"{METADATA} line {number}", line) for number, line in enumerate(_lines(folder), 1)]
+    Raises DataError for a row or a picture that is wrong.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder, self._metadata = folder or Path(), b"" if folder is None else _metadata(folder)
+        lines = [line for line in lines_of(self._metadata, METADATA) if line.strip()]
+        places = [(f"{METADATA} line {number}", line) for number, line in enumerate(lines, 1)]
         rows = [_row(line, where) for where, line in places]
-        if not sum(row.weight for row in rows):
+        if folder is not None and not sum(row.weight for row in rows):
             raise DataError(f"{folder / METADATA} has no sprite with a weight above 0")
-        self._files = [_inside(folder, row.file_name, where) for row, (where, _) in zip(rows, places, strict=True)]
+        files = zip(rows, places, strict=True)
+        self._files = [_inside(self.folder, row.file_name, where) for row, (where, _) in files]
         self._weights = np.array([row.weight for row in rows])
         self._pixels: dict[int, np.ndarray] = {}
         self.sprites = tuple(
@@ -88,7 +93,7 @@ class Library:
     @cached_property
     def identity(self) -> str:
         """sha256 of the metadata and of all pictures."""
-        digest = hashlib.sha256((self.folder / METADATA).read_bytes())
+        digest = hashlib.sha256(self._metadata)
         for file in self._files:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
@@ -120,13 +125,12 @@ class Library:
         return self.sprites[rows[np.searchsorted(shares, rng.random() * shares[-1], side="right")]]
 
 
-def _lines(folder: Path) -> list[str]:
+def _metadata(folder: Path) -> bytes:
     file = folder / METADATA
     try:
-        lines = lines_of(file.read_bytes(), METADATA)
+        return file.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read sprites: {file} ({(error.strerror or str(error)).lower()})") from None
-    return [line for line in lines if line.strip()]
 
 
 def _row(line: str, where: str) -> _Row:

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import ndimage
 
 from latentdiff.data.scenes import BACKGROUNDS, COLORS, RADII, SHAPES, SIZE, Description, Thing, coverage
+from latentdiff.evaluation.objects import background_of
 
 MIN_AREA = 24  # pixels; smaller specks are a decoder's noise, the smallest object has about 60
+NEAR = 40.0  # of 255, in RGB: the distance within which two colours have one name
 MIN_OVERLAP = 0.7  # intersection over union of soft masks; below it the shape is unknown
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 _GROUNDS = np.array(list(BACKGROUNDS.values()), np.float32)
@@ -32,11 +35,11 @@ class Reading:
 
 
 def read(image: NDArray[np.uint8]) -> Reading:
-    """Read a uint8 (64, 64, 3) picture."""
-    pixels = image.astype(np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = int(np.argmin(np.linalg.norm(np.median(border, 0) - _GROUNDS, axis=1)))
-    alpha, color = _unmix(pixels, _GROUNDS[ground])
+    """Read uint8 (S, S, 3) of at least 64 pixels a side, as a picture of 64."""
+    if len(image) != SIZE:
+        image = np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BOX))
+    ground = background_of(image)
+    alpha, color = _unmix(image.astype(np.float32), ground)
     things = []
     for c, name in enumerate(COLORS):
         labels, count = ndimage.label((alpha > 0.5) & (color == c))
@@ -44,16 +47,22 @@ def read(image: NDArray[np.uint8]) -> Reading:
             mask = labels == k
             if mask.sum() >= MIN_AREA:
                 things.append(_fit(np.where(ndimage.binary_dilation(mask, iterations=2), alpha, 0), mask, name))
-    return Reading(list(BACKGROUNDS)[ground], tuple(things))
+    return Reading(_name(ground.mean((0, 1))), tuple(things))
+
+
+def _name(ground: NDArray[np.float32]) -> str:
+    """The background of that colour; "" for another colour."""
+    apart = np.linalg.norm(_GROUNDS - ground, axis=1)
+    return list(BACKGROUNDS)[int(apart.argmin())] if apart.min() < NEAR else ""
 
 
 def _unmix(pixels: NDArray[np.float32], ground: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Per pixel the alpha in [0, 1] and the palette index whose segment from the background is nearest."""
-    offset = pixels - ground
-    lines = _PALETTE - ground
-    alpha = np.clip(offset @ lines.T / (lines**2).sum(1), 0, 1)
-    residual = np.linalg.norm(offset[:, :, None] - alpha[..., None] * lines, axis=-1)
-    color = residual.argmin(-1)
+    offset, lines = (pixels - ground)[..., None, :], _PALETTE - ground[..., None, :]
+    lengths = (lines**2).sum(-1)
+    alpha = np.clip((offset * lines).sum(-1) / np.maximum(lengths, 1), 0, 1)
+    residual = np.linalg.norm(offset - alpha[..., None] * lines, axis=-1)
+    color = np.where(lengths < NEAR**2, np.inf, residual).argmin(-1)  # an object of the background's colour is unseen
     return np.take_along_axis(alpha, color[..., None], -1)[..., 0], color
 
 
