@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.core.errors import ModelError
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families.sampling import sampling_of
 from latentdiff.families.scheduler import read_scheduler
@@ -111,6 +112,8 @@ def test_times_of_multistep_solvers(spacing, steps):
     ("name", "changes", "notes"),
     [
         ("DPMSolverMultistepScheduler", {"solver_order": 3}, ("solver_order=3",)),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1}, ()),
+        ("UniPCMultistepScheduler", {"solver_order": 1}, ("solver_order=1",)),
         ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, ("solver_type=heun",)),
         ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, ("final_sigmas_type=sigma_min",)),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, ("algorithm_type=dpmsolver",)),
@@ -137,6 +140,17 @@ def test_times_of_multistep_solvers(spacing, steps):
 )
 def test_what_is_not_taken_is_named(name, changes, notes, folders, tmp_path):
     assert read_scheduler(folder_with(folders, tmp_path, config_of(name, **changes))).notes == notes
+
+
+def test_a_multistep_solver_of_order_1_is_ddim():
+    config = config_of("DPMSolverMultistepScheduler", solver_order=1)
+    assert sampling_of(config).settings == {"sampler": "ddim", "spacing": "linspace_open"}
+
+
+def test_a_flow_without_its_levels_is_refused(folders, tmp_path):
+    config = config_of("UniPCMultistepScheduler", prediction_type="flow_prediction")
+    with pytest.raises(ModelError, match="json: prediction_type flow_prediction requires use_flow_sigmas"):
+        read_scheduler(folder_with(folders, tmp_path, config))
 
 
 def test_the_note_is_one_warning(command, folders, tmp_path):

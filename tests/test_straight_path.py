@@ -1,10 +1,12 @@
 """A model trained from nothing on a straight path, by the command line, as diffusers' flow-matching models are."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError
@@ -36,9 +38,28 @@ def test_it_is_a_model_of_a_straight_path(model):
     pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
     assert (pipe.model.path, pipe.model.prediction) == (Straight(2.0, T=1000), "flow")
     index = json.loads((model / "model_index.json").read_text())
-    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"], "of order 1, which is Euler's method"
     config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    assert (config["_class_name"], config["shift"]) == ("FlowMatchEulerDiscreteScheduler", 2.0)
+    assert [config[key] for key in ("use_flow_sigmas", "flow_shift", "solver_order")] == [True, 2.0, 1]
+    without_card = shutil.copytree(model, model.parent / "without-card")
+    (without_card / "latentdiff.json").unlink()
+    again = LatentDiffusionPipeline.from_pretrained(without_card, device="cpu")
+    assert (again.model.path, again.model.prediction, again.card.notes) == (pipe.model.path, "flow", ())
+    assert (again.card.defaults["sampler"], again.card.defaults["spacing"]) == ("ddim", "trailing")
+
+
+@pytest.mark.parametrize(("sampler", "most"), [("euler", 0.01), ("dpmpp_2m", 0.02), ("unipc", 0.02)])
+def test_diffusers_draws_it(model, tmp_path, sampler, most):
+    """By the pipeline that its model_index names. Its times are whole numbers, and its grid ends at T / 1000."""
+    pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
+    pipe.card.defaults["sampler"] = sampler
+    pipe.save_pretrained(tmp_path / "saved")
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    theirs.set_progress_bar_config(disable=True)
+    x = torch.randn(1, *pipe.model.codec.shape(pipe.card.size), generator=torch.Generator().manual_seed(0))
+    asked = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
+    ours = pipe(PROMPT, latents=x, sampler=sampler, spacing="trailing", **asked).images
+    assert np.abs(ours - theirs(PROMPT, latents=x, **asked).images).max() < most
 
 
 def test_it_learns(model):
@@ -57,7 +78,7 @@ def test_diffusers_scheduler_steps_as_euler_does(model):
     x = torch.randn(1, *pipe.model.codec.shape(pipe.card.size), generator=torch.Generator().manual_seed(0))
     asked = {"num_inference_steps": 6, "sampler": "euler", "spacing": "trailing", "guidance_scale": 1.0}
     ours = pipe(PROMPT, latents=x, output_type="latent", **asked).images
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     times = np.linspace(1000, 0, 7)[:-1] / 1000
     scheduler.set_timesteps(sigmas=times)
     backbone = pipe.model.backbone

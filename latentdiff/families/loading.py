@@ -128,7 +128,8 @@ def save_model(model: Model, directory: Path, *, with_student: bool = False) -> 
             shutil.copytree(student, made / FEW_STEPS)
         model.family.save(model, made)
         sampler, spacing = (model.card.defaults.get(name, "") for name in ("sampler", "spacing"))
-        scheduler = scheduler_config(model.path, model.prediction, spacing or "leading", sampler)
+        unet = "unet" in model.parts
+        scheduler = scheduler_config(model.path, model.prediction, spacing or "leading", sampler, unet=unet)
         write_json(made / SCHEDULER_FILE, scheduler)
         index = model.family.index(model) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
         write_json(made / "model_index.json", index)

@@ -40,7 +40,6 @@ _HONOURED: dict[str, tuple[Any, ...]] = {  # key -> the values that mean what we
     "euler_at_final": (None, False),
     "use_beta_sigmas": (None, False),
     "use_lu_lambdas": (None, False),
-    "use_flow_sigmas": (None, False),
     "thresholding": (None, False),
     "clip_sample": (None, False),
     "interpolation_type": (None, "linear"),
@@ -82,20 +81,29 @@ def scheduler_of(sampler: str, spacing: str) -> tuple[str, dict[str, Any]]:
     return next(iter(SAMPLERS[sampler].schedulers), "DDIMScheduler"), flags
 
 
+def _sampler(name: str, config: Mapping[str, Any]) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
+    """Our sampler of a class, if there is one, and the values that mean what it does."""
+    sampler = sampler_of(name)
+    if sampler == "dpmpp_2m" and str(config.get("algorithm_type") or "").startswith("sde"):
+        return "dpmpp_2m_sde", _HONOURED
+    if sampler == "dpmpp_2m" and config.get("solver_order") == 1:
+        return "ddim", _HONOURED | {"solver_order": (1,)}  # DPM-Solver++ of order 1 is DDIM
+    return sampler, _HONOURED
+
+
 def sampling_of(config: Mapping[str, Any]) -> Sampling:
     """The sampling that a scheduler config describes, as diffusers reads it."""
     name = str(config.get("_class_name") or "")
-    sampler = sampler_of(name)
-    notes = [f"{key}={str(config[key])[:40]}" for key, values in _HONOURED.items() if config.get(key) not in values]
+    sampler, honoured = _sampler(name, config)
+    notes = [f"{key}={str(config[key])[:40]}" for key, values in honoured.items() if config.get(key) not in values]
     if sampler is None and name:
         notes.insert(0, name[:60])
-    if sampler == "dpmpp_2m" and str(config.get("algorithm_type") or "").startswith("sde"):
-        sampler = "dpmpp_2m_sde"
     if name == "PNDMScheduler" and not config.get("skip_prk_steps"):
         notes.append("skip_prk_steps=False")
     by_ratio = sampler is not None and SAMPLERS[sampler].by_ratio
     usual, ours = _GRIDS.get(name, ("linspace", _EXACT) if by_ratio else ("leading", {}))
-    stated = str(config.get("timestep_spacing") or usual) if name != _FLOW else "trailing"
+    is_flow = name == _FLOW or config.get("use_flow_sigmas")
+    stated = "trailing" if is_flow else str(config.get("timestep_spacing") or usual)
     spacing = ours.get(stated, stated if stated in ("leading", "linspace", "trailing") else "trailing")
     if name in ("DDIMScheduler", "PNDMScheduler") and stated == "linspace":
         notes.append("timestep_spacing=linspace")  # diffusers' would step from other times than it has reached

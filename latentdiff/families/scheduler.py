@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentdiff.core.errors import ConfigError, ModelError, raised_as
 from latentdiff.core.text import one_line
@@ -23,6 +23,7 @@ _DISTILLED = {  # which draw from other levels
     "lcm": {"_class_name": "LCMScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
     "tcd": {"_class_name": "TCDScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
 }
+_SOLVERS = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 _SPACINGS = {"leading": "leading", "leading_zero": "leading", "linspace": "linspace"}  # ours -> diffusers'
 Data = TypeVar("Data", bound=BaseModel)
 Beta = Annotated[float, Field(gt=0, lt=1)]
@@ -46,14 +47,16 @@ class _Config(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     num_train_timesteps: int = Field(1000, ge=2, le=100_000)
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow", "karras"] | None = None
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow", "flow_prediction", "karras"] | None = None
     beta_schedule: str = "linear"
     beta_start: Beta = 0.0001
     beta_end: Beta = 0.02
     trained_betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     rescale_betas_zero_snr: bool | None = False
     class_name: str = Field("", alias="_class_name")
-    # of flow matching
+    # of flow matching: by its own class, or by a multistep solver's
+    use_flow_sigmas: bool | None = False
+    flow_shift: float | None = Field(1.0, gt=0, le=100)
     shift: float = Field(1.0, gt=0, le=100)
     use_dynamic_shifting: bool | None = False
     base_image_seq_len: int | None = Field(256, ge=1)
@@ -61,6 +64,24 @@ class _Config(BaseModel):
     base_shift: float | None = Field(0.5, ge=-10, le=10)
     max_shift: float | None = Field(1.15, ge=-10, le=10)
     shift_terminal: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _flow_of_a_straight_path(self) -> _Config:
+        if self.prediction_type == "flow_prediction" and not self.is_flow:
+            raise ValueError("prediction_type flow_prediction requires use_flow_sigmas")
+        return self
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the path is straight."""
+        return self.class_name == _FLOW or bool(self.use_flow_sigmas)
+
+    @property
+    def prediction(self) -> str:
+        """Our name of what the network predicts."""
+        if self.prediction_type == "flow_prediction":
+            return "flow"
+        return self.prediction_type or ("flow" if self.is_flow else "epsilon")
 
 
 def read_json_as(model: type[Data], path: FilePath) -> Data:
@@ -71,10 +92,9 @@ def read_json_as(model: type[Data], path: FilePath) -> Data:
         raise ModelError(f"{path.parent.name}/{path.name} is missing ({path})") from None
     except ValidationError as error:
         fault = first_fault(error)
-        what = f"{path.name}: {fault.key}: {fault.message}"
-        raise ModelError(
-            f"{what} ({path})" if fault.missing else f"{what}, not {str(fault.got)[:40]!r} ({path})"
-        ) from None
+        what = f"{path.name}: {fault.key}: {fault.message}" if fault.key else f"{path.name}: {fault.message}"
+        plain = fault.missing or not fault.key
+        raise ModelError(f"{what} ({path})" if plain else f"{what}, not {str(fault.got)[:40]!r} ({path})") from None
 
 
 def read_path(file: FilePath) -> VariancePreserving:
@@ -90,9 +110,7 @@ def read_scheduler(directory: FilePath) -> Scheduler:
     config = read_json_as(_Config, path)
     sampling = sampling_of(config.model_dump(by_alias=True))
     with raised_as(ModelError, f"no noise schedule ({path})"):
-        if config.class_name == _FLOW:
-            return Scheduler(_straight(config), config.prediction_type or "flow", *sampling)
-        return Scheduler(_variance_preserving(config, path), config.prediction_type or "epsilon", *sampling)
+        return Scheduler(_path(config, path), config.prediction, *sampling)
 
 
 def as_diffusers(model: Model) -> Any:
@@ -103,10 +121,13 @@ def as_diffusers(model: Model) -> Any:
     import diffusers
 
     defaults = model.card.defaults
-    kind, flags = scheduler_of(defaults.get("sampler", "ddim"), defaults.get("spacing", "trailing"))
-    config = scheduler_config(model.path, model.prediction, flags["timestep_spacing"]) | flags
+    sampler, unet = defaults.get("sampler", "ddim"), "unet" in model.parts
+    kind, flags = scheduler_of(sampler, defaults.get("spacing", "trailing"))
+    config = scheduler_config(model.path, model.prediction, flags["timestep_spacing"], sampler, unet=unet)
     if isinstance(model.path, Straight):
-        kind = _FLOW
+        kind = config["_class_name"]
+    else:
+        config |= flags
     try:
         return getattr(diffusers, kind).from_config({key: value for key, value in config.items() if key[0] != "_"})
     except (ImportError, ValueError) as error:
@@ -121,13 +142,12 @@ def sampling_for(model: Model, scheduler: Any) -> tuple[str, Sampling]:
     try:
         tree = {**dict(scheduler.config), "_class_name": type(scheduler).__name__}
         config = _Config.model_validate(tree, strict=False)
-        path = _straight(config) if config.class_name == _FLOW else _variance_preserving(config, FilePath("scheduler"))
+        path = _path(config, FilePath("scheduler"))
     except (AttributeError, TypeError, ValueError, ModelError) as error:
         raise ConfigError(f"scheduler must be a scheduler of diffusers: {str(error)[:100]}") from None
-    usual = "flow" if config.class_name == _FLOW else "epsilon"
     if not _same(path, model.path):
         raise ConfigError("the scheduler has another noise schedule than the model")
-    return config.prediction_type or usual, sampling_of(tree)
+    return config.prediction, sampling_of(tree)
 
 
 def _same(first: Path, second: Path) -> bool:
@@ -136,8 +156,14 @@ def _same(first: Path, second: Path) -> bool:
     return first == second
 
 
+def _path(config: _Config, file: FilePath) -> Path:
+    return _straight(config) if config.is_flow else _variance_preserving(config, file)
+
+
 def _straight(config: _Config) -> Straight:
     T = config.num_train_timesteps
+    if config.class_name != _FLOW:
+        return Straight(config.flow_shift or 1.0, T=T)
     if not config.use_dynamic_shifting:
         return Straight(config.shift, T=T, terminal=config.shift_terminal)
     few, many = config.base_image_seq_len or 256, config.max_image_seq_len or 4096
@@ -164,14 +190,18 @@ def _variance_preserving(config: _Config, path: FilePath) -> VariancePreserving:
     return made.zero_terminal_snr() if config.rescale_betas_zero_snr else made
 
 
-def scheduler_config(path: Path, prediction: str, spacing: str = "leading", sampler: str = "ddim") -> dict[str, Any]:
+def scheduler_config(
+    path: Path, prediction: str, spacing: str = "leading", sampler: str = "ddim", *, unet: bool = False
+) -> dict[str, Any]:
     """diffusers' config of a path: DDIM's for a variance-preserving path, flow matching's for a straight one.
 
     Models that are distilled for few steps have their sampler's own. Betas are listed if none of diffusers' kinds
-    describes them.
+    describes them. unet: diffusers' pipelines of U-Nets cannot use the scheduler of flow matching, but multistep
+    solvers on the same path.
     """
     if isinstance(path, Straight):
-        return _flow_config(path, prediction)
+        plain = path.growth is None and path.terminal is None
+        return _solver_config(path, sampler) if unet and plain else _flow_config(path, prediction)
     assert isinstance(path, VariancePreserving)
     return {
         "_class_name": "DDIMScheduler",
@@ -183,6 +213,19 @@ def scheduler_config(path: Path, prediction: str, spacing: str = "leading", samp
         "set_alpha_to_one": True,
         **_described(path),
         **_DISTILLED.get(sampler, {}),
+    }
+
+
+def _solver_config(path: Straight, sampler: str) -> dict[str, Any]:
+    """A solver of second order if the sampler is one, else of the first, which is Euler's method."""
+    order = 2 if sampler in _SOLVERS else 1
+    return {
+        "_class_name": _SOLVERS.get(sampler, _SOLVERS["dpmpp_2m"]),
+        "num_train_timesteps": path.T,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": path.shift,
+        "solver_order": order,
     }
 
 
