@@ -8,10 +8,11 @@ import torch
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ModelError
-from latentdiff.core.vocabulary import unseen, words_of
+from latentdiff.core.vocabulary import seen_things, unseen, words_of
 from latentdiff.data.dataset import open_data
 from latentdiff.families.card import known_words
 from latentdiff.families.convert import convert_folder
+from latentdiff.families.loading import DEFAULT_MODEL
 from latentdiff.settings.config import load_config
 
 from .conftest import ROOT
@@ -22,20 +23,23 @@ def test_words_are_runs_of_letters():
     assert unseen("A (Cat:1.2) BREAK on a cat, a dog break", {"a", "on"}) == ["cat", "dog", "break"]
 
 
-@pytest.mark.slow
-def test_the_default_model_knows_its_captions():
-    """The file that is shipped has the words of the captions that its own config trains on."""
-    training = open_data(load_config(ROOT / "configs" / "scenes-64.toml", ["data.count=5000"])).training
-    assert known_words(ROOT / "assets" / "scenes-64") == training.words()
+def test_things_that_training_never_drew_are_not_listed():
+    things = {"flags": ("flag of Sark",), "food": ("red apple", "Red pepper (hot)")}
+    assert seen_things(things, {"flag", "of", "red", "apple"}) == {"food": ("red apple",)}
+
+
+def test_a_model_knows_its_captions(tiny_model):
+    """Its folder has the words of the captions that its own config trains on."""
+    assert known_words(tiny_model) == open_data(load_config(ROOT / "configs" / "scenes-tiny.toml")).training.words()
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
 def test_words_that_it_has_never_seen_are_named(runtime):
     pipe = LatentDiffusionPipeline.from_pretrained(runtime=runtime, device="cpu")
-    asked = {"num_inference_steps": 1, "negative_prompt": "a blue fog", "guidance_scale": 2.0}
-    assert pipe("a cat on a table", **asked).notes == [
-        "scenes-64 has never seen: cat, table",
-        "scenes-64 has never seen: fog",
+    asked = {"num_inference_steps": 1, "negative_prompt": "a blue smog", "guidance_scale": 2.0}
+    assert pipe("a sofa on a hill", **asked).notes == [
+        f"{DEFAULT_MODEL} has never seen: sofa, hill",
+        f"{DEFAULT_MODEL} has never seen: smog",
     ]
     assert not pipe("two blue stars above a ring", num_inference_steps=1).notes
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from latentdiff.core.errors import ConfigError, saving
 from latentdiff.core.images import coloured
+from latentdiff.core.vocabulary import seen_things
 from latentdiff.data import scenes
 from latentdiff.data.companions import companions
 from latentdiff.data.dataset import DataSet, readable
@@ -97,11 +98,12 @@ def train_denoiser(run: Run[Config]) -> None:
     if accelerator.is_main_process:
         with saving("the model", run.folder / "model"):
             pictures = run.data.training.pictures
-            things = pictures.maker.things() if isinstance(pictures, Scenes) else None
-            words: frozenset[str] | None = run.data.training.words()
             if isinstance(text_encoder, ClassLabels):  # which refuses what it does not know
-                words, things = None, {"classes": text_encoder.names}
-            card = replace(model.card, words=words, things=things)
+                card = replace(model.card, things={"classes": text_encoder.names})
+            else:
+                words = run.data.training.words()
+                things = seen_things(pictures.maker.things(), words) if isinstance(pictures, Scenes) else None
+                card = replace(model.card, words=words, things=things)
             save_model(replace(model, card=card), run.folder / "model")
     accelerator.wait_for_everyone()
 
