@@ -1,4 +1,4 @@
-"""Quality against evaluations of the default model: its own steps with guidance, and students of few steps.
+"""Quality against evaluations of a model: its own steps with guidance, and students of few steps.
 
     python scripts/control.py make SCENES --pictures 12000
     latentdiff finetune scenes-64 SCENES/train -o LCM --method consistency --rank 32 --set lora.convolutions=true
@@ -32,46 +32,50 @@ def cells(students: dict[str, str]) -> list[tuple[str, int, str | None, dict]]:
     return lines
 
 
-def measured(file: str | None, settings: dict, pictures: int, extractor, true: np.ndarray) -> tuple:
+def measured(model: str | None, file: str | None, settings: dict, pictures: int, extractor, true: np.ndarray) -> tuple:
     from latentdiff import LatentDiffusionPipeline
     from latentdiff.drawing.presets import PRESETS
+    from latentdiff.evaluation.benchmark import of_shapes
     from latentdiff.evaluation.composition import evaluate_composition
     from latentdiff.evaluation.distances import frechet
     from latentdiff.evaluation.jackknife import jackknife
 
-    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
+    pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
     if file is not None:
         pipe.load_lora_weights(file, fuse=True)
         settings = {**PRESETS["lcm"], **settings}
-    score = evaluate_composition(pipe.painter, pictures=pictures, **settings)
+    score = evaluate_composition(pipe.painter, of_shapes(pipe.card), pictures=pictures, **settings)
     drawn = np.concatenate(list(score.pictures.values()))
     return score, jackknife(frechet, extractor.of(drawn), true)
 
 
-def true_features(extractor, pictures: int) -> np.ndarray:
+def true_features(extractor, benchmark, pictures: int) -> np.ndarray:
     """Features of as many true scenes, of which none has a prompt of the drawn ones."""
-    from latentdiff.data.scenes import CATEGORIES, render
+    from latentdiff.data.scenes import CATEGORIES
     from latentdiff.evaluation.composition import evaluation_scenes
 
-    scenes = [scene for category in CATEGORIES for scene in evaluation_scenes(category, pictures, 1)]
-    return extractor.of(np.stack([render(scene, 64) for scene in scenes]))
+    kinds = [evaluation_scenes(category, pictures, 1, benchmark=benchmark) for category in CATEGORIES]
+    return extractor.of(np.stack([benchmark.picture(scene) for scenes in kinds for scene in scenes]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("students", nargs="*", metavar="NAME=FILE")
+    parser.add_argument("--model")
     parser.add_argument("--pictures", type=int, default=100, help="of each of the six categories")
     args = parser.parse_args()
 
+    from latentdiff.evaluation.benchmark import of_shapes
     from latentdiff.evaluation.features import of_model
-    from latentdiff.families.loading import default_model
+    from latentdiff.families.loading import stored_model
 
-    extractor = of_model(default_model())
-    true = true_features(extractor, args.pictures)
+    card = stored_model(args.model).card
+    extractor = of_model(card.folder)
+    true = true_features(extractor, of_shapes(card), args.pictures)
     students, scores = dict(each.split("=", 1) for each in args.students), {}
     print("| | evaluations | composition | Frechet distance |\n|---|---|---|---|")
     for name, count, file, settings in cells(students):
-        score, far = measured(file, settings, args.pictures, extractor, true)
+        score, far = measured(args.model, file, settings, args.pictures, extractor, true)
         scores[name, count] = score
         figures = f"{score.overall:.3f} ± {score.error:.3f} | {far.value:.4f} ± {far.error:.4f}"
         print(f"| {name} | {count} | {figures} |", flush=True)

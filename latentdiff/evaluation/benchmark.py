@@ -23,7 +23,7 @@ from latentdiff.diffusion import noise
 from latentdiff.evaluation import oracle
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.objects import Found, cropped, objects
-from latentdiff.model import Model
+from latentdiff.model import Model, ModelCard
 
 OF_COLORS = ("colors", "binding")
 
@@ -141,6 +141,12 @@ class ComposedShapes(Composed):
         groups = tuple(scenes.Group(group.name, group.color, group.count) for group in stated.groups)
         described = scenes.Description(stated.category, groups, stated.relation)
         return oracle.satisfies(oracle.read(picture), described)
+
+
+def of_shapes(card: ModelCard) -> Benchmark:
+    """Scenes of shapes as a model knows them: one of named things has seen them on backgrounds of all colours."""
+    names_things = bool((card.things or {}).keys() - {"shapes", "classes"})
+    return ComposedShapes(card.size[0]) if names_things else SHAPES
 
 
 @dataclass(frozen=True)

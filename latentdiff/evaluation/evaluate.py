@@ -19,7 +19,7 @@ from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.presets import settled_for
 from latentdiff.drawing.record import installed_versions
 from latentdiff.evaluation import features as extractors
-from latentdiff.evaluation.benchmark import SHAPES, Benchmark, ComposedShapes, SpriteBenchmark
+from latentdiff.evaluation.benchmark import SHAPES, Benchmark, ComposedShapes, SpriteBenchmark, of_shapes
 from latentdiff.evaluation.features import Extractor
 from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.held_out import held_out, pictures_of
@@ -28,13 +28,13 @@ from latentdiff.evaluation.sections import EvaluationSettings, References
 from latentdiff.families.loading import default_model
 from latentdiff.formats.folder import settings_hash
 from latentdiff.formats.tensors import read_tensors
-from latentdiff.model import ModelCard
 from latentdiff.networks.perception import lpips
 from latentdiff.settings.config import Config, load_config, own_pictures
 
 LEAST = 16  # pictures
 MOST_TRAINED = 50_000
 Overrides = Sequence[tuple[str, Any]]
+_SHAPES_ALONE: Overrides = (("data.kind", "sprites"), ("data.sprites.shapes", 1.0))
 Say = Callable[[str], None]
 
 
@@ -109,8 +109,8 @@ def references_of(
     distance = lpips(read_tensors(sources.lpips), sources.lpips) if sources.lpips else None
     model = candidate.painter.model
     side = model.card.size[0]
-    lenient = [*(_shapes_of(model.card) if sources.data is None else ()), *sources.lenient]
-    config = _config(sources.data, side, lenient)
+    composed = sources.data is None and isinstance(of_shapes(model.card), ComposedShapes)
+    config = _config(sources.data, side, [*(_SHAPES_ALONE if composed else ()), *sources.lenient])
     survey = None if config.data.is_procedural else look(config).sound(config.data.pictures.skip_bad)
     for note in survey.listing.notes if survey else ():
         say(f"data: {note}")
@@ -169,12 +169,6 @@ def _config(data: str | None, side: int, lenient: Overrides) -> Config:
     if data is not None and data.endswith(".toml") and not Path(data).is_dir():
         return load_config(Path(data), overrides)
     return load_config(None, [*(own_pictures(data) if data is not None else ()), *overrides])
-
-
-def _shapes_of(card: ModelCard) -> Overrides:
-    """Scenes of shapes as a model knows them: one of named things has seen them on backgrounds of all colours."""
-    names_things = bool((card.things or {}).keys() - {"shapes", "classes"})
-    return [("data.kind", "sprites"), ("data.sprites.shapes", 1.0)] if names_things else []
 
 
 def _extractor(candidate: Candidate, features: Path | None, say: Say) -> Extractor:

@@ -1,4 +1,4 @@
-"""What each guidance does to pictures of the default model: CLIP's score, and what the oracle reads in them.
+"""What each guidance does to a model's pictures of shapes: CLIP's score, and what the oracle reads in them.
 
 The CLIP is the model's own, so its score alone may be gained by what only CLIP sees; the oracle has never heard of it.
 
@@ -12,29 +12,28 @@ import numpy as np
 import torch
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.data import scenes
-from latentdiff.evaluation import oracle
+from latentdiff.data.scenes import CATEGORIES
+from latentdiff.evaluation.benchmark import Benchmark, of_shapes
 from latentdiff.evaluation.composition import evaluation_scenes
 from latentdiff.settings.config import parsed_override
 
 
-def chosen_scenes(count: int, seed: int) -> list[scenes.Scene]:
+def chosen_scenes(benchmark: Benchmark, count: int, seed: int) -> list:
     """As many of each category."""
-    each = -(-count // len(scenes.CATEGORIES))
-    return [scene for category in scenes.CATEGORIES for scene in evaluation_scenes(category, each, seed)][:count]
+    each = -(-count // len(CATEGORIES))
+    kinds = [evaluation_scenes(category, each, seed, benchmark=benchmark) for category in CATEGORIES]
+    return [scene for scenes in kinds for scene in scenes][:count]
 
 
-def measure(
-    pipe: LatentDiffusionPipeline, chosen: list[scenes.Scene], seed: int, **settings: object
-) -> dict[str, float]:
+def measure(pipe: LatentDiffusionPipeline, chosen: list, seed: int, **settings: object) -> dict[str, float]:
     """CLIP's cosine with its error over pictures, the share read right with its own, seconds a picture."""
-    start = time.perf_counter()
-    prompts = [scene.caption for scene in chosen]
+    start, benchmark = time.perf_counter(), of_shapes(pipe.card)
+    prompts = [benchmark.prompt(scene) for scene in chosen]
     images = pipe(prompts, seed=seed, output_type="pt", batch_size=25, **settings).images
     seconds = time.perf_counter() - start
     scores = torch.cat([pipe.painter.scorer.score([p], i[None]) for p, i in zip(prompts, images, strict=True)]).numpy()
     pictures = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-    right = [oracle.satisfies(oracle.read(p), s.description) for p, s in zip(pictures, chosen, strict=True)]
+    right = [benchmark.is_right(*pair) for pair in zip(pictures, chosen, strict=True)]
     root = np.sqrt(len(chosen))
     return {
         "clip": scores.mean(),
@@ -59,7 +58,7 @@ def main() -> None:
     pipe.load_clip()
     if asked.weaker:
         pipe.load_weaker(asked.weaker)
-    chosen = chosen_scenes(asked.pictures, asked.seed)
+    chosen = chosen_scenes(of_shapes(pipe.card), asked.pictures, asked.seed)
     plain = measure(pipe, chosen, asked.seed)
     print(f"{'':40} CLIP score         gain, paired        read right      s/picture")
     for words in [[], *asked.settings]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.data import scenes
+from latentdiff.evaluation.benchmark import of_shapes
 from latentdiff.evaluation.composition import evaluate_composition
 
 RUNTIMES = {
@@ -38,7 +39,7 @@ def scored(pipe, pictures, **settings):
     """Composition, and the seconds it took."""
     pipe(["a red circle"] * 32, num_inference_steps=2, batch_size=32, seed=0, output_type="uint8")
     began = time.perf_counter()
-    score = evaluate_composition(pipe.painter, pictures=pictures, seed=1, **settings)
+    score = evaluate_composition(pipe.painter, of_shapes(pipe.card), pictures=pictures, seed=1, **settings)
     return score, time.perf_counter() - began
 
 
