@@ -162,9 +162,9 @@ def test_what_a_scheduler_has_and_we_have_not(folders):
         pipe.scheduler = scheduler("DPMSolverMultistepScheduler", pipe, solver_order=3)
 
 
-def test_a_scheduler_of_a_compiled_model():
-    """The default model by OpenVINO: sampler and spacing change, the runtime does not."""
-    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
+def test_a_scheduler_of_a_compiled_model(compiled_model):
+    """Sampler and spacing change, the runtime does not."""
+    pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, device="cpu")
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
     record = pipe("a red circle", seed=1, num_inference_steps=2).metadata[0]
     assert (record.request["sampler"], record.request["spacing"]) == ("euler", "linspace_exact")
@@ -399,8 +399,8 @@ def test_callbacks_that_return_something_else(latents, ours):
         ours(PROMPT, latents=noise(), callback_on_step_end=lambda *a: {"latents": latents}, **ASKED)
 
 
-def test_a_callback_of_a_compiled_model():
-    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu")
+def test_a_callback_of_a_compiled_model(compiled_model):
+    pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, device="cpu")
     asked = {"seed": 1, "num_inference_steps": 3, "output_type": "latent"}
     plain = pipe("a red circle", **asked).images
     seen = []

@@ -32,7 +32,7 @@ from latentdiff.data.dataset import open_data
 from latentdiff.diffusion.process import diffuse
 from latentdiff.drawing.record import read_metadata
 from latentdiff.families.controls import stored_control
-from latentdiff.families.loading import default_model, stored_model
+from latentdiff.families.loading import stored_model
 from latentdiff.formats.original import unet_name
 from latentdiff.networks.controls.controlnet import ControlNet
 from latentdiff.runtime.export import export, export_control
@@ -572,14 +572,16 @@ def test_exports_of_controls_are_checked(exported_place, tmp_path, call):
 
 
 @pytest.fixture(scope="module")
-def exported_place(tmp_path_factory):
-    """The default model and a ControlNet with graphs, and without them a ControlNet and an IP-Adapter."""
-    folder, unet = tmp_path_factory.mktemp("exported"), stored_model(None).parts["unet"]
-    (folder / "model").symlink_to(default_model())
+def exported_place(compiled_model, tmp_path_factory):
+    """A model and a ControlNet with graphs, and without them a ControlNet and an IP-Adapter."""
+    folder, unet = tmp_path_factory.mktemp("exported"), stored_model(compiled_model).parts["unet"]
+    (folder / "model").symlink_to(compiled_model)
     for index in range(2):
-        stirred(partial(ControlNet.create, unet, 4), 7 + index).save(folder / f"control{index}")
+        stirred(partial(ControlNet.create, unet, 2), 7 + index).save(folder / f"control{index}")
     ip_adapters.image_encoder().save_pretrained(folder / "image_encoder")
-    save_file(ip_adapters.state(unet, "plus"), folder / "plus.safetensors")
+    shown = ip_adapters.state(unet, "plus")  # strong enough to change the pictures of a model that has learnt little
+    shown |= {name: 300 * weight for name, weight in shown.items() if name.endswith("to_v_ip.weight")}
+    save_file(shown, folder / "plus.safetensors")
     differences = export_control(stored_control(folder / "control0"), folder / "control0")
     assert max(differences.values()) < 1e-5
     return folder, differences

@@ -10,6 +10,7 @@ from PIL import Image
 from latentdiff.cli.loading import adapter_and_weight
 from latentdiff.drawing.reproduce import read_record
 from latentdiff.drawing.request import request
+from latentdiff.families.loading import DEFAULT_MODEL
 
 PROMPT = "a red circle above a blue square"
 
@@ -195,19 +196,19 @@ def test_the_default_model_has_a_name(call, monkeypatch):
     """As model and as the weaker one, unless a folder of that name is there."""
     words = ("generate", "a red circle", "-s", "1", "--steps", "2")
     assert call(*words, "-o", "one.png")[0] == 0
-    assert call(*words, "-m", "scenes-64", "-o", "named.png")[0] == 0
+    assert call(*words, "-m", DEFAULT_MODEL, "-o", "named.png")[0] == 0
     assert np.array_equal(*(np.asarray(Image.open(name)) for name in ("one.png", "named.png")))
     assert (
-        call(*words, "--runtime", "torch", "--weaker", "scenes-64", "--set", "autoguidance_scale=2", "-o", "w.png")[0]
+        call(*words, "--runtime", "torch", "--weaker", DEFAULT_MODEL, "--set", "autoguidance_scale=2", "-o", "w.png")[0]
         == 0
     )
-    code, out, _ = call("info", "scenes-64")
-    assert (code, json.loads(out)["name"]) == (0, "scenes-64")
-    assert call("reproduce", "named.png", "-m", "scenes-64")[0] == 0
-    assert call("convert", "scenes-64", "half", "--dtype", "float16")[0] == 0
-    Path("scenes-64").mkdir()
-    code, _, err = call(*words, "-m", "scenes-64", "-o", "folder.png")
-    assert (code, "no model_index.json (scenes-64)" in err) == (4, True), err
+    code, out, _ = call("info", DEFAULT_MODEL)
+    assert (code, json.loads(out)["name"]) == (0, DEFAULT_MODEL)
+    assert call("reproduce", "named.png", "-m", DEFAULT_MODEL)[0] == 0
+    assert call("convert", DEFAULT_MODEL, "half", "--dtype", "float16")[0] == 0
+    Path(DEFAULT_MODEL).mkdir()
+    code, _, err = call(*words, "-m", DEFAULT_MODEL, "-o", "folder.png")
+    assert (code, f"no model_index.json ({DEFAULT_MODEL})" in err) == (4, True), err
 
 
 def test_a_folder_that_holds_something_else_than_a_model(call, tmp_path, tiny_model):

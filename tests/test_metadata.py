@@ -25,7 +25,7 @@ def record(**fields):
         seed=7,
         width=64,
         height=96,
-        model="scenes-64",
+        model="emoji-128",
         model_hash="0123456789abcdef" * 4,
         runtime="torch",
         device="cpu",
@@ -38,7 +38,7 @@ def test_a1111_format():
     assert parameters_text(record(negative_prompt="blur", num_inference_steps=20, guidance_scale=7.0)) == (
         "a red circle\nNegative prompt: blur\n"
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 7, Size: 64x96, "
-        "Model hash: 0123456789, Model: scenes-64, Version: latentdiff 0.1.0"
+        "Model hash: 0123456789, Model: emoji-128, Version: latentdiff 0.1.0"
     )
 
 

@@ -30,11 +30,13 @@ KINDS = ("own", "own compiled", *(f"Stable Diffusion {family}" for family in sta
 
 
 @pytest.fixture(scope="module")
-def models(folders):
+def models(folders, compiled_model):
     """Every kind of model that there is, small."""
     made = {f"Stable Diffusion {family}": stable_diffusion.load(folder).model for family, folder in folders.items()}
-    made["own"] = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu").model
-    made["own compiled"] = LatentDiffusionPipeline.from_pretrained(runtime="openvino", torch_dtype="float32").model
+    made["own"] = LatentDiffusionPipeline.from_pretrained(compiled_model, runtime="torch", device="cpu").model
+    made["own compiled"] = LatentDiffusionPipeline.from_pretrained(
+        compiled_model, runtime="openvino", torch_dtype="float32"
+    ).model
     return made
 
 

@@ -17,6 +17,7 @@ from latentdiff.drawing.extras import adapted
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import read_metadata
 from latentdiff.drawing.reproduce import Likeness, reproduce
+from latentdiff.families.loading import DEFAULT_MODEL
 
 
 def again(path, *words):
@@ -147,7 +148,7 @@ def test_from_elsewhere(pictures, place, tmp_path, monkeypatch):
 def test_another_model_or_adapter(pictures, place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     (picture,) = (path for name, path in pictures.items() if name.parts[0] == "lora")
-    with pytest.raises(ModelError, match="another model: scenes-64"):
+    with pytest.raises(ModelError, match=f"another model: {DEFAULT_MODEL}"):
         again(picture, LatentDiffusionPipeline.from_pretrained(device="cpu").card.folder)
     (tmp_path / "other").mkdir()
     wide = json.loads((place / "models/tiny/unet/config.json").read_text())["block_out_channels"][0]
@@ -298,9 +299,9 @@ def test_other_formats(place, monkeypatch, tmp_path):
     assert (like.equal, like.jpeg, like.psnr > 25) == (False, True, True)
 
 
-def test_records_of_version_1(tmp_path):
+def test_records_of_version_1(compiled_model, tmp_path):
     """What they call heun and uniform has another name since, and is drawn as it was; a later version is refused."""
-    pipe = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
+    pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, runtime="openvino")
     (path,) = pipe(PROMPT, sampler="heun_exponential", spacing="exponential", **QUICK).save(tmp_path)
     tree = read_metadata(path)["latentdiff"]
     assert tree["version"] == 2
@@ -314,7 +315,7 @@ def test_records_of_version_1(tmp_path):
     request = {name: value for name, value in tree["request"].items() if name != "churn"}
     old = {name: value for name, value in tree.items() if name != "version"}
     old["request"] = request | {"sampler": "heun", "spacing": "uniform"}
-    assert again(written("old.png", old))[1].equal
-    assert again(written("one.png", old | {"version": 1}))[1].equal
+    assert again(written("old.png", old), compiled_model)[1].equal
+    assert again(written("one.png", old | {"version": 1}), compiled_model)[1].equal
     with pytest.raises(DataError, match="version"):
         again(written("later.png", tree | {"version": 3}))

@@ -333,11 +333,9 @@ def test_numbers_of_many_digits(folders, tmp_path, call):
 
 
 @pytest.mark.parametrize("part", ["backbone", "codec", "encoder", "text_encoder"])
-def test_an_export_that_lacks_a_fact(part, tmp_path, call):
+def test_an_export_that_lacks_a_fact(part, compiled_model, tmp_path, call):
     """Any key of export.json, missing or of another type."""
-    from latentdiff.families.loading import default_model
-
-    folder = shutil.copytree(default_model(), tmp_path / "model")
+    folder = shutil.copytree(compiled_model, tmp_path / "model")
     path = folder / "openvino" / "export.json"
     content = path.read_text()
     for key in _part_of(json.loads(content), part).keys() - {"largest", "side"}:  # which may be null

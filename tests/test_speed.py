@@ -53,9 +53,9 @@ def test_attention_in_one_product(folders, family):
         ("max", ["UNet2DConditionModel", "Decoder"], torch.bfloat16),
     ],
 )
-def test_what_a_speed_does(uncompiled, speed, compiled, dtype):
-    plain = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", torch_dtype=dtype)
-    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", speed=speed)
+def test_what_a_speed_does(tiny_model, uncompiled, speed, compiled, dtype):
+    plain = LatentDiffusionPipeline.from_pretrained(tiny_model, runtime="torch", device="cpu", torch_dtype=dtype)
+    pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, runtime="torch", device="cpu", speed=speed)
     assert (pipe.model.backbone.dtype, uncompiled) == (dtype, []), "when the first picture is drawn"
     drawn = [p(PROMPT, **QUICK).images.astype(int) for p in (pipe, plain)]
     assert uncompiled == compiled
@@ -106,9 +106,9 @@ def test_adapters_after_the_first_picture(uncompiled, folders, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"runtime": "openvino"}, {"runtime": "torch", "device": "cpu", "speed": "fast"}])
-def test_text_is_encoded_once(monkeypatch, uncompiled, settings):
+def test_text_is_encoded_once(compiled_model, monkeypatch, uncompiled, settings):
     """By networks that are not open to others."""
-    pipe, read = LatentDiffusionPipeline.from_pretrained(**settings), []
+    pipe, read = LatentDiffusionPipeline.from_pretrained(compiled_model, **settings), []
     kind = type(pipe.model.encoder)
     encode = kind.encode
     monkeypatch.setattr(kind, "encode", lambda self, prompt: read.append(prompt.text) or encode(self, prompt))
@@ -123,16 +123,17 @@ def test_text_is_encoded_once(monkeypatch, uncompiled, settings):
         assert read[3:] == [PROMPT, ""], "by another network"
 
 
-def test_networks_as_written_may_be_trained_between_two_pictures():
-    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+def test_networks_as_written_may_be_trained_between_two_pictures(compiled_model):
+    pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, runtime="torch", device="cpu")
     before = pipe(PROMPT, **QUICK).images.astype(int)
     for parameter in pipe.model.encoder.parameters():
         parameter.data *= 1.2
     assert np.abs(pipe(PROMPT, **QUICK).images - before).max() > 5
 
 
-def test_unknown(tmp_path):
+def test_unknown(compiled_model):
     with pytest.raises(ConfigError, match="unknown speed 'light'; one of exact, fast, max"):
         LatentDiffusionPipeline.from_pretrained(speed="light")
     assert speeds.narrow_dtype(torch.device("cpu")) == torch.bfloat16
-    assert LatentDiffusionPipeline.from_pretrained(runtime="openvino", speed="exact").model.dtype == "float32"
+    exact = LatentDiffusionPipeline.from_pretrained(compiled_model, runtime="openvino", speed="exact")
+    assert exact.model.dtype == "float32"
