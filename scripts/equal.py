@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from latentdiff import LatentDiffusionPipeline  # noqa: E402
+from latentdiff.families.loading import DEFAULT_MODEL  # noqa: E402
 from tests import pictures, stable_diffusion  # noqa: E402
 
 Record = dict[str, str]
@@ -125,7 +126,7 @@ def default_model() -> Iterator[tuple[str, Callable[[], str]]]:
             lambda pipe=pipe: hash_of(pipe(PROMPT, seed=7, num_inference_steps=6, output_type="latent").images),
         )
     guided = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    guided.load_weaker(ROOT / "assets" / "scenes-64")
+    guided.load_weaker(DEFAULT_MODEL)
     yield "picture: default, torch, autoguidance", lambda: ask(guided, {"autoguidance_scale": 2.0})
     generators = [torch.Generator().manual_seed(n) for n in (1, 2)]
     own = {"generator": generators, "num_images_per_prompt": 2, "sampler": "euler_ancestral"}
@@ -272,13 +273,14 @@ def trainings(folder: Path) -> Record:
         sets = [word for change in (*SHORT, *changes) for word in ("--set", change)]
         run("train", config, "-o", run_folder, *sets, *(("--data", data) if own else ()), cwd=folder)
         record |= {f"training: {name}: {file}": value for file, value in tensors_in(run_folder).items()}
-    tiny = ["--set", "autoencoder.training.max_train_steps=5", "--set", "autoencoder.training.train_batch_size=8"]
+    quick = ("data.kind=scenes", "autoencoder.training.max_train_steps=5", "autoencoder.training.train_batch_size=8")
+    tiny = [word for change in quick for word in ("--set", change)]
     run("train", ROOT / "configs" / "tiny-vae.toml", "--stage", "autoencoder", "-o", folder / "tiny", *tiny, cwd=folder)
     record |= {f"training: tiny VAE: {file}": value for file, value in tensors_in(folder / "tiny").items()}
     steps = ("--max-train-steps", "4", "--train-batch-size", "2", "--set", "previews.num_inference_steps=2")
     for name, words in TUNINGS.items():
         place = folder / f"tuning-{name.replace(' ', '-')}"
-        run("finetune", "scenes-64", data, "-o", place, *steps, *words, cwd=folder)
+        run("finetune", folder / "run-0" / "model", data, "-o", place, *steps, *words, cwd=folder)
         record |= {f"fine-tuning: {name}: {file}": value for file, value in tensors_in(place).items()}
     return record
 

@@ -1,9 +1,9 @@
 """Training, pictures a second: diffusers' text-to-image fine-tuning flow beside ours, without and with caches.
 
-    python scripts/bench/train_throughput.py [--model default|sd15] [--precision no|bf16] [--batch 16] [--runs 3]
+    python scripts/bench/train_throughput.py [--model scenes|sd15] [--precision no|bf16] [--batch 16] [--runs 3]
 
-Every run is a process of its own, in turn, on the same weights (the default model's; or random ones of Stable
-Diffusion 1.5's shape) and the same PNG files with captions, to be decoded as they are needed. The peer does what
+Every run is a process of its own, in turn, on the same weights (configs/scenes-64.toml's after a step, or random ones
+of Stable Diffusion 1.5's shape) and the same PNG files with captions, decoded as they are needed. The peer does what
 diffusers' train_text_to_image.py does in every step, at its documented best: an image folder from `datasets` with
 torchvision's transforms, a DataLoader, the VAE and the text encoder frozen in `--precision`, AdamW, gradient clipping,
 --use_ema with --foreach_ema, the loss gathered and shown. Ours is the training loop as `latentdiff train` runs it,
@@ -24,22 +24,31 @@ from pathlib import Path
 
 import torch
 
-DEFAULT = Path(__file__).parents[2] / "assets" / "scenes-64"
+CONFIG = Path(__file__).parents[2] / "configs" / "scenes-64.toml"
 VARIANTS = ("diffusers", "ours", "ours, cached", "ours, cached, compiled")
 
 
-def networks(model: str) -> tuple:
+def train_for_a_step(run: Path) -> None:
+    """A model of the config in run/model."""
+    words = [sys.executable, "-m", "latentdiff", "train", CONFIG, "-o", run]
+    changes = ["data.count=64", "denoiser.preview_pictures=8", "recommended.num_inference_steps=1"]
+    changes += [f"{stage}.training.max_train_steps=1" for stage in ("autoencoder", "clip", "denoiser")]
+    subprocess.run([*words, *(word for change in changes for word in ("--set", change))], check=True)
+
+
+def networks(model: str, folder: Path) -> tuple:
     """diffusers' and transformers' modules (VAE, text encoder, tokenizer, U-Net, scheduler), the same each time."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    if model == "default":
+    if model == "scenes":
+        made = folder / "run" / "model"
         return (
-            AutoencoderKL.from_pretrained(DEFAULT, subfolder="vae", torch_dtype=torch.float32),
-            CLIPTextModel.from_pretrained(DEFAULT, subfolder="text_encoder", dtype=torch.float32),
-            CLIPTokenizer.from_pretrained(DEFAULT, subfolder="tokenizer"),
-            UNet2DConditionModel.from_pretrained(DEFAULT, subfolder="unet", torch_dtype=torch.float32),
-            DDPMScheduler.from_pretrained(DEFAULT, subfolder="scheduler"),
+            AutoencoderKL.from_pretrained(made, subfolder="vae", torch_dtype=torch.float32),
+            CLIPTextModel.from_pretrained(made, subfolder="text_encoder", dtype=torch.float32),
+            CLIPTokenizer.from_pretrained(made, subfolder="tokenizer"),
+            UNet2DConditionModel.from_pretrained(made, subfolder="unet", torch_dtype=torch.float32),
+            DDPMScheduler.from_pretrained(made, subfolder="scheduler"),
         )
     from latentdiff.networks.encoders.clip import clip_tokenizer
 
@@ -85,7 +94,7 @@ def peer(model: str, folder: Path, side: int, batch: int, precision: str):
     from torchvision import transforms
 
     accelerator = Accelerator(mixed_precision=precision)
-    vae, text_encoder, tokenizer, unet, scheduler = networks(model)
+    vae, text_encoder, tokenizer, unet, scheduler = networks(model, folder.parent)
     vae.requires_grad_(False)
     text_encoder.requires_grad_(False)
     unet.train()
@@ -174,7 +183,7 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
     from latentdiff.training.order import Order
 
     accelerator = Accelerator(mixed_precision=precision)
-    vae, text, tokenizer, network, scheduler = networks(model)
+    vae, text, tokenizer, network, scheduler = networks(model, folder.parent)
     unet, autoencoder, text_encoder = UNet(network), KLAutoencoder(vae).eval(), TextEncoder(tokenizer, text).eval()
     keep_freed_memory()
     laid_out_for(unet, accelerator.device)
@@ -237,7 +246,7 @@ def measured(variant: str, arguments: argparse.Namespace, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("default", "sd15"), default="default")
+    parser.add_argument("--model", choices=("scenes", "sd15"), default="scenes")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels")
@@ -255,6 +264,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pictures"
         folder.mkdir()
+        if arguments.model == "scenes":
+            train_for_a_step(folder.parent / "run")
         draw_pictures(folder, max(64, 2 * arguments.batch), arguments.side)
         for _ in range(arguments.runs):
             for variant in variants:
