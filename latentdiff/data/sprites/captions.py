@@ -1,6 +1,7 @@
 """Captions of composed scenes: everything that a description states, or a part of it, down to the bare noun.
 
-Full captions teach most (Betker et al. 2023); shortened ones are what people type. All of them are true.
+Full captions teach most (Betker et al. 2023); shortened ones are what people type. All of them are true. Of a thing
+that is small, or small at a named place, this is always stated: who types "a cat" wants a large one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ def captions(description: Description, rng: np.random.Generator) -> tuple[str, .
     def some(_: str) -> bool:
         return bool(rng.random() < 0.5)
 
+    always = {"place"} | ({"size"} if description.size == "small" else set())
+
+    def stated(keep: Keep) -> Keep:
+        return lambda part: keep(part) or part in always
+
     keeps: tuple[Keep, ...] = (lambda _: True, some, some, lambda _: False)
-    return tuple(dict.fromkeys(sentence(description, keep, rng) for keep in keeps))
+    return tuple(dict.fromkeys(sentence(description, stated(keep), rng) for keep in keeps))
 
 
 def sentence(description: Description, keep: Keep, rng: np.random.Generator) -> str:

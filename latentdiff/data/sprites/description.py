@@ -21,6 +21,8 @@ GROUNDS = BACKGROUNDS | COLORS
 MOST = 4  # objects of a scene
 _COLOR_HELD_OUT = 8  # one pair of a name and another colour than its own in so many is never drawn in training
 _SIZES = ("small", "", "large")
+_SHARES = (0.08, 0.62, 0.3)  # of the sizes; what a thing looks like is learnt where it is large
+_PLACED = 0.15  # the share of single things at a named place, where they are small too
 _OF_COLORS = ("colors", "binding")
 _TRIES = 100  # for a second object of the first one's style; then it is a shape
 
@@ -96,8 +98,8 @@ class Describer:
         groups = self._groups(rng, category)
         description = Description(category, groups, self._background(rng, groups))
         if category == "single":
-            place = list(PLACES)[rng.integers(len(PLACES))] if rng.random() < 0.4 else None
-            return replace(description, place=place, size="" if place else str(rng.choice(_SIZES, p=(0.15, 0.6, 0.25))))
+            place = list(PLACES)[rng.integers(len(PLACES))] if rng.random() < _PLACED else None
+            return replace(description, place=place, size="" if place else str(rng.choice(_SIZES, p=_SHARES)))
         if category == "position" or (category in ("two", "binding") and rng.random() < 0.4):
             return replace(description, relation=RELATIONS[rng.integers(len(RELATIONS))])
         return description
