@@ -76,8 +76,9 @@ class ShapeBenchmark:
         return scenes.render(scene)
 
     def is_right(self, picture: np.ndarray, scene: scenes.Scene) -> bool:
-        """See Benchmark."""
-        return oracle.satisfies(oracle.read(picture), scene.description)
+        """See Benchmark. The background must be one that scenes have."""
+        reading = oracle.read(picture)
+        return bool(reading.background) and oracle.satisfies(reading, scene.description)
 
     def lacking(self, model: Model) -> str | None:
         """See Benchmark."""
