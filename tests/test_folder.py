@@ -325,6 +325,7 @@ def test_config_that_is_not_json(folder):
 
 def test_unknown_prediction(folder):
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type="magic")
-    assert "prediction_type: must be 'epsilon', 'sample', 'v_prediction', 'flow' or 'karras'" in refusal(
-        folder, ModelError
+    assert (
+        "prediction_type: must be 'epsilon', 'sample', 'v_prediction', 'flow', 'flow_prediction' or 'karras'"
+        in refusal(folder, ModelError)
     )
