@@ -123,11 +123,9 @@ def as_diffusers(model: Model) -> Any:
     defaults = model.card.defaults
     sampler, unet = defaults.get("sampler", "ddim"), "unet" in model.parts
     kind, flags = scheduler_of(sampler, defaults.get("spacing", "trailing"))
-    config = scheduler_config(model.path, model.prediction, flags["timestep_spacing"], sampler, unet=unet)
+    config = scheduler_config(model.path, model.prediction, flags["timestep_spacing"], sampler, unet=unet) | flags
     if isinstance(model.path, Straight):
         kind = config["_class_name"]
-    else:
-        config |= flags
     try:
         return getattr(diffusers, kind).from_config({key: value for key, value in config.items() if key[0] != "_"})
     except (ImportError, ValueError) as error:
