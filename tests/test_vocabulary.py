@@ -33,6 +33,13 @@ def test_a_model_knows_its_captions(tiny_model):
     assert known_words(tiny_model) == open_data(load_config(ROOT / "configs" / "scenes-tiny.toml")).training.words()
 
 
+@pytest.mark.slow
+def test_the_default_model_knows_its_captions():
+    """The file that is shipped has the words of the captions that its own config trains on."""
+    training = open_data(load_config(ROOT / "configs" / "scenes-64.toml", ["data.count=5000"])).training
+    assert known_words(ROOT / "assets" / "scenes-64") == training.words()
+
+
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
 def test_words_that_it_has_never_seen_are_named(runtime):
     pipe = LatentDiffusionPipeline.from_pretrained(runtime=runtime, device="cpu")
