@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from latentdiff.families.own import (
     times_of,
 )
 from latentdiff.families.weights import load_codec, load_text_encoder, weights_hash
-from latentdiff.model import Model, TorchPlace
+from latentdiff.model import TorchPlace
 from latentdiff.networks.backbones.dit import DiT
 from latentdiff.networks.backbones.transformer import Transformer
 from latentdiff.networks.backbones.unet import UNet
@@ -247,23 +246,16 @@ def _report(
     else:
         rows = [draw_prompts(painter, prompts, seed=config.seed) for prompts in _prompts(config, examples)]
     if references is not None:
-        with as_loaded(painter.model):
+        unet, encoder = painter.model.backbone, painter.model.encoder
+        assert isinstance(unet, UNet)
+        assert isinstance(encoder, TextEncoder)
+        with unet.as_loaded(), encoder.as_loaded():
             pictures = drawn_pictures(painter, references.captions, seed=config.seed)
         numbers |= {name: figure.value for name, figure in measured(pictures, references).items()}
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")
     return numbers
-
-
-@contextmanager
-def as_loaded(model: Model) -> Iterator[None]:
-    """A block in which a model's networks compute as loaded ones do, to the bit."""
-    networks = [network for network in (model.backbone, model.encoder) if isinstance(network, UNet | TextEncoder)]
-    with ExitStack() as stack:
-        for network in networks:
-            stack.enter_context(network.as_loaded())
-        yield
 
 
 def _made_of_pictures(
