@@ -157,7 +157,12 @@ def _traced(traced: Traced) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns about every comparison of sizes
         frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchScriptPythonDecoder(module, example_input=tuple(inputs.values()), shared_memory=True)
+        decoder = TorchScriptPythonDecoder(
+            module,
+            example_input=tuple(inputs.values()),
+            shared_memory=True,
+            trace_kwargs={"check_trace": False},  # the tracer's own check takes a third of the time; see _differences
+        )
         graph = frontend.convert(frontend.load(decoder))
     for name, parameter in zip(inputs, graph.get_parameters(), strict=True):
         parameter.set_friendly_name(name)
