@@ -130,8 +130,8 @@ def test_diffusers_reads_both_as_we_do(folders, files, family, tmp_path):
         state = {name: tensor for name, tensor in load_file(file).items() if "unet" in name}
         metadata = None
         if file.name == "peft.safetensors":
-            with open_metadata(file) as told:
-                metadata = json.loads(told["lora_adapter_metadata"])
+            with open_metadata(file) as opened:
+                metadata = json.loads(opened["lora_adapter_metadata"])
             theirs.unet.load_lora_adapter(state, prefix="unet", metadata=metadata)
         else:
             converted, alphas = kind.lora_state_dict(state, unet_config=theirs.unet.config)
@@ -152,8 +152,8 @@ class open_metadata:  # noqa: N801 - a context manager
     def __enter__(self):
         return self.file.__enter__().metadata()
 
-    def __exit__(self, *told):
-        self.file.__exit__(*told)
+    def __exit__(self, *error):
+        self.file.__exit__(*error)
 
 
 def test_earlier_names_of_diffusers(folders, files, tmp_path):

@@ -121,10 +121,10 @@ def test_what_is_there_is_another_picture(generate):
     assert generate(*WORDS, "-o", "out", "--resume") == (0, "3 of 3 pictures are there already\n")
     there = (0, "3 of 3 pictures are there already\n")
     code, err = generate(*WORDS, "-o", "out", "--resume", "--speed", "fast", "--runtime", "torch")
-    told = "warning: some existing pictures were drawn by openvino in (bfloat16|float32), (exact|max), "
-    told += "the rest by torch in float32, fast"
+    warning = "warning: some existing pictures were drawn by openvino in (bfloat16|float32), (exact|max), "
+    warning += "the rest by torch in float32, fast"
     assert code == 0
-    assert re.fullmatch(f"{told}\n{there[1]}", err)
+    assert re.fullmatch(f"{warning}\n{there[1]}", err)
     code, err = generate(*WORDS, "-o", "out", "--resume", "--cfg", "4")
     assert (code, err) == (2, "error: out/00001-5.png is another picture (request differs). Name another folder\n")
     assert generate(*WORDS, "-o", "out", "--resume", "--cfg", "4", "--no-metadata")[0] == 0, "by name alone"
@@ -138,10 +138,10 @@ def test_one_file(generate):
 
 
 def test_a_seed_is_needed(generate, monkeypatch):
-    told = "requires --seed: at random each start would draw other pictures\n"
-    assert generate("generate", "a red circle", "--resume") == (2, f"error: --resume {told}")
+    message = "requires --seed: at random each start would draw other pictures\n"
+    assert generate("generate", "a red circle", "--resume") == (2, f"error: --resume {message}")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert generate("generate", "a red circle") == (2, f"error: a command of several processes {told}")
+    assert generate("generate", "a red circle") == (2, f"error: a command of several processes {message}")
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_refused_settings(settings, message):
 
 
 def test_the_pictures_before_are_a_part_of_the_data(pairs, tmp_path, call):
-    """What is missing is said before any stage; a change of one is a change of the data, which may be accepted."""
+    """Missing pictures are named before any stage; a change of one is a change of the data, which may be accepted."""
     own = shutil.copytree(pairs, tmp_path / "pairs")
     words = words_of(settings_of(own) | {"denoiser.training.max_train_steps": 2})
     (own / "before" / "3.png").rename(tmp_path / "3.png")

@@ -269,8 +269,8 @@ def test_a_picture_without_finite_latents_is_named(folder, tmp_path, autoencoder
 
     network.encode = encode
     (folder / "007.jpg").write_bytes(encoded(Image.new("RGB", (40, 40), "red"), "jpg", quality=100, subsampling=0))
-    for dtype, told in (("float16", "float16 and float32"), ("float32", "float32")):
-        with pytest.raises(DataError, match=rf"VAE gave non-finite latents for 007.jpg in {told}"):
+    for dtype, precisions in (("float16", "float16 and float32"), ("float32", "float32")):
+        with pytest.raises(DataError, match=rf"VAE gave non-finite latents for 007.jpg in {precisions}"):
             fill(config_of(folder, dtype), tmp_path, network)
         assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -284,12 +284,12 @@ def test_pixels_have_no_variance(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"crop": "random"}, "random crops cannot be cached"),
         ({"streaming": True, "cached": False}, "a streamed data set requires denoiser.cache = true"),
     ],
 )
-def test_what_cannot_be_cached_is_refused(folder, change, told):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_what_cannot_be_cached_is_refused(folder, change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         config_of(folder, **change)

@@ -181,10 +181,10 @@ def test_a_full_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     free = shutil.disk_usage(tmp_path).free / 1e6
-    said = str(stopped.value)
-    assert said.startswith("disk full while writing step-30 (need 3.0 MB, ")
-    assert said.endswith(f" MB free in {tmp_path}). Last good: step-20")
-    assert float(said.split("need 3.0 MB, ")[1].split(" ")[0]) == pytest.approx(free, rel=0.1)
+    message = str(stopped.value)
+    assert message.startswith("disk full while writing step-30 (need 3.0 MB, ")
+    assert message.endswith(f" MB free in {tmp_path}). Last good: step-20")
+    assert float(message.split("need 3.0 MB, ")[1].split(" ")[0]) == pytest.approx(free, rel=0.1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
     assert damage(tmp_path / "step-00000020") is None
 

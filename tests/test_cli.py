@@ -37,11 +37,11 @@ def test_generate_writes_what_it_says(command, tiny_model, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: file exists (alone.png). Pictures are never overwritten\n"
 
-    told = json.loads(command("info", tmp_path / "alone.png").stdout)
-    assert told["parameters"].startswith(f"{PROMPT}\nSteps: 4, Sampler: DDIM, ")
-    assert "Seed: 4, Size: 64x64" in told["parameters"]
-    assert told["latentdiff"]["request"]["prompt"] == PROMPT
-    assert told["latentdiff"]["request"]["guidance_scale"] == 3.0
+    description = json.loads(command("info", tmp_path / "alone.png").stdout)
+    assert description["parameters"].startswith(f"{PROMPT}\nSteps: 4, Sampler: DDIM, ")
+    assert "Seed: 4, Size: 64x64" in description["parameters"]
+    assert description["latentdiff"]["request"]["prompt"] == PROMPT
+    assert description["latentdiff"]["request"]["guidance_scale"] == 3.0
 
 
 def test_prompt_from_standard_input_and_a_cut_prompt(command, tiny_model, tmp_path):
@@ -53,10 +53,11 @@ def test_prompt_from_standard_input_and_a_cut_prompt(command, tiny_model, tmp_pa
 
 
 def test_info_of_a_model(command, tiny_model):
-    told = json.loads(command("info", tiny_model).stdout)
-    assert told["class"] == "StableDiffusionPipeline"
-    assert (told["prediction"], told["timesteps"], told["terminal_snr"]) == ("v_prediction", 1000, 0.0)
-    assert told["parameters"]["total"] == sum(v for k, v in told["parameters"].items() if k != "total")
+    description = json.loads(command("info", tiny_model).stdout)
+    assert description["class"] == "StableDiffusionPipeline"
+    facts = ("prediction", "timesteps", "terminal_snr")
+    assert [description[name] for name in facts] == ["v_prediction", 1000, 0.0]
+    assert description["parameters"]["total"] == sum(v for k, v in description["parameters"].items() if k != "total")
 
 
 @pytest.fixture
@@ -240,8 +241,8 @@ def heeding():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
-def test_stopped_in_the_midst_of_an_import(tmp_path, number, code, said):
+@pytest.mark.parametrize(("number", "code", "message"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
+def test_stopped_in_the_midst_of_an_import(tmp_path, number, code, message):
     """Libraries abort, or go on, where an import of theirs is broken off."""
     (tmp_path / "slow.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
     (tmp_path / "torch.py").write_text("try:\n    import slow\nexcept BaseException:\n    pass\n")
@@ -256,11 +257,11 @@ def test_stopped_in_the_midst_of_an_import(tmp_path, number, code, said):
     assert process.stdout.readline() == "here\n"
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (code, f"error: {said}\n")
+    assert (process.returncode, err) == (code, f"error: {message}\n")
 
 
-@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
-def test_stopped_by_a_signal(tiny_model, tmp_path, number, code, said):
+@pytest.mark.parametrize(("number", "code", "message"), [(signal.SIGINT, 130, "interrupted"), (15, 143, "terminated")])
+def test_stopped_by_a_signal(tiny_model, tmp_path, number, code, message):
     """One line, the shell's exit code, and the pictures written so far stay whole."""
     words = ("generate", PROMPT, "-m", tiny_model, "-N", "500", "--batch-size", "1", "-s", "7")
     started, first = Started(*words, cwd=tmp_path, hook=with_sigint), tmp_path / "outputs" / "00001-7.png"
@@ -268,7 +269,7 @@ def test_stopped_by_a_signal(tiny_model, tmp_path, number, code, said):
         assert started.process.is_alive(), started.ended()
         time.sleep(0.05)
     os.kill(started.process.pid, number)
-    assert started.ended() == (code, f"error: {said}\n")
+    assert started.ended() == (code, f"error: {message}\n")
     for path in first.parent.iterdir():
         Image.open(path).load()
 

@@ -74,11 +74,11 @@ def test_the_report(tmp_path):
     (folder / "notes.md").write_text("x")
     words = ("check", folder, "--resolution", 32, "--bucket-step", 8, "--json", "--html", tmp_path / "page.html")
     code, out, _ = ran(*words)
-    said = json.loads(out)
+    report = json.loads(out)
     assert code == 0
-    assert said["images"]["text"] == "10 = 10 that can be used + 0 that cannot"
-    assert said["duplicates"] == {"text": "2 images in 1 group of the same bytes", "lines": ["000.png, again.png"]}
-    assert said["summary"] == {
+    assert report["images"]["text"] == "10 = 10 that can be used + 0 that cannot"
+    assert report["duplicates"] == {"text": "2 images in 1 group of the same bytes", "lines": ["000.png, again.png"]}
+    assert report["summary"] == {
         "source": str(folder),
         "layout": "metadata",
         "images": 10,
@@ -90,13 +90,13 @@ def test_the_report(tmp_path):
         "captions_without_an_image": [],
         "refused": None,
     }
-    assert said["captions"]["lines"] == ["wide.png: 102 tokens"]
-    assert "1 images with a caption cut at 32 tokens" in said["captions"]["text"]
-    assert said["colour modes"]["text"] == "RGB 7, P 2, RGBA 1" or "RGBA 1" in said["colour modes"]["text"]
-    assert said["formats"]["text"] == "PNG 5, JPEG 2, WEBP 2, GIF 1"
-    assert said["animations"]["lines"] == ["moving.gif"]
-    assert said["data set"]["lines"] == ["1 other files are not read: notes.md"]
-    table = [line.split() for line in said["buckets"]["lines"]]
+    assert report["captions"]["lines"] == ["wide.png: 102 tokens"]
+    assert "1 images with a caption cut at 32 tokens" in report["captions"]["text"]
+    assert report["colour modes"]["text"] == "RGB 7, P 2, RGBA 1" or "RGBA 1" in report["colour modes"]["text"]
+    assert report["formats"]["text"] == "PNG 5, JPEG 2, WEBP 2, GIF 1"
+    assert report["animations"]["lines"] == ["moving.gif"]
+    assert report["data set"]["lines"] == ["1 other files are not read: notes.md"]
+    table = [line.split() for line in report["buckets"]["lines"]]
     assert sum(int(row[1]) for row in table) == 10
     (row,) = [row for row in table if row[0] == "40x24"]
     assert 32 < float(row[3].rstrip("%")) < 45 or int(row[1]) > 1  # 3 to 1 shown as 5 to 3 loses 44%
@@ -125,7 +125,7 @@ def test_the_preview_is_what_the_network_sees(sound, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (("check", "nowhere"), 3, "error: no such data set (nowhere)"),
         (("check", "configs/scenes-tiny.toml"), 2, "error: the data of configs/scenes-tiny.toml are procedural scenes"),
@@ -146,13 +146,13 @@ def test_the_preview_is_what_the_network_sees(sound, tmp_path):
         (("cache", "configs/scenes-tiny.toml", "-o", "{sound}"), 2, "error: the denoiser requires the autoencoder"),
     ],
 )
-def test_wrong_arguments(words, code, told, sound, monkeypatch):
+def test_wrong_arguments(words, code, message, sound, monkeypatch):
     monkeypatch.chdir(forked.ROOT)
     words = [word.format(sound=sound) for word in words]
     found, _, err = ran(*words)
     assert found == code
     assert len(err) == 1
-    assert err[0].startswith(told.format(sound=sound)), err
+    assert err[0].startswith(message.format(sound=sound)), err
 
 
 # --- training on pictures ------------------------------------------------------------------------------

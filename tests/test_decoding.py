@@ -176,8 +176,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded():
 
 
 def test_decoders_do_not_warn():
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         with silent_decoders():
             decode(encoded(Image.new("1", (10_000, 9_000))), max_pixels=89_000_000_0)
-    assert not told
+    assert not messages

@@ -179,12 +179,12 @@ def test_the_jackknife_tells_how_far_distances_spread():
         return np.std([figure.value for figure in found], ddof=1), np.sqrt(np.mean([f.error**2 for f in found]))
 
     for statistic in (frechet, lambda a, b: cmmd(a, b).value):
-        true, told = spread(statistic, 0.5)
-        assert 0.7 * true < told < 1.5 * true
-        true, told = spread(statistic, 0.0)
-        assert 0.8 * true < told < 3 * true
-    true, told = spread(inside, 0.5)
-    assert 0.8 * true < told < 3 * true
+        true, estimate = spread(statistic, 0.5)
+        assert 0.7 * true < estimate < 1.5 * true
+        true, estimate = spread(statistic, 0.0)
+        assert 0.8 * true < estimate < 3 * true
+    true, estimate = spread(inside, 0.5)
+    assert 0.8 * true < estimate < 3 * true
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.9, 1.0])
@@ -195,8 +195,8 @@ def test_the_error_of_the_kernel(shared):
         real, other = normal(200, 4, 2 * number), normal(200, 4, 2 * number + 1)
         found.append(jackknife(kernel, shared * real + math.sqrt(1 - shared**2) * other, real))
     true = np.std([figure.value for figure in found], ddof=1)
-    told = math.sqrt(np.mean([figure.error**2 for figure in found]))
-    assert 0.85 * true < told < 3 * true
+    estimate = math.sqrt(np.mean([figure.error**2 for figure in found]))
+    assert 0.85 * true < estimate < 3 * true
 
 
 def test_two_models_on_the_same_pictures_have_a_smaller_error():

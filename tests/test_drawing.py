@@ -606,7 +606,7 @@ def test_tiles_of_a_large_picture(pipe, monkeypatch):
 
 
 def test_a_half_precision_autoencoder_that_overflows(tiny_model):
-    """float16 gives NaN: again in float32, and said; the weights are float16 as before, to the bit."""
+    """NaN in float16: a warning, and again in float32; the weights return to float16 with the same bits."""
     other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", torch_dtype=torch.bfloat16)
     other.model.codec.to(torch.float16)
     vae = other.model.codec.vae
@@ -645,7 +645,7 @@ def test_deep_features_are_the_network_s_own(folders):
     """Given its own deep features the finest level gives the same output, to the bit; given others, another."""
     unet = load_unet(folders["XL"])
     generator = torch.Generator().manual_seed(0)
-    x, told = (
+    x, conditions = (
         torch.randn(2, 4, 8, 8, generator=generator),
         Conditions(
             {
@@ -655,20 +655,20 @@ def test_deep_features_are_the_network_s_own(folders):
             }
         ),
     )
-    plain = unet.predict(x, 500.0, told)
-    full, deep = unet.predict_from(x, 500.0, told, None)
+    plain = unet.predict(x, 500.0, conditions)
+    full, deep = unet.predict_from(x, 500.0, conditions, None)
     assert torch.equal(full, plain)
     ran = []
     below = [*unet.model.down_blocks[1:], unet.model.mid_block, *unet.model.up_blocks[:-1]]
     handles = [m.register_forward_hook(lambda module, *_: ran.append(module)) for b in below for m in b.resnets]
-    again, same = unet.predict_from(x, 500.0, told, deep)
+    again, same = unet.predict_from(x, 500.0, conditions, deep)
     assert torch.equal(again, plain)
     assert same is deep
     assert not ran, "nothing below is computed"
     for handle in handles:
         handle.remove()
-    assert not torch.equal(unet.predict_from(x, 500.0, told, deep * 1.5)[0], plain)
-    assert torch.equal(unet.predict(x, 500.0, told), plain), "the blocks are as they were"
+    assert not torch.equal(unet.predict_from(x, 500.0, conditions, deep * 1.5)[0], plain)
+    assert torch.equal(unet.predict(x, 500.0, conditions), plain), "the blocks are as they were"
 
 
 def test_every_so_many_evaluations(pipe, monkeypatch):

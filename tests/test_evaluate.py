@@ -66,11 +66,11 @@ def whole_report(command, tiny_model, tmp_path_factory):
 
 def test_a_whole_report(whole_report):
     folder, done = whole_report
-    told = metrics(folder)
-    assert list(told["models"][0]["sections"]) == EVERYTHING
-    assert told["skipped"] == {"recognition": "it requires scenes of sprites and a judge (--judge)"}
+    report = metrics(folder)
+    assert list(report["models"][0]["sections"]) == EVERYTHING
+    assert report["skipped"] == {"recognition": "it requires scenes of sprites and a judge (--judge)"}
     assert done.stdout.splitlines()[-1] == str(folder / "report.html")
-    for section in told["models"][0]["sections"].values():
+    for section in report["models"][0]["sections"].values():
         assert section["facts"]["seconds"] >= 0
         for name, figure in section["figures"].items():
             assert np.isfinite(figure["value"]), name
@@ -83,9 +83,9 @@ def test_a_whole_report(whole_report):
     for suffix in ("", "_held_out", "_ceiling"):
         shares = [categories[name + suffix] for name in six]
         assert categories["composition" + suffix] == pytest.approx(np.mean(shares))
-    assert told["settings"]["pictures"] == 16
-    assert len(told["settings"]["features sha256"]) == 64
-    assert "torch" in told["settings"]["versions"]
+    assert report["settings"]["pictures"] == 16
+    assert len(report["settings"]["features sha256"]) == 64
+    assert "torch" in report["settings"]["versions"]
 
 
 class Page(HTMLParser):
@@ -125,11 +125,11 @@ def test_measured_once(whole_report, call, tiny_model):
     before = {path: path.stat().st_mtime_ns for path in (folder / "A").rglob("*.*")}
     sweep = ("--sweep", "sampler=ddim,unipc")
     prompts = folder.parent / "evaluation_metadata.jsonl"
-    told = metrics(folder)
+    report = metrics(folder)
     code, out, _ = call("evaluate", tiny_model, "-o", folder, *QUICK, *sweep, "--geneval", prompts)
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in (folder / "A").rglob("*.*")} == before
-    assert metrics(folder) == told
+    assert metrics(folder) == report
     assert "distances" in out
 
 
@@ -245,9 +245,9 @@ def test_the_default_model_damaged_is_worse_in_every_figure(command, tmp_path):
     other = damaged(default_model(), tmp_path / "damaged", 0.15)
     words = ("--only", "likelihood,distances,composition,autoencoder", "--compare", other)
     done = command("evaluate", "-o", tmp_path / "out", "--pictures", 160, "--times", 4, *words)
-    told = [line for line in done.stdout.splitlines() if re.search(r"  (lower|higher) ", line)]
-    assert len(told) > 30
-    assert all("worse by" in line for line in told), "\n".join(told)
+    lines = [line for line in done.stdout.splitlines() if re.search(r"  (lower|higher) ", line)]
+    assert len(lines) > 30
+    assert all("worse by" in line for line in lines), "\n".join(lines)
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ def test_own_pictures(call, tmp_path, folders):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--only", ""), "unknown section ''; one of likelihood, "),
         (("--only", "likelyhood"), "unknown section 'likelyhood' (did you mean likelihood?); one of likelihood, "),
@@ -306,7 +306,7 @@ def test_own_pictures(call, tmp_path, folders):
         (("-o", "mine"), "mine has other files, and nothing is written beside them. Name another"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(call, tiny_model, words, said):
+def test_what_is_wrong_is_told_in_a_line(call, tiny_model, words, message):
     Path("a-file").write_text("mine")
     Path("mine").mkdir()
     Path("mine/precious").write_text("mine")
@@ -315,7 +315,7 @@ def test_what_is_wrong_is_told_in_a_line(call, tiny_model, words, said):
     assert code in (2, 3, 4)
     assert err.count("\n") == 1, err
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert sorted(path.name for path in Path("mine").iterdir()) == ["precious"]
 
 
@@ -380,7 +380,7 @@ def test_what_fails_leaves_no_folder(call, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "has no prompts"),
         ("{", "line 1 is not valid JSON"),
@@ -389,9 +389,9 @@ def test_what_fails_leaves_no_folder(call, tiny_model):
         ('\n{"tag": "shape", "prompt": "a"}', 'line 2: "tag" is none of single_object, two_object'),
     ],
 )
-def test_prompts_that_are_not_genevals(content, said, tmp_path):
+def test_prompts_that_are_not_genevals(content, message, tmp_path):
     (tmp_path / "p.jsonl").write_text(content)
-    with pytest.raises(DataError, match=re.escape(said)):
+    with pytest.raises(DataError, match=re.escape(message)):
         read_prompts(tmp_path / "p.jsonl")
 
 
@@ -433,7 +433,7 @@ def test_what_figures_depend_on_is_no_secret(call, tiny_model, tmp_path):
 
 
 def test_networks_that_are_not_finite(call, tiny_model, tmp_path):
-    """An autoencoder and a CLIP of NaN are told, and no report is made of them."""
+    """An autoencoder or a CLIP of NaN raises an error, and no report is written."""
     for part, section in (("vae", "autoencoder"), ("clip", "distances")):
         model = loosened(shutil.copytree(tiny_model, tmp_path / part))
         (file,) = (model / part).glob("*.safetensors")
@@ -465,7 +465,7 @@ def test_kept_pictures_of_another_size(pipe, tmp_path):
 
 
 def test_a_folder_of_one_that_was_killed_at_once(call, tiny_model):
-    """Before it had said whose the folder is, in the midst of saying it."""
+    """An evaluation that was killed while it claimed its folder can be started again."""
     Path("out/.latentdiff-abc").mkdir(parents=True)
     Path("out/.lock").touch()
     assert call("evaluate", tiny_model, *QUICK, "--only", "autoencoder", "-o", "out")[0] == 0
@@ -561,9 +561,9 @@ def test_bits_of_other_numbers_of_values_are_not_compared():
     """As of a model of grey pictures beside one in colour."""
     results = [Result({"psnr": Figure(value, 0.1, "lower")}, {"dimensions": n}) for value, n in ((1.0, 3), (2.0, 1))]
     assert "the same" in "".join(as_lines(["a", "b"], "likelihood", [results[0]] * 2))
-    told = "\n".join(as_lines(["a", "b"], "likelihood", results))
-    assert "worse" not in told
-    assert told.splitlines()[0] == "likelihood (dimensions 3 and 1)"
+    text = "\n".join(as_lines(["a", "b"], "likelihood", results))
+    assert "worse" not in text
+    assert text.splitlines()[0] == "likelihood (dimensions 3 and 1)"
 
 
 def test_a_result_as_json():

@@ -73,7 +73,7 @@ def test_nothing_left_to_train_on_is_refused(folder):
 
 
 def test_a_stream_is_looked_at_once(tmp_path, monkeypatch):
-    """What it said is kept with the run; under other settings it is looked at again."""
+    """The survey is kept with the run; other settings survey the pictures again."""
     table = LAYOUTS["parquet"](tmp_path / "set", some_pictures(10))
 
     def opened_as(**pictures):

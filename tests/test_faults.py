@@ -23,7 +23,7 @@ def denoiser(run, *words, hook=None, changes=(), env=None):
     return train(run, "--stage", "denoiser", *words, hook=hook, changes=changes, env=env).ended()
 
 
-def said(err):
+def lines_of(err):
     """The lines on stderr that are not the plan's or a bar's."""
     lines = [line.strip() for line in re.split("[\r\n]", err)]
     return [line for line in lines if re.match("error|warning|saved|micro-batch|a new run", line)]
@@ -36,7 +36,7 @@ def test_killed_three_times_in_three_stages(whole, tmp_path):
     for stage, call in (("autoencoder", 5), ("clip", 4), ("denoiser", 2 * 7 + 2)):
         assert train(run, hook=partial(forked.in_loss, stage, call)).ended()[0] == -signal.SIGKILL
     code, err = train(run, "--resume", "latest").ended()
-    assert (code, said(err)) == (0, [])
+    assert (code, lines_of(err)) == (0, [])
     assert "denoiser: 7 of 13 steps from step-6" in err
     assert_bitwise(whole, run)
     for stage, last in (("autoencoder", 9), ("clip", 6), ("denoiser", 13)):
@@ -84,7 +84,7 @@ def test_killed_while_saving(whole, begun, boundary):
     renamed = boundary == 7
     assert folders == (["step-00000003", "step-00000006"] if renamed else [".tmp-step-00000006", "step-00000003"])
     code, err = denoiser(begun, "--resume", "latest")
-    assert (code, said(err)) == (0, [])
+    assert (code, lines_of(err)) == (0, [])
     assert f"from step-{6 if renamed else 3} " in err
     assert_bitwise(whole, begun, ["denoiser"])
 
@@ -100,13 +100,13 @@ def test_a_damaged_checkpoint(whole, begun):
     before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
     code, err = denoiser(begun, "--resume", newest)
     fault = f"(unet.safetensors: {size - 100:,} of {size:,} bytes)"
-    assert (code, said(err)) == (
+    assert (code, lines_of(err)) == (
         4,
         [f"error: checkpoint {newest} is damaged {fault}. Use --resume latest for the newest whole one"],
     )
     assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
     code, err = denoiser(begun, "--resume", "latest", hook=partial(forked.in_loss, "denoiser", 2))
-    assert said(err) == [f"warning: checkpoint step-6 is damaged {fault}; using step-3"]
+    assert lines_of(err) == [f"warning: checkpoint step-6 is damaged {fault}; using step-3"]
     assert file.stat().st_size == size - 100
     assert denoiser(begun)[0] == 0
     assert_bitwise(whole, begun, ["denoiser"])
@@ -115,9 +115,9 @@ def test_a_damaged_checkpoint(whole, begun):
 def test_nothing_to_resume(begun):
     code, err = denoiser(begun, "--resume", "latest")
     where = begun / "denoiser" / "checkpoints"
-    assert (code, said(err)) == (4, [f"error: no checkpoint in {where}. Use --resume auto to start fresh"])
+    assert (code, lines_of(err)) == (4, [f"error: no checkpoint in {where}. Use --resume auto to start fresh"])
     code, err = denoiser(begun, "--resume", "auto", "--dry-run")
-    assert (code, said(err)) == (0, [f"a new run: no checkpoint in {where}"])
+    assert (code, lines_of(err)) == (0, [f"a new run: no checkpoint in {where}"])
     assert not (begun / "denoiser").exists()
 
 
@@ -126,7 +126,7 @@ def test_changed_settings_are_listed(whole, begun):
     before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
     changes = ["data.count=39", "denoiser.training.train_batch_size=16"]
     code, err = denoiser(begun, "--resume", "latest", changes=changes)
-    assert (code, said(err)) == (
+    assert (code, lines_of(err)) == (
         2,
         [
             "error: cannot resume: dataset changed (40 -> 39 images); denoiser batch 16 -> 32. "
@@ -137,7 +137,7 @@ def test_changed_settings_are_listed(whole, begun):
     longer = [*changes, "denoiser.training.max_train_steps=14"]
     code, err = denoiser(begun, "--resume", "latest", "--allow-changed", changes=longer)
     assert code == 0
-    assert said(err)[:2] == [
+    assert lines_of(err)[:2] == [
         "warning: going on although dataset changed (40 -> 39 images)",
         "warning: going on although denoiser batch 16 -> 32",
     ]
@@ -182,8 +182,8 @@ def test_signals_save_and_stop(whole, begun, hook, act, code, step):
     changes = ["denoiser.training.validation_steps=4"] if hook is forked.in_validation else []
     found, err = denoiser(begun, hook=partial(hook, act=act), changes=changes)
     name = act.args[0].name
-    told = f"saved step-{step} after {name}" if step else f"error: stopped by {name}. The same command goes on"
-    assert (found, said(err)[-1]) == (code, told)
+    message = f"saved step-{step} after {name}" if step else f"error: stopped by {name}. The same command goes on"
+    assert (found, lines_of(err)[-1]) == (code, message)
     assert not list((begun / "cache").glob(".tmp*"))
     found, err = denoiser(begun, "--resume", "latest" if step else "auto", changes=changes)
     assert found == 0, err
@@ -194,7 +194,7 @@ def test_signals_save_and_stop(whole, begun, hook, act, code, step):
 def test_a_second_signal_stops_at_once(begun):
     """While the step of the first is still computed: nothing is saved, nothing half."""
     code, err = denoiser(begun, hook=partial(forked.in_loss, "denoiser", 9, forked.insist))
-    assert (code, said(err)) == (
+    assert (code, lines_of(err)) == (
         143,
         ["a new run: no checkpoint in " + str(begun / "denoiser" / "checkpoints")],
     )
@@ -207,7 +207,7 @@ def test_a_signal_to_the_whole_group(whole, begun):
     workers = ["denoiser.training.num_workers=2"]
     hook = partial(forked.in_loss, "denoiser", 2 * 4 + 1, forked.signal_the_group)
     code, err = denoiser(begun, hook=hook, changes=workers)
-    assert (code, said(err)[-1]) == (143, "saved step-5 after SIGTERM")
+    assert (code, lines_of(err)[-1]) == (143, "saved step-5 after SIGTERM")
     assert denoiser(begun, "--resume", "latest", changes=workers)[0] == 0
     assert_bitwise(whole, begun, ["denoiser"])
 
@@ -215,14 +215,14 @@ def test_a_signal_to_the_whole_group(whole, begun):
 def test_a_signal_is_not_taken_for_damage(begun):
     """While a library loads, whatever handles its errors."""
     code, err = denoiser(begun, hook=partial(forked.in_loading, SIGTERM))
-    assert (code, said(err)[-1]) == (143, "error: stopped by SIGTERM. The same command goes on")
+    assert (code, lines_of(err)[-1]) == (143, "error: stopped by SIGTERM. The same command goes on")
 
 
 def test_a_full_disk_while_a_network_is_saved(begun):
     shutil.rmtree(begun / "clip")
     code, err = train(begun, "--stage", "clip", hook=partial(forked.with_full_disk_at_the_end, 100_000)).ended()
     assert code == 6
-    assert re.fullmatch(r"error: cannot write CLIP \(.*\): .*File too large.*", said(err)[-1])
+    assert re.fullmatch(r"error: cannot write CLIP \(.*\): .*File too large.*", lines_of(err)[-1])
 
 
 def test_one_run_folder_one_process(begun):
@@ -232,8 +232,8 @@ def test_one_run_folder_one_process(begun):
         first.process.join(0.1)
     code, err = denoiser(begun)
     first.process.kill()
-    told = f"error: another process is training in {begun}. Wait for it, or name another folder"
-    assert (code, said(err)[-1]) == (2, told)
+    message = f"error: another process is training in {begun}. Wait for it, or name another folder"
+    assert (code, lines_of(err)[-1]) == (2, message)
 
 
 @pytest.mark.slow
@@ -257,8 +257,8 @@ def test_a_full_disk_stops_the_run(whole, begun):
     assert denoiser(begun, hook=partial(forked.in_loss, "denoiser", 2 * 4 + 1))[0] == -signal.SIGKILL
     code, err = denoiser(begun, "--resume", "latest", hook=partial(forked.with_files_up_to, 100_000))
     assert code == 6
-    told = r"error: disk full while writing step-6 \(need [\d.]+ MB, [\d.]+ MB free in .*\)\. Last good: step-3"
-    assert re.fullmatch(told, said(err)[-1])
+    message = r"error: disk full while writing step-6 \(need [\d.]+ MB, [\d.]+ MB free in .*\)\. Last good: step-3"
+    assert re.fullmatch(message, lines_of(err)[-1])
     assert [path.name for path in (begun / "denoiser" / "checkpoints").iterdir()] == ["step-00000003"]
     assert denoiser(begun, "--resume", "latest")[0] == 0
     assert_bitwise(whole, begun, ["denoiser"])
@@ -279,6 +279,6 @@ def test_compiled_stopped_while_it_compiles_and_resumed(begun, tmp_path):
     compiled = ["denoiser.training.compile=true", "denoiser.training.max_train_steps=4"]
     assert denoiser(other, changes=compiled)[0] == 0
     code, err = denoiser(begun, hook=partial(forked.in_loss, "denoiser", 1, SIGTERM), changes=compiled)
-    assert (code, said(err)[-1]) == (143, "saved step-1 after SIGTERM")
+    assert (code, lines_of(err)[-1]) == (143, "saved step-1 after SIGTERM")
     assert denoiser(begun, "--resume", "latest", changes=compiled)[0] == 0
     assert_bitwise(other, begun, ["denoiser"])

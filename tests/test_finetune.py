@@ -136,9 +136,9 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
     kohya = ["out-kohya.safetensors"] if method == "lora" else []
     for name in kohya:
         with safe_open(folder / name, "pt") as file:
-            said = file.metadata()
-        assert (said["ss_network_dim"], said["ss_steps"], said["ss_min_snr_gamma"]) == ("2", "4", "5.0")
-        assert said["modelspec.prediction_type"] == "v"
+            metadata = file.metadata()
+        assert (metadata["ss_network_dim"], metadata["ss_steps"], metadata["ss_min_snr_gamma"]) == ("2", "4", "5.0")
+        assert metadata["modelspec.prediction_type"] == "v"
     assert paths == [result, *kohya, "report.html", "README.md"]
     mask = os.umask(0)
     os.umask(mask)

@@ -14,15 +14,15 @@ def loaded(*overrides, size=1e6):
 
 
 def test_defaults_are_of_the_method_and_the_size():
-    """The published rates are those of large models; what is said counts, before the size is known and after."""
+    """The published rates are those of large models; explicit settings win, whether the size is known or not."""
     for method, large, small in (("full", 1e-5, 2e-4), ("lora", 1e-4, 1e-3)):
         rates = [loaded(f"method={method}", size=size).finetune.training.learning_rate for size in (SMALL, SMALL - 1)]
         assert rates == [large, small]
-    said = loaded("method=full", "finetune.training.learning_rate=0.5", "finetune.training.max_train_steps=7")
-    assert (said.finetune.training.learning_rate, said.finetune.training.max_train_steps) == (0.5, 7)
-    assert said.finetune.training.validation_steps == 1, "a quarter of the steps"
-    assert said.finetune.training.lr_warmup_steps == 0
-    assert said.finetune.training.checkpointing_steps == 250, "beside what is said the method's own"
+    explicit = loaded("method=full", "finetune.training.learning_rate=0.5", "finetune.training.max_train_steps=7")
+    assert (explicit.finetune.training.learning_rate, explicit.finetune.training.max_train_steps) == (0.5, 7)
+    assert explicit.finetune.training.validation_steps == 1, "a quarter of the steps"
+    assert explicit.finetune.training.lr_warmup_steps == 0
+    assert explicit.finetune.training.checkpointing_steps == 250, "the other settings are the method's own"
     assert loaded("method=lora").lora.rank == loaded("method=lora").lora.alpha == 16
     assert loaded("method=lora", "lora.rank=3").lora.alpha == 3
     dreambooth = ("method=dreambooth", 'prior.prompt="a dog"')

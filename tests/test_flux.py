@@ -45,7 +45,7 @@ def test_packing_is_that_of_diffusers():
 
 
 def test_what_has_no_effect_is_refused(folder):
-    """CLIP's hidden states are not read; a preset leaves the guidance that dev is told as it is."""
+    """CLIP's hidden states are not read; a preset does not change the guidance that dev reads."""
     pipe = load(folder)
     with pytest.raises(ConfigError, match="clip_skip has no effect on this model"):
         pipe(PROMPT, clip_skip=1, num_inference_steps=1, width=64, height=64)
@@ -67,7 +67,7 @@ def test_what_has_no_effect_is_refused(folder):
     ],
 )
 def test_pictures_are_those_of_diffusers(folder, settings):
-    """To rounding, for the same noise; guidance is told to dev, and schnell has none."""
+    """To rounding, for the same noise; dev reads the guidance, and schnell has none."""
     settings = {"num_inference_steps": 4, "width": 64, "height": 64, **settings}
     height, width = settings["height"] // 8, settings["width"] // 8
     x = noise(height, width)

@@ -61,12 +61,12 @@ def test_a_file_of_objects(generate, photo, tmp_path):
     (tmp_path / "in" / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     code, out, err = generate("--prompts-file", "in/jobs.jsonl", "--json", "--cfg", 4)
     assert code == 0, err
-    told = [json.loads(line) for line in out.splitlines()]
-    assert [one["seed"] for one in told] == [3, 4, 5, 6]
-    assert [(one["width"], one["height"]) for one in told] == [(64, 64), (96, 64), (72, 64), (80, 64)]
-    records = [read_record(tmp_path / one["path"]) for one in told]
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [one["seed"] for one in rows] == [3, 4, 5, 6]
+    assert [(one["width"], one["height"]) for one in rows] == [(64, 64), (96, 64), (72, 64), (80, 64)]
+    records = [read_record(tmp_path / one["path"]) for one in rows]
     assert [record.request.guidance_scale for record in records] == [2.5, 4.0, 4.0, 4.0]
-    with Image.open(tmp_path / told[2]["path"]) as drawn:
+    with Image.open(tmp_path / rows[2]["path"]) as drawn:
         marked = np.zeros((64, 72), bool)
         marked[10:30, 10:30] = True
         assert np.array_equal(np.asarray(drawn)[~marked], photo[~marked])

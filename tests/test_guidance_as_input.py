@@ -147,8 +147,8 @@ def test_the_layer_that_is_added_changes_nothing_yet():
     before = unet.predict(x, 501.0, Conditions({"tokens": tokens}))
     unet.read_more("guidance")
     assert unet.spec.reads["guidance"] == ()
-    told = unet.predict(x, 501.0, Conditions({"tokens": tokens, "guidance": torch.tensor([3.0, 9.0])}))
-    assert torch.equal(told, before)
+    output = unet.predict(x, 501.0, Conditions({"tokens": tokens, "guidance": torch.tensor([3.0, 9.0])}))
+    assert torch.equal(output, before)
 
 
 @pytest.mark.parametrize("objective", ["lcm", "ect"])

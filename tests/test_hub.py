@@ -42,8 +42,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                     for n in names
                 ]
                 return self.answer(200, json.dumps(tree).encode())
-            told = {"id": NAME, "sha": commit, "siblings": [{"rfilename": name} for name in names], "tags": []}
-            return self.answer(200, json.dumps(told).encode())
+            info = {"id": NAME, "sha": commit, "siblings": [{"rfilename": name} for name in names], "tags": []}
+            return self.answer(200, json.dumps(info).encode())
         if path.startswith(f"/{NAME}/resolve/"):
             revision, _, name = path.removeprefix(f"/{NAME}/resolve/").partition("/")
             commit = COMMITS.get(revision, revision)

@@ -15,12 +15,12 @@ KILLS = 20
 
 @pytest.mark.slow
 def test_killed_at_any_instant(whole, tmp_path, capsys):
-    """From the first import to the last file of the model, workers or none; where it struck is told."""
+    """From the first import to the last file of the model, workers or none; the place of each kill is printed."""
     began = time.monotonic()
     assert train(tmp_path / "timed").ended()[0] == 0
     duration = time.monotonic() - began
     moments = random.Random(0)
-    equal, told = 0, []
+    equal, fates = 0, []
     for number in range(KILLS):
         run = tmp_path / f"run-{number}"
         workers = [f"denoiser.training.num_workers={number % 3}"]
@@ -39,10 +39,10 @@ def test_killed_at_any_instant(whole, tmp_path, capsys):
             fate = "equal"
         except AssertionError as error:
             fate = str(error)
-        told.append(f"killed after {', '.join(where) or 'nothing'}: {fate}")
+        fates.append(f"killed after {', '.join(where) or 'nothing'}: {fate}")
         shutil.rmtree(run)
     with capsys.disabled():
-        print("\n" + "\n".join(told) + f"\n{equal} of {KILLS} runs killed by SIGKILL ended bitwise equal")
+        print("\n" + "\n".join(fates) + f"\n{equal} of {KILLS} runs killed by SIGKILL ended bitwise equal")
     assert equal == KILLS
 
 

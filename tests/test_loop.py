@@ -82,8 +82,8 @@ def test_what_is_not_finite_stops_before_the_step(tmp_path, value, what):
     assert str(stopped.value) == f"{what} is not finite at step 7 (samples {named}). The weights were not changed"
     assert all(torch.equal(a, b) for a, b in zip(stage.before, stage.module.parameters(), strict=True))
     assert [row["step"] for row in logged(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    told = json.loads((tmp_path / "non-finite.json").read_text())
-    assert told["samples"] == (["point 50"] if what == "loss" else [f"point {n}" for n in range(48, 56)])
+    report = json.loads((tmp_path / "non-finite.json").read_text())
+    assert report["samples"] == (["point 50"] if what == "loss" else [f"point {n}" for n in range(48, 56)])
 
 
 def out_of_memory(above, stage=PictureStage):

@@ -395,10 +395,10 @@ def test_an_export_of_another_configuration(compiled_model, tmp_path):
     shutil.copytree(compiled_model, folder)
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-4}))
-    told = r"exported before unet/config.json was changed \(.*\). Export it again"
-    with pytest.raises(ModelError, match=told):
+    message = r"exported before unet/config.json was changed \(.*\). Export it again"
+    with pytest.raises(ModelError, match=message):
         LatentDiffusionPipeline.from_pretrained(folder, runtime="openvino")
-    with pytest.warns(UserWarning, match="drawing with torch: " + told):
+    with pytest.warns(UserWarning, match="drawing with torch: " + message):
         assert LatentDiffusionPipeline.from_pretrained(folder, device="cpu").runtime == "torch"
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.99"}))
     assert exported(folder) is not None, "who wrote it is no matter"
@@ -600,9 +600,9 @@ def test_converted_on_the_command_line(call, tmp_path):
     for name in ("openvino", "torch"):
         words = ("generate", PROMPT, "-m", "model", "-s", 7, "--steps", 3, "-o", f"{name}.png", "--runtime", name)
         assert call(*words) == (0, f"{name}.png\n", "")
-        told = json.loads(call("info", f"{name}.png")[1])["latentdiff"]
-        assert told["runtime"] == name
-        assert (name in told["versions"], "torch" in told["versions"]) == (True, name == "torch")
+        record = json.loads(call("info", f"{name}.png")[1])["latentdiff"]
+        assert record["runtime"] == name
+        assert (name in record["versions"], "torch" in record["versions"]) == (True, name == "torch")
         assert call("reproduce", f"{name}.png") == (0, "equal: all 12,288 values\n", "")
     code, out, _ = call("reproduce", "torch.png", "--runtime", "openvino")
     assert (code, out) == (0, "equal: all 12,288 values\n") or (code == 1 and "PSNR" in out)

@@ -53,9 +53,9 @@ def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for name in names[3:]:
         (tmp_path / "cut" / name).unlink()
-    said = json.loads((tmp_path / "cut" / "classes.json").read_text())
-    said.pop("pictures")  # which is said at the end
-    (tmp_path / "cut" / "classes.json").write_text(json.dumps(said))
+    classes = json.loads((tmp_path / "cut" / "classes.json").read_text())
+    classes.pop("pictures")  # which is written at the end
+    (tmp_path / "cut" / "classes.json").write_text(json.dumps(classes))
     other = config.model_copy(update={"prior": config.prior.model_copy(update={"prompt": "a ring"})})
     with pytest.raises(DataError, match="have other settings"):
         draw_class(pipe.painter, other, tmp_path / "cut", "m")
@@ -74,8 +74,8 @@ def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, faul
     folder.mkdir()
     short = config.model_copy(update={"prior": config.prior.model_copy(update={"pictures": 2})})
     draw_class(pipe.painter, short, folder, "m")
-    said = json.loads((folder / "classes.json").read_text())
-    assert list(said["pictures"]) == ["00000.png", "00001.png"]
+    classes = json.loads((folder / "classes.json").read_text())
+    assert list(classes["pictures"]) == ["00000.png", "00001.png"]
     if fault == "missing":
         (folder / "00001.png").unlink()
     if fault == "another":

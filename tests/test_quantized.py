@@ -207,8 +207,8 @@ def test_flat_pictures_are_said(folder, call, tmp_path):
 
     decoder.forward = first_is_flat
     asked = ASKED | {"num_images_per_prompt": 2, "batch_size": 2}
-    said = "one colour fills the whole picture (seeds 1). Perhaps q4_0 is too coarse for this model"
-    assert pipe(PROMPT, **asked).notes == [said]
+    note = "one colour fills the whole picture (seeds 1). Perhaps q4_0 is too coarse for this model"
+    assert pipe(PROMPT, **asked).notes == [note]
     images = np.full((2, 3, 4, 4), 0.5, np.float32)
     images[1, 2, 3, 3] = 0.52
     assert are_flat(images).tolist() == [True, False]

@@ -1,4 +1,4 @@
-"""Room for pictures that memory has not: the same array, on a disk that is asked first."""
+"""Arrays larger than memory: the same numbers, in a file on a disk whose free space is checked first."""
 
 import os
 import resource

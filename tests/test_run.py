@@ -1,4 +1,4 @@
-"""A run: going on to the bit, reports that change nothing, signals, and what is said of it all."""
+"""A run: resumed to the bit, reports that change nothing, signals, warnings."""
 
 import json
 import os
@@ -198,9 +198,9 @@ def test_batches_split_otherwise_are_told_and_the_same(tmp_path, capsys):
     newest, _ = newest_whole(tmp_path / "split" / "checkpoints")
     capsys.readouterr()
     run(tmp_path / "split", checkpoint=newest, train_batch_size=4, gradient_accumulation_steps=2)
-    told = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.startswith("warning")]
-    assert len(told) == 1
-    assert "the same samples, sums rounded otherwise" in told[0]
+    warnings = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "the same samples, sums rounded otherwise" in warnings[0]
     state = json.loads((tmp_path / "split" / "checkpoints" / "step-00000040" / "state.json").read_text())
     assert state["position"] == 320
 
@@ -261,6 +261,6 @@ def test_tensorboard_has_the_log(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     lines = [row for row in logged(tmp_path) if "loss" in row]
-    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert told == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in lines]
+    curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert curve == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in lines]
     assert [(event.step, event.value) for event in events.Scalars("validation/quality")] == [(20, 10), (40, 20)]

@@ -108,8 +108,8 @@ def test_the_plan_is_the_arithmetic(tiny_run, tmp_path):
     size = sum(file.stat().st_size for file in found["denoiser"].iterdir()) / 1e6
     resumed = plan_of(Run(config, tiny_run, accelerator, data, found))
     assert resumed[1].startswith(f"denoiser: 60 of 100 steps from step-40 ({found['denoiser']}), 8 x 3")
-    told = float(resumed[2].split("a checkpoint of ")[1].split(" MB")[0])
-    assert told == pytest.approx(size, rel=0.1)
+    estimate = float(resumed[2].split("a checkpoint of ")[1].split(" MB")[0])
+    assert estimate == pytest.approx(size, rel=0.1)
     assert not (tmp_path / "new").exists()
 
 
@@ -124,7 +124,7 @@ def test_memory_that_is_freed_is_kept():
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    before, told, after = done.stdout.split()
-    assert told == "True"
+    before, answer, after = done.stdout.split()
+    assert answer == "True"
     assert int(before) > 5000
     assert int(after) < int(before) / 10

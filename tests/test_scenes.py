@@ -101,19 +101,19 @@ def test_held_out_scenes_hold_one():
 def test_captions_state_everything(category):
     """Every shape and colour is named, every count, place, size, relation and background that is described."""
     for scene in drawn(200, category):
-        words, told = scene.caption, scene.description
-        for group in told.groups:
+        words, description = scene.caption, scene.description
+        for group in description.groups:
             assert group.color in words
             assert group.shape in words
             if group.count > 1:
                 assert str(group.count) in words or scenes.NUMBERS[group.count] in words
-        assert told.size in words
-        if told.place is not None:
-            assert scenes.PLACES[told.place] in words
-        if told.background:
-            assert f"{told.background} background" in words
-        if told.relation:
-            assert told.relation in words or scenes.INVERSE[told.relation] in words
+        assert description.size in words
+        if description.place is not None:
+            assert scenes.PLACES[description.place] in words
+        if description.background:
+            assert f"{description.background} background" in words
+        if description.relation:
+            assert description.relation in words or scenes.INVERSE[description.relation] in words
 
 
 def test_caption_s_order_of_objects_agrees_with_its_relation():

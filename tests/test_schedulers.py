@@ -159,5 +159,6 @@ def test_the_note_is_one_warning(command, folders, tmp_path):
     )
     words = ("generate", "a", "-m", folder, "--steps", "1", "-W", 64, "-H", 64, "-o", "a.png")
     err = command(*words, cwd=tmp_path).stderr
-    told = "warning: the model's scheduler has solver_order=3, solver_type=heun, which this package has not: pictures "
-    assert [line for line in err.splitlines() if line.startswith("warning")] == [told + "differ from diffusers'"]
+    warning = "warning: the model's scheduler has solver_order=3, solver_type=heun, which this package "
+    warning += "does not support: pictures differ from diffusers'"
+    assert [line for line in err.splitlines() if line.startswith("warning")] == [warning]

@@ -301,18 +301,18 @@ def test_models_and_adapters(page, shop, places):  # noqa: F811
 def test_what_the_page_must_not_change_silently(page, shop, photo):
     """A picture of a model or an adapter that is gone is not varied; a further setting that has a field is refused."""
     record = {"settings": {}, "model": "gone", "hash": "", "adapters": [], "size": [64, 64], "from_picture": False}
-    said = page.evaluate(
+    messages = page.evaluate(
         """async (record) => {
             const { requestOf } = await import("/page/settings.js");
-            const said = [];
+            const messages = [];
             for (const changed of [{}, { model: "scenes-tiny", adapters: [{ name: "gone", weight: 1 }] }])
-                try { requestOf({ ...record, ...changed }, {}); } catch (error) { said.push(error.message); }
-            return said;
+                try { requestOf({ ...record, ...changed }, {}); } catch (error) { messages.push(error.message); }
+            return messages;
         }""",
         record,
     )
     sentence = "which is not served here."
-    assert said == [f"It was drawn by gone, {sentence}", "It was drawn with an adapter that is not served here."]
+    assert messages == [f"It was drawn by gone, {sentence}", "It was drawn with an adapter that is not served here."]
     ask(page, PROMPT, num_images=1, num_inference_steps=1, further="seed = 9007199254740993")
     page.click("#go")
     expect(page.locator("#problem")).to_have_text("seed has a field of its own")

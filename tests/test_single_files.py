@@ -84,16 +84,16 @@ def test_averages_beside_the_weights(files, tmp_path):
 
     file = changed(files / "1.safetensors", tmp_path / "both.safetensors", both)
     expected = opened(files / "1.safetensors")(PROMPT, **ASKED).images
-    told = []
+    messages = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     theirs = logging.getLogger("diffusers.loaders.single_file_utils")
     theirs.addHandler(handler)
     try:
         assert torch.equal(opened(file)(PROMPT, **ASKED).images, expected)
     finally:
         theirs.removeHandler(handler)
-    assert not told
+    assert not messages
 
 
 def without_vae(state):

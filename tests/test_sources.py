@@ -220,8 +220,8 @@ def test_two_rows_for_one_picture(pictures, tmp_path):
     as_jsonl(tmp_path, dict(list(pictures.items())[:3]))
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "001.jpg", "text": "another"}\n')
-    told = "that are ambiguous: 001.jpg (2 rows: metadata.jsonl line 2 and metadata.jsonl line 4)"
-    assert told in refusal(tmp_path)
+    message = "that are ambiguous: 001.jpg (2 rows: metadata.jsonl line 2 and metadata.jsonl line 4)"
+    assert message in refusal(tmp_path)
 
 
 def test_one_stem_two_pictures(pictures, tmp_path):
@@ -263,15 +263,15 @@ def test_names(layout, tmp_path):
     LAYOUTS[layout](tmp_path / "set", some)
     found = surveyed(tmp_path / "set")
     assert found.refusal() is None
-    said = {hashlib.sha256(data).hexdigest(): caption for data, caption in some.values()}
-    assert {picture.id: picture.captions[0] for picture in found.pictures} == said
+    captions = {hashlib.sha256(data).hexdigest(): caption for data, caption in some.values()}
+    assert {picture.id: picture.captions[0] for picture in found.pictures} == captions
 
 
-@pytest.mark.parametrize(("on_disk", "said"), [("NFD", "NFC"), ("NFC", "NFD")])
-def test_either_unicode_form_is_matched(on_disk, said, tmp_path):
+@pytest.mark.parametrize(("on_disk", "in_metadata"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_either_unicode_form_is_matched(on_disk, in_metadata, tmp_path):
     ((data, _),) = some_pictures(1).values()
     write_pictures(tmp_path, {unicodedata.normalize(on_disk, "é.png"): (data, "")})
-    row = {"file_name": unicodedata.normalize(said, "é.png"), "text": "one"}
+    row = {"file_name": unicodedata.normalize(in_metadata, "é.png"), "text": "one"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     assert [picture.captions for picture in surveyed(tmp_path).pictures] == [("one",)]
 
@@ -286,8 +286,8 @@ def test_the_other_unicode_form_is_matched(tmp_path):
     write_pictures(tmp_path, {nfc: (other, "")})
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write(json.dumps({"file_name": nfd, "text": "two"}) + "\n")
-    said = {picture.name: picture.captions[0] for picture in surveyed(tmp_path).pictures}
-    assert said == {nfc: "one", nfd: "two"}
+    captions = {picture.name: picture.captions[0] for picture in surveyed(tmp_path).pictures}
+    assert captions == {nfc: "one", nfd: "two"}
 
 
 @pytest.mark.parametrize("layout", ["metadata.jsonl", "sidecars"])
@@ -300,7 +300,7 @@ def test_byte_order_marks_and_long_captions(layout, pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (b'{"file_name": "a.png", "text": "caf\xe9"}', "metadata.jsonl line 7 is not valid UTF-8"),
         (b'{"file_name": "a.png", "text": "x"', "metadata.jsonl line 7 is not valid JSON"),
@@ -317,11 +317,11 @@ def test_byte_order_marks_and_long_captions(layout, pictures, tmp_path):
         (b"[" * 100_000, "metadata.jsonl line 7 is not valid JSON"),
     ],
 )
-def test_bad_lines_are_named(line, told, pictures, tmp_path):
+def test_bad_lines_are_named(line, message, pictures, tmp_path):
     as_jsonl(tmp_path, dict(list(pictures.items())[:6]))
     with (tmp_path / "metadata.jsonl").open("ab") as file:
         file.write(line + b"\n")
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         surveyed(tmp_path)
 
 
@@ -419,8 +419,8 @@ def test_joined_archives_and_links_in_them(pictures, tmp_path):
         link = tarfile.TarInfo("linked.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "040.jpg"
         archive.addfile(link)
-    told = r"1 of 51 images cannot be read: 00002.tar/linked.jpg \(a link or sparse file inside its archive\)"
-    assert re.match(told, refusal(tmp_path / "set"))
+    message = r"1 of 51 images cannot be read: 00002.tar/linked.jpg \(a link or sparse file inside its archive\)"
+    assert re.match(message, refusal(tmp_path / "set"))
 
 
 def test_pipes_and_closed_folders(pictures, tmp_path, monkeypatch):
@@ -444,7 +444,7 @@ def test_pipes_and_closed_folders(pictures, tmp_path, monkeypatch):
 
 
 def test_splits_of_parquet_folders(pictures, tmp_path):
-    """By their names; what is not read is told."""
+    """The names of files give their split; files of other splits are named."""
     items = list(pictures.items())
     as_parquet(tmp_path / "set", dict(items[:20]))
     as_parquet(tmp_path / "more", dict(items[20:25]))

@@ -32,17 +32,17 @@ def test_attention_in_one_product(folders, family):
     shapes = {"tokens": (77, unet.spec.reads["tokens"][-1])} | ({"pooled": (128,)} if family == "XL" else {})
     arrays = {name: torch.randn(2, 3, *shape, generator=generator) for name, shape in shapes.items()}
     arrays |= {"sizes": torch.full((2, 3, 6), 64.0)} if family == "XL" else {}
-    told = Conditions(arrays, count=2)
+    conditions = Conditions(arrays, count=2)
     x = torch.randn(3, 4, 8, 8, generator=generator)
-    plain = unet.predict(x, 500.0, unet.prepared(told))
-    narrow = unet.predict_perturbed(x, 500.0, unet.prepared(told))
+    plain = unet.predict(x, 500.0, unet.prepared(conditions))
+    narrow = unet.predict_perturbed(x, 500.0, unet.prepared(conditions))
     unet.fuse()
-    prepared = unet.prepared(told)
+    prepared = unet.prepared(conditions)
     assert len(prepared.prepared) == sum(name.endswith("attn2") for name, _ in unet.named_modules())
     torch.testing.assert_close(unet.predict(x, 500.0, prepared), plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unet.predict_perturbed(x, 500.0, prepared), narrow, rtol=1e-4, atol=1e-5)
     unet.unfuse()
-    assert torch.equal(unet.predict(x, 500.0, unet.prepared(told)), plain)
+    assert torch.equal(unet.predict(x, 500.0, unet.prepared(conditions)), plain)
 
 
 @pytest.mark.parametrize(

@@ -190,9 +190,9 @@ def test_a_relation_seen_from_the_other_object_is_the_same(library):
         up = {"above": first.y < second.y, "below": first.y > second.y}
         up |= {"left of": first.x < second.x, "right of": first.x > second.x}
         for caption in scene.captions:
-            said = next(relation for relation in up if f" {relation} " in caption)
+            word = next(relation for relation in up if f" {relation} " in caption)
             swapped = caption.index(first.group.name) > caption.index(second.group.name)
-            assert up[said] != swapped
+            assert up[word] != swapped
 
 
 def test_the_shortest_caption_is_the_noun_of_a_large_thing(library):

@@ -300,9 +300,9 @@ def test_inferred_configs_are_the_published_ones(folders, tmp_path):
         found = load_single_file(tmp_path / f"{family}.safetensors")
         assert found.family == FAMILIES[1 + (family == "XL")]
         for part, network in (("unet", found.backbone.model), ("vae", found.codec.vae)):
-            told = json.loads((folder / part / "config.json").read_text())
+            config = json.loads((folder / part / "config.json").read_text())
             built = json.loads(network.to_json_string())
-            differing = {k for k, v in told.items() if built.get(k) != v and not k.startswith("_")}
+            differing = {k for k, v in config.items() if built.get(k) != v and not k.startswith("_")}
             assert differing <= {"sample_size"}, "of which a file says nothing"
 
 

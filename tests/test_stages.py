@@ -144,8 +144,8 @@ def test_a_run_does_not_go_on_under_other_settings(tiny_run, change, named):
     config = load_config(TINY, [change])
     with pytest.raises(ConfigError, match=re.escape(named)) as refused:
         unchanged(config, latest(tiny_run))
-    told = unchanged(config, latest(tiny_run), allow=True)
-    assert str(refused.value).startswith(f"cannot resume: {'; '.join(told)}. Use")
+    changes = unchanged(config, latest(tiny_run), allow=True)
+    assert str(refused.value).startswith(f"cannot resume: {'; '.join(changes)}. Use")
 
 
 def test_what_may_change_between_starts(tiny_run):
@@ -185,10 +185,10 @@ def test_where_a_start_goes_on_from(tiny_run, tmp_path):
 
     damaged = paths["denoiser"] / "unet.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    found, told = checkpoints_to_resume(run, stages, "latest")
+    found, notes = checkpoints_to_resume(run, stages, "latest")
     assert found["denoiser"].name == "step-00000020"
     assert re.fullmatch(
-        r"warning: checkpoint step-40 is damaged \(unet.safetensors: [\d,]+ of [\d,]+ bytes\); using step-20", told[0]
+        r"warning: checkpoint step-40 is damaged \(unet.safetensors: [\d,]+ of [\d,]+ bytes\); using step-20", notes[0]
     )
     with pytest.raises(ModelError, match=r"step-00000040 is damaged \(unet.safetensors: .* bytes\)"):
         checkpoints_to_resume(run, stages, str(paths["denoiser"]))
@@ -201,9 +201,9 @@ def test_nothing_to_go_on_from(tmp_path):
     where = re.escape(str(tmp_path / "denoiser" / "checkpoints"))
     with pytest.raises(ModelError, match=rf"no checkpoint in {where}\. Use --resume auto to start fresh"):
         checkpoints_to_resume(tmp_path, ["denoiser"], "latest")
-    found, told = checkpoints_to_resume(tmp_path, ["denoiser"], "auto")
+    found, notes = checkpoints_to_resume(tmp_path, ["denoiser"], "auto")
     assert found == {"denoiser": None}
-    assert re.fullmatch(rf"a new run: no checkpoint in {where}", told[0])
+    assert re.fullmatch(rf"a new run: no checkpoint in {where}", notes[0])
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "clip"])

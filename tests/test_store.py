@@ -1,4 +1,4 @@
-"""Cached rows: what was added is read, to the bit; damage, killed writers and full disks are told."""
+"""Cached rows are read to the bit; damage, killed writers and full disks raise errors."""
 
 import subprocess
 import sys

@@ -135,7 +135,7 @@ def test_tiles(model, vae, tmp_path):
 
 
 def test_put_in_a_model(call, tiny_model, vae, tmp_path):
-    """Drawn with by its name, told in the picture, and drawn again: to the bit the model that has it."""
+    """A picture drawn with a tiny VAE names it in its record, and is drawn again to the bit."""
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.copytree(vae, tmp_path / "vae")
     words = ["-s", 3, "--steps", 2, "--runtime", "torch"]

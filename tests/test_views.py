@@ -1,4 +1,4 @@
-"""Buckets, views and captions: what a sample shows, against what can be said exactly."""
+"""Buckets, views and captions: what a sample shows, compared with closed forms."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_views_keep_a_ramp_a_ramp():
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("at", [(0.5, 0.0), (0.5, 1.0), (0.5, 0.3)])
 def test_the_corner_is_where_the_view_begins(at, flipped):
-    """Pixels of a picture at twice the scale say their column; mirrored, they are told backwards."""
+    """Pixels of a picture at twice the scale hold their column; mirrored, the columns are backwards."""
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (64, 200, 3))
     shown = view(columns, (32, 32), at, flipped)[0, :, 0].astype(float)
     top, left = corner((64, 200), (32, 32), at, flipped)

@@ -291,7 +291,7 @@ def unet_config(state: State, kind: Kind) -> dict[str, Any]:
             depth = _count(weights, rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
             levels[-1].append((weights[f"input_blocks.{block}.0.out_layers.3.weight"].shape[0], depth))
     if len({len(level) for level in levels}) != 1:
-        raise ModelError("its U-Net has not as many blocks at every level")
+        raise ModelError("its U-Net has different numbers of blocks at its levels")
     channels, depths = [level[0][0] for level in levels], [level[0][1] for level in levels]
     middle = _count(weights, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     keys = [name for name in weights if name.endswith("attn2.to_k.weight")]

@@ -79,7 +79,7 @@ def _noted(model: Model) -> Model:
     if model.card.notes:
         what = ", ".join(model.card.notes)
         warnings.warn(
-            f"the model's scheduler has {what}, which this package has not: pictures differ from diffusers'",
+            f"the model's scheduler has {what}, which this package does not support: pictures differ from diffusers'",
             stacklevel=4,
         )
     return model
