@@ -105,7 +105,7 @@ class Enlarging:
 class Layout:
     """The layout of a family's single files.
 
-    config: names and shapes of a transformer -> its config in diffusers, or None if it is of another family.
+    config: names and shapes of a transformer -> its config in diffusers, or None if it belongs to another family.
     converted: weights -> the same under diffusers' names. load: as in Family, with parts that are given as weights.
     """
 

@@ -314,7 +314,7 @@ def test_outpainting(pipe, photo):
         ({"mask_image": np.zeros((64, 96), np.uint8)}, "the mask has no white"),
         (
             {"mask_image": np.full((64, 64), 255, np.uint8)},
-            "mask_image must be of the image's size: 64x64, the image is 96x64",
+            "mask_image must have the size of the image: 64x64, the image is 96x64",
         ),
         ({"image": None, "mask_image": np.full((64, 96), 255, np.uint8)}, "require an image"),
         ({"image": None, "outpaint": (8, 8, 8, 8)}, "require an image"),

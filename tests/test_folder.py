@@ -139,7 +139,7 @@ def test_program_in_the_folder_is_refused(folder):
 @pytest.mark.parametrize("name", ["Model", ["UNet2DConditionModel"]], ids=str)
 def test_unknown_class_is_refused(folder, name):
     edit(folder / "model_index.json", unet=["evil", name])
-    assert f"unet is of unknown class {name}" in refusal(folder, UnsafeError)
+    assert f"unet has the unknown class {name}" in refusal(folder, UnsafeError)
 
 
 @pytest.mark.parametrize("value", [0, -16, 16.7, True, [16, 16], None], ids=str)
@@ -194,7 +194,7 @@ def test_a_weight_that_is_not_there_is_not_made_up(folder, part, file, name):
 
 def test_weights_that_nothing_uses_are_told(folder):
     rewrite(folder / "unet" / "diffusion_pytorch_model.safetensors", lambda state: state.update(odd=torch.zeros(1)))
-    with pytest.warns(UserWarning, match="unet: 1 weights are of no layer, the first is odd"):
+    with pytest.warns(UserWarning, match="unet: 1 weights belong to no layer, the first is odd"):
         LatentDiffusionPipeline.from_pretrained(folder)
 
 

@@ -141,7 +141,7 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
         (
             ("-i", "photo.png", "--mask", "photo2.png"),
             2,
-            "mask_image must be of the image's size: 64x64, the image is 72x64",
+            "mask_image must have the size of the image: 64x64, the image is 72x64",
         ),
         (("-i", "photo.png", "--strength", 0.1), 2, "strength 0.1 of 2 steps is less than one step"),
         (("-i", "photo.png", "--hires-scale", 2), 2, "hires_scale has no effect with an image"),

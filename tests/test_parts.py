@@ -367,10 +367,10 @@ def test_what_does_not_fit_is_refused(family, saved, tmp_path, call):
         joined([file, file], folder)
     other = tmp_path / "other.safetensors"
     save_file({"odd.weight": torch.zeros(2)}, other)
-    with pytest.raises(ModelError, match=r"odd\.weight is of no part of"):
+    with pytest.raises(ModelError, match=r"odd\.weight belongs to no known part of"):
         joined([other], folder)
     save_file({"decoder.conv_in.weight": torch.zeros(2)}, other)
-    with pytest.raises(ModelError, match=r"no transformer in|a VAE of this class|cannot load|is of no part"):
+    with pytest.raises(ModelError, match=r"no transformer in|a VAE of this class|cannot load|belongs to no known part"):
         joined([other], folder)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:-100])
@@ -506,8 +506,8 @@ def test_what_a_text_encoder_has_too_much_is_refused(z, tmp_path):
         ({f"{name}_scale": torch.ones(1)}, "scales of their own"),
         ({f"{name.removesuffix('.weight')}.comfy_quant": torch.ones(1)}, "scales of their own"),
         ({name: torch.ones(32, 32, dtype=torch.int8)}, "must be floating-point numbers"),
-        ({name.replace(".0.", ".3."): torch.ones(32, 32)}, "are of no layer, the first is layers.3"),
-        ({"foo.bar": torch.ones(1)}, "are of no layer, the first is foo.bar"),
+        ({name.replace(".0.", ".3."): torch.ones(32, 32)}, "belong to no layer, the first is layers.3"),
+        ({"foo.bar": torch.ones(1)}, "belong to no layer, the first is foo.bar"),
         ({"embed_tokens.weight": torch.ones(32)}, "cannot load"),
     ):
         with pytest.raises(ModelError, match=message):

@@ -175,7 +175,7 @@ def test_a_stage_knows_what_it_was_trained_on(tmp_path):
     ("stage", "message"),
     [
         (PictureStage, "checkpoint has ema, line, optimizer; the run requires ema, network, optimizer"),
-        (lambda: widened(LineStage()), r"checkpoint is of another network: line weight is \(1, 1\), not \(2, 1\)"),
+        (lambda: widened(LineStage()), r"checkpoint belongs to another network: line weight is \(1, 1\), not \(2, 1\)"),
     ],
 )
 def test_a_checkpoint_of_another_network(tmp_path, stage, message):

@@ -178,7 +178,7 @@ def test_where_a_start_goes_on_from(tiny_run, tmp_path):
 
     older = run / "clip" / "checkpoints" / "step-00000020"
     assert checkpoints_to_resume(run, stages, str(older)) == ({**paths, "clip": older}, [])
-    with pytest.raises(ModelError, match="is of stage clip, which is not trained now"):
+    with pytest.raises(ModelError, match="belongs to stage clip, which is not trained now"):
         checkpoints_to_resume(run, ["denoiser"], str(older))
     with pytest.raises(ModelError, match="no checkpoint folder"):
         checkpoints_to_resume(run, stages, str(tmp_path / "nowhere"))

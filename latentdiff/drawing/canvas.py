@@ -234,5 +234,5 @@ def _marked(mask: Any, size: tuple[int, int]) -> np.ndarray:
         array = np.uint8(255) * array
     if array.shape != size:
         sizes = [f"{width}x{height}" for height, width in (array.shape, size)]
-        raise ConfigError(f"mask_image must be of the image's size: {sizes[0]}, the image is {sizes[1]}")
+        raise ConfigError(f"mask_image must have the size of the image: {sizes[0]}, the image is {sizes[1]}")
     return np.where(array < _ALMOST, 0, np.where(array > 255 - _ALMOST, 255, array)).astype(np.uint8)

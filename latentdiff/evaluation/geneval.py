@@ -87,4 +87,4 @@ def _note(file: Path, row: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_new(file, content)
     elif file.read_bytes() != content:
-        raise DataError(f"{file} is of another prompt. Name another folder")
+        raise DataError(f"{file} belongs to another prompt. Name another folder")

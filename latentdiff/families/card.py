@@ -59,7 +59,7 @@ def model_card(
     card = read_json_as(_Card, path)
     if hashed and variant is None and card.weights not in (None, sha256):
         raise ModelError(
-            f"the weights were not saved together ({directory}): one part is of another model or another training. "
+            f"the weights were not saved together ({directory}): one part belongs to another model or training. "
             f'If you have replaced it on purpose, remove "weights" from {FILE}'
         )
     if any(length % multiple for length in card.size):

@@ -122,7 +122,9 @@ def check_fit(adapter: IPAdapter, model: Model, file: Path) -> None:
 
     width, own = model.backbone.spec.reads["tokens"][-1], adapter.keys[0].in_features
     if own != width:
-        raise ModelError(f"an IP-Adapter for another model: its tokens are of {own}, the U-Net's of {width} ({file})")
+        raise ModelError(
+            f"an IP-Adapter for another model: its tokens have {own} numbers, the U-Net reads {width} ({file})"
+        )
     if adapter.encoder is None:
         return
     side = adapter.encoder.model.config.image_size

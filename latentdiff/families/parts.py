@@ -178,7 +178,7 @@ def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, An
     """The part of the base that a part of a file takes the place of, and a transformer's config. Raises ModelError."""
     if (transformer := transformer_of(part.shapes)) is not None:
         if transformer.family is not family:
-            raise ModelError(f"{part.file} is of {transformer.family.name}, {base} of {family.name}")
+            raise ModelError(f"{part.file} belongs to {transformer.family.name}, {base} to {family.name}")
         return "transformer", transformer.config
     if _has_names_of_diffusers(part, family, base):
         return "transformer", None
@@ -187,7 +187,7 @@ def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, An
         if classes and known & {*classes} and (name == "vae" or _width(part.shapes) == _width_of(base / name)):
             return name, None
     first = next(iter(part.shapes))
-    raise ModelError(f"{part.file}: {part.prefix}{first} is of no part of {family.name} that is known by its names")
+    raise ModelError(f"{part.file}: {part.prefix}{first} belongs to no known part of {family.name}")
 
 
 def _ending(shapes: Shapes, sign: str) -> str | None:

@@ -286,7 +286,9 @@ def pretrained(
         if report["unexpected_keys"]:
             first = sorted(report["unexpected_keys"])[0]
             count = len(report["unexpected_keys"])
-            warnings.warn(f"{part}: {count} weights are of no layer, the first is {first} ({directory})", stacklevel=2)
+            warnings.warn(
+                f"{part}: {count} weights belong to no layer, the first is {first} ({directory})", stacklevel=2
+            )
         return model
 
 
@@ -305,7 +307,7 @@ def _filled(network: Any, directory: Path, part: str, wrapper: Any, given: Given
         if absent := sorted(report["missing_keys"]):
             raise ModelError(f"{part}: {len(absent)} weights are missing, the first is {absent[0]}")
         if more := sorted(name for name in report["unexpected_keys"] if not name.endswith(_UNREAD)):
-            raise ModelError(f"{part}: {len(more)} weights are of no layer, the first is {more[0]}")
+            raise ModelError(f"{part}: {len(more)} weights belong to no layer, the first is {more[0]}")
         return model
 
 

@@ -166,14 +166,14 @@ def check_index(
         if part == "_class_name" or (part in _UNREAD and module in _MODULES):
             continue
         if part in _UNREAD:
-            raise UnsafeError(f"{part} is of unknown module {module} ({where}). latentdiff never imports one")
+            raise UnsafeError(f"{part} has the unknown module {module} ({where}). latentdiff never imports one")
         if part not in parts:
             if entry == [None, None]:
                 continue
             raise ModelError(f"models with {part} are not supported ({where})")
         if not (isinstance(name, str) and name in parts[part] and module in _MODULES):
             known = ", ".join(sorted(parts[part]))
-            raise UnsafeError(f"{part} is of unknown class {name} ({where}). Known: {known}")
+            raise UnsafeError(f"{part} has the unknown class {name} ({where}). Known: {known}")
         if part not in given:
             _check_files(part, directory)
 

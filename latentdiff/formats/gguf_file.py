@@ -63,7 +63,7 @@ def read_gguf(file: Path) -> dict[str, Tensor]:
             elif kind in (Type.F64, Type.F32, Type.F16, Type.I64, Type.I32):
                 state[tensor.name] = values.reshape(_shape(reader, tensor))
             elif kind not in SUPPORTED_GGUF_QUANT_TYPES:
-                raise ModelError(f"{tensor.name} is of type {kind.name}, which is not supported ({file})")
+                raise ModelError(f"{tensor.name} has the type {kind.name}, which is not supported ({file})")
             elif _SHAPE + tensor.name in reader.fields:
                 raise ModelError(f"{tensor.name} has blocks that cross its rows, which is not supported ({file})")
             else:

@@ -25,5 +25,5 @@ def filled(network: Any, config: dict[str, Any], state: dict[str, Tensor]) -> An
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{len(absent)} weights are missing, the first is {absent[0]}")
     if more := report.unexpected_keys:
-        raise ValueError(f"{len(more)} weights are of no layer, the first is {more[0]}")
+        raise ValueError(f"{len(more)} weights belong to no layer, the first is {more[0]}")
     return model

@@ -174,7 +174,9 @@ def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> t
         check_whole(path)
         own = load_state(path).get("stage")
         if own not in stages:
-            raise ModelError(f"checkpoint {path} is of stage {own}, which is not trained now ({', '.join(stages)})")
+            raise ModelError(
+                f"checkpoint {path} belongs to stage {own}, which is not trained now ({', '.join(stages)})"
+            )
         return {**checkpoints, own: path}, []
     if not any(checkpoints.values()):
         where = folder / (stages[0] if len(stages) == 1 else "*") / "checkpoints"

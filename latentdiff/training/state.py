@@ -93,11 +93,11 @@ def unshard(module: nn.Module) -> None:
 def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], part: str) -> None:
     if set(targets) != set(values):
         odd = sorted(set(targets) ^ set(values))
-        raise ModelError(f"checkpoint is of another network: {part} differs in {len(odd)} tensors, first {odd[0]}")
+        raise ModelError(f"checkpoint belongs to another network: {part} differs in {len(odd)} tensors, first {odd[0]}")
     for name, target in targets.items():
         if target.shape != values[name].shape:
             shapes = f"{tuple(values[name].shape)}, not {tuple(target.shape)}"
-            raise ModelError(f"checkpoint is of another network: {part} {name} is {shapes}")
+            raise ModelError(f"checkpoint belongs to another network: {part} {name} is {shapes}")
         target.copy_(_like(values[name], target))
 
 
@@ -107,7 +107,7 @@ def _restore_optimizer(trained: Trained, flat: Mapping[str, Tensor]) -> None:
     for key, value in flat.items():
         name, slot = key.rsplit(".", 1)
         if name not in parameters:
-            raise ModelError(f"checkpoint is of another network: the optimizer moves no {name}")
+            raise ModelError(f"checkpoint belongs to another network: the optimizer moves no {name}")
         slots[name][slot] = value.item() if value.dtype in _NUMBERS.values() and value.ndim == 0 else value
     groups = trained.optimizer.state_dict()["param_groups"]
     numbers = {

@@ -106,7 +106,7 @@ SECTIONS = {
     ),
     "sweep": Chapter(
         of_sweep,
-        "Guidance, steps and samplers against each other on the same captions and seeds; the time is of whole batches"
+        "Guidance, steps and samplers against each other on the same captions and seeds; times count whole batches"
         " on this machine, now.",
     ),
     "geneval": Chapter(
@@ -132,7 +132,7 @@ def lacking(name: str, subject: Subject, references: References) -> str | None:
 def _unreadable(name: str, subject: Subject, benchmark: Benchmark | None) -> str | None:
     """Why nothing can say what the pictures of a model show; None if something can."""
     if benchmark is None:
-        return "its data are not scenes, or they are of sprites and no judge was given (--judge)"
+        return "its data are not scenes, or they show sprites and no judge was given (--judge)"
     if name == "recognition" and not isinstance(benchmark, SpriteBenchmark):
         return "it requires scenes of sprites and a judge (--judge)"
     return benchmark.lacking(subject.painter.model)

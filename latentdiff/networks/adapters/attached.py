@@ -25,7 +25,7 @@ _PREFIX = "adapter_"  # PEFT stores adapters as attributes; "half" or "to" would
 
 
 def attach(adapter: Adapter, networks: Networks, name: str, weight: float = 1.0) -> None:
-    """Attach an adapter beside the layers that it changes. Its name is of letters, digits and underscores."""
+    """Attach an adapter beside the layers that it changes. Its name has letters, digits and underscores."""
     name = _PREFIX + name
     if not all(layer.carried for layers in adapter.layers.values() for layer in layers.values()):
         raise ModelError("LoHa, LoKr, full differences and DoRA of inputs require fuse=True: they change the weights")

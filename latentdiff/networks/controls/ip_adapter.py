@@ -152,7 +152,7 @@ def from_state(
                 raise ValueError(f"layer {index} has {tuple(weight.shape)}, the U-Net {(heads, width)}")
             made.append(_layer(weight))
     if (more := len(groups["ip_adapter"]) - 2 * len(attentions)) > 0:
-        raise ValueError(f"{more} weights are of no layer")
+        raise ValueError(f"{more} weights belong to no layer")
     adapter = IPAdapter(projection, layers["k"], layers["v"], [name for name, _ in attentions], encoder)
     return adapter.to(next(iter(groups["ip_adapter"].values())).dtype).eval()
 
