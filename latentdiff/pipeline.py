@@ -26,8 +26,8 @@ from latentdiff.drawing import calls, inputs, pixels
 from latentdiff.drawing.batch import Job
 from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, Watch, batches_of, canvas_of, draw, jobs_of
 from latentdiff.drawing.hints import hints_of
-from latentdiff.drawing.image_prompts import shown_of
-from latentdiff.drawing.latents import taken
+from latentdiff.drawing.image_prompts import image_prompts_of
+from latentdiff.drawing.latents import from_diffusers
 from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
 from latentdiff.drawing.passes import passes_of
@@ -736,20 +736,20 @@ class LatentDiffusionPipeline:
         margins = inputs.margins_of(outpaint)
         image, mask_image = calls.picture(image), calls.mask(mask_image)
         hints = hints_of(calls.pictures(control_image), len(self._painter.controls))
-        shown = shown_of(
+        image_prompts = image_prompts_of(
             calls.pictures(ip_adapter_image), call.masks, len(self._painter.ip_adapters), embeds=ip_adapter_image_embeds
         )
-        if self.runtime != "torch" and any(each.masks for each in shown):
+        if self.runtime != "torch" and any(each.masks for each in image_prompts):
             self.use_torch("a mask of an image prompt")
         jobs: list[Job] = []
         negatives = calls.negatives(negative_prompt, len(prompts))
         for index, one in enumerate(prompts):
             made = self.request(one, negative_prompt=negatives[index], **fields)
             given = jobs[0].canvas if jobs else canvas_of(self.model, made, image, mask_image, margins=margins)
-            jobs += jobs_of(self.model, made, given, own[index] if own else None, hints, shown)
+            jobs += jobs_of(self.model, made, given, own[index] if own else None, hints, image_prompts)
             fields["seed"] = made.seed + made.num_images  # the next prompt continues the count
         shape = (len(jobs), *self.model.codec.shape(jobs[0].plan.size))
-        noise = inputs.noise_of(taken(self.model, latents, shape), generator, shape, self.model.array)
+        noise = inputs.noise_of(from_diffusers(self.model, latents, shape), generator, shape, self.model.array)
         with self._adapters_scaled(call.adapters):
             out = draw(self.painter, jobs, output_type, noise, self._watch(call, jobs))
         if not call.as_tuple:

@@ -19,12 +19,12 @@ from latentdiff.diffusion import noise
 from latentdiff.drawing.pixels import reconstruct
 from latentdiff.drawing.record import Source
 from latentdiff.evaluation.autoencoder import decoded, psnr, ssim
-from latentdiff.evaluation.drawn import drawn_pictures
 from latentdiff.evaluation.evaluate import titles
 from latentdiff.evaluation.features import Extractor, of_model
 from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.held_out import held_out, pictures_of
 from latentdiff.evaluation.meaning import MEANING
+from latentdiff.evaluation.pictures import draw_pictures
 from latentdiff.evaluation.report.plots import Plot, Series, as_figure
 from latentdiff.evaluation.report.report import as_lines, compared
 from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
@@ -153,7 +153,7 @@ def test_pictures_are_those_of_the_pipeline(whole_report, tiny_model, pipe):
     """Each drawn from its caption, with seeds that count."""
     folder, _ = whole_report
     _, captions = pictures_of(held_out(load_config(None), 16)[0])
-    drawn = drawn_pictures(pipe.painter, captions, seed=0, num_inference_steps=2)
+    drawn = draw_pictures(pipe.painter, captions, seed=0, num_inference_steps=2)
     kept = [np.asarray(Image.open(path)) for path in sorted((folder / "A" / "drawn").iterdir())]
     assert np.array_equal(drawn, np.stack(kept))
     one = pipe(captions[3], seed=3, num_inference_steps=2, output_type="uint8").images[0]
@@ -450,18 +450,18 @@ def test_networks_that_are_not_finite(call, tiny_model, tmp_path):
 
 def test_captions_that_are_empty_are_drawn(pipe):
     """As the unconditional model draws: guidance between the same two contexts changes nothing."""
-    empty = drawn_pictures(pipe.painter, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=90.0)
-    plain = drawn_pictures(pipe.painter, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=1.0)
+    empty = draw_pictures(pipe.painter, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=90.0)
+    plain = draw_pictures(pipe.painter, ["", "two pink rings"], seed=0, num_inference_steps=2, guidance_scale=1.0)
     assert np.abs(empty[0].astype(int) - plain[0]).max() <= 1
     assert np.abs(empty[1].astype(int) - plain[1]).max() > 1
 
 
 def test_kept_pictures_of_another_size(pipe, tmp_path):
     prompts = ["a red star"] * 2
-    drawn_pictures(pipe.painter, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
+    draw_pictures(pipe.painter, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
     Image.new("RGB", (32, 32)).save(tmp_path / "00001.png")
     with pytest.raises(DataError, match="is no picture that was drawn here"):
-        drawn_pictures(pipe.painter, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
+        draw_pictures(pipe.painter, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
 
 
 def test_a_folder_of_one_that_was_killed_at_once(call, tiny_model):

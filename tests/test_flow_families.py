@@ -14,7 +14,7 @@ from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.diffusion import guidance
 from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.path import Straight
-from latentdiff.drawing.latents import taken
+from latentdiff.drawing.latents import from_diffusers
 from latentdiff.drawing.record import read_metadata
 from latentdiff.families.loading import default_model
 from latentdiff.networks.backbones.packing import packed
@@ -194,9 +194,9 @@ def test_picture_to_picture_and_masks(pipe):
 
     def latents_of(**asked):
         drawn = pipe(PROMPT, image=image, **asked, **settings).images
-        return taken(pipe.model, drawn, tuple(start.shape))
+        return from_diffusers(pipe.model, drawn, tuple(start.shape))
 
-    start = start if not isinstance(pipe.model.codec, ShowsLatents) else pipe.model.codec.shown(start)
+    start = start if not isinstance(pipe.model.codec, ShowsLatents) else pipe.model.codec.to_diffusers(start)
     near, far = latents_of(strength=0.1), latents_of(strength=0.9)
     assert (near - start).abs().mean() < 0.5 * (far - start).abs().mean()
     mask = np.zeros((64, 64), np.uint8)

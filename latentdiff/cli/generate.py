@@ -37,7 +37,7 @@ from latentdiff.drawing.files import check_target, loses_pixels, open_picture, s
 if TYPE_CHECKING:
     from latentdiff.drawing.batch import Job
     from latentdiff.drawing.hints import Hint
-    from latentdiff.drawing.image_prompts import Shown
+    from latentdiff.drawing.image_prompts import ImagePrompt
     from latentdiff.drawing.request import Request
     from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -216,9 +216,9 @@ def generate(
     """Draw pictures from prompts. Paths go to standard output, progress to standard error."""
     controls = [control_wish(text) for text in control or []]
     scales = tuple(1.0 if wish.scale is None else wish.scale for wish in controls)
-    shown, adapters = [picture_and_scale(text) for text in image_prompt or []], ip_adapter or []
+    prompt_pictures, adapters = [picture_and_scale(text) for text in image_prompt or []], ip_adapter or []
     given = {
-        "ip_adapter_scale": _scales([scale for _, scale in shown], len(adapters)),
+        "ip_adapter_scale": _scales([scale for _, scale in prompt_pictures], len(adapters)),
         "controlnet_conditioning_scale": scales if any(wish.scale is not None for wish in controls) else None,
         "preset": preset,
         "negative_prompt": negative_prompt,
@@ -264,7 +264,7 @@ def generate(
     if offload is not None:
         pipe.offload(device or pipe.device, layers=offload is Offload.sequential, blocks=offload is Offload.block)
     hints = load_controls(pipe, controls, annotate) if controls else ()
-    prompts = load_image_prompts(pipe, adapters, [picture for picture, _ in shown]) if shown else ()
+    prompts = load_image_prompts(pipe, adapters, [picture for picture, _ in prompt_pictures]) if prompt_pictures else ()
     jobs = _jobs(pipe, wishes, requests, common, hints, prompts)
     paths: list[Path] = []
     for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume, steps_gif), process):
@@ -452,7 +452,7 @@ def _jobs(
     requests: Sequence[Request],
     common: dict[str, Any],
     hints: tuple[Hint, ...] = (),
-    shown: tuple[Shown, ...] = (),
+    image_prompts: tuple[ImagePrompt, ...] = (),
 ) -> list[Job]:
     """A job for every picture, completed with the model's recommended settings."""
     from latentdiff.drawing.draw import jobs_of
@@ -464,7 +464,7 @@ def _jobs(
             request = pipe.request(wish.prompt, **own)
             if not jobs and wish.image is None:
                 pipe.begin(request, sum(one.num_images for one in requests))
-            jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request), hints=hints, shown=shown)
+            jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request), hints=hints, image_prompts=image_prompts)
         _warn(pipe, request)
     return jobs
 

@@ -112,14 +112,14 @@ def load_image_prompts(pipe: LatentDiffusionPipeline, adapters: Sequence[Path], 
     """Load IP-Adapters; returns what they show: one adapter all pictures, several one each. Raises ConfigError."""
     from latentdiff.core.files import recorded
     from latentdiff.drawing.files import open_picture
-    from latentdiff.drawing.image_prompts import shown_of
+    from latentdiff.drawing.image_prompts import image_prompts_of
 
     opened, names = [open_picture(picture) for picture in pictures], [recorded(picture) for picture in pictures]
     for adapter in adapters:
         pipe.load_ip_adapter(adapter)
     if len(adapters) == 1:
-        return shown_of([opened], None, 1, [names])
-    return shown_of(opened, None, len(adapters), [[name] for name in names])
+        return image_prompts_of([opened], None, 1, [names])
+    return image_prompts_of(opened, None, len(adapters), [[name] for name in names])
 
 
 def embedding_and_word(text: str) -> tuple[Path, str | None]:

@@ -64,7 +64,7 @@ def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images
     """
     from latentdiff.core.files import write_new
     from latentdiff.drawing.files import encoded, next_number, open_picture
-    from latentdiff.drawing.sheet import grid as drawn
+    from latentdiff.drawing.sheet import grid as grid_of
 
     others, last = list(grid)[:-1], list(grid)[-1] if grid else None
     across = images if last is None else len(grid[last])
@@ -83,5 +83,5 @@ def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images
     names = [", ".join(str(part) for part in key[1:] if part) for key in rows]
     number = next_number(folder, r"grid-(\d{5})\.png")
     path = folder / f"grid-{number:05d}.png"
-    write_new(path, encoded(drawn(list(rows.values()), columns, names), ".png", None))
+    write_new(path, encoded(grid_of(list(rows.values()), columns, names), ".png", None))
     return path

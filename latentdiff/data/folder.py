@@ -25,8 +25,8 @@ from typing import Any
 from latentdiff.core.decoding import SUFFIXES
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.text import printable
-from latentdiff.data.drawn import prompts_in
 from latentdiff.data.inside import check_link, named_inside
+from latentdiff.data.records import prompts_in
 from latentdiff.data.source import CAPTION_KEYS, Listing, Options, Record, captions_in, check_column, lines_of
 
 METADATA = ("metadata.jsonl", "metadata.csv")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from latentdiff.drawing.canvas import Canvas
     from latentdiff.drawing.hints import Hint
-    from latentdiff.drawing.image_prompts import Shown
+    from latentdiff.drawing.image_prompts import ImagePrompt
     from latentdiff.networks.conditions import Conditions
 
 OF_ONE_PICTURE = {"prompt", "negative_prompt", "seed", "num_images", "variation_seed"}  # may differ within a batch
@@ -25,7 +25,7 @@ class Job:
     """The `index`-th picture of a request.
 
     canvas: the picture that it starts from. embeds: the caller's own conditions in place of the prompts'. hints: the
-    pictures that the controls read. shown: what each IP-Adapter shows.
+    pictures that the controls read. image_prompts: of each IP-Adapter.
     """
 
     request: Request
@@ -34,7 +34,7 @@ class Job:
     canvas: Canvas | None = None
     embeds: tuple[Conditions, Conditions | None] | None = None
     hints: tuple[Hint, ...] = ()
-    shown: tuple[Shown, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
     @property
     def seed(self) -> int:

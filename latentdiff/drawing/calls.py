@@ -13,7 +13,7 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.samplers import SAMPLERS, Step
 from latentdiff.drawing.draw import Watch
 from latentdiff.drawing.extras import LARGEST_WEIGHT
-from latentdiff.drawing.latents import shown, taken
+from latentdiff.drawing.latents import from_diffusers, to_diffusers
 from latentdiff.drawing.request import LARGEST_BATCH
 from latentdiff.model import Model
 
@@ -201,7 +201,7 @@ def watching(call: Call, pipeline: Any, sampler: str, starts: Sequence[float]) -
         number = count % len(starts)
         count += 1
         scale = step.level.alpha if divided and step.level.alpha > 0 else 1.0
-        seen = as_tensor(shown(model, step.x)) / scale
+        seen = as_tensor(to_diffusers(model, step.x)) / scale
         before = seen.clone()
         changes = callback(pipeline, number, starts[number], {"latents": seen})
         latents = changes.get("latents", seen) if isinstance(changes, Mapping) else seen
@@ -209,7 +209,7 @@ def watching(call: Call, pipeline: Any, sampler: str, starts: Sequence[float]) -
             raise ConfigError(f"callback_on_step_end must return latents like those it gets, {tuple(before.shape)}")
         if bool((latents == before).all()):
             return None
-        return model.array(taken(model, latents, tuple(step.x.shape)) * scale)
+        return model.array(from_diffusers(model, latents, tuple(step.x.shape)) * scale)
 
     return watch
 

@@ -65,8 +65,8 @@ class Canvas:
     def kept(self, image: Array, put: Put) -> Array:
         """A drawn image (C, H, W) with the input's pixels outside the mask, without padding."""
         if self.closeup is not None:
-            drawn = image[:, : self.size[0], : self.size[1]]
-            return _mixed(put(self.closeup.put_back(drawn)), self.closeup.pixels, self.closeup.mask, put)
+            inside = image[:, : self.size[0], : self.size[1]]
+            return _mixed(put(self.closeup.put_back(inside)), self.closeup.pixels, self.closeup.mask, put)
         if self.mask is not None:
             image = _mixed(image, self.pixels, self.mask, put)
         return image[:, : self.final[0], : self.final[1]]

@@ -42,8 +42,8 @@ class Closeup:
         whole = np.zeros((len(image), *self.mask.shape), np.float32)
         for channel, values in zip(whole, to_numpy(image), strict=True):
             if values.shape != (height, width):
-                drawn = Image.fromarray(values.astype(np.float32))
-                values = np.asarray(drawn.resize((width, height), Image.Resampling.LANCZOS)).clip(-1, 1)
+                resizable = Image.fromarray(values.astype(np.float32))
+                values = np.asarray(resizable.resize((width, height), Image.Resampling.LANCZOS)).clip(-1, 1)
             self.box.of(channel)[:] = values
         return whole
 

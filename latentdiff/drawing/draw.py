@@ -20,7 +20,7 @@ from latentdiff.drawing.batch import NO_NOISE, Batch, GivenNoise, Job
 from latentdiff.drawing.canvas import Canvas, Margins, canvas
 from latentdiff.drawing.cascade import check_jobs, enlarged, final_of
 from latentdiff.drawing.hints import Hint
-from latentdiff.drawing.image_prompts import Shown
+from latentdiff.drawing.image_prompts import ImagePrompt
 from latentdiff.drawing.latents import returned
 from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
@@ -65,11 +65,11 @@ def canvas_of(
         raise ConfigError("mask_blur requires a mask or outpainting")
     if model.enlarging is not None:
         return _small(model.enlarging.scale, request, image, mask is not None or any(margins), names)
-    asked = (request.height, request.width)
-    size, closeup = asked, None
+    sides = (request.height, request.width)
+    size, closeup = sides, None
     if request.padding_mask_crop is not None:  # then the size is the part's, by default the model's
         own = model.card.size
-        size, closeup = (None, None), (request.padding_mask_crop, (asked[0] or own[0], asked[1] or own[1]))
+        size, closeup = (None, None), (request.padding_mask_crop, (sides[0] or own[0], sides[1] or own[1]))
     more: dict[str, Any] = {"margins": margins, "names": names, "blur": request.mask_blur, "closeup": closeup}
     return canvas(image, mask, size=size, multiple=model.multiple, **more)
 
@@ -104,19 +104,19 @@ def jobs_of(
     given: Canvas | None = None,
     embeds: Any = None,
     hints: tuple[Hint, ...] = (),
-    shown: tuple[Shown, ...] = (),
+    image_prompts: tuple[ImagePrompt, ...] = (),
 ) -> list[Job]:
     """A request's pictures, one by one. Raises ConfigError for sizes that the model cannot draw."""
     planned = plan(request, model, given)
-    return [Job(request, index, planned, given, embeds, hints, shown) for index in range(request.num_images)]
+    return [Job(request, index, planned, given, embeds, hints, image_prompts) for index in range(request.num_images)]
 
 
 def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
     """What jobs must have in common to be drawn in one batch."""
     canvas = job.canvas
     given = canvas and (canvas.pixels.shape, canvas.size, canvas.final, canvas.mask is None)
-    shown = [each.form for each in job.shown]
-    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None, shown
+    forms = [each.form for each in job.image_prompts]
+    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None, forms
 
 
 def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
@@ -203,7 +203,7 @@ class Drawing:
         records = [record_of(self._painter, job, own, (place, len(jobs))) for place, job in enumerate(jobs)]
         return Output(_as_type(model, images, output_type), seeds, records, self.notes)
 
-    def drawn(self, output_type: str = "pil", watch: Watch | None = None) -> Output:
+    def output(self, output_type: str = "pil", watch: Watch | None = None) -> Output:
         """All steps, then `finish`. watch: sees each step, and may return other latents to go on from."""
         walk = iter(self)
         step = next(walk)
@@ -236,12 +236,12 @@ def _as_type(model: Model, images: Array, output_type: str) -> Any:
         return as_tensor(returned(model, images))
     if output_type == "pt":
         return (as_tensor(images) + 1) / 2
-    drawn = to_uint8(images)
+    pictures = to_uint8(images)
     if output_type == "uint8":
-        return drawn
+        return pictures
     if output_type == "np":
         return np.ascontiguousarray(to_numpy((images + 1) / 2).transpose(0, 2, 3, 1))
-    return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in drawn]
+    return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pictures]
 
 
 def draw(
@@ -252,7 +252,7 @@ def draw(
     watch: Watch | None = None,
 ) -> Output:
     """All pictures of jobs, batch by batch. watch: see `Drawing.drawn`."""
-    return joined([Drawing(painter, batch).drawn(output_type, watch) for batch in batches_of(painter, jobs, noise)])
+    return joined([Drawing(painter, batch).output(output_type, watch) for batch in batches_of(painter, jobs, noise)])
 
 
 def draw_prompts(
@@ -261,21 +261,22 @@ def draw_prompts(
     *,
     seed: int,
     hints: Sequence[tuple[Hint, ...]] = (),
-    shown: Sequence[tuple[Shown, ...]] = (),
+    image_prompts: Sequence[tuple[ImagePrompt, ...]] = (),
     images: Sequence[np.ndarray] = (),
     **settings: Any,
 ) -> np.ndarray:
     """A picture of each prompt with seeds that count up from `seed`, uint8 (N, H, W, C).
 
-    hints, shown: of each prompt, for the controls and the IP-Adapters. images: that each starts from, uint8 (H, W, 3).
+    hints, image_prompts: of each prompt, for the controls and the IP-Adapters. images: each starts from one, uint8
+    (H, W, 3).
     """
     jobs: list[Job] = []
     nothing: list[tuple[Any, ...]] = [()] * len(prompts)
     alone: list[Any] = [None] * len(prompts)
-    each = zip(prompts, images or alone, hints or nothing, shown or nothing, strict=True)
+    each = zip(prompts, images or alone, hints or nothing, image_prompts or nothing, strict=True)
     for prompt, image, own, beside in each:
         made = requested(painter, prompt, seed=seed + len(jobs), **settings)
-        jobs += jobs_of(painter.model, made, canvas_of(painter.model, made, image), hints=own, shown=beside)
+        jobs += jobs_of(painter.model, made, canvas_of(painter.model, made, image), hints=own, image_prompts=beside)
     pictures: np.ndarray = draw(painter, jobs, "uint8").images
     return pictures
 
@@ -298,7 +299,7 @@ def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[
         sources=tuple(painter.sources.values()),
         canvas=None if job.canvas is None else job.canvas.record(),
         hints=tuple(hint.record() for hint in job.hints),
-        image_prompts=tuple(each.record() for each in job.shown),
+        image_prompts=tuple(each.record() for each in job.image_prompts),
         runtime=model.runtime,
         device=getattr(model.place.device, "type", "cpu"),
         dtype=model.dtype,
@@ -306,5 +307,5 @@ def record_of(painter: Painter, job: Job, own_noise: bool = False, place: tuple[
         quantized=model.quantized,
         versions=installed_versions(model.runtime),
         batch=place,
-        own_noise=own_noise or job.embeds is not None or any(not each.pictures for each in job.shown),
+        own_noise=own_noise or job.embeds is not None or any(not each.pictures for each in job.image_prompts),
     )

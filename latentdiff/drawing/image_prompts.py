@@ -21,8 +21,8 @@ LARGEST_NUMBER = 64  # of pictures of one adapter
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """What one IP-Adapter shows: pictures, and perhaps masks of where each acts; or features in their place.
+class ImagePrompt:
+    """The image prompt of one IP-Adapter: pictures, and perhaps masks of where each acts; or features in their place.
 
     features: (N, ...) with prompt and (N, ...) without, the caller's, or once they are known those of the pictures.
     """
@@ -40,7 +40,7 @@ class Shown:
         """What pictures of one batch must have in common."""
         return len(self.pictures), bool(self.masks)
 
-    def seen(self, adapter: Any) -> tuple[Any, Any]:
+    def features_by(self, adapter: Any) -> tuple[Any, Any]:
         """The features of the pictures and those of none, computed once."""
         if not self.features:
             if adapter.encoder is None:
@@ -49,10 +49,10 @@ class Shown:
         return self.features[0]
 
 
-def shown_of(
+def image_prompts_of(
     images: Any, masks: Any, count: int, names: Sequence[Sequence[str | None]] = (), embeds: Any = None
-) -> tuple[Shown, ...]:
-    """What that many IP-Adapters show. images: a picture, or for each adapter a picture or a list of pictures.
+) -> tuple[ImagePrompt, ...]:
+    """The image prompts of that many IP-Adapters. images: a picture, or for each one or a list.
 
     masks: None, or for each adapter None or a mask for each picture: white is where it acts. embeds: for each adapter
     features (2, N, ...), those of no picture first, or (1, N, ...), as diffusers has them. Raises ConfigError.
@@ -70,7 +70,7 @@ def shown_of(
     masked = [None] * count if masks is None else list(masks)
     if len(masked) != count:
         raise ConfigError(f"{len(masked)} lists of masks, and {count} IP-Adapters")
-    shown = []
+    image_prompts = []
     for index, (one, own) in enumerate(zip(listed, masked, strict=True)):
         pictures = list(one) if isinstance(one, list | tuple) else [one]
         if not 1 <= len(pictures) <= LARGEST_NUMBER:
@@ -80,8 +80,8 @@ def shown_of(
         over = () if own is None else tuple(Hint(pixels_of(mask)) for mask in _masks_of(own))
         if over and len(over) != len(hints):
             raise ConfigError(f"{len(over)} masks for {len(hints)} pictures of an IP-Adapter")
-        shown.append(Shown(hints, over))
-    return tuple(shown)
+        image_prompts.append(ImagePrompt(hints, over))
+    return tuple(image_prompts)
 
 
 def _masks_of(given: Any) -> list[Any]:
@@ -96,7 +96,7 @@ def _masks_of(given: Any) -> list[Any]:
     return [Image.fromarray(m) if isinstance(m, np.ndarray) and m.ndim == 2 else m for m in listed]
 
 
-def _of_embeds(embeds: Any, images: Any, count: int) -> tuple[Shown, ...]:
+def _of_embeds(embeds: Any, images: Any, count: int) -> tuple[ImagePrompt, ...]:
     if images is not None:
         raise ConfigError("ip_adapter_image_embeds replace ip_adapter_image: give only one of them")
     listed = list(embeds) if isinstance(embeds, list | tuple) else [embeds]
@@ -106,26 +106,26 @@ def _of_embeds(embeds: Any, images: Any, count: int) -> tuple[Shown, ...]:
         is_tensor = getattr(each, "ndim", 0) in (3, 4) and hasattr(each, "is_floating_point")
         if not is_tensor or len(each) not in (1, 2) or not each.is_floating_point() or not each.numel():
             raise ConfigError("ip_adapter_image_embeds must be tensors (2, N, ...), without and with the pictures")
-    return tuple(Shown(features=[(each[-1], each[0] if len(each) == 2 else 0 * each[-1])]) for each in listed)
+    return tuple(ImagePrompt(features=[(each[-1], each[0] if len(each) == 2 else 0 * each[-1])]) for each in listed)
 
 
 def with_image_prompts(
     cond: Conditions,
     uncond: Conditions | None,
     adapters: Sequence[Any],
-    shown: Sequence[Sequence[Shown]],
+    image_prompts: Sequence[Sequence[ImagePrompt]],
     request: Request,
     put: Put,
 ) -> tuple[Conditions, Conditions | None]:
     """The conditions of a batch with its image prompts; the negative ones show no picture.
 
-    shown: by each picture of the batch. put: an array where the networks are. Raises ConfigError.
+    image_prompts: by each picture of the batch. put: an array where the networks are. Raises ConfigError.
     """
     arrays: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
-    for index, (adapter, *own) in enumerate(zip(adapters, *shown, strict=True)):
+    for index, (adapter, *own) in enumerate(zip(adapters, *image_prompts, strict=True)):
         scales = layer_scales(adapter.names, value_of(request.ip_adapter_scale, index, 1.0))
         masks = _masks(own, put)
-        for one, features in zip(arrays, zip(*(each.seen(adapter) for each in own), strict=True), strict=True):
+        for one, features in zip(arrays, zip(*(each.features_by(adapter) for each in own), strict=True), strict=True):
             stacked = library(features[0]).stack(list(features))
             with raised_as(ConfigError, "the features do not fit the IP-Adapter"):
                 _show(one, partial(_heads, adapter, scales, put), stacked, masks)
@@ -150,7 +150,7 @@ def _next(arrays: Mapping[str, Array]) -> int:
     return len({name.split("_")[1] for name in arrays})
 
 
-def _masks(own: Sequence[Shown], put: Put) -> list[Array] | None:
+def _masks(own: Sequence[ImagePrompt], put: Put) -> list[Array] | None:
     """For each picture that an adapter shows its masks in the batch, (B, H, W) in [0, 1]; None without masks."""
     if not own[0].masks:
         return None

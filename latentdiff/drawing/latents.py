@@ -11,15 +11,15 @@ from latentdiff.networks.protocols import PacksLatents, ShowsLatents
 
 def returned(model: Model, latents: Array) -> Array:
     """Final latents (B, C, h, w) as diffusers' pipeline returns them: those of some models are tokens, (B, L, D)."""
-    return model.codec.shown(latents) if isinstance(model.codec, ShowsLatents) else shown(model, latents)
+    return model.codec.to_diffusers(latents) if isinstance(model.codec, ShowsLatents) else to_diffusers(model, latents)
 
 
-def shown(model: Model, latents: Array) -> Array:
+def to_diffusers(model: Model, latents: Array) -> Array:
     """Latents (B, C, h, w) as diffusers' pipeline has them between its steps."""
     return model.backbone.packed(latents) if isinstance(model.backbone, PacksLatents) else latents
 
 
-def taken(model: Model, latents: Any, shape: tuple[int, ...]) -> Any:
+def from_diffusers(model: Model, latents: Any, shape: tuple[int, ...]) -> Any:
     """A caller's latents of that shape, (B, C, h, w), perhaps in diffusers' layout; others are returned as they are."""
     backbone = model.backbone
     if not isinstance(backbone, PacksLatents) or getattr(latents, "ndim", 0) != 3:

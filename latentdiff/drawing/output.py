@@ -43,8 +43,8 @@ class Output:
 
     def _repr_html_(self) -> str:
         """For notebooks: PIL pictures with their prompts and seeds, small ones enlarged by pixels, and the notes."""
-        shown = zip(self.images, self.seeds, self.metadata, strict=True) if isinstance(self.images, list) else ()
-        cells = "".join(_figure(image, f"{record.request['prompt']} (seed {seed})") for image, seed, record in shown)
+        rows = zip(self.images, self.seeds, self.metadata, strict=True) if isinstance(self.images, list) else ()
+        cells = "".join(_figure(image, f"{record.request['prompt']} (seed {seed})") for image, seed, record in rows)
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         return f"<div style='display:flex;flex-wrap:wrap;gap:8px'>{cells}</div>{notes}" if cells else repr(self)
 

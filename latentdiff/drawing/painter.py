@@ -68,7 +68,7 @@ def torch_only(request: Request, model: Model, image_prompts: int = 0) -> str | 
 def _other_size(request: Request, model: Model) -> bool:
     """Whether a request asks for a size of its own."""
     sides = zip((request.height, request.width), model.card.size, strict=True)
-    return request.hires_scale is not None or any(asked not in (None, usual) for asked, usual in sides)
+    return request.hires_scale is not None or any(side not in (None, usual) for side, usual in sides)
 
 
 def prediction_of(request: Request, model: Model) -> str:

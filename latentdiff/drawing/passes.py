@@ -110,9 +110,9 @@ def _walked(
     """Walk through the levels of a start, yielding each step; returns the last latents."""
     model, request = painter.model, batch.request
     prompts = prompted(batch, model, size, painter.memory)
-    shown = [job.shown for job in batch.jobs]
+    image_prompts = [job.image_prompts for job in batch.jobs]
     if painter.ip_adapters:
-        prompts = Prompted(*with_image_prompts(*prompts, painter.ip_adapters, shown, request, model.array))
+        prompts = Prompted(*with_image_prompts(*prompts, painter.ip_adapters, image_prompts, request, model.array))
     prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
     hints = [job.hints for job in batch.jobs]
     controls = controls_of(painter.controls, hints, request, start.levels, size, model.array)
@@ -214,10 +214,10 @@ class Enlarge(_Planned):
         seen = np.stack([resized(canvas.pixels, height, width) for canvas in self.batch.canvases])
         small = pixels.as_images(model, seen)
         level = enlarging.path.level(noise_level(enlarging, self.batch.request))
-        drawn = _draw(self.batch, model, tuple(small.shape[1:]))("noise of the small picture")
+        noise = _draw(self.batch, model, tuple(small.shape[1:]))("noise of the small picture")
         own = self.batch.noise.latents  # a key of its own: in a cascade the small picture has grown from the other
         x = draw("enlarged latents") if own is None else own
-        return Start(x, self.levels(), extra=diffuse(small, drawn, level))
+        return Start(x, self.levels(), extra=diffuse(small, noise, level))
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,10 @@ class Hires(_Planned):
 
     def start(self, before: Array | None, draw: Draw) -> Start:
         """See Pass."""
-        drawn = coloured(to_uint8(pixels.decode(self.model, before, self.notes)))
+        pictures = coloured(to_uint8(pixels.decode(self.model, before, self.notes)))
         if self.upscaler is not None:
-            drawn = self.upscaler.enlarge(drawn)
-        enlarged = np.stack([resized(picture, *self.planned.size) for picture in drawn])
+            pictures = self.upscaler.enlarge(pictures)
+        enlarged = np.stack([resized(picture, *self.planned.size) for picture in pictures])
         known = pixels.encode(self.model, enlarged, self.notes)
         start = from_latents(self.levels(), draw("hires latents"), known)
         return with_extra(self.model, start, notes=self.notes)

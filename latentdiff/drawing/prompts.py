@@ -94,8 +94,8 @@ def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
 
 def _listed(words: list[str], most: int = 20) -> str:
     """Words in a line that somebody reads: not all of many, and only the beginning of long ones."""
-    shown = [word if len(word) <= 40 else f"{word[:40]}..." for word in words[:most]]
-    return ", ".join(shown) + (f" and {len(words) - most} more" if len(words) > most else "")
+    short = [word if len(word) <= 40 else f"{word[:40]}..." for word in words[:most]]
+    return ", ".join(short) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = None) -> Prompted:

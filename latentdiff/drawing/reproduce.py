@@ -25,7 +25,7 @@ from latentdiff.drawing.canvas import BLACK, Margins
 from latentdiff.drawing.draw import Drawing, canvas_of
 from latentdiff.drawing.files import encoded, open_picture
 from latentdiff.drawing.hints import Hint, hints_of
-from latentdiff.drawing.image_prompts import LARGEST_NUMBER, Shown
+from latentdiff.drawing.image_prompts import LARGEST_NUMBER, ImagePrompt
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.plan import plan
 from latentdiff.drawing.record import VERSION, installed_versions, read_metadata
@@ -101,8 +101,8 @@ class HintRecord(_Data):
     sha256: Hash
 
 
-class ShownRecord(_Data):
-    """See drawing.image_prompts.Shown.record."""
+class ImagePromptRecord(_Data):
+    """See drawing.image_prompts.ImagePrompt.record."""
 
     pictures: tuple[HintRecord, ...] = Field(max_length=LARGEST_NUMBER)
     masks: tuple[HintRecord, ...] = Field((), max_length=LARGEST_NUMBER)
@@ -128,7 +128,7 @@ class Record(_Data):
     sources: tuple[SourceRecord, ...] = Field((), max_length=100)
     canvas: CanvasRecord | None = None
     hints: tuple[HintRecord, ...] = Field((), max_length=20)
-    image_prompts: tuple[ShownRecord, ...] = Field((), max_length=20)
+    image_prompts: tuple[ImagePromptRecord, ...] = Field((), max_length=20)
     batch: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=1024)]] = (0, 1)
     own_noise: bool = False
     speed: Literal["exact", "fast", "max"] = "exact"
@@ -315,9 +315,13 @@ def _draw_again(pipe: Opened, record: Record, places: Sequence[Path]) -> Any:
     canvas = None if record.canvas is None else _canvas(painter, request, record.canvas, places)
     place, size = record.batch
     hints = _hints(record.hints, places)
-    shown = tuple(Shown(_hints(own.pictures, places), _hints(own.masks, places)) for own in record.image_prompts)
-    job = Job(request, record.index, plan(request, painter.model, canvas), canvas, hints=hints, shown=shown)
-    return Drawing(painter, Batch([job] * size)).drawn().images[place]
+    image_prompts = tuple(
+        ImagePrompt(_hints(own.pictures, places), _hints(own.masks, places)) for own in record.image_prompts
+    )
+    job = Job(
+        request, record.index, plan(request, painter.model, canvas), canvas, hints=hints, image_prompts=image_prompts
+    )
+    return Drawing(painter, Batch([job] * size)).output().images[place]
 
 
 def _hints(records: Sequence[HintRecord], places: Sequence[Path]) -> tuple[Hint, ...]:

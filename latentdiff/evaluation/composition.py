@@ -20,7 +20,7 @@ from latentdiff.diffusion import noise
 from latentdiff.drawing import pixels
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.benchmark import SHAPES, Benchmark
-from latentdiff.evaluation.drawn import AT_ONCE, drawn_pictures
+from latentdiff.evaluation.pictures import AT_ONCE, draw_pictures
 from latentdiff.model import Model
 
 PICTURES_A_PROMPT = 4
@@ -84,15 +84,15 @@ def evaluate_composition(
     pictures the benchmark cannot read.
     """
     _check_readable(benchmark, painter.model)
-    drawn, scenes_of, kind = {}, {}, "held out" if held_out else "composition"
+    images, scenes_of, kind = {}, {}, "held out" if held_out else "composition"
     for category in CATEGORIES:
         prompts = evaluation_scenes(category, -(-pictures // PICTURES_A_PROMPT), seed, held_out, benchmark)
         chosen = [scene for scene in prompts for _ in range(PICTURES_A_PROMPT)][:pictures]
         place, title = folder and folder / kind.replace(" ", "-") / category, f"{kind} {category}"
         captions = [benchmark.prompt(scene) for scene in chosen]
-        drawn[category] = drawn_pictures(painter, captions, seed=seed, folder=place, title=title, **settings)
+        images[category] = draw_pictures(painter, captions, seed=seed, folder=place, title=title, **settings)
         scenes_of[category] = chosen
-    return _read(benchmark, drawn, scenes_of, PICTURES_A_PROMPT)
+    return _read(benchmark, images, scenes_of, PICTURES_A_PROMPT)
 
 
 def ceiling(model: Model, benchmark: Benchmark = SHAPES, *, pictures: int, seed: int = 0) -> Composition:

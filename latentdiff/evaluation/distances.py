@@ -136,16 +136,16 @@ def nearest(
     return np.concatenate(matches), np.concatenate(cosines)
 
 
-def distances(drawn: Array, real: Array, *, unit: bool) -> dict[str, Figure]:
+def distances(fake: Array, real: Array, *, unit: bool) -> dict[str, Figure]:
     """All distances of drawn pictures from real ones; unit: the features are CLIP's unit embeddings."""
     figures = {
-        "frechet": jackknife(frechet, drawn, real, better="lower"),
-        "kernel": jackknife(kernel, drawn, real, better="lower"),
-        "precision": jackknife(inside, drawn, real, better="higher", often=OFTEN),
-        "recall": jackknife(inside, real, drawn, better="higher", often=OFTEN),
+        "frechet": jackknife(frechet, fake, real, better="lower"),
+        "kernel": jackknife(kernel, fake, real, better="lower"),
+        "precision": jackknife(inside, fake, real, better="higher", often=OFTEN),
+        "recall": jackknife(inside, real, fake, better="higher", often=OFTEN),
     }
     if unit:
-        figures["cmmd"] = cmmd(drawn, real)
-    if min(len(drawn), len(real)) >= ENOUGH * drawn.shape[1]:
-        figures["frechet_extrapolated"] = jackknife(frechet_extrapolated, drawn, real, better="lower", often=OFTEN)
+        figures["cmmd"] = cmmd(fake, real)
+    if min(len(fake), len(real)) >= ENOUGH * fake.shape[1]:
+        figures["frechet_extrapolated"] = jackknife(frechet_extrapolated, fake, real, better="lower", often=OFTEN)
     return figures

@@ -20,7 +20,7 @@ from latentdiff.core.files import write_new
 from latentdiff.drawing.draw import draw, jobs_of, requested
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.request import request
-from latentdiff.evaluation.drawn import read, write
+from latentdiff.evaluation.pictures import read, write
 
 PICTURES = 4  # a prompt
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -76,8 +76,8 @@ def _fit(alpha: NDArray[np.float32], mask: NDArray[np.bool_], color: str) -> Thi
         for nudge in (-0.5, 0.0, 0.5):
             radius = ((right - left) / half_width + (bottom - top) / half_height) / 4 + nudge
             x, y = (left + right) / 2, (top + bottom) / 2 - below * radius
-            drawn = coverage(shape, x, y, radius, SIZE, SIZE)
-            overlap = float(np.minimum(drawn, alpha).sum() / np.maximum(drawn, alpha).sum())
+            ideal = coverage(shape, x, y, radius, SIZE, SIZE)
+            overlap = float(np.minimum(ideal, alpha).sum() / np.maximum(ideal, alpha).sum())
             if overlap > best_overlap:
                 best, best_overlap = Thing(shape, color, float(x), float(y), float(radius)), overlap
     return best

@@ -22,8 +22,8 @@ from latentdiff.diffusion import noise
 from latentdiff.drawing import pixels
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.benchmark import SpriteBenchmark
-from latentdiff.evaluation.drawn import AT_ONCE, drawn_pictures
 from latentdiff.evaluation.judge import Judge
+from latentdiff.evaluation.pictures import AT_ONCE, draw_pictures
 from latentdiff.model import Model
 
 MOST_LIKELY = 5
@@ -67,12 +67,12 @@ def prompt_of(sprite: Sprite) -> str:
     return f"{article(sprite.name)} {sprite.name}{style}"
 
 
-def drawn(
+def draw_and_name(
     painter: Painter, benchmark: SpriteBenchmark, sprites: Sequence[Sprite], seed: int, folder: Path, **settings: Any
 ) -> Recognition:
     """One picture of each sprite's prompt, and its names."""
     prompts = tuple(map(prompt_of, sprites))
-    pictures = drawn_pictures(painter, prompts, seed=seed, folder=folder, title=folder.name, **settings)
+    pictures = draw_pictures(painter, prompts, seed=seed, folder=folder, title=folder.name, **settings)
     return Recognition(tuple(sprites), prompts, pictures, named(benchmark.judge, pictures))
 
 
@@ -105,10 +105,10 @@ def style_distances(benchmark: SpriteBenchmark, result: Recognition, seed: int) 
     def features(pictures: np.ndarray) -> np.ndarray:
         return judge.features(np.stack([judge.look(picture) for picture in pictures]))
 
-    true, shown = features(own_pictures(benchmark, result.sprites, seed)), features(result.pictures)
+    true, ours = features(own_pictures(benchmark, result.sprites, seed)), features(result.pictures)
     ratios = []
-    for sprite, own, drawn_one in zip(result.sprites, true, shown, strict=True):
+    for sprite, own, our in zip(result.sprites, true, ours, strict=True):
         others = [other for other in library.by_name[sprite.name] if other.style != sprite.style]
         between = 1 - features(own_pictures(benchmark, others, seed)) @ own
-        ratios.append((1 - drawn_one @ own) / between.mean())
+        ratios.append((1 - our @ own) / between.mean())
     return np.array(ratios)

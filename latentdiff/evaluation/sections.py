@@ -21,10 +21,10 @@ from latentdiff.evaluation import geneval, recognition
 from latentdiff.evaluation.benchmark import Benchmark, SpriteBenchmark
 from latentdiff.evaluation.composition import PICTURES_A_PROMPT, ceiling, evaluate_composition
 from latentdiff.evaluation.distances import distances, frechet, nearest, vendi
-from latentdiff.evaluation.drawn import drawn_pictures
 from latentdiff.evaluation.features import AT_ONCE, Extractor
 from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.likelihood import Likelihood, likelihood
+from latentdiff.evaluation.pictures import draw_pictures
 from latentdiff.evaluation.report.plots import Plot, Series
 from latentdiff.evaluation.result import Figure, Result, Table, mean
 
@@ -157,21 +157,21 @@ def _curve(result: Likelihood, timesteps: int) -> Plot:
 def of_distances(subject: Subject, references: References, settings: EvaluationSettings) -> Result:
     """The distances of drawn pictures, one for every caption, from the captions' real pictures."""
     folder = subject.folder / "drawn"
-    drawn = drawn_pictures(subject.painter, references.captions, seed=settings.seed, folder=folder, **settings.drawing)
-    figures = measured(drawn, references) | references.floor
+    images = draw_pictures(subject.painter, references.captions, seed=settings.seed, folder=folder, **settings.drawing)
+    figures = measured(images, references) | references.floor
     pictures: list[Labelled] = []
-    for row in range(min(SHOWN, len(drawn))):
-        pictures.append((drawn[row], {"drawn": references.captions[row]}))
+    for row in range(min(SHOWN, len(images))):
+        pictures.append((images[row], {"drawn": references.captions[row]}))
         pictures.append((references.pictures[row], {"real": references.captions[row]}))
-    return Result(figures, {"pictures": len(drawn), **_extractor(references)}, pictures=pictures)
+    return Result(figures, {"pictures": len(images), **_extractor(references)}, pictures=pictures)
 
 
-def measured(drawn: np.ndarray, references: References) -> dict[str, Figure]:
+def measured(images: np.ndarray, references: References) -> dict[str, Figure]:
     """Every distance of drawn pictures from the real ones; validations during training use it too."""
     extractor = references.extractor
-    figures = distances(extractor.of(drawn), references.features, unit=extractor.scorer is not None)
+    figures = distances(extractor.of(images), references.features, unit=extractor.scorer is not None)
     if references.scorer is not None:
-        figures["clip_score"] = mean(clip_scores(references.scorer, references.captions, drawn), "higher", paired=True)
+        figures["clip_score"] = mean(clip_scores(references.scorer, references.captions, images), "higher", paired=True)
         figures["clip_score_of_real"] = mean(clip_scores(references.scorer, references.captions, references.pictures))
     return figures
 
@@ -224,7 +224,9 @@ def of_recognition(subject: Subject, references: References, settings: Evaluatio
         if not sprites:
             continue
         place = folder / ("things" + suffix.replace("_", "-"))
-        result = recognition.drawn(subject.painter, benchmark, sprites, settings.seed, place, **settings.drawing)
+        result = recognition.draw_and_name(
+            subject.painter, benchmark, sprites, settings.seed, place, **settings.drawing
+        )
         outcomes[suffix] = result
         own = recognition.own_pictures(benchmark, sprites, settings.seed)
         decoded = recognition.through(subject.exact().model, own)
@@ -237,12 +239,12 @@ def of_recognition(subject: Subject, references: References, settings: Evaluatio
             ratios = recognition.style_distances(benchmark, result, settings.seed)
             figures[f"style_distance{suffix}"] = mean(ratios, "lower", paired=True)
     first = outcomes[""]
-    shown = [
+    examples = [
         (picture, {prompt: ", ".join(names[:2])})
         for picture, prompt, names in zip(first.pictures[:100], first.prompts, first.names, strict=False)
     ]
     facts = {"things": len(first.sprites), "held-out pairs": len(held), "judge": benchmark.judge.architecture}
-    return Result(figures, facts, pictures=shown)
+    return Result(figures, facts, pictures=examples)
 
 
 def _share(value: float, error: float, each: Sequence[float]) -> Figure:
@@ -286,10 +288,10 @@ def of_diversity(subject: Subject, references: References, settings: EvaluationS
     count = max(4, len(references.captions) // 20)
     prompts = [caption for caption in references.captions[:count] for _ in range(PICTURES_A_PROMPT)]
     folder = subject.folder / "diversity"
-    drawn = drawn_pictures(
+    images = draw_pictures(
         subject.painter, prompts, seed=settings.seed, folder=folder, title="diversity", **settings.drawing
     )
-    features = references.extractor.of(drawn)
+    features = references.extractor.of(images)
     units = features / np.linalg.norm(features, axis=1, keepdims=True)
     groups = units.reshape(-1, PICTURES_A_PROMPT, units.shape[-1])
     upper = np.triu_indices(PICTURES_A_PROMPT, 1)
@@ -303,7 +305,7 @@ def of_diversity(subject: Subject, references: References, settings: EvaluationS
     order = np.argsort(apart)
     chosen = [*order[:2], *order[-2:]]
     pictures = [
-        (np.concatenate(list(drawn[4 * row : 4 * row + 4]), 1), {f"{apart[row]:.3f}": prompts[4 * row]})
+        (np.concatenate(list(images[4 * row : 4 * row + 4]), 1), {f"{apart[row]:.3f}": prompts[4 * row]})
         for row in chosen
     ]
     return Result(figures, {"prompts": count, "pictures a prompt": 4, **_extractor(references)}, pictures=pictures)
@@ -322,10 +324,10 @@ def of_memorisation(subject: Subject, references: References, settings: Evaluati
     picture that was trained on after all, the nearest other one counts.
     """
     folder = subject.folder / "drawn"
-    drawn = drawn_pictures(subject.painter, references.captions, seed=settings.seed, folder=folder, **settings.drawing)
+    images = draw_pictures(subject.painter, references.captions, seed=settings.seed, folder=folder, **settings.drawing)
     trained = references.trained
     training = references.extractor.of_known(trained)
-    where, near = nearest(references.extractor.of(drawn), training)
+    where, near = nearest(references.extractor.of(images), training)
     _, real = nearest(references.features, training, but=(_digests(references.pictures), _digests(trained)))
     figures = {
         "cosine_to_nearest_training_picture": mean(near),
@@ -335,9 +337,9 @@ def of_memorisation(subject: Subject, references: References, settings: Evaluati
     }
     pictures: list[Labelled] = []
     for row in np.argsort(-near)[: SHOWN // 2]:
-        pictures.append((drawn[row], {f"drawn, {near[row]:.4f}": references.captions[row]}))
+        pictures.append((images[row], {f"drawn, {near[row]:.4f}": references.captions[row]}))
         pictures.append((trained[where[row]], {"trained on": ""}))
-    facts = {"pictures": len(drawn), "training pictures": len(training), **_extractor(references)}
+    facts = {"pictures": len(images), "training pictures": len(training), **_extractor(references)}
     return Result(figures, facts, pictures=pictures)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation.distances import frechet
-from latentdiff.evaluation.drawn import AT_ONCE, drawn_pictures
 from latentdiff.evaluation.jackknife import jackknife
+from latentdiff.evaluation.pictures import AT_ONCE, draw_pictures
 from latentdiff.evaluation.report.plots import Plot, Series
 from latentdiff.evaluation.result import Figure, Result, Table
 from latentdiff.evaluation.sections import EvaluationSettings, References, Subject, clip_scores
@@ -62,16 +62,16 @@ def _cell(
     if kept := read_memo(path, rules):
         return dict(kept[0])
     drawing = {"seed": settings.seed, **settings.drawing, **chosen}
-    drawn_pictures(
+    draw_pictures(
         subject.painter, captions[:AT_ONCE], title=f"{name}, once before it is timed", **drawing
     )  # the first drawing may compile
     began = time.perf_counter()
-    drawn = drawn_pictures(subject.painter, captions, title=name, **drawing)
+    images = draw_pictures(subject.painter, captions, title=name, **drawing)
     seconds = (time.perf_counter() - began) / len(captions)
-    far = jackknife(frechet, references.extractor.of(drawn), real)
+    far = jackknife(frechet, references.extractor.of(images), real)
     cell = {"seconds": seconds, "frechet": far.value, "frechet_error": far.error or 0.0}
     if references.scorer is not None:
-        cell["clip_score"] = float(clip_scores(references.scorer, captions, drawn).mean())
+        cell["clip_score"] = float(clip_scores(references.scorer, captions, images).mean())
     write_memo(path, rules, [cell])
     return cell
 

@@ -185,7 +185,7 @@ class Codec(Protocol):
 class ShowsLatents(Protocol):
     """A codec whose latents diffusers' pipelines return in another layout and scale."""
 
-    def shown(self, latents: Array) -> Array:
+    def to_diffusers(self, latents: Array) -> Array:
         """Latents (B, C, h, w) as they are returned."""
         ...
 

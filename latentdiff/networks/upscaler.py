@@ -31,10 +31,10 @@ class Upscaler(nn.Module):
         for picture in pictures:
             values = to_images((luminance(picture) if grey else picture)[None]).to(weight.device, weight.dtype)
             with self._turn:
-                drawn = self._described((values + 1) / 2)  # which pads and crops as the network requires
-            if not bool(drawn.isfinite().all()):
+                enlarged = self._described((values + 1) / 2)  # which pads and crops as the network requires
+            if not bool(enlarged.isfinite().all()):
                 raise NonFiniteError("the upscaler gave non-finite numbers")
-            rows.append(to_uint8(2 * drawn.float().cpu() - 1))
+            rows.append(to_uint8(2 * enlarged.float().cpu() - 1))
         large = np.concatenate(rows)
         return large if large.shape[-1] == 3 else large.repeat(3, -1)
 

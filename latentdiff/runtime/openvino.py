@@ -174,7 +174,7 @@ class CompiledAutoencoder:
 class ShowingAutoencoder(CompiledAutoencoder):
     """A codec whose latents diffusers' pipelines return in another layout and scale."""
 
-    def shown(self, latents: np.ndarray) -> np.ndarray:
+    def to_diffusers(self, latents: np.ndarray) -> np.ndarray:
         """See ShowsLatents."""
         return self._run("vae_shown", "latents", latents)
 

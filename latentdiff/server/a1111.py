@@ -213,8 +213,8 @@ async def _answered(
     model = settings.override_settings.get("sd_model_checkpoint")
     chosen = None if model is None else checkpoint_named(studio, model)
     controls = controls_of(settings.alwayson_scripts)
-    asked = {**settings.drawing(), **further, **controls.settings}
-    order = Order(asked, client_of(http), chosen, controls=controls.names, hints=controls.hints, interruptible=True)
+    drawing = {**settings.drawing(), **further, **controls.settings}
+    order = Order(drawing, client_of(http), chosen, controls=controls.names, hints=controls.hints, interruptible=True)
     ticket = await studio.submit(replace(order, **given))
     pictures: dict[int, Drawn] = {}
     try:
@@ -223,15 +223,15 @@ async def _answered(
     except StoppedError:
         if not ticket.cancelled or studio.worker.stopping:
             raise  # otherwise interrupted: what is drawn is the answer
-    drawn = [pictures[number] for number in sorted(pictures)]
-    images = [to_base64(each.kept.png) for each in drawn] if settings.send_images else []
+    in_order = [pictures[number] for number in sorted(pictures)]
+    images = [to_base64(each.kept.png) for each in in_order] if settings.send_images else []
     read = {*Settings.model_fields} - {"init_images", "mask", "override_settings", "alwayson_scripts"}
     body = settings.model_dump(include=read)
-    answer = {"images": images, "parameters": body, "info": _info(ticket, drawn)}
+    answer = {"images": images, "parameters": body, "info": _info(ticket, in_order)}
     return JSONResponse(answer, headers={"x-ignored": ", ".join(settings.ignored())} if settings.ignored() else None)
 
 
-def _info(ticket: Ticket, drawn: list[Drawn]) -> str:
+def _info(ticket: Ticket, pictures: list[Drawn]) -> str:
     """A1111's `info`, JSON in a string."""
     card = ticket.painter.model.card
     request = ticket.jobs[0].request
@@ -263,6 +263,6 @@ def _info(ticket: Ticket, drawn: list[Drawn]) -> str:
             "clip_skip": (request.clip_skip or 0) + 1,
             "index_of_first_image": 0,
             "styles": [],
-            "infotexts": [parameters_text(each.record) for each in drawn],
+            "infotexts": [parameters_text(each.record) for each in pictures],
         }
     )

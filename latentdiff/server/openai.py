@@ -165,7 +165,7 @@ def _encoded(body: Body, event: Drawn | Preview) -> str:
 
 async def _streamed(body: Body, ticket: Ticket, kind: str) -> AsyncIterator[str]:
     """Server-sent events: previews of each picture, then the picture."""
-    shown: dict[int, int] = {}
+    counts: dict[int, int] = {}
     try:
         async for event in ticket.events():
             if isinstance(event, Moved):
@@ -179,7 +179,7 @@ async def _streamed(body: Body, ticket: Ticket, kind: str) -> AsyncIterator[str]
                 "b64_json": _encoded(body, event),
             }
             if isinstance(event, Preview):
-                number = shown[event.number] = shown.get(event.number, -1) + 1
+                number = counts[event.number] = counts.get(event.number, -1) + 1
                 yield _sse(f"{kind}.partial_image", {**facts, "partial_image_index": number})
             else:
                 usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}

@@ -160,9 +160,9 @@ def routes(studio: Studio) -> APIRouter:
     async def live(body: Live, http: HttpRequest) -> dict[str, Any]:
         """A picture in few steps, as a data URL."""
         ticket = await studio.submit(body.order(client_of(http)))
-        async for drawn in all_drawn(ticket, http.is_disconnected):
-            image = to_base64(encoded(drawn.image, ".png", None))
-        return {"image": f"data:image/png;base64,{image}", "notes": [*drawn.notes]}
+        async for event in all_drawn(ticket, http.is_disconnected):
+            image = to_base64(encoded(event.image, ".png", None))
+        return {"image": f"data:image/png;base64,{image}", "notes": [*event.notes]}
 
     return router
 

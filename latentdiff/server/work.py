@@ -153,7 +153,7 @@ class Worker:
     """
 
     def __init__(self, finish: Finish, most: int = 200, most_of_one: int = 64):
-        self.drawn = 0
+        self.count = 0
         self._finish, self._most, self._most_of_one = finish, most, most_of_one
         self._waiting: deque[tuple[Ticket, int]] = deque()
         self._current: list[tuple[Ticket, int]] = []
@@ -274,7 +274,7 @@ class Worker:
         assert last is not None
         output = drawing.finish(last.x)
         for (ticket, number), image, record in zip(some, output.images, output.metadata, strict=True):
-            self.drawn += 1
+            self.count += 1
             if ticket.cancelled:
                 ticket.tell(StoppedError("cancelled"))
             else:

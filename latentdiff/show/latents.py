@@ -28,13 +28,13 @@ def latents(pipe: LatentDiffusionPipeline, picture: np.ndarray) -> Sheet:
     apart = np.clip(128 + FACTOR * (back.astype(int) - picture[..., : back.shape[-1]]), 0, 255).astype(np.uint8)
     across = max(3, min(8, len(channels)))
     down = 1 + -(-len(channels) // across)
-    drawn = figure(CELL * across + 0.4, (CELL + 0.3) * down)
-    axes = drawn.subplots(down, across, squeeze=False)
+    fig = figure(CELL * across + 0.4, (CELL + 0.3) * down)
+    axes = fig.subplots(down, across, squeeze=False)
     cells = iter(axes[1:].flat)
-    for cell, (name, shown) in zip(
+    for cell, (name, view) in zip(
         axes[0], (("picture", picture), ("decoded", back), ("difference", apart)), strict=False
     ):
-        place(cell, shown)
+        place(cell, view)
         cell.set_title(name, fontsize=8)
     low, high = float(channels.min()), float(channels.max())
     for number, channel in enumerate(channels):
@@ -47,5 +47,5 @@ def latents(pipe: LatentDiffusionPipeline, picture: np.ndarray) -> Sheet:
     return Sheet(
         f"Latents by the autoencoder of {pipe.card.name}",
         TEXT.format(factor=FACTOR, low=low, high=high, **counts),
-        drawn,
+        fig,
     )

@@ -42,22 +42,22 @@ def attention(pipe: LatentDiffusionPipeline, prompt: str, **settings: Any) -> Sh
         last = list(pipe.stream(prompt, **settings))[-1]
     heat = maps.mean(*last.x.shape[-2:]).numpy()
     picture = to_uint8(pipe.decode(last.x[:1]))[0]
-    shown = [(word, heat[places].mean(0)) for word, places in words]
-    high = max(float(each.max()) for _, each in shown)
-    across = min(8, len(shown) + 1)
-    down = -(-(len(shown) + 1) // across)
-    drawn = figure(CELL * across, (CELL + 0.25) * down)
-    axes = list(drawn.subplots(down, across, squeeze=False).flat)
+    heats = [(word, heat[places].mean(0)) for word, places in words]
+    high = max(float(each.max()) for _, each in heats)
+    across = min(8, len(heats) + 1)
+    down = -(-(len(heats) + 1) // across)
+    fig = figure(CELL * across, (CELL + 0.25) * down)
+    axes = list(fig.subplots(down, across, squeeze=False).flat)
     place(axes[0], picture)
     axes[0].set_title("picture", fontsize=8)
     height, width = picture.shape[:2]
-    for cell, (word, each) in zip(axes[1:], shown, strict=False):
+    for cell, (word, each) in zip(axes[1:], heats, strict=False):
         place(cell, _grey(picture))
         cell.imshow(each, cmap="inferno", vmin=0, vmax=high, alpha=0.75, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         cell.set_title(word, fontsize=8)
-    for cell in axes[len(shown) + 1 :]:
+    for cell in axes[len(heats) + 1 :]:
         cell.set_axis_off()
-    return Sheet(f"{pipe.card.name}: attention to “{prompt}”", TEXT.format(high=high), drawn)
+    return Sheet(f"{pipe.card.name}: attention to “{prompt}”", TEXT.format(high=high), fig)
 
 
 def words_and_places(encoder: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:

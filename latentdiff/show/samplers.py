@@ -38,6 +38,6 @@ def samplers(
         )
     rows: list[list[np.ndarray | None]] = []
     for name in names:
-        asked = {**settings, "seed": seed, "sampler": name, "output_type": "uint8"}
-        rows.append([pipe(prompt, num_inference_steps=count, **asked).images[0] for count in steps])
+        options = {**settings, "seed": seed, "sampler": name, "output_type": "uint8"}
+        rows.append([pipe(prompt, num_inference_steps=count, **options).images[0] for count in steps])
     return Sheet(f"{pipe.card.name}: samplers on “{prompt}”", TEXT, strip(rows, names, [f"{n} steps" for n in steps]))

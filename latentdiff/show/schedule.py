@@ -30,8 +30,8 @@ def schedule(pipe: LatentDiffusionPipeline, steps: int = 20) -> Sheet:
     levels = [path.numbered(number) for number in range(path.T)]
     t = np.array([level.t for level in levels])
     alpha, sigma = np.array([level.alpha for level in levels]), np.array([level.sigma for level in levels])
-    drawn = figure(9.5, 6.5)
-    (scales, ratio), (loss, grids) = drawn.subplots(2, 2)
+    fig = figure(9.5, 6.5)
+    (scales, ratio), (loss, grids) = fig.subplots(2, 2)
     scales.plot(t, alpha, label="alpha, signal")
     scales.plot(t, sigma, label="sigma, noise")
     scales.set(xlabel="t", title="scales")
@@ -51,4 +51,4 @@ def schedule(pipe: LatentDiffusionPipeline, steps: int = 20) -> Sheet:
         axes.legend(frameon=False, fontsize=8)
     for axes in (scales, ratio, loss, grids):
         axes.grid(alpha=0.3)
-    return Sheet(f"The noise schedule of {pipe.card.name}", TEXT, drawn)
+    return Sheet(f"The noise schedule of {pipe.card.name}", TEXT, fig)

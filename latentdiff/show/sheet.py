@@ -75,8 +75,8 @@ def figure(width: float, height: float) -> Figure:
 def strip(rows: Sequence[Sequence[np.ndarray | None]], names: Sequence[str], columns: Sequence[str]) -> Figure:
     """Rows of pictures, uint8 (H, W, C) or None for an empty cell, with names on the left and above."""
     across = max(map(len, rows))
-    drawn = figure(CELL * across + 0.8, (CELL + 0.15) * len(rows) + 0.4)
-    axes = drawn.subplots(len(rows), across, squeeze=False)
+    fig = figure(CELL * across + 0.8, (CELL + 0.15) * len(rows) + 0.4)
+    axes = fig.subplots(len(rows), across, squeeze=False)
     for row, pictures in enumerate(rows):
         for column in range(across):
             picture = pictures[column] if column < len(pictures) else None
@@ -84,7 +84,7 @@ def strip(rows: Sequence[Sequence[np.ndarray | None]], names: Sequence[str], col
         axes[row, 0].set_ylabel(names[row], fontsize=8)
     for column, text in enumerate(columns):
         axes[0, column].set_title(text, fontsize=8)
-    return drawn
+    return fig
 
 
 def place(axes: Any, picture: np.ndarray | None, **style: Any) -> None:

@@ -49,14 +49,14 @@ def reverse(pipe: LatentDiffusionPipeline, prompt: str, *, columns: int = 8, **s
     """The steps from noise to a picture of the prompt. settings: those of drawing. Raises ConfigError."""
     steps = list(pipe.stream(prompt, **settings))
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(_columns(columns), len(steps))).round().astype(int))
-    shown = [steps[number] for number in chosen]
-    together = library(shown[0].x).concatenate
-    if len({tuple(step.x.shape) for step in shown}) > 1:
+    states = [steps[number] for number in chosen]
+    together = library(states[0].x).concatenate
+    if len({tuple(step.x.shape) for step in states}) > 1:
         raise ConfigError("a strip has pictures of one size: leave hires_scale out")
-    rows = [list(to_uint8(pipe.decode(together([getattr(s, name)[:1] for s in shown])))) for name in ("x", "x0")]
+    rows = [list(to_uint8(pipe.decode(together([getattr(s, name)[:1] for s in states])))) for name in ("x", "x0")]
     names = [
         f"step {step.number}\nt {step.level.t:.0f}" if step.level.t >= 0 else f"step {step.number}\nclean"
-        for step in shown
+        for step in states
     ]
     title = f"{pipe.card.name}: from noise to “{prompt}”"
     return Sheet(title, REVERSE, strip(rows, ["x_t", "guess of x0"], names))

@@ -1,10 +1,10 @@
 """What networks read of pictures beside captions, in training: each class wraps the captions of a set.
 
-Hinted   a ControlNet: an annotator's picture of the sample's own
-Shown    an IP-Adapter: CLIP's features of the sample's own picture
-Small    a network that enlarges: the picture made small, and noised
-Edited   a network that edits: the picture before
-Masked   a network that fills in: a mask, and the picture without what it covers
+Hinted      a ControlNet: an annotator's picture of the sample's own
+OwnPicture  an IP-Adapter: CLIP's features of the sample's own picture
+Small       a network that enlarges: the picture made small, and noised
+Edited      a network that edits: the picture before
+Masked      a network that fills in: a mask, and the picture without what it covers
 
 All draws are keyed by the run's seed, the purpose, the row and the epoch.
 """
@@ -60,8 +60,8 @@ class Small:
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
         """The captions' inputs, `beside` (B, C, h, w) and `label` (B,)."""
-        drawn = [self._seen(*key) for key in keys]
-        beside, labels = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
+        pairs = [self._seen(*key) for key in keys]
+        beside, labels = (torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True))
         return self._captions.batch(keys, kept) | {BESIDE: beside, "label": labels}
 
     def _seen(self, row: int, epoch: int) -> tuple[np.ndarray, np.float32]:
@@ -90,16 +90,16 @@ class Edited:
         self._dropout, self._seed = dropout, seed
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """The captions' inputs, `pixels` (B, C, H, W) in [-1, 1], and `shown` (B,)."""
+        """The captions' inputs, `pixels` (B, C, H, W) in [-1, 1], and `visible` (B,)."""
         pixels = to_images(np.stack([self._before.image(*key) for key in keys]))
         draws = [noise.generator(self._seed, "picture before", *key).random() for key in keys]
-        shown = torch.tensor([draw >= self._dropout for draw in draws])
-        return self._captions.batch(keys, kept) | {"pixels": pixels, "shown": shown}
+        visible = torch.tensor([draw >= self._dropout for draw in draws])
+        return self._captions.batch(keys, kept) | {"pixels": pixels, "visible": visible}
 
     def conditions(self, batch: dict[str, Tensor]) -> Conditions:
-        """The captions' conditions and the latents, zeros where nothing is shown."""
+        """The captions' conditions and the latents, zeros where no picture is visible."""
         latents = self._codec.latents_of(batch["pixels"])
-        return self._captions.conditions(batch).joined({BESIDE: latents * batch["shown"].view(-1, 1, 1, 1)})
+        return self._captions.conditions(batch).joined({BESIDE: latents * batch["visible"].view(-1, 1, 1, 1)})
 
 
 class Masked:
@@ -126,10 +126,10 @@ class Masked:
         return self._captions.conditions(batch).joined({BESIDE: torch.cat([batch["masked"], latents], 1)})
 
 
-class Shown:
+class OwnPicture:
     """Captions, and beside them the features of the sample's own picture, which an IP-Adapter reads.
 
-    dropout: the share of samples whose picture is not shown, keyed by seed, row and epoch.
+    dropout: the share of samples without a visible picture, keyed by seed, row and epoch.
     """
 
     def __init__(self, captions: Captions, examples: Examples, dropout: float, *, adapter: IPAdapter, seed: int):
@@ -138,14 +138,14 @@ class Shown:
         self._encoder, self._whole, self._seed = adapter.encoder, adapter.whole, seed
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """The captions' inputs, `shown` (B,), and `pixels` as CLIP reads them."""
+        """The captions' inputs, `visible` (B,), and `pixels` as CLIP reads them."""
         pixels = self._encoder.pixels([coloured(self._examples.image(*key)) for key in keys])
         draws = [noise.generator(self._seed, "image prompt", *key).random() for key in keys]
-        shown = torch.tensor([draw >= self._dropout for draw in draws])
-        return self._captions.batch(keys, kept) | {"pixels": pixels, "shown": shown}
+        visible = torch.tensor([draw >= self._dropout for draw in draws])
+        return self._captions.batch(keys, kept) | {"pixels": pixels, "visible": visible}
 
     def conditions(self, batch: dict[str, Tensor]) -> Conditions:
-        """The captions' conditions and the features (B, 1, D), zeros where nothing is shown."""
+        """The captions' conditions and the features (B, 1, D), zeros where no picture is visible."""
         features = self._encoder(batch["pixels"], whole=self._whole).float()
-        features = features * batch["shown"].view(-1, *[1] * (features.ndim - 1))
+        features = features * batch["visible"].view(-1, *[1] * (features.ndim - 1))
         return self._captions.conditions(batch).joined({FEATURES: features[:, None]})

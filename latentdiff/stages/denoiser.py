@@ -26,9 +26,9 @@ from latentdiff.drawing.canvas import reduced, resized
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.composition import evaluate_composition, evaluation_scenes
-from latentdiff.evaluation.drawn import drawn_pictures
 from latentdiff.evaluation.features import of_model
 from latentdiff.evaluation.held_out import held_out, pictures_of
+from latentdiff.evaluation.pictures import draw_pictures
 from latentdiff.evaluation.sections import References, measured
 from latentdiff.families.loading import save_model
 from latentdiff.families.own import (
@@ -250,7 +250,7 @@ def _report(
         assert isinstance(unet, UNet)
         assert isinstance(encoder, TextEncoder)
         with unet.as_loaded(), encoder.as_loaded():
-            pictures = drawn_pictures(painter, references.captions, seed=config.seed)
+            pictures = draw_pictures(painter, references.captions, seed=config.seed)
         numbers |= {name: figure.value for name, figure in measured(pictures, references).items()}
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
@@ -270,9 +270,9 @@ def _made_of_pictures(
         (source,) = before
         read = [coloured(source.image(row, 0)) for row in rows]
     prompts = [examples.caption(row, 0) for row in rows]
-    drawn = draw_prompts(painter, prompts, seed=run.config.seed, images=read)
+    after = draw_prompts(painter, prompts, seed=run.config.seed, images=read)
     seen = [resized(pixels, *whole.shape[:2]) for pixels, whole in zip(read, true, strict=True)]
-    return [examples.toned(np.stack(seen)), drawn, examples.toned(np.stack(true))]
+    return [examples.toned(np.stack(seen)), after, examples.toned(np.stack(true))]
 
 
 def _prompts(config: Config, examples: Examples) -> list[list[str]]:

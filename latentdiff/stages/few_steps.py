@@ -27,10 +27,10 @@ def few_steps(painter: Painter, teacher: Any, config: FineTuning, prompts: Seque
     before = replace(painter, model=replace(painter.model, backbone=teacher))
     rows = []
     for each, settings in ((before, {}), (painter, {"preset": preset_of(config)})):
-        asked: dict[str, Any] = {**settings, "height": config.image_size, "width": config.image_size}
-        drawn = [
-            coloured(draw_prompts(each, prompts, seed=config.previews.seed, **asked | {"num_inference_steps": count}))
+        options: dict[str, Any] = {**settings, "height": config.image_size, "width": config.image_size}
+        pictures = [
+            coloured(draw_prompts(each, prompts, seed=config.previews.seed, **options | {"num_inference_steps": count}))
             for count in COUNTS
         ]
-        rows.append(np.concatenate(drawn, 2))
+        rows.append(np.concatenate(pictures, 2))
     return list(np.concatenate(rows, 1))

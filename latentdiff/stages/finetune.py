@@ -35,7 +35,7 @@ from latentdiff.runtime.device import moved
 from latentdiff.runtime.quantized import quantized
 from latentdiff.settings.config import Override, save_config
 from latentdiff.settings.finetuning import FILE, STAGE, FineTuning, load_finetuning
-from latentdiff.stages.beside import Hinted, Shown
+from latentdiff.stages.beside import Hinted, OwnPicture
 from latentdiff.stages.cache import captions_of, latents_of
 from latentdiff.stages.class_pictures import class_data, draw_class
 from latentdiff.stages.denoiser import prepare_unet
@@ -78,8 +78,8 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     start = run.start(STAGE, made_from=made_from + (f" {prior.fingerprint['sha256']}" if prior else ""))
     folder = run.folder / STAGE
     controls = () if tuning.control is None else (tuning.control,)
-    shown = () if tuning.ip_adapter is None else (tuning.ip_adapter.to(accelerator.device),)
-    painter = Painter(model, controls=controls, ip_adapters=shown)
+    ip_adapters = () if tuning.ip_adapter is None else (tuning.ip_adapter.to(accelerator.device),)
+    painter = Painter(model, controls=controls, ip_adapters=ip_adapters)
     held_out = run.data.validation
     reported = partial(report, painter, config, held_out, _seen(run, [held_out])[0], validation, folder / "samples")
     settings = config.finetune.training
@@ -119,9 +119,9 @@ def plan(run: Run[FineTuning], model: Model, tuning: Tuning) -> list[str]:
     what += f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.low_rank else ""
     lines = [f"teach {what}, learning rate {config.finetune.training.learning_rate:g}"]
     if config.prior.prompt:
-        drawn = f"{config.prior.pictures} pictures, drawn by the model as it is,"
+        source = f"{config.prior.pictures} pictures, drawn by the model as it is,"
         lines.append(
-            f"beside {f'those of {config.prior.source}' if config.prior.source else drawn} of {config.prior.prompt!r}"
+            f"beside {f'those of {config.prior.source}' if config.prior.source else source} of {config.prior.prompt!r}"
         )
     return [*lines, *plan_lines(run, {STAGE: weights_of(model, tuning)})]
 
@@ -240,7 +240,7 @@ def _samples(run: Run[FineTuning], model: Model, tuning: Tuning, sets: list[Exam
     if (adapter := tuning.ip_adapter) is not None:
         rates = [config.image_prompt.dropout, *[0.0] * (len(sets) - 1)]  # the validation shows all
         pairs = zip(captions, sets, rates, strict=True)
-        captions = [Shown(*pair, adapter=adapter, seed=config.seed) for pair in pairs]
+        captions = [OwnPicture(*pair, adapter=adapter, seed=config.seed) for pair in pairs]
     names = [examples.pictures.name for examples in sets]
     return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
 

@@ -21,7 +21,7 @@ from latentdiff.core.vocabulary import words_of
 from latentdiff.data.examples import Examples
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.hints import Hint, hints_of
-from latentdiff.drawing.image_prompts import Shown, shown_of
+from latentdiff.drawing.image_prompts import ImagePrompt, image_prompts_of
 from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.presets import PRESETS
 from latentdiff.evaluation.report.page import Entry, as_html
@@ -90,16 +90,22 @@ def _drawn(painter: Painter, config: FineTuning, prompts: list[str], seen: Examp
     """
     side = config.image_size
     hints: list[tuple[Hint, ...]] = []
-    shown: list[tuple[Shown, ...]] = []
+    image_prompts: list[tuple[ImagePrompt, ...]] = []
     if painter.controls or painter.ip_adapters:
         pictures = [coloured(seen.image(row % len(seen), 0)) for row in range(len(prompts))]
         change, counts = config.control.made_by, (len(painter.controls), len(painter.ip_adapters))
         hints = [hints_of(picture if counts[0] else None, counts[0], annotated=change) for picture in pictures]
-        shown = [shown_of(picture if counts[1] else None, None, counts[1]) for picture in pictures]
-    asked: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": config.previews.num_inference_steps}
+        image_prompts = [image_prompts_of(picture if counts[1] else None, None, counts[1]) for picture in pictures]
+    options: dict[str, Any] = {
+        "height": side,
+        "width": side,
+        "num_inference_steps": config.previews.num_inference_steps,
+    }
     if config.method == "consistency":
-        asked |= PRESETS["lcm"]
-    return draw_prompts(painter, prompts, seed=config.previews.seed, hints=hints, shown=shown, **asked)
+        options |= PRESETS["lcm"]
+    return draw_prompts(
+        painter, prompts, seed=config.previews.seed, hints=hints, image_prompts=image_prompts, **options
+    )
 
 
 def _save(pixels: np.ndarray, path: Path, about: Mapping[str, Any]) -> None:

@@ -45,8 +45,8 @@ class ConsistencyStage(DenoiserStage):
     def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
         """As of DenoiserStage, with two levels or times for each time, and the conditions of the empty prompt."""
         batch = super().batch_of(keys)
-        drawn = [self._generator("levels", *key) for key in keys]
-        pairs = zip(batch.pop("t"), drawn, strict=True)
+        generators = [self._generator("levels", *key) for key in keys]
+        pairs = zip(batch.pop("t"), generators, strict=True)
         levels = torch.stack([self._consistency.rows(float(t), rng) for t, rng in pairs])
         empty = self._samples.captions.batch(keys, [False] * len(keys))
         if self._guidance is not None:

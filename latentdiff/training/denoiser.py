@@ -114,15 +114,15 @@ class Draws:
         """The draws of one sample in one epoch, a function of only these arguments."""
         rng = noise.generator(self.seed, self.purpose, row, epoch)
         t = self.times.draw(rng, epoch)
-        drawn: dict[str, Any] = {"rows": np.int64(row), "t": t, "kept": np.bool_(rng.random() >= self.caption_dropout)}
-        drawn["noise"], posterior = rng.standard_normal((2, *shape), dtype=np.float32)
-        drawn["posterior"] = posterior if self.samples else np.zeros_like(posterior)
+        sample: dict[str, Any] = {"rows": np.int64(row), "t": t, "kept": np.bool_(rng.random() >= self.caption_dropout)}
+        sample["noise"], posterior = rng.standard_normal((2, *shape), dtype=np.float32)
+        sample["posterior"] = posterior if self.samples else np.zeros_like(posterior)
         if self.noise_offset:
             offset = rng.standard_normal((shape[0], *[1] * (len(shape) - 1)), dtype=np.float32)
-            drawn["noise"] = drawn["noise"] + np.float32(self.noise_offset) * offset
+            sample["noise"] = sample["noise"] + np.float32(self.noise_offset) * offset
         if self.input_perturbation:
-            drawn["perturbation"] = np.float32(self.input_perturbation) * rng.standard_normal(shape, dtype=np.float32)
-        return drawn
+            sample["perturbation"] = np.float32(self.input_perturbation) * rng.standard_normal(shape, dtype=np.float32)
+        return sample
 
 
 class DenoiserStage:
@@ -154,9 +154,9 @@ class DenoiserStage:
     def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
         """Rows and times (B,), noise and posterior noise (B, C, h, w), and the inputs of latents and captions."""
         latents, captions = self._samples.latents, self._samples.captions
-        drawn = [self._draws.of(row, epoch, latents.shape(row)) for row, epoch in keys]
-        kept = [bool(sample.pop("kept")) for sample in drawn]
-        stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in drawn])) for name in drawn[0]}
+        samples = [self._draws.of(row, epoch, latents.shape(row)) for row, epoch in keys]
+        kept = [bool(sample.pop("kept")) for sample in samples]
+        stacked = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
         return stacked | latents.batch(keys) | captions.batch(keys, kept)
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -39,11 +39,11 @@ class Plot:
 
 def as_figure(plot: Plot) -> str:
     """The HTML of a plot; empty if it has no finite point."""
-    shown = [(each, *_thinned(each)) for each in plot.series]
-    shown = [(each, x, y) for each, x, y in shown if len(x)]
-    if not shown:
+    curves = [(each, *_thinned(each)) for each in plot.series]
+    curves = [(each, x, y) for each, x, y in curves if len(x)]
+    if not curves:
         return ""
-    data = base64.b64encode(_svg(plot, shown)).decode()
+    data = base64.b64encode(_svg(plot, curves)).decode()
     title = html.escape(plot.title)
     return (
         f'<figure class="plot"><img alt="{title}" src="data:image/svg+xml;base64,{data}">'
@@ -60,14 +60,14 @@ def _thinned(series: Series) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([part.mean() for part in np.array_split(values, POINTS)]) for values in (x, y))  # type: ignore[return-value]
 
 
-def _svg(plot: Plot, shown: list[tuple[Series, np.ndarray, np.ndarray]]) -> bytes:
+def _svg(plot: Plot, curves: list[tuple[Series, np.ndarray, np.ndarray]]) -> bytes:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "latentdiff", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
-        for series, x, y in shown:
+        for series, x, y in curves:
             axes.plot(x, y, "-" if series.joined and len(x) > 1 else "o", markersize=4, label=series.name)
             for name, across, up in zip(series.named, x, y, strict=False):
                 axes.annotate(name, (across, up), xytext=(3, 3), textcoords="offset points", fontsize=6)
@@ -76,7 +76,7 @@ def _svg(plot: Plot, shown: list[tuple[Series, np.ndarray, np.ndarray]]) -> byte
         for axis in plot.log:
             getattr(axes, f"set_{axis}scale")("log")
         axes.grid(alpha=0.3)
-        if len(shown) > 1:
+        if len(curves) > 1:
             axes.legend(frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})  # the same plot has the same bytes

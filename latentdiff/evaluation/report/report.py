@@ -19,8 +19,8 @@ from latentdiff.core.files import whole, write_json
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation import sections
 from latentdiff.evaluation.benchmark import Benchmark, SpriteBenchmark
-from latentdiff.evaluation.drawn import read, write
 from latentdiff.evaluation.meaning import MEANING
+from latentdiff.evaluation.pictures import read, write
 from latentdiff.evaluation.report import page
 from latentdiff.evaluation.report.plots import Plot, as_figure
 from latentdiff.evaluation.result import Figure, Result, as_tree, finite, from_tree

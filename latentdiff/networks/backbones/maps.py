@@ -61,8 +61,8 @@ class _Recorded:
         )
         scores = attention.get_attention_scores(query, key)
         self._maps.add(scores.detach()[-attention.heads :].float().mean(0))
-        drawn = attention.batch_to_head_dim(torch.bmm(scores, value))
-        return attention.to_out[1](attention.to_out[0](drawn)) / attention.rescale_output_factor
+        hidden = attention.batch_to_head_dim(torch.bmm(scores, value))
+        return attention.to_out[1](attention.to_out[0](hidden)) / attention.rescale_output_factor
 
 
 @contextmanager

@@ -327,8 +327,8 @@ class UNet(nn.Module):
         graphs[f"{GRAPH}_controlled"] = Traced(GRAPH, self.model, self._function, steered)
         prompts = [self._example_prompt(len(plain[0]["x"]), 4), self._example_prompt(len(plain[1]["x"]), 6)]
         for name, inputs in {"": plain, "_controlled": steered}.items():
-            shown = [own | prompt for own, prompt in zip(inputs, prompts, strict=True)]
-            graphs[f"{GRAPH}_prompted{name}"] = Traced(GRAPH, self.model, self._function, shown)
+            prompted = [own | prompt for own, prompt in zip(inputs, prompts, strict=True)]
+            graphs[f"{GRAPH}_prompted{name}"] = Traced(GRAPH, self.model, self._function, prompted)
         return graphs
 
     def _example_prompt(self, rows: int, length: int) -> dict[str, Tensor]:
@@ -458,13 +458,13 @@ class _CrossAttention:
         else:
             keys, values = text[self._name]
         queries = attention.to_q(hidden_states)
-        drawn = _attended(attention.heads, queries, keys, values)
+        hidden = _attended(attention.heads, queries, keys, values)
         for heads, mask in self._images:
             seen = _attended(attention.heads, queries, heads[:, 0], heads[:, 1])
             if mask is not None:
                 seen = seen * IPAdapterMaskProcessor.downsample(mask, *seen.shape).to(seen.dtype)
-            drawn = drawn + seen
-        output: Tensor = attention.to_out[0](drawn) / attention.rescale_output_factor
+            hidden = hidden + seen
+        output: Tensor = attention.to_out[0](hidden) / attention.rescale_output_factor
         return output
 
 

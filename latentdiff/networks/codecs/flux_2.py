@@ -33,10 +33,10 @@ class Flux2Autoencoder(KLAutoencoder):
 
     def decode(self, latents: Tensor) -> Tensor:
         """See Autoencoder."""
-        images: Tensor = self.vae.decode(self.shown(latents)).sample
+        images: Tensor = self.vae.decode(self.to_diffusers(latents)).sample
         return images
 
-    def shown(self, latents: Tensor) -> Tensor:
+    def to_diffusers(self, latents: Tensor) -> Tensor:
         """The latents (B, L, H / f, W / f) of the VAE itself, which diffusers' pipelines return."""
         mean, std = self._statistics()
         return pixel_shuffle(latents * std + mean, PATCH)
@@ -44,7 +44,7 @@ class Flux2Autoencoder(KLAutoencoder):
     def traced(self) -> dict[str, Traced]:
         """See Autoencoder; and `shown`."""
         graphs = super().traced()
-        return graphs | {f"{PART}_shown": replace(graphs[f"{PART}_decoder"], function=self.shown)}
+        return graphs | {f"{PART}_shown": replace(graphs[f"{PART}_decoder"], function=self.to_diffusers)}
 
     def facts(self) -> dict[str, Any]:
         """See Traceable."""

@@ -24,7 +24,7 @@ from latentdiff.evaluation.room import DRAWN, at_once, filled
 AT_ONCE = 32
 
 
-def drawn_pictures(
+def draw_pictures(
     painter: Painter,
     prompts: Sequence[str],
     *,
