@@ -219,10 +219,10 @@ class LatentDiffusionPipeline:
         from latentdiff.families.controls import control_of
         from latentdiff.families.weights import weights_hash
 
-        given = getattr(controlnet, "nets", controlnet)  # of diffusers' MultiControlNetModel
+        modules = getattr(controlnet, "nets", controlnet)  # of diffusers' MultiControlNetModel
         with self._in_torch("a ControlNet"):
             self.unload_controlnets()
-            for each in given if isinstance(given, Iterable) and not isinstance(given, str) else [given]:
+            for each in modules if isinstance(modules, Iterable) and not isinstance(modules, str) else [modules]:
                 if isinstance(each, str | Path):
                     self.load_controlnet(each)
                 elif each is not None:
@@ -745,8 +745,8 @@ class LatentDiffusionPipeline:
         negatives = calls.negatives(negative_prompt, len(prompts))
         for index, one in enumerate(prompts):
             made = self.request(one, negative_prompt=negatives[index], **fields)
-            given = jobs[0].canvas if jobs else canvas_of(self.model, made, image, mask_image, margins=margins)
-            jobs += jobs_of(self.model, made, given, own[index] if own else None, hints, image_prompts)
+            canvas = jobs[0].canvas if jobs else canvas_of(self.model, made, image, mask_image, margins=margins)
+            jobs += jobs_of(self.model, made, canvas, own[index] if own else None, hints, image_prompts)
             fields["seed"] = made.seed + made.num_images  # the next prompt continues the count
         shape = (len(jobs), *self.model.codec.shape(jobs[0].plan.size))
         noise = inputs.noise_of(from_diffusers(self.model, latents, shape), generator, shape, self.model.array)
@@ -792,8 +792,8 @@ class LatentDiffusionPipeline:
             raise ConfigError(f"unknown output_type {output_type!r}; one of {', '.join(OUTPUT_TYPES)}")
         if "num_images" in settings:
             raise ConfigError("use num_images_per_prompt instead of num_images")
-        for name, text, given in (("prompt", prompt, embeds[0]), ("negative_prompt", negative, embeds[1])):
-            if text is not None and given is not None:
+        for name, text, embedding in (("prompt", prompt, embeds[0]), ("negative_prompt", negative, embeds[1])):
+            if text is not None and embedding is not None:
                 raise ConfigError(f"{name}_embeds replace the {name}: give only one of them")
 
     def stream(
@@ -801,9 +801,9 @@ class LatentDiffusionPipeline:
     ) -> Iterator[Step]:
         """Every sampling step of one prompt's first batch: `step.x`, `step.x0` are latents; `decode` shows them."""
         made = self.request(prompt, **settings)
-        given = canvas_of(self.model, made, image, mask_image, margins=inputs.margins_of(outpaint))
+        canvas = canvas_of(self.model, made, image, mask_image, margins=inputs.margins_of(outpaint))
         painter = self.painter
-        yield from Drawing(painter, next(batches_of(painter, jobs_of(painter.model, made, given))))
+        yield from Drawing(painter, next(batches_of(painter, jobs_of(painter.model, made, canvas))))
 
     def decode(self, latents: Array) -> Array:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32."""

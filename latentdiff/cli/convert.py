@@ -69,7 +69,7 @@ def convert(
     from latentdiff.families.loading import place_of
 
     source = place_of(source)
-    given = {
+    options = {
         "--vae": vae,
         "--dtype": dtype,
         "--quantize": quantize,
@@ -77,7 +77,7 @@ def convert(
         "--base": base,
         "--part": part or None,
     }
-    of_models = next((option for option, value in given.items() if value is not None), None)
+    of_models = next((option for option, value in options.items() if value is not None), None)
     if to is Form.openvino and output is None:
         if of_models:
             raise ConfigError(

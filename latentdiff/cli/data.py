@@ -159,10 +159,10 @@ def _config(source: str, set_: list[str] | None, flags: dict[str, Any]) -> Confi
     """A config file, or the defaults with these pictures; flags override it."""
     from latentdiff.settings.config import load_config, own_pictures
 
-    given = [(key, value) for key, value in flags.items() if value is not None]
+    overrides = [(key, value) for key, value in flags.items() if value is not None]
     if source.endswith(".toml") and not Path(source).is_dir():
-        return load_config(Path(source), [*(set_ or ()), *given])
-    return load_config(None, [*own_pictures(source), *(set_ or ()), *given])
+        return load_config(Path(source), [*(set_ or ()), *overrides])
+    return load_config(None, [*own_pictures(source), *(set_ or ()), *overrides])
 
 
 def _token_counts(tokenizer: Tokenizer, texts: list[str]) -> list[int]:

@@ -177,11 +177,11 @@ def _candidate(path: str | None, runtime: Runtime, dtype: Precision | None, **op
     return Candidate(path, partial(opened, runtime, dtype), partial(opened, Runtime.torch, Precision.float32))
 
 
-def _drawing(given: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
+def _drawing(options: dict[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
     """Settings of drawing, validated before anything is loaded. Raises ConfigError."""
     from latentdiff.drawing.request import request
 
-    values = common_settings(given, settings or [])
+    values = common_settings(options, settings or [])
     del values["num_images"]
     for name in OWN:
         if name in values:

@@ -181,7 +181,7 @@ def finetune(
         if not value.strip():
             raise ConfigError(f"the {name} is empty")
     training = "finetune.training."
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "name": _name(output) if config is None else None,
         "model": None if is_default(model) else model,
         "data.kind": "pictures",
@@ -228,7 +228,7 @@ def finetune(
         "variant": variant,
         "revision": revision,
     }
-    overrides = (*((key, value) for key, value in given.items() if value is not None), *(set_ or ()))
+    overrides = (*((key, value) for key, value in options.items() if value is not None), *(set_ or ()))
     load_finetuning(config, overrides)  # refused before anything is loaded
     check_writable(output, output)
     _check_run(output)

@@ -217,7 +217,7 @@ def generate(
     controls = [control_wish(text) for text in control or []]
     scales = tuple(1.0 if wish.scale is None else wish.scale for wish in controls)
     prompt_pictures, adapters = [picture_and_scale(text) for text in image_prompt or []], ip_adapter or []
-    given = {
+    options = {
         "ip_adapter_scale": _scales([scale for _, scale in prompt_pictures], len(adapters)),
         "controlnet_conditioning_scale": scales if any(wish.scale is not None for wish in controls) else None,
         "preset": preset,
@@ -239,7 +239,7 @@ def generate(
         "num_images": num_images,
         "batch_size": batch_size,
     }
-    common = common_settings(given, settings or [])
+    common = common_settings(options, settings or [])
     wishes, axes = _wishes(_subject(prompt, class_), prompts_file, image, mask, outpaint), grid_of(vary or [], "--vary")
     process = Process.of_launcher()
     _check_seed(wishes, common, resume, process)

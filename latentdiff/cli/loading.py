@@ -28,12 +28,12 @@ _OPTIONS = {  # names that look like settings but are options
 }
 
 
-def common_settings(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def common_settings(options: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """The settings of all pictures: the options, and --set NAME=VALUE with TOML values or bare words.
 
     Raises ConfigError for a setting that only exists as an option, and for a setting that is given twice.
     """
-    common = {name: value for name, value in given.items() if value is not None}
+    common = {name: value for name, value in options.items() if value is not None}
     for setting in settings:
         from latentdiff.settings.config import parsed_override
 

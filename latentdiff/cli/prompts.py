@@ -101,5 +101,5 @@ def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
         margins_of(outpaint)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    given = {name: None if value is None else folder / value for name, value in paths.items()}
-    return Wish(prompt, tree, given["image"], given["mask"], None if outpaint is None else tuple(outpaint), where)
+    full = {name: None if value is None else folder / value for name, value in paths.items()}
+    return Wish(prompt, tree, full["image"], full["mask"], None if outpaint is None else tuple(outpaint), where)

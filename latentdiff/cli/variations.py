@@ -27,8 +27,8 @@ def grid_of(options: Sequence[str], option: str) -> dict[str, tuple[Any, ...]]:
         name = _SHORT.get(name.strip(), name.strip())
         if not equals or not values or name in grid:
             raise ConfigError(f"{option} is NAME=VALUE,VALUE, once a name (got {text[:60]!r})")
-        given = [_setting(name, value.strip()) for value in re.split(r",(?![^\[]*\])", values)]  # outside brackets
-        grid[name] = tuple(given)
+        choices = [_setting(name, value.strip()) for value in re.split(r",(?![^\[]*\])", values)]  # outside brackets
+        grid[name] = tuple(choices)
     if (count := math.prod(map(len, grid.values()))) > MOST:
         raise ConfigError(f"{option} gives {count:,} combinations of settings. At most {MOST:,} are tried")
     return grid
@@ -48,8 +48,8 @@ def varied(wishes: Sequence[Wish], grid: Grid, common: Mapping[str, Any]) -> lis
     seed = secrets.randbelow(2**32) if seed is None else seed
     results: list[Wish] = []
     for wish in wishes:
-        given = common.keys() | wish.settings.keys()
-        if twice := [name for name in grid if name in given or name in ("num_images", "batch_size")]:
+        fixed = common.keys() | wish.settings.keys()
+        if twice := [name for name in grid if name in fixed or name in ("num_images", "batch_size")]:
             raise ConfigError(f"--vary {twice[0]}: it is given elsewhere, or does not change pictures")
         first = {"seed": wish.settings.get("seed", seed)}
         results += [replace(wish, settings=wish.settings | first | chosen) for chosen in combinations(grid)]

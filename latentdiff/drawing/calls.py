@@ -60,18 +60,18 @@ def translated(settings: Mapping[str, Any]) -> Call:
     return Call(rest, rest.pop("return_dict", True) is False, scale, callback, masks)
 
 
-def _attention(given: Any) -> tuple[float, Any]:
+def _attention(kwargs: Any) -> tuple[float, Any]:
     """The scale of the adapters, and the masks of image prompts. Raises ConfigError for anything else."""
-    if not given:
+    if not kwargs:
         return 1.0, None
-    if not isinstance(given, Mapping) or not given.keys() <= {"scale", "ip_adapter_masks"}:
+    if not isinstance(kwargs, Mapping) or not kwargs.keys() <= {"scale", "ip_adapter_masks"}:
         names = "a scale of the adapters and ip_adapter_masks only"
-        raise ConfigError(f"cross_attention_kwargs can be {names} (got {str(given)[:60]})")
-    scale = given.get("scale", 1.0)
+        raise ConfigError(f"cross_attention_kwargs can be {names} (got {str(kwargs)[:60]})")
+    scale = kwargs.get("scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST_WEIGHT:
         most = f"a number up to {LARGEST_WEIGHT:g}"
         raise ConfigError(f"cross_attention_kwargs: scale must be {most} (got {str(scale)[:40]!r})")
-    return float(scale), given.get("ip_adapter_masks")
+    return float(scale), kwargs.get("ip_adapter_masks")
 
 
 def classes(settings: dict[str, Any], prompt: Any, model: Model) -> Any:
@@ -93,8 +93,8 @@ def each_weight(path: Any, subfolder: Any, name: Any) -> list[tuple[Any, str, st
     """Path, subfolder and weight_name of each adapter; a single one is for all. Raises ConfigError."""
     listed = [list(one) if isinstance(one, list | tuple) else [one] for one in (path, subfolder, name)]
     count = max(map(len, listed))
-    for wanted, given in zip(("subfolder", "weight_name"), listed[1:], strict=True):
-        if not all(each is None or isinstance(each, str) for each in given):
+    for wanted, values in zip(("subfolder", "weight_name"), listed[1:], strict=True):
+        if not all(each is None or isinstance(each, str) for each in values):
             raise ConfigError(f"{wanted} must be text")
     if any(len(one) not in (1, count) for one in listed):
         raise ConfigError("path, subfolder and weight_name must have one length")

@@ -145,10 +145,10 @@ def _closeup(whole: Canvas, padding: int, size: tuple[int, int]) -> Canvas:
 
 def _mixed(image: Array, pixels: np.ndarray, mask: np.ndarray, put: Put) -> Array:
     """An image (C, H, W) inside the mask, the given pixels outside, both mixed on its soft edge."""
-    given = put(to_values((pixels if len(image) == 3 else luminance(pixels))[None])[0])
+    before = put(to_values((pixels if len(image) == 3 else luminance(pixels))[None])[0])
     share = put(mask.astype(np.float32) / 255)
     where = library(image).where
-    return where(share == 1, image, where(share == 0, given, given + share * (image - given)))
+    return where(share == 1, image, where(share == 0, before, before + share * (image - before)))
 
 
 def _check_sides(height: int, width: int) -> None:

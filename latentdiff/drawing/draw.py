@@ -89,34 +89,34 @@ def _check_without_image(request: Request, is_masked: bool) -> None:
     """Raises ConfigError for what has no effect without an image."""
     if is_masked:
         raise ConfigError("a mask and outpainting require an image")
-    given = {
+    settings = {
         "strength": request.strength is not None,
         "mask_blur": request.mask_blur > 0,
         "padding_mask_crop": request.padding_mask_crop is not None,
     }
-    for name in (name for name, is_given in given.items() if is_given):
+    for name in (name for name, is_set in settings.items() if is_set):
         raise ConfigError(f"{name} requires an image")
 
 
 def jobs_of(
     model: Model,
     request: Request,
-    given: Canvas | None = None,
+    base: Canvas | None = None,
     embeds: Any = None,
     hints: tuple[Hint, ...] = (),
     image_prompts: tuple[ImagePrompt, ...] = (),
 ) -> list[Job]:
     """A request's pictures, one by one. Raises ConfigError for sizes that the model cannot draw."""
-    planned = plan(request, model, given)
-    return [Job(request, index, planned, given, embeds, hints, image_prompts) for index in range(request.num_images)]
+    planned = plan(request, model, base)
+    return [Job(request, index, planned, base, embeds, hints, image_prompts) for index in range(request.num_images)]
 
 
 def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
     """What jobs must have in common to be drawn in one batch."""
     canvas = job.canvas
-    given = canvas and (canvas.pixels.shape, canvas.size, canvas.final, canvas.mask is None)
+    form = canvas and (canvas.pixels.shape, canvas.size, canvas.final, canvas.mask is None)
     forms = [each.form for each in job.image_prompts]
-    return job.settings, given, chunks_of(job, painter.model.encoder), job.embeds is None, forms
+    return job.settings, form, chunks_of(job, painter.model.encoder), job.embeds is None, forms
 
 
 def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
@@ -225,9 +225,9 @@ def _notes_on_flat(model: Model, images: Array, seeds: Sequence[int]) -> list[st
 
 def _kept(model: Model, images: Array, canvases: Sequence[Canvas | None]) -> Array:
     """Images (B, C, H, W) with the inputs' pixels outside the masks, without padding."""
-    if all(given is None for given in canvases):
+    if all(each is None for each in canvases):
         return images
-    rows = [i if given is None else given.kept(i, model.array) for i, given in zip(images, canvases, strict=True)]
+    rows = [i if each is None else each.kept(i, model.array) for i, each in zip(images, canvases, strict=True)]
     return library(images).stack(rows)
 
 

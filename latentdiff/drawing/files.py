@@ -72,8 +72,8 @@ def write_pictures(
 
     paths: a file for each picture, None to skip it; without `paths` the next numbers of the folder.
     """
-    given = paths or [target if suffix_of(target) else _NEXT] * len(images)
-    for image, record, chosen in zip(images, records, given, strict=True):
+    targets = paths or [target if suffix_of(target) else _NEXT] * len(images)
+    for image, record, chosen in zip(images, records, targets, strict=True):
         if chosen is None:
             continue
         path = _next_path(target, record.seed, suffix) if chosen is _NEXT else chosen

@@ -84,15 +84,15 @@ def image_prompts_of(
     return tuple(image_prompts)
 
 
-def _masks_of(given: Any) -> list[Any]:
+def _masks_of(masks: Any) -> list[Any]:
     """Masks of one adapter: a list of pictures, or a tensor (1, N, H, W), as diffusers' processor makes."""
-    if hasattr(given, "detach"):
-        given = given.detach().float().cpu().numpy()
-    if isinstance(given, np.ndarray) and given.ndim == 4 and len(given) == 1:
-        if not given.size or not np.isfinite(given).all():
+    if hasattr(masks, "detach"):
+        masks = masks.detach().float().cpu().numpy()
+    if isinstance(masks, np.ndarray) and masks.ndim == 4 and len(masks) == 1:
+        if not masks.size or not np.isfinite(masks).all():
             raise ConfigError("ip_adapter_masks must hold finite numbers")
-        given = [np.rint(255 * np.clip(mask, 0, 1)).astype(np.uint8) for mask in given[0]]
-    listed = list(given) if isinstance(given, list | tuple) else [given]
+        masks = [np.rint(255 * np.clip(mask, 0, 1)).astype(np.uint8) for mask in masks[0]]
+    listed = list(masks) if isinstance(masks, list | tuple) else [masks]
     return [Image.fromarray(m) if isinstance(m, np.ndarray) and m.ndim == 2 else m for m in listed]
 
 

@@ -49,16 +49,16 @@ def embeds_of(
 
     tokens, negative: (B, L, D), D = `width`; pooled: (B, P), for a network that reads them. Raises ConfigError.
     """
-    given = [tokens, negative, pooled, negative_pooled]
+    tensors = [tokens, negative, pooled, negative_pooled]
     if tokens is None:
-        if any(tensor is not None for tensor in given):
+        if any(tensor is not None for tensor in tensors):
             raise ConfigError("negative_prompt_embeds and pooled embeds require prompt_embeds")
         return []
     import torch
 
-    given = [torch.from_numpy(tensor) if isinstance(tensor, np.ndarray) else tensor for tensor in given]
-    tokens, negative, pooled, negative_pooled = given
-    for tensor, dimensions in zip(given, (3, 3, 2, 2), strict=True):
+    tensors = [torch.from_numpy(tensor) if isinstance(tensor, np.ndarray) else tensor for tensor in tensors]
+    tokens, negative, pooled, negative_pooled = tensors
+    for tensor, dimensions in zip(tensors, (3, 3, 2, 2), strict=True):
         known = isinstance(tensor, torch.Tensor) and tensor.ndim == dimensions and len(tensor) == len(tokens)
         if tensor is not None and not known:
             raise ConfigError("prompt_embeds must be tensors (B, L, D), pooled embeds (B, P), all with the same B")
@@ -72,7 +72,7 @@ def embeds_of(
         raise ConfigError(
             "a model that reads pooled text requires pooled embeds, one with each of the others; others take none"
         )
-    rows: list[Any] = [[None] * len(tokens) if tensor is None else list(tensor) for tensor in given]
+    rows: list[Any] = [[None] * len(tokens) if tensor is None else list(tensor) for tensor in tensors]
     return [
         (_conditions(cond, vector), None if uncond is None else _conditions(uncond, uncond_vector))
         for cond, uncond, vector, uncond_vector in zip(*rows, strict=True)

@@ -126,12 +126,12 @@ def _check_enlarging(request: Request, model: Model) -> None:
         return
     if (level := noise_level(enlarging, request)) >= enlarging.times:
         raise ConfigError(f"noise_level must be below {enlarging.times} for this model (got {level})")
-    for name, given in {
+    for name, is_set in {
         "strength": request.strength is not None,
         "hires_scale": request.hires_scale is not None,
         "padding_mask_crop": request.padding_mask_crop is not None,
     }.items():
-        if given:
+        if is_set:
             raise ConfigError(f"{name} has no meaning for a model that enlarges pictures")
 
 
@@ -140,11 +140,11 @@ def _check_controls(request: Request, painter: Painter) -> None:
     _check_image_prompts(request, len(painter.ip_adapters))
     count, controls = len(painter.controls), painter.controls
     for name in EACH_CONTROL:
-        if (given := len(getattr(request, name))) not in (0, 1, count) or (given and not count):
+        if (length := len(getattr(request, name))) not in (0, 1, count) or (length and not count):
             loaded = (
                 f"{count} ControlNets are loaded" if count else "no ControlNet is loaded (load_controlnet, --control)"
             )
-            raise ConfigError(f"{name} has {given} values, and {loaded}")
+            raise ConfigError(f"{name} has {length} values, and {loaded}")
     if not controls:
         if request.guess_mode:
             raise ConfigError("guess_mode requires a ControlNet (load_controlnet, --control)")
@@ -162,7 +162,7 @@ def _check_controls(request: Request, painter: Painter) -> None:
 
 
 def _check_image_prompts(request: Request, count: int) -> None:
-    given = len(request.ip_adapter_scale)
-    if given and (not count or given not in (1, count)):
+    length = len(request.ip_adapter_scale)
+    if length and (not count or length not in (1, count)):
         loaded = f"{count} IP-Adapters are loaded" if count else "no IP-Adapter is loaded"
-        raise ConfigError(f"ip_adapter_scale has {given} values, and {loaded} (load_ip_adapter, --ip-adapter)")
+        raise ConfigError(f"ip_adapter_scale has {length} values, and {loaded} (load_ip_adapter, --ip-adapter)")

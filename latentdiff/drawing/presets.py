@@ -36,23 +36,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def settled(defaults: Mapping[str, Any], given: Mapping[str, Any], *, reads_guidance: bool = False) -> dict[str, Any]:
-    """The settings of a picture: the model's defaults, those of the given `preset`, what is given.
+def settled(
+    defaults: Mapping[str, Any], settings: Mapping[str, Any], *, reads_guidance: bool = False
+) -> dict[str, Any]:
+    """The settings of a picture: the model's defaults, then those of the preset, then `settings`.
 
     reads_guidance: whether the network does. Then a preset leaves it as the model recommends: 1 would be another
     picture, not the absence of guidance.
 
     Raises ConfigError for an unknown preset.
     """
-    name = given.get("preset")
+    name = settings.get("preset")
     if name is None:
-        return {key: value for key, value in {**defaults, **given}.items() if key != "preset"}
+        return {key: value for key, value in {**defaults, **settings}.items() if key != "preset"}
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"unknown preset {str(name)[:40]!r}; one of {', '.join(PRESETS)}")
     preset = {key: value for key, value in PRESETS[name].items() if not (reads_guidance and key == "guidance_scale")}
-    return {**defaults, **preset, **{key: value for key, value in given.items() if key != "preset"}}
+    return {**defaults, **preset, **{key: value for key, value in settings.items() if key != "preset"}}
 
 
-def settled_for(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
+def settled_for(model: Model, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a picture by this model; see `settled`."""
-    return settled(model.card.defaults, given, reads_guidance=model.reads_guidance)
+    return settled(model.card.defaults, settings, reads_guidance=model.reads_guidance)

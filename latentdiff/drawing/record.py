@@ -130,9 +130,9 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
             "Variation seed strength": request["variation_strength"],
         }
     if record.canvas is not None or request.get("hires_scale") is not None:
-        given = request.get("strength" if record.canvas is not None else "hires_strength")
+        strength = request.get("strength" if record.canvas is not None else "hires_strength")
         fields["Denoising strength"] = (
-            f"{record.steps[-1] / request['num_inference_steps'] if given is None else given:g}"
+            f"{record.steps[-1] / request['num_inference_steps'] if strength is None else strength:g}"
         )
     if request.get("mask_blur"):
         fields["Mask blur"] = f"{request['mask_blur']:g}"

@@ -25,9 +25,11 @@ def assembled(
     widths: Mapping[str, int],
     parts: Mapping[str, Any],
     variant: str | None = None,
-    given: Mapping[str, Any] = NOTHING,
+    states: Mapping[str, Any] = NOTHING,
 ) -> Model:
-    """The model of a folder, and of given parts. widths: of what the texts give, by condition; parts: the texts' own.
+    """The model of a folder, and of parts from other files (`states`).
+
+    widths: of what the texts give, by condition; parts: the texts' own.
 
     Raises ModelError if the networks do not fit together.
     """
@@ -39,7 +41,7 @@ def assembled(
         raise ModelError(f"a transformer of {inputs} channels, latents of {codec.latent_channels} ({directory})")
     scheduled, prediction, *_ = read_scheduler(directory)
     path = family.path(scheduled)
-    card = model_card(directory, path.T, variant, family.defaults(directory), hashed=not given)
+    card = model_card(directory, path.T, variant, family.defaults(directory), hashed=not states)
     modules = {"vae": codec.vae, "transformer": backbone.model, **parts}
     return Model(backbone, texts, codec, path, prediction, card, TorchPlace("cpu"), family, modules)
 
@@ -51,7 +53,7 @@ def with_chat(
     *,
     family: Family,
     variant: str | None,
-    given: Mapping[str, Any],
+    states: Mapping[str, Any],
 ) -> Model:
     """The model of a folder whose only text encoder is a language model; see `assembled`."""
     from latentdiff.families.weights import load_vae
@@ -59,13 +61,13 @@ def with_chat(
     return assembled(
         backbone,
         texts,
-        load_vae(directory / "vae", variant, given),
+        load_vae(directory / "vae", variant, states),
         directory,
         family=family,
         widths={"tokens": texts.width},
         parts={"text_encoder": texts.model, "tokenizer": texts.tokenizer},
         variant=variant,
-        given=given,
+        states=states,
     )
 
 

@@ -28,7 +28,7 @@ DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5}
 DISTILLED = {"num_inference_steps": 4, "guidance_scale": 1.0}  # schnell, which reads no guidance
 
 
-def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
     """See Family and Layout."""
     import diffusers
 
@@ -38,13 +38,13 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
 
     network = Kontext if read_index(directory).get("_class_name") in KONTEXT else Flux
     backbone: Any = network(
-        pretrained(diffusers.FluxTransformer2DModel, directory, "transformer", variant, Flux, given)
+        pretrained(diffusers.FluxTransformer2DModel, directory, "transformer", variant, Flux, states)
     ).eval()
-    clip, t5 = load_text_encoder(directory, variant, given), load_t5(directory, "_2", T5_LENGTH, variant, given)
+    clip, t5 = load_text_encoder(directory, variant, states), load_t5(directory, "_2", T5_LENGTH, variant, states)
     return flow.assembled(
         backbone,
         ClipAndT5(clip, t5).eval(),
-        load_vae(directory / "vae", variant, given),
+        load_vae(directory / "vae", variant, states),
         directory,
         family=FAMILY,
         widths={"tokens": t5.width, "pooled": int(clip.model.config.hidden_size)},
@@ -54,7 +54,7 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
             "text_encoder_2": t5.model,
             "tokenizer_2": t5.tokenizer,
         },
-        given=given,
+        states=states,
         variant=variant,
     )
 

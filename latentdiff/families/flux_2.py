@@ -29,7 +29,7 @@ _NO_THOUGHTS = "<think>\n\n</think>\n\n"  # what Qwen3's template adds where it 
 _GROWTH = ByTokensAndSteps((10, 8.73809524e-05, 1.89833333), (200, 0.00016927, 0.45666666), 4300)
 
 
-def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
     """See Family and Layout."""
     import diffusers
     import transformers
@@ -39,11 +39,11 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     from latentdiff.networks.encoders.reading import Chat
 
     backbone: Any = Flux2(
-        pretrained(diffusers.Flux2Transformer2DModel, directory, "transformer", variant, Flux2, given)
+        pretrained(diffusers.Flux2Transformer2DModel, directory, "transformer", variant, Flux2, states)
     ).eval()
     chat = Chat(BEFORE, AFTER + _NO_THOUGHTS, layers=(9, 18, 27), filled=True)
-    texts: Any = load_chat(directory, transformers.Qwen3ForCausalLM, chat, variant, given)
-    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, given=given)
+    texts: Any = load_chat(directory, transformers.Qwen3ForCausalLM, chat, variant, states)
+    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, states=states)
 
 
 def path(scheduled: SamplingPath) -> SamplingPath:

@@ -22,7 +22,7 @@ from torch import Tensor
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.families import FAMILIES, family_of
 from latentdiff.families.layouts import Shapes
-from latentdiff.families.weights import COUNTS, Given
+from latentdiff.families.weights import COUNTS, PartWeights
 from latentdiff.formats import folder
 from latentdiff.formats.gguf_file import is_gguf, read_gguf, shapes_in
 from latentdiff.formats.pickle import check_safetensors
@@ -113,22 +113,22 @@ def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Mod
     Raises ModelError, UnsafeError.
     """
     family = family_of(folder.read_index(base), base)
-    given: dict[str, Given] = {}
+    states: dict[str, PartWeights] = {}
     for part in (part for file in files for part in parts_in(file)):
         with loading(part.file):
             name, config = _place_of(part, family, base)
-        if name in given:
+        if name in states:
             raise ModelError(f"two of the files hold {name} ({part.file})")
         state, (kind, *_) = _state(part, family, name, base), family.parts[name]
-        given[name] = Given(state, None if config is None or _is_of(state, base / name, kind) else config)
-    if "transformer" not in given:
+        states[name] = PartWeights(state, None if config is None or _is_of(state, base / name, kind) else config)
+    if "transformer" not in states:
         raise ModelError(f"no transformer in {', '.join(str(file) for file in files)}")
-    folder.check_index(folder.read_index(base), base, family.parts, family.optional, given.keys())
+    folder.check_index(folder.read_index(base), base, family.parts, family.optional, states.keys())
     assert family.layout is not None
     try:
-        return family.layout.load(base, variant, given)
+        return family.layout.load(base, variant, states)
     except ModelError:
-        odd = _odd(given["transformer"].state, base, family)
+        odd = _odd(states["transformer"].state, base, family)
         if odd is None:
             raise
         raise ModelError(f"the transformer in {files[0]} does not fit: {odd}") from None

@@ -26,7 +26,7 @@ _AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 _DROPPED = 34  # tokens of _BEFORE
 
 
-def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
     """See Family and Layout."""
     import diffusers
     import transformers
@@ -36,10 +36,10 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     from latentdiff.networks.encoders.reading import Chat
 
     network = diffusers.QwenImageTransformer2DModel
-    backbone: Any = QwenImage(pretrained(network, directory, "transformer", variant, QwenImage, given)).eval()
+    backbone: Any = QwenImage(pretrained(network, directory, "transformer", variant, QwenImage, states)).eval()
     chat = Chat(_BEFORE, _AFTER, length=1024, dropped=_DROPPED)
-    texts: Any = load_chat(directory, transformers.Qwen2_5_VLForConditionalGeneration, chat, variant, given)
-    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, given=given)
+    texts: Any = load_chat(directory, transformers.Qwen2_5_VLForConditionalGeneration, chat, variant, states)
+    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, states=states)
 
 
 def index(model: Model) -> dict[str, Any]:

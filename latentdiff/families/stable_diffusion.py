@@ -103,10 +103,10 @@ def assembled(
 def _check_widths(unet: Any, texts: Any, where: Path) -> None:
     """Check that the U-Net reads what the text encoders give. Raises ModelError."""
     configs = [encoder.model.config for encoder in texts.encoders]
-    given = {"tokens": sum(int(config.hidden_size) for config in configs)}
+    widths = {"tokens": sum(int(config.hidden_size) for config in configs)}
     if "pooled" in unet.spec.reads:
-        given["pooled"] = int(configs[-1].projection_dim)
-    for name, width in given.items():
+        widths["pooled"] = int(configs[-1].projection_dim)
+    for name, width in widths.items():
         if unet.spec.reads[name][-1] != width:
             raise ModelError(f"the U-Net reads {name} of {unet.spec.reads[name][-1]}, the texts have {width} ({where})")
 

@@ -26,7 +26,7 @@ PARTS = {
 DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 7.0, "spacing": "linspace"}
 
 
-def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
     """See Family and Layout."""
     import diffusers
 
@@ -34,9 +34,9 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     from latentdiff.networks.backbones.mmdit import MMDiT
 
     backbone: Any = MMDiT(
-        pretrained(diffusers.SD3Transformer2DModel, directory, "transformer", variant, MMDiT, given)
+        pretrained(diffusers.SD3Transformer2DModel, directory, "transformer", variant, MMDiT, states)
     ).eval()
-    texts: Any = load_texts(directory, backbone.spec.reads["tokens"][-1], variant, given)
+    texts: Any = load_texts(directory, backbone.spec.reads["tokens"][-1], variant, states)
     third = [] if texts.third is None else [texts.third]
     parts: dict[str, Any] = {}
     for encoder, suffix in zip([*texts.encoders, *third], ("", "_2", "_3"), strict=False):
@@ -45,17 +45,17 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     return flow.assembled(
         backbone,
         texts,
-        load_vae(directory / "vae", variant, given),
+        load_vae(directory / "vae", variant, states),
         directory,
         family=FAMILY,
         widths={"tokens": _tokens(texts, configs), "pooled": sum(int(config.projection_dim) for config in configs)},
         parts=parts,
-        given=given,
+        states=states,
         variant=variant,
     )
 
 
-def load_texts(directory: Path, width: int, variant: str | None = None, given: Mapping[str, Any] = NOTHING) -> Any:
+def load_texts(directory: Path, width: int, variant: str | None = None, states: Mapping[str, Any] = NOTHING) -> Any:
     """The text encoders; T5 may be missing. width: of the tokens that the backbone reads."""
     from transformers import CLIPTextModelWithProjection
 
@@ -63,9 +63,9 @@ def load_texts(directory: Path, width: int, variant: str | None = None, given: M
     from latentdiff.networks.encoders.reading import T5_LENGTH
     from latentdiff.networks.encoders.three_texts import ThreeTextEncoders
 
-    first = clip_text(CLIPTextModelWithProjection, directory, variant, "", penultimate=True, given=given)
-    second = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True, given=given)
-    third = load_t5(directory, "_3", T5_LENGTH, variant, given) if (directory / "text_encoder_3").is_dir() else None
+    first = clip_text(CLIPTextModelWithProjection, directory, variant, "", penultimate=True, states=states)
+    second = clip_text(CLIPTextModelWithProjection, directory, variant, "_2", penultimate=True, states=states)
+    third = load_t5(directory, "_3", T5_LENGTH, variant, states) if (directory / "text_encoder_3").is_dir() else None
     return ThreeTextEncoders(first, second, third, width).eval()
 
 

@@ -64,13 +64,13 @@ def load_codec(directory: Path, variant: str | None = None) -> Autoencoder | Ide
     return load_vae(directory / "vae", variant) if (directory / "vae").is_dir() else _identity(directory)
 
 
-def load_vae(folder: Path, variant: str | None = None, given: Parts = NOTHING) -> Autoencoder:
+def load_vae(folder: Path, variant: str | None = None, states: Parts = NOTHING) -> Autoencoder:
     """The VAE of a checked folder."""
     directory, part = folder.parent, folder.name
     name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
     name = name if name in CODECS else "AutoencoderKL"
     codec = CODECS[name]
-    vae = pretrained(getattr(diffusers, name), directory, part, variant, codec, given)
+    vae = pretrained(getattr(diffusers, name), directory, part, variant, codec, states)
     with loading(part, directory):
         autoencoder = codec(vae)
         if not (math.isfinite(autoencoder.scale) and autoencoder.scale > 0 and math.isfinite(autoencoder.shift)):
@@ -93,11 +93,11 @@ def _identity(directory: Path) -> IdentityCodec:
     return IdentityCodec(channels)
 
 
-def load_text_encoder(directory: Path, variant: str | None = None, given: Parts = NOTHING) -> TextEncoder:
+def load_text_encoder(directory: Path, variant: str | None = None, states: Parts = NOTHING) -> TextEncoder:
     """Tokenizer and CLIP text model of a model folder."""
     from transformers import CLIPTextModel
 
-    return clip_text(CLIPTextModel, directory, variant, "", penultimate=False, given=given)
+    return clip_text(CLIPTextModel, directory, variant, "", penultimate=False, states=states)
 
 
 def load_text_encoders(
@@ -117,20 +117,20 @@ def load_text_encoders(
     return TwoTextEncoders(first, second, zero_empty=bool(zero_empty)).eval()
 
 
-def load_t5(directory: Path, suffix: str, length: int, variant: str | None = None, given: Parts = NOTHING) -> T5Text:
+def load_t5(directory: Path, suffix: str, length: int, variant: str | None = None, states: Parts = NOTHING) -> T5Text:
     """The T5 of a model folder. length: tokens that it reads. Raises ModelError."""
     from transformers import T5EncoderModel, T5TokenizerFast
 
     folder = directory / f"tokenizer{suffix}"
     with loading(folder.name, directory), _without_collections():
         tokenizer = T5TokenizerFast.from_pretrained(folder, local_files_only=True)
-    model = pretrained(T5EncoderModel, directory, f"text_encoder{suffix}", variant, given=given)
+    model = pretrained(T5EncoderModel, directory, f"text_encoder{suffix}", variant, states=states)
     _check_words(tokenizer, model, folder)
     return T5Text(tokenizer, model, length).eval()
 
 
 def load_chat(
-    directory: Path, network: Any, chat: Chat, variant: str | None = None, given: Parts = NOTHING
+    directory: Path, network: Any, chat: Chat, variant: str | None = None, states: Parts = NOTHING
 ) -> ChatText:
     """The language model of a model folder. network: its class in transformers. Raises ModelError."""
     from transformers import Qwen2TokenizerFast
@@ -138,7 +138,7 @@ def load_chat(
     folder = directory / "tokenizer"
     with loading(folder.name, directory), _without_collections():
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-    model = pretrained(network, directory, "text_encoder", variant, given=given)
+    model = pretrained(network, directory, "text_encoder", variant, states=states)
     _check_words(tokenizer, model, folder)
     with loading("text_encoder", directory):
         texts = ChatText(tokenizer, model, chat).eval()
@@ -157,11 +157,11 @@ def _check_words(tokenizer: Any, model: Any, folder: Path) -> None:
 
 
 def clip_text(
-    network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool, given: Parts = NOTHING
+    network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool, states: Parts = NOTHING
 ) -> TextEncoder:
     """One CLIP text encoder of a model folder."""
     tokenizer, tokenizer_folder = load_tokenizer(directory, suffix), directory / f"tokenizer{suffix}"
-    model = pretrained(network, directory, f"text_encoder{suffix}", variant, given=given)
+    model = pretrained(network, directory, f"text_encoder{suffix}", variant, states=states)
     with loading(tokenizer_folder.name, directory):
         read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
         if not (isinstance(read, int) and 2 <= read <= positions):
@@ -233,14 +233,14 @@ def _token_embedding(file: Path) -> torch.Tensor:
         return weights.get_tensor(name)
 
 
-class Given(NamedTuple):
+class PartWeights(NamedTuple):
     """The weights of a part, and its config if a folder's does not apply."""
 
     state: dict[str, torch.Tensor]
     config: dict[str, Any] | None = None
 
 
-Parts = Mapping[str, Given]
+Parts = Mapping[str, PartWeights]
 
 
 def pretrained(
@@ -249,17 +249,17 @@ def pretrained(
     part: str,
     variant: str | None,
     wrapper: Any = None,
-    given: Parts = NOTHING,
+    states: Parts = NOTHING,
 ) -> Any:
-    """A network of a checked folder; all its weights come from the file, or are given.
+    """A network of a checked folder; all its weights come from the file, or from `states`.
 
     network: its class, wrapper: ours.
     """
-    if part in given:
-        return _filled(network, directory, part, wrapper, given[part])
+    if part in states:
+        return _filled(network, directory, part, wrapper, states[part])
     if (directory / part / GGUF).is_file():
         (file,) = weight_files(directory / part, variant)
-        return _filled(network, directory, part, wrapper, Given(read_gguf(file)))
+        return _filled(network, directory, part, wrapper, PartWeights(read_gguf(file)))
     with loading(part, directory), quietly():
         if not (directory / part / "config.json").is_file():  # or transformers searches the hub
             raise ModelError(f"{part} is missing ({directory})")
@@ -292,17 +292,17 @@ def pretrained(
         return model
 
 
-def _filled(network: Any, directory: Path, part: str, wrapper: Any, given: Given) -> Any:
+def _filled(network: Any, directory: Path, part: str, wrapper: Any, weights: PartWeights) -> Any:
     """A network with exactly the weights that are given."""
     with loading(part, directory), quietly():
-        config = given.config or read_json(directory / part / "config.json")
+        config = weights.config or read_json(directory / part / "config.json")
         described = parameters_of(network, json.dumps(config, sort_keys=True), wrapper)
-        if described > 2 * (held := sum(math.prod(shape_of(tensor)) for tensor in given.state.values())):
+        if described > 2 * (held := sum(math.prod(shape_of(tensor)) for tensor in weights.state.values())):
             raise ModelError(f"{part}/config.json describes {described:,} parameters, its weights hold {held:,}")
-        if hasattr(network, "load_config") or any(map(is_block, given.state.values())):  # diffusers
-            return filled(network, config, given.state)
-        dtype = next(iter(given.state.values())).dtype
-        settings = {"config": network.config_class.from_dict(config), "state_dict": given.state, "dtype": dtype}
+        if hasattr(network, "load_config") or any(map(is_block, weights.state.values())):  # diffusers
+            return filled(network, config, weights.state)
+        dtype = next(iter(weights.state.values())).dtype
+        settings = {"config": network.config_class.from_dict(config), "state_dict": weights.state, "dtype": dtype}
         model, report = network.from_pretrained(None, output_loading_info=True, **settings)
         if absent := sorted(report["missing_keys"]):
             raise ModelError(f"{part}: {len(absent)} weights are missing, the first is {absent[0]}")

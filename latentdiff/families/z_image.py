@@ -21,7 +21,7 @@ DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 1.0}
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # Qwen3's template
 
 
-def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
     """See Family and Layout."""
     import diffusers
     import transformers
@@ -32,11 +32,11 @@ def load(directory: Path, variant: str | None, given: Mapping[str, Any] = NOTHIN
     from latentdiff.networks.encoders.reading import Chat
 
     network = diffusers.ZImageTransformer2DModel
-    backbone: Any = ZImage(pretrained(network, directory, "transformer", variant, ZImage, given)).eval()
+    backbone: Any = ZImage(pretrained(network, directory, "transformer", variant, ZImage, states)).eval()
     name = read_json(directory / "model_index.json")["text_encoder"][1]
     chat = Chat(BEFORE, AFTER, layers=(-2,))
-    texts: Any = load_chat(directory, getattr(transformers, name), chat, variant, given)
-    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, given=given)
+    texts: Any = load_chat(directory, getattr(transformers, name), chat, variant, states)
+    return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, states=states)
 
 
 def index(model: Model) -> dict[str, Any]:

@@ -149,11 +149,11 @@ def check_index(
     directory: Path,
     parts: Mapping[str, Set[str]],
     optional: Set[str],
-    given: Set[str] = frozenset(),
+    elsewhere: Set[str] = frozenset(),
 ) -> None:
     """Refuse a model_index whose parts and their classes are not those that the family lists.
 
-    given: parts whose weights are not read from the folder.
+    elsewhere: parts whose weights are not read from the folder.
     Raises ModelError, UnsafeError.
     """
     where = f"{directory}/model_index.json"
@@ -174,7 +174,7 @@ def check_index(
         if not (isinstance(name, str) and name in parts[part] and module in _MODULES):
             known = ", ".join(sorted(parts[part]))
             raise UnsafeError(f"{part} has the unknown class {name} ({where}). Known: {known}")
-        if part not in given:
+        if part not in elsewhere:
             _check_files(part, directory)
 
 

@@ -89,7 +89,7 @@ class Settings(BaseModel):
     def drawing(self) -> dict[str, Any]:
         """The settings of drawing. Raises ConfigError for what is not supported."""
         self._refuse()
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "seed": _seed(self.seed),
@@ -102,21 +102,21 @@ class Settings(BaseModel):
         }
         sampler = self.sampler_name or self.sampler_index
         if sampler is not None:
-            given["sampler"] = sampler
+            options["sampler"] = sampler
         if self.scheduler is not None and self.scheduler.lower() not in _AUTOMATIC:
-            given["spacing"] = self.scheduler
+            options["spacing"] = self.scheduler
         if self.eta not in (None, 1.0):  # clients send 1, the default of ancestral samplers, with every sampler
-            given["eta"] = self.eta
+            options["eta"] = self.eta
         if self.subseed_strength:
-            given |= {"variation_seed": _seed(self.subseed), "variation_strength": self.subseed_strength}
+            options |= {"variation_seed": _seed(self.subseed), "variation_strength": self.subseed_strength}
         if self.enable_hr:
-            given |= {"hires_scale": self.hr_scale, "hires_strength": self.denoising_strength}
+            options |= {"hires_scale": self.hr_scale, "hires_strength": self.denoising_strength}
         skipped = self.override_settings.get("CLIP_stop_at_last_layers", 1)
         if not isinstance(skipped, int):
             raise ConfigError("override_settings.CLIP_stop_at_last_layers must be a whole number")
         if skipped > 1:
-            given["clip_skip"] = skipped - 1
-        return {name: value for name, value in given.items() if value is not None}
+            options["clip_skip"] = skipped - 1
+        return {name: value for name, value in options.items() if value is not None}
 
     def _refuse(self) -> None:
         neutral = dict(NEUTRAL)
@@ -208,14 +208,14 @@ def routes(studio: Studio) -> APIRouter:
 
 
 async def _answered(
-    studio: Studio, settings: Settings, http: HttpRequest, further: dict[str, Any], **given: Any
+    studio: Studio, settings: Settings, http: HttpRequest, further: dict[str, Any], **changes: Any
 ) -> Response:
     model = settings.override_settings.get("sd_model_checkpoint")
     chosen = None if model is None else checkpoint_named(studio, model)
     controls = controls_of(settings.alwayson_scripts)
     drawing = {**settings.drawing(), **further, **controls.settings}
     order = Order(drawing, client_of(http), chosen, controls=controls.names, hints=controls.hints, interruptible=True)
-    ticket = await studio.submit(replace(order, **given))
+    ticket = await studio.submit(replace(order, **changes))
     pictures: dict[int, Drawn] = {}
     try:
         async for event in all_drawn(ticket, http.is_disconnected):

@@ -136,13 +136,13 @@ def _name(host: str) -> str:
 
 def _again(body: bytes, receive: Receive) -> Receive:
     """A receive that gives the body, which has been read, and then what comes after it."""
-    given = False
+    sent = False
 
     async def first_the_body() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return first_the_body

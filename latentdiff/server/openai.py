@@ -123,8 +123,8 @@ def _as_json(name: str, text: str) -> Any:
         return text
 
 
-async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **given: Any) -> Response:
-    """Draw, and answer whole or as a stream. given: what drawing starts from, see Order."""
+async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **changes: Any) -> Response:
+    """Draw, and answer whole or as a stream. changes: what drawing starts from, see Order."""
     names = studio.shelf.names()
     if body.model not in (None, *names, *ALIASES):
         known = ", ".join(names[:20])
@@ -132,7 +132,7 @@ async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **
     settings, ignored = body.settings()
     previews = body.partial_images if body.stream else 0
     model = body.model if body.model in names else None
-    ticket = await studio.submit(Order(settings, client_of(http), model, previews=previews, **given))
+    ticket = await studio.submit(Order(settings, client_of(http), model, previews=previews, **changes))
     headers = {"x-ignored": ", ".join(ignored)[:500].encode("ascii", "replace").decode()} if ignored else {}
     if body.stream:
         return StreamingResponse(_streamed(body, ticket, kind), media_type="text/event-stream", headers=headers)

@@ -41,10 +41,10 @@ def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    given: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, settings.adam_beta2)}
+    common: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, settings.adam_beta2)}
     if settings.optimizer == "adamw_8bit":
-        return _adamw_8bit()(groups, **given)
-    return torch.optim.AdamW(groups, **given, fused=True)
+        return _adamw_8bit()(groups, **common)
+    return torch.optim.AdamW(groups, **common, fused=True)
 
 
 def check_optimizer(settings: Training) -> None:

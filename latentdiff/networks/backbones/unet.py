@@ -187,18 +187,18 @@ class UNet(nn.Module):
         return output, features[0]
 
     @contextmanager
-    def deep(self, given: Tensor | None) -> Iterator[list[Tensor]]:
+    def deep(self, replacement: Tensor | None) -> Iterator[list[Tensor]]:
         """A block in which the outputs below the finest level are collected, or replaced by given ones."""
         downs, ups = list(self.model.down_blocks)[1:], list(self.model.up_blocks)[:-1]
-        features: list[Tensor] = [] if given is None else [given]
+        features: list[Tensor] = [] if replacement is None else [replacement]
         changed: dict[nn.Module, Any] = {}
-        if given is None:
+        if replacement is None:
             changed[ups[-1]] = _collecting(ups[-1].forward, features)
         else:
             for block in downs:  # as many skip connections as computed blocks make: the blocks above consume them
                 changed[block] = _passing(len(block.resnets) + (block.downsamplers is not None))
             changed |= dict.fromkeys([self.model.mid_block, *ups[:-1]], _passing(0))
-            changed[ups[-1]] = lambda *_, **__: given
+            changed[ups[-1]] = lambda *_, **__: replacement
         own = {block: block.__dict__.get("forward") for block in changed}
         compiled, self.model._compiled_call_impl = self.model._compiled_call_impl, None  # it knows of no change
         try:

@@ -74,12 +74,12 @@ class ControlNet(nn.Module):
         added = None
         if "sizes" in conditions.arrays:
             added = {"text_embeds": conditions["pooled"], "time_ids": conditions["sizes"]}
-        given = [hint] if self.kinds else hint
+        condition = [hint] if self.kinds else hint
         downs, middle = self.model(
             x[:, : self.model.config.in_channels],  # an inpainting U-Net reads more
             t,
             encoder_hidden_states=conditions["tokens"],
-            controlnet_cond=given,
+            controlnet_cond=condition,
             added_cond_kwargs=added,
             return_dict=False,
             **options,
