@@ -85,14 +85,13 @@ class BesideNetwork(nn.Module):
         return output
 
 
-def thaw(text_encoder: nn.Module, *, embeddings: bool = False) -> None:
-    """Make a text encoder trainable, but for its token embeddings if not `embeddings`.
+def thaw(text_encoder: nn.Module) -> None:
+    """Make a text encoder trainable, except for its token embeddings.
 
-    Of CLIP's vocabulary they are most of the weights, and only those of the captions' few words would change. Of a
-    vocabulary learnt from the captions all are used, and each is where the network can keep what one name looks like.
+    They are most of the weights, and only those of the captions' few words would change.
     """
     for name, parameter in text_encoder.named_parameters():
-        parameter.requires_grad_(embeddings or "token_embedding" not in name)
+        parameter.requires_grad_("token_embedding" not in name)
 
 
 @dataclass(frozen=True)
