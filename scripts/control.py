@@ -60,11 +60,11 @@ def near(edges: np.ndarray) -> np.ndarray:
     return np.any([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], 0)
 
 
-def f1(drawn: np.ndarray, asked: np.ndarray) -> float:
+def f1(ours: np.ndarray, goal: np.ndarray) -> float:
     """Of edges (H, W), at one pixel."""
-    if not drawn.any() or not asked.any():
-        return float(drawn.any() == asked.any())
-    precision, recall = (drawn & near(asked)).sum() / drawn.sum(), (asked & near(drawn)).sum() / asked.sum()
+    if not ours.any() or not goal.any():
+        return float(ours.any() == goal.any())
+    precision, recall = (ours & near(goal)).sum() / ours.sum(), (goal & near(ours)).sum() / goal.sum()
     return 0.0 if precision + recall == 0 else float(2 * precision * recall / (precision + recall))
 
 
@@ -76,10 +76,10 @@ def foreground(picture: np.ndarray) -> np.ndarray:
     return np.abs(picture - background).max(-1) > 40
 
 
-def overlap(drawn: np.ndarray, asked: np.ndarray) -> float:
+def overlap(ours: np.ndarray, goal: np.ndarray) -> float:
     """The intersection over union of two sets of pixels, bool (H, W)."""
-    union = (drawn | asked).sum()
-    return float((drawn & asked).sum() / union) if union else 1.0
+    union = (ours | goal).sum()
+    return float((ours & goal).sum() / union) if union else 1.0
 
 
 def measure(kind: str, folder: Path, control: Path, count: int, output: Path | None) -> None:
@@ -94,23 +94,23 @@ def measure(kind: str, folder: Path, control: Path, count: int, output: Path | N
     free = [pipe(line["text"], seed=row, output_type="uint8").images[0] for row, line in enumerate(lines)]
     pipe.load_controlnet(control)
 
-    def drawn(hints):
+    def draw(hints):
         pairs = enumerate(zip(lines, hints, strict=True))
         return [
             pipe(line["text"], seed=row, control_image=h, output_type="uint8").images[0] for row, (line, h) in pairs
         ]
 
     def score(image, hint):
-        asked = hint.any(-1)
-        return f1(canny(image)[..., 0] > 0, asked) if kind == "edges" else overlap(foreground(image), asked)
+        goal = hint.any(-1)
+        return f1(canny(image)[..., 0] > 0, goal) if kind == "edges" else overlap(foreground(image), goal)
 
-    def say(what, images, asked):
-        scores = [score(*pair) for pair in zip(images, asked, strict=True)]
+    def say(what, images, goals):
+        scores = [score(*pair) for pair in zip(images, goals, strict=True)]
         name = "F1" if kind == "edges" else "IoU"
         print(f"{what}: {name} {np.mean(scores):.3f} +- {np.std(scores) / len(scores) ** 0.5:.3f}")
 
     others = hints[1:] + hints[:1]
-    steered, wrong = drawn(hints), drawn(others)
+    steered, wrong = draw(hints), draw(others)
     say("with the control", steered, hints)
     say("without", free, hints)
     say("another scene's control", wrong, hints)

@@ -62,8 +62,8 @@ def measure(folder: Path, model: str, pictures: int, grid: Path | None) -> None:
     classifier = SVC(gamma=0.5).fit(known, names)
     print(f"the classifier reads {share(classifier.predict(held) == truth)} of {len(held)} test pictures")
     pipe = LatentDiffusionPipeline.from_pretrained(model)
-    drawn = pipe([str(digit) for digit in range(10)], seed=SEED, num_images_per_prompt=pictures, output_type="uint8")
-    pixels = drawn.images.reshape(10, pictures, 64) / 255
+    picture = pipe([str(digit) for digit in range(10)], seed=SEED, num_images_per_prompt=pictures, output_type="uint8")
+    pixels = picture.images.reshape(10, pictures, 64) / 255
     right = np.stack([classifier.predict(of_class) == digit for digit, of_class in enumerate(pixels)])
     for digit, of_class in enumerate(right):
         print(f"{digit}: {share(of_class)}")
@@ -72,7 +72,7 @@ def measure(folder: Path, model: str, pictures: int, grid: Path | None) -> None:
     nearer = nearest(pixels.reshape(-1, 64), known[same]) < nearest(pixels.reshape(-1, 64), held)
     print(f"nearer to a training picture than to a test picture, of as many: {share(nearer)}")
     if grid is not None:
-        cells = drawn.images.reshape(10, pictures, 8, 8)
+        cells = picture.images.reshape(10, pictures, 8, 8)
         rows = [np.concatenate(list(of_class[:10]), 1) for of_class in cells]
         Image.fromarray(np.concatenate(rows)).resize((640, 640), Image.Resampling.NEAREST).save(grid)
 

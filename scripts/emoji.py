@@ -59,15 +59,15 @@ def described(folder: Path) -> dict[str, dict[str, Any]]:
     """Label, keywords and category of every emoji by its code points without variation selectors."""
     data = json.loads((folder / "emojibase-data" / "en" / "data.json").read_text())
     groups = json.loads((folder / "emojibase-data" / "meta" / "groups.json").read_text())
-    found = {}
+    result = {}
     for entry in data:
-        found[plain(entry["hexcode"])] = {
+        result[plain(entry["hexcode"])] = {
             "name": entry["label"],
             "keywords": entry.get("tags", []),
             "category": groups["groups"].get(str(entry.get("group")), "symbols"),
             "subcategory": groups["subgroups"].get(str(entry.get("subgroup")), "other-symbol"),
         }
-    return found
+    return result
 
 
 def plain(code: str) -> str:

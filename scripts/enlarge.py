@@ -100,15 +100,15 @@ def measure(folder: Path, model: str, count: int, output: Path | None) -> None:
     for name, pictures in enlarged.items():
         say(name, [likeness(*pair) for pair in zip(pictures, true, strict=True)])
     pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
-    asked = {"num_images_per_prompt": 4, "output_type": "uint8"}
+    options = {"num_images_per_prompt": 4, "output_type": "uint8"}
     for level in (0, 20):
-        drawn = [pipe("", image=p, seed=4 * row, noise_level=level, **asked).images for row, p in enumerate(small)]
-        say(f"the model, noise level {level}", [likeness(d[0], t) for d, t in zip(drawn, true, strict=True)])
-        say("    the mean of four", [likeness(d.mean(0), t) for d, t in zip(drawn, true, strict=True)])
+        sample = [pipe("", image=p, seed=4 * row, noise_level=level, **options).images for row, p in enumerate(small)]
+        say(f"the model, noise level {level}", [likeness(d[0], t) for d, t in zip(sample, true, strict=True)])
+        say("    the mean of four", [likeness(d.mean(0), t) for d, t in zip(sample, true, strict=True)])
     rows = [
         [resized(p, part, Image.Resampling.NEAREST) for p in small],
         enlarged["Lanczos"],
-        [d[0] for d in drawn],
+        [d[0] for d in sample],
         true,
     ]
     cascade(model, output, np.concatenate([np.concatenate(list(row[:24]), 1) for row in rows]))

@@ -72,9 +72,9 @@ TORCH_WAYS: dict[str, dict[str, Any]] = {  # what only torch has
 def hash_of(array: Any) -> str:
     """sha256 of an array's shape, type and bytes."""
     values = np.ascontiguousarray(array.detach().cpu().float().numpy() if isinstance(array, torch.Tensor) else array)
-    found = hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes()).hexdigest()
-    SEEN[found] = values
-    return found
+    result = hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes()).hexdigest()
+    SEEN[result] = values
+    return result
 
 
 def pixels_of(images: Any) -> str:
@@ -251,7 +251,7 @@ def run(*words: Any, cwd: Path) -> None:
 
 def tensors_in(folder: Path) -> Record:
     """One hash for each safetensors file, of its tensors in the order of their names."""
-    found = {}
+    result = {}
     for file in sorted(folder.rglob("*.safetensors")):
         if "cache" in file.relative_to(folder).parts:  # files of a cache are called by their own hash
             continue
@@ -259,8 +259,8 @@ def tensors_in(folder: Path) -> Record:
         for name, tensor in sorted(load_file(file).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        found[file.relative_to(folder).as_posix()] = digest.hexdigest()
-    return found
+        result[file.relative_to(folder).as_posix()] = digest.hexdigest()
+    return result
 
 
 def trainings(folder: Path) -> Record:

@@ -45,8 +45,8 @@ def measured(model: str | None, file: str | None, settings: dict, pictures: int,
         pipe.load_lora_weights(file, fuse=True)
         settings = {**PRESETS["lcm"], **settings}
     score = evaluate_composition(pipe.painter, of_shapes(pipe.card), pictures=pictures, **settings)
-    drawn = np.concatenate(list(score.pictures.values()))
-    return score, jackknife(frechet, extractor.of(drawn), true)
+    image = np.concatenate(list(score.pictures.values()))
+    return score, jackknife(frechet, extractor.of(image), true)
 
 
 def true_features(extractor, benchmark, pictures: int) -> np.ndarray:

@@ -39,7 +39,7 @@ VALUES = {
 
 def translated(words: Sequence[str]) -> list[str]:
     """The words of `latentdiff finetune`. Raises ConfigError where model or data are not given."""
-    found: list[str] = []
+    result: list[str] = []
     places: dict[str, str] = {}
     rest = iter(words)
     for word in rest:
@@ -48,16 +48,16 @@ def translated(words: Sequence[str]) -> list[str]:
         if name in (*MODEL, *DATA):
             places["model" if name in MODEL else "data"] = value if sign else next(rest, "")
         elif name in SWITCHES:
-            found += SWITCHES[name] if _is_on(flag, value) else []
+            result += SWITCHES[name] if _is_on(flag, value) else []
         elif name in VALUES:
-            found += ["--set", f"{VALUES[name]}={value if sign else next(rest, '')}"]
+            result += ["--set", f"{VALUES[name]}={value if sign else next(rest, '')}"]
         else:
-            found.append(word)
-    if asks_for_help := {"-h", "--help"} & set(found):
+            result.append(word)
+    if asks_for_help := {"-h", "--help"} & set(result):
         return ["finetune", *asks_for_help]
     if not (places.get("model") and places.get("data")):
         raise ConfigError("give --pretrained_model_name_or_path and --train_data_dir")
-    return ["finetune", places["model"], places["data"], *found]
+    return ["finetune", places["model"], places["data"], *result]
 
 
 def _is_on(flag: str, value: str) -> bool:

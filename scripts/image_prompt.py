@@ -40,8 +40,8 @@ def by_clip(pipe, pictures: np.ndarray) -> np.ndarray:
     return scorer.images(to_images(pictures)).detach().numpy()
 
 
-def say(what: str, drawn: np.ndarray, shown: np.ndarray) -> None:
-    distances = np.square(drawn[:, None] - shown[None]).sum(-1)
+def say(what: str, image: np.ndarray, view: np.ndarray) -> None:
+    distances = np.square(image[:, None] - view[None]).sum(-1)
     ranks = (distances < distances.diagonal()[:, None]).sum(1)
     texts = []
     for most in (1, 5):
@@ -60,18 +60,18 @@ def main() -> None:
     from latentdiff import LatentDiffusionPipeline
 
     lines = [json.loads(line) for line in (given.folder / "metadata.jsonl").read_text().splitlines()][: given.pictures]
-    shown = np.stack([np.asarray(Image.open(given.folder / line["file_name"]).convert("RGB")) for line in lines])
+    view = np.stack([np.asarray(Image.open(given.folder / line["file_name"]).convert("RGB")) for line in lines])
     pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", runtime="torch")
-    free = np.concatenate([pipe("", seed=row, output_type="uint8").images for row in range(len(shown))])
+    free = np.concatenate([pipe("", seed=row, output_type="uint8").images for row in range(len(view))])
     pipe.load_ip_adapter(given.adapter)
-    drawn = np.concatenate(
-        [pipe("", seed=row, ip_adapter_image=p, output_type="uint8").images for row, p in enumerate(shown)]
+    image = np.concatenate(
+        [pipe("", seed=row, ip_adapter_image=p, output_type="uint8").images for row, p in enumerate(view)]
     )
-    for name, images in (("shown", drawn), ("not shown", free)):
-        say(f"{name}, by pixels and colours", features_of(images), features_of(shown))
-        say(f"{name}, by CLIP", by_clip(pipe, images), by_clip(pipe, shown))
+    for name, images in (("shown", image), ("not shown", free)):
+        say(f"{name}, by pixels and colours", features_of(images), features_of(view))
+        say(f"{name}, by CLIP", by_clip(pipe, images), by_clip(pipe, view))
     if given.output is not None:
-        sheet = np.concatenate([np.concatenate(list(each[:16]), 1) for each in (shown, drawn, free)])
+        sheet = np.concatenate([np.concatenate(list(each[:16]), 1) for each in (view, image, free)])
         Image.fromarray(sheet).save(given.output)
 
 

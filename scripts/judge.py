@@ -83,16 +83,16 @@ def train(library: Library, judge: Judge, steps: int, size: int, state: Path) ->
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     start = restored(state, judge, optimizer)
 
-    def drawn(step: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(step: int) -> tuple[np.ndarray, np.ndarray]:
         rows = noise.generator(0, "judge rows", step).integers(len(labels), size=size)
         return rows, batch(library, rows, "judge", step * size)
 
     judge.train()
     with ThreadPoolExecutor(1) as pool, tqdm(range(start, steps), "judge", steps, initial=start, unit="step") as bar:
-        ahead = pool.submit(drawn, start)
+        ahead = pool.submit(draw, start)
         for step in bar:
             rows, squares = ahead.result()
-            ahead = pool.submit(drawn, step + 1)
+            ahead = pool.submit(draw, step + 1)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = judge(to_images(squares))
             loss = functional.cross_entropy(logits.float(), labels[rows], label_smoothing=0.1)
@@ -146,7 +146,9 @@ def accuracy(library: Library, judge: Judge, renderings: int) -> dict[str, float
     best: list[list[str]] = []
     for first in range(0, len(rows), 256):
         best += judge.best(batch(library, rows[first : first + 256], "judge accuracy", first))
-    right = np.array([(names[row] == found[0], names[row] in found) for row, found in zip(rows, best, strict=True)])
+    right = np.array(
+        [(names[row] == outcome[0], names[row] in outcome) for row, outcome in zip(rows, best, strict=True)]
+    )
     of_style = np.array(styles)[rows]
     shares = {"accuracy@1": right[:, 0].mean(), "accuracy@5": right[:, 1].mean(), "renderings": len(rows)}
     shares |= {f"accuracy@1 {style}": right[of_style == style, 0].mean() for style in sorted(set(styles))}

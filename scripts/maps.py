@@ -111,9 +111,9 @@ def main() -> None:
         classes_of(read(given.folder / "test-maps", names, Image.Resampling.BOX)),
     )
     pipe = LatentDiffusionPipeline.from_pretrained(given.model, device="cpu")
-    asked = {"num_images_per_prompt": given.samples, "seed": 0, "output_type": "uint8"}
-    drawn = np.stack([pipe("the map of a picture", image=picture, **asked).images for picture in pictures])
-    samples = classes_of(drawn)
+    options = {"num_images_per_prompt": given.samples, "seed": 0, "output_type": "uint8"}
+    canvas = np.stack([pipe("the map of a picture", image=picture, **options).images for picture in pictures])
+    samples = classes_of(canvas)
     votes = (samples[..., None] == np.arange(len(COLORS))).mean(1)
     majority = votes.argmax(-1)
     say("a sample", np.mean([overlaps(samples[:, i], true) for i in range(given.samples)], 0))
@@ -126,7 +126,7 @@ def main() -> None:
     likely, best = (each.numpy() for each in chances.max(1))
     say("a U-Net by cross-entropy", overlaps(best, true), calibration(likely, best == true))
     if given.output is not None:
-        rows = [pictures, COLORS[true], drawn[:, 0], COLORS[majority], COLORS[best]]
+        rows = [pictures, COLORS[true], canvas[:, 0], COLORS[majority], COLORS[best]]
         sheet = np.concatenate([np.concatenate(list(row[:12]), 1) for row in rows])
         Image.fromarray(sheet.astype(np.uint8)).save(given.output)
 

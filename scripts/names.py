@@ -61,8 +61,8 @@ def losses(pipe: LatentDiffusionPipeline, pictures: np.ndarray, captions: list[s
     for level in LEVELS:
         eps = torch.from_numpy(noise.normal(tuple(x0.shape), 0, "names", round(1000 * level)))
         t = torch.full((len(x0),), pipe.model.path.T * level)
-        found = pipe.model.backbone((1 - level) * x0 + level * eps, t, conditions)
-        results.append((found - (eps - x0))[:, kept].square().mean((1, 2, 3)).numpy())
+        result = pipe.model.backbone((1 - level) * x0 + level * eps, t, conditions)
+        results.append((result - (eps - x0))[:, kept].square().mean((1, 2, 3)).numpy())
     return np.stack(results, 1)
 
 
@@ -74,12 +74,12 @@ def main() -> None:
     given = parser.parse_args()
     pipe = LatentDiffusionPipeline.from_pretrained(given.model, runtime="torch", device="cpu")
     pictures, captions = scenes_of(Library(given.sprites), given.scenes, pipe.card.size[0])
-    found = {kind: losses(pipe, pictures, texts) for kind, texts in captions.items()}
+    result = {kind: losses(pipe, pictures, texts) for kind, texts in captions.items()}
     print("| caption | " + " | ".join(f"noise {level}" for level in LEVELS) + " |")
     print("|---" * (len(LEVELS) + 1) + "|")
-    print("| full | " + " | ".join(f"{value:.4f}" for value in found["full"].mean(0)) + " |")
+    print("| full | " + " | ".join(f"{value:.4f}" for value in result["full"].mean(0)) + " |")
     for kind in ("bare noun", "another name", "none"):
-        worse = found[kind] - found["full"]
+        worse = result[kind] - result["full"]
         cells = zip(worse.mean(0), worse.std(0, ddof=1) / len(worse) ** 0.5, strict=True)
         print(f"| {kind}: worse by | " + " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in cells) + " |")
 

@@ -335,10 +335,10 @@ def tensors_of(run, stage="denoiser"):
 def assert_bitwise(one, other, stages=("autoencoder", "clip", "denoiser")):
     """The final weights, averages and optimizer states of two runs are the same bits."""
     for stage in stages:
-        (step, expected), (last, found) = tensors_of(one, stage), tensors_of(other, stage)
+        (step, expected), (last, result) = tensors_of(one, stage), tensors_of(other, stage)
         assert step == last
-        assert expected.keys() == found.keys()
-        differ = [name for name in expected if expected[name].numpy().tobytes() != found[name].numpy().tobytes()]
+        assert expected.keys() == result.keys()
+        differ = [name for name in expected if expected[name].numpy().tobytes() != result[name].numpy().tobytes()]
         assert not differ, f"{stage}: {len(differ)} of {len(expected)} tensors differ, first {differ[0]}"
 
 

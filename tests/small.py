@@ -96,10 +96,10 @@ def denoiser_stage(count=10, network=None, buckets=None, group=1, bins=0, **draw
     network = network or TinyNetwork()
     path = VariancePreserving.scaled_linear()
     loss = DiffusionLoss(path, "epsilon")
-    drawn = Draws(0, Times(path, bins=bins), **draws)
-    order = Order(0, drawn.purpose, buckets or [np.arange(count)], group)
+    picture = Draws(0, Times(path, bins=bins), **draws)
+    order = Order(0, picture.purpose, buckets or [np.arange(count)], group)
     samples = Samples(given, given, lambda row: f"picture {row}")
-    return DenoiserStage(network, {"unet": network}, loss, samples, drawn, order)
+    return DenoiserStage(network, {"unet": network}, loss, samples, picture, order)
 
 
 SETTINGS = Training(

@@ -22,7 +22,7 @@ PROMPT = "a castle on a hill"
 ASKED = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
 
 
-def drawn(pipe):
+def draw(pipe):
     return pipe(PROMPT, **ASKED).images
 
 
@@ -92,12 +92,12 @@ def test_kohya_s_twin_draws_the_same_picture(folders, files, family):
     pictures = {}
     for name in ("peft", "kohya"):
         pipe = load(folders[family])
-        plain = drawn(pipe)
+        plain = draw(pipe)
         fit = pipe.load_lora_weights(files[family] / f"{name}.safetensors", weight=0.7)
         assert not fit.unused + fit.missing
-        pictures[name] = drawn(pipe)
+        pictures[name] = draw(pipe)
         pipe.fuse_lora()
-        torch.testing.assert_close(drawn(pipe), pictures[name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(draw(pipe), pictures[name], rtol=1e-3, atol=1e-3)
     assert torch.equal(pictures["peft"], pictures["kohya"])
     assert (pictures["peft"] - plain).abs().max() > 0.01
 
@@ -164,9 +164,9 @@ def test_earlier_names_of_diffusers(folders, files, tmp_path):
             old = name.replace(".attn1.to_q.lora_A", ".attn1.processor.to_q_lora.down")
             state[old.replace(".attn1.to_q.lora_B", ".attn1.processor.to_q_lora.up")] = tensor
     save_file(state, tmp_path / "old.safetensors")
-    found = read_adapter(tmp_path / "old.safetensors", adapted(load(folders["1"]).model))
-    assert found.matched == len(state) / 2
-    assert all(layer.scale == 1 for layer in found.layers["unet"].values())
+    result = read_adapter(tmp_path / "old.safetensors", adapted(load(folders["1"]).model))
+    assert result.matched == len(state) / 2
+    assert all(layer.scale == 1 for layer in result.layers["unet"].values())
 
 
 def test_a_peft_folder(folders, files, tmp_path):
@@ -175,9 +175,9 @@ def test_a_peft_folder(folders, files, tmp_path):
     unet = {f"base_model.model.{n.removeprefix('unet.')}": t for n, t in state.items() if n.startswith("unet.")}
     save_file(unet, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True}))
-    found = read_adapter(tmp_path, adapted(load(folders["1"]).model))
-    assert found.layers.keys() == {"unet"}
-    for layer in found.layers["unet"].values():
+    result = read_adapter(tmp_path, adapted(load(folders["1"]).model))
+    assert result.layers.keys() == {"unet"}
+    for layer in result.layers["unet"].values():
         assert layer.scale == pytest.approx(8 / layer.rank**0.5)
 
 
@@ -186,14 +186,14 @@ def test_several_at_once(folders, files, tmp_path):
     state = filled(load_file(files["1"] / "peft.safetensors"), seed=5)
     save_file(state, tmp_path / "other.safetensors")
     pipe = load(folders["1"])
-    plain = drawn(pipe)
+    plain = draw(pipe)
     pipe.load_lora_weights(files["1"] / "peft.safetensors", adapter_name="one")
     pipe.load_lora_weights(tmp_path / "other.safetensors", weight=-0.3)
-    loaded = drawn(pipe)
+    loaded = draw(pipe)
     pipe.set_adapters(["one", "other"], [1.0, -0.3])
-    assert torch.equal(drawn(pipe), loaded)  # both are in use once they are loaded
+    assert torch.equal(draw(pipe), loaded)  # both are in use once they are loaded
     pipe.set_adapters(["one", "other"], [0.6, -0.3])
-    both = drawn(pipe)
+    both = draw(pipe)
     assert [(s.path, s.weight) for s in pipe.painter.sources.values()] == [
         ("peft.safetensors", 0.6),
         ("other.safetensors", -0.3),
@@ -201,11 +201,11 @@ def test_several_at_once(folders, files, tmp_path):
     merged = load(folders["1"])
     merged.load_lora_weights(files["1"] / "peft.safetensors", weight=0.6, fuse=True)
     merged.load_lora_weights(tmp_path / "other.safetensors", weight=-0.3, fuse=True)
-    torch.testing.assert_close(drawn(merged), both, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(draw(merged), both, rtol=1e-3, atol=1e-3)
     pipe.set_adapters("one", 0.6)
-    assert (drawn(pipe) - both).abs().max() > 1e-3
+    assert (draw(pipe) - both).abs().max() > 1e-3
     pipe.unload_lora_weights()
-    assert torch.equal(drawn(pipe), plain)
+    assert torch.equal(draw(pipe), plain)
     assert not pipe.painter.sources
 
 
@@ -310,7 +310,7 @@ PLAIN = {f"{QUERY}.lora_A.weight": torch.ones(2, 32), f"{QUERY}.lora_B.weight": 
 def unchanged(folders):
     """A pipeline and a picture by it."""
     pipe = load(folders["1"])
-    return pipe, drawn(pipe)
+    return pipe, draw(pipe)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_adapters_that_are_broken_change_nothing(unchanged, tmp_path, changes, f
     with pytest.raises(ModelError) as caught:
         pipe.load_lora_weights(tmp_path / "broken.safetensors", fuse=fuse)
     assert len(str(caught.value)) < 400
-    assert torch.equal(drawn(pipe), before)
+    assert torch.equal(draw(pipe), before)
     assert not pipe.painter.sources
 
 
@@ -417,7 +417,7 @@ def test_a_folder_with_adapters_beside_the_weights_is_not_saved(folders, files, 
     assert not (tmp_path / "model").exists()
     pipe.fuse_lora()
     pipe.save_pretrained(tmp_path / "model")
-    assert torch.equal(drawn(load(tmp_path / "model")), drawn(pipe))
+    assert torch.equal(draw(load(tmp_path / "model")), draw(pipe))
 
 
 # learnt words
@@ -472,7 +472,7 @@ def test_words_in_capitals(folders, tmp_path):
 def test_what_fails_to_load_changes_nothing(folders, tmp_path):
     """Neither the words before the one that does not fit, nor the layers before it."""
     pipe = load(folders["1"])
-    before, size = drawn(pipe), len(pipe.model.encoder.tokenizer)
+    before, size = draw(pipe), len(pipe.model.encoder.tokenizer)
     save_file({"<a>": torch.ones(64), "<b>": torch.ones(63)}, tmp_path / "words.safetensors")
     with pytest.raises(ModelError, match="has vectors of 63"):
         pipe.load_textual_inversion(tmp_path / "words.safetensors")
@@ -485,7 +485,7 @@ def test_what_fails_to_load_changes_nothing(folders, tmp_path):
     for settings in ({"fuse": True}, {}):
         with pytest.raises(ModelError):
             pipe.load_lora_weights(tmp_path / "loha.safetensors", **settings)
-    assert torch.equal(drawn(pipe), before)
+    assert torch.equal(draw(pipe), before)
     assert not pipe.painter.sources
 
 

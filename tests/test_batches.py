@@ -65,9 +65,9 @@ def pixels(folder):
     return {path.name: np.asarray(Image.open(path)) for path in folder.iterdir()}
 
 
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    assert all((found[name] == expected[name]).all() for name in expected)
+def same(result, expected):
+    assert result.keys() == expected.keys()
+    assert all((result[name] == expected[name]).all() for name in expected)
 
 
 @pytest.mark.slow

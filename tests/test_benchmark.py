@@ -131,11 +131,11 @@ def test_every_object_of_a_scene_is_found(benchmark, category):
 def test_the_oracle_reads_composed_shapes(category):
     """At 128 pixels, on plain and graded backgrounds; another scene's prompt is almost never right."""
     benchmark = ComposedShapes(128)
-    drawn = scenes(benchmark, category, 100)
-    pictures = [benchmark.picture(scene) for scene in drawn]
-    right = [benchmark.is_right(picture, scene) for picture, scene in zip(pictures, drawn, strict=True)]
-    assert np.mean(right) >= 0.97, [scene.description for scene, good in zip(drawn, right, strict=True) if not good]
-    others = [benchmark.is_right(picture, scene) for picture, scene in zip(pictures, drawn[1:], strict=False)]
+    image = scenes(benchmark, category, 100)
+    pictures = [benchmark.picture(scene) for scene in image]
+    right = [benchmark.is_right(picture, scene) for picture, scene in zip(pictures, image, strict=True)]
+    assert np.mean(right) >= 0.97, [scene.description for scene, good in zip(image, right, strict=True) if not good]
+    others = [benchmark.is_right(picture, scene) for picture, scene in zip(pictures, image[1:], strict=False)]
     assert np.mean(others) < 0.1
 
 
@@ -230,9 +230,9 @@ def test_own_pictures_are_recognised_and_are_at_no_distance(benchmark, library):
     assert sorted(sprite.name for sprite in sprites) == sorted(PATTERNS)
     assert not any(sprite.row in library.held_out for sprite in sprites)
     own = recognition.own_pictures(benchmark, sprites, 0)
-    found = recognition.Recognition(sprites, (), own, recognition.named(benchmark.judge, own))
-    np.testing.assert_array_equal(found.right(1), 1)
-    np.testing.assert_allclose(recognition.style_distances(benchmark, found, 0), 0, atol=1e-3)
+    result = recognition.Recognition(sprites, (), own, recognition.named(benchmark.judge, own))
+    np.testing.assert_array_equal(result.right(1), 1)
+    np.testing.assert_allclose(recognition.style_distances(benchmark, result, 0), 0, atol=1e-3)
     others = [next(s for s in library.by_name[sprite.name] if s.style != sprite.style) for sprite in sprites]
     swapped = recognition.Recognition(sprites, (), recognition.own_pictures(benchmark, others, 0), [])
     assert (recognition.style_distances(benchmark, swapped, 0) > 0.3).all()

@@ -54,8 +54,8 @@ def test_the_picture_before_is_read(pairs):
     keys = [(row, epoch) for row in range(4) for epoch in range(50)]
     edited = Edited(NoCaptions(), before.training, IdentityCodec(3), 0.25, seed=0)
     beside = edited.conditions(edited.batch(keys, [True] * len(keys)))["beside"].numpy()
-    shown = beside.any((1, 2, 3))
-    assert abs(shown.mean() - 0.75) < 0.1, "a share is left out"
+    view = beside.any((1, 2, 3))
+    assert abs(view.mean() - 0.75) < 0.1, "a share is left out"
     assert len(examples) == 8
 
 

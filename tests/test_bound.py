@@ -85,16 +85,16 @@ def test_each_term_is_the_divergence_of_two_gaussians(schedule, variance):
     """KL by its own formula, for any prediction; at time 0 the density's logarithm."""
     terms, rng = Terms.of(schedule, variance), np.random.default_rng(0)
     for t in [1, 2, 17, 500, 997, 998, 999]:
-        x0, found, x_t = rng.normal(size=(3, 6))
+        x0, result, x_t = rng.normal(size=(3, 6))
         step = transition(schedule.level(t - 1), schedule.level(t))
         own = step.variance if variance == "small" else step.beta
-        apart = (step.x_t * x_t + step.x0 * x0) - (step.x_t * x_t + step.x0 * found)
+        apart = (step.x_t * x_t + step.x0 * x0) - (step.x_t * x_t + step.x0 * result)
         kl = math.log(math.sqrt(own / step.variance)) + (step.variance + apart**2) / (2 * own) - 0.5
-        squared = np.array([((x0 - found) ** 2).sum()])
+        squared = np.array([((x0 - result) ** 2).sum()])
         np.testing.assert_allclose(terms.at(np.array([t]), squared, 6), kl.sum(), rtol=1e-9)
-    x0, found = rng.normal(size=(2, 6)) * 0.1
-    density = stats.norm(found, math.sqrt(schedule.betas[0])).logpdf(x0).sum()
-    squared = np.array([((x0 - found) ** 2).sum()])
+    x0, result = rng.normal(size=(2, 6)) * 0.1
+    density = stats.norm(result, math.sqrt(schedule.betas[0])).logpdf(x0).sum()
+    squared = np.array([((x0 - result) ** 2).sum()])
     np.testing.assert_allclose(terms.at(np.array([0]), squared, 6), -density, rtol=1e-9)
 
 
@@ -132,21 +132,21 @@ def test_the_estimate(kind, variance):
     """Monte Carlo within three standard errors of the closed form, term by term."""
     s, schedule, dimensions = 0.7, SD, 16
     x0 = kind(np.random.default_rng(1).normal(0, s, (400, 4, 2, 2)))
-    found = errors_of(gaussian(schedule, s), x0, schedule, count=8, seed=3)
+    result = errors_of(gaussian(schedule, s), x0, schedule, count=8, seed=3)
     terms = Terms.of(schedule, variance)
     each = terms.weight * mmse(schedule, s) + terms.constant
     a = schedule.alphas_cumprod[-1]
     last = 0.5 * (a * (s**2 - 1) - math.log1p(-a))
     expected = dimensions * np.array([last, each[1:].sum(), each[0]])
-    for got, wanted in zip((found.prior, found.denoising(variance), found.reconstruction), expected, strict=True):
+    for got, wanted in zip((result.prior, result.denoising(variance), result.reconstruction), expected, strict=True):
         mean, error = mean_and_error(got)
         assert abs(mean - wanted) < 3 * error + 1e-9
         assert error < 0.02 * abs(wanted) + 1e-3
-    mean, error = mean_and_error(found.total(variance))
+    mean, error = mean_and_error(result.total(variance))
     assert abs(mean - expected.sum()) < 3 * error
     edges = [1, 50, 200, 600, 1000]
     bins = [dimensions * each[a:b].mean() for a, b in pairwise(edges)]
-    np.testing.assert_allclose(found.curve(edges, variance), bins, rtol=0.15)
+    np.testing.assert_allclose(result.curve(edges, variance), bins, rtol=0.15)
 
 
 def test_what_captions_are_worth():
@@ -185,8 +185,8 @@ def test_what_captions_are_worth():
     x0 = (means[labels] + s * rng.normal(size=3000))[:, None]
     cond = errors_of(lambda x, t: exact(SHORT, means[labels][:, None])(x, t), x0, SHORT, count=6)
     uncond = errors_of(partial(mixture, SHORT), x0, SHORT, count=6)
-    for found, expected in ((cond, known), (uncond, unknown)):
-        for got, wanted in ((found.denoising(), expected[1:].sum()), (found.reconstruction, expected[0])):
+    for result, expected in ((cond, known), (uncond, unknown)):
+        for got, wanted in ((result.denoising(), expected[1:].sum()), (result.reconstruction, expected[0])):
             mean, error = mean_and_error(got)
             assert abs(mean - wanted) < 3 * error
     mean, error = mean_and_error(uncond.total() - cond.total())
@@ -221,8 +221,8 @@ def test_times_are_drawn_as_proposed(schedule):
     assert p[0] == 0
     assert p.sum() == pytest.approx(1, abs=1e-12)
     assert p[1:].min() > 0.09 / schedule.T
-    drawn = np.concatenate([drawn_times(p, 50, 0, sample) for sample in range(400)])
-    counts = np.histogram(drawn, [1, 10, 100, 300, 600, 999, 1000])[0] / len(drawn)
+    picture = np.concatenate([drawn_times(p, 50, 0, sample) for sample in range(400)])
+    counts = np.histogram(picture, [1, 10, 100, 300, 600, 999, 1000])[0] / len(picture)
     edges = np.cumsum(np.concatenate([[0], p]))
     expected = [edges[b] - edges[a] for a, b in ((1, 10), (10, 100), (100, 300), (300, 600), (600, 999), (999, 1000))]
     np.testing.assert_allclose(counts, expected, atol=0.004)
@@ -252,13 +252,13 @@ def test_probabilities_of_8_bit_values(kind):
 def test_pixels():
     """The reconstruction of 8-bit values is that of their bins, beside it the same terms."""
     x0 = np.random.default_rng(0).integers(0, 256, (6, 2, 4)) / 127.5 - 1
-    found = errors_of(gaussian(LINEAR, 1.0), x0, LINEAR, count=2, pixels=True)
+    result = errors_of(gaussian(LINEAR, 1.0), x0, LINEAR, count=2, pixels=True)
     plain = errors_of(gaussian(LINEAR, 1.0), x0, LINEAR, count=2)
-    assert np.array_equal(found.squared, plain.squared)
+    assert np.array_equal(result.squared, plain.squared)
     x = noised(LINEAR, x0, np.zeros(6, np.int64), 0, range(6))
     logs = discretised(x0, gaussian(LINEAR, 1.0)(x, np.zeros(6, np.int64)), math.sqrt(1e-4))
-    np.testing.assert_allclose(found.reconstruction, -logs.reshape(6, -1).sum(1), rtol=1e-12)
-    assert bits(found.reconstruction, 8).mean() < 8
+    np.testing.assert_allclose(result.reconstruction, -logs.reshape(6, -1).sum(1), rtol=1e-12)
+    assert bits(result.reconstruction, 8).mean() < 8
 
 
 def test_bad_arguments():

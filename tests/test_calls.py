@@ -71,10 +71,10 @@ def test_names_of_other_programs_for_grids():
 def test_any_multiple_of_the_vaes_factor(ours, theirs, width, height):
     """Sides that the U-Net's levels do not halve evenly: each level is enlarged to the size of its skip connections."""
     x = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
-    asked = ASKED | {"width": width, "height": height, "output_type": "pt", "latents": x}
-    drawn = ours(PROMPT, sampler="ddim", spacing="leading", **asked).images
-    assert drawn.shape == (1, 3, height, width)
-    close(drawn, theirs(PROMPT, **asked).images)
+    extra = ASKED | {"width": width, "height": height, "output_type": "pt", "latents": x}
+    picture = ours(PROMPT, sampler="ddim", spacing="leading", **extra).images
+    assert picture.shape == (1, 3, height, width)
+    close(picture, theirs(PROMPT, **extra).images)
 
 
 # schedulers
@@ -135,12 +135,12 @@ def test_samplings_that_no_scheduler_has(folders):
 def test_a_scheduler_says_what_is_predicted(folders):
     """As in diffusers: `from_config(pipe.scheduler.config, prediction_type=...)` mends a model that is read wrongly."""
     pipe = load(folders["1"])
-    asked = {**ASKED, "latents": noise()}
-    as_epsilon = pipe(PROMPT, **asked).images
-    as_v = pipe(PROMPT, prediction="v_prediction", **asked).images
+    extra = {**ASKED, "latents": noise()}
+    as_epsilon = pipe(PROMPT, **extra).images
+    as_v = pipe(PROMPT, prediction="v_prediction", **extra).images
     assert not torch.equal(as_v, as_epsilon)
     pipe.scheduler = scheduler("DDIMScheduler", pipe, prediction_type="v_prediction")
-    assert torch.equal(pipe(PROMPT, **asked).images, as_v)
+    assert torch.equal(pipe(PROMPT, **extra).images, as_v)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
@@ -231,21 +231,21 @@ def test_timesteps_and_sigmas(name, folders, theirs):
     for each in (pipe, theirs):
         each.scheduler = scheduler(name, each)
     x = noise()
-    asked = {key: value for key, value in ASKED.items() if key != "num_inference_steps"}
+    extra = {key: value for key, value in ASKED.items() if key != "num_inference_steps"}
     if name == "DDIMScheduler":
-        levels = pipe(PROMPT, latents=x, timesteps=[900, 500, 100], **asked)
+        levels = pipe(PROMPT, latents=x, timesteps=[900, 500, 100], **extra)
         assert levels.metadata[0].steps == (3,)
         assert levels.metadata[0].request["timesteps"] == (900.0, 500.0, 100.0)
         same = [pipe.model.path.level(t) for t in (900, 500, 100)]
         assert [round(level.t) for level in same] == [900, 500, 100]
         return
     start = x * pipe.model.path.level_of(10.0).sigma
-    expected = theirs(PROMPT, latents=x, sigmas=[10.0, 3.0, 1.0, 0.0], **asked).images
+    expected = theirs(PROMPT, latents=x, sigmas=[10.0, 3.0, 1.0, 0.0], **extra).images
     # theirs begins at the largest sigma of the table whatever the list says
     scale = float(theirs.scheduler.init_noise_sigma) / 10
-    close(pipe(PROMPT, latents=start * scale, sigmas=[10.0, 3.0, 1.0, 0.0], **asked).images, expected)
-    drawn = pipe(PROMPT, latents=start * scale, sigmas=np.array([10.0, 3.0, 1.0]), **asked).images
-    close(drawn, expected)
+    close(pipe(PROMPT, latents=start * scale, sigmas=[10.0, 3.0, 1.0, 0.0], **extra).images, expected)
+    picture = pipe(PROMPT, latents=start * scale, sigmas=np.array([10.0, 3.0, 1.0]), **extra).images
+    close(picture, expected)
 
 
 @pytest.mark.parametrize(
@@ -325,20 +325,20 @@ def test_pictures_of_other_kinds(form, ours):
         "np batch": (floats[None], (mask / 255.0)[None]),
         "list": ([Image.fromarray(photo)], [Image.fromarray(mask)]),
     }[form]
-    asked = {"num_inference_steps": 2, "seed": 1, "output_type": "uint8"}
-    expected = ours(PROMPT, image=photo, mask_image=mask, **asked).images
-    np.testing.assert_array_equal(ours(PROMPT, image=given, mask_image=marked, **asked).images, expected)
+    extra = {"num_inference_steps": 2, "seed": 1, "output_type": "uint8"}
+    expected = ours(PROMPT, image=photo, mask_image=mask, **extra).images
+    np.testing.assert_array_equal(ours(PROMPT, image=given, mask_image=marked, **extra).images, expected)
     with pytest.raises(ConfigError, match=r"image of floats must be in \[0, 1\]"):
-        ours(PROMPT, image=2 * floats - 1, **asked)
+        ours(PROMPT, image=2 * floats - 1, **extra)
     with pytest.raises(ConfigError, match="image must be one picture"):
-        ours(PROMPT, image=[Image.fromarray(photo)] * 2, **asked)
+        ours(PROMPT, image=[Image.fromarray(photo)] * 2, **extra)
 
 
 def test_one_generator_for_more_pictures_than_a_batch(ours):
     """Drawn as one batch, as in diffusers, also by a sampler that adds noise."""
-    asked = {"num_images_per_prompt": 10, "sampler": "euler_ancestral", **ASKED}
-    alone = ours(PROMPT, generator=torch.Generator().manual_seed(1), **asked).images
-    whole = ours(PROMPT, generator=torch.Generator().manual_seed(1), batch_size=10, **asked).images
+    extra = {"num_images_per_prompt": 10, "sampler": "euler_ancestral", **ASKED}
+    alone = ours(PROMPT, generator=torch.Generator().manual_seed(1), **extra).images
+    whole = ours(PROMPT, generator=torch.Generator().manual_seed(1), batch_size=10, **extra).images
     assert torch.equal(alone, whole)
 
 
@@ -370,9 +370,9 @@ def test_callbacks_on_a_straight_path(ours):
     """Flow matching of diffusers has no x / alpha: the latents are those of the walk."""
     model = replace(ours.model, path=Straight(), prediction="flow")
     pipe, seen = LatentDiffusionPipeline(model), []
-    asked = {"sampler": "euler", "spacing": "trailing", "seed": 1, "num_inference_steps": 3, "height": 64, "width": 64}
-    steps = [step.x for step in pipe.stream(PROMPT, **asked)]
-    pipe(PROMPT, callback_on_step_end=lambda *a: seen.append(a[3]["latents"].clone()), **asked)
+    extra = {"sampler": "euler", "spacing": "trailing", "seed": 1, "num_inference_steps": 3, "height": 64, "width": 64}
+    steps = [step.x for step in pipe.stream(PROMPT, **extra)]
+    pipe(PROMPT, callback_on_step_end=lambda *a: seen.append(a[3]["latents"].clone()), **extra)
     for latents, x in zip(seen, steps, strict=True):
         assert torch.equal(latents, x)
 
@@ -401,11 +401,11 @@ def test_callbacks_that_return_something_else(latents, ours):
 
 def test_a_callback_of_a_compiled_model(compiled_model):
     pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, device="cpu")
-    asked = {"seed": 1, "num_inference_steps": 3, "output_type": "latent"}
-    plain = pipe("a red circle", **asked).images
+    extra = {"seed": 1, "num_inference_steps": 3, "output_type": "latent"}
+    plain = pipe("a red circle", **extra).images
     seen = []
-    zero = pipe("a red circle", callback_on_step_end=lambda p, i, t, k: {"latents": 0 * k["latents"]}, **asked).images
-    same = pipe("a red circle", callback_on_step_end=lambda p, i, t, k: seen.append((i, t)) or k, **asked).images
+    zero = pipe("a red circle", callback_on_step_end=lambda p, i, t, k: {"latents": 0 * k["latents"]}, **extra).images
+    same = pipe("a red circle", callback_on_step_end=lambda p, i, t, k: seen.append((i, t)) or k, **extra).images
     assert torch.equal(same, plain)
     assert not zero.any()
     assert [i for i, _ in seen] == [0, 1, 2]
@@ -473,10 +473,10 @@ def test_arguments_of_loading(folders):
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_guidance_rescale(name, folders, theirs):
     """Of the network's output, as in the paper and in diffusers."""
-    pipe, x, asked = load(folders["1"]), noise(), ASKED | {"guidance_scale": 7.5, "guidance_rescale": 0.7}
+    pipe, x, extra = load(folders["1"]), noise(), ASKED | {"guidance_scale": 7.5, "guidance_rescale": 0.7}
     for each in (pipe, theirs):
         each.scheduler = scheduler(name, each)
-    close(pipe(PROMPT, latents=x, **asked).images, theirs(PROMPT, latents=x, **asked).images)
+    close(pipe(PROMPT, latents=x, **extra).images, theirs(PROMPT, latents=x, **extra).images)
 
 
 def test_the_guidance_of_sdxl(folders):

@@ -167,9 +167,9 @@ def test_a_student_learns_it():
             return c.skip * x + c.out * student(x, torch.full((len(x),), level.t), None)
 
         (step,) = SAMPLERS["lcm"].walk(denoise, x, path.levels(1, "distilled"))
-    drawn = np.asarray(step.x)
-    assert abs(drawn.mean() - MEAN) < 0.05
-    assert abs(drawn.std() - STD) < 0.08
+    picture = np.asarray(step.x)
+    assert abs(picture.mean() - MEAN) < 0.05
+    assert abs(picture.std() - STD) < 0.08
     top = path.levels(1, "distilled")[0]
     collapsed = MEAN + (top.alpha * STD**2 / (top.alpha**2 * STD**2 + top.sigma**2)) * (x.numpy() - top.alpha * MEAN)
     assert collapsed.std() < 0.1 * STD, "the teacher in one step draws the mean"
@@ -287,8 +287,8 @@ def test_times_of_tuning():
     """The logarithms of the ratios are normal where the path has them."""
     times = Times(Straight(), "log_normal", LOG_MEAN, LOG_STD)
     rng = np.random.default_rng(0)
-    drawn = np.array([times.draw(rng) for _ in range(20_000)]) / 1000
-    logs = np.log(drawn / (1 - drawn))
+    picture = np.array([times.draw(rng) for _ in range(20_000)]) / 1000
+    logs = np.log(picture / (1 - picture))
     assert abs(logs.mean() - LOG_MEAN) < 0.05
     assert abs(logs.std() - LOG_STD) < 0.05
     whole = Times(VariancePreserving.cosine(), "log_normal", LOG_MEAN, LOG_STD)
@@ -324,9 +324,9 @@ def test_a_student_is_tuned():
         schedule.step()
     x = torch.randn(4000, 1, generator=generator)
     with torch.no_grad():
-        drawn = x - student(x, torch.full((4000,), 1000.0), None)
-    assert abs(float(drawn.mean()) - MEAN) < 0.06
-    assert abs(float(drawn.std()) - STD) < 0.12
+        picture = x - student(x, torch.full((4000,), 1000.0), None)
+    assert abs(float(picture.mean()) - MEAN) < 0.06
+    assert abs(float(picture.std()) - STD) < 0.12
 
 
 @pytest.fixture(scope="module")
@@ -354,13 +354,13 @@ def test_beside_its_teacher(student):
     assert sheet.shape == (128, 256, 3)
     assert "few-steps.png" in (student / "full" / "README.md").read_text()
     (prompt,) = json.loads(Image.open(student / "full" / "few-steps.png").text["Description"])["prompts"]
-    asked = {"prompt": prompt, "seed": 0, "height": 64, "width": 64, "output_type": "uint8"}
+    options = {"prompt": prompt, "seed": 0, "height": 64, "width": 64, "output_type": "uint8"}
     teacher, own = load(student / "teacher"), load(student / "full" / "model")
     for column, count in enumerate((1, 2, 4, 8)):
         for row, pipe in enumerate((teacher, own)):
-            drawn = pipe(num_inference_steps=count, **asked).images[0].astype(int)
-            shown = sheet[64 * row : 64 * row + 64, 64 * column : 64 * column + 64]
-            assert np.abs(drawn - shown).max() <= 1
+            picture = pipe(num_inference_steps=count, **options).images[0].astype(int)
+            view = sheet[64 * row : 64 * row + 64, 64 * column : 64 * column + 64]
+            assert np.abs(picture - view).max() <= 1
 
 
 @pytest.mark.slow
@@ -371,15 +371,15 @@ def test_diffusers_draws_the_student(student):
     ours = load(student / "full" / "model")
     assert {**ours.card.defaults} | PRESETS["lcm"] == {**ours.card.defaults}
     teacher = load(student / "teacher")
-    drawn = []
+    picture = []
     for pipe in (theirs, ours):
         noise = torch.Generator().manual_seed(2)
         latents = torch.randn(1, 4, 8, 8, generator=noise)
-        drawn.append(pipe("a star", latents=latents, generator=noise, **ASKED).images)
-    assert np.abs(drawn[0] - drawn[1]).max() < 1e-4
+        picture.append(pipe("a star", latents=latents, generator=noise, **ASKED).images)
+    assert np.abs(picture[0] - picture[1]).max() < 1e-4
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     before = teacher("a star", latents=latents, generator=noise, preset="lcm", height=64, width=64, output_type="np")
-    assert np.abs(before.images - drawn[1]).max() > 1e-4, "it has learnt"
+    assert np.abs(before.images - picture[1]).max() > 1e-4, "it has learnt"
 
 
 @pytest.mark.slow
@@ -389,9 +389,9 @@ def test_its_factors_are_an_lcm_lora(student):
     theirs.load_lora_weights(student / "factors", weight_name="pytorch_lora_weights.safetensors")
     ours = load(student / "teacher")
     ours.load_lora_weights(student / "factors")
-    drawn = []
+    picture = []
     for pipe, more in ((theirs, {}), (ours, {"preset": "lcm"})):
         noise = torch.Generator().manual_seed(2)
         latents = torch.randn(1, 4, 8, 8, generator=noise)
-        drawn.append(pipe("a star", latents=latents, generator=noise, **ASKED, **more).images)
-    assert np.abs(drawn[0] - drawn[1]).max() < 1e-4
+        picture.append(pipe("a star", latents=latents, generator=noise, **ASKED, **more).images)
+    assert np.abs(picture[0] - picture[1]).max() < 1e-4

@@ -104,18 +104,18 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_as_diffusers_draws(place, pictures, settings):
     folder, base, controls, family = place
-    asked = {"negative_prompt": NEGATIVE, **ASKED, **settings, "height": 48, "width": 64, "latents": noise()}
-    expected = theirs(base, family, controls[0])(PROMPT, image=pictures[1], output_type="np", **asked).images
+    options = {"negative_prompt": NEGATIVE, **ASKED, **settings, "height": 48, "width": 64, "latents": noise()}
+    expected = theirs(base, family, controls[0])(PROMPT, image=pictures[1], output_type="np", **options).images
     ours = load(folder / "model")
-    plain = ours(PROMPT, **{k: v for k, v in asked.items() if k not in settings or k == "guidance_scale"}, **OURS)
+    plain = ours(PROMPT, **{k: v for k, v in options.items() if k not in settings or k == "guidance_scale"}, **OURS)
     ours.load_controlnet(folder / "control0")
-    drawn = ours(PROMPT, control_image=pictures[1], **asked, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
-    assert np.abs(drawn - plain.images).max() > 1e-3, "it steers"
+    sample = ours(PROMPT, control_image=pictures[1], **options, **OURS).images
+    assert np.abs(sample - expected).max() < 1e-4
+    assert np.abs(sample - plain.images).max() > 1e-3, "it steers"
     ours.unload_controlnets()
     assert (
         ours(PROMPT, **{**ASKED, "height": 48, "width": 64, "latents": noise()}, **OURS).images
-    ).shape == drawn.shape
+    ).shape == sample.shape
 
 
 @pytest.mark.quick("1")
@@ -126,14 +126,14 @@ def test_several_at_once(place, pictures):
         "control_guidance_start": [0.0, 0.4],
         "control_guidance_end": [0.8, 1.0],
     }
-    asked = {"negative_prompt": NEGATIVE, **ASKED, **each, "height": 48, "width": 64, "latents": noise()}
+    options = {"negative_prompt": NEGATIVE, **ASKED, **each, "height": 48, "width": 64, "latents": noise()}
     pipe = theirs(base, family, MultiControlNetModel(controls))
-    expected = pipe(PROMPT, image=pictures, output_type="np", **asked).images
+    expected = pipe(PROMPT, image=pictures, output_type="np", **options).images
     ours = load(folder / "model")
     for index in range(2):
         ours.load_controlnet(folder / f"control{index}")
-    drawn = ours(PROMPT, control_image=pictures, **asked, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
+    sample = ours(PROMPT, control_image=pictures, **options, **OURS).images
+    assert np.abs(sample - expected).max() < 1e-4
 
 
 def test_over_a_picture(place, pictures):
@@ -151,10 +151,10 @@ def test_over_a_picture(place, pictures):
     x = diffuse(ours.encode(np.asarray(pictures[0])[None]), noise(), levels[4])
     made.prepare_latents = lambda *_, **__: x  # theirs draws the posterior, and noise of its own
     shares = {"control_guidance_start": 0.3, "control_guidance_end": 0.9, "controlnet_conditioning_scale": 1.0}
-    asked = {"image": pictures[0], "num_inference_steps": 10, "guidance_scale": 3.0, "strength": 0.65, **shares}
-    expected = made(PROMPT, control_image=pictures[1], height=48, width=64, output_type="np", **asked).images
-    drawn = ours(PROMPT, control_image=pictures[1], latents=noise(), **asked, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
+    options = {"image": pictures[0], "num_inference_steps": 10, "guidance_scale": 3.0, "strength": 0.65, **shares}
+    expected = made(PROMPT, control_image=pictures[1], height=48, width=64, output_type="np", **options).images
+    sample = ours(PROMPT, control_image=pictures[1], latents=noise(), **options, **OURS).images
+    assert np.abs(sample - expected).max() < 1e-4
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_in_every_other_way(place, pictures):
     mask = np.zeros((48, 64), np.uint8)
     mask[10:30, 20:50] = 255
     small = {"num_inference_steps": 3, "seed": 1, "output_type": "uint8"}
-    for asked in (
+    for options in (
         {"image": pictures[0], "mask_image": mask},
         {"hires_scale": 2.0, "height": 48, "width": 64},
         {"pag_scale": 2.0, "height": 48, "width": 64},
@@ -174,16 +174,16 @@ def test_in_every_other_way(place, pictures):
         {"num_images_per_prompt": 3, "batch_size": 2, "height": 48, "width": 64},
     ):
         steered, free = (
-            ours(PROMPT, control_image=pictures[1], controlnet_conditioning_scale=scale, **asked, **small).images
+            ours(PROMPT, control_image=pictures[1], controlnet_conditioning_scale=scale, **options, **small).images
             for scale in (1.0, 0.0)
         )
-        alone = load(folder / "model")(PROMPT, **asked, **small).images
+        alone = load(folder / "model")(PROMPT, **options, **small).images
         assert np.abs(free.astype(int) - alone).max() <= 1, "a scale of zero is no control"
         assert np.abs(steered.astype(int) - free).max() > 1
     fast = LatentDiffusionPipeline.from_pretrained(folder / "model", device="cpu", speed="max", torch_dtype="float32")
     fast.load_controlnet(folder / "control0")
-    asked = {"control_image": pictures[1], "height": 48, "width": 64, **small}
-    assert np.abs(fast(PROMPT, **asked).images.astype(int) - ours(PROMPT, **asked).images).max() <= 2
+    options = {"control_image": pictures[1], "height": 48, "width": 64, **small}
+    assert np.abs(fast(PROMPT, **options).images.astype(int) - ours(PROMPT, **options).images).max() <= 2
 
 
 def test_union_of_kinds(tmp_path, pictures):
@@ -197,21 +197,21 @@ def test_union_of_kinds(tmp_path, pictures):
     pipe.set_progress_bar_config(disable=True)
     ours = load(tmp_path / "model")
     ours.load_controlnet(tmp_path / "union")
-    asked = {**ASKED, "height": 48, "width": 64, "controlnet_conditioning_scale": 0.8}
+    options = {**ASKED, "height": 48, "width": 64, "controlnet_conditioning_scale": 0.8}
     with pytest.raises(ConfigError, match="this ControlNet knows 6 kinds of pictures: set control_mode"):
-        ours(PROMPT, control_image=pictures[0], **asked, **OURS)
+        ours(PROMPT, control_image=pictures[0], **options, **OURS)
     with pytest.raises(ConfigError, match="control_mode 6 is none of the 6 kinds"):
-        ours(PROMPT, control_image=pictures[0], control_mode=6, **asked, **OURS)
-    drawn = []
+        ours(PROMPT, control_image=pictures[0], control_mode=6, **options, **OURS)
+    sample = []
     for mode in (0, 3):
-        drawn.append(
-            ours(PROMPT, control_image=pictures[0], control_mode=mode, latents=noise(), **asked, **OURS).images
+        sample.append(
+            ours(PROMPT, control_image=pictures[0], control_mode=mode, latents=noise(), **options, **OURS).images
         )
         expected = pipe(
-            PROMPT, control_image=[pictures[0]], control_mode=[mode], latents=noise(), output_type="np", **asked
+            PROMPT, control_image=[pictures[0]], control_mode=[mode], latents=noise(), output_type="np", **options
         ).images
-        assert np.abs(drawn[-1] - expected).max() < 1e-4
-    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+        assert np.abs(sample[-1] - expected).max() < 1e-4
+    assert np.abs(sample[0] - sample[1]).max() > 1e-3
 
 
 def test_as_diffusers_code_loads_them(place, pictures):
@@ -219,20 +219,20 @@ def test_as_diffusers_code_loads_them(place, pictures):
     folder, _, controls, family = place
     if family != "1":
         pytest.skip("loading knows nothing of the family")
-    asked = {"num_inference_steps": 2, "seed": 1, "height": 48, "width": 64, "output_type": "np"}
+    options = {"num_inference_steps": 2, "seed": 1, "height": 48, "width": 64, "output_type": "np"}
     load_with = partial(LatentDiffusionPipeline.from_pretrained, folder / "model", device="cpu")
     expected = []
     for given in (controls[0], folder / "control0", [str(folder / "control0")]):
         pipe = load_with(controlnet=given)
         assert isinstance(pipe.controlnet, ControlNetModel)
-        expected.append(pipe(PROMPT, control_image=pictures[0], **asked).images)
+        expected.append(pipe(PROMPT, control_image=pictures[0], **options).images)
     assert all((each == expected[0]).all() for each in expected)
     pipe = load_with(controlnet=MultiControlNetModel(controls))
     assert [control is own for control, own in zip(pipe.controlnet, controls, strict=True)] == [True, True]
-    pipe(PROMPT, control_image=pictures, **asked)
+    pipe(PROMPT, control_image=pictures, **options)
     pipe.controlnet = None
     assert pipe.controlnet is None
-    pipe(PROMPT, **asked)
+    pipe(PROMPT, **options)
     with pytest.raises(ConfigError, match="controlnet must be a path"):
         pipe.controlnet = torch.nn.Linear(1, 1)
 
@@ -258,16 +258,16 @@ def test_t2i_adapters(place, tmp_path, channels):
     ours = load(folder / "model")
     ours.load_controlnet(tmp_path / "adapter")
     for scale, guidance in ((1.0, 4.0), (0.5, 1.0)):
-        asked = {"height": 64, "width": 96, "num_inference_steps": 5, "guidance_scale": guidance}
+        options = {"height": 64, "width": 96, "num_inference_steps": 5, "guidance_scale": guidance}
         expected = pipe(
-            PROMPT, image=given, adapter_conditioning_scale=scale, latents=noise(64, 96), output_type="np", **asked
+            PROMPT, image=given, adapter_conditioning_scale=scale, latents=noise(64, 96), output_type="np", **options
         ).images
-        ours_asked = {"control_image": grey.convert("RGB"), "controlnet_conditioning_scale": scale, **asked, **OURS}
-        drawn = ours(PROMPT, latents=noise(64, 96), **ours_asked).images
-        assert np.abs(drawn - expected).max() < 1e-4
+        ours_asked = {"control_image": grey.convert("RGB"), "controlnet_conditioning_scale": scale, **options, **OURS}
+        sample = ours(PROMPT, latents=noise(64, 96), **ours_asked).images
+        assert np.abs(sample - expected).max() < 1e-4
     ours.load_controlnet(folder / "control0")
-    both = ours(PROMPT, control_image=[grey.convert("RGB")] * 2, latents=noise(64, 96), **asked, **OURS).images
-    assert np.abs(both - drawn).max() > 1e-3
+    both = ours(PROMPT, control_image=[grey.convert("RGB")] * 2, latents=noise(64, 96), **options, **OURS).images
+    assert np.abs(both - sample).max() > 1e-3
     other = load(folder / "model")
     stirred(lambda: T2IAdapter(3, [32, 32], 1)).save_pretrained(tmp_path / "odd")
     with pytest.raises(ModelError, match="a T2I-Adapter for another model: it has levels"):
@@ -471,16 +471,16 @@ def test_taught_by_pictures_of_its_own(call, tiny_model, tmp_path):
 def test_by_openvino(exported_place, pictures, settings):
     """The ControlNet's and the U-Net's graphs draw what torch draws."""
     folder, _ = exported_place
-    asked = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "uint8"}
-    asked |= {"control_image": pictures[1], "height": 48, "width": 64, **settings}
-    drawn = []
+    options = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "uint8"}
+    options |= {"control_image": pictures[1], "height": 48, "width": 64, **settings}
+    sample = []
     for runtime in ("openvino", "torch"):
         load_it = partial(LatentDiffusionPipeline.from_pretrained, folder / "model", torch_dtype="float32")
         pipe = load_it(runtime=runtime)
         pipe.load_controlnet(folder / "control0")
         assert pipe.runtime == runtime
-        drawn.append(pipe(**asked).images.astype(int))
-    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+        sample.append(pipe(**options).images.astype(int))
+    assert np.abs(sample[0] - sample[1]).max() <= 1
 
 
 def test_what_only_torch_has_takes_the_control_along(exported_place, pictures):
@@ -488,33 +488,33 @@ def test_what_only_torch_has_takes_the_control_along(exported_place, pictures):
     folder, _ = exported_place
     pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", torch_dtype="float32")
     pipe.load_controlnet(folder / "control0")
-    asked = {"seed": 3, "num_inference_steps": 2, "height": 48, "width": 64, "output_type": "uint8"}
-    first = pipe(PROMPT, control_image=pictures[1], **asked).images
+    options = {"seed": 3, "num_inference_steps": 2, "height": 48, "width": 64, "output_type": "uint8"}
+    first = pipe(PROMPT, control_image=pictures[1], **options).images
     assert pipe.runtime == "openvino"
     with pytest.warns(UserWarning, match="a ControlNet without graphs requires torch"):
         pipe.load_controlnet(folder / "control1")
     assert pipe.runtime == "torch"
-    asked |= {"control_image": [pictures[1]] * 2, "controlnet_conditioning_scale": [1.0, 0.0]}
-    assert np.abs(pipe(PROMPT, **asked).images.astype(int) - first).max() <= 1
+    options |= {"control_image": [pictures[1]] * 2, "controlnet_conditioning_scale": [1.0, 0.0]}
+    assert np.abs(pipe(PROMPT, **options).images.astype(int) - first).max() <= 1
 
 
 @pytest.mark.parametrize("is_controlled", [False, True])
 def test_an_image_prompt_by_openvino(exported_place, pictures, is_controlled):
     """The U-Net's graph reads the adapter's keys and values, alone and beside a ControlNet's residuals."""
     folder, _ = exported_place
-    asked = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "uint8"}
-    asked |= {"height": 48, "width": 64, "ip_adapter_image": [pictures], "ip_adapter_scale": 0.8}
-    asked |= {"control_image": pictures[1]} if is_controlled else {}
-    drawn = []
+    options = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "uint8"}
+    options |= {"height": 48, "width": 64, "ip_adapter_image": [pictures], "ip_adapter_scale": 0.8}
+    options |= {"control_image": pictures[1]} if is_controlled else {}
+    sample = []
     for runtime in ("openvino", "torch"):
         pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", torch_dtype="float32", runtime=runtime)
         if is_controlled:
             pipe.load_controlnet(folder / "control0")
         pipe.load_ip_adapter(folder / "plus.safetensors")
-        drawn.append(pipe(**asked).images.astype(int))
+        sample.append(pipe(**options).images.astype(int))
         assert pipe.runtime == runtime
-        drawn.append(pipe(**asked | {"ip_adapter_scale": 0.0}).images.astype(int))
-    compiled, compiled_alone, expected, expected_alone = drawn
+        sample.append(pipe(**options | {"ip_adapter_scale": 0.0}).images.astype(int))
+    compiled, compiled_alone, expected, expected_alone = sample
     assert np.abs(compiled - expected).max() <= 1
     assert np.abs(compiled_alone - expected_alone).max() <= 1
     assert np.abs(compiled - compiled_alone).max() > 1, "it steers"
@@ -523,7 +523,7 @@ def test_an_image_prompt_by_openvino(exported_place, pictures, is_controlled):
 def test_what_only_torch_has_takes_the_image_prompt_along(exported_place, pictures):
     """Masks, a second IP-Adapter and DeepCache change to torch, which draws the same with the adapter."""
     folder, _ = exported_place
-    asked = {"seed": 3, "num_inference_steps": 2, "height": 48, "width": 64, "output_type": "uint8"}
+    options = {"seed": 3, "num_inference_steps": 2, "height": 48, "width": 64, "output_type": "uint8"}
     white = Image.fromarray(np.full((48, 64), 255, np.uint8))
 
     def opened(**settings):
@@ -532,18 +532,18 @@ def test_what_only_torch_has_takes_the_image_prompt_along(exported_place, pictur
         return pipe
 
     pipe = opened()
-    first = pipe(PROMPT, ip_adapter_image=pictures[0], **asked).images
+    first = pipe(PROMPT, ip_adapter_image=pictures[0], **options).images
     assert pipe.runtime == "openvino"
     masked = {"ip_adapter_image": pictures[0], "cross_attention_kwargs": {"ip_adapter_masks": [[white]]}}
     with pytest.warns(UserWarning, match="a mask of an image prompt requires torch"):
-        assert np.abs(pipe(PROMPT, **masked, **asked).images.astype(int) - first).max() <= 1
+        assert np.abs(pipe(PROMPT, **masked, **options).images.astype(int) - first).max() <= 1
     pipe = opened()
     with pytest.warns(UserWarning, match="a second IP-Adapter requires torch"):
         pipe.load_ip_adapter(folder / "plus.safetensors")
     both = {"ip_adapter_image": [pictures[0], pictures[0]], "ip_adapter_scale": [1.0, 0.0]}
-    assert np.abs(pipe(PROMPT, **both, **asked).images.astype(int) - first).max() <= 1
+    assert np.abs(pipe(PROMPT, **both, **options).images.astype(int) - first).max() <= 1
     with pytest.raises(ConfigError, match="cache_interval with an IP-Adapter requires the torch runtime"):
-        opened(runtime="openvino")(PROMPT, ip_adapter_image=pictures[0], cache_interval=2, **asked)
+        opened(runtime="openvino")(PROMPT, ip_adapter_image=pictures[0], cache_interval=2, **options)
     save_file(ip_adapters.state(stable_diffusion.pipeline("XL").unet, "plus"), folder / "xl.safetensors")
     pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", runtime="openvino")
     with pytest.raises(ModelError, match="layer 0 has"):
@@ -579,9 +579,9 @@ def exported_place(compiled_model, tmp_path_factory):
     for index in range(2):
         stirred(partial(ControlNet.create, unet, 2), 7 + index).save(folder / f"control{index}")
     ip_adapters.image_encoder().save_pretrained(folder / "image_encoder")
-    shown = ip_adapters.state(unet, "plus")  # strong enough to change the pictures of a model that has learnt little
-    shown |= {name: 300 * weight for name, weight in shown.items() if name.endswith("to_v_ip.weight")}
-    save_file(shown, folder / "plus.safetensors")
+    view = ip_adapters.state(unet, "plus")  # strong enough to change the pictures of a model that has learnt little
+    view |= {name: 300 * weight for name, weight in view.items() if name.endswith("to_v_ip.weight")}
+    save_file(view, folder / "plus.safetensors")
     differences = export_control(stored_control(folder / "control0"), folder / "control0")
     assert max(differences.values()) < 1e-5
     return folder, differences

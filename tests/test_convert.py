@@ -56,8 +56,8 @@ def test_drawn_with_in_float32_here_and_in_diffusers(half_model):
     latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0}
     expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="np", **settings).images
-    drawn = ours(PROMPT, num_images_per_prompt=2, latents=latents, output_type="uint8", **settings).images
-    assert np.abs(drawn / 255 - expected).max() <= 1.01 / 255 / 2 + 2e-3
+    picture = ours(PROMPT, num_images_per_prompt=2, latents=latents, output_type="uint8", **settings).images
+    assert np.abs(picture / 255 - expected).max() <= 1.01 / 255 / 2 + 2e-3
 
 
 def test_refused(tiny_model, half_model, tmp_path):
@@ -159,8 +159,8 @@ def test_a_pickle_is_read_by_its_tensors_alone(convert, tmp_path):
     code, _, err = convert("model.ckpt", "model.safetensors")
     assert (code, "is a pickle file" in err, err.count("\n")) == (7, True, 1)
     assert convert("model.ckpt", "model.safetensors", "--trust-pickle") == (0, "model.safetensors\n", "")
-    found = load_file("model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    result = load_file("model.safetensors")
+    assert all(torch.equal(result[name], tensor) for name, tensor in weights.items())
     torch.save({"string_to_param": {"*": torch.ones(2, 8)}, "name": "ink"}, "ink.pt")
     assert convert("ink.pt", "ink.safetensors", "--trust-pickle")[0] == 0
     assert load_file("ink.safetensors").keys() == {"emb_params"}
@@ -211,8 +211,8 @@ def test_what_lies_beside_the_tensors(convert, monkeypatch):
     assert (code, err.count("\n")) == (0, 1), err
     assert err.startswith("note: objects beside the tensors are dropped: argparse.Namespace, numpy.")
     assert err.endswith(", pytorch_lightning.callbacks.Checkpoint\n")
-    found = load_file("a.safetensors")
-    assert (list(found), found["a"].tolist()) == (["a"], [0.0, 1.0, 2.0])
+    result = load_file("a.safetensors")
+    assert (list(result), result["a"].tolist()) == (["a"], [0.0, 1.0, 2.0])
     code, _, err = convert("os_helper.ckpt", "b.safetensors", "--trust-pickle")
     assert (code, "os_helper.Checkpoint" in err) == (7, True)
 
@@ -272,8 +272,8 @@ def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
 def test_refused_conversions(convert, sd1, tiny_model, tmp_path, words, code, message):
     save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(1)}, tmp_path / "there.safetensors")
     filled = [word.format(sd1=sd1, tiny=tiny_model) for word in words]
-    found, _, err = convert(*filled)
-    assert (found, err.count("\n")) == (code, 1)
+    result, _, err = convert(*filled)
+    assert (result, err.count("\n")) == (code, 1)
     assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
 

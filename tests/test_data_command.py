@@ -115,9 +115,9 @@ def test_the_preview_is_what_the_network_sees(sound, tmp_path):
     page = (tmp_path / "page.html").read_text()
     source = [("data.kind", "pictures"), ("data.pictures.source", str(sound))]
     examples = open_data(load_config(None, [*source, *changes])).training
-    found = re.findall(r'base64,([^"]+)".*?<b>caption</b> (.*?)</div><div><b>read</b> (.*?)</div>', page)
-    assert len(found) == 10
-    for number, (data, caption, read) in enumerate(found):
+    result = re.findall(r'base64,([^"]+)".*?<b>caption</b> (.*?)</div><div><b>read</b> (.*?)</div>', page)
+    assert len(result) == 10
+    for number, (data, caption, read) in enumerate(result):
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             assert np.array_equal(np.asarray(image), examples.image(4 * number, 3))
         assert html.unescape(caption) == examples.caption(4 * number, 3)
@@ -149,8 +149,8 @@ def test_the_preview_is_what_the_network_sees(sound, tmp_path):
 def test_wrong_arguments(words, code, message, sound, monkeypatch):
     monkeypatch.chdir(forked.ROOT)
     words = [word.format(sound=sound) for word in words]
-    found, _, err = ran(*words)
-    assert found == code
+    result, _, err = ran(*words)
+    assert result == code
     assert len(err) == 1
     assert err[0].startswith(message.format(sound=sound)), err
 

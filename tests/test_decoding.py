@@ -36,9 +36,9 @@ def test_transparency_is_composited(background):
     alpha = ALPHA.copy()
     alpha[0] = 0
     rgba = Image.fromarray(np.concatenate([COLOR, alpha], -1))
-    found = decode(encoded(rgba), background).pixels
-    assert np.array_equal(found, composited(COLOR, alpha, background))
-    assert np.array_equal(found[0], np.broadcast_to(np.array(background), (7, 3)))
+    result = decode(encoded(rgba), background).pixels
+    assert np.array_equal(result, composited(COLOR, alpha, background))
+    assert np.array_equal(result[0], np.broadcast_to(np.array(background), (7, 3)))
     grey = COLOR[..., :1]
     la = Image.fromarray(np.concatenate([grey, alpha], -1), "LA")
     assert np.array_equal(decode(encoded(la), background).pixels, composited(grey.repeat(3, -1), alpha, background))
@@ -63,14 +63,14 @@ def test_palettes():
 def test_key_colours():
     """tRNS of grey and colour pictures, of 8 and of 16 bits."""
     grey = COLOR[..., :1]
-    found = decode(png(grey, 8, 0, extra=bytes([0, grey[2, 3, 0]]))).pixels
-    assert np.array_equal(found, np.where(grey == grey[2, 3], 255, grey).repeat(3, -1))
+    result = decode(png(grey, 8, 0, extra=bytes([0, grey[2, 3, 0]]))).pixels
+    assert np.array_equal(result, np.where(grey == grey[2, 3], 255, grey).repeat(3, -1))
     key = b"".join(bytes([0, value]) for value in COLOR[1, 2])
     expected = np.where((COLOR[1, 2] == COLOR).all(-1, keepdims=True), 255, COLOR)
     assert np.array_equal(decode(png(COLOR, 8, 2, extra=key)).pixels, expected)
     deep = RNG.integers(0, 65536, (5, 7, 1), dtype=np.uint16)
-    found = decode(png(deep, 16, 0, extra=deep[2, 3].astype(">u2").tobytes()), (0, 0, 0)).pixels
-    assert np.array_equal(found, np.where(deep == deep[2, 3], 0, np.rint(deep / 257)).repeat(3, -1))
+    result = decode(png(deep, 16, 0, extra=deep[2, 3].astype(">u2").tobytes()), (0, 0, 0)).pixels
+    assert np.array_equal(result, np.where(deep == deep[2, 3], 0, np.rint(deep / 257)).repeat(3, -1))
 
 
 def test_one_bit_and_grey():

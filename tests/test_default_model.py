@@ -44,7 +44,7 @@ def test_equal_to_diffusers(pipe, model):
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0}
     expected = theirs([PROMPT] * 4, latents=latents.clone(), output_type="np", **settings).images
-    drawn = pipe(
+    image = pipe(
         PROMPT,
         num_images_per_prompt=4,
         latents=latents,
@@ -53,7 +53,7 @@ def test_equal_to_diffusers(pipe, model):
         output_type="uint8",
         **settings,
     ).images
-    assert np.abs(drawn.astype(int) - (expected * 255).round()).max() <= 1
+    assert np.abs(image.astype(int) - (expected * 255).round()).max() <= 1
 
 
 def test_draws_what_it_is_asked_for(pipe):
@@ -74,8 +74,8 @@ def test_its_clip_knows_pictures_by_their_captions(model):
     chosen = [scenes.scene(noise.generator(5, "clip test", index)) for index in range(64)]
     images = to_images(np.stack([scenes.render(scene) for scene in chosen]))
     image_features, text_features, _ = clip(images, tokenize(tokenizer, [scene.caption for scene in chosen]))
-    found = (image_features @ text_features.T).argmax(1) == torch.arange(64)
-    assert float(found.float().mean()) > 1 / 3
+    result = (image_features @ text_features.T).argmax(1) == torch.arange(64)
+    assert float(result.float().mean()) > 1 / 3
 
 
 @pytest.mark.slow

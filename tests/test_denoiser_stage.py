@@ -99,12 +99,12 @@ def test_validation_is_by_bins_of_time_and_never_changes():
 
 
 def test_latents_are_samples_or_means():
-    drawn, mean = denoiser_stage(), denoiser_stage(samples=False)
+    picture, mean = denoiser_stage(), denoiser_stage(samples=False)
     batch = mean.batch_of([(row, 3) for row in range(10)])
     assert torch.equal(mean._x0(batch), batch["mean"].float())
-    sampled = drawn.batch_of([(row, 3) for row in range(10)])
+    sampled = picture.batch_of([(row, 3) for row in range(10)])
     assert torch.equal(sampled["noise"], batch["noise"])
-    apart = (drawn._x0(sampled) - batch["mean"].float()).std()
+    apart = (picture._x0(sampled) - batch["mean"].float()).std()
     assert float(apart) == pytest.approx(math.exp(-1), rel=0.2), "the deviation of log-variance -2"
 
 

@@ -70,10 +70,10 @@ def test_frechet_bias_of_finite_samples():
     """2 d / N + d (d + 1) / (2 N) for N of N(0, I_d) on both sides; extrapolated, it is gone."""
     d, count = 6, 1500
     pairs = [(normal(count, d, 2 * n), normal(count, d, 2 * n + 1)) for n in range(60)]
-    found = np.array([frechet(*pair) for pair in pairs])
-    error = found.std(ddof=1) / math.sqrt(len(found))
-    assert abs(found.mean() - (2 * d / count + d * (d + 1) / (2 * count))) < 3 * error + 2e-4  # the next order
-    assert found.mean() > 20 * error
+    outcome = np.array([frechet(*pair) for pair in pairs])
+    error = outcome.std(ddof=1) / math.sqrt(len(outcome))
+    assert abs(outcome.mean() - (2 * d / count + d * (d + 1) / (2 * count))) < 3 * error + 2e-4  # the next order
+    assert outcome.mean() > 20 * error
     limit = np.array([frechet_extrapolated(*pair) for pair in pairs])
     assert abs(limit.mean()) < 3 * limit.std(ddof=1) / math.sqrt(len(limit))
 
@@ -89,9 +89,9 @@ def test_kernel_of_known_distributions():
     m = 0.5
     still, moved = (0, 1, 0), (m, 1 + m**2, m**3 + 3 * m)
     exact = kernel_of_moments(still, still) + kernel_of_moments(moved, moved) - 2 * kernel_of_moments(still, moved)
-    found = jackknife(kernel, normal(8_000, 1, 0), normal(8_000, 1, 1, m))
-    assert abs(found.value - exact) < 3 * found.error
-    assert found.error < 0.1 * exact
+    outcome = jackknife(kernel, normal(8_000, 1, 0), normal(8_000, 1, 1, m))
+    assert abs(outcome.value - exact) < 3 * outcome.error
+    assert outcome.error < 0.1 * exact
     none = jackknife(kernel, normal(8_000, 3, 2), normal(8_000, 3, 3))
     assert abs(none.value) < 3 * none.error
 
@@ -106,8 +106,8 @@ def test_kernel_as_torchmetrics_has_it(sets):
 def test_pictures_of_the_same_captions_do_not_lower_the_kernel():
     """Sets whose rows go together are as far apart as others of their distributions."""
     pairs = [normal(200, 4, seed) for seed in range(40)]
-    found = np.array([kernel(each, each) for each in pairs])
-    assert abs(found.mean()) < 3 * found.std(ddof=1) / math.sqrt(len(found))
+    outcome = np.array([kernel(each, each) for each in pairs])
+    assert abs(outcome.mean()) < 3 * outcome.std(ddof=1) / math.sqrt(len(outcome))
 
 
 def test_cmmd_by_loops(sets):
@@ -118,51 +118,51 @@ def test_cmmd_by_loops(sets):
 
     a, b = units
     wanted = 1000 * (mean_of(a, a) + mean_of(b, b) - 2 * mean_of(a, b))
-    found = cmmd(a, b)
-    assert found.value == pytest.approx(wanted, rel=1e-6)
+    outcome = cmmd(a, b)
+    assert outcome.value == pytest.approx(wanted, rel=1e-6)
     assert cmmd(a, a).value == pytest.approx(0, abs=1e-9)
     by_hand = jackknife(lambda x, y: 1000 * (mean_of(x, x) + mean_of(y, y) - 2 * mean_of(x, y)), a, b)
-    assert found.error == pytest.approx(by_hand.error, rel=1e-6), "of the kernel's sums, as of the rows"
+    assert outcome.error == pytest.approx(by_hand.error, rel=1e-6), "of the kernel's sums, as of the rows"
 
 
 def test_precision_and_recall_by_trees():
-    drawn, real = normal(200, 3, 0), normal(250, 3, 1, 0.5)
+    picture, real = normal(200, 3, 0), normal(250, 3, 1, 0.5)
 
     def by_trees(points, others):
         """The share of points in the ball of any other one, whose radius is as far as its 3rd nearest."""
         radii = cKDTree(others).query(others, 4)[0][:, 3]
         return np.mean([(np.linalg.norm(others - point, axis=1) <= radii).any() for point in points])
 
-    assert inside(drawn, real) == pytest.approx(by_trees(drawn, real), abs=1e-6)
-    assert inside(real, drawn) == pytest.approx(by_trees(real, drawn), abs=1e-6)
-    assert inside(drawn, drawn) == 1
-    assert inside(drawn, drawn + 100) == 0
-    assert inside(0.01 * drawn, real) == 1
-    assert inside(real, 0.01 * drawn) < 0.1
+    assert inside(picture, real) == pytest.approx(by_trees(picture, real), abs=1e-6)
+    assert inside(real, picture) == pytest.approx(by_trees(real, picture), abs=1e-6)
+    assert inside(picture, picture) == 1
+    assert inside(picture, picture + 100) == 0
+    assert inside(0.01 * picture, real) == 1
+    assert inside(real, 0.01 * picture) < 0.1
 
 
 def test_some_rows_at_a_time(sets, monkeypatch):
     """All of them at once or seven: the same."""
     names = np.arange(300).astype(str)
-    asked = {
+    options = {
         "inside": lambda: inside(*sets),
         "cmmd": lambda: cmmd(*sets).value,
         "nearest": lambda: nearest(*sets, but=(names, names[::-1]))[1].sum(),
     }
-    whole = {name: found() for name, found in asked.items()}
+    whole = {name: outcome() for name, outcome in options.items()}
     monkeypatch.setattr(module, "AT_ONCE", 7)
-    for name, found in asked.items():
-        assert found() == pytest.approx(whole[name], rel=1e-6), name
+    for name, outcome in options.items():
+        assert outcome() == pytest.approx(whole[name], rel=1e-6), name
 
 
 def test_the_jackknife_of_a_mean_is_that_of_its_parts():
     """Of parts of one size: the standard error of the mean of their means; and of one row each, that of the mean."""
     rows = normal(100, 1, 0)
-    found = jackknife(lambda x: float(x.mean()), rows, better="lower")
-    assert found.value == pytest.approx(rows.mean())
-    assert found.error == pytest.approx(mean(rows.reshape(10, 10).mean(1)).error)
-    assert np.mean(found.each) == pytest.approx(found.value)
-    assert found.better == "lower"
+    outcome = jackknife(lambda x: float(x.mean()), rows, better="lower")
+    assert outcome.value == pytest.approx(rows.mean())
+    assert outcome.error == pytest.approx(mean(rows.reshape(10, 10).mean(1)).error)
+    assert np.mean(outcome.each) == pytest.approx(outcome.value)
+    assert outcome.better == "lower"
     few = rows[:7]
     assert jackknife(lambda x: float(x.mean()), few).error == pytest.approx(mean(few[:, 0]).error)
     assert jackknife(lambda x: float(x.mean()), rows, often=99).error is None
@@ -173,10 +173,10 @@ def test_the_jackknife_tells_how_far_distances_spread():
     """Where sets differ their spread over draws, within what 40 draws tell; where they do not, no less than it."""
 
     def spread(statistic, shift):
-        found = [
+        outcome = [
             jackknife(statistic, normal(300, 4, 2 * n), normal(300, 4, 2 * n + 1, shift, 1 + shift)) for n in range(40)
         ]
-        return np.std([figure.value for figure in found], ddof=1), np.sqrt(np.mean([f.error**2 for f in found]))
+        return np.std([figure.value for figure in outcome], ddof=1), np.sqrt(np.mean([f.error**2 for f in outcome]))
 
     for statistic in (frechet, lambda a, b: cmmd(a, b).value):
         true, estimate = spread(statistic, 0.5)
@@ -190,19 +190,19 @@ def test_the_jackknife_tells_how_far_distances_spread():
 @pytest.mark.parametrize("shared", [0.0, 0.9, 1.0])
 def test_the_error_of_the_kernel(shared):
     """Also where rows of one number are alike, as pictures of one caption are, so that neighbouring blocks agree."""
-    found = []
+    outcome = []
     for number in range(80):
         real, other = normal(200, 4, 2 * number), normal(200, 4, 2 * number + 1)
-        found.append(jackknife(kernel, shared * real + math.sqrt(1 - shared**2) * other, real))
-    true = np.std([figure.value for figure in found], ddof=1)
-    estimate = math.sqrt(np.mean([figure.error**2 for figure in found]))
+        outcome.append(jackknife(kernel, shared * real + math.sqrt(1 - shared**2) * other, real))
+    true = np.std([figure.value for figure in outcome], ddof=1)
+    estimate = math.sqrt(np.mean([figure.error**2 for figure in outcome]))
     assert 0.85 * true < estimate < 3 * true
 
 
 def test_two_models_on_the_same_pictures_have_a_smaller_error():
     """The difference of two Frechet distances from one set, whose own draws cancel."""
-    real, drawn = normal(400, 4, 0), normal(400, 4, 1, 0.3)
-    first, second = (jackknife(frechet, each, real, better="lower") for each in (drawn, drawn + 0.02))
+    real, picture = normal(400, 4, 0), normal(400, 4, 1, 0.3)
+    first, second = (jackknife(frechet, each, real, better="lower") for each in (picture, picture + 0.02))
     by = second.worse(first)
     assert by.value == pytest.approx(second.value - first.value)
     assert by.error < 0.3 * math.hypot(first.error, second.error)

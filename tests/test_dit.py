@@ -64,24 +64,24 @@ def place(tmp_path_factory):
 def test_as_diffusers_draws(place, guidance, steps):
     folder, theirs = place
     theirs.transformer.eval()
-    asked = {"num_inference_steps": steps, "guidance_scale": guidance}
-    expected = theirs([0, 2], generator=torch.Generator().manual_seed(3), output_type="np", **asked).images
+    options = {"num_inference_steps": steps, "guidance_scale": guidance}
+    expected = theirs([0, 2], generator=torch.Generator().manual_seed(3), output_type="np", **options).images
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    drawn = load(folder)(["great white", "tabby"], latents=noise, **asked, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
-    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+    image = load(folder)(["great white", "tabby"], latents=noise, **options, **OURS).images
+    assert np.abs(image - expected).max() < 1e-4
+    assert np.abs(image[0] - image[1]).max() > 1e-3
 
 
 def test_as_diffusers_code_asks(place):
     folder, _ = place
-    asked = {"num_inference_steps": 2, "seed": 1, "output_type": "uint8"}
+    options = {"num_inference_steps": 2, "seed": 1, "output_type": "uint8"}
     pipe = load(folder)
-    by_number = pipe(class_labels=[1, 999], **asked).images
-    assert (by_number == pipe(["umbrella", "class 999"], **asked).images).all()
+    by_number = pipe(class_labels=[1, 999], **options).images
+    assert (by_number == pipe(["umbrella", "class 999"], **options).images).all()
     with pytest.raises(ConfigError, match="class_labels"):
-        pipe("umbrella", class_labels=[1], **asked)
+        pipe("umbrella", class_labels=[1], **options)
     with pytest.raises(ConfigError, match="class_labels"):
-        pipe(class_labels="umbrella", **asked)
+        pipe(class_labels="umbrella", **options)
 
 
 def test_names_of_classes():
@@ -127,10 +127,10 @@ def test_as_openvino_draws(place, tmp_path):
 
     copy = shutil.copytree(place[0], tmp_path / "model")
     export(load(copy).model, copy)
-    asked = {"num_inference_steps": 3, "seed": 1, "output_type": "uint8", "num_images_per_prompt": 2}
+    options = {"num_inference_steps": 3, "seed": 1, "output_type": "uint8", "num_images_per_prompt": 2}
     fast = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
-    drawn = [pipe("tabby", **asked).images.astype(int) for pipe in (fast, load(place[0]))]
-    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    image = [pipe("tabby", **options).images.astype(int) for pipe in (fast, load(place[0]))]
+    assert np.abs(image[0] - image[1]).max() <= 1
     with pytest.raises(ConfigError, match="another size requires the torch runtime"):
         fast("tabby", width=24, height=24)
     free = LatentDiffusionPipeline.from_pretrained(copy, device="cpu")
@@ -249,8 +249,8 @@ def test_it_learns(stripes, tmp_path, call):
     words = settings_of(stripes, **{"denoiser.training.max_train_steps": 300, "recommended.num_inference_steps": 10})
     assert call("train", ROOT / "configs" / "digits-8.toml", "-o", tmp_path / "run",
                 *(f"--set={key}={value}" for key, value in words))[0] == 0  # fmt: skip
-    drawn = load(tmp_path / "run" / "model")(["rows", "columns", "9"], seed=1, output_type="uint8").images[..., 0] / 255
-    across, down = (np.abs(np.diff(drawn, axis=axis)).mean((1, 2)) for axis in (2, 1))
+    image = load(tmp_path / "run" / "model")(["rows", "columns", "9"], seed=1, output_type="uint8").images[..., 0] / 255
+    across, down = (np.abs(np.diff(image, axis=axis)).mean((1, 2)) for axis in (2, 1))
     assert down[0] > 0.7
     assert across[0] < 0.2
     assert across[1] > 0.7

@@ -56,7 +56,7 @@ def inpainter(pipe, tiny_model):
     return LatentDiffusionPipeline(replace(pipe.model, backbone=unet.eval()))
 
 
-def drawn(pipe, **settings):
+def picture_of(pipe, **settings):
     return pipe(PROMPT, output_type="uint8", **QUICK | settings).images
 
 
@@ -67,13 +67,13 @@ def test_strength_is_how_much_is_drawn_over(pipe, photo):
     """Nearer to the given picture the less; what is left of it is what the autoencoder leaves."""
     kept = reconstruct(pipe.model, photo[None])[0].astype(int)
     settings = {"image": photo, "num_inference_steps": 20, "guidance_scale": 1.0}
-    apart = [np.abs(drawn(pipe, strength=strength, **settings)[0] - kept).mean() for strength in (0.05, 0.3, 1.0)]
+    apart = [np.abs(picture_of(pipe, strength=strength, **settings)[0] - kept).mean() for strength in (0.05, 0.3, 1.0)]
     assert apart[0] < apart[1] < apart[2]
     assert pipe(PROMPT, image=photo, num_inference_steps=7, strength=0.5).metadata[0].steps == (3,)
     with pytest.raises(ConfigError, match=r"strength 0.1 of 4 steps is less than one step"):
-        drawn(pipe, image=photo, strength=0.1)
+        picture_of(pipe, image=photo, strength=0.1)
     with pytest.raises(ConfigError, match="strength requires an image"):
-        drawn(pipe, strength=0.5)
+        picture_of(pipe, strength=0.5)
 
 
 def test_the_start_is_the_closed_form(pipe, photo):
@@ -99,7 +99,7 @@ def test_a_picture_keeps_its_size(pipe, size):
 
 
 def test_a_picture_may_be_resized(pipe, photo):
-    assert drawn(pipe, image=photo, strength=0.5, width=64, height=80).shape == (1, 80, 64, 3)
+    assert picture_of(pipe, image=photo, strength=0.5, width=64, height=80).shape == (1, 80, 64, 3)
 
 
 # inpainting
@@ -124,7 +124,7 @@ def test_what_is_not_masked_keeps_its_bits(pipe, inpainter, photo, mask, kind, s
 def test_what_is_kept_steers_what_is_drawn(pipe, photo, mask):
     """Another picture around the same mask: something else is drawn within it."""
     other = 255 - photo
-    first, second = (drawn(pipe, image=image, mask_image=mask)[0] for image in (photo, other))
+    first, second = (picture_of(pipe, image=image, mask_image=mask)[0] for image in (photo, other))
     assert (first[mask == 255] != second[mask == 255]).mean() > 0.2
 
 
@@ -135,7 +135,7 @@ def test_nine_channels(inpainter, photo, mask, monkeypatch):
     monkeypatch.setattr(
         inpainter.model.backbone.model, "forward", lambda x, *a, **k: (seen.append(x), forward(x, *a, **k))[1]
     )
-    drawn(inpainter, image=photo, mask_image=mask, guidance_scale=1.0)
+    picture_of(inpainter, image=photo, mask_image=mask, guidance_scale=1.0)
     read = seen[0][0]
     assert read.shape == (9, 32, 48)
     small = mask[::2, ::2] == 255
@@ -144,7 +144,7 @@ def test_nine_channels(inpainter, photo, mask, monkeypatch):
     expected = pixels.encode_images(inpainter.model, torch.from_numpy(hidden).permute(2, 0, 1)[None].float())
     torch.testing.assert_close(read[5:], expected[0])
     seen.clear()
-    drawn(inpainter, guidance_scale=1.0)
+    picture_of(inpainter, guidance_scale=1.0)
     assert (seen[0][0, 4] == 1).all(), "without a mask everything is drawn"
 
 
@@ -152,7 +152,7 @@ def test_masks_reach_every_latent_they_touch(pipe, photo):
     """A mask of one pixel: the latent above it is drawn, and the pixel with it."""
     marked = np.zeros((64, 96), bool)
     marked[33, 51] = True
-    picture = drawn(pipe, image=photo, mask_image=marked)[0]
+    picture = picture_of(pipe, image=photo, mask_image=marked)[0]
     assert (picture != photo).any(-1).sum() <= 1
     assert np.array_equal(picture[~marked], photo[~marked])
 
@@ -171,7 +171,7 @@ def test_soft_masks_mix(pipe, inpainter, photo, kind):
     share = np.where(mask < 8, 0, np.where(mask > 247, 255, mask)) / 255
     given = photo.transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(made.kept(image, np.asarray), given + share * (image - given), atol=1e-6)
-    picture = drawn(model, image=photo, mask_image=mask)[0]
+    picture = picture_of(model, image=photo, mask_image=mask)[0]
     assert np.array_equal(picture[mask < 8], photo[mask < 8])
     apart = np.abs(picture.astype(int) - photo).mean((0, 2)).reshape(4, -1).mean(1)
     assert apart[0] < apart[1] < apart[3]
@@ -194,7 +194,7 @@ def test_weights_of_a_mask_are_amounts_of_change(pipe, photo):
     settings = {"image": photo, "num_inference_steps": 10, "guidance_scale": 1.0}
     apart = []
     for value in (80, 160, 255):
-        picture = drawn(pipe, mask_image=np.full(photo.shape[:2], value, np.uint8), **settings)[0]
+        picture = picture_of(pipe, mask_image=np.full(photo.shape[:2], value, np.uint8), **settings)[0]
         apart.append(np.abs(picture.astype(int) - photo).mean())
     assert apart[0] < apart[1] < apart[2]
 
@@ -216,7 +216,7 @@ def test_mask_blur(pipe, photo, mask):
     assert (outside[:, 96:] == 255).all()
     assert (np.diff(outside[0, 86:97].astype(int)) > 0).all()
     assert (outside[:, :70] == 0).all()
-    sharp, blurred = (drawn(pipe, image=photo, outpaint=(0, 0, 16, 0), mask_blur=blur)[0] for blur in (0.0, 4.0))
+    sharp, blurred = (picture_of(pipe, image=photo, outpaint=(0, 0, 16, 0), mask_blur=blur)[0] for blur in (0.0, 4.0))
     assert np.array_equal(sharp[:, :96], photo)
     assert not np.array_equal(blurred[:, 80:96], photo[:, 80:96])
     assert np.array_equal(blurred[:, :70], photo[:, :70])
@@ -225,7 +225,7 @@ def test_mask_blur(pipe, photo, mask):
         ({"image": photo}, "mask_blur requires a mask or outpainting"),
     ):
         with pytest.raises(ConfigError, match=message):
-            drawn(pipe, mask_blur=3.0, **settings)
+            picture_of(pipe, mask_blur=3.0, **settings)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -248,16 +248,16 @@ def test_only_the_masked_part_is_drawn(pipe, photo):
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[20:40, 30:50] = 255
     settings = {"image": photo, "mask_image": mask, "padding_mask_crop": 6, "width": 32, "height": 32}
-    (whole,) = drawn(pipe, **settings)
+    (whole,) = picture_of(pipe, **settings)
     assert whole.shape == photo.shape
     assert np.array_equal(whole[mask == 0], photo[mask == 0])
     part = {"image": photo[14:46, 24:56], "mask_image": mask[14:46, 24:56]}
-    (alone,) = drawn(pipe, **part)
+    (alone,) = picture_of(pipe, **part)
     assert np.array_equal(whole[14:46, 24:56], alone)
-    (larger,) = drawn(pipe, **{**settings, "width": 64, "height": 64})
+    (larger,) = picture_of(pipe, **{**settings, "width": 64, "height": 64})
     assert np.array_equal(larger[mask == 0], photo[mask == 0])
     assert not np.array_equal(larger, whole)
-    (resized,) = drawn(
+    (resized,) = picture_of(
         pipe,
         image=np.asarray(Image.fromarray(photo[14:46, 24:56]).resize((64, 64), Image.LANCZOS)),
         mask_image=np.kron(mask[14:46, 24:56], np.ones((2, 2), np.uint8)),
@@ -281,9 +281,9 @@ def test_a_dot_is_drawn_however_small_it_becomes(photo):
 def test_closeups_that_are_refused_and_whole_sizes_in_one_call(pipe, photo, mask):
     for settings, message in (({}, "requires an image"), ({"image": photo}, "requires a mask or outpainting")):
         with pytest.raises(ConfigError, match=f"padding_mask_crop {message}"):
-            drawn(pipe, padding_mask_crop=0, **settings)
+            picture_of(pipe, padding_mask_crop=0, **settings)
     assert canvas(photo, mask, multiple=8, closeup=(0, (64, 64))).hash != canvas(photo, mask, multiple=8).hash
-    (wider,) = drawn(pipe, image=photo, outpaint=(0, 0, 16, 0), padding_mask_crop=8)
+    (wider,) = picture_of(pipe, image=photo, outpaint=(0, 0, 16, 0), padding_mask_crop=8)
     assert wider.shape == (photo.shape[0], photo.shape[1] + 16, 3)
     assert np.array_equal(wider[:, :-16], photo)
 
@@ -299,7 +299,7 @@ def test_nine_channels_start_from_noise_alone(inpainter, photo, mask):
 
 def test_outpainting(pipe, photo):
     """More on each side, the middle unchanged."""
-    picture = drawn(pipe, image=photo, outpaint=(8, 16, 24, 3))[0]
+    picture = picture_of(pipe, image=photo, outpaint=(8, 16, 24, 3))[0]
     assert picture.shape == (64 + 19, 96 + 32, 3)
     np.testing.assert_array_equal(picture[16 : 16 + 64, 8 : 8 + 96], photo)
     around = np.ones(picture.shape[:2], bool)
@@ -335,7 +335,7 @@ def test_outpainting(pipe, photo):
 )
 def test_refused_pictures(pipe, photo, settings, message):
     with pytest.raises(ConfigError, match=message):
-        drawn(pipe, **{"image": photo} | settings)
+        picture_of(pipe, **{"image": photo} | settings)
 
 
 def test_transparency_and_orientation(pipe):
@@ -361,16 +361,16 @@ def test_canvases_say_which_picture_they_were(photo, mask):
 
 def test_hires_is_two_passes(pipe, monkeypatch):
     """The second starts from the first's picture, enlarged; the steps of both are yielded and counted."""
-    asked = {"num_inference_steps": 10, "seed": 1, "hires_scale": 1.5, "hires_strength": 0.1}
-    steps = list(pipe.stream(PROMPT, **asked))
+    options = {"num_inference_steps": 10, "seed": 1, "hires_scale": 1.5, "hires_strength": 0.1}
+    steps = list(pipe.stream(PROMPT, **options))
     assert [step.number for step in steps] == [*range(1, 11), 1]
-    out = pipe(PROMPT, output_type="uint8", **asked)
+    out = pipe(PROMPT, output_type="uint8", **options)
     assert out.images.shape == (1, 96, 96, 3)
     assert (out.metadata[0].width, out.metadata[0].steps) == (96, (10, 1))
     encoded = []
     encode = pixels.encode
     monkeypatch.setattr(pixels, "encode", lambda model, given, *_: (encoded.append(given), encode(model, given))[1])
-    pipe(PROMPT, **asked)
+    pipe(PROMPT, **options)
     plain = pipe(PROMPT, num_inference_steps=10, seed=1).images[0]
     np.testing.assert_array_equal(encoded[0][0], np.asarray(plain.resize((96, 96), Image.Resampling.LANCZOS)))
     with pytest.raises(ConfigError, match="height after hires_scale must be a multiple of 2 from 2 to 2048"):
@@ -390,18 +390,18 @@ def test_turned_noise():
 
 def test_variations_of_one_picture(pipe):
     """All of the seed's picture, the nearer the less strength; strength 0 is it."""
-    base = drawn(pipe)
-    none = drawn(pipe, variation_seed=9, variation_strength=0.0)
+    base = picture_of(pipe)
+    none = picture_of(pipe, variation_seed=9, variation_strength=0.0)
     assert np.abs(none.astype(int) - base).max() <= 1
     small, large = (
-        drawn(pipe, variation_seed=9, variation_strength=share, num_images_per_prompt=2) for share in (0.1, 0.8)
+        picture_of(pipe, variation_seed=9, variation_strength=share, num_images_per_prompt=2) for share in (0.1, 0.8)
     )
     for one in (0, 1):
         assert np.abs(small[one] - base[0].astype(int)).mean() < np.abs(large[one] - base[0].astype(int)).mean()
     assert (small[0] != small[1]).any()
     for alone in ({"variation_strength": 0.5}, {"variation_seed": 9}):
         with pytest.raises(ConfigError, match="a variation requires both"):
-            drawn(pipe, **alone)
+            picture_of(pipe, **alone)
 
 
 def test_batches_are_of_what_is_alike(pipe, photo):
@@ -459,10 +459,10 @@ def test_generators(pipe):
     ids=str,
 )
 def test_each_guidance_changes_the_picture_and_not_its_neighbours(pipe, settings):
-    asked = {"num_images_per_prompt": 2, "output_type": "latent", **QUICK, "guidance_scale": 4.0} | settings
-    plain = pipe(PROMPT, output_type="latent", **QUICK, guidance_scale=asked["guidance_scale"]).images
-    together = pipe(PROMPT, **asked).images
-    alone = pipe(PROMPT, **asked | {"num_images_per_prompt": 1, "seed": 2}).images
+    options = {"num_images_per_prompt": 2, "output_type": "latent", **QUICK, "guidance_scale": 4.0} | settings
+    plain = pipe(PROMPT, output_type="latent", **QUICK, guidance_scale=options["guidance_scale"]).images
+    together = pipe(PROMPT, **options).images
+    alone = pipe(PROMPT, **options | {"num_images_per_prompt": 1, "seed": 2}).images
     assert torch.isfinite(together).all()
     assert (together[:1] - plain).abs().max() > 1e-4
     torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-3)
@@ -474,7 +474,7 @@ def test_perturbed_attention_is_the_identity(pipe):
     x, context = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0)), torch.randn(2, 5, 32)
     context = torch.randn(2, 32, pipe.model.backbone.model.config.cross_attention_dim)
     conditions = Conditions({"tokens": context})
-    found = pipe.model.backbone.predict_perturbed(x, 10.0, conditions)
+    result = pipe.model.backbone.predict_perturbed(x, 10.0, conditions)
     attentions = [
         module
         for name, module in pipe.model.backbone.model.named_modules()
@@ -489,7 +489,7 @@ def test_perturbed_attention_is_the_identity(pipe):
     finally:
         for module, forward in zip(attentions, before, strict=True):
             module.forward = forward
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     assert not torch.equal(pipe.model.backbone(x, 10.0, conditions), expected), (
         "and afterwards attention is its own again"
     )
@@ -499,7 +499,7 @@ def test_autoguidance(tiny_model):
     """By itself it changes nothing; a weaker one that says zero pushes away from zero."""
     pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")
     with pytest.raises(ConfigError, match="autoguidance_scale requires a weaker model"):
-        drawn(pipe, autoguidance_scale=2.0)
+        picture_of(pipe, autoguidance_scale=2.0)
     pipe.load_weaker(tiny_model)
     plain, guided = (
         pipe(PROMPT, output_type="latent", guidance_scale=1.0, autoguidance_scale=scale, **QUICK).images
@@ -562,8 +562,8 @@ def test_clip_of_ones_own(pipe, tmp_path):
         expected = (theirs.encode_image(images, True) * theirs.encode_text(ids, True)).sum(-1)
     from latentdiff.core.images import to_images
 
-    found = load_scorer(tmp_path).score(prompts, to_images(pictures))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    result = load_scorer(tmp_path).score(prompts, to_images(pictures))
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     assert isinstance(load_scorer(tmp_path).clip, Clip)
 
 
@@ -585,14 +585,14 @@ def test_offloaded_networks_draw_the_same(tiny_model, pipe, unit):
     if unit == "layers":
         assert next(other.model.backbone.parameters()).device.type == "meta"
     settings = {"image": np.zeros((64, 64, 3), np.uint8), "strength": 0.9}
-    np.testing.assert_array_equal(drawn(other), drawn(pipe))
-    np.testing.assert_array_equal(drawn(other, **settings), drawn(pipe, **settings))
+    np.testing.assert_array_equal(picture_of(other), picture_of(pipe))
+    np.testing.assert_array_equal(picture_of(other, **settings), picture_of(pipe, **settings))
 
 
 @pytest.mark.parametrize("pieces", [{"vae_tiling": True}, {"vae_slicing": True}])
 def test_in_pieces(pipe, pieces):
     """Slices are the same picture, and so are tiles where a picture is no larger than one."""
-    whole, again = (drawn(pipe, num_images_per_prompt=2, **more) for more in ({}, pieces))
+    whole, again = (picture_of(pipe, num_images_per_prompt=2, **more) for more in ({}, pieces))
     assert np.abs(whole.astype(int) - again).max() <= 1
 
 
@@ -601,7 +601,7 @@ def test_tiles_of_a_large_picture(pipe, monkeypatch):
     vae = pipe.model.codec.vae
     monkeypatch.setattr(vae, "tile_sample_min_size", 64)
     monkeypatch.setattr(vae, "tile_latent_min_size", 32)
-    whole, tiled = (drawn(pipe, width=128, height=128, vae_tiling=tiling).astype(int) for tiling in (False, True))
+    whole, tiled = (picture_of(pipe, width=128, height=128, vae_tiling=tiling).astype(int) for tiling in (False, True))
     assert 0 < np.abs(whole - tiled).mean() < 8
 
 
@@ -629,7 +629,7 @@ def test_a_half_precision_autoencoder_that_overflows(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_draws_nearly_the_same(tiny_model, pipe, dtype):
     other = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", torch_dtype=dtype)
-    assert np.abs(drawn(other).astype(int) - drawn(pipe)).mean() < 6
+    assert np.abs(picture_of(other).astype(int) - picture_of(pipe)).mean() < 6
 
 
 def test_jobs_count_seeds_on(pipe):

@@ -50,8 +50,8 @@ def test_guidance_of_text_and_image():
     both = lambda x, level: (2 * x, 5 * x)  # noqa: E731
     free = lambda x, level: -1 * x  # noqa: E731
     for text, image, expected in ((1, 1, 5), (3, 3, 17), (7.5, 1.5, -1 + 1.5 * 3 + 7.5 * 3), (0, 1, 2)):
-        drawn = guidance.of_text_and_image(both, free, text, image)(x, level)
-        assert np.allclose(drawn, expected)
+        sample = guidance.of_text_and_image(both, free, text, image)(x, level)
+        assert np.allclose(sample, expected)
 
 
 SETTINGS = {
@@ -66,10 +66,10 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_as_diffusers_draws(place, picture, settings):
     folder, theirs = place
-    asked = {"num_inference_steps": 4, "guidance_scale": 6.0, "image": picture, "latents": noise(), **settings}
-    expected = theirs(PROMPT, output_type="np", **asked).images
-    drawn = load(folder)(PROMPT, output_type="np", **asked, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
+    options = {"num_inference_steps": 4, "guidance_scale": 6.0, "image": picture, "latents": noise(), **settings}
+    expected = theirs(PROMPT, output_type="np", **options).images
+    sample = load(folder)(PROMPT, output_type="np", **options, **OURS).images
+    assert np.abs(sample - expected).max() < 1e-4
 
 
 @pytest.mark.slow
@@ -79,10 +79,16 @@ def test_as_openvino_draws(place, picture, tmp_path):
     folder, _ = place
     copy = shutil.copytree(folder, tmp_path / "model")
     export(load(copy).model, copy)
-    asked = {"num_inference_steps": 3, "image": picture, "seed": 1, "output_type": "uint8", "num_images_per_prompt": 2}
+    options = {
+        "num_inference_steps": 3,
+        "image": picture,
+        "seed": 1,
+        "output_type": "uint8",
+        "num_images_per_prompt": 2,
+    }
     fast = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
-    drawn = [pipe(PROMPT, **asked, **OURS).images.astype(int) for pipe in (fast, load(folder))]
-    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    sample = [pipe(PROMPT, **options, **OURS).images.astype(int) for pipe in (fast, load(folder))]
+    assert np.abs(sample[0] - sample[1]).max() <= 1
 
 
 def test_saved_as_it_was(place, picture, tmp_path):
@@ -93,8 +99,8 @@ def test_saved_as_it_was(place, picture, tmp_path):
     )
     again = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "saved")
     assert again.unet.config.in_channels == 8
-    asked = {"num_inference_steps": 2, "image": picture, "seed": 2, "output_type": "uint8"}
-    assert (load(tmp_path / "saved")(PROMPT, **asked).images == load(folder)(PROMPT, **asked).images).all()
+    options = {"num_inference_steps": 2, "image": picture, "seed": 2, "output_type": "uint8"}
+    assert (load(tmp_path / "saved")(PROMPT, **options).images == load(folder)(PROMPT, **options).images).all()
 
 
 def test_refusals(place, picture, tmp_path):

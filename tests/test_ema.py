@@ -11,12 +11,12 @@ def averages(decay, count):
     """The average after each of `count` updates, of a weight that was 0 and is n at update n."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    ema, found = Ema(module, decay), []
+    ema, result = Ema(module, decay), []
     for n in range(1, count + 1):
         nn.init.constant_(module.weight, float(n))
         ema.update(n)
-        found.append(float(ema.averaged["weight"]))
-    return found
+        result.append(float(ema.averaged["weight"]))
+    return result
 
 
 def test_constant_decay_is_its_recurrence():

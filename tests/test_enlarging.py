@@ -141,7 +141,7 @@ def test_it_learns(tmp_path, call):
     pipe, errors = load(tmp_path / "run" / "model"), {"model": [], "lanczos": []}
     for row, pixels in enumerate(true):
         small = reduced(pixels, 4)
-        drawn = pipe(examples.caption(row, 0), image=small, seed=row, noise_level=0, output_type="uint8").images[0]
-        for name, guess in (("model", drawn), ("lanczos", resized(small, 32, 32))):
+        sample = pipe(examples.caption(row, 0), image=small, seed=row, noise_level=0, output_type="uint8").images[0]
+        for name, guess in (("model", sample), ("lanczos", resized(small, 32, 32))):
             errors[name].append(np.square(guess.astype(float) - pixels).mean())
     assert np.mean(errors["model"]) < 0.7 * np.mean(errors["lanczos"])

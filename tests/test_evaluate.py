@@ -75,9 +75,9 @@ def test_a_whole_report(whole_report):
         for name, figure in section["figures"].items():
             assert np.isfinite(figure["value"]), name
             assert figure["better"] in ("lower", "higher", "neither")
-    found = figures(folder, "likelihood")
-    total = sum(found[f"term_{name}"] for name in ("prior", "denoising", "reconstruction", "decoder", "posterior"))
-    assert total == pytest.approx(found["bits_per_dimension_with_captions"], rel=1e-9)
+    outcome = figures(folder, "likelihood")
+    total = sum(outcome[f"term_{name}"] for name in ("prior", "denoising", "reconstruction", "decoder", "posterior"))
+    assert total == pytest.approx(outcome["bits_per_dimension_with_captions"], rel=1e-9)
     categories = figures(folder, "composition")
     six = ("single", "two", "counting", "colors", "position", "binding")
     for suffix in ("", "_held_out", "_ceiling"):
@@ -153,9 +153,9 @@ def test_pictures_are_those_of_the_pipeline(whole_report, tiny_model, pipe):
     """Each drawn from its caption, with seeds that count."""
     folder, _ = whole_report
     _, captions = pictures_of(held_out(load_config(None), 16)[0])
-    drawn = draw_pictures(pipe.painter, captions, seed=0, num_inference_steps=2)
+    image = draw_pictures(pipe.painter, captions, seed=0, num_inference_steps=2)
     kept = [np.asarray(Image.open(path)) for path in sorted((folder / "A" / "drawn").iterdir())]
-    assert np.array_equal(drawn, np.stack(kept))
+    assert np.array_equal(image, np.stack(kept))
     one = pipe(captions[3], seed=3, num_inference_steps=2, output_type="uint8").images[0]
     assert np.abs(one.astype(int) - kept[3]).max() <= 1
 
@@ -195,9 +195,9 @@ def test_training_measures_the_same(begun, whole, call, tmp_path):
     last = json.loads((begun / "denoiser" / "log.jsonl").read_text().splitlines()[-1])
     words = ("--pictures", 24, "--runtime", "torch", "--only", "distances", "--data", begun / "config.toml")
     assert call("evaluate", begun / "model", "-o", tmp_path / "out", *words)[0] == 0
-    found = figures(tmp_path / "out", "distances")
-    assert {"frechet", "kernel", "precision", "recall", "cmmd", "clip_score"} < found.keys()
-    for name, value in found.items():
+    outcome = figures(tmp_path / "out", "distances")
+    assert {"frechet", "kernel", "precision", "recall", "cmmd", "clip_score"} < outcome.keys()
+    for name, value in outcome.items():
         assert name.endswith("_floor") or last[name] == value, name
 
 
@@ -487,17 +487,17 @@ def test_the_share_by_chance():
     """Of independent pictures k / (N + 1) are nearer than the k-th of N, within what 400 trials tell."""
     rng = np.random.default_rng(0)
     for count, k in ((16, 1), (300, 3)):
-        found = [_share_nearer(rng.normal(size=200), rng.normal(size=count)) for _ in range(400)]
-        assert abs(np.mean(found) - k / (count + 1)) < 3 * np.std(found, ddof=1) / 20
+        outcome = [_share_nearer(rng.normal(size=200), rng.normal(size=count)) for _ in range(400)]
+        assert abs(np.mean(outcome) - k / (count + 1)) < 3 * np.std(outcome, ddof=1) / 20
 
 
 def test_psnr_and_ssim():
     a = np.random.default_rng(0).integers(0, 200, (3, 16, 16, 3), np.uint8)
     b = a + np.array([0, 5, 50], np.uint8)[:, None, None, None]
     np.testing.assert_allclose(psnr(a, b), [100, 20 * np.log10(255 / 5), 20 * np.log10(255 / 50)])
-    found = ssim(a, b)
-    assert found[0] == pytest.approx(1, abs=1e-6)
-    assert found[0] > found[1] > found[2]
+    outcome = ssim(a, b)
+    assert outcome[0] == pytest.approx(1, abs=1e-6)
+    assert outcome[0] > outcome[1] > outcome[2]
     flat = np.array([0, 60, 128, 250], np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
     x, y, c = flat[:, 0, 0, 0] / 255, (flat[:, 0, 0, 0] + 5) / 255, 0.01**2
     np.testing.assert_allclose(ssim(flat, flat + 5), (2 * x * y + c) / (x**2 + y**2 + c), rtol=1e-3)  # its first factor
@@ -505,11 +505,11 @@ def test_psnr_and_ssim():
 
 def test_statistics_of_latents(pipe):
     pictures, _ = pictures_of(held_out(load_config(None), 20)[0])
-    found = decoded(pipe.model, pictures)
+    outcome = decoded(pipe.model, pictures)
     latents = np.concatenate([np.asarray(pipe.encode(pictures[n : n + 1])) for n in range(20)])
-    np.testing.assert_allclose(found.mean, latents.mean((0, 2, 3)), atol=1e-5)
-    np.testing.assert_allclose(found.std, latents.std((0, 2, 3)), rtol=1e-5)
-    assert np.abs(found.pictures[:2].astype(int) - reconstruct(pipe.model, pictures[:2])).max() <= 1
+    np.testing.assert_allclose(outcome.mean, latents.mean((0, 2, 3)), atol=1e-5)
+    np.testing.assert_allclose(outcome.std, latents.std((0, 2, 3)), rtol=1e-5)
+    assert np.abs(outcome.pictures[:2].astype(int) - reconstruct(pipe.model, pictures[:2])).max() <= 1
 
 
 def test_pareto():
@@ -568,8 +568,8 @@ def test_bits_of_other_numbers_of_values_are_not_compared():
 
 def test_a_result_as_json():
     plot = Plot("p", "x", "y", [Series("s", [1.0, 2.0], [3.0, float("nan")], False, ["a", "b"])], "x")
-    found = Result({"f": Figure(1.0, None, "lower", (1.0, 2.0))}, {"n": np.int64(3)}, [plot])
-    tree = json.loads(json.dumps(as_tree(found), allow_nan=False))
+    outcome = Result({"f": Figure(1.0, None, "lower", (1.0, 2.0))}, {"n": np.int64(3)}, [plot])
+    tree = json.loads(json.dumps(as_tree(outcome), allow_nan=False))
     back = from_tree(tree)
     assert back.figures["f"].value == 1.0
     assert back.figures["f"].error is None

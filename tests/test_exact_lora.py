@@ -56,16 +56,16 @@ def test_a_lora_of_stable_diffusion(tmp_path, precision):
     command = [sys.executable, "-m", "latentdiff", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    memory = max(float(found) for found in re.findall(r"(\d+\.\d) GB\]?$", done.stderr.replace("\r", "\n"), re.M))
+    memory = max(float(result) for result in re.findall(r"(\d+\.\d) GB\]?$", done.stderr.replace("\r", "\n"), re.M))
     peft, kohya = out / "pytorch_lora_weights.safetensors", out / "out-kohya.safetensors"
     sizes = [path.stat().st_size / 1e6 for path in (peft, kohya)]
     assert all(size == pytest.approx(4 * 3_188_736 / 1e6, rel=0.01) for size in sizes), "diffusers' rank 4 times four"
-    drawn = ours(folder, peft)
-    apart = float((drawn - theirs(folder, peft)).abs().max() / drawn.abs().max())
-    of_kohya = float((drawn - ours(folder, kohya)).abs().max() / drawn.abs().max())
+    picture = ours(folder, peft)
+    apart = float((picture - theirs(folder, peft)).abs().max() / picture.abs().max())
+    of_kohya = float((picture - ours(folder, kohya)).abs().max() / picture.abs().max())
     plain = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
     before = plain(PROMPT, latents=noise(), output_type="latent", sampler="ddim", spacing="trailing", **SETTINGS).images
-    moved = float((drawn - before).abs().max() / drawn.abs().max())
+    moved = float((picture - before).abs().max() / picture.abs().max())
     print(
         f"\nSD 1.5 LoRA rank 16, mixed precision {precision}: {memory:.1f} GB at most, files of "
         f"{sizes[0]:.1f} and {sizes[1]:.1f} MB; in diffusers {apart:.1e} of the largest value apart, in kohya's names "

@@ -50,20 +50,20 @@ def expected(folder, family):
     kind = StableDiffusionXLPipeline if family == "XL" else StableDiffusionPipeline
     theirs = kind.from_pretrained(folder, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    found = {}
+    result = {}
     encoded = theirs.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
     added = None
     if family == "XL":
-        found["pooled"] = encoded[2]
+        result["pooled"] = encoded[2]
         added = {"text_embeds": encoded[2], "time_ids": torch.tensor([[64.0, 128, 0, 0, 64, 128]])}
-    found["context"] = encoded[0]
-    found["unet"] = theirs.unet(noise(1, 4, 8, 16), 500, encoded[0], added_cond_kwargs=added).sample
-    found["vae"] = theirs.vae.decode(noise(1, 4, 8, 16) / theirs.vae.config.scaling_factor).sample
+    result["context"] = encoded[0]
+    result["unet"] = theirs.unet(noise(1, 4, 8, 16), 500, encoded[0], added_cond_kwargs=added).sample
+    result["vae"] = theirs.vae.decode(noise(1, 4, 8, 16) / theirs.vae.config.scaling_factor).sample
     for solver, scheduler in SOLVERS.items():
         theirs.scheduler = scheduler.from_config(dict(theirs.scheduler.config) | EXACT)
         start = noise(1, 4, 8, 16) / (SIGMA if solver == "euler" else 1)
-        found[solver] = theirs(PROMPT, negative_prompt=NEGATIVE, latents=start, output_type="pt", **SETTINGS).images
-    return found
+        result[solver] = theirs(PROMPT, negative_prompt=NEGATIVE, latents=start, output_type="pt", **SETTINGS).images
+    return result
 
 
 @torch.no_grad()
@@ -73,16 +73,16 @@ def computed(source, family):
 
     ours = LatentDiffusionPipeline.from_pretrained(source, device="cpu")
     context = stacked([ours.model.encoder.encode(Prompt(PROMPT))])
-    found = {"context": context["tokens"]}
+    result = {"context": context["tokens"]}
     if family == "XL":
-        found["pooled"] = context["pooled"]
+        result["pooled"] = context["pooled"]
         context = context.joined({"sizes": torch.tensor([[64.0, 128, 0, 0, 64, 128]])})
-    found["unet"] = ours.model.backbone(noise(1, 4, 8, 16), 500.0, context)
-    found["vae"] = ours.model.codec.decode(noise(1, 4, 8, 16))
+    result["unet"] = ours.model.backbone(noise(1, 4, 8, 16), 500.0, context)
+    result["vae"] = ours.model.codec.decode(noise(1, 4, 8, 16))
     for solver in SOLVERS:
         settings = {"latents": noise(1, 4, 8, 16), "sampler": solver, "spacing": "trailing", **SETTINGS}
-        found[solver] = ours(PROMPT, negative_prompt=NEGATIVE, output_type="pt", **settings).images
-    return found
+        result[solver] = ours(PROMPT, negative_prompt=NEGATIVE, output_type="pt", **settings).images
+    return result
 
 
 @pytest.mark.slow

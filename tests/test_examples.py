@@ -103,10 +103,10 @@ def test_a_stream_is_looked_at_once(tmp_path, monkeypatch):
 def test_captions_of_scenes_are_drawn_once(tmp_path, monkeypatch):
     config = load_config(ROOT / "configs" / "scenes-tiny.toml", ["data.count=30"])
     first = open_data(config, tmp_path).training
-    drawn, identity = first.every_caption(), first.pictures.identity()
+    sample, identity = first.every_caption(), first.pictures.identity()
     monkeypatch.setattr(scene_sets.Scenes, "_identity", identity)
     monkeypatch.setattr(scene_sets.Scenes, "scene", None)  # whoever draws again fails
-    assert open_data(config, tmp_path).training.every_caption() == drawn
+    assert open_data(config, tmp_path).training.every_caption() == sample
 
 
 def test_a_picture_that_fails_in_a_worker_is_one_line():
@@ -119,11 +119,11 @@ def test_a_picture_that_fails_in_a_worker_is_one_line():
 
     for workers in (0, 2):
         shares = (range(first, first + 2) for first in range(0, 20, 2))
-        found = []
+        result = []
         with pytest.raises(DataError, match=r"^a.png changed after the survey$"):
             for made in batches_of(batch, shares, workers, torch.device("cpu")):
-                found.append(made["x"].tolist())
-        assert found == [[0, 1], [2, 3], [4, 5]]
+                result.append(made["x"].tolist())
+        assert result == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_a_survey_is_part_of_what_is_opened(folder):

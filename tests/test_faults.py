@@ -180,13 +180,13 @@ def test_without_network_or_global_generators(whole, tmp_path):
 )
 def test_signals_save_and_stop(whole, begun, hook, act, code, step):
     changes = ["denoiser.training.validation_steps=4"] if hook is forked.in_validation else []
-    found, err = denoiser(begun, hook=partial(hook, act=act), changes=changes)
+    result, err = denoiser(begun, hook=partial(hook, act=act), changes=changes)
     name = act.args[0].name
     message = f"saved step-{step} after {name}" if step else f"error: stopped by {name}. The same command goes on"
-    assert (found, lines_of(err)[-1]) == (code, message)
+    assert (result, lines_of(err)[-1]) == (code, message)
     assert not list((begun / "cache").glob(".tmp*"))
-    found, err = denoiser(begun, "--resume", "latest" if step else "auto", changes=changes)
-    assert found == 0, err
+    result, err = denoiser(begun, "--resume", "latest" if step else "auto", changes=changes)
+    assert result == 0, err
     assert_bitwise(whole, begun, ["denoiser"])
     assert logged_steps(begun) == list(range(1, 14))
 
@@ -247,8 +247,8 @@ def test_without_caches_the_same_is_learnt(whole, begun):
 @pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(whole, begun):
     assert denoiser(begun, changes=["denoiser.gradient_checkpointing=true"])[0] == 0
-    (_, expected), (_, found) = forked.tensors_of(whole), forked.tensors_of(begun)
-    assert all((expected[name] - found[name]).abs().max() < 1e-6 for name in expected)
+    (_, expected), (_, result) = forked.tensors_of(whole), forked.tensors_of(begun)
+    assert all((expected[name] - result[name]).abs().max() < 1e-6 for name in expected)
 
 
 @pytest.mark.slow

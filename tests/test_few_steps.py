@@ -135,12 +135,12 @@ def test_adapters_of_every_family_in_compiled_networks(family, tmp_path):
     model = stored_model(tmp_path / "model")
     export(model, tmp_path / "model")
     save_file(factors(model, 0), tmp_path / "lora.safetensors")
-    drawn = []
+    picture = []
     for runtime in ("torch", "openvino"):
         pipe = opened(tmp_path, runtime)
         pipe.load_lora_weights(tmp_path / "lora.safetensors", fuse=True)
-        drawn.append(pipe(num_inference_steps=2, height=64, width=64, **ASKED).images.astype(int))
-    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+        picture.append(pipe(num_inference_steps=2, height=64, width=64, **ASKED).images.astype(int))
+    assert np.abs(picture[0] - picture[1]).max() <= 1
 
 
 def test_on_the_command_line(place, call, tmp_path):
@@ -169,13 +169,13 @@ def test_the_second_start_reads_no_adapter(place, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path / "cache"))
     read, weights_of = [], merging.weights_of
     monkeypatch.setattr(merging, "weights_of", lambda *given: read.append(given) or weights_of(*given))
-    drawn = []
+    picture = []
     for _ in range(2):
         pipe = opened(place, "openvino")
         pipe.load_few_steps()
-        drawn.append(pipe(**ASKED).images)
+        picture.append(pipe(**ASKED).images)
     assert len(read) == 1
-    assert (drawn[0] == drawn[1]).all()
+    assert (picture[0] == picture[1]).all()
 
 
 def test_a_file_that_changes(place, tmp_path):
@@ -184,15 +184,15 @@ def test_a_file_that_changes(place, tmp_path):
     folder, state = tmp_path / "adapter", load_file(place / "1.safetensors")
     folder.mkdir()
     save_file({name: t for name, t in state.items() if name.startswith("unet.")}, folder / "adapter_model.safetensors")
-    drawn = {}
+    picture = {}
     for alpha in (2, 8):
         (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
         for runtime in ("openvino", "torch"):
             pipe = opened(tmp_path, runtime)
             pipe.load_lora_weights(folder, fuse=True)
-            drawn[alpha, runtime] = pipe(num_inference_steps=2, **ASKED).images.astype(int)
-        assert np.abs(drawn[alpha, "openvino"] - drawn[alpha, "torch"]).max() <= 1
-    assert np.abs(drawn[2, "torch"] - drawn[8, "torch"]).max() > 10
+            picture[alpha, runtime] = pipe(num_inference_steps=2, **ASKED).images.astype(int)
+        assert np.abs(picture[alpha, "openvino"] - picture[alpha, "torch"]).max() <= 1
+    assert np.abs(picture[2, "torch"] - picture[8, "torch"]).max() > 10
     student = tmp_path / "model" / "few_steps" / "pytorch_lora_weights.safetensors"
     student.parent.mkdir()
     shutil.copy(place / "1.safetensors", student)
@@ -237,14 +237,14 @@ def test_a_student_beside_others(place, compiled_model, tmp_path):
     """After an adapter of the usual file name; with words, or on quantized weights, it is refused."""
     (tmp_path / "lora").mkdir()
     shutil.copy(place / "1.safetensors", tmp_path / "lora" / "pytorch_lora_weights.safetensors")
-    drawn = []
+    picture = []
     for runtime in ("openvino", "torch"):
         pipe = opened(place, runtime)
         pipe.load_lora_weights(tmp_path / "lora" / "pytorch_lora_weights.safetensors", fuse=True)
         pipe.load_few_steps()
-        drawn.append(pipe(**ASKED).images.astype(int))
+        picture.append(pipe(**ASKED).images.astype(int))
         assert [each.kind for each in pipe.painter.sources.values()] == ["merged", "few-steps"]
-    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert np.abs(picture[0] - picture[1]).max() <= 1
     with pytest.raises(ConfigError, match="requires weights that are not quantized"):
         opened(place, "auto", quantize="int8").load_few_steps()
     shutil.copytree(place / "model", tmp_path / "model")
@@ -276,7 +276,7 @@ def test_drawing_while_typing(place, tmp_path):
     with Served(pipe, tmp_path / "outputs", shelf=_shelf(place, pipe)) as server:
         answer = server.post("/api/live", {"prompt": PROMPT, "seed": "3"})
         assert answer.status_code == 200, answer.text
-        drawn = _decoded(answer.json()["image"])
+        picture = _decoded(answer.json()["image"])
         assert list((tmp_path / "outputs").glob("*.png")) == []
         assert server.post("/api/live", {"prompt": PROMPT, "seed": "-3"}).status_code == 422
         assert server.post("/api/live", {"prompt": PROMPT, "steps": 3}).status_code == 422
@@ -284,7 +284,7 @@ def test_drawing_while_typing(place, tmp_path):
         assert get(f"{server.address}/api/models/scenes-tiny").json()["live"]
     student = opened(place, "torch")
     student.load_few_steps()
-    assert (drawn == student(**ASKED).images[0]).all()
+    assert (picture == student(**ASKED).images[0]).all()
 
 
 def test_a_student_that_is_replaced_is_another_one(place, tmp_path):
@@ -293,14 +293,14 @@ def test_a_student_that_is_replaced_is_another_one(place, tmp_path):
     pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu", runtime="torch")
     shelf = Shelf(pipe, lambda *_: LatentDiffusionPipeline.from_pretrained(model, device="cpu", runtime="torch"))
     wanted = Wanted(pipe.card.name, fast=True)
-    drawn = [shelf.take(wanted)(**ASKED).images]
+    picture = [shelf.take(wanted)(**ASKED).images]
     assert shelf.loaded(wanted) is shelf.take(wanted)
     other = tmp_path / "other.safetensors"
     save_file(factors(pipe.model, 5), other)
     other.rename(model / "few_steps" / "pytorch_lora_weights.safetensors")
     assert shelf.loaded(wanted) is None
-    drawn.append(shelf.take(wanted)(**ASKED).images)
-    assert np.abs(drawn[0].astype(int) - drawn[1]).max() > 1
+    picture.append(shelf.take(wanted)(**ASKED).images)
+    assert np.abs(picture[0].astype(int) - picture[1]).max() > 1
 
 
 def _shelf(place, pipe):
@@ -320,8 +320,8 @@ def test_the_models_own_pictures(place, call, tmp_path):
     huge = plain[:16] + (40000).to_bytes(4) * 2 + plain[24:]
     for number, content in enumerate((plain, huge, plain[:40], b"no picture")):
         (tmp_path / "drawn" / f"other{number}.png").write_bytes(content)
-    found = listing(tmp_path / "drawn", Options(layout="drawn"))
-    captions = sorted(record.captions for record in found.records)
+    result = listing(tmp_path / "drawn", Options(layout="drawn"))
+    captions = sorted(record.captions for record in result.records)
     assert captions == [
         (),
         (),

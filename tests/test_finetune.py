@@ -87,7 +87,7 @@ def result_of(folder, method):
     return {f"{part}.{name}": tensor for part, state in files.items() for name, tensor in state.items()}
 
 
-def drawn(pipe, prompt=PROMPT, **more):
+def draw(pipe, prompt=PROMPT, **more):
     return pipe(prompt, seed=1, num_inference_steps=2, output_type="latent", **more).images
 
 
@@ -100,7 +100,7 @@ def _check_control(folder, plain, alone):
     pipe = LatentDiffusionPipeline(plain.model)
     pipe._painter = replace(pipe.painter, controls=(fresh,))
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    assert torch.equal(drawn(pipe, control_image=noise), alone)
+    assert torch.equal(draw(pipe, control_image=noise), alone)
 
 
 def _check_image_prompt(folder, taught, model):
@@ -110,10 +110,10 @@ def _check_image_prompt(folder, taught, model):
     theirs.load_ip_adapter(str(folder), subfolder="ip_adapter", weight_name="ip_adapter.safetensors")
     taught.load_ip_adapter(folder / "ip_adapter")
     size = taught.model.codec.shape((64, 64))
-    asked = {"latents": torch.randn(1, *size, generator=torch.Generator().manual_seed(0)), "num_inference_steps": 2}
-    asked |= {"ip_adapter_image": Image.new("RGB", (64, 64), "red"), "guidance_scale": 3.0, "output_type": "np"}
-    expected = theirs(PROMPT, **asked).images
-    own = taught(PROMPT, sampler="ddim", spacing="trailing", **asked).images
+    options = {"latents": torch.randn(1, *size, generator=torch.Generator().manual_seed(0)), "num_inference_steps": 2}
+    options |= {"ip_adapter_image": Image.new("RGB", (64, 64), "red"), "guidance_scale": 3.0, "output_type": "np"}
+    expected = theirs(PROMPT, **options).images
+    own = taught(PROMPT, sampler="ddim", spacing="trailing", **options).images
     assert np.abs(own - expected).max() < 1e-3
 
 
@@ -157,7 +157,7 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
         assert taught.load_textual_inversion(folder) == ["<ink>"]
         assert result_of(folder, method)["<ink>"].shape == (2, 32)
     elif method == "controlnet":
-        _check_control(folder / "controlnet", plain, drawn(plain))
+        _check_control(folder / "controlnet", plain, draw(plain))
         taught.load_controlnet(folder / "controlnet")
     elif method == "ip-adapter":
         _check_image_prompt(folder, taught, tiny_model)
@@ -166,7 +166,7 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
         assert (fit.unused, fit.missing) == ([], [])
     black = np.zeros((64, 64, 3), np.uint8)
     hint = {"controlnet": {"control_image": black}, "ip-adapter": {"ip_adapter_image": black}}.get(method, {})
-    assert (drawn(taught, prompt, **hint) - drawn(plain, prompt)).abs().max() > 1e-4
+    assert (draw(taught, prompt, **hint) - draw(plain, prompt)).abs().max() > 1e-4
     log = [json.loads(line) for line in (folder / "finetune" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 4], "a validation before the first step and at the end"
     assert log[0]["validation_loss"] != log[-1]["validation_loss"]
@@ -178,9 +178,9 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
     count = 4 if method == "dreambooth" else 2
     assert strip.shape == (2 * 64, count * 64, 3), "a row before, a row after"
     page, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
-    shown = json.loads(picture.text["Description"])
-    assert (shown["steps"], len(shown["prompts"])) == ([0, 4], count)
-    assert all(f"{prompt}" in card for prompt in shown["prompts"])
+    view = json.loads(picture.text["Description"])
+    assert (view["steps"], len(view["prompts"])) == ([0, 4], count)
+    assert all(f"{prompt}" in card for prompt in view["prompts"])
     assert "Rows: steps 0, 4. Columns: " in card
     assert page.count("data:image/png") == page.count("before, after") == count
     assert page.count('class="small"') == count
@@ -200,9 +200,9 @@ def test_killed_and_gone_on_with(pictures, tmp_path, tiny_model, method):
     code, err = begun(tiny_model, pictures, cut, method).ended()
     assert code == 0, err
     assert "2 of 4 steps from step-2" in err
-    expected, found = result_of(whole, method), result_of(cut, method)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, outcome = result_of(whole, method), result_of(cut, method)
+    assert expected.keys() == outcome.keys()
+    assert all(torch.equal(expected[name], outcome[name]) for name in expected)
     last = "finetune/checkpoints/step-00000004"
     for name in ("ema", "optimizer"):
         one, other = (load_file(run / last / f"{name}.safetensors") for run in (whole, cut))
@@ -323,8 +323,8 @@ def test_bad_input(finetune, pictures, tmp_path, words, code, message):
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "config.toml").touch()
     data, *more = [str(word).format(bare=pictures / "bare", captioned=pictures / "captioned") for word in words]
-    found, out, err = finetune(data, "out", *more)
-    assert (found, out) == (code, "")
+    outcome, out, err = finetune(data, "out", *more)
+    assert (outcome, out) == (code, "")
     assert err.splitlines()[-1].startswith("error: ")
     assert message in err.splitlines()[-1]
     assert not list(tmp_path.glob("out/*.safetensors"))
@@ -374,7 +374,7 @@ def test_the_loss_is_diffusers(pictures, tmp_path, family, reads):
     taught = begin(pipe, config)
     stage, _ = _stages(run, pipe, taught, None)
     batch = stage.batch(range(6))
-    found = stage.loss(taught.module, batch)
+    outcome = stage.loss(taught.module, batch)
     texts = stage._samples.captions.conditions(batch)
     mean, log_variance = stage._samples.latents.moments(batch)
     x0 = mean + (0.5 * log_variance).exp() * batch["posterior"]
@@ -395,15 +395,15 @@ def test_the_loss_is_diffusers(pictures, tmp_path, family, reads):
     velocity = theirs.scheduler.config.prediction_type == "v_prediction"
     target = theirs.scheduler.get_velocity(x0, batch["noise"], batch["t"]) if velocity else batch["noise"]
     expected = ((output - target) ** 2).flatten(1).mean(1)
-    torch.testing.assert_close(found, expected, rtol=3e-3 if not reads else 1e-4, atol=1e-4)
+    torch.testing.assert_close(outcome, expected, rtol=3e-3 if not reads else 1e-4, atol=1e-4)
 
 
 def _sdxl_texts(theirs, captions):
     """Prompt by prompt; the empty one is zeros, as at sampling."""
-    found = [theirs.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False) for caption in captions]
+    outcome = [theirs.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False) for caption in captions]
     blank = [not caption for caption in captions]
-    tokens = torch.cat([one[0] * (not empty) for one, empty in zip(found, blank, strict=True)])
-    return tokens, torch.cat([one[2] * (not empty) for one, empty in zip(found, blank, strict=True)])
+    tokens = torch.cat([one[0] * (not empty) for one, empty in zip(outcome, blank, strict=True)])
+    return tokens, torch.cat([one[2] * (not empty) for one, empty in zip(outcome, blank, strict=True)])
 
 
 def _sizes(examples, row, epoch):

@@ -108,7 +108,7 @@ def saved(state, path):
     return path
 
 
-def drawn(folder, file, weight=1.0):
+def draw(folder, file, weight=1.0):
     pipe = load(folder)
     fit = pipe.load_lora_weights(file, weight=weight)
     return pipe(PROMPT, **ASKED).images, fit
@@ -126,7 +126,7 @@ def test_four_formats_of_one_adapter_draw_one_picture(folder, plain, tmp_path):
     }
     pictures = {}
     for name, state in states.items():
-        pictures[name], fit = drawn(folder, saved(state, tmp_path / f"{name}.safetensors"))
+        pictures[name], fit = draw(folder, saved(state, tmp_path / f"{name}.safetensors"))
         assert (fit.matched, fit.unused, fit.missing) == (len(made), [], []), name
     assert (pictures["peft"] - plain).abs().max() > 0.01
     for name, picture in pictures.items():
@@ -163,7 +163,7 @@ def _inputs(model):
 def test_merging_equals_attaching(folder, tmp_path):
     network = load(folder).model.parts["transformer"]
     file = saved(kohya(factors(network), type(network).__name__), tmp_path / "x.safetensors")
-    attached, _ = drawn(folder, file, weight=0.7)
+    attached, _ = draw(folder, file, weight=0.7)
     pipe = load(folder)
     pipe.load_lora_weights(file, weight=0.7, fuse=True)
     torch.testing.assert_close(pipe(PROMPT, **ASKED).images, attached, rtol=0, atol=2e-4)
@@ -180,7 +180,7 @@ def test_round_trips_are_bitwise(folder, tmp_path, call):
     fused = saved(kohya(made, _kind(folder)), tmp_path / "fused.safetensors")
     code, _, err = call("convert", fused, tmp_path / "parted.safetensors", "--to", "peft", "-m", folder)
     assert code == 0, err
-    torch.testing.assert_close(drawn(folder, tmp_path / "parted.safetensors")[0], drawn(folder, first)[0])
+    torch.testing.assert_close(draw(folder, tmp_path / "parted.safetensors")[0], draw(folder, first)[0])
     before, after = load_file(first), load_file(tmp_path / "third.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -195,13 +195,13 @@ def test_names_without_a_place_are_reported(folder, tmp_path):
     name = next(iter(made))
     state = peft(made) | {"transformer.nowhere.lora_A.weight": torch.ones(4, 4)}
     state.pop(f"transformer.{name}.lora_B.weight")
-    _, fit = drawn(folder, saved(state, tmp_path / "x.safetensors"))
+    _, fit = draw(folder, saved(state, tmp_path / "x.safetensors"))
     assert fit.unused == ["transformer.nowhere.lora_A.weight"]
     assert fit.missing == [f"transformer.{name}.lora_B.weight"]
     assert fit.matched == len(made) - 1
     saved({"transformer.nowhere.lora_A.weight": torch.ones(4, 4)}, tmp_path / "none.safetensors")
     with pytest.raises(ModelError, match="no name in the adapter is a layer of this model"):
-        drawn(folder, tmp_path / "none.safetensors")
+        draw(folder, tmp_path / "none.safetensors")
 
 
 def test_layers_that_do_not_divide_are_refused(folder, tmp_path):
@@ -212,7 +212,7 @@ def test_layers_that_do_not_divide_are_refused(folder, tmp_path):
         pytest.skip("no layer of its original is several here")
     odd = state | {fused: state[fused][:-1]}
     with pytest.raises(ModelError, match=r"does not divide into 3 layers of \d+ rows"):
-        drawn(folder, saved(odd, tmp_path / "x.safetensors"))
+        draw(folder, saved(odd, tmp_path / "x.safetensors"))
 
 
 def test_texts_of_an_adapter(tmp_path):

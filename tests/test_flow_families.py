@@ -79,8 +79,8 @@ def drawn_there(folder, family, x, *, scale, negative="", output_type="pt", **se
 def test_latents_are_those_of_diffusers(folder, pipe, family):
     x, settings = noise(pipe, 64, 64), {"num_inference_steps": 2, **SMALL}
     expected = drawn_there(folder, family, x, scale=1.0, output_type="latent", **settings)
-    drawn = pipe(PROMPT, latents=x, guidance_scale=1.0, output_type="latent", **settings).images
-    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    picture = pipe(PROMPT, latents=x, guidance_scale=1.0, output_type="latent", **settings).images
+    torch.testing.assert_close(picture, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 4, pytest.param(20, marks=pytest.mark.slow)])
@@ -93,18 +93,18 @@ def test_pictures_are_those_of_diffusers(folder, pipe, family, steps, scale, siz
     height, width = size
     x = noise(pipe, height, width)
     settings = {"num_inference_steps": steps, "width": width, "height": height}
-    drawn = pipe(PROMPT, latents=x, guidance_scale=scale, output_type="pt", **settings).images
+    picture = pipe(PROMPT, latents=x, guidance_scale=scale, output_type="pt", **settings).images
     if family == "Qwen-Image" and steps == 1:  # theirs divides zero by zero, for the last level is the first
-        assert torch.isfinite(drawn).all()
+        assert torch.isfinite(picture).all()
         with pytest.raises(RuntimeWarning, match="invalid value encountered in divide"):
             drawn_there(folder, family, x, scale=scale, **settings)
         return
     expected = drawn_there(folder, family, x, scale=scale, **settings)
     assert expected.std() > 0.02, "a flat picture would hide faults"
-    torch.testing.assert_close(drawn, expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(picture, expected, rtol=0, atol=2e-4)
     if (scale, steps) == (4.0, 4):
         plain = pipe(PROMPT, latents=x, guidance_scale=1.0, output_type="pt", **settings).images
-        assert (plain - drawn).abs().max() > 1e-3
+        assert (plain - picture).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["Z-Image", "Qwen-Image"])
@@ -112,9 +112,11 @@ def test_negative_prompts_are_those_of_diffusers(folders, name):
     ours = load(folders[name])
     x = noise(ours, 64, 64)
     settings = {"num_inference_steps": 3, **SMALL}
-    drawn = ours(PROMPT, negative_prompt="blurry, a boat", latents=x, guidance_scale=4.0, output_type="pt", **settings)
+    picture = ours(
+        PROMPT, negative_prompt="blurry, a boat", latents=x, guidance_scale=4.0, output_type="pt", **settings
+    )
     expected = drawn_there(folders[name], name, x, scale=4.0, negative="blurry, a boat", **settings)
-    torch.testing.assert_close(drawn.images, expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(picture.images, expected, rtol=0, atol=2e-4)
 
 
 def test_defaults_and_sizes(pipe, family):
@@ -192,25 +194,25 @@ def test_picture_to_picture_and_masks(pipe):
     start = pipe.model.codec.latents_of(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1)
     settings = {"num_inference_steps": 10, "seed": 1, "output_type": "latent"}
 
-    def latents_of(**asked):
-        drawn = pipe(PROMPT, image=image, **asked, **settings).images
-        return from_diffusers(pipe.model, drawn, tuple(start.shape))
+    def latents_of(**options):
+        picture = pipe(PROMPT, image=image, **options, **settings).images
+        return from_diffusers(pipe.model, picture, tuple(start.shape))
 
     start = start if not isinstance(pipe.model.codec, ShowsLatents) else pipe.model.codec.to_diffusers(start)
     near, far = latents_of(strength=0.1), latents_of(strength=0.9)
     assert (near - start).abs().mean() < 0.5 * (far - start).abs().mean()
     mask = np.zeros((64, 64), np.uint8)
     mask[:32] = 255
-    drawn = latents_of(mask_image=mask)
+    picture = latents_of(mask_image=mask)
     rows = start.shape[2] // 2
-    torch.testing.assert_close(drawn[:, :, rows + 1 :], start[:, :, rows + 1 :], rtol=0, atol=1e-5)
-    assert (drawn[:, :, : rows - 1] - start[:, :, : rows - 1]).abs().mean() > 0.1
+    torch.testing.assert_close(picture[:, :, rows + 1 :], start[:, :, rows + 1 :], rtol=0, atol=1e-5)
+    assert (picture[:, :, : rows - 1] - start[:, :, : rows - 1]).abs().mean() > 0.1
 
 
 def test_another_vae(folder, pipe, tmp_path):
     """One of the same class takes the place of the folder's, to the bit; one with other latents is refused."""
-    asked = {"num_inference_steps": 1, "seed": 1, "output_type": "pt", **SMALL}
-    expected = pipe(PROMPT, **asked).images
+    options = {"num_inference_steps": 1, "seed": 1, "output_type": "pt", **SMALL}
+    expected = pipe(PROMPT, **options).images
     again = load(folder)
     changed = copy.deepcopy(again.components["vae"])
     with torch.no_grad():
@@ -218,9 +220,9 @@ def test_another_vae(folder, pipe, tmp_path):
             parameter *= 1.1
     changed.save_pretrained(tmp_path / "vae")
     again.load_vae(tmp_path / "vae")
-    assert not torch.equal(again(PROMPT, **asked).images, expected)
+    assert not torch.equal(again(PROMPT, **options).images, expected)
     again.load_vae(folder)
-    assert torch.equal(again(PROMPT, **asked).images, expected)
+    assert torch.equal(again(PROMPT, **options).images, expected)
     with pytest.raises(ModelError, match="this VAE does not fit the model"):
         again.load_vae(default_model())
 

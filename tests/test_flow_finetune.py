@@ -57,15 +57,15 @@ def test_a_lora_is_learnt_and_drawn_with(folder, data, call, tmp_path):
     assert last < first
     file = tmp_path / "run" / "pytorch_lora_weights.safetensors"
     pipe = load(folder)
-    asked = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
-    plain = pipe("a red circle", **asked).images
+    options = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
+    plain = pipe("a red circle", **options).images
     fit = pipe.load_lora_weights(file)
     assert (fit.unused, fit.missing) == ([], [])
-    assert (pipe("a red circle", **asked).images - plain).abs().max() > 1e-4
+    assert (pipe("a red circle", **options).images - plain).abs().max() > 1e-4
     theirs = DiffusionPipeline.from_pretrained(folder)
     theirs.load_lora_weights(file.parent, weight_name=file.name, adapter_name="x")
-    found = {name for name, _ in theirs.transformer.named_parameters() if "lora_" in name}
-    assert len(found) == len(load_file(file))
+    result = {name for name, _ in theirs.transformer.named_parameters() if "lora_" in name}
+    assert len(result) == len(load_file(file))
 
 
 def test_all_weights(folder, data, call, tmp_path):
@@ -103,11 +103,11 @@ def test_factors_beside_quantized_weights(data, call, tmp_path, kind):
     first, last = losses(tmp_path / "run")
     assert last < first
     pipe = load(tmp_path / "model")
-    asked = {"seed": 1, "num_inference_steps": 1, "width": 64, "height": 64, "output_type": "pt"}
-    plain = pipe("a red circle", **asked).images
+    options = {"seed": 1, "num_inference_steps": 1, "width": 64, "height": 64, "output_type": "pt"}
+    plain = pipe("a red circle", **options).images
     fit = pipe.load_lora_weights(tmp_path / "run")
     assert (fit.unused, fit.missing) == ([], [])
-    assert not torch.equal(pipe("a red circle", **asked).images, plain)
+    assert not torch.equal(pipe("a red circle", **options).images, plain)
     code, _, err = call("finetune", tmp_path / "model", data, "-o", tmp_path / "run", "--rank", 4, *QUICK)
     assert (code, f"quantize {kind} -> None" in err) == (2, True), err
 

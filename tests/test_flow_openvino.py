@@ -63,13 +63,13 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
-def test_as_torch_draws(pipes, asked):
-    drawn = [pipe(**{"prompt": PROMPT, **SMALL, **asked}).images for pipe in pipes]
-    if asked.get("output_type") == "latent":
-        np.testing.assert_allclose(*(np.asarray(each) for each in drawn), atol=1e-4)
+@pytest.mark.parametrize("options", ASKED.values(), ids=ASKED.keys())
+def test_as_torch_draws(pipes, options):
+    picture = [pipe(**{"prompt": PROMPT, **SMALL, **options}).images for pipe in pipes]
+    if options.get("output_type") == "latent":
+        np.testing.assert_allclose(*(np.asarray(each) for each in picture), atol=1e-4)
     else:
-        alike(*drawn)
+        alike(*picture)
 
 
 def test_from_a_picture(pipes):
@@ -77,9 +77,9 @@ def test_from_a_picture(pipes):
     rng = np.random.default_rng(0)
     mask = np.zeros((48, 64), np.uint8)
     mask[10:30, 10:40] = 255
-    asked = {"image": rng.integers(0, 256, (48, 64, 3), np.uint8), "mask_image": mask}
+    options = {"image": rng.integers(0, 256, (48, 64, 3), np.uint8), "mask_image": mask}
     settings = {name: value for name, value in SMALL.items() if name not in ("width", "height")}
-    alike(*(pipe(PROMPT, **asked, **settings).images for pipe in pipes))
+    alike(*(pipe(PROMPT, **options, **settings).images for pipe in pipes))
 
 
 @pytest.mark.skipif(not compiling.has_bfloat16(), reason="the CPU has no bfloat16")
@@ -92,8 +92,8 @@ def test_times_are_exact_in_bfloat16(folder):
         inputs["time"] = torch.tensor([time])
         with torch.no_grad():
             expected = traced.reference(**inputs).numpy()
-        drawn = compiler.run("transformer", {name: array.numpy() for name, array in inputs.items()})[0]
-        assert np.abs(drawn - expected).max() < 0.02 * np.abs(expected).max(), time
+        picture = compiler.run("transformer", {name: array.numpy() for name, array in inputs.items()})[0]
+        assert np.abs(picture - expected).max() < 0.02 * np.abs(expected).max(), time
 
 
 def test_networks_are_as_they_were(folder, monkeypatch, tmp_path):

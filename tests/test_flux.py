@@ -77,12 +77,12 @@ def test_pictures_are_those_of_diffusers(folder, settings):
     expected = theirs(folder)(PROMPT, latents=packed(x), output_type="latent", **settings).images
     ours = load(folder)
     for given in (x, packed(x)):  # tokens are latents too, as diffusers takes and returns them
-        drawn = ours(PROMPT, latents=given, output_type="latent", **own).images
-        torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+        sample = ours(PROMPT, latents=given, output_type="latent", **own).images
+        torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="latents must have the shape"):
         ours(PROMPT, latents=packed(x)[:, 1:], **own)
-    shown = theirs(folder)(PROMPT, latents=packed(x), output_type="pt", **settings).images
-    torch.testing.assert_close(ours(PROMPT, latents=x, output_type="pt", **own).images, shown, rtol=1e-4, atol=1e-4)
+    view = theirs(folder)(PROMPT, latents=packed(x), output_type="pt", **settings).images
+    torch.testing.assert_close(ours(PROMPT, latents=x, output_type="pt", **own).images, view, rtol=1e-4, atol=1e-4)
 
 
 def test_defaults_and_sizes(folder):
@@ -173,21 +173,21 @@ def test_kontext_edits_as_diffusers_does(kontext, settings):
     expected = pipe(image, PROMPT, latents=packed(x), output_type="pt", **settings, **area).images
     ours = load(kontext)
     own = {key: value for key, value in settings.items() if key not in ("width", "height")}
-    drawn = ours(PROMPT, image=image, latents=x, output_type="pt", **own).images
-    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    sample = ours(PROMPT, image=image, latents=x, output_type="pt", **own).images
+    torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
     without = pipe(None, PROMPT, latents=packed(x), output_type="pt", **settings, **area).images
     plain = ours(PROMPT, latents=x, output_type="pt", **settings).images
     torch.testing.assert_close(plain, without, rtol=1e-4, atol=1e-4)
-    assert (plain - drawn).abs().max() > 0.01
+    assert (plain - sample).abs().max() > 0.01
 
 
 def test_kontext_keeps_what_is_not_masked(kontext):
     mask = Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (32, 0))))
-    asked = {"image": picture(), "mask_image": mask, "num_inference_steps": 2, "seed": 1, "output_type": "np"}
-    drawn = load(kontext)(PROMPT, **asked).images[0]
+    options = {"image": picture(), "mask_image": mask, "num_inference_steps": 2, "seed": 1, "output_type": "np"}
+    sample = load(kontext)(PROMPT, **options).images[0]
     before = np.asarray(picture(), np.float32) / 255
-    np.testing.assert_allclose(drawn[:, :32], before[:, :32], atol=1 / 255)
-    assert np.abs(drawn[:, 32:] - before[:, 32:]).max() > 0.1
+    np.testing.assert_allclose(sample[:, :32], before[:, :32], atol=1 / 255)
+    assert np.abs(sample[:, 32:] - before[:, 32:]).max() > 0.1
 
 
 @pytest.mark.slow

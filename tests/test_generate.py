@@ -66,10 +66,10 @@ def test_a_file_of_objects(generate, photo, tmp_path):
     assert [(one["width"], one["height"]) for one in rows] == [(64, 64), (96, 64), (72, 64), (80, 64)]
     records = [read_record(tmp_path / one["path"]) for one in rows]
     assert [record.request.guidance_scale for record in records] == [2.5, 4.0, 4.0, 4.0]
-    with Image.open(tmp_path / rows[2]["path"]) as drawn:
+    with Image.open(tmp_path / rows[2]["path"]) as picture:
         marked = np.zeros((64, 72), bool)
         marked[10:30, 10:30] = True
-        assert np.array_equal(np.asarray(drawn)[~marked], photo[~marked])
+        assert np.array_equal(np.asarray(picture)[~marked], photo[~marked])
     assert "in/photo.png: runs 2 of 2 steps" in err
 
 
@@ -121,8 +121,8 @@ def test_pictures_on_the_command_line(generate, photo, tmp_path):
     assert (code, err) == (0, "photo.png: runs 1 of 2 steps\n")
     code, _, err = generate(PROMPT, "-i", "photo.png", "--mask", "mask.png", "-o", "b.png", "-s", 1)
     assert code == 0
-    with Image.open(tmp_path / "b.png") as drawn:
-        assert np.array_equal(np.asarray(drawn)[40:], photo[40:])
+    with Image.open(tmp_path / "b.png") as picture:
+        assert np.array_equal(np.asarray(picture)[40:], photo[40:])
     assert read_record(tmp_path / "b.png").canvas.mask == "mask.png"
     code, _, _ = generate(PROMPT, "-N", 2, "--format", "jpg", "-s", 1)
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["00001-1.jpg", "00002-2.jpg"]
@@ -171,8 +171,8 @@ def test_refused(generate, photo, tmp_path, words, code, message):
     (tmp_path / "text.png").write_text("<html>")
     Image.new("L", (64, 64), 255).save(tmp_path / "photo2.png")
     Image.new("L", (2, 1), 255).save(tmp_path / "small.png")
-    found, out, err = generate(PROMPT, *words)
-    assert (found, out, err.count("\n")) == (code, "", 1)
+    result, out, err = generate(PROMPT, *words)
+    assert (result, out, err.count("\n")) == (code, "", 1)
     assert message in err
     assert not (tmp_path / "outputs").exists()
 
@@ -188,8 +188,8 @@ def test_a_record_too_long_is_known_before_anything_is_drawn(generate, tmp_path)
     [("a.b", "a.b", 1.0), ("a:0.8", "a", 0.8), ("C:/a.b", "C:/a.b", 1.0), ("C:/a:-1", "C:/a", -1.0)],
 )
 def test_adapters_and_their_weights(text, path, weight):
-    found = adapter_and_weight(text)
-    assert (str(found[0]), found[1]) == (path, weight)
+    result = adapter_and_weight(text)
+    assert (str(result[0]), result[1]) == (path, weight)
 
 
 def test_the_default_model_has_a_name(call, monkeypatch):

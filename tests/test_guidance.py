@@ -109,25 +109,25 @@ def test_rescaling_what_is_constant_changes_nothing(kind):
     """An epsilon network at zero SNR predicts x0 = 0: no deviation to pull back to, and none is made up."""
     both = kind.zeros((2, 3, 1, 4, 4))
     guided = guidance.classifier_free(lambda x, level: both, 7.0)
-    drawn = guidance.rescaled(guided, guidance.chosen(lambda x, level: both, 1), 0.7, "sample")(both[0], SD.level(5))
-    assert (drawn == 0).all()
+    image = guidance.rescaled(guided, guidance.chosen(lambda x, level: both, 1), 0.7, "sample")(both[0], SD.level(5))
+    assert (image == 0).all()
 
 
 def test_one_evaluation_is_shared():
     """Wrappers around the same network ask it once a place; another x or level is another place."""
-    asked = []
+    times = []
 
     def both(x, level):
-        asked.append(level.t)
+        times.append(level.t)
         return np.stack([0 * x, x])
 
     shared = guidance.once(both)
     guided = guidance.rescaled(guidance.classifier_free(shared, 3.0), guidance.chosen(shared, 1), 0.5, "sample")
     x = np.arange(8.0).reshape(1, 8)
     guided(x, SD.level(5))
-    assert asked == [5.0]
+    assert times == [5.0]
     guided(x.copy(), SD.level(5)), guided(x, SD.level(6))
-    assert asked == [5.0, 5.0, 6.0]
+    assert times == [5.0, 5.0, 6.0]
 
 
 @pytest.mark.parametrize("library", [np, torch])
@@ -161,13 +161,13 @@ def test_thresholds_are_those_without_guidance(library):
     is within its own bounds stays as it is."""
     line = np.arange(100.0)
     cond = np.stack([line / 10, line])
-    drawn = np.stack([line, line / 2])
+    image = np.stack([line, line / 2])
     if library is torch:
-        cond, drawn = torch.from_numpy(cond), torch.from_numpy(drawn)
-    denoise = guidance.thresholded(lambda x, level: drawn, lambda x, level: cond, 0.9)
-    found = denoise(drawn, None)
-    np.testing.assert_allclose(found[0], np.minimum(line, 89) / 10, rtol=1e-12)
-    np.testing.assert_allclose(found[1], line / 2, rtol=1e-12)
+        cond, image = torch.from_numpy(cond), torch.from_numpy(image)
+    denoise = guidance.thresholded(lambda x, level: image, lambda x, level: cond, 0.9)
+    result = denoise(image, None)
+    np.testing.assert_allclose(result[0], np.minimum(line, 89) / 10, rtol=1e-12)
+    np.testing.assert_allclose(result[1], line / 2, rtol=1e-12)
 
 
 def test_away_from_a_worse_network():
@@ -197,8 +197,8 @@ def test_steered_no_further_than_the_radius(library):
     x = library.zeros((2, 4, 5, 5))
     level = SD.level(999)
     moved = guidance.toward(lambda x, level: x, lambda x0: gradient, 1.0, radius=0.05)(x, level)
-    found = [float((picture**2).mean()) ** 0.5 for picture in moved]
-    assert found == pytest.approx([0.05, 0.01 * level.sigma**2], rel=1e-5)
+    result = [float((picture**2).mean()) ** 0.5 for picture in moved]
+    assert result == pytest.approx([0.05, 0.01 * level.sigma**2], rel=1e-5)
 
 
 def test_what_is_kept_walks_the_closed_form():

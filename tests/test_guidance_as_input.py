@@ -62,8 +62,8 @@ def of_theirs(pipe, **settings):
 
 def drawn_by(pipe, scale):
     """Our own latents of one step."""
-    asked = {"latents": noise(), "num_images_per_prompt": 2, "output_type": "latent", "num_inference_steps": 1}
-    return torch.as_tensor(pipe(PROMPT, guidance_scale=scale, **asked).images)
+    options = {"latents": noise(), "num_images_per_prompt": 2, "output_type": "latent", "num_inference_steps": 1}
+    return torch.as_tensor(pipe(PROMPT, guidance_scale=scale, **options).images)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0, 8.5])
@@ -75,8 +75,8 @@ def test_as_diffusers_draws(theirs, folder, scale):
 
 def test_the_scale_changes_the_picture(folder):
     pipe = load(folder)
-    asked = {"latents": noise(), "num_images_per_prompt": 2, "output_type": "latent"}
-    one, other = (torch.as_tensor(pipe(PROMPT, guidance_scale=s, **asked).images) for s in (1.0, 8.5))
+    options = {"latents": noise(), "num_images_per_prompt": 2, "output_type": "latent"}
+    one, other = (torch.as_tensor(pipe(PROMPT, guidance_scale=s, **options).images) for s in (1.0, 8.5))
     assert (one - other).abs().max() > 0.01
 
 

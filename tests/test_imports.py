@@ -79,6 +79,6 @@ def test_what_a_command_imports(folder, words, code, imported):
         capture_output=True,
         text=True,
     )
-    *_, ended, found = done.stdout.splitlines()
+    *_, ended, result = done.stdout.splitlines()
     assert ended == f"code: {code}", done.stderr
-    assert set(found.split()[1:]) <= imported
+    assert set(result.split()[1:]) <= imported

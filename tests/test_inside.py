@@ -106,9 +106,9 @@ def test_rows_that_name_files(form, streaming, pictures, outside, tmp_path, no_n
     (folder / "link.png").symlink_to(outside / "secret.png")
     cells = [{"bytes": None, "path": name} if form == "struct" else name for name in [*names, "in/a.png"]]
     parquet(folder / "train.parquet", cells)
-    found = surveyed(folder, Options("table", streaming=streaming))
-    assert [picture.name for picture in found.pictures] == [f"row {len(names)}"]  # the file in the folder
-    assert len(found.unreadable) == len(names)
+    result = surveyed(folder, Options("table", streaming=streaming))
+    assert [picture.name for picture in result.pictures] == [f"row {len(names)}"]  # the file in the folder
+    assert len(result.unreadable) == len(names)
 
 
 def test_columns_that_a_decoder_would_open(pictures, outside, tmp_path, no_network):
@@ -197,9 +197,9 @@ def test_splits_of_a_folder(pictures, tmp_path):
     names = sorted(pictures)
     as_jsonl(tmp_path / "train", {name: pictures[name] for name in names[:3]})
     as_jsonl(tmp_path / "test", {names[3]: pictures[names[3]]})
-    found = surveyed(tmp_path)
-    assert sorted(picture.name for picture in found.pictures) == [f"train/{name}" for name in names[:3]]
-    assert "other splits are not read: test" in found.listing.notes
+    result = surveyed(tmp_path)
+    assert sorted(picture.name for picture in result.pictures) == [f"train/{name}" for name in names[:3]]
+    assert "other splits are not read: test" in result.listing.notes
     assert [p.name for p in surveyed(tmp_path, Options(split="test")).pictures] == [f"test/{names[3]}"]
     with pytest.raises(ConfigError, match=r'no split "dev". Its splits: test, train'):
         surveyed(tmp_path, Options(split="dev"))
@@ -225,9 +225,9 @@ def test_rows_above_splits(pictures, tmp_path):
         write_pictures(tmp_path / split, {name: pictures[name]})
         rows.append({"file_name": f"{split}/{name}", "text": name})
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = surveyed(tmp_path)
-    assert len(found.pictures) == 3
-    assert not found.listing.orphans
+    result = surveyed(tmp_path)
+    assert len(result.pictures) == 3
+    assert not result.listing.orphans
 
 
 def test_many_equal_pictures_are_a_short_line(pictures, tmp_path):

@@ -73,41 +73,41 @@ def ours(folder, kinds):
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}], ids=["guided", "unguided"])
 def test_as_diffusers_draws(place, pictures, kind, settings):
     folder, family = place
-    asked = {**ASKED, **settings}
+    options = {**ASKED, **settings}
     pipe, own = theirs(family, folder, [kind]), ours(folder, [kind])
-    drawn = {}
+    picture = {}
     for scale in (1.0, 0.4):
         pipe.set_ip_adapter_scale(scale)
         own.set_ip_adapter_scale(scale)
-        asked["ip_adapter_image"] = pictures[0]
-        expected = pipe(PROMPT, latents=noise(), output_type="np", **asked).images
-        drawn[scale] = own(PROMPT, latents=noise(), **asked, **OURS).images
-        assert np.abs(drawn[scale] - expected).max() < 1e-4
-    assert np.abs(drawn[1.0] - drawn[0.4]).max() > 1e-3, "it steers"
+        options["ip_adapter_image"] = pictures[0]
+        expected = pipe(PROMPT, latents=noise(), output_type="np", **options).images
+        picture[scale] = own(PROMPT, latents=noise(), **options, **OURS).images
+        assert np.abs(picture[scale] - expected).max() < 1e-4
+    assert np.abs(picture[1.0] - picture[0.4]).max() > 1e-3, "it steers"
     own.unload_ip_adapter()
-    asked.pop("ip_adapter_image")
-    plain = own(PROMPT, latents=noise(), **asked, **OURS).images
-    assert (plain == load(folder / "model")(PROMPT, latents=noise(), **asked, **OURS).images).all()
+    options.pop("ip_adapter_image")
+    plain = own(PROMPT, latents=noise(), **options, **OURS).images
+    assert (plain == load(folder / "model")(PROMPT, latents=noise(), **options, **OURS).images).all()
 
 
 def test_of_xl(tmp_path, pictures):
     """Once in the quick suite; the other families' proofs are slow."""
     folder = made(tmp_path, "XL", ["plus"])
-    asked = {"ip_adapter_image": pictures[0], **ASKED}
-    expected = theirs("XL", folder, ["plus"])(PROMPT, latents=noise(), output_type="np", **asked).images
-    drawn = ours(folder, ["plus"])(PROMPT, latents=noise(), **asked, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
+    options = {"ip_adapter_image": pictures[0], **ASKED}
+    expected = theirs("XL", folder, ["plus"])(PROMPT, latents=noise(), output_type="np", **options).images
+    picture = ours(folder, ["plus"])(PROMPT, latents=noise(), **options, **OURS).images
+    assert np.abs(picture - expected).max() < 1e-4
 
 
 def test_several_pictures_of_several_adapters(place, pictures):
     folder, family = place
-    kinds, shown = ["plain", "plus"], [[pictures[0], pictures[1]], [pictures[2]]]
+    kinds, view = ["plain", "plus"], [[pictures[0], pictures[1]], [pictures[2]]]
     pipe, own = theirs(family, folder, kinds), ours(folder, kinds)
     pipe.set_ip_adapter_scale([0.7, 0.5])
-    expected = pipe(PROMPT, latents=noise(), ip_adapter_image=shown, output_type="np", **ASKED).images
+    expected = pipe(PROMPT, latents=noise(), ip_adapter_image=view, output_type="np", **ASKED).images
     scales = {"ip_adapter_scale": [0.7, 0.5]}
-    drawn = own(PROMPT, latents=noise(), ip_adapter_image=shown, **scales, **ASKED, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
+    picture = own(PROMPT, latents=noise(), ip_adapter_image=view, **scales, **ASKED, **OURS).images
+    assert np.abs(picture - expected).max() < 1e-4
 
 
 def test_masks(place, pictures):
@@ -118,12 +118,12 @@ def test_masks(place, pictures):
     masks = IPAdapterMaskProcessor().preprocess([Image.fromarray(left), Image.fromarray(right)], height=48, width=64)
     given = [masks.reshape(1, 2, 48, 64)]
     pipe, own = theirs(family, folder, ["plain"]), ours(folder, ["plain"])
-    asked = {"ip_adapter_image": [pictures[:2]], "cross_attention_kwargs": {"ip_adapter_masks": given}, **ASKED}
-    expected = pipe(PROMPT, latents=noise(), output_type="np", **asked).images
-    drawn = own(PROMPT, latents=noise(), **asked, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
-    asked["cross_attention_kwargs"] = {"ip_adapter_masks": [[left, Image.fromarray(right)]]}
-    assert (own(PROMPT, latents=noise(), **asked, **OURS).images == drawn).all()
+    options = {"ip_adapter_image": [pictures[:2]], "cross_attention_kwargs": {"ip_adapter_masks": given}, **ASKED}
+    expected = pipe(PROMPT, latents=noise(), output_type="np", **options).images
+    picture = own(PROMPT, latents=noise(), **options, **OURS).images
+    assert np.abs(picture - expected).max() < 1e-4
+    options["cross_attention_kwargs"] = {"ip_adapter_masks": [[left, Image.fromarray(right)]]}
+    assert (own(PROMPT, latents=noise(), **options, **OURS).images == picture).all()
 
 
 def test_scales_by_block(place, pictures):
@@ -133,9 +133,9 @@ def test_scales_by_block(place, pictures):
     scale = blocks.get(family, blocks["1"])
     pipe.set_ip_adapter_scale(scale)
     own.set_ip_adapter_scale(scale)
-    asked = {"ip_adapter_image": pictures[0], **ASKED}
-    expected = pipe(PROMPT, latents=noise(), output_type="np", **asked).images
-    assert np.abs(own(PROMPT, latents=noise(), **asked, **OURS).images - expected).max() < 1e-4
+    options = {"ip_adapter_image": pictures[0], **ASKED}
+    expected = pipe(PROMPT, latents=noise(), output_type="np", **options).images
+    assert np.abs(own(PROMPT, latents=noise(), **options, **OURS).images - expected).max() < 1e-4
 
 
 def test_features_instead_of_pictures(place, pictures):
@@ -161,10 +161,10 @@ def test_over_a_picture(place, pictures):
     level = own.model.path.levels(10, "trailing")[4]
     x = diffuse(own.encode(np.asarray(pictures[0])[None]), noise(), level)
     pipe.prepare_latents = lambda *_, **__: x  # theirs draws the posterior, and noise of its own
-    asked = {"image": pictures[0], "ip_adapter_image": pictures[1], "num_inference_steps": 10, "strength": 0.65}
-    expected = pipe(PROMPT, guidance_scale=3.0, output_type="np", **asked).images
-    drawn = own(PROMPT, guidance_scale=3.0, latents=noise(), **asked, **OURS).images
-    assert np.abs(drawn - expected).max() < 1e-4
+    options = {"image": pictures[0], "ip_adapter_image": pictures[1], "num_inference_steps": 10, "strength": 0.65}
+    expected = pipe(PROMPT, guidance_scale=3.0, output_type="np", **options).images
+    picture = own(PROMPT, guidance_scale=3.0, latents=noise(), **options, **OURS).images
+    assert np.abs(picture - expected).max() < 1e-4
 
 
 @pytest.mark.slow
@@ -185,9 +185,9 @@ def test_in_every_other_way(place, pictures):
         {"num_images_per_prompt": 3, "batch_size": 2, **SIZE},
     ]
     alone = load(folder / "model")
-    for asked in ways:
-        steered, free = (own(PROMPT, ip_adapter_scale=scale, **asked, **small).images for scale in (1.0, 0.0))
-        plain = alone(PROMPT, **asked, **{k: v for k, v in small.items() if k != "ip_adapter_image"}).images
+    for options in ways:
+        steered, free = (own(PROMPT, ip_adapter_scale=scale, **options, **small).images for scale in (1.0, 0.0))
+        plain = alone(PROMPT, **options, **{k: v for k, v in small.items() if k != "ip_adapter_image"}).images
         assert np.abs(free.astype(int) - plain).max() <= 1, "a scale of zero is no image prompt"
         assert np.abs(steered.astype(int) - free).max() > 1
     fast = LatentDiffusionPipeline.from_pretrained(folder / "model", device="cpu", speed="max", torch_dtype="float32")
@@ -265,8 +265,8 @@ def test_refusals(place, pictures, tmp_path):
             own(PROMPT, ip_adapter_image=pictures[0], ip_adapter_scale=scale, **ASKED)
     for masks in (5, [torch.zeros(1, 1, 0, 0)], [torch.full((1, 1, 8, 8), float("nan"))]):
         with pytest.raises(ConfigError, match="ip_adapter_masks must"):
-            asked = {"ip_adapter_image": pictures[0], "cross_attention_kwargs": {"ip_adapter_masks": masks}}
-            own(PROMPT, **asked, **ASKED)
+            options = {"ip_adapter_image": pictures[0], "cross_attention_kwargs": {"ip_adapter_masks": masks}}
+            own(PROMPT, **options, **ASKED)
     for embeds, message in (
         (torch.zeros(2, 1, 49), "do not fit the IP-Adapter"),
         (torch.zeros(2, 0, 48), "must be tensors"),
@@ -310,12 +310,12 @@ def test_from_the_shell_and_again(place, pictures, tmp_path, call):
     pictures[1].save(tmp_path / "dog.png")
     file = folder / "hub" / "models" / "plain.safetensors"
     words = ["generate", PROMPT, "-m", folder / "model", "--steps", "2", "-s", "1", "--size", "64x48"]
-    shown = ["--ip-adapter", file, "--image-prompt", "cat.png:0.5", "--image-prompt", "dog.png"]
-    code, _, err = call(*words, *shown, "-o", "out.png")
+    view = ["--ip-adapter", file, "--image-prompt", "cat.png:0.5", "--image-prompt", "dog.png"]
+    code, _, err = call(*words, *view, "-o", "out.png")
     assert code == 0, err
     own = ours(folder, ["plain"])
-    asked = {"num_inference_steps": 2, "seed": 1, "output_type": "uint8", "ip_adapter_scale": 0.5, **SIZE}
-    expected = own(PROMPT, ip_adapter_image=[pictures[:2]], **asked).images[0]
+    options = {"num_inference_steps": 2, "seed": 1, "output_type": "uint8", "ip_adapter_scale": 0.5, **SIZE}
+    expected = own(PROMPT, ip_adapter_image=[pictures[:2]], **options).images[0]
     assert (np.asarray(Image.open(tmp_path / "out.png")) == expected).all()
     record = read_metadata(tmp_path / "out.png")["latentdiff"]
     assert [each["image"] for each in record["image_prompts"][0]["pictures"]] == ["cat.png", "dog.png"]
@@ -326,7 +326,7 @@ def test_from_the_shell_and_again(place, pictures, tmp_path, call):
     for wrong, message in (
         (["--image-prompt", "cat.png"], "--image-prompt has 1 pictures, and there are 0 of --ip-adapter"),
         (["--ip-adapter", file], "has 0 pictures, and there are 1"),
-        ([*shown, "--image-prompt", "cat.png:0.9"], "one IP-Adapter has one scale"),
+        ([*view, "--image-prompt", "cat.png:0.9"], "one IP-Adapter has one scale"),
         (["--ip-adapter", file, "--image-prompt", "cat.png:much"], "is not a number"),
     ):
         code, _, err = call(*words, *wrong, "-o", "wrong.png")

@@ -136,7 +136,7 @@ def test_every_room_has_its_arrows_and_needs_them():
 
 def circles(graph):
     """The sets of nodes, larger than one, of which each reaches every other (Tarjan 1972)."""
-    order, low, stack, found = {}, {}, [], []
+    order, low, stack, result = {}, {}, [], []
 
     def visit(node):
         order[node] = low[node] = len(order)
@@ -150,12 +150,12 @@ def circles(graph):
             group = {stack.pop()}
             while node not in group:
                 group.add(stack.pop())
-            found.extend([group] * (len(group) > 1))
+            result.extend([group] * (len(group) > 1))
 
     for node in graph:
         if node not in order:
             visit(node)
-    return found
+    return result
 
 
 def test_no_file_needs_itself():

@@ -36,7 +36,7 @@ def exact(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def found(exact, pictures):
+def result(exact, pictures):
     return likelihood(exact.model, *pictures, times=4, seed=1)
 
 
@@ -48,7 +48,7 @@ def sampled(pipe, pixels, seed):
     return posterior.mean + posterior.std * torch.from_numpy(np.stack(draws)), posterior.std
 
 
-def test_the_autoencoders_terms(exact, found, pictures):
+def test_the_autoencoders_terms(exact, result, pictures):
     """By scipy's Laplace distribution with the widths of the other half, and by torch's entropy."""
     pixels, _ = pictures
     z, std = sampled(exact, pixels, 1)
@@ -63,13 +63,13 @@ def test_the_autoencoders_terms(exact, found, pictures):
         of = stats.laplace(decoded[row], width)
         # in the tail that keeps its digits
         chance = np.where(low > decoded[row], of.sf(low) - of.sf(high), of.cdf(high) - of.cdf(low))
-        assert found.decoder[row] == pytest.approx(-np.log(chance).sum(), rel=1e-4)
+        assert result.decoder[row] == pytest.approx(-np.log(chance).sum(), rel=1e-4)
         entropy = torch.distributions.Normal(0, std[row].double()).entropy().sum()
-        assert found.entropy[row] == pytest.approx(float(entropy), rel=1e-5)
+        assert result.entropy[row] == pytest.approx(float(entropy), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_the_latents_terms(exact, found, pictures):
+def test_the_latents_terms(exact, result, pictures):
     """L_0 by a normal density; the drawn times' sum against every time's, of one picture."""
     pixels, captions = pictures
     z, _ = sampled(exact, pixels, 1)
@@ -81,7 +81,7 @@ def test_the_latents_terms(exact, found, pictures):
     with torch.no_grad():
         x0 = level.alpha * x - level.sigma * exact.model.backbone.model(x, 0, context).sample
     wanted = -torch.distributions.Normal(x0.double(), level.sigma).log_prob(z.double()).flatten(1).sum(1)
-    np.testing.assert_allclose(found.cond.reconstruction, wanted, rtol=1e-4)
+    np.testing.assert_allclose(result.cond.reconstruction, wanted, rtol=1e-4)
     times = np.arange(1, schedule.T)
     row = z[:1].expand(len(times), -1, -1, -1)
     x = noised(schedule, row, times, 1, [0] * len(times))
@@ -91,24 +91,26 @@ def test_the_latents_terms(exact, found, pictures):
     squared = ((a.sqrt() * x - (1 - a).sqrt() * v - row) ** 2).flatten(1).sum(1).double().numpy()
     terms = Terms.of(schedule)
     each = terms.weight[1:] * squared + z[0].numel() * terms.constant[1:]
-    drawn = likelihood(exact.model, pixels[:2], captions[:2], times=150, seed=1).cond.denoising()
-    assert drawn[0] == pytest.approx(each.sum(), rel=0.05)
+    picture = likelihood(exact.model, pixels[:2], captions[:2], times=150, seed=1).cond.denoising()
+    assert picture[0] == pytest.approx(each.sum(), rel=0.05)
 
 
-def test_the_whole_is_the_sum_of_its_terms(found):
-    total = found.decoder - found.entropy + found.cond.prior + found.cond.denoising() + found.cond.reconstruction
-    np.testing.assert_allclose(found.bits(found.cond), total / (64 * 64 * 3) / math.log(2), rtol=1e-12)
-    np.testing.assert_allclose(found.gain(), bits(found.uncond.total() - found.cond.total(), 64 * 64 * 3), atol=1e-12)
-    assert found.dimensions == 64 * 64 * 3
+def test_the_whole_is_the_sum_of_its_terms(result):
+    total = result.decoder - result.entropy + result.cond.prior + result.cond.denoising() + result.cond.reconstruction
+    np.testing.assert_allclose(result.bits(result.cond), total / (64 * 64 * 3) / math.log(2), rtol=1e-12)
+    np.testing.assert_allclose(
+        result.gain(), bits(result.uncond.total() - result.cond.total(), 64 * 64 * 3), atol=1e-12
+    )
+    assert result.dimensions == 64 * 64 * 3
 
 
-def test_the_same_draws(exact, found, pictures):
+def test_the_same_draws(exact, result, pictures):
     """With captions and without, of another model, and of fewer pictures; a picture without a caption gains nothing."""
     pixels, captions = pictures
-    assert np.array_equal(found.cond.times, found.uncond.times)
+    assert np.array_equal(result.cond.times, result.uncond.times)
     part = likelihood(exact.model, pixels[:3], ["", *captions[1:3]], times=4, seed=1)
-    assert np.array_equal(part.cond.times, found.cond.times[:3])
-    np.testing.assert_allclose(part.cond.squared[1:], found.cond.squared[1:3], rtol=1e-3)
+    assert np.array_equal(part.cond.times, result.cond.times[:3])
+    np.testing.assert_allclose(part.cond.squared[1:], result.cond.squared[1:3], rtol=1e-3)
     np.testing.assert_array_equal(part.cond.squared[0], part.uncond.squared[0])
     assert part.gain()[0] == 0
     silent = likelihood(exact.model, pixels[:3], [""] * 3, times=4, seed=1)
@@ -117,15 +119,15 @@ def test_the_same_draws(exact, found, pictures):
 
 
 @pytest.mark.slow
-def test_batches_are_kept(exact, found, pictures, tmp_path):
+def test_batches_are_kept(exact, result, pictures, tmp_path):
     """One that was killed after its first batch ends in the same bits; other draws do not use what is there."""
 
     def once(seed=1):
         return likelihood(exact.model, *pictures, times=4, seed=seed, folder=tmp_path)
 
     def same(made):
-        return np.array_equal(made.bits(made.cond), found.bits(found.cond)) and np.array_equal(
-            made.cond.curve([1, 100, 1000]), found.cond.curve([1, 100, 1000])
+        return np.array_equal(made.bits(made.cond), result.bits(result.cond)) and np.array_equal(
+            made.cond.curve([1, 100, 1000]), result.cond.curve([1, 100, 1000])
         )
 
     assert same(once())
@@ -145,8 +147,8 @@ def test_brackets_are_words(exact):
         exact.model.encoder.encode(Prompt("a (red:1.5) circle", Style(weights))) for weights in (True, False)
     )
     assert not torch.equal(weighed["tokens"], plain["tokens"])
-    asked = _conditions(exact.model, ["a (red:1.5) circle"] * 2, (64, 64))
-    assert torch.equal(asked["tokens"][1], plain["tokens"])
+    weighted = _conditions(exact.model, ["a (red:1.5) circle"] * 2, (64, 64))
+    assert torch.equal(weighted["tokens"][1], plain["tokens"])
 
 
 class Exact:
@@ -169,15 +171,15 @@ def test_a_model_of_pixels(pictures):
     model = Model(Exact(schedule, s), encoder, IdentityCodec(), schedule, "sample", ModelCard(), TorchPlace())
     values = np.random.default_rng(0).normal(0, s, (40, 8, 8, 3))
     pixels = np.rint((values.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-    found = likelihood(model, pixels, [""] * 40, times=32)
+    result = likelihood(model, pixels, [""] * 40, times=32)
     a, terms = schedule.alphas_cumprod, Terms.of(schedule)
     nats = (terms.weight * s**2 * (1 - a) / (a * s**2 + 1 - a) + terms.constant).sum()
     density = bits(nats + 0.5 * (a[-1] * (s**2 - 1) - math.log1p(-a[-1])), 1) - math.log2(2 / 255)
-    mean, error = mean_and_error(found.bits(found.cond))
+    mean, error = mean_and_error(result.bits(result.cond))
     assert abs(mean - density) < 3 * error + 0.03, "a bin is nearly as wide as the first level's noise"
     assert mean > math.log2(s * math.sqrt(2 * math.pi * math.e) * 255 / 2) + 3 * error, "a bound on the entropy"
-    assert not found.decoder.any()
-    assert not found.entropy.any()
+    assert not result.decoder.any()
+    assert not result.entropy.any()
 
 
 def test_what_has_no_likelihood(exact, pictures):
@@ -200,13 +202,13 @@ def test_what_has_no_likelihood(exact, pictures):
 def test_captions_lower_that_of_the_default_model(pictures):
     """By far more than the error, under both variances; and noise in the weights raises it."""
     pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    found = likelihood(pipe.model, *pictures, times=4)
+    result = likelihood(pipe.model, *pictures, times=4)
     for variance in ("small", "large"):
-        mean, error = mean_and_error(found.gain(variance))
+        mean, error = mean_and_error(result.gain(variance))
         assert mean > 5 * error
     with torch.no_grad():
         for parameter in pipe.model.backbone.parameters():
             parameter += 0.05 * parameter.std() * torch.from_numpy(noise.normal(tuple(parameter.shape), 0, "damage"))
     worse = likelihood(pipe.model, *pictures, times=4)
-    mean, error = mean_and_error(worse.bits(worse.cond) - found.bits(found.cond))
+    mean, error = mean_and_error(worse.bits(worse.cond) - result.bits(result.cond))
     assert mean > 5 * error

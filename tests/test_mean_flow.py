@@ -160,10 +160,10 @@ def test_it_learns_to_draw_in_one_step():
     x = torch.randn(4000, 1, generator=generator)
     with torch.no_grad():
         ends = {name: torch.full((4000,), time) for name, time in (("until", 0.0),)}
-        drawn = x - student(x, torch.full((4000,), 1000.0), Conditions(ends))
+        draw = x - student(x, torch.full((4000,), 1000.0), Conditions(ends))
         at_once = x - student(x, torch.full((4000,), 1000.0), Conditions({"until": torch.full((4000,), 1000.0)}))
-    assert abs(float(drawn.mean()) - MEAN) < 0.06
-    assert abs(float(drawn.std()) - STD) < 0.08
+    assert abs(float(draw.mean()) - MEAN) < 0.06
+    assert abs(float(draw.std()) - STD) < 0.08
     assert float(at_once.std()) < 0.2, "one step along the instantaneous velocity ends at the mean"
 
 
@@ -247,8 +247,8 @@ def noise():
     return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def drawn(pipe, **asked):
-    return pipe("a star", seed=2, height=64, width=64, output_type="uint8", **asked).images.astype(int)
+def draw(pipe, **options):
+    return pipe("a star", seed=2, height=64, width=64, output_type="uint8", **options).images.astype(int)
 
 
 def test_what_was_learnt_is_drawn(student):
@@ -257,15 +257,15 @@ def test_what_was_learnt_is_drawn(student):
     few = {"sampler": "euler", "spacing": "trailing", "num_inference_steps": 4, "guidance_scale": 1.0}
     assert {name: pipe.card.defaults[name] for name in few} == few
     assert pipe.model.backbone.model.time_embedding.cond_proj.weight.abs().max() > 0
-    asked = {"latents": noise(), "output_type": "latent", "height": 64, "width": 64}
+    options = {"latents": noise(), "output_type": "latent", "height": 64, "width": 64}
     x, tokens = noise(), pipe.model.encoder.encode(Prompt("a star"))["tokens"]
     for t, r in pairwise((1.0, 0.75, 0.5, 0.25, 0.0)):
         conditions = Conditions({"tokens": tokens[None], "until": torch.tensor([1000 * r])})
         x = x - (t - r) * pipe.model.backbone.predict(x, 1000 * t, conditions)
     for sampler in ("euler", "ddim"):
-        ours = torch.as_tensor(pipe("a star", sampler=sampler, **asked).images)
+        ours = torch.as_tensor(pipe("a star", sampler=sampler, **options).images)
         torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
-    other = torch.as_tensor(pipe("a star", sampler="heun", **asked).images)
+    other = torch.as_tensor(pipe("a star", sampler="heun", **options).images)
     assert (other - x).abs().max() > 1e-3, "Heun's method follows instantaneous velocities"
 
 
@@ -274,7 +274,7 @@ def test_by_openvino(student, call, tmp_path):
     assert call("convert", student / "run" / "model", tmp_path / "compiled", "--to", "openvino")[0] == 0
     settings = {"runtime": "openvino", "torch_dtype": torch.float32}
     compiled = LatentDiffusionPipeline.from_pretrained(tmp_path / "compiled", **settings)
-    assert np.abs(drawn(compiled) - drawn(load(student / "run" / "model"))).max() <= 1
+    assert np.abs(draw(compiled) - draw(load(student / "run" / "model"))).max() <= 1
 
 
 def test_diffusers_does_not_draw_it_wrongly(student):

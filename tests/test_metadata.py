@@ -18,9 +18,11 @@ from latentdiff.drawing.request import Request, request
 
 
 def record(**fields):
-    asked = request(prompt=fields.pop("prompt", "a red circle"), seed=5, sampler="dpmpp_2m", spacing="karras", **fields)
+    options = request(
+        prompt=fields.pop("prompt", "a red circle"), seed=5, sampler="dpmpp_2m", spacing="karras", **fields
+    )
     return ImageMetadata(
-        request=asked.model_dump(),
+        request=options.model_dump(),
         index=2,
         seed=7,
         width=64,
@@ -65,9 +67,9 @@ def test_a_prompt_cannot_forge_fields(prompt):
 def test_png_round_trip(tmp_path, prompt):
     path = tmp_path / "a.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, pnginfo=png_info(record(prompt=prompt)))
-    found = read_metadata(path)
-    assert found["latentdiff"]["request"]["prompt"] == prompt
-    assert found["parameters"] == parameters_text(record(prompt=prompt))
+    result = read_metadata(path)
+    assert result["latentdiff"]["request"]["prompt"] == prompt
+    assert result["parameters"] == parameters_text(record(prompt=prompt))
     assert read_record(path).request == Request(**record(prompt=prompt).request)
 
 
@@ -78,8 +80,8 @@ def test_exif_round_trip(tmp_path, suffix, prompt):
     path = tmp_path / f"a{suffix}"
     made = record(prompt=prompt)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, **save_options(made, suffix))
-    found = read_metadata(path)
-    assert found["parameters"] == parameters_text(made)
+    result = read_metadata(path)
+    assert result["parameters"] == parameters_text(made)
     assert read_record(path).request == Request(**made.request)
 
 

@@ -164,9 +164,9 @@ def test_image_tower_in_transformers_format():
     pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
     expected = clip.towers.encode_image(to_images(pixels))
     encoder = ImageEncoder(image_model_of(clip))
-    found = encoder(encoder.pixels(list(pixels)), whole=False)
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (found[0] - found[1]).abs().max() > 1e-2 * found.abs().max()
+    result = encoder(encoder.pixels(list(pixels)), whole=False)
+    assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (result[0] - result[1]).abs().max() > 1e-2 * result.abs().max()
 
 
 def test_a_new_text_tower_tells_words_apart():

@@ -84,14 +84,14 @@ def test_what_was_learnt_is_drawn(known, folder, tmp_path):
     pipe = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
     assert (pipe.model.family, pipe.card.name, pipe.card.size) == (digits.FAMILY, "digits", (16, 16))
     prompts = [str(digit) for digit in range(digits.CLASSES)] * 4
-    drawn = pipe(prompts, seed=1, output_type="np").images
+    picture = pipe(prompts, seed=1, output_type="np").images
     glyphs = np.stack([glyph(digit) for digit in range(digits.CLASSES)]) / 255
-    apart = ((drawn[:, None] - glyphs[None]) ** 2).mean((2, 3, 4))
+    apart = ((picture[:, None] - glyphs[None]) ** 2).mean((2, 3, 4))
     right = apart.argmin(1) == np.tile(np.arange(digits.CLASSES), 4)
     assert right.mean() > 0.8, "of chance 0.1"
     pipe.save_pretrained(tmp_path / "again")
     again = LatentDiffusionPipeline.from_pretrained(tmp_path / "again", device="cpu")
-    assert np.array_equal(again(prompts, seed=1, output_type="np").images, drawn)
+    assert np.array_equal(again(prompts, seed=1, output_type="np").images, picture)
 
 
 def test_its_own_rules_hold(known, folder):

@@ -97,9 +97,9 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
-def test_as_torch_draws(default, asked):
-    settings = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 5, "output_type": "uint8"} | asked
+@pytest.mark.parametrize("options", ASKED.values(), ids=ASKED.keys())
+def test_as_torch_draws(default, options):
+    settings = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 5, "output_type": "uint8"} | options
     ours, theirs = (pipe(**settings).images for pipe in default)
     alike(ours, theirs)
 
@@ -178,17 +178,17 @@ def test_families(families, photo, family):
     ours, theirs = both(families(family))
     settings = {"seed": 7, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "uint8"}
     sizes = {"original_size": (96, 64), "crop": (8, 0)} if family == "XL" else {}
-    for asked in (
+    for options in (
         {"negative_prompt": "blue", "clip_skip": 1, **sizes},
         {"cache_interval": 2},
         {"prompt": "a (red:1.3) circle BREAK two"},
         {"width": 72, "height": 40},  # sides that the levels do not halve evenly
     ):
-        asked = {"prompt": PROMPT, **settings, **asked}
-        alike(ours(**asked).images, theirs(**asked).images, tolerance=2)
+        options = {"prompt": PROMPT, **settings, **options}
+        alike(ours(**options).images, theirs(**options).images, tolerance=2)
     pixels, mask = photo
-    asked = {"image": pixels, "mask_image": mask, **settings}
-    alike(ours(PROMPT, **asked).images, theirs(PROMPT, **asked).images, tolerance=2)
+    options = {"image": pixels, "mask_image": mask, **settings}
+    alike(ours(PROMPT, **options).images, theirs(PROMPT, **options).images, tolerance=2)
 
 
 @pytest.mark.slow
@@ -199,8 +199,8 @@ def test_large_in_bfloat16(families, family):
     ours = LatentDiffusionPipeline.from_pretrained(families(family), runtime="openvino")
     theirs = LatentDiffusionPipeline.from_pretrained(families(family), runtime="torch", device="cpu")
     settings = {"seed": 7, "num_inference_steps": 4, "output_type": "uint8", "width": 256, "height": 256}
-    drawn = [pipe(PROMPT, **settings).images.astype(int) for pipe in (ours, theirs)]
-    assert np.abs(drawn[0] - drawn[1]).mean() < 3, "of 255"
+    picture = [pipe(PROMPT, **settings).images.astype(int) for pipe in (ours, theirs)]
+    assert np.abs(picture[0] - picture[1]).mean() < 3, "of 255"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -479,8 +479,8 @@ def test_speed_of_the_networks_that_take_over(compiled_model):
 def test_another_network_is_another_model(compiled_model, default):
     """A pipeline's model is a value: another network is another pipeline, and this one draws as before."""
     plain = default[1]
-    asked = {"seed": 3, "num_inference_steps": 2, "output_type": "uint8"}
-    before = plain(PROMPT, **asked).images
+    options = {"seed": 3, "num_inference_steps": 2, "output_type": "uint8"}
+    before = plain(PROMPT, **options).images
     with pytest.raises(AttributeError):
         plain.model = None
     with pytest.raises(FrozenInstanceError):
@@ -488,8 +488,8 @@ def test_another_network_is_another_model(compiled_model, default):
     silent = LatentDiffusionPipeline.from_pretrained(compiled_model, runtime="torch", device="cpu").model.encoder
     torch.nn.init.zeros_(silent.model.get_input_embeddings().weight)
     other = LatentDiffusionPipeline(replace(plain.model, encoder=silent))
-    assert np.abs(other(PROMPT, **asked).images.astype(int) - before).mean() > 1
-    assert np.array_equal(plain(PROMPT, **asked).images, before)
+    assert np.abs(other(PROMPT, **options).images.astype(int) - before).mean() > 1
+    assert np.array_equal(plain(PROMPT, **options).images, before)
 
 
 def test_threads_and_copies(default):
@@ -501,8 +501,8 @@ def test_threads_and_copies(default):
 
     expected = [draw(seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(draw, range(8)))
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        result = list(threads.map(draw, range(8)))
+    assert all(np.array_equal(a, b) for a, b in zip(result, expected, strict=True))
     again = copy.deepcopy(pipe)(PROMPT, seed=0, num_inference_steps=2, output_type="uint8").images
     assert np.array_equal(again, expected[0])
 
@@ -534,8 +534,8 @@ def test_shapes_in_memory(compiled_model, monkeypatch):
     monkeypatch.setattr(compiling, "SHAPES", 2)
     pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, runtime="openvino", torch_dtype="float32")
     settings = {"seed": 1, "num_inference_steps": 1, "output_type": "uint8"}
-    drawn = [pipe(PROMPT, width=width, **settings).images for width in (64, 80, 96, 64)]
-    assert (drawn[0] == drawn[3]).all()
+    picture = [pipe(PROMPT, width=width, **settings).images for width in (64, 80, 96, 64)]
+    assert (picture[0] == picture[3]).all()
     kept = [shapes for part, shapes in pipe.model.backbone.compiler._ready if part == "unet"]
     assert [dict(shapes)["x"][3] for shapes in kept] == [48, 32]
 

@@ -239,9 +239,9 @@ def test_transformers_of_true_size_are_known_by_shapes(name):
     shapes = {key: tuple(tensor.shape) for key, tensor in original.items()}
     known = [each.name for each in FAMILIES if each.layout and each.layout.config(shapes) is not None]
     assert known == [family]
-    found = transformer_of(shapes)
-    assert found.config == config
-    again = {key: tuple(tensor.shape) for key, tensor in found.family.layout.converted(dict(original)).items()}
+    result = transformer_of(shapes)
+    assert result.config == config
+    again = {key: tuple(tensor.shape) for key, tensor in result.family.layout.converted(dict(original)).items()}
     assert again == {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 

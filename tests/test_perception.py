@@ -48,13 +48,13 @@ def test_inception_as_torchmetrics_has_it(fid):
     pictures = torch.from_numpy(PICTURES.transpose(0, 3, 1, 2).copy())
     wanted = theirs(pictures)
     assert wanted.shape == (3, 2048)
-    found = read_as(inception, fid / "inception.safetensors")(pictures)
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
-    assert float((found[0] - found[1]).abs().max()) > 0.01 * float(wanted.max())
+    result = read_as(inception, fid / "inception.safetensors")(pictures)
+    np.testing.assert_allclose(result, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
+    assert float((result[0] - result[1]).abs().max()) > 0.01 * float(wanted.max())
     extractor = named(fid / "inception.safetensors")
     assert extractor.name == "Inception v3, pool 2048"
     assert len(extractor.hash) == 64
-    np.testing.assert_allclose(extractor.of(PICTURES), found, rtol=1e-3, atol=1e-3 * float(wanted.max()))
+    np.testing.assert_allclose(extractor.of(PICTURES), result, rtol=1e-3, atol=1e-3 * float(wanted.max()))
     assert np.array_equal(extractor.of(PICTURES[:1]), extractor.of(PICTURES)[:1])
 
 

@@ -32,8 +32,8 @@ def test_equal_to_diffusers(pipe, tiny_model, guidance_scale):
     latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 20, "guidance_scale": guidance_scale}
     expected = theirs([PROMPT] * 2, latents=latents.clone(), output_type="np", **settings).images
-    drawn = numpy_images(pipe, num_images_per_prompt=2, latents=latents, spacing="trailing", **settings)
-    assert np.abs(drawn / 255 - expected).max() <= 1.01 / 255 / 2 + 2e-3
+    picture = numpy_images(pipe, num_images_per_prompt=2, latents=latents, spacing="trailing", **settings)
+    assert np.abs(picture / 255 - expected).max() <= 1.01 / 255 / 2 + 2e-3
 
 
 def test_same_seed_same_bits(pipe):
@@ -198,8 +198,8 @@ def test_seeds_may_be_numpy_s_or_none(pipe):
 
 
 def test_own_latents_are_noted(pipe):
-    drawn = pipe(PROMPT, seed=1, num_inference_steps=1, latents=torch.zeros(1, 4, 32, 32))
-    assert drawn.metadata[0].own_noise
+    picture = pipe(PROMPT, seed=1, num_inference_steps=1, latents=torch.zeros(1, 4, 32, 32))
+    assert picture.metadata[0].own_noise
     assert not pipe(PROMPT, seed=1, num_inference_steps=1).metadata[0].own_noise
 
 
@@ -229,14 +229,14 @@ def test_refused_embeds(pipe, embeds, message):
 
 
 def test_saved_pictures_say_how_they_were_made(pipe, tmp_path):
-    drawn = pipe(PROMPT, seed=3, num_inference_steps=1, num_images_per_prompt=2)
-    paths = drawn.save(tmp_path / "drawn")
+    picture = pipe(PROMPT, seed=3, num_inference_steps=1, num_images_per_prompt=2)
+    paths = picture.save(tmp_path / "drawn")
     assert [path.name for path in paths] == ["00001-3.png", "00002-4.png"]
-    for path, image in zip(paths, drawn.images, strict=True):
+    for path, image in zip(paths, picture.images, strict=True):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
     assert read_metadata(paths[1])["latentdiff"]["seed"] == 4
     with pytest.raises(ConfigError, match="2 pictures do not go into one file"):
-        drawn.save(tmp_path / "one.png")
+        picture.save(tmp_path / "one.png")
     with pytest.raises(ConfigError, match="only PIL images"):
         pipe(PROMPT, num_inference_steps=1, output_type="uint8").save(tmp_path / "drawn")
 
@@ -267,8 +267,8 @@ def test_pictures_show_themselves_in_a_notebook(pipe):
     page = out._repr_html_()
     encoded = re.findall(r"base64,([^']+)'", page)
     for image, text in zip(out.images, encoded, strict=True):
-        with Image.open(io.BytesIO(base64.b64decode(text))) as shown:
-            assert np.array_equal(np.asarray(shown), np.asarray(image))
+        with Image.open(io.BytesIO(base64.b64decode(text))) as view:
+            assert np.array_equal(np.asarray(view), np.asarray(image))
     assert "a &lt;b&gt;cat&lt;/b&gt; (seed 3)" in page
     assert "a ring (seed 4)" in page
     assert "<p>scenes-tiny has never seen: b, cat</p>" in page

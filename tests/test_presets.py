@@ -62,8 +62,8 @@ def test_by_the_command_line_and_in_python(pipe, tiny_model, call, tmp_path):
     words = ("generate", "a ring", "-m", tiny_model, "-s", 1, "-o", tmp_path / "a.png", "--runtime", "torch")
     assert call(*words, "--preset", "lightning")[0] == 0
     record = read_metadata(tmp_path / "a.png")["latentdiff"]["request"]
-    asked = json.loads(pipe.request("a ring", seed=1, preset="lightning").model_dump_json())
-    assert record == {**asked, "seed": 1} | {name: record[name] for name in record.keys() - asked.keys()}
+    options = json.loads(pipe.request("a ring", seed=1, preset="lightning").model_dump_json())
+    assert record == {**options, "seed": 1} | {name: record[name] for name in record.keys() - options.keys()}
     assert (record["sampler"], record["guidance_scale"], record["num_inference_steps"]) == ("euler", 1.0, 4)
     code, _, err = call(*words[:-3], tmp_path / "b.png", "--preset", "fast")
     assert (code, "unknown preset 'fast'; one of" in err) == (2, True), err

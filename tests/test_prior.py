@@ -86,9 +86,9 @@ def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, faul
         (folder / "classes.json").unlink()
     messages = {"missing": "00001.png is missing", "another": "00001.png is another", "damaged": "is damaged"}
     expected = {**messages, "mine": "has other files"}.get(fault, "have other settings")
-    asked = config if fault == "settings" else short
+    options = config if fault == "settings" else short
     with pytest.raises(DataError, match=expected):
-        draw_class(pipe.painter, asked, folder, "other" if fault == "model" else "m")
+        draw_class(pipe.painter, options, folder, "other" if fault == "model" else "m")
 
 
 def test_class_pictures_of_one_s_own(config, tmp_path):

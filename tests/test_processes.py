@@ -154,8 +154,8 @@ def test_the_contrastive_loss_is_of_the_whole_batch(tmp_path):
     loss.backward()
     expected = [loss.detach(), *(parameter.grad for parameter in tower.parameters())]
     for rank in range(2):
-        found = torch.load(tmp_path / f"out-{rank}", weights_only=True)
-        for a, b in zip(found, expected, strict=True):
+        result = torch.load(tmp_path / f"out-{rank}", weights_only=True)
+        for a, b in zip(result, expected, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -173,8 +173,8 @@ def test_the_launcher(whole, begun):
     while not checkpoint.exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    subprocess.run(["kill", "-9", found[-1]], check=True)
+    result = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    subprocess.run(["kill", "-9", result[-1]], check=True)
     process.communicate(timeout=120)
     assert process.returncode != 0
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

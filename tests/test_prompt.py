@@ -52,10 +52,10 @@ def encoder():
     ],
 )
 def test_pieces(prompt, pieces):
-    (found,) = parse(prompt) or [[]]
-    found = found or [Piece("", 1.0)]
-    assert [piece.text for piece in found] == [text for text, _ in pieces]
-    assert [piece.weight for piece in found] == pytest.approx([weight for _, weight in pieces])
+    (result,) = parse(prompt) or [[]]
+    result = result or [Piece("", 1.0)]
+    assert [piece.text for piece in result] == [text for text, _ in pieces]
+    assert [piece.weight for piece in result] == pytest.approx([weight for _, weight in pieces])
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_weights_move_away_from_the_empty_prompt(encoder):
     """c_empty + w (c - c_empty) at the word alone: 0 leaves nothing of it, and it is linear in w."""
     empty, plain = encoder.encode(Prompt(""))["tokens"], encoder.encode(Prompt("a red circle"))["tokens"]
     for weight in (0.0, 0.5, 2.0, -1.0):
-        found = encoder.encode(Prompt(f"a (red:{weight}) circle"))["tokens"]
-        torch.testing.assert_close(found[2], empty[2] + weight * (plain[2] - empty[2]))
+        result = encoder.encode(Prompt(f"a (red:{weight}) circle"))["tokens"]
+        torch.testing.assert_close(result[2], empty[2] + weight * (plain[2] - empty[2]))
         others = [index for index in range(77) if index != 2]
-        assert torch.equal(found[others], plain[others])
+        assert torch.equal(result[others], plain[others])
 
 
 def test_all_of_a_long_prompt_is_read(encoder):

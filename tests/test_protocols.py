@@ -55,10 +55,10 @@ def noise(model, rows=2):
     return model.array(rng.standard_normal((rows, *model.codec.shape((64, 64))), dtype=np.float32))
 
 
-def near(found, expected, tolerance=1e-4):
-    found, expected = to_numpy(found), to_numpy(expected)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
+def near(result, expected, tolerance=1e-4):
+    result, expected = to_numpy(result), to_numpy(expected)
+    assert result.shape == expected.shape
+    assert np.abs(result - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
 
 
 # backbones
@@ -95,8 +95,8 @@ def test_several_conditions_are_several_outputs(model):
     backbone, x, given = model.backbone, noise(model), conditions(model)
     other = conditions(model, PROMPTS[::-1])
     both = backbone.predict(x, 500.0, together([given, other]))
-    for found, alone in zip(both, (given, other), strict=True):
-        near(found, backbone.predict(x, 500.0, alone))
+    for result, alone in zip(both, (given, other), strict=True):
+        near(result, backbone.predict(x, 500.0, alone))
 
 
 def test_what_a_backbone_can_beside(model):

@@ -206,9 +206,9 @@ def test_flat_pictures_are_said(folder, call, tmp_path):
         return images
 
     decoder.forward = first_is_flat
-    asked = ASKED | {"num_images_per_prompt": 2, "batch_size": 2}
+    extra = ASKED | {"num_images_per_prompt": 2, "batch_size": 2}
     note = "one colour fills the whole picture (seeds 1). Perhaps q4_0 is too coarse for this model"
-    assert pipe(PROMPT, **asked).notes == [note]
+    assert pipe(PROMPT, **extra).notes == [note]
     images = np.full((2, 3, 4, 4), 0.5, np.float32)
     images[1, 2, 3, 3] = 0.52
     assert are_flat(images).tolist() == [True, False]
@@ -299,8 +299,8 @@ def test_a_property_s_own_fault_is_shown(folders, monkeypatch):
     ],
 )
 def test_what_quantized_weights_cannot_do(blocks, words, code, message, call):
-    found, _, err = call(*(blocks if word == "BLOCKS" else word for word in words))
-    assert (found, err.count("\n"), message in err) == (code, 1, True), err
+    result, _, err = call(*(blocks if word == "BLOCKS" else word for word in words))
+    assert (result, err.count("\n"), message in err) == (code, 1, True), err
 
 
 def test_numbers_beside_blocks_are_converted(blocks, call, tmp_path):

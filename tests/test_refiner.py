@@ -70,11 +70,11 @@ def test_pictures_are_those_of_diffusers(both, switch):
     expected = refiner(**rest, image=half, denoising_start=switch, output_type="np").images
     ours = load(place / "base")
     ours.load_refiner(place / "refiner")
-    asked = {"sampler": "ddim", "spacing": "trailing", "latents": noise(), "output_type": "np"}
-    drawn = ours(PROMPT, negative_prompt=NEGATIVE, refiner_switch=switch, **asked, **ASKED).images
-    assert np.abs(drawn - expected).max() < 1e-4
-    alone = load(place / "base")(PROMPT, negative_prompt=NEGATIVE, **asked, **ASKED).images
-    assert np.abs(drawn - alone).max() > 1e-3
+    options = {"sampler": "ddim", "spacing": "trailing", "latents": noise(), "output_type": "np"}
+    picture = ours(PROMPT, negative_prompt=NEGATIVE, refiner_switch=switch, **options, **ASKED).images
+    assert np.abs(picture - expected).max() < 1e-4
+    alone = load(place / "base")(PROMPT, negative_prompt=NEGATIVE, **options, **ASKED).images
+    assert np.abs(picture - alone).max() > 1e-3
 
 
 @pytest.mark.slow
@@ -83,14 +83,14 @@ def test_the_whole_walk_is_shared(both):
     place, *_ = both
     ours, alone, refiner = (load(place / name) for name in ("base", "base", "refiner"))
     ours.load_refiner(place / "refiner")
-    asked = {"seed": 1, "sampler": "euler", "spacing": "trailing", "output_type": "np", **ASKED}
-    assert len(list(ours.stream(PROMPT, **{k: v for k, v in asked.items() if k != "output_type"}))) == 10
-    late = ours(PROMPT, refiner_switch=0.9999, **asked).images
-    assert np.array_equal(late, alone(PROMPT, **asked).images)
-    early = ours(PROMPT, refiner_switch=0.0001, **asked).images
-    assert np.array_equal(early, refiner(PROMPT, **asked).images)
+    options = {"seed": 1, "sampler": "euler", "spacing": "trailing", "output_type": "np", **ASKED}
+    assert len(list(ours.stream(PROMPT, **{k: v for k, v in options.items() if k != "output_type"}))) == 10
+    late = ours(PROMPT, refiner_switch=0.9999, **options).images
+    assert np.array_equal(late, alone(PROMPT, **options).images)
+    early = ours(PROMPT, refiner_switch=0.0001, **options).images
+    assert np.array_equal(early, refiner(PROMPT, **options).images)
     image = np.zeros((64, 64, 3), np.uint8)
-    only = {**asked, "image": image, "strength": 0.1}
+    only = {**options, "image": image, "strength": 0.1}
     assert np.array_equal(ours(PROMPT, **only).images, refiner(PROMPT, **only).images)  # it starts after the switch
 
 
@@ -116,12 +116,12 @@ def test_one_file_and_back(both, call, tmp_path):
     names = load_file(file).keys()
     assert {"conditioner.embedders.0.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.weight"} <= names
     assert described(file)["kind"] == "Stable Diffusion XL refiner, original layout"
-    drawn = []
+    picture = []
     for source in (place / "refiner", file):
         ours = load(place / "base")
         ours.load_refiner(source)
-        drawn.append(ours(PROMPT, seed=1, sampler="euler", spacing="trailing", output_type="np", **ASKED).images)
-    assert (drawn[0] == drawn[1]).all()
+        picture.append(ours(PROMPT, seed=1, sampler="euler", spacing="trailing", output_type="np", **ASKED).images)
+    assert (picture[0] == picture[1]).all()
     assert call("convert", file, tmp_path / "again")[0] == 0
     assert folder_hash(tmp_path / "again") == folder_hash(place / "refiner")
 

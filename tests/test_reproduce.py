@@ -89,8 +89,8 @@ def pictures(place, tiny_model):
     try:
         for name, words in COMMANDS.items():
             prompt = "a (red:1.3) <ink> circle " + "and more " * (20 if name == "long" else 1)
-            asked = ["generate", prompt, "-m", "models/tiny", "--steps", 3, "-s", 1, "-o", f"out/{name}", *words]
-            with mock.patch.object(sys, "argv", ["latentdiff", *map(str, asked)]), pytest.raises(SystemExit) as ended:
+            options = ["generate", prompt, "-m", "models/tiny", "--steps", 3, "-s", 1, "-o", f"out/{name}", *words]
+            with mock.patch.object(sys, "argv", ["latentdiff", *map(str, options)]), pytest.raises(SystemExit) as ended:
                 main()
             assert ended.value.code == 0, name
     finally:

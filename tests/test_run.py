@@ -27,10 +27,10 @@ def final(directory):
 
 
 def assert_same(one, other):
-    expected, found = final(one), final(other)
-    assert expected.keys() == found.keys()
+    expected, result = final(one), final(other)
+    assert expected.keys() == result.keys()
     for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
+        assert torch.equal(tensor, result[name]), name
 
 
 def stopping(stage, position):
@@ -94,10 +94,10 @@ def test_reports_change_nothing(tmp_path):
 
 def test_the_average_is_what_is_left(tmp_path):
     stage = run(tmp_path, PictureStage())
-    found = final(tmp_path)
+    result = final(tmp_path)
     for name, parameter in stage.module.named_parameters():
-        assert torch.equal(parameter, found[f"ema/{name}"])
-        assert not torch.equal(parameter, found[f"network/{name}"])
+        assert torch.equal(parameter, result[f"ema/{name}"])
+        assert not torch.equal(parameter, result[f"network/{name}"])
 
 
 def test_a_run_that_is_longer_goes_on(tmp_path):

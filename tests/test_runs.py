@@ -104,10 +104,10 @@ def test_the_plan_is_the_arithmetic(tiny_run, tmp_path):
         "denoiser: 100 of 100 steps to train, 8 x 3 accumulated x 1 processes = 24 pictures a step; "
         "256 pictures, 9.4 epochs"
     )
-    found, _ = checkpoints_to_resume(tiny_run, ["denoiser"], "latest")
-    size = sum(file.stat().st_size for file in found["denoiser"].iterdir()) / 1e6
-    resumed = plan_of(Run(config, tiny_run, accelerator, data, found))
-    assert resumed[1].startswith(f"denoiser: 60 of 100 steps from step-40 ({found['denoiser']}), 8 x 3")
+    result, _ = checkpoints_to_resume(tiny_run, ["denoiser"], "latest")
+    size = sum(file.stat().st_size for file in result["denoiser"].iterdir()) / 1e6
+    resumed = plan_of(Run(config, tiny_run, accelerator, data, result))
+    assert resumed[1].startswith(f"denoiser: 60 of 100 steps from step-40 ({result['denoiser']}), 8 x 3")
     estimate = float(resumed[2].split("a checkpoint of ")[1].split(" MB")[0])
     assert estimate == pytest.approx(size, rel=0.1)
     assert not (tmp_path / "new").exists()

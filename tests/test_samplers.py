@@ -53,8 +53,8 @@ def rms_error(name, steps, path=SD, **options):
     """Against the exact map of the probability-flow ODE, the quantile map, over x_T ~ N(0, 1)."""
     x = norm.ppf((np.arange(10_000) + 0.5) / 10_000)
     levels = log_snr_grid(steps)
-    drawn = last(SAMPLERS[name].walk(gaussian(MEAN, STD), x, levels, silent, path, **options))
-    return math.sqrt(np.mean((drawn - exact_map(x, levels[0], levels[-1])) ** 2))
+    picture = last(SAMPLERS[name].walk(gaussian(MEAN, STD), x, levels, silent, path, **options))
+    return math.sqrt(np.mean((picture - exact_map(x, levels[0], levels[-1])) ** 2))
 
 
 def exact_map(x, top, bottom):
@@ -329,9 +329,9 @@ def test_without_noise_they_add_none(name, plain):
     def never(number):
         raise AssertionError("drawn")
 
-    drawn = last(SAMPLERS[name].walk(gaussian(MEAN, STD), x, levels, never, SD, eta=0.0))
+    picture = last(SAMPLERS[name].walk(gaussian(MEAN, STD), x, levels, never, SD, eta=0.0))
     if plain:
-        np.testing.assert_array_equal(drawn, last(SAMPLERS[plain].walk(gaussian(MEAN, STD), x, levels, silent, SD)))
+        np.testing.assert_array_equal(picture, last(SAMPLERS[plain].walk(gaussian(MEAN, STD), x, levels, silent, SD)))
 
 
 @pytest.mark.parametrize("name", ["dpm2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "heun"])
@@ -558,8 +558,8 @@ def straight_levels(steps):
 def test_the_straight_map_of_gaussian_data():
     """Every sampler without noise goes towards the map of the probability-flow ODE on the straight path."""
     levels, x = straight_levels(2000), np.linspace(-2, 2, 9)
-    drawn = last(samplers.dpmpp_2m(gaussian(MEAN, STD), x, levels))
-    np.testing.assert_allclose(drawn, exact_map(x, levels[0], levels[-1]), atol=3e-6)
+    picture = last(samplers.dpmpp_2m(gaussian(MEAN, STD), x, levels))
+    np.testing.assert_allclose(picture, exact_map(x, levels[0], levels[-1]), atol=3e-6)
 
 
 def test_euler_is_the_flow_models_euler():

@@ -13,28 +13,28 @@ from latentdiff.diffusion.noise import generator
 from latentdiff.evaluation import oracle
 
 
-def drawn(count, category=None, held_out=False, purpose="test"):
+def draw(count, category=None, held_out=False, purpose="test"):
     return [scenes.scene(generator(0, purpose, i), category, held_out=held_out) for i in range(count)]
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 @pytest.mark.parametrize("held_out", [False, True])
 def test_oracle_reads_every_scene_right(category, held_out):
-    for scene in drawn(100, category, held_out):
+    for scene in draw(100, category, held_out):
         reading = oracle.read(scenes.render(scene))
         assert oracle.satisfies(reading, scene.description), scene.caption
         assert reading.background == scene.background
 
 
 def test_oracle_finds_places_and_sizes_to_a_pixel():
-    for scene in drawn(100):
+    for scene in draw(100):
         things = oracle.read(scenes.render(scene)).things
         assert len(things) == len(scene.things)
         for true in scene.things:
-            found = min(things, key=lambda thing: np.hypot(thing.x - true.x, thing.y - true.y))
-            assert (found.shape, found.color) == (true.shape, true.color)
-            assert np.hypot(found.x - true.x, found.y - true.y) < 1.5
-            assert abs(found.radius - true.radius) < 1.5
+            result = min(things, key=lambda thing: np.hypot(thing.x - true.x, thing.y - true.y))
+            assert (result.shape, result.color) == (true.shape, true.color)
+            assert np.hypot(result.x - true.x, result.y - true.y) < 1.5
+            assert abs(result.radius - true.radius) < 1.5
 
 
 def test_twins_contradict_each_other():
@@ -87,20 +87,20 @@ def test_oracle_survives_noise_and_refuses_garbage():
 
 
 def test_training_never_draws_held_out_pairs():
-    assert not any(scene.description.held_out for scene in drawn(3000))
+    assert not any(scene.description.held_out for scene in draw(3000))
     assert {shape for shape, _ in HELD_OUT} == set(scenes.SHAPES)
-    seen = Counter((g.shape, g.color) for scene in drawn(3000) for g in scene.description.groups)
+    seen = Counter((g.shape, g.color) for scene in draw(3000) for g in scene.description.groups)
     assert set(seen) == set(scenes.PAIRS)
 
 
 def test_held_out_scenes_hold_one():
-    assert all(scene.description.held_out for category in CATEGORIES for scene in drawn(20, category, held_out=True))
+    assert all(scene.description.held_out for category in CATEGORIES for scene in draw(20, category, held_out=True))
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_captions_state_everything(category):
     """Every shape and colour is named, every count, place, size, relation and background that is described."""
-    for scene in drawn(200, category):
+    for scene in draw(200, category):
         words, description = scene.caption, scene.description
         for group in description.groups:
             assert group.color in words
@@ -128,7 +128,7 @@ def test_caption_s_order_of_objects_agrees_with_its_relation():
 
 
 def test_same_key_same_scene():
-    first, again = drawn(50), list(reversed([scenes.scene(generator(0, "test", i)) for i in reversed(range(50))]))
+    first, again = draw(50), list(reversed([scenes.scene(generator(0, "test", i)) for i in reversed(range(50))]))
     assert first == again
     assert all((scenes.render(a) == scenes.render(b)).all() for a, b in zip(first, again, strict=True))
 
@@ -136,13 +136,13 @@ def test_same_key_same_scene():
 def test_a_mix_is_kept_to():
     """Shares of 0.75 and 0.25, given up to a factor, within four standard errors of 2,000 draws."""
     mix = (0.6, 0, 0, 0, 0.2, 0)
-    found = [scenes.scene(generator(0, "mix", i), mix=mix).description.category for i in range(2000)]
-    assert set(found) == {"single", "position"}
-    assert found.count("single") / 2000 == pytest.approx(0.75, abs=4 * np.sqrt(0.75 * 0.25 / 2000))
+    result = [scenes.scene(generator(0, "mix", i), mix=mix).description.category for i in range(2000)]
+    assert set(result) == {"single", "position"}
+    assert result.count("single") / 2000 == pytest.approx(0.75, abs=4 * np.sqrt(0.75 * 0.25 / 2000))
 
 
 def test_objects_keep_apart():
-    for scene in drawn(500):
+    for scene in draw(500):
         for a, b in itertools.combinations(scene.things, 2):
             assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + scenes.GAP - 1e-6
         for thing in scene.things:

@@ -77,8 +77,8 @@ def test_as_diffusers_draws(name, spacing, both):
     start = noise * (scale * first.alpha if scale > 1.01 else 1.0)
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "height": 64, "width": 64}
     expected = theirs("a cat", latents=noise, **settings).images
-    drawn = ours("a cat", latents=start, **sampling.settings, **settings).images
-    apart = float((drawn - expected).abs().max() / expected.abs().max())
+    picture = ours("a cat", latents=start, **sampling.settings, **settings).images
+    apart = float((picture - expected).abs().max() / expected.abs().max())
     assert apart < (6e-3 if name == "DEISMultistepScheduler" else 3e-6)
 
 

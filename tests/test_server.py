@@ -148,7 +148,7 @@ def test_what_is_ignored_is_named(served):
 
 def test_requests_at_once_share_batches_and_none_is_lost(served, tiny):
     """As many as wait are drawn together; each client gets the picture of its own prompt and seed."""
-    before = served.studio.worker.drawn
+    before = served.studio.worker.count
     answers = {}
 
     def ask(seed):
@@ -160,7 +160,7 @@ def test_requests_at_once_share_batches_and_none_is_lost(served, tiny):
         thread.start()
     for thread in threads:
         thread.join()
-    assert served.studio.worker.drawn - before == 12
+    assert served.studio.worker.count - before == 12
     sizes = set()
     for seed, data in answers.items():
         image = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -218,7 +218,7 @@ def test_a_hundred_requests_at_once(tiny, tmp_path, connections):
             thread.join()
         assert len(statuses) == 100
         assert set(statuses) == {200, 429}
-        assert len(list((tmp_path / "out").glob("*.png"))) == statuses.count(200) == server.studio.worker.drawn
+        assert len(list((tmp_path / "out").glob("*.png"))) == statuses.count(200) == server.studio.worker.count
         wait_for(lambda: (server.studio.worker.waiting, server.studio.worker.current()) == (0, []))
         assert server.post("/v1/images/generations", {"prompt": "a ring", **QUICK}).status_code == 200
     assert connections <= {"127.0.0.1"}
@@ -227,21 +227,21 @@ def test_a_hundred_requests_at_once(tiny, tmp_path, connections):
 def test_a_client_that_goes_away_cancels(served):
     """Its pictures are left between steps, and the next client is served."""
     body = {"prompt": PROMPT, "num_inference_steps": 1000, "stream": True, "partial_images": 1}
-    before = served.studio.worker.drawn
+    before = served.studio.worker.count
     with stream("POST", f"{served.address}/v1/images/generations", json=body, timeout=60) as answer:
         assert answer.status_code == 200
     assert served.post("/v1/images/generations", {"prompt": "a ring", **QUICK}).status_code == 200
-    assert served.studio.worker.drawn == before + 1
+    assert served.studio.worker.count == before + 1
 
 
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/sdapi/v1/txt2img"])
 def test_a_client_without_a_stream_that_goes_away_cancels(served, path):
-    before = served.studio.worker.drawn
+    before = served.studio.worker.count
     body = {"prompt": PROMPT, "num_inference_steps": 1000, "steps": 1000, "n": 10, "n_iter": 10}
     with pytest.raises(httpx.ReadTimeout):
         post(served.address + path, json=body, timeout=0.5)
     wait_for(lambda: not served.studio.worker.current() and not served.studio.worker.waiting, 20)
-    assert served.studio.worker.drawn == before
+    assert served.studio.worker.count == before
 
 
 def test_what_is_open_when_the_server_stops_is_answered(tiny, tmp_path):
@@ -283,9 +283,9 @@ def test_a_mask_is_upright_and_has_transparent_parts(served, photo):
     exif[274] = 3
     mask.save(content, "PNG", exif=exif)
     answer = post(url, files={"image": png(photo), "mask": content.getvalue()}, data=data, timeout=60)
-    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))))
-    np.testing.assert_array_equal(drawn[:48], np.asarray(photo)[:48])
-    assert (drawn[48:] != np.asarray(photo)[48:]).any()
+    sample = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))))
+    np.testing.assert_array_equal(sample[:48], np.asarray(photo)[:48])
+    assert (sample[48:] != np.asarray(photo)[48:]).any()
 
 
 def test_a_long_prompt_as_jpeg(served):
@@ -420,7 +420,7 @@ def test_health_and_metrics(served):
     health = get(f"{served.address}/health").json()
     assert (health["status"], health["model"]) == ("ok", "scenes-tiny")
     text = get(f"{served.address}/metrics").text
-    assert f"latentdiff_pictures_total {served.studio.worker.drawn:.1f}" in text
+    assert f"latentdiff_pictures_total {served.studio.worker.count:.1f}" in text
 
 
 def test_a_port_in_use_is_refused(call):

@@ -205,8 +205,8 @@ def test_a_transparent_mask_redraws_nothing_there(served, tiny, photo):
     mask[:16] = 255
     body = {"prompt": "a ring", "steps": 4, "seed": 7, "init_images": [coded(photo)], "mask_blur": 0}
     answer = served.post("/sdapi/v1/img2img", body | {"mask": coded(Image.fromarray(mask))}).json()
-    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))))
-    np.testing.assert_array_equal(drawn[16:], np.asarray(photo)[16:])
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))))
+    np.testing.assert_array_equal(picture[16:], np.asarray(photo)[16:])
 
 
 def coded(image):
@@ -285,8 +285,8 @@ def test_controls(tiny_model, tmp_path, photo):
         of_ours = webuiapi.ControlNetUnit(
             image=photo, module="canny", model="edges [12345678]", weight=0.7, guidance_end=0.8
         )
-        drawn = client.txt2img(prompt=PROMPT, controlnet_units=[of_ours], **QUICK)
+        picture = client.txt2img(prompt=PROMPT, controlnet_units=[of_ours], **QUICK)
         empty = client.txt2img(prompt=PROMPT, controlnet_units=[webuiapi.ControlNetUnit(image=photo)], **QUICK)
-    np.testing.assert_array_equal(np.asarray(drawn.image), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(picture.image), np.asarray(expected))
     np.testing.assert_array_equal(np.asarray(empty.image), np.asarray(plain))
-    assert (np.asarray(drawn.image) != np.asarray(plain)).any()
+    assert (np.asarray(picture.image) != np.asarray(plain)).any()

@@ -146,8 +146,8 @@ def test_sketches_while_typing(browser, page, tiny_model, tmp_path):
         sketching.locator("#prompt").press_sequentially(PROMPT)
         expect(sketching.locator("#sketch")).to_have_attribute("alt", f"A sketch of: {PROMPT}")
         data = sketching.locator("#sketch").get_attribute("src").partition(",")[2]
-        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-        np.testing.assert_array_equal(drawn, np.asarray(student(PROMPT, seed=5).images[0]))
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        np.testing.assert_array_equal(picture, np.asarray(student(PROMPT, seed=5).images[0]))
         assert list((tmp_path / "outputs").glob("*.png")) == []
         sketching.locator("#live").uncheck()
         expect(sketching.locator("#sketch")).to_be_hidden()
@@ -207,10 +207,10 @@ def test_paint_a_mask_and_redraw(page, shop, photo):
     page.mouse.up()
     ask(page, "a blue square", num_images=1, seed=5, num_inference_steps=4)
     draw(page, 1)
-    drawn, given = pixels(shop, page), np.asarray(photo)
+    picture, given = pixels(shop, page), np.asarray(photo)
     width = given.shape[1]
-    np.testing.assert_array_equal(drawn[:, width // 2 :], given[:, width // 2 :])
-    assert (drawn[:, : width // 4] != given[:, : width // 4]).mean() > 0.2
+    np.testing.assert_array_equal(picture[:, width // 2 :], given[:, width // 2 :])
+    assert (picture[:, : width // 4] != given[:, : width // 4]).mean() > 0.2
     page.click("#clear")
     draw(page, 1)
     assert (pixels(shop, page)[:, width // 2 :] != given[:, width // 2 :]).any()  # without a mask all is drawn over
@@ -232,10 +232,10 @@ def test_paint_by_keyboard_and_extend(page, shop, photo):
     assert canvas.evaluate("c => c.getContext('2d').getImageData(c.width * .48, c.height * .48, 1, 1).data[3]") > 0
     ask(page, "a ring", num_images=1, num_inference_steps=2, left=16, bottom=8)
     draw(page, 1)
-    drawn, given = pixels(shop, page), np.asarray(photo)
+    picture, given = pixels(shop, page), np.asarray(photo)
     height, width = given.shape[:2]
-    assert drawn.shape == (height + 8, width + 16, 3)
-    np.testing.assert_array_equal(drawn[:8, 16:], given[:8])  # above the painted middle
+    assert picture.shape == (height + 8, width + 16, 3)
+    np.testing.assert_array_equal(picture[:8, 16:], given[:8])  # above the painted middle
 
 
 def test_settings_are_read_back(page, shop, tiny):

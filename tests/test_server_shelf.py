@@ -247,7 +247,7 @@ def test_the_model_that_was_used_least_lately_leaves(tiny, places):
 
 
 @pytest.fixture
-def drawn(tiny, tmp_path):
+def image(tiny, tmp_path):
     """A folder with four pictures, drawn on four days, one of them a JPEG."""
     prompts = ["a red circle", "a blue square", "two red rings", '<b>Ünïcode</b> "ring" OR *']
     days = [datetime(2026, 1, day, 12).timestamp() for day in (1, 2, 3, 4)]
@@ -267,37 +267,37 @@ def names(folder, **search):
     return [entry.name for entry in History(folder).search(Search(**search))]
 
 
-def test_words_models_and_dates(drawn):
+def test_words_models_and_dates(image):
     everything = ["00004-3.png", "00003-2.jpg", "00002-1.png", "00001-0.png"]
-    assert names(drawn) == everything
-    assert names(drawn, words="red") == ["00003-2.jpg", "00001-0.png"]
-    assert names(drawn, words="RI") == ["00004-3.png", "00003-2.jpg"]
-    assert names(drawn, words="red ring") == ["00003-2.jpg"]
-    assert names(drawn, words="blurry") == ["00002-1.png"]
-    assert names(drawn, words="unicode") == ["00004-3.png"]
-    assert names(drawn, words='"OR* ring" -') == ["00004-3.png"]
-    assert names(drawn, words="'; DROP TABLE pictures; --") == []
-    assert names(drawn, model="scenes-tiny") == everything
-    assert names(drawn, model="other") == []
+    assert names(image) == everything
+    assert names(image, words="red") == ["00003-2.jpg", "00001-0.png"]
+    assert names(image, words="RI") == ["00004-3.png", "00003-2.jpg"]
+    assert names(image, words="red ring") == ["00003-2.jpg"]
+    assert names(image, words="blurry") == ["00002-1.png"]
+    assert names(image, words="unicode") == ["00004-3.png"]
+    assert names(image, words='"OR* ring" -') == ["00004-3.png"]
+    assert names(image, words="'; DROP TABLE pictures; --") == []
+    assert names(image, model="scenes-tiny") == everything
+    assert names(image, model="other") == []
     day = [int(datetime(2026, 1, day).timestamp() * 1e6) for day in (2, 4)]
-    assert names(drawn, since=day[0], until=day[1]) == ["00003-2.jpg", "00002-1.png"]
-    history = History(drawn)
+    assert names(image, since=day[0], until=day[1]) == ["00003-2.jpg", "00002-1.png"]
+    history = History(image)
     history.search(Search(count=1))
     assert history.models() == ["scenes-tiny"]
 
 
-def test_a_page_after_another(drawn):
-    entries = History(drawn).search(Search(count=3))
-    rest = History(drawn).search(Search(before=entries[-1].place))
-    assert [entry.name for entry in entries + rest] == names(drawn)
+def test_a_page_after_another(image):
+    entries = History(image).search(Search(count=3))
+    rest = History(image).search(Search(before=entries[-1].place))
+    assert [entry.name for entry in entries + rest] == names(image)
 
 
 @pytest.mark.parametrize("damage", ["gone", "garbage", "another version", "a page"])
-def test_the_files_are_the_truth(drawn, damage):
+def test_the_files_are_the_truth(image, damage):
     """Whatever happens to the index, the next search finds what is there: also new, changed and removed pictures."""
-    before, index = names(drawn), drawn / FILE
-    shutil.copy2(drawn / "00001-0.png", drawn / "00008-0.png")
-    (drawn / "00003-2.jpg").unlink()
+    before, index = names(image), image / FILE
+    shutil.copy2(image / "00001-0.png", image / "00008-0.png")
+    (image / "00003-2.jpg").unlink()
     if damage == "gone":
         index.unlink()
     elif damage == "garbage":
@@ -309,32 +309,32 @@ def test_the_files_are_the_truth(drawn, damage):
         content = bytearray(index.read_bytes())
         content[4096:8192] = bytes(4096)
         index.write_bytes(content)
-    assert names(drawn) == ["00004-3.png", "00002-1.png", "00008-0.png", "00001-0.png"]
-    assert set(before) - set(names(drawn)) == {"00003-2.jpg"}
+    assert names(image) == ["00004-3.png", "00002-1.png", "00008-0.png", "00001-0.png"]
+    assert set(before) - set(names(image)) == {"00003-2.jpg"}
 
 
-def test_the_index_is_damaged_while_the_server_runs(drawn):
+def test_the_index_is_damaged_while_the_server_runs(image):
     """Also if it is a folder, or cannot be written."""
-    history, everything = History(drawn), Search()
+    history, everything = History(image), Search()
     expected = [entry.name for entry in history.search(everything)]
-    content = bytearray((drawn / FILE).read_bytes())
+    content = bytearray((image / FILE).read_bytes())
     content[4096:] = os.urandom(len(content) - 4096)
-    (drawn / FILE).write_bytes(content)
+    (image / FILE).write_bytes(content)
     assert [entry.name for entry in history.search(everything)] == expected
-    (drawn / FILE).unlink()
-    (drawn / FILE).mkdir()
+    (image / FILE).unlink()
+    (image / FILE).mkdir()
     assert [entry.name for entry in history.search(everything)] == expected
 
 
-def test_pictures_of_any_time(drawn):
+def test_pictures_of_any_time(image):
     for year, name in ((2300, "00001-0.png"), (1960, "00002-1.png")):
         seconds = (year - 1970) * 365.25 * 86400
-        os.utime(drawn / name, (seconds, seconds))
-    assert names(drawn) == ["00001-0.png", "00004-3.png", "00003-2.jpg", "00002-1.png"]
+        os.utime(image / name, (seconds, seconds))
+    assert names(image) == ["00001-0.png", "00004-3.png", "00003-2.jpg", "00002-1.png"]
 
 
-def test_the_history_by_http(tiny, drawn):
-    with Served(tiny, drawn) as server:
+def test_the_history_by_http(tiny, image):
+    with Served(tiny, image) as server:
         answer = get(f"{server.address}/api/history", params={"words": "ring", "until": "2026-01-03"}).json()
         assert [each["name"] for each in answer["pictures"]] == ["00003-2.jpg"]
         record = answer["pictures"][0]["record"]
@@ -342,20 +342,20 @@ def test_the_history_by_http(tiny, drawn):
         picture = get(f"{server.address}/pictures/00003-2.jpg")
         assert (picture.headers["content-type"], picture.content) == (
             "image/jpeg",
-            (drawn / "00003-2.jpg").read_bytes(),
+            (image / "00003-2.jpg").read_bytes(),
         )
         for name in ("00007-1.png", "holiday.png", FILE, quote("../x", safe="")):
             assert get(f"{server.address}/pictures/{name}").status_code == 404
         for day, count in (("0002-01-01", 4), ("2300-01-01", 0), ("9999-12-31", 0)):
-            found = get(f"{server.address}/api/history", params={"since": day}).json()["pictures"]
-            assert len(found) == count
+            result = get(f"{server.address}/api/history", params={"since": day}).json()["pictures"]
+            assert len(result) == count
         assert len(get(f"{server.address}/api/history", params={"until": "9999-12-31"}).json()["pictures"]) == 4
         first = get(f"{server.address}/api/history", params={"count": 3}).json()["pictures"]
         rest = get(f"{server.address}/api/history", params={"before": first[-1]["place"]}).json()["pictures"]
         assert [each["name"] for each in rest] == ["00001-0.png"]
         for signs, count in (("!!!", 0), ("*", 1), ("🔴", 0)):  # signs alone are looked for as they are
-            found = get(f"{server.address}/api/history", params={"words": signs}).json()["pictures"]
-            assert len(found) == count
+            result = get(f"{server.address}/api/history", params={"words": signs}).json()["pictures"]
+            assert len(result) == count
         assert httpx.head(f"{server.address}/pictures/00003-2.jpg").status_code == 200
         far = f"{10**18}-1"
         assert get(f"{server.address}/api/history", params={"before": "9" * 18 + "-1"}).status_code == 200

@@ -54,13 +54,13 @@ def test_the_schedule_has_the_models_numbers(pipe):
 
 def test_the_forward_process_is_its_equation(pipe, picture):
     """First the picture; then alpha x0 + sigma noise of the same noise; at the last time, without signal, noise."""
-    shown = pictures_in(show.forward(pipe, picture, columns=4, seed=3).figure)
-    assert len(shown) == 8
-    np.testing.assert_array_equal(shown[0], picture)
+    view = pictures_in(show.forward(pipe, picture, columns=4, seed=3).figure)
+    assert len(view) == 8
+    np.testing.assert_array_equal(view[0], picture)
     level = pipe.model.path.level(500)
-    values, noise = picture / 127.5 - 1, shown[3] / 127.5 - 1
+    values, noise = picture / 127.5 - 1, view[3] / 127.5 - 1
     inside = np.abs(noise) < 0.999  # values that were not cut
-    middle = shown[2] / 127.5 - 1
+    middle = view[2] / 127.5 - 1
     at = round(999 / 2)
     level = pipe.model.path.level(at)
     expected = level.alpha * values + level.sigma * noise
@@ -69,14 +69,14 @@ def test_the_forward_process_is_its_equation(pipe, picture):
 
 
 def test_the_reverse_process_ends_at_the_picture(pipe):
-    shown = pictures_in(show.reverse(pipe, PROMPT, columns=3, **QUICK).figure)
-    assert len(shown) == 6
+    view = pictures_in(show.reverse(pipe, PROMPT, columns=3, **QUICK).figure)
+    assert len(view) == 6
     expected = np.asarray(pipe(PROMPT, **QUICK).images[0])
-    for last in (shown[2], shown[5]):  # x_t and the guess of x0
+    for last in (view[2], view[5]):  # x_t and the guess of x0
         np.testing.assert_array_equal(last, expected)
     steps = list(pipe.stream(PROMPT, **QUICK))
     first = pipe.decode(steps[0].x0)[0].permute(1, 2, 0).numpy()
-    assert np.abs(shown[3] / 127.5 - 1 - first).max() < 1.01 / 255
+    assert np.abs(view[3] / 127.5 - 1 - first).max() < 1.01 / 255
 
 
 def test_latents_are_the_encoders(pipe, picture):
@@ -89,10 +89,10 @@ def test_latents_are_the_encoders(pipe, picture):
 
 
 def test_samplers_are_drawn_as_asked(pipe):
-    shown = pictures_in(show.samplers(pipe, PROMPT, names=("ddim", "euler"), steps=(2, 3), seed=5).figure)
+    view = pictures_in(show.samplers(pipe, PROMPT, names=("ddim", "euler"), steps=(2, 3), seed=5).figure)
     for number, (sampler, steps) in enumerate([("ddim", 2), ("ddim", 3), ("euler", 2), ("euler", 3)]):
         (expected,) = pipe(PROMPT, sampler=sampler, num_inference_steps=steps, seed=5).images
-        np.testing.assert_array_equal(shown[number], np.asarray(expected))
+        np.testing.assert_array_equal(view[number], np.asarray(expected))
 
 
 # attention

@@ -71,8 +71,8 @@ def test_averages_alone(family, files, folders, tmp_path):
         } | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(5)}
 
     file = changed(files / f"{family}.safetensors", tmp_path / "ema.safetensors", averages)
-    drawn, expected = (opened(path)(PROMPT, **ASKED).images for path in (file, files / f"{family}.safetensors"))
-    assert torch.equal(drawn, expected)
+    picture, expected = (opened(path)(PROMPT, **ASKED).images for path in (file, files / f"{family}.safetensors"))
+    assert torch.equal(picture, expected)
 
 
 def test_averages_beside_the_weights(files, tmp_path):
@@ -137,8 +137,8 @@ def test_a_vae_without_an_encoder(files, tmp_path):
     decoder = changed(files / "1.safetensors", tmp_path / "decoder.safetensors", decoder_alone)
     whole, pipe = opened(files / "1.safetensors"), opened(files / "1.safetensors")
     pipe.load_vae(decoder)
-    asked = ASKED | {"output_type": "pt"}
-    assert torch.equal(pipe(PROMPT, **asked).images, whole(PROMPT, **asked).images)
+    options = ASKED | {"output_type": "pt"}
+    assert torch.equal(pipe(PROMPT, **options).images, whole(PROMPT, **options).images)
     with pytest.raises(ModelError, match="this VAE has no encoder, which input pictures require"):
         pipe(PROMPT, image=Image.new("RGB", (64, 64)), **ASKED | {"strength": 1.0})
     with pytest.raises(ConfigError, match="a model folder requires a complete VAE; this one has no encoder"):
@@ -155,9 +155,9 @@ def test_a_vae_of_eight_bits(files, tmp_path, call):
 
     vae = changed(files / "1.safetensors", tmp_path / "f8.safetensors", narrow)
     assert call("convert", files / "1.safetensors", "folder", "--vae", vae)[0] == 0
-    drawn = opened("folder")(PROMPT, **ASKED | {"output_type": "pt"}).images
+    picture = opened("folder")(PROMPT, **ASKED | {"output_type": "pt"}).images
     expected = opened(files / "1.safetensors")(PROMPT, **ASKED | {"output_type": "pt"}).images
-    assert 0 < float((drawn.float() - expected).abs().mean()) < 0.05
+    assert 0 < float((picture.float() - expected).abs().mean()) < 0.05
 
 
 def encoder_alone(state):
@@ -223,10 +223,10 @@ def test_a_prediction_that_is_named_by_hand(files, tmp_path, call):
         opened(file)(PROMPT, **ASKED)
     plain = opened(files / "1.safetensors")
     for prediction in ("epsilon", "v_prediction", "sample"):
-        drawn = opened(file)(PROMPT, prediction=prediction, **ASKED)
+        picture = opened(file)(PROMPT, prediction=prediction, **ASKED)
         expected = plain.model
         plain._revise(prediction=prediction)
-        assert torch.equal(drawn.images, plain(PROMPT, **ASKED).images)
+        assert torch.equal(picture.images, plain(PROMPT, **ASKED).images)
         plain._revise(prediction=expected.prediction)
     words = ("generate", PROMPT, "-m", file, "--steps", 2, "-W", 64, "-H", 64, "-s", 1)
     assert call(*words, "--set", "prediction=v_prediction", "-o", "a.png")[0] == 0

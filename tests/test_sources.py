@@ -40,13 +40,13 @@ def surveyed(source, options=None, **more):
 
 
 def refusal(source, options=None, **more):
-    found = surveyed(source, options, **more)
-    assert found.count == len(found.pictures) + len(found.quarantined)
-    return found.refusal()
+    result = surveyed(source, options, **more)
+    assert result.count == len(result.pictures) + len(result.quarantined)
+    return result.refusal()
 
 
-def as_set(found, side=32):
-    return PictureSet(found.pictures, bucket_table(side, 8))
+def as_set(result, side=32):
+    return PictureSet(result.pictures, bucket_table(side, 8))
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def expected(pictures, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_the_same_set(layout, pictures, expected, tmp_path):
     """The same identities, captions, pixels and identity of the whole, in the same order."""
-    found = surveyed(LAYOUTS[layout](tmp_path / "set", pictures))
-    assert found.refusal() is None
+    result = surveyed(LAYOUTS[layout](tmp_path / "set", pictures))
+    assert result.refusal() is None
     rows, pixels, identity = expected
-    assert [(picture.id, *picture.captions) for picture in found.pictures] == rows
-    read = as_set(found)
+    assert [(picture.id, *picture.captions) for picture in result.pictures] == rows
+    read = as_set(result)
     assert all(np.array_equal(read.pixels(row, View()), pixels[row]) for row in range(50))
     assert read.identity() == identity
 
@@ -75,9 +75,9 @@ def test_a_folder_without_captions(pictures, expected, tmp_path):
         "50 images have no caption: 000.png, 001.jpg, 002.webp, 003.png, 004.jpg, ... (45 more). "
         "Add rows or pass --allow-missing-captions"
     )
-    found = surveyed(tmp_path / "set", instance_prompt="a photo of sks dog")
-    assert [picture.id for picture in found.pictures] == [key for key, _ in expected[0]]
-    assert {picture.captions for picture in found.pictures} == {("a photo of sks dog",)}
+    result = surveyed(tmp_path / "set", instance_prompt="a photo of sks dog")
+    assert [picture.id for picture in result.pictures] == [key for key, _ in expected[0]]
+    assert {picture.captions for picture in result.pictures} == {("a photo of sks dog",)}
     allowed = surveyed(tmp_path / "set", allow_missing_captions=True)
     assert {picture.captions for picture in allowed.pictures} == {("",)}
 
@@ -85,15 +85,15 @@ def test_a_folder_without_captions(pictures, expected, tmp_path):
 def test_streamed_tables(pictures, expected, tmp_path):
     """In their own order, never whole in memory; pictures as the same bytes."""
     folder = as_parquet(tmp_path / "set", pictures)
-    found = surveyed(folder, Options(streaming=True))
+    result = surveyed(folder, Options(streaming=True))
     rows, pixels, identity = expected
-    assert found.listing.streamed
-    assert [(picture.id, *picture.captions) for picture in found.pictures] == rows
-    streamed = PictureSet(found.pictures, bucket_table(32, 8), stream=found.listing.records)
+    assert result.listing.streamed
+    assert [(picture.id, *picture.captions) for picture in result.pictures] == rows
+    streamed = PictureSet(result.pictures, bucket_table(32, 8), stream=result.listing.records)
     wanted = [(row, View(flipped=flipped)) for row in (7, 3, 40) for flipped in (False, True)]
-    shown = dict(streamed.each(wanted))
+    visible = dict(streamed.each(wanted))
     for number, (row, view) in enumerate(wanted):
-        assert np.array_equal(shown[number], pixels[row][:, ::-1] if view.flipped else pixels[row])
+        assert np.array_equal(visible[number], pixels[row][:, ::-1] if view.flipped else pixels[row])
     with pytest.raises(DataError, match="read in its own order only"):
         streamed.pixels(0, View())
     assert streamed.identity() == identity
@@ -103,9 +103,9 @@ def test_repeats_of_kohya(pictures, tmp_path):
     """`3_dogs` counts three times an epoch; without sidecars the folder's words are the caption."""
     as_sidecars(tmp_path / "set", dict(list(pictures.items())[:2]))
     (tmp_path / "set" / "1_things").rename(tmp_path / "set" / "3_dogs")
-    found = surveyed(tmp_path / "set")
-    assert [picture.repeats for picture in found.pictures] == [3, 3]
-    assert len(as_set(found)) == 6
+    result = surveyed(tmp_path / "set")
+    assert [picture.repeats for picture in result.pictures] == [3, 3]
+    assert len(as_set(result)) == 6
     write_pictures(tmp_path / "bare" / "2_a sks dog", pictures)
     bare = surveyed(tmp_path / "bare")
     assert {(picture.captions, picture.repeats) for picture in bare.pictures} == {(("a sks dog",), 2)}
@@ -209,8 +209,8 @@ def test_an_instance_prompt_goes_before_a_folder_s_words(pictures, tmp_path):
     (tmp_path / "plain" / "b.jpg").write_bytes(pictures["001.jpg"][0])
 
     def captions(instance_prompt):
-        found = surveyed(tmp_path, allow_missing_captions=True, instance_prompt=instance_prompt)
-        return {picture.name: (picture.captions, picture.repeats) for picture in found.pictures}
+        result = surveyed(tmp_path, allow_missing_captions=True, instance_prompt=instance_prompt)
+        return {picture.name: (picture.captions, picture.repeats) for picture in result.pictures}
 
     assert captions(None) == {"10_a dog/a.png": (("a dog",), 10), "plain/b.jpg": (("",), 1)}
     assert captions("<pet>") == {"10_a dog/a.png": (("<pet>",), 10), "plain/b.jpg": (("<pet>",), 1)}
@@ -228,9 +228,9 @@ def test_one_stem_two_pictures(pictures, tmp_path):
     """With rows of their own they are two pictures; one sidecar cannot be both's, nor one key of a shard."""
     both = {"a.png": (pictures["000.png"][0], "a png"), "a.jpg": (pictures["001.jpg"][0], "a jpeg")}
     as_jsonl(tmp_path / "rows", both)
-    found = surveyed(tmp_path / "rows")
-    assert sorted(picture.captions[0] for picture in found.pictures) == ["a jpeg", "a png"]
-    rows = as_set(found)
+    result = surveyed(tmp_path / "rows")
+    assert sorted(picture.captions[0] for picture in result.pictures) == ["a jpeg", "a png"]
+    rows = as_set(result)
     assert rows.key(0, View()) != rows.key(1, View())
     as_sidecars(tmp_path / "beside", both)
     assert refusal(tmp_path / "beside").startswith(
@@ -261,10 +261,10 @@ def test_names(layout, tmp_path):
     some = {name: (data, f"caption {number}") for number, (name, (data, _)) in
             enumerate(zip(NAMES, some_pictures(len(NAMES)).values(), strict=True))}  # fmt: skip
     LAYOUTS[layout](tmp_path / "set", some)
-    found = surveyed(tmp_path / "set")
-    assert found.refusal() is None
+    result = surveyed(tmp_path / "set")
+    assert result.refusal() is None
     captions = {hashlib.sha256(data).hexdigest(): caption for data, caption in some.values()}
-    assert {picture.id: picture.captions[0] for picture in found.pictures} == captions
+    assert {picture.id: picture.captions[0] for picture in result.pictures} == captions
 
 
 @pytest.mark.parametrize(("on_disk", "in_metadata"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -368,8 +368,8 @@ def test_json_members_of_shards(pictures, tmp_path):
     with webdataset.TarWriter(str(tmp_path / "one.tar")) as writer:
         writer.write({"__key__": "a/b.c", "png": pictures["000.png"][0], "json": {"caption": "told in JSON"}})
         writer.write({"__key__": "d", "jpg": pictures["001.jpg"][0], "json": {"width": 3}, "txt": "told in text"})
-    found = surveyed(tmp_path / "one.tar")
-    assert sorted(picture.captions for picture in found.pictures) == [("told in JSON",), ("told in text",)]
+    result = surveyed(tmp_path / "one.tar")
+    assert sorted(picture.captions for picture in result.pictures) == [("told in JSON",), ("told in text",)]
 
 
 def test_what_is_not_there(tmp_path):
@@ -388,9 +388,9 @@ def test_nothing_is_read_twice_or_in_secret(pictures, tmp_path):
     (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "._000.png").write_bytes(b"\x00\x05\x16\x07 of a finder")
     (tmp_path / "set" / "notes.md").write_text("x")
-    found = surveyed(tmp_path / "set")
-    assert len(found.pictures) == 2
-    assert found.listing.notes == ("2 other files are not read: ._000.png, notes.md",)
+    result = surveyed(tmp_path / "set")
+    assert len(result.pictures) == 2
+    assert result.listing.notes == ("2 other files are not read: ._000.png, notes.md",)
 
 
 @pytest.mark.parametrize("stray", ["backup.tar", "rows.parquet"])

@@ -38,24 +38,24 @@ def by_hand(path, pictures):
 
 
 def test_enlarges_finished_pictures(pipe, upscaler):
-    drawn = pipe(**PROMPT, num_images_per_prompt=2, output_type="uint8")
+    image = pipe(**PROMPT, num_images_per_prompt=2, output_type="uint8")
     pipe.load_upscaler(upscaler)
     try:
         out = pipe(**PROMPT, num_images_per_prompt=2, output_type="uint8")
     finally:
         pipe._painter = pipe._painter.__class__(pipe.model)
-    assert np.abs(out.images.astype(int) - by_hand(upscaler, drawn.images)).max() <= 1
+    assert np.abs(out.images.astype(int) - by_hand(upscaler, image.images)).max() <= 1
     assert out.images.shape[1:3] == (128, 128)
     assert (out.metadata[0].width, out.metadata[0].height) == (128, 128)
 
 
 def test_in_two_passes(pipe, upscaler):
     """The second pass draws over what it enlarged; the size is the asked one."""
-    asked = {**PROMPT, "hires_scale": 1.5, "output_type": "uint8"}
-    plain = pipe(**asked).images
+    options = {**PROMPT, "hires_scale": 1.5, "output_type": "uint8"}
+    plain = pipe(**options).images
     pipe.load_upscaler(upscaler)
     try:
-        out = pipe(**asked).images
+        out = pipe(**options).images
     finally:
         pipe._painter = pipe._painter.__class__(pipe.model)
     assert out.shape == plain.shape == (1, 96, 96, 3)

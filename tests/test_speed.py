@@ -18,9 +18,9 @@ QUICK = {"num_inference_steps": 3, "seed": 1, "output_type": "uint8"}
 @pytest.fixture
 def uncompiled(monkeypatch):
     """What would be compiled, in the order in which it was asked for; compiling itself takes a minute."""
-    asked = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode=None: asked.append(type(module).__name__))
-    return asked
+    options = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode=None: options.append(type(module).__name__))
+    return options
 
 
 @pytest.mark.parametrize("family", ["1", "2", "XL"])
@@ -57,9 +57,9 @@ def test_what_a_speed_does(tiny_model, uncompiled, speed, compiled, dtype):
     plain = LatentDiffusionPipeline.from_pretrained(tiny_model, runtime="torch", device="cpu", torch_dtype=dtype)
     pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, runtime="torch", device="cpu", speed=speed)
     assert (pipe.model.backbone.dtype, uncompiled) == (dtype, []), "when the first picture is drawn"
-    drawn = [p(PROMPT, **QUICK).images.astype(int) for p in (pipe, plain)]
+    picture = [p(PROMPT, **QUICK).images.astype(int) for p in (pipe, plain)]
     assert uncompiled == compiled
-    assert np.abs(drawn[0] - drawn[1]).max() <= (0 if speed == "exact" else 1 if speed == "fast" else 40)
+    assert np.abs(picture[0] - picture[1]).max() <= (0 if speed == "exact" else 1 if speed == "fast" else 40)
 
 
 @pytest.mark.slow
@@ -93,16 +93,16 @@ def test_adapters_after_the_first_picture(uncompiled, folders, tmp_path):
         for key, value in get_peft_model_state_dict(part, adapter_name="made").items()
     }
     save_file(weights, tmp_path / "made.safetensors")
-    drawn = []
+    picture = []
     for speed, first in (("exact", False), ("fast", False), ("fast", True)):
         pipe = LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu", speed=speed)
         if first:
             before = pipe(PROMPT, **QUICK).images.astype(int)
         pipe.load_lora_weights(tmp_path / "made.safetensors")
-        drawn.append(pipe(PROMPT, **QUICK).images.astype(int))
-    assert np.abs(drawn[0] - drawn[1]).max() <= 1
-    assert (drawn[1] == drawn[2]).all()
-    assert np.abs(before - drawn[2]).max() > 5, "the adapter changes the picture"
+        picture.append(pipe(PROMPT, **QUICK).images.astype(int))
+    assert np.abs(picture[0] - picture[1]).max() <= 1
+    assert (picture[1] == picture[2]).all()
+    assert np.abs(before - picture[2]).max() > 5, "the adapter changes the picture"
 
 
 @pytest.mark.parametrize("settings", [{"runtime": "openvino"}, {"runtime": "torch", "device": "cpu", "speed": "fast"}])

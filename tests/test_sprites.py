@@ -57,7 +57,7 @@ def library(tmp_path_factory):
     return Library(folder)
 
 
-def drawn(library, category, count=100, purpose="test", **more):
+def picture_of(library, category, count=100, purpose="test", **more):
     """Scenes of a category, and the describer that made them."""
     describer = Describer(library, **more)
     for index in range(count):
@@ -104,9 +104,9 @@ def test_what_has_no_main_color():
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_training_draws_nothing_that_is_held_out(library, category):
     assert len(library.held_out) > 0
-    for scene in drawn(library, category, 300, shapes=0.3):
+    for scene in picture_of(library, category, 300, shapes=0.3):
         assert not any(is_held_out(group, library) for group in scene.description.groups)
-    for scene in drawn(library, category, 50, shapes=0.3, held_out=True):
+    for scene in picture_of(library, category, 50, shapes=0.3, held_out=True):
         first, *rest = scene.description.groups
         assert is_held_out(first, library)
         assert not any(is_held_out(group, library) for group in rest)
@@ -115,13 +115,13 @@ def test_training_draws_nothing_that_is_held_out(library, category):
 def test_a_name_is_held_out_in_one_style(library):
     sprites = [library.sprites[row] for row in library.held_out]
     assert max(Counter(sprite.name for sprite in sprites).values()) == 1
-    shown = {scene.description.groups[0].sprite for scene in drawn(library, "single", 2000, shapes=0)}
-    assert len(shown) == len(library) - len(library.held_out)
+    view = {scene.description.groups[0].sprite for scene in picture_of(library, "single", 2000, shapes=0)}
+    assert len(view) == len(library) - len(library.held_out)
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_the_categories(library, category):
-    for scene in drawn(library, category, 100):
+    for scene in picture_of(library, category, 100):
         groups = scene.description.groups
         assert len(groups) == (2 if category in ("two", "position", "binding") else 1)
         assert (2 <= groups[0].count <= 4) == (category == "counting")
@@ -165,7 +165,7 @@ def test_a_scene_is_a_function_of_its_number(library):
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_captions_state_the_description(library, category):
-    for scene in drawn(library, category, 60):
+    for scene in picture_of(library, category, 60):
         full, description = scene.captions[0], scene.description
         for group in description.groups:
             assert (group.name if group.count == 1 else plural(group.name)) in full
@@ -185,7 +185,7 @@ def test_captions_state_the_description(library, category):
 
 def test_a_relation_seen_from_the_other_object_is_the_same(library):
     """Of "a above b" and "b below a" the object named first is the one for which the relation holds."""
-    for scene in drawn(library, "position", 60):
+    for scene in picture_of(library, "position", 60):
         first, second = scene.things
         up = {"above": first.y < second.y, "below": first.y > second.y}
         up |= {"left of": first.x < second.x, "right of": first.x > second.x}
@@ -197,7 +197,7 @@ def test_a_relation_seen_from_the_other_object_is_the_same(library):
 
 def test_the_shortest_caption_is_the_noun_of_a_large_thing(library):
     rng = noise.generator(0, "short")
-    for scene in drawn(library, "single", 40, shapes=0):
+    for scene in picture_of(library, "single", 40, shapes=0):
         name, place, size = scene.description.groups[0].name, scene.description.place, scene.description.size
         shortest = min(scene.captions, key=len)
         if place is not None:
@@ -206,7 +206,7 @@ def test_the_shortest_caption_is_the_noun_of_a_large_thing(library):
             assert all("small" in caption for caption in scene.captions)
         else:
             assert shortest == name
-    (scene,) = drawn(library, "two", 1, shapes=0)
+    (scene,) = picture_of(library, "two", 1, shapes=0)
     first, second = scene.description.groups
     assert sentence(scene.description, lambda _: False, rng) == f"a {first.name} and a {second.name}".replace(
         "a old", "an old"
@@ -239,7 +239,7 @@ def test_plurals(name, several):
 def test_the_objects_are_where_the_layout_has_them(library):
     """Connected parts that differ from a plain background are the scene's objects, in their boxes."""
     size, looked_at = 128, 0
-    for scene in drawn(library, "counting", 40):
+    for scene in picture_of(library, "counting", 40):
         if len(scene.description.background) > 1:
             continue
         looked_at += 1
@@ -256,7 +256,7 @@ def test_the_objects_are_where_the_layout_has_them(library):
 
 def test_no_two_objects_touch(library):
     for category in ("two", "counting", "position", "binding"):
-        for scene in drawn(library, category, 60):
+        for scene in picture_of(library, category, 60):
             for number, one in enumerate(scene.things):
                 assert one.radius <= one.x <= UNIT - one.radius
                 for other in scene.things[:number]:
@@ -314,7 +314,7 @@ def test_weights_are_shares(library):
 def test_shapes_keep_their_held_out_pairs(library):
     seen = {
         (group.name, group.color)
-        for scene in drawn(library, "single", 600, shapes=1.0)
+        for scene in picture_of(library, "single", 600, shapes=1.0)
         for group in scene.description.groups
     }
     assert seen.isdisjoint(HELD_OUT)

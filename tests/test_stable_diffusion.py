@@ -89,11 +89,11 @@ def test_pictures(both, solver):
     kind, settings = SOLVERS[solver]
     theirs.scheduler = kind.from_config(dict(theirs.scheduler.config) | stable_diffusion.SCHEDULE | settings)
     x = latents(2, 4, 16, 8)
-    asked = {"height": 128, "width": 64, "num_inference_steps": 8, "guidance_scale": 5.0}
+    options = {"height": 128, "width": 64, "num_inference_steps": 8, "guidance_scale": 5.0}
     start = x / ours.model.path.level(999).sigma if solver == "euler" else x
     prompts = {"prompt": [PROMPT] * 2, "negative_prompt": [NEGATIVE] * 2}
-    expected = theirs(**prompts, **asked, latents=start, output_type="np").images
-    drawn = ours(
+    expected = theirs(**prompts, **options, latents=start, output_type="np").images
+    canvas = ours(
         PROMPT,
         negative_prompt=NEGATIVE,
         num_images_per_prompt=2,
@@ -101,9 +101,9 @@ def test_pictures(both, solver):
         sampler=solver,
         spacing="trailing",
         output_type="np",
-        **asked,
+        **options,
     ).images
-    assert np.abs(drawn - expected).max() < 1e-5
+    assert np.abs(canvas - expected).max() < 1e-5
     assert expected.std() > 0.01, "a flat picture shows nothing"
 
 
@@ -117,9 +117,9 @@ def test_xl_of_velocity_and_zero_terminal_snr(tmp_path):
     ours, x = stable_diffusion.load(tmp_path), latents(1, 4, 8, 8)
     first = ours.model.path.levels(8, "trailing")[0]
     assert (ours.model.prediction, first.alpha, first.sigma) == ("v_prediction", 0.0, 1.0)
-    asked = {"num_inference_steps": 8, "guidance_scale": 5.0, "height": 64, "width": 64, "guidance_rescale": 0.7}
-    expected = theirs(PROMPT, latents=x, output_type="np", **asked).images
-    assert np.abs(ours(PROMPT, latents=x, output_type="np", **asked).images - expected).max() < 1e-4
+    options = {"num_inference_steps": 8, "guidance_scale": 5.0, "height": 64, "width": 64, "guidance_rescale": 0.7}
+    expected = theirs(PROMPT, latents=x, output_type="np", **options).images
+    assert np.abs(ours(PROMPT, latents=x, output_type="np", **options).images - expected).max() < 1e-4
 
 
 def test_default_negative_prompt(both):
@@ -128,10 +128,10 @@ def test_default_negative_prompt(both):
     kind, settings = SOLVERS["ddim"]
     theirs.scheduler = kind.from_config(dict(theirs.scheduler.config) | stable_diffusion.SCHEDULE | settings)
     x = latents(1, 4, 8, 8)
-    asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64}
-    expected = theirs(PROMPT, latents=x, output_type="latent", **asked).images
-    drawn = ours(PROMPT, latents=x, sampler="ddim", spacing="trailing", output_type="latent", **asked).images
-    assert largest(drawn, expected) < 1e-4
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64}
+    expected = theirs(PROMPT, latents=x, output_type="latent", **options).images
+    canvas = ours(PROMPT, latents=x, sampler="ddim", spacing="trailing", output_type="latent", **options).images
+    assert largest(canvas, expected) < 1e-4
 
 
 @torch.no_grad()
@@ -148,8 +148,8 @@ def test_clip_skip(both):
         assert largest(context, encoded[0][0]) < 1e-6
     else:
         assert largest(context, theirs.text_encoder.final_layer_norm(hidden[0][-2])[0]) < 1e-6
-    asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "seed": 1}
-    skipped, plain = (ours(PROMPT, output_type="latent", clip_skip=skip, **asked).images for skip in (1, None))
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "seed": 1}
+    skipped, plain = (ours(PROMPT, output_type="latent", clip_skip=skip, **options).images for skip in (1, None))
     assert largest(skipped, plain) > 1e-3
     with pytest.raises(ConfigError, match="clip_skip must be from 0 to"):
         ours(PROMPT, clip_skip=9, num_inference_steps=1)
@@ -175,10 +175,10 @@ def test_sdxl_is_told_sizes(folders):
     theirs = StableDiffusionXLPipeline.from_pretrained(folders["XL"], add_watermarker=False)
     theirs.set_progress_bar_config(disable=True)
     x = latents(1, 4, 8, 8)
-    asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "original_size": (512, 320)}
-    expected = theirs(PROMPT, latents=x, output_type="latent", crops_coords_top_left=(16, 8), **asked).images
-    drawn = ours(PROMPT, latents=x, sampler="ddim", spacing="trailing", output_type="latent", crop=(16, 8), **asked)
-    assert largest(drawn.images, expected) < 1e-4
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "original_size": (512, 320)}
+    expected = theirs(PROMPT, latents=x, output_type="latent", crops_coords_top_left=(16, 8), **options).images
+    canvas = ours(PROMPT, latents=x, sampler="ddim", spacing="trailing", output_type="latent", crop=(16, 8), **options)
+    assert largest(canvas.images, expected) < 1e-4
     with pytest.raises(ConfigError, match="original_size and crop require a model that reads sizes"):
         LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu")(PROMPT, crop=(1, 1))
 
@@ -191,20 +191,20 @@ def test_own_contexts(both):
     )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     given = {name: tensor for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
-    asked = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "seed": 3}
-    drawn = ours(**given, output_type="latent", **asked)
-    expected = ours(PROMPT, negative_prompt=NEGATIVE, output_type="latent", **asked).images
-    assert largest(drawn.images, expected) < 1e-4
-    assert drawn.metadata[0].own_noise
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64, "seed": 3}
+    canvas = ours(**given, output_type="latent", **options)
+    expected = ours(PROMPT, negative_prompt=NEGATIVE, output_type="latent", **options).images
+    assert largest(canvas.images, expected) < 1e-4
+    assert canvas.metadata[0].own_noise
     with pytest.raises(ConfigError, match="give only one of them"):
-        ours(PROMPT, **given, **asked)
+        ours(PROMPT, **given, **options)
     with pytest.raises(ConfigError, match="require negative_prompt_embeds"):
         part = {name: tensor for name, tensor in given.items() if name == "pooled_prompt_embeds"}
-        ours(prompt_embeds=given["prompt_embeds"][:, :70], **part, **asked)
+        ours(prompt_embeds=given["prompt_embeds"][:, :70], **part, **options)
     with pytest.raises(ConfigError, match="require prompt_embeds"):
-        ours(negative_prompt_embeds=given["negative_prompt_embeds"], **asked)
+        ours(negative_prompt_embeds=given["negative_prompt_embeds"], **options)
     with pytest.raises(ConfigError, match="a model that reads pooled text requires pooled embeds"):
-        ours(**given | {"pooled_prompt_embeds": None if family == "XL" else torch.zeros(1, 8)}, **asked)
+        ours(**given | {"pooled_prompt_embeds": None if family == "XL" else torch.zeros(1, 8)}, **options)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -222,9 +222,9 @@ def test_picture_to_picture(folders):
     levels = ours.model.path.levels(steps, "trailing")
     x = diffuse(known, noise, levels[4])
     theirs.prepare_latents = lambda *_, **__: x  # theirs draws the posterior, and noise of its own
-    asked = {"num_inference_steps": steps, "guidance_scale": 3.0, "strength": 0.65}
-    expected = theirs(PROMPT, image=image, output_type="latent", **asked).images
-    out = ours(PROMPT, image=image, latents=noise, sampler="ddim", spacing="trailing", output_type="latent", **asked)
+    options = {"num_inference_steps": steps, "guidance_scale": 3.0, "strength": 0.65}
+    expected = theirs(PROMPT, image=image, output_type="latent", **options).images
+    out = ours(PROMPT, image=image, latents=noise, sampler="ddim", spacing="trailing", output_type="latent", **options)
     assert largest(out.images, expected) < 1e-4
     assert out.metadata[0].steps == (6,), "int(10 * 0.65)"
 
@@ -266,11 +266,18 @@ def test_single_file_round_trip(folders, family, dtype, tmp_path):
     same_networks(pipe, again)
     save_single_file(again.model, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
-    asked = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "sampler": "euler", "spacing": "trailing"}
+    options = {
+        "num_inference_steps": 2,
+        "width": 64,
+        "height": 64,
+        "seed": 1,
+        "sampler": "euler",
+        "spacing": "trailing",
+    }
     sources = (folders[family], tmp_path / "model.safetensors", tmp_path / "folder")
     pictures = [
         LatentDiffusionPipeline.from_pretrained(source, device="cpu", torch_dtype=torch.float32)(
-            PROMPT, output_type="uint8", **asked
+            PROMPT, output_type="uint8", **options
         ).images
         for source in (sources if dtype == torch.float32 else sources[1:])
     ]
@@ -297,9 +304,9 @@ def test_a_single_file_loads_in_diffusers(folders, family, tmp_path):
 def test_inferred_configs_are_the_published_ones(folders, tmp_path):
     for family, folder in folders.items():
         save_single_file(stable_diffusion.stored(folder).model, tmp_path / f"{family}.safetensors")
-        found = load_single_file(tmp_path / f"{family}.safetensors")
-        assert found.family == FAMILIES[1 + (family == "XL")]
-        for part, network in (("unet", found.backbone.model), ("vae", found.codec.vae)):
+        result = load_single_file(tmp_path / f"{family}.safetensors")
+        assert result.family == FAMILIES[1 + (family == "XL")]
+        for part, network in (("unet", result.backbone.model), ("vae", result.codec.vae)):
             config = json.loads((folder / part / "config.json").read_text())
             built = json.loads(network.to_json_string())
             differing = {k for k, v in config.items() if built.get(k) != v and not k.startswith("_")}
@@ -451,15 +458,15 @@ def test_info_of_single_files(single_file, tmp_path, monkeypatch, capsys):
     from latentdiff.cli import main
 
     save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "ink.safetensors")
-    found = {}
+    result = {}
     for path in (single_file, tmp_path / "ink.safetensors"):
         monkeypatch.setattr(sys, "argv", ["latentdiff", "info", str(path)])
         with pytest.raises(SystemExit):
             main()
-        found[path.stem] = json.loads(capsys.readouterr().out)
-    assert found["model"]["kind"] == "Stable Diffusion 1, original layout"
-    assert found["model"]["metadata"] == {"modelspec.prediction_type": "epsilon"}
-    assert (found["ink"]["kind"], found["ink"]["parameters"]) == ("adapter, kohya's names", 6)
+        result[path.stem] = json.loads(capsys.readouterr().out)
+    assert result["model"]["kind"] == "Stable Diffusion 1, original layout"
+    assert result["model"]["metadata"] == {"modelspec.prediction_type": "epsilon"}
+    assert (result["ink"]["kind"], result["ink"]["parameters"]) == ("adapter, kohya's names", 6)
 
 
 # variants and shards

@@ -65,11 +65,11 @@ def test_latents_are_those_of_diffusers(folder, settings):
     )
     expected = theirs(folder)(latents=noise, output_type="latent", **settings).images
     ours = load(folder)
-    drawn = ours(latents=noise, output_type="latent", **settings).images
-    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    picture = ours(latents=noise, output_type="latent", **settings).images
+    torch.testing.assert_close(picture, expected, rtol=1e-4, atol=1e-4)
     again = ours(latents=noise, output_type="pt", **settings).images
-    shown = theirs(folder)(latents=noise, output_type="pt", **settings).images
-    torch.testing.assert_close(again, shown, rtol=1e-4, atol=1e-4)
+    view = theirs(folder)(latents=noise, output_type="pt", **settings).images
+    torch.testing.assert_close(again, view, rtol=1e-4, atol=1e-4)
 
 
 def test_the_defaults_are_those_of_its_pipeline(whole):
@@ -136,9 +136,9 @@ def test_from_a_picture_with_a_mask_and_from_its_record(whole, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (70, 64, 3), np.uint8)
     mask = np.zeros((70, 64), np.uint8)
     mask[20:40] = 255
-    (drawn,) = pipe(PROMPT, image=photo, mask_image=mask, num_inference_steps=3, seed=1, output_type="uint8").images
-    assert np.array_equal(drawn[mask == 0], photo[mask == 0])
-    assert not np.array_equal(drawn[mask == 255], photo[mask == 255])
+    (picture,) = pipe(PROMPT, image=photo, mask_image=mask, num_inference_steps=3, seed=1, output_type="uint8").images
+    assert np.array_equal(picture[mask == 0], photo[mask == 0])
+    assert not np.array_equal(picture[mask == 255], photo[mask == 255])
     out = pipe(PROMPT, num_inference_steps=2, seed=3)
     out.save(tmp_path)
     from latentdiff.drawing.reproduce import reproduce

@@ -121,8 +121,8 @@ def unchanged(config, checkpoints, **more):
 
 def latest(run):
     """The checkpoints of all stages of a run that is there."""
-    found, _ = checkpoints_to_resume(run, ("autoencoder", "clip", "denoiser"), "latest")
-    return found
+    result, _ = checkpoints_to_resume(run, ("autoencoder", "clip", "denoiser"), "latest")
+    return result
 
 
 @pytest.mark.parametrize(
@@ -185,14 +185,14 @@ def test_where_a_start_goes_on_from(tiny_run, tmp_path):
 
     damaged = paths["denoiser"] / "unet.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    found, notes = checkpoints_to_resume(run, stages, "latest")
-    assert found["denoiser"].name == "step-00000020"
+    result, notes = checkpoints_to_resume(run, stages, "latest")
+    assert result["denoiser"].name == "step-00000020"
     assert re.fullmatch(
         r"warning: checkpoint step-40 is damaged \(unet.safetensors: [\d,]+ of [\d,]+ bytes\); using step-20", notes[0]
     )
     with pytest.raises(ModelError, match=r"step-00000040 is damaged \(unet.safetensors: .* bytes\)"):
         checkpoints_to_resume(run, stages, str(paths["denoiser"]))
-    (found["denoiser"] / "MANIFEST.json").unlink()
+    (result["denoiser"] / "MANIFEST.json").unlink()
     with pytest.raises(ModelError, match=r"step-40 is damaged .* and none of .* is whole"):
         checkpoints_to_resume(run, stages, "auto")
 
@@ -201,8 +201,8 @@ def test_nothing_to_go_on_from(tmp_path):
     where = re.escape(str(tmp_path / "denoiser" / "checkpoints"))
     with pytest.raises(ModelError, match=rf"no checkpoint in {where}\. Use --resume auto to start fresh"):
         checkpoints_to_resume(tmp_path, ["denoiser"], "latest")
-    found, notes = checkpoints_to_resume(tmp_path, ["denoiser"], "auto")
-    assert found == {"denoiser": None}
+    result, notes = checkpoints_to_resume(tmp_path, ["denoiser"], "auto")
+    assert result == {"denoiser": None}
     assert re.fullmatch(rf"a new run: no checkpoint in {where}", notes[0])
 
 

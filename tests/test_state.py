@@ -53,9 +53,9 @@ def trained_by(module, name="adamw"):
 
 def gather(trained):
     """Copies, to be kept over later steps."""
-    found = {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in state.gather(trained)}
-    assert size(trained) == sum(tensor.nbytes for tensors in found.values() for tensor in tensors.values())
-    return found
+    result = {part: {name: t.clone() for name, t in tensors.items()} for part, tensors in state.gather(trained)}
+    assert size(trained) == sum(tensor.nbytes for tensors in result.values() for tensor in tensors.values())
+    return result
 
 
 def make_steps(trained, steps, rank=0):

@@ -27,9 +27,9 @@ def test_rows_are_found_by_key(tmp_path):
     store.add(keys(12, 3), {"mean": c, "log_variance": -c})
     for opened in (store, Store(tmp_path / "new")):
         assert len(opened) == 15
-        found = opened.rows([keys(7, 1)[0], keys(1, 1)[0], keys(7, 1)[0]])
-        assert torch.equal(found["mean"], torch.stack([b[2], a[1], b[2]]))
-        assert torch.equal(found["log_variance"], -found["mean"])
+        result = opened.rows([keys(7, 1)[0], keys(1, 1)[0], keys(7, 1)[0]])
+        assert torch.equal(result["mean"], torch.stack([b[2], a[1], b[2]]))
+        assert torch.equal(result["log_variance"], -result["mean"])
         assert torch.equal(opened.rows(keys(13, 2))["mean"], c[1:])
         assert opened.missing([*keys(14, 3), *keys(15, 1)]) == keys(15, 2)
     with pytest.raises(DataError, match="has no row"):

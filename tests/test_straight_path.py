@@ -57,9 +57,9 @@ def test_diffusers_draws_it(model, tmp_path, sampler, most):
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     theirs.set_progress_bar_config(disable=True)
     x = torch.randn(1, *pipe.model.codec.shape(pipe.card.size), generator=torch.Generator().manual_seed(0))
-    asked = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
-    ours = pipe(PROMPT, latents=x, sampler=sampler, spacing="trailing", **asked).images
-    assert np.abs(ours - theirs(PROMPT, latents=x, **asked).images).max() < most
+    options = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
+    ours = pipe(PROMPT, latents=x, sampler=sampler, spacing="trailing", **options).images
+    assert np.abs(ours - theirs(PROMPT, latents=x, **options).images).max() < most
 
 
 def test_it_learns(model):
@@ -76,8 +76,8 @@ def test_diffusers_scheduler_steps_as_euler_does(model):
 
     pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu")
     x = torch.randn(1, *pipe.model.codec.shape(pipe.card.size), generator=torch.Generator().manual_seed(0))
-    asked = {"num_inference_steps": 6, "sampler": "euler", "spacing": "trailing", "guidance_scale": 1.0}
-    ours = pipe(PROMPT, latents=x, output_type="latent", **asked).images
+    options = {"num_inference_steps": 6, "sampler": "euler", "spacing": "trailing", "guidance_scale": 1.0}
+    ours = pipe(PROMPT, latents=x, output_type="latent", **options).images
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     times = np.linspace(1000, 0, 7)[:-1] / 1000
     scheduler.set_timesteps(sigmas=times)

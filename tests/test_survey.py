@@ -32,25 +32,25 @@ def broken(tmp_path):
 
 
 def test_bad_pictures_are_all_named(broken):
-    found = surveyed(broken)
+    result = surveyed(broken)
     reason = (
         '3 of 8 images cannot be read: a.jpg (truncated), b.png (empty), c.jpg (not an image: starts with "<html>")'
     )
-    assert found.refusal() == f"{reason}. Mend them or pass --skip-bad"
+    assert result.refusal() == f"{reason}. Mend them or pass --skip-bad"
     with pytest.raises(DataError, match="3 of 8 images cannot be read"):
-        found.sound(skip_bad=False)
+        result.sound(skip_bad=False)
 
 
 def test_quarantine_lists_and_deletes_nothing(broken, tmp_path):
     before = contents(broken)
-    found = surveyed(broken).sound(skip_bad=True)
-    found.write_quarantine(tmp_path / "quarantine.jsonl")
+    result = surveyed(broken).sound(skip_bad=True)
+    result.write_quarantine(tmp_path / "quarantine.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert {row["name"]: row["reason"] for row in rows} == {
         "a.jpg": "truncated", "b.png": "empty", "c.jpg": 'not an image: starts with "<html>"',
     }  # fmt: skip
     assert all(row["id"] == hashlib.sha256(before[row["name"]]).hexdigest() for row in rows)
-    assert found.count == len(found.pictures) + len(rows) == 8
+    assert result.count == len(result.pictures) + len(rows) == 8
     assert contents(broken) == before
 
 
@@ -63,13 +63,13 @@ def test_a_set_of_bad_pictures_is_never_sound(tmp_path):
 def test_strange_names_come_back_from_the_quarantine(tmp_path):
     names = ["line\nbreak.png", "😀.png", "-n.png", b"latin \xe9.png".decode("utf-8", "surrogateescape")]
     write_pictures(tmp_path / "set", {name: (b"broken", "") for name in names})
-    found = surveyed(tmp_path / "set", instance_prompt="x")
-    found.write_quarantine(tmp_path / "quarantine.jsonl")
+    result = surveyed(tmp_path / "set", instance_prompt="x")
+    result.write_quarantine(tmp_path / "quarantine.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(row["name"] for row in rows) == sorted(names)
     assert all((tmp_path / "set" / row["name"]).read_bytes() == b"broken" for row in rows)
-    assert "\n" not in found.refusal()
-    assert r"line\nbreak.png" in found.refusal()
+    assert "\n" not in result.refusal()
+    assert r"line\nbreak.png" in result.refusal()
 
 
 def mutated(data, rng):
@@ -123,12 +123,12 @@ def test_two_thousand_mutated_files(tmp_path, capfd):
         name, data = list(made.items())[number % len(made)]
         (root / f"{number:04}-{name}").write_bytes(mutated(data, rng))
     before, began = contents(root), time.monotonic()
-    found = surveyed(root, instance_prompt="x")
+    result = surveyed(root, instance_prompt="x")
     assert time.monotonic() - began < 120
-    names = [picture.name for picture in found.pictures] + [fault.name for fault in found.unreadable]
+    names = [picture.name for picture in result.pictures] + [fault.name for fault in result.unreadable]
     assert sorted(names) == sorted(before)
-    assert 200 < len(found.pictures) < 1800
-    assert all(len(str(fault)) < 200 and "\n" not in str(fault) for fault in found.unreadable)
+    assert 200 < len(result.pictures) < 1800
+    assert all(len(str(fault)) < 200 and "\n" not in str(fault) for fault in result.unreadable)
     assert contents(root) == before
     libtiff = ("TIFF", "tempfile.tif", "LZW", "Fax")  # a C library that speaks for itself
     lines = [line for line in capfd.readouterr().err.splitlines() if line and "looking" not in line]
@@ -138,9 +138,9 @@ def test_two_thousand_mutated_files(tmp_path, capfd):
 def test_duplicates_are_found_by_their_bytes(tmp_path):
     (data, _), (other, _) = list(some_pictures(2).values())
     as_jsonl(tmp_path, {"a.png": (data, "one"), "b.png": (other, "two"), "c.png": (data, "three")})
-    found = surveyed(tmp_path)
-    assert found.refusal() is None
-    assert found.duplicates == {hashlib.sha256(data).hexdigest(): ["a.png", "c.png"]}
+    result = surveyed(tmp_path)
+    assert result.refusal() is None
+    assert result.duplicates == {hashlib.sha256(data).hexdigest(): ["a.png", "c.png"]}
 
 
 def test_what_decoding_said_is_remembered_by_identity(broken, tmp_path, monkeypatch):
@@ -212,10 +212,10 @@ def test_names_do_not_order_the_set(tmp_path):
 
 
 def test_a_survey_is_retold(broken):
-    found = surveyed(broken)
-    again = from_values(found.listing, json.loads(json.dumps(as_values(found))))
+    result = surveyed(broken)
+    again = from_values(result.listing, json.loads(json.dumps(as_values(result))))
     assert [(p.id, p.name, p.facts, p.captions, p.repeats) for p in again.pictures] == [
-        (p.id, p.name, p.facts, p.captions, p.repeats) for p in found.pictures
+        (p.id, p.name, p.facts, p.captions, p.repeats) for p in result.pictures
     ]
-    assert again.quarantined == found.quarantined
-    assert again.refusal() == found.refusal()
+    assert again.quarantined == result.quarantined
+    assert again.refusal() == result.refusal()

@@ -25,7 +25,7 @@ KINDS = {
 }
 
 
-def drawn(pipe):
+def draw(pipe):
     return pipe(PROMPT, **ASKED).images
 
 
@@ -48,11 +48,11 @@ def learnt(networks):
 @pytest.mark.parametrize("kind", ["plain", "dora", "convolutions"])
 def test_it_begins_as_nothing_and_is_all_that_is_trained(folders, kind):
     pipe, networks = begun(folders["1"], KINDS[kind])
-    before = drawn(load(folders["1"]))
+    before = draw(load(folders["1"]))
     if kind == "dora":  # divides by the very lengths that it multiplies by
-        torch.testing.assert_close(drawn(pipe), before)
+        torch.testing.assert_close(draw(pipe), before)
     else:
-        assert torch.equal(drawn(pipe), before)
+        assert torch.equal(draw(pipe), before)
     parameters = taught_adapter.parameters_of(networks)
     trained = {id(p) for network in networks.values() for p in network.parameters() if p.requires_grad}
     assert trained == {id(p) for p in parameters.values()}
@@ -81,15 +81,15 @@ EACH = [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for o
 def test_what_is_learnt_is_read_everywhere(folders, tmp_path, kind, family):
     """The same picture by our loader and by diffusers', in PEFT's names and in kohya's."""
     pipe, networks = begun(folders[family], KINDS[kind])
-    before = drawn(pipe)
+    before = draw(pipe)
     learnt(networks)
-    expected = drawn(pipe)
+    expected = draw(pipe)
     assert (expected - before).abs().max() > 1e-3
     save_peft(taught_adapter.as_adapter(networks), tmp_path / "peft.safetensors", {"modelspec.title": "x"})
     ours = load(folders[family])
     fit = ours.load_lora_weights(tmp_path / "peft.safetensors")
     assert (fit.unused, fit.missing) == ([], [])
-    torch.testing.assert_close(drawn(ours), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(draw(ours), expected, rtol=1e-5, atol=1e-5)
     theirs = (StableDiffusionXLPipeline if family == "XL" else StableDiffusionPipeline).from_pretrained(folders[family])
     theirs.load_lora_weights(tmp_path, weight_name="peft.safetensors")
     theirs.set_progress_bar_config(disable=True)
@@ -106,7 +106,7 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, kind, family):
     save_kohya(taught_adapter.as_adapter(networks), tmp_path / "kohya.safetensors", networks, {"ss_seed": "0"})
     again = load(folders[family])
     again.load_lora_weights(tmp_path / "kohya.safetensors")
-    torch.testing.assert_close(drawn(again), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(draw(again), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_to_put_it_beside():

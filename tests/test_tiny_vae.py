@@ -74,11 +74,11 @@ def test_as_diffusers_draws(model):
     theirs.set_progress_bar_config(disable=True)
     assert ours.model.multiple == 8
     noise = torch.from_numpy(normal((2, 4, 8, 8), 0, "test"))
-    asked = ASKED | {"num_inference_steps": 4}
-    expected = theirs([PROMPT] * 2, latents=noise, output_type="np", **asked).images
+    options = ASKED | {"num_inference_steps": 4}
+    expected = theirs([PROMPT] * 2, latents=noise, output_type="np", **options).images
     settings = {"sampler": "ddim", "spacing": "trailing", "num_images_per_prompt": 2, "output_type": "np"}
-    drawn = ours(PROMPT, latents=noise, **settings, **asked).images
-    assert np.abs(drawn - expected).max() < 1e-5
+    picture = ours(PROMPT, latents=noise, **settings, **options).images
+    assert np.abs(picture - expected).max() < 1e-5
     images = torch.rand(1, 3, 64, 64) * 2 - 1
     torch.testing.assert_close(
         encode_images(ours.model, images), theirs.vae.encode(images).latents * 0.8, rtol=0, atol=1e-6
@@ -105,9 +105,11 @@ def test_by_openvino(call, tiny_model, vae, tmp_path):
     code, _, err = call("convert", tiny_model, tmp_path / "made", "--vae", vae, "--to", "openvino")
     assert code == 0, err
     assert "vae_decoder: differs from torch by" in err
-    asked = {"seed": 3, "output_type": "uint8"} | ASKED
+    options = {"seed": 3, "output_type": "uint8"} | ASKED
     ours, theirs, plain = (
-        LatentDiffusionPipeline.from_pretrained(folder, runtime=runtime, torch_dtype="float32")(PROMPT, **asked).images
+        LatentDiffusionPipeline.from_pretrained(folder, runtime=runtime, torch_dtype="float32")(
+            PROMPT, **options
+        ).images
         for folder, runtime in ((tmp_path / "made", "openvino"), (tmp_path / "made", "torch"), (tiny_model, "torch"))
     )
     assert np.abs(ours.astype(int) - theirs).max() <= 1
@@ -225,7 +227,7 @@ def test_the_loss():
     )
     batch = stage.batch(range(2))
     with torch.no_grad():
-        found = stage.loss(tiny, batch)
+        result = stage.loss(tiny, batch)
         images, eps = batch["images"], batch["noise"]
         posterior = teacher.vae.encode(images).latent_dist
         decoded = tiny.vae.decode(posterior.mean + posterior.std * eps).sample
@@ -234,7 +236,7 @@ def test_the_loss():
     value = np.abs(off).mean((1, 2, 3))
     edges = np.abs(np.diff(off, axis=3)).mean((1, 2, 3)) + np.abs(np.diff(off, axis=2)).mean((1, 2, 3))
     latents = (own - posterior.mean).abs().mean((1, 2, 3)).numpy()
-    np.testing.assert_allclose(found.numpy(), value + 0.5 * edges + 0.25 * latents, rtol=1e-5)
+    np.testing.assert_allclose(result.numpy(), value + 0.5 * edges + 0.25 * latents, rtol=1e-5)
     assert not any(weight.requires_grad for weight in teacher.parameters())
     torch.testing.assert_close(stage.reconstruct(images), tiny.vae.decode(posterior.mean).sample)
 
@@ -301,8 +303,8 @@ WRONG = {
 
 @pytest.mark.parametrize(("settings", "code", "message"), WRONG.values(), ids=WRONG.keys())
 def test_what_cannot_be_learnt(train, settings, code, message):
-    found, _, err = train(*(word for setting in settings for word in ("--set", setting)))
-    assert (found, message in err) == (code, True), err
+    result, _, err = train(*(word for setting in settings for word in ("--set", setting)))
+    assert (result, message in err) == (code, True), err
     assert err.count("error:") == 1
 
 

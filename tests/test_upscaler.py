@@ -58,29 +58,29 @@ def test_as_diffusers_draws(place, picture):
     """With one generator, from which both draw the small picture's noise first."""
     folder, theirs = place
     ours = load(folder)
-    drawn = {}
+    sample = {}
     for level in (0, 20, 100):
         for guidance in (1.0, 5.0):
-            asked = {"num_inference_steps": 4, "noise_level": level, "guidance_scale": guidance, "image": picture}
+            options = {"num_inference_steps": 4, "noise_level": level, "guidance_scale": guidance, "image": picture}
             expected, own = (
-                pipe(PROMPT, generator=torch.Generator().manual_seed(5), output_type="np", **asked, **more).images
+                pipe(PROMPT, generator=torch.Generator().manual_seed(5), output_type="np", **options, **more).images
                 for pipe, more in ((theirs, {}), (ours, OURS))
             )
             assert own.shape == (1, 48, 80, 3)
             assert np.abs(own - expected).max() < 1e-4
-            drawn[level, guidance] = own
-    assert np.abs(drawn[0, 5.0] - drawn[100, 5.0]).max() > 1e-3, "the level has an effect"
+            sample[level, guidance] = own
+    assert np.abs(sample[0, 5.0] - sample[100, 5.0]).max() > 1e-3, "the level has an effect"
 
 
 def test_noise_is_keyed_by_the_picture(place, picture):
     """A picture does not depend on its batch, and is drawn again from its record."""
     folder, _ = place
-    asked = {"num_inference_steps": 2, "image": picture, "output_type": "uint8"}
+    options = {"num_inference_steps": 2, "image": picture, "output_type": "uint8"}
     ours = load(folder)
-    four = ours(PROMPT, seed=3, num_images_per_prompt=4, batch_size=3, **asked).images
-    alone = ours(PROMPT, seed=5, **asked).images
+    four = ours(PROMPT, seed=3, num_images_per_prompt=4, batch_size=3, **options).images
+    alone = ours(PROMPT, seed=5, **options).images
     assert np.abs(four[2].astype(int) - alone[0]).max() <= 1
-    assert (ours(PROMPT, seed=5, **asked).images == alone).all()
+    assert (ours(PROMPT, seed=5, **options).images == alone).all()
 
 
 @pytest.mark.slow
@@ -90,10 +90,16 @@ def test_as_openvino_draws(place, picture, tmp_path):
     folder, _ = place
     copy = shutil.copytree(folder, tmp_path / "model")
     export(load(copy).model, copy)
-    asked = {"num_inference_steps": 3, "image": picture, "seed": 1, "output_type": "uint8", "num_images_per_prompt": 2}
+    options = {
+        "num_inference_steps": 3,
+        "image": picture,
+        "seed": 1,
+        "output_type": "uint8",
+        "num_images_per_prompt": 2,
+    }
     fast = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
-    drawn = [pipe(PROMPT, **asked, **OURS).images.astype(int) for pipe in (fast, load(folder))]
-    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    sample = [pipe(PROMPT, **options, **OURS).images.astype(int) for pipe in (fast, load(folder))]
+    assert np.abs(sample[0] - sample[1]).max() <= 1
 
 
 def test_any_size(place, tmp_path):
@@ -112,8 +118,8 @@ def test_saved_as_it_was(place, picture, tmp_path):
     again = StableDiffusionUpscalePipeline.from_pretrained(tmp_path / "saved")
     assert again.config.max_noise_level == 350
     assert again.low_res_scheduler.config.beta_end == 0.02
-    asked = {"num_inference_steps": 2, "image": picture, "seed": 2, "output_type": "uint8"}
-    assert (load(tmp_path / "saved")(PROMPT, **asked).images == load(folder)(PROMPT, **asked).images).all()
+    options = {"num_inference_steps": 2, "image": picture, "seed": 2, "output_type": "uint8"}
+    assert (load(tmp_path / "saved")(PROMPT, **options).images == load(folder)(PROMPT, **options).images).all()
 
 
 def test_refusals(place, picture, tmp_path):

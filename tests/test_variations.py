@@ -15,7 +15,7 @@ def pixels(path):
         return np.asarray(picture.convert("RGB"))
 
 
-def asked(*more):
+def options(*more):
     return ("generate", "a red circle", "-m", "{model}", "--steps", 2, *more)
 
 
@@ -23,19 +23,21 @@ def asked(*more):
 def draw(call, tiny_model):
     """The command on the tiny model: exit code, lines on stdout, stderr."""
 
-    def drawn(*words):
+    def picture_of(*words):
         code, out, err = call(*(str(word).replace("{model}", str(tiny_model)) for word in words))
         return code, out.split(), err
 
-    return drawn
+    return picture_of
 
 
 def test_every_combination_is_what_it_is_alone(draw):
     """The same seeds under each; the last setting changes first."""
-    code, paths, err = draw(*asked("-s", 3, "-N", 2, "--vary", "cfg=1,4", "--vary", "sampler=ddim,euler", "-o", "out"))
+    code, paths, err = draw(
+        *options("-s", 3, "-N", 2, "--vary", "cfg=1,4", "--vary", "sampler=ddim,euler", "-o", "out")
+    )
     assert (code, [path[-11:] for path in paths]) == (0, [f"{n:05}-{3 + (n - 1) % 2}.png" for n in range(1, 9)]), err
     for number, (cfg, sampler) in enumerate([(1, "ddim"), (1, "euler"), (4, "ddim"), (4, "euler")]):
-        _, alone, _ = draw(*asked("-s", 3, "-N", 2, "--cfg", cfg, "--sampler", sampler, "-o", f"alone{number}"))
+        _, alone, _ = draw(*options("-s", 3, "-N", 2, "--cfg", cfg, "--sampler", sampler, "-o", f"alone{number}"))
         for ours, theirs in zip(paths[2 * number :], alone, strict=False):
             assert np.array_equal(pixels(ours), pixels(theirs))
 
@@ -53,9 +55,9 @@ def test_seeds_of_several_prompts(draw, tmp_path):
 
 def test_the_grid_shows_every_picture(draw):
     """Columns are the last setting's values; each cell is its picture, enlarged by pixels, and nothing else."""
-    code, paths, err = draw(*asked("-s", 3, "--vary", "cfg=1,4", "--vary", "steps=1,2,3", "--grid", "-o", "out"))
+    code, paths, err = draw(*options("-s", 3, "--vary", "cfg=1,4", "--vary", "steps=1,2,3", "--grid", "-o", "out"))
     assert code == 2, "steps are given twice"
-    words = [word for word in asked("-s", 3, "--vary", "cfg=1,4", "--vary", "steps=1,2,3", "--grid", "-o", "out")]
+    words = [word for word in options("-s", 3, "--vary", "cfg=1,4", "--vary", "steps=1,2,3", "--grid", "-o", "out")]
     del words[4:6]
     code, paths, err = draw(*words)
     assert (code, len(paths), paths[-1]) == (0, 7, "out/grid-00001.png"), err
@@ -73,14 +75,14 @@ def test_the_grid_shows_every_picture(draw):
 
 def test_rows_and_columns_of_a_grid_are_named(draw, monkeypatch):
     """Without settings a prompt's columns are its seeds; with them the seeds stand beside the rows."""
-    drawn = []
-    monkeypatch.setattr(sheet, "grid", lambda *names: drawn.append(names[1:]) or grid(*names))
-    plain = [word for word in asked("-s", 3, "-N", 2, "--grid", "-o", "a")]
+    picture_of = []
+    monkeypatch.setattr(sheet, "grid", lambda *names: picture_of.append(names[1:]) or grid(*names))
+    plain = [word for word in options("-s", 3, "-N", 2, "--grid", "-o", "a")]
     assert draw(*plain)[0] == 0
-    assert draw(*asked("-s", 3, "-N", 2, "--vary", "cfg=1,4", "--vary", "eta=0,1", "--grid", "-o", "b"))[0] == 0
-    assert drawn[0] == (["seed 3", "seed 4"], [""])
+    assert draw(*options("-s", 3, "-N", 2, "--vary", "cfg=1,4", "--vary", "eta=0,1", "--grid", "-o", "b"))[0] == 0
+    assert picture_of[0] == (["seed 3", "seed 4"], [""])
     names = [f"guidance_scale {cfg}, seed {seed}" for cfg in ("1", "4") for seed in (3, 4)]
-    assert (drawn[1][0], sorted(drawn[1][1])) == (["eta 0", "eta 1"], names)
+    assert (picture_of[1][0], sorted(picture_of[1][1])) == (["eta 0", "eta 1"], names)
 
 
 def test_long_names_do_not_run_into_the_next_row():
@@ -99,7 +101,7 @@ def test_pictures_of_several_sizes_stand_in_the_middle():
 
 def test_the_way_from_noise(draw):
     """A frame a step; the last one is the picture, up to the palette."""
-    code, paths, err = draw(*asked("-s", 3, "-N", 2, "--steps-gif", "-o", "out"))
+    code, paths, err = draw(*options("-s", 3, "-N", 2, "--steps-gif", "-o", "out"))
     assert code == 0, err
     for path in paths:
         with Image.open(path.replace(".png", ".gif")) as made:

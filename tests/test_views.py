@@ -69,10 +69,10 @@ def test_rounding_never_passes_the_border():
 
 def test_views_keep_a_ramp_a_ramp():
     """Halved, a linear picture stays linear: the value at a pixel's centre, away from the border."""
-    found = view(RAMP, (20, 30)).astype(float)
+    result = view(RAMP, (20, 30)).astype(float)
     rows, columns = np.mgrid[0:20, 0:30]
     expected = (2 * rows + 0.5) + 3 * (2 * columns + 0.5)
-    assert np.abs(found[3:-3, 3:-3, 0] - expected[3:-3, 3:-3]).max() <= 1
+    assert np.abs(result[3:-3, 3:-3, 0] - expected[3:-3, 3:-3]).max() <= 1
     bigger = view(RAMP[:, :40], (80, 80)).astype(float)
     rows, columns = np.mgrid[0:80, 0:80]
     expected = (rows - 0.5) / 2 + 3 * (columns - 0.5) / 2
@@ -84,9 +84,9 @@ def test_views_keep_a_ramp_a_ramp():
 def test_the_corner_is_where_the_view_begins(at, flipped):
     """Pixels of a picture at twice the scale hold their column; mirrored, the columns are backwards."""
     columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (64, 200, 3))
-    shown = view(columns, (32, 32), at, flipped)[0, :, 0].astype(float)
+    visible = view(columns, (32, 32), at, flipped)[0, :, 0].astype(float)
     top, left = corner((64, 200), (32, 32), at, flipped)
-    first = 199 - shown[0] if flipped else shown[0]
+    first = 199 - visible[0] if flipped else visible[0]
     assert top == 0
     assert left == pytest.approx(first / 2, abs=1)
 
@@ -101,20 +101,20 @@ def test_the_place_by_content_is_spread_and_fixed():
     assert place_by_content("f" * 64) == (1.0, 1.0)
 
 
-def drawn(rule, captions, times=4000):
+def draw(rule, captions, times=4000):
     return [rule.of(captions, np.random.default_rng(number)) for number in range(times)]
 
 
 def test_one_of_several_captions():
-    share = np.mean([words == "a" for words in drawn(CaptionRule(), ["a", "b", "c", "d"])])
+    share = np.mean([words == "a" for words in draw(CaptionRule(), ["a", "b", "c", "d"])])
     assert share == pytest.approx(0.25, abs=0.03)
-    assert set(drawn(CaptionRule("first"), ["a", "b"], 20)) == {"a"}
+    assert set(draw(CaptionRule("first"), ["a", "b"], 20)) == {"a"}
 
 
 def test_tags_are_shuffled_behind_those_that_are_kept():
     rule = CaptionRule(shuffle_tags=True, keep_tags=1)
-    found = drawn(rule, ["dog, brown, running ,, outside"])
-    orders = {words: found.count(words) for words in set(found)}
+    result = draw(rule, ["dog, brown, running ,, outside"])
+    orders = {words: result.count(words) for words in set(result)}
     assert len(orders) == 6
     assert all(sorted(words.split(", ")) == ["brown", "dog", "outside", "running"] for words in orders)
     assert all(words.startswith("dog, ") for words in orders)
@@ -124,15 +124,15 @@ def test_tags_are_shuffled_behind_those_that_are_kept():
 
 def test_templates_and_prefix():
     rule = CaptionRule("first", templates=("a photo of {}", "{}, closely"), prefix="sks: ")
-    found = drawn(rule, ["a {} cat"])
-    assert set(found) == set(rule.possible(["a {} cat"])) == {"sks: a photo of a {} cat", "sks: a {} cat, closely"}
-    assert np.mean([words.endswith("closely") for words in found]) == pytest.approx(0.5, abs=0.03)
-    assert set(drawn(rule, [""], 20)) == {""}
-    assert set(drawn(CaptionRule(shuffle_tags=True), [", ,"], 20)) == {", ,"}  # strange, but not unconditional
+    result = draw(rule, ["a {} cat"])
+    assert set(result) == set(rule.possible(["a {} cat"])) == {"sks: a photo of a {} cat", "sks: a {} cat, closely"}
+    assert np.mean([words.endswith("closely") for words in result]) == pytest.approx(0.5, abs=0.03)
+    assert set(draw(rule, [""], 20)) == {""}
+    assert set(draw(CaptionRule(shuffle_tags=True), [", ,"], 20)) == {", ,"}  # strange, but not unconditional
 
 
 def test_a_choice_does_not_move_other_draws():
     """With the same key, what is shuffled stays shuffled alike when a template is added."""
-    plain = drawn(CaptionRule(shuffle_tags=True), ["a, b, c, d"], 50)
-    framed = drawn(CaptionRule(shuffle_tags=True, templates=("x {}",)), ["a, b, c, d"], 50)
+    plain = draw(CaptionRule(shuffle_tags=True), ["a, b, c, d"], 50)
+    framed = draw(CaptionRule(shuffle_tags=True, templates=("x {}",)), ["a, b, c, d"], 50)
     assert framed == [f"x {words}" for words in plain]

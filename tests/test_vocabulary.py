@@ -43,8 +43,8 @@ def test_the_default_model_knows_its_captions():
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
 def test_words_that_it_has_never_seen_are_named(runtime):
     pipe = LatentDiffusionPipeline.from_pretrained(runtime=runtime, device="cpu")
-    asked = {"num_inference_steps": 1, "negative_prompt": "a blue smog", "guidance_scale": 2.0}
-    assert pipe("a sofa on a hill", **asked).notes == [
+    options = {"num_inference_steps": 1, "negative_prompt": "a blue smog", "guidance_scale": 2.0}
+    assert pipe("a sofa on a hill", **options).notes == [
         f"{DEFAULT_MODEL} has never seen: sofa, hill",
         f"{DEFAULT_MODEL} has never seen: smog",
     ]
@@ -55,9 +55,9 @@ def test_models_say_nothing_of_words_they_do_not_list(tiny_model, tmp_path):
     """A folder without the list, and a model with an adapter, which may know more words."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     assert {"red", "circle"} <= known_words(folder)
-    asked = {"prompt": "a cat", "num_inference_steps": 1}
+    options = {"prompt": "a cat", "num_inference_steps": 1}
     pipe = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
-    assert [note.partition(" has ")[2] for note in pipe(**asked).notes] == ["never seen: cat"]
+    assert [note.partition(" has ")[2] for note in pipe(**options).notes] == ["never seen: cat"]
     pipe.save_pretrained(tmp_path / "again")
     assert known_words(tmp_path / "again") == known_words(folder)
     (folder / "words.txt").write_bytes(b"\xff\xfe\x00cat")
@@ -68,4 +68,4 @@ def test_models_say_nothing_of_words_they_do_not_list(tiny_model, tmp_path):
     (folder / "words.txt").write_bytes("\ufeffA\r\nCat\r\n".encode())
     assert known_words(folder) == {"a", "cat"}
     (folder / "words.txt").unlink()
-    assert not LatentDiffusionPipeline.from_pretrained(folder, device="cpu")(**asked).notes
+    assert not LatentDiffusionPipeline.from_pretrained(folder, device="cpu")(**options).notes

@@ -168,7 +168,7 @@ def main() -> None:
         if arguments.rows:
             return reading(arguments.rows, Path(scratch))
         filling(arguments.folder, arguments.side, Path(scratch))
-    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    result: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     for _ in range(arguments.runs):
         for variant in VARIANTS:
@@ -176,12 +176,12 @@ def main() -> None:
             done = subprocess.run(words, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
-            found[variant].append(json.loads(done.stdout.splitlines()[-1]))
-    for variant, speeds in found.items():
-        theirs = found[variant.replace("latentdiff", "datasets")]
+            result[variant].append(json.loads(done.stdout.splitlines()[-1]))
+    for variant, speeds in result.items():
+        theirs = result[variant.replace("latentdiff", "datasets")]
         ratios = [own / other for own, other in zip(speeds, theirs, strict=True)]
-        shown = f"x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{variant:<24} {statistics.median(speeds):8,.0f} pictures/s  {shown}")
+        view = f"x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{variant:<24} {statistics.median(speeds):8,.0f} pictures/s  {view}")
     return None
 
 

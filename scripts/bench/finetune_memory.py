@@ -69,13 +69,13 @@ def main() -> None:
     """A line a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", type=int)
-    asked = parser.parse_args()
-    if asked.row is None:
+    options = parser.parse_args()
+    if options.row is None:
         print("family method side checkpointing  trained   weights  optimizer  step    together")
         for row in range(len(ROWS)):
             subprocess.run([sys.executable, __file__, "--row", str(row)], check=True)
         return
-    family, method, side, checkpointing, moments = ROWS[asked.row]
+    family, method, side, checkpointing, moments = ROWS[options.row]
     trained, frozen, step = measured(family, method, side, checkpointing)
     weights = (4 * trained + 2 * frozen + 4 * AUTOENCODER) / 1e9
     optimizer = (moments + 4) * trained / 1e9  # and the average

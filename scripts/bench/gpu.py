@@ -93,8 +93,8 @@ def operations(family):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = unet(family)
         side, width = network.config.sample_size, network.config.cross_attention_dim
-        told = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)} if family == "XL" else None
-        network(torch.zeros(1, 4, side, side), 1, torch.zeros(1, 77, width), added_cond_kwargs=told)
+        conditions = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)} if family == "XL" else None
+        network(torch.zeros(1, 4, side, side), 1, torch.zeros(1, 77, width), added_cond_kwargs=conditions)
     return counter.get_total_flops()
 
 
@@ -115,14 +115,14 @@ def peak(device):
 class Way:
     """One way of drawing: its pairs of few and many steps, and what its first picture took."""
 
-    def __init__(self, kind, model, asked, device):
-        self.peer, self._asked, self.pairs = Peer(kind, model, device), asked, []
+    def __init__(self, kind, model, options, device):
+        self.peer, self._options, self.pairs = Peer(kind, model, device), options, []
         first = self._seconds(FEW)
         self.compiling = first - self._seconds(FEW)
-        self.pictures = np.load(asked["out"])
+        self.pictures = np.load(options["out"])
 
     def _seconds(self, steps):
-        answer = self.peer.draw(**self._asked, steps=steps)
+        answer = self.peer.draw(**self._options, steps=steps)
         self.memory = answer["memory"]
         return answer["seconds"]
 
@@ -135,11 +135,11 @@ def compare(family, batch, arguments, model, folder):
 
     side = UNETS[family]["sample_size"]
     np.save(folder / "latents.npy", normal((batch, 4, side, side), 1, "bench"))
-    asked = {"prompt": "a red circle", "guidance": 5.0, "height": 8 * side, "width": 8 * side}
-    asked |= {"latents": str(folder / "latents.npy"), "out": str(folder / "pictures.npy")}
+    options = {"prompt": "a red circle", "guidance": 5.0, "height": 8 * side, "width": 8 * side}
+    options |= {"latents": str(folder / "latents.npy"), "out": str(folder / "pictures.npy")}
     fastest, work = peak(arguments.device), 2 * batch * operations(family)
     print(f"{family}, {8 * side} pixels, batch {batch}: {work / 1e12:.2f} TFLOP a step, a peak of {fastest / 1e12:.1f}")
-    ways = {kind: Way(kind, model, asked, arguments.device) for kind in arguments.kinds}
+    ways = {kind: Way(kind, model, options, arguments.device) for kind in arguments.kinds}
     for _ in range(arguments.runs):
         for way in ways.values():
             way.run()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from peers import KINDS, Peer
-from warm import asked_of
+from warm import options_of
 
 
 def line(x, y):
@@ -38,18 +38,18 @@ def main() -> None:
 def measure(arguments, folder):
     peer = None
 
-    def told(pictures=1, steps=20, size=64):
+    def request(pictures=1, steps=20, size=64):
         options = argparse.Namespace(**vars(arguments) | {"pictures": pictures, "steps": steps, "size": size})
-        return asked_of(options, folder)
+        return options_of(options, folder)
 
     def seconds(**shape):
         nonlocal peer
-        model, asked = told(**shape)
+        model, settings = request(**shape)
         peer = peer or Peer(arguments.kind, model)
-        peer.draw(**asked)  # compiles, where it must
-        found = statistics.median(peer.draw(**asked)["seconds"] for _ in range(arguments.runs))
-        print(f"  {shape}: {found:.3f} s")
-        return found
+        peer.draw(**settings)  # compiles, where it must
+        result = statistics.median(peer.draw(**settings)["seconds"] for _ in range(arguments.runs))
+        print(f"  {shape}: {result:.3f} s")
+        return result
 
     for name, values in (("pictures", (1, 2, 4, 8, 16, 32, 64)), ("steps", (5, 10, 20, 35, 50))):
         a, b, explained = line(values, [seconds(**{name: value}) for value in values])
@@ -57,9 +57,9 @@ def measure(arguments, folder):
     sides = (64, 96, 128, 192, 256)
     exponent = np.polyfit(np.log(np.square(sides)), np.log([seconds(size=side) for side in sides]), 1)[0]
     print(f"size: the number of pixels to the power of {exponent:.2f}\n", flush=True)
-    _, asked = told(steps=5)
+    _, settings = request(steps=5)
     every = max(arguments.pictures // 10, 1)
-    curve = [peer.draw(**asked)["in_use"] for _ in range(arguments.pictures)][every - 1 :: every]
+    curve = [peer.draw(**settings)["in_use"] for _ in range(arguments.pictures)][every - 1 :: every]
     print(f"memory in use over {arguments.pictures} pictures, MB: {', '.join(f'{each:.0f}' for each in curve)}")
 
 

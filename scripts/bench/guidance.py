@@ -53,21 +53,21 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--weaker")
     parser.add_argument("--set", dest="settings", nargs="+", action="append", default=[], metavar="NAME=VALUE")
-    asked = parser.parse_args()
-    pipe = LatentDiffusionPipeline.from_pretrained(asked.model)
+    options = parser.parse_args()
+    pipe = LatentDiffusionPipeline.from_pretrained(options.model)
     pipe.load_clip()
-    if asked.weaker:
-        pipe.load_weaker(asked.weaker)
-    chosen = chosen_scenes(of_shapes(pipe.card), asked.pictures, asked.seed)
-    plain = measure(pipe, chosen, asked.seed)
+    if options.weaker:
+        pipe.load_weaker(options.weaker)
+    chosen = chosen_scenes(of_shapes(pipe.card), options.pictures, options.seed)
+    plain = measure(pipe, chosen, options.seed)
     print(f"{'':40} CLIP score         gain, paired        read right      s/picture")
-    for words in [[], *asked.settings]:
-        found = measure(pipe, chosen, asked.seed, **dict(map(parsed_override, words))) if words else plain
-        gain = found["scores"] - plain["scores"]
+    for words in [[], *options.settings]:
+        result = measure(pipe, chosen, options.seed, **dict(map(parsed_override, words))) if words else plain
+        gain = result["scores"] - plain["scores"]
         print(
-            f"{' '.join(words) or 'as recommended':40} {found['clip']:.4f} ± {found['clip error']:.4f}"
+            f"{' '.join(words) or 'as recommended':40} {result['clip']:.4f} ± {result['clip error']:.4f}"
             f"   {gain.mean():+.4f} ± {gain.std(ddof=1) / len(gain) ** 0.5:.4f}"
-            f"   {found['right']:.3f} ± {found['right error']:.3f}   {found['seconds']:.3f}",
+            f"   {result['right']:.3f} ± {result['right error']:.3f}   {result['seconds']:.3f}",
             flush=True,
         )
 

@@ -42,17 +42,17 @@ def ours(kind, model, device):
         {} if pipe.model.path.whole is False else {"sampler": "ddim", "spacing": "trailing"}
     )  # a straight path's own
 
-    def draw(asked, latents):
+    def draw(options, latents):
         draw.weights = weights_of(pipe)
         return (
             pipe(
-                asked["prompt"],
+                options["prompt"],
                 num_images_per_prompt=len(latents),
                 batch_size=len(latents),
-                num_inference_steps=asked["steps"],
-                guidance_scale=asked["guidance"],
-                height=asked["height"],
-                width=asked["width"],
+                num_inference_steps=options["steps"],
+                guidance_scale=options["guidance"],
+                height=options["height"],
+                width=options["width"],
                 **solver,
                 latents=latents,
                 output_type="uint8",
@@ -114,14 +114,14 @@ def genai(kind, model, device):
         def randn_tensor(self, shape):
             return ov.Tensor(np.ascontiguousarray(self.latents.reshape(list(shape))))
 
-    def draw(asked, latents):
+    def draw(options, latents):
         draw.weights = sizes
         pictures = pipe.generate(
-            asked["prompt"],
-            num_inference_steps=asked["steps"],
-            guidance_scale=asked["guidance"],
-            height=asked["height"],
-            width=asked["width"],
+            options["prompt"],
+            num_inference_steps=options["steps"],
+            guidance_scale=options["guidance"],
+            height=options["height"],
+            width=options["width"],
             generator=Noise(latents),
         )
         return np.asarray(pictures.data, np.float32) / 255
@@ -195,20 +195,20 @@ def graphs_of(model, folder, bits):
     pipe.save_config(folder)
 
 
-def called(pipe, before=lambda asked, count: None):
+def called(pipe, before=lambda options, count: None):
     """A diffusers pipeline, and its likes."""
     import torch
 
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(asked, latents):
-        before(asked, len(latents))
+    def draw(options, latents):
+        before(options, len(latents))
         return pipe(
-            [asked["prompt"]] * len(latents),
-            num_inference_steps=asked["steps"],
-            guidance_scale=asked["guidance"],
-            height=asked["height"],
-            width=asked["width"],
+            [options["prompt"]] * len(latents),
+            num_inference_steps=options["steps"],
+            guidance_scale=options["guidance"],
+            height=options["height"],
+            width=options["width"],
             latents=torch.from_numpy(latents).to(pipe.device, getattr(pipe, "dtype", torch.float32)),
             output_type="uint8",
         ).images
@@ -239,8 +239,13 @@ def optimum(kind, model, device):
         pipe = OVStableDiffusionPipeline.from_pretrained(renamed(model, scratch), export=True, compile=False)
     shaped = []
 
-    def reshaped(asked, count):
-        shape = {"batch_size": count, "height": asked["height"], "width": asked["width"], "num_images_per_prompt": 1}
+    def reshaped(options, count):
+        shape = {
+            "batch_size": count,
+            "height": options["height"],
+            "width": options["width"],
+            "num_images_per_prompt": 1,
+        }
         if shaped != [shape]:
             pipe.reshape(**shape)
             pipe.compile()
@@ -270,12 +275,12 @@ def serve(kind, model, device="cpu"):
     draw = make(kind, model, device)
     print("{}", flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        latents = np.load(asked["latents"])
+        options = json.loads(line)
+        latents = np.load(options["latents"])
         began = time.perf_counter()
-        pictures = draw(asked, latents)
+        pictures = draw(options, latents)
         seconds = time.perf_counter() - began
-        np.save(asked["out"], pictures)
+        np.save(options["out"], pictures)
         memory = largest(device)
         in_use = psutil.Process().memory_info().rss / 2**20
         weights = getattr(draw, "weights", 0) / 2**20
@@ -301,8 +306,8 @@ class Peer:
         )
         self._answer()
 
-    def draw(self, **asked):
-        self._process.stdin.write(json.dumps(asked) + "\n")
+    def draw(self, **options):
+        self._process.stdin.write(json.dumps(options) + "\n")
         self._process.stdin.flush()
         return self._answer()
 

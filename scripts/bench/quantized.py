@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from peers import Peer
-from warm import asked_of
+from warm import options_of
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # before installed packages, of which one is called tests too
 
@@ -72,19 +72,19 @@ def main() -> None:
     if arguments.random and not arguments.model.exists():
         random_model(arguments.model, arguments.random)
     with tempfile.TemporaryDirectory() as folder:
-        model, asked = asked_of(arguments, Path(folder))
+        model, options = options_of(arguments, Path(folder))
         expected = None
         print("| kind | weights, MB | peak, MB | in use, MB | seconds | distance |\n|---|---|---|---|---|---|")
         for kind in arguments.kinds:
             os.environ["LATENTDIFF_CACHE"] = f"{folder}/{kind}"  # its compiled graphs alone
             if kind.startswith("openvino"):
                 compiler = Peer(kind, model)
-                compiler.draw(**asked)  # the first start ever compiles; what is measured are the later ones
+                compiler.draw(**options)  # the first start ever compiles; what is measured are the later ones
                 compiler.close()
             peer = Peer("torch", stored(model, folder, kind)) if kind.startswith("stored") else Peer(kind, model)
-            answers = [peer.draw(**asked) for _ in range(arguments.runs + 1)][1:]  # the first compiles and warms
+            answers = [peer.draw(**options) for _ in range(arguments.runs + 1)][1:]  # the first compiles and warms
             peer.close()
-            picture = np.load(asked["out"])
+            picture = np.load(options["out"])
             expected = picture if expected is None else expected
             seconds = statistics.median(answer["seconds"] for answer in answers)
             last = answers[-1]

@@ -37,7 +37,7 @@ def post(address: str, body: dict) -> dict:
         return json.load(answer)
 
 
-def asked(address: str, seed: int) -> dict:
+def ask(address: str, seed: int) -> dict:
     """One picture."""
     return post(f"{address}/v1/images/generations", {"prompt": PROMPT, "seed": seed})
 
@@ -73,7 +73,7 @@ def first_picture(address: str, server: subprocess.Popen) -> None:
     """Ask until the server answers."""
     while server.poll() is None:
         try:
-            asked(address, 0)
+            ask(address, 0)
             return
         except OSError:
             time.sleep(0.01)
@@ -85,7 +85,7 @@ def lone(pipe: LatentDiffusionPipeline, address: str, rounds: int) -> tuple[floa
     own, served = [], []
     for seed in range(rounds):
         own.append(seconds(lambda seed=seed: pipe(PROMPT, seed=seed)))
-        served.append(seconds(lambda seed=seed: asked(address, seed)))
+        served.append(seconds(lambda seed=seed: ask(address, seed)))
     return statistics.median(own[2:]), statistics.median(served[2:])
 
 
@@ -96,7 +96,7 @@ def load(address: str, clients: int, each: int) -> tuple[float, int]:
     def client(number: int) -> None:
         for k in range(each):
             seed = 1000 * number + k
-            right.append(seed_of(asked(address, seed)) == seed)
+            right.append(seed_of(ask(address, seed)) == seed)
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     began = time.perf_counter()

@@ -72,34 +72,34 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where the run and the pictures stay")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
-    asked = parser.parse_args(words[:cut])
-    folder = asked.keep or Path(tempfile.mkdtemp())
+    options = parser.parse_args(words[:cut])
+    folder = options.keep or Path(tempfile.mkdtemp())
     (folder / "subject").mkdir(parents=True, exist_ok=True)
-    for path in asked.pictures:
+    for path in options.pictures:
         shutil.copy(path, folder / "subject" / path.name)
     inversion = "textual-inversion" in words
-    prompt = f"a {asked.word}" if inversion else f"a {asked.word} {asked.shape}"
-    more = ["--token", asked.word, "--initial", asked.shape] if inversion else ["--instance-prompt", prompt]
-    more += [] if inversion else ["--class-prompt", f"a {asked.shape}"]
-    command = [sys.executable, "-m", "latentdiff", "finetune", asked.model or "scenes-64", folder / "subject"]
+    prompt = f"a {options.word}" if inversion else f"a {options.word} {options.shape}"
+    more = ["--token", options.word, "--initial", options.shape] if inversion else ["--instance-prompt", prompt]
+    more += [] if inversion else ["--class-prompt", f"a {options.shape}"]
+    command = [sys.executable, "-m", "latentdiff", "finetune", options.model or "scenes-64", folder / "subject"]
     subprocess.run([*map(str, command), "-o", str(folder / "run"), *more, *words[cut + 1 :]], check=True)
-    before = LatentDiffusionPipeline.from_pretrained(asked.model, device="cpu")
-    after = taught(asked.model, folder / "run")
+    before = LatentDiffusionPipeline.from_pretrained(options.model, device="cpu")
+    after = taught(options.model, folder / "run")
     side = before.card.size[0]
-    subject = given(asked.pictures, side)
-    found = {}
+    subject = given(options.pictures, side)
+    result = {}
     for name, pipe in (("before", before), ("after", after)):
         pipe.load_clip()
-        drawn = pipe(prompt, num_images_per_prompt=4 * asked.each, seed=0, output_type="uint8").images
-        Image.fromarray(np.concatenate(list(drawn[:8]), 1)).save(folder / f"{name}.png")
-        cosines = likeness(before if pipe.painter.scorer is None else pipe, drawn, subject)
-        found[name] = {
+        image = pipe(prompt, num_images_per_prompt=4 * options.each, seed=0, output_type="uint8").images
+        Image.fromarray(np.concatenate(list(image[:8]), 1)).save(folder / f"{name}.png")
+        cosines = likeness(before if pipe.painter.scorer is None else pipe, image, subject)
+        result[name] = {
             "the word's likeness to the subject": f"{cosines.mean():.3f} ± {cosines.std() / len(cosines) ** 0.5:.3f}",
-            "the class read right": f"{class_read_right(pipe, asked.shape, asked.each):.3f}",
+            "the class read right": f"{class_read_right(pipe, options.shape, options.each):.3f}",
         }
     among = likeness(before if before.painter.scorer else after, subject, subject)
-    found["the subject's pictures among each other"] = f"{among.mean():.3f}"
-    print(json.dumps(found, indent=1))
+    result["the subject's pictures among each other"] = f"{among.mean():.3f}"
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

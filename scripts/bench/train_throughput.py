@@ -151,14 +151,14 @@ def peer(model: str, folder: Path, side: int, batch: int, precision: str):
                 target = scheduler.get_velocity(latents, noise, t) if velocity else noise
                 predicted = unet(noisy, t, context, return_dict=False)[0]
                 loss = F.mse_loss(predicted.float(), target.float(), reduction="mean")
-                shown = accelerator.gather(loss.repeat(batch)).mean().item()
+                view = accelerator.gather(loss.repeat(batch)).mean().item()
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(unet.parameters(), 1.0)
                 optimizer.step()
                 rates.step()
                 optimizer.zero_grad()
             ema.step(unet.parameters())
-            yield shown, loss.detach().item(), rates.get_last_lr()[0]
+            yield view, loss.detach().item(), rates.get_last_lr()[0]
 
 
 def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached: bool, compiled: bool):
@@ -260,7 +260,7 @@ def main() -> None:
     if arguments.variant:
         return run(arguments)
     variants = VARIANTS if arguments.compiled else VARIANTS[:3]
-    found: dict[str, list[dict]] = {variant: [] for variant in variants}
+    result: dict[str, list[dict]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pictures"
         folder.mkdir()
@@ -269,11 +269,11 @@ def main() -> None:
         draw_pictures(folder, max(64, 2 * arguments.batch), arguments.side)
         for _ in range(arguments.runs):
             for variant in variants:
-                found[variant].append(measured(variant, arguments, folder))
+                result[variant].append(measured(variant, arguments, folder))
     print(f"{arguments.model}, {arguments.side} px, batch {arguments.batch}, precision {arguments.precision}")
-    for variant, figures in found.items():
+    for variant, figures in result.items():
         speeds = [arguments.batch / figure["seconds"] for figure in figures]
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(figures, found["diffusers"], strict=True)]
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(figures, result["diffusers"], strict=True)]
         memory = statistics.median(figure["memory"] for figure in figures)
         print(
             f"{variant:<24} {statistics.median(speeds):7.2f} images/s  {memory:5.1f} GB  "

@@ -19,7 +19,7 @@ from peers import KINDS, Peer
 PROMPT = "a red circle above a blue square"
 
 
-def asked_of(arguments, folder):
+def options_of(arguments, folder):
     """What all are told, and the file of their latents."""
     from latentdiff.diffusion.noise import normal
     from latentdiff.families.loading import default_model
@@ -57,18 +57,18 @@ def main() -> None:
     parser.add_argument("--optimum", metavar="PYTHON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model, asked = asked_of(arguments, Path(folder))
+        model, options = options_of(arguments, Path(folder))
         pythons = {"optimum": {"python": arguments.optimum}} if arguments.optimum else {}
         exact = Peer("torch", model)
-        exact.draw(**asked)
-        expected = np.load(asked["out"])
+        exact.draw(**options)
+        expected = np.load(options["out"])
         exact.close()
-        print(f"{asked['width']}x{asked['height']}, {asked['steps']} steps, {arguments.pictures} at once")
+        print(f"{options['width']}x{options['height']}, {options['steps']} steps, {arguments.pictures} at once")
         reference = Peer(arguments.of, model)
         for kind in arguments.beside:
             other = Peer(kind, model, **pythons.get(kind, {}))
             rows = [
-                (reference.draw(**asked), pictures(asked), other.draw(**asked), pictures(asked))
+                (reference.draw(**options), pictures(options), other.draw(**options), pictures(options))
                 for _ in range(arguments.runs + 2)
             ][2:]  # the first two compile and warm
             other.close()
@@ -76,15 +76,15 @@ def main() -> None:
         reference.close()
 
 
-def pictures(asked):
-    return np.load(asked["out"])
+def pictures(options):
+    return np.load(options["out"])
 
 
 def report(ours, theirs, rows, expected):
     mine, other = [row[0]["seconds"] for row in rows], [row[2]["seconds"] for row in rows]
     ratios = [b / a for a, b in zip(mine, other, strict=True)]
-    for kind, seconds, drawn in ((ours, mine, rows[-1][1]), (theirs, other, rows[-1][3])):
-        apart = 255 * np.abs(drawn - expected)
+    for kind, seconds, picture in ((ours, mine, rows[-1][1]), (theirs, other, rows[-1][3])):
+        apart = 255 * np.abs(picture - expected)
         memory = rows[-1][0 if kind == ours else 2]["memory"]
         distance = f"from exact: at most {apart.max():5.1f}, mean {apart.mean():.3f}"
         print(f"  {kind:<17} {statistics.median(seconds):7.3f} s  {memory:6.0f} MB  {distance}")
