@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff.core.errors import ModelError
 from latentdiff.families import FAMILIES
-from latentdiff.families.parts import found_in, joined, transformer_of
+from latentdiff.families.parts import joined, transformer_in, transformer_of
 from latentdiff.networks.blocks import blocks_of, in_blocks, put_in_blocks, state_of, widened
 from latentdiff.networks.saving import save_gguf
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -287,7 +287,7 @@ def saved(family, tmp_path_factory):
 def test_a_joined_file_draws_what_its_folder_draws(family, saved, tmp_path):
     """To the bit; the folder's own transformer is not read."""
     _, folder, file = saved
-    assert found_in(file).family.name == family
+    assert transformer_in(file).family.name == family
     base = shutil.copytree(folder, tmp_path / "base")
     for weights in (base / "transformer").glob("*.safetensors"):
         weights.unlink()
@@ -320,7 +320,7 @@ def test_a_gguf_file(family, saved, kind, tmp_path, call):
     state |= {name: in_blocks(state[name], kind) for name in wide}
     path = tmp_path / "model.gguf"
     save_gguf(state, path, "any")
-    assert found_in(path).family.name == family
+    assert transformer_in(path).family.name == family
     code, _, err = call("generate", PROMPT, "-m", path)
     assert (code, f"holds the transformer of {family} and no tokenizer" in err) == (4, True), err
     pipe = LatentDiffusionPipeline(joined([path], folder))

@@ -22,7 +22,7 @@ from latentdiff.data.sprites.scene import Scene, compose, render
 from latentdiff.diffusion import noise
 from latentdiff.evaluation import oracle
 from latentdiff.evaluation.judge import Judge
-from latentdiff.evaluation.objects import Found, cropped, objects
+from latentdiff.evaluation.objects import Region, cropped, objects
 from latentdiff.model import Model, ModelCard
 
 OF_COLORS = ("colors", "binding")
@@ -181,13 +181,13 @@ class SpriteBenchmark(Composed):
         return False
 
 
-def _united(parts: list[Found]) -> Found:
+def _united(parts: list[Region]) -> Region:
     boxes = np.array([part.box for part in parts])
     (top, left), (bottom, right) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-    return Found((int(top), int(left), int(bottom), int(right)), np.any([part.mask for part in parts], 0))
+    return Region((int(top), int(left), int(bottom), int(right)), np.any([part.mask for part in parts], 0))
 
 
-def _related(description: Description, parts: list[Found]) -> bool:
+def _related(description: Description, parts: list[Region]) -> bool:
     """Whether the relation holds between the centres of the first and the second object."""
     (x0, y0), (x1, y1) = parts[0].centre, parts[1].centre
     across = abs(x1 - x0) > abs(y1 - y0)

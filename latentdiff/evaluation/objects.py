@@ -19,7 +19,7 @@ _APART = 0.025  # of the side: parts nearer than this belong to one object
 
 
 @dataclass(frozen=True)
-class Found:
+class Region:
     """An object: the box (top, left, bottom, right) in pixels, and its mask in the whole picture, bool (H, W)."""
 
     box: tuple[int, int, int, int]
@@ -50,7 +50,7 @@ def background_of(picture: np.ndarray) -> np.ndarray:
     return np.clip(terms @ fit, 0, 255)
 
 
-def objects(picture: np.ndarray) -> list[Found]:
+def objects(picture: np.ndarray) -> list[Region]:
     """The objects of uint8 (H, W, 3), the largest first."""
     height, width = picture.shape[:2]
     different = np.abs(picture - background_of(picture)).max(-1) > _DIFFERENT
@@ -64,7 +64,7 @@ def objects(picture: np.ndarray) -> list[Found]:
             continue
         rows, columns = np.flatnonzero(mask[box].any(1)), np.flatnonzero(mask[box].any(0))
         top, left = box[0].start, box[1].start
-        objects.append(Found((top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1), mask))
+        objects.append(Region((top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1), mask))
     return sorted(objects, key=lambda each: -int(each.mask.sum()))
 
 

@@ -67,7 +67,7 @@ class Part(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
 
 
-class Found(NamedTuple):
+class KnownTransformer(NamedTuple):
     """The transformer of a file: its family, and its config in diffusers."""
 
     family: Family
@@ -90,15 +90,15 @@ def parts_in(file: Path) -> list[Part]:
     return list(parts.values())
 
 
-def transformer_of(shapes: Shapes) -> Found | None:
+def transformer_of(shapes: Shapes) -> KnownTransformer | None:
     """The family of a transformer with these names and shapes, and its config; None for anything else."""
     for family in FAMILIES:
         if family.layout is not None and (config := family.layout.config(shapes)) is not None:
-            return Found(family, config)
+            return KnownTransformer(family, config)
     return None
 
 
-def found_in(file: Path) -> Found | None:
+def transformer_in(file: Path) -> KnownTransformer | None:
     """The transformer that a file holds; None for anything else. Raises ModelError, UnsafeError."""
     with loading(file):
         known = [transformer_of(part.shapes) for part in parts_in(file)]

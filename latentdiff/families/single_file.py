@@ -28,7 +28,7 @@ from latentdiff.core.errors import ModelError, loading
 from latentdiff.core.files import sha256_of
 from latentdiff.diffusion.path import VariancePreserving
 from latentdiff.families import stable_diffusion, stable_diffusion_xl
-from latentdiff.families.parts import found_in
+from latentdiff.families.parts import transformer_in
 from latentdiff.families.stable_diffusion import OF_LCM, assembled
 from latentdiff.families.stable_diffusion_xl import DEFAULTS as OF_XL
 from latentdiff.formats.gguf_file import is_gguf, shapes_in, types_in
@@ -86,7 +86,7 @@ _PLAIN: dict[str, Any] = {
 def load_single_file(path: Path) -> Model:
     """A model in evaluation mode, in the precision of the file. Raises ModelError, UnsafeError."""
     check_file(path)
-    transformer = found_in(path)
+    transformer = transformer_in(path)
     if transformer is not None or is_gguf(path):
         what = "one network" if transformer is None else f"the transformer of {transformer.family.name}"
         raise ModelError(
@@ -226,7 +226,7 @@ def described(path: Path) -> dict[str, Any]:
             names, metadata = list(file.keys()), dict(file.metadata() or {})
             counts = [math.prod(file.get_slice(name).get_shape()) for name in names]
             kinds = sorted({file.get_slice(name).get_dtype() for name in names})
-    transformer = found_in(path)
+    transformer = transformer_in(path)
     return {
         "name": path.stem,
         "kind": _kind(names, path) if transformer is None else f"{transformer.family.name}, transformer",
