@@ -46,9 +46,9 @@ export function open(name, record) {
     Adapters: record.adapters.map((each) => `${each.name}: ${each.weight}`).join(", "),
     File: name,
   };
-  const shown = Object.entries(facts).filter(([, value]) => value !== "" && value !== null && value !== undefined);
+  const entries = Object.entries(facts).filter(([, value]) => value !== "" && value !== null && value !== undefined);
   byId("large-facts").replaceChildren(
-    ...shown.flatMap(([key, value]) => [make("dt", { textContent: key }), make("dd", { textContent: value })]),
+    ...entries.flatMap(([key, value]) => [make("dt", { textContent: key }), make("dd", { textContent: value })]),
   );
   if (!byId("large").open) byId("large").showModal();
 }
@@ -110,9 +110,9 @@ async function startFrom(name) {
 async function toForm() {
   byId("large").close();
   if (byId("draw").hidden) {
-    const shown = new Promise((resolve) => addEventListener("hashchange", resolve, { once: true }));
+    const moved = new Promise((resolve) => addEventListener("hashchange", resolve, { once: true }));
     location.hash = "#draw";
-    await shown;
+    await moved;
   }
   byId("prompt").focus();
 }

@@ -15,10 +15,10 @@ export async function draw(body, content) {
   complain("");
   show("Waiting", 0);
   try {
-    const asked = await body;
-    figures = waiting(Math.min(asked.settings.num_images ?? 1, MOST));
+    const order = await body;
+    figures = waiting(Math.min(order.settings.num_images ?? 1, MOST));
     const notes = new Set();
-    for await (const event of lines("/api/draw", asked, abort.signal)) {
+    for await (const event of lines("/api/draw", order, abort.signal)) {
       if (event.kind === "progress") showProgress(event);
       if (event.kind === "preview") figures[event.number].querySelector("img").src = event.image;
       if (event.kind === "picture") {

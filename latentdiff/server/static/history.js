@@ -8,7 +8,7 @@ const COUNT = 48;
 const MOST = 200; // of one answer
 const PAUSE = 250; // milliseconds
 let last = null; // the place of the oldest picture that is shown
-let asked = 0; // the number of the latest search: answers of older ones are dropped
+let latest = 0; // the number of the latest search: answers of older ones are dropped
 let waiting = null;
 let figures = new Map(); // by place and name: what is shown already is not fetched again
 
@@ -34,19 +34,19 @@ export async function more() {
 }
 
 async function load(before, count) {
-  const number = ++asked;
+  const number = ++latest;
   const query = new URLSearchParams({ count });
   const fields = { words: "words", model: "by-model", since: "since", until: "until" };
   for (const [name, id] of Object.entries(fields)) if (byId(id).value) query.set(name, byId(id).value);
   if (before) query.set("before", before);
   const { pictures, models } = await get(`/api/history?${query}`);
-  if (number !== asked) return;
+  if (number !== latest) return;
   options(byId("by-model"), [["", "any"], ...models.map((name) => [name, name])], byId("by-model").value);
-  const found = pictures.map(({ name, place, record }) => {
+  const entries = pictures.map(({ name, place, record }) => {
     const key = `${place} ${name}`;
     return [key, figures.get(key) ?? make("figure", {}, ...figure(name, record))];
   });
-  figures = new Map([...(before ? figures : []), ...found]);
+  figures = new Map([...(before ? figures : []), ...entries]);
   byId("found").replaceChildren(...figures.values());
   if (figures.size === 0)
     byId("found").append(make("p", { className: "empty", textContent: "No pictures are here, or none that fit." }));

@@ -32,8 +32,8 @@ function view() {
 }
 
 async function request() {
-  const [asked, start] = [settings.request(paper.isThere()), await paper.request()];
-  return { ...asked, ...start };
+  const [drawing, start] = [settings.request(paper.isThere()), await paper.request()];
+  return { ...drawing, ...start };
 }
 
 /** A picture of the user's: to start from, or to read its settings. */

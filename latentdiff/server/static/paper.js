@@ -26,7 +26,7 @@ export async function start(blob) {
   for (const field of ["left", "top", "right", "bottom"]) byId(field).value = 0;
   if (blob === null) Object.assign(byId("strength"), { value: "" });
   if (blob === null) Object.assign(byId("mask_blur"), { value: 0 });
-  if (blob !== null) shown(image);
+  if (blob !== null) show(image);
   return note;
 }
 
@@ -53,7 +53,7 @@ async function smaller(image) {
   return new Promise((resolve) => copy.toBlob(resolve, "image/png"));
 }
 
-function shown(image) {
+function show(image) {
   state.canvas = make("canvas", { width: image.naturalWidth, height: image.naturalHeight, tabIndex: 0 });
   state.canvas.setAttribute("aria-label", "Mask: arrow keys move the brush, space paints, shift erases");
   state.ring = make("div", { className: "brush", hidden: true });

@@ -9,7 +9,7 @@ const [WIDTH, HEIGHT, EDGE] = [360, 200, 34];
 const TIMES = ["seconds"]; // of a log, which no curve shows
 let chosen = null;
 let timer = null;
-let shown = null; // what the view shows, as text
+let latest = null; // what the view shows, as text
 
 export async function look() {
   clearTimeout(timer);
@@ -20,8 +20,8 @@ export async function look() {
     chosen ??= (runs.find((run) => run.state === "running") ?? runs[0])?.name ?? null;
     const run = chosen ? await get(`/api/runs/${encodeURIComponent(chosen)}`) : null;
     const now = JSON.stringify([runs, run]);
-    if (now === shown) return; // nothing flickers, and the focus stays
-    shown = now;
+    if (now === latest) return; // nothing flickers, and the focus stays
+    latest = now;
     const hadFocus = byId("run-list").contains(document.activeElement);
     list(runs);
     if (hadFocus) byId("run-list").querySelector("[aria-current]")?.focus();
@@ -50,10 +50,10 @@ function detail(run) {
   const parts = [make("h2", { textContent: run.name })];
   if (run.why) parts.push(make("p", { className: "empty", textContent: run.why }));
   for (const [stage, { curves, samples }] of Object.entries(run.details)) {
-    const shown = Object.entries(curves).filter(([name]) => !TIMES.includes(name));
-    if (shown.length === 0) continue;
+    const series = Object.entries(curves).filter(([name]) => !TIMES.includes(name));
+    if (series.length === 0) continue;
     parts.push(make("h3", { textContent: stage }));
-    parts.push(make("div", { className: "curves" }, ...shown.map(([name, points]) => plot(name, points))));
+    parts.push(make("div", { className: "curves" }, ...series.map(([name, points]) => plot(name, points))));
     const path = `/api/runs/${encodeURIComponent(run.name)}/${encodeURIComponent(stage)}`;
     const latest = samples.slice(-6).reverse().map((file) => {
       const image = picture({ src: `${path}/${file}`, alt: `Validation pictures, ${file}` });
@@ -71,9 +71,9 @@ function plot(name, points) {
   const across = (x) => EDGE + ((x - left) / (right - left || 1)) * (WIDTH - EDGE - 8);
   const up = (y) => HEIGHT - 22 - ((y - low) / (high - low || 1)) * (HEIGHT - 46);
   const line = points.map(([x, y], place) => `${place ? "L" : "M"}${across(x).toFixed(1)} ${up(y).toFixed(1)}`).join("");
-  const svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${name}, now ${short(ys.at(-1))}` });
+  const svg = svgElement("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${name}, now ${short(ys.at(-1))}` });
   svg.append(
-    drawn("path", { d: points.length === 1 ? `${line}h1` : line }),
+    svgElement("path", { d: points.length === 1 ? `${line}h1` : line }),
     text(EDGE, 14, `${name.replaceAll("_", " ")}: ${short(ys.at(-1))}`),
     text(2, up(high) + 4, short(high)), text(2, up(low) + 4, short(low)),
     text(EDGE, HEIGHT - 6, `step ${Math.round(left)}`), text(WIDTH - 8, HEIGHT - 6, Math.round(right), "end"),
@@ -81,14 +81,14 @@ function plot(name, points) {
   return svg;
 }
 
-function drawn(tag, attributes) {
+function svgElement(tag, attributes) {
   const element = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   return element;
 }
 
 function text(x, y, content, anchor = "start") {
-  const element = drawn("text", { x, y, "text-anchor": anchor });
+  const element = svgElement("text", { x, y, "text-anchor": anchor });
   element.textContent = content;
   return element;
 }

@@ -17,7 +17,7 @@ const UNASKED = { num_images: 4, mask_blur: 0 };
 let choices = { models: [], adapters: [], samplers: [], spacings: [] };
 let defaults = {};
 let model = null;
-let asked = 0; // the number of the latest choice of a model: answers of older ones are dropped
+let latest = 0; // the number of the latest choice of a model: answers of older ones are dropped
 
 /** Ask what may be chosen, and choose the server's model. */
 export async function load() {
@@ -30,21 +30,21 @@ export async function load() {
 
 /** Choose a model: its own settings stand in the empty fields. One that does not load leaves the choice as it was. */
 export async function chooseModel(name) {
-  const number = ++asked;
+  const number = ++latest;
   try {
     const answer = await get(`/api/models/${encodeURIComponent(name)}`);
-    if (number !== asked) return;
+    if (number !== latest) return;
     model = answer;
   } catch (error) {
-    if (number === asked && model) byId("model").value = model.name;
-    else if (number === asked && name !== choices.model) await chooseModel(choices.model); // the first answer was dropped
+    if (number === latest && model) byId("model").value = model.name;
+    else if (number === latest && name !== choices.model) await chooseModel(choices.model); // the first answer was dropped
     throw error;
   }
   defaults = model.settings;
   byId("model").value = name;
   for (const name of FIELDS) {
-    const shown = { width: model.width, height: model.height, strength: "of the model" }[name] ?? defaults[name];
-    if (!["prompt", "negative_prompt", "seed", "num_images"].includes(name)) byId(name).placeholder = shown ?? "off";
+    const hint = { width: model.width, height: model.height, strength: "of the model" }[name] ?? defaults[name];
+    if (!["prompt", "negative_prompt", "seed", "num_images"].includes(name)) byId(name).placeholder = hint ?? "off";
   }
   for (const name of ["width", "height"]) byId(name).step = model.multiple;
   const label = (name) => choices.samplers.find((row) => row.name === name)?.label ?? name;
@@ -103,8 +103,8 @@ export async function fill(record) {
   for (const [name, value] of Object.entries(settings)) {
     const isDefault = JSON.stringify(value) === JSON.stringify(defaults[name]);
     if (FIELDS.includes(name)) {
-      const shown = isDefault && !["num_images", "prompt"].includes(name) ? UNASKED[name] ?? "" : value ?? "";
-      byId(name).value = shown;
+      const text = isDefault && !["num_images", "prompt"].includes(name) ? UNASKED[name] ?? "" : value ?? "";
+      byId(name).value = text;
     } else if (!isDefault) further.push(`${name} = ${JSON.stringify(value)}`);
   }
   byId("further").value = further.join("\n");
