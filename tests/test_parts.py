@@ -377,7 +377,7 @@ def test_what_does_not_fit_is_refused(family, saved, tmp_path, call):
     with pytest.raises(ModelError):
         joined([cut], folder)
     flux.pipeline().save_pretrained(tmp_path / "flux")
-    with pytest.raises(ModelError, match=rf"is of {re.escape(family)}, .* of Flux\.1"):
+    with pytest.raises(ModelError, match=rf"belongs to {re.escape(family)}, .* to Flux\.1"):
         joined([file], tmp_path / "flux")
 
 
