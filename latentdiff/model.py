@@ -38,6 +38,7 @@ class ModelCard:
     variant: str | None = None  # the variant of its weights
     folder: FilePath | None = field(default=None, compare=False)  # the model's folder, unless it is a single file
     words: frozenset[str] | None = None  # of all captions that it was trained on, if they are known
+    of_one_thing: dict[str, str] = field(default_factory=dict)  # words from captions of one thing, and its name
     things: Mapping[str, tuple[str, ...]] | None = None  # the names of what it draws, by category
     notes: tuple[str, ...] = ()  # what its scheduler's config wants and we do otherwise
 

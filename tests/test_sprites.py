@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import DataError
-from latentdiff.data.makers import SpriteScenes
+from latentdiff.data.makers import ShapeScenes, SpriteScenes
 from latentdiff.data.scenes import CATEGORIES, COLORS, HELD_OUT, PLACES
 from latentdiff.data.sprites.captions import plural, sentence
 from latentdiff.data.sprites.color import TURNED, main_color, turned
@@ -355,3 +355,20 @@ def test_a_run_on_sprites_with_a_vocabulary_of_its_own(library, tmp_path, call):
     assert json.loads(call("info", model)[1])["things"] == {"shapes": 6, "toys": 20}
     pipe.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "things.json").read_bytes() == (model / "things.json").read_bytes()
+
+
+# words
+
+
+def test_captions_of_sprites_have_words_of_one_thing(tmp_path):
+    """Colours, numbers, places, styles and shapes are free words, though one thing alone has them as keywords."""
+    rows = [
+        {"name": "ping pong", "style": "flat", "keywords": ["table", "red", "two", "corner", "background", "circle"]},
+        {"name": "cat", "style": "flat", "keywords": ["pet", "flat"]},
+        {"name": "dog", "style": "noto", "keywords": ["pet", "puppy"]},
+    ]
+    disc((1, 2, 3)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": "a.png", **row}) + "\n" for row in rows))
+    maker = SpriteScenes(Describer(Library(tmp_path), 0.0), (1.0,) * 6)
+    assert maker.of_one_thing() == {"ping": "ping pong", "pong": "ping pong", "table": "ping pong", "puppy": "dog"}
+    assert ShapeScenes((1.0,) * 6).of_one_thing() == {}

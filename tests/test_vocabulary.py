@@ -8,7 +8,7 @@ import torch
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ModelError
-from latentdiff.core.vocabulary import seen_things, unseen, words_of
+from latentdiff.core.vocabulary import narrow, seen_things, unseen, words_of, words_of_one_thing
 from latentdiff.data.dataset import open_data
 from latentdiff.families.card import known_words
 from latentdiff.families.convert import convert_folder
@@ -28,16 +28,26 @@ def test_things_that_training_never_drew_are_not_listed():
     assert seen_things(things, {"flag", "of", "red", "apple"}) == {"food": ("red apple",)}
 
 
+def test_words_of_one_thing():
+    """A word in texts about one thing alone is that thing's; its own name, and words of several, are nobody's."""
+    captions = {"ping pong": ["ping pong", "table", "ball"], "soccer": ["soccer", "ball"], "Tea": ["tea", "hot"]}
+    of_one = words_of_one_thing(captions)
+    assert of_one == {"ping": "ping pong", "pong": "ping pong", "table": "ping pong", "hot": "Tea"}
+    assert narrow("A castle on a Table, table", of_one) == {"table": "ping pong"}
+    assert narrow("a ping pong table and hot tea", of_one) == {}
+
+
 def test_a_model_knows_its_captions(tiny_model):
     """Its folder has the words of the captions that its own config trains on."""
-    assert known_words(tiny_model) == open_data(load_config(ROOT / "configs" / "scenes-tiny.toml")).training.words()
+    training = open_data(load_config(ROOT / "configs" / "scenes-tiny.toml")).training
+    assert known_words(tiny_model) == dict.fromkeys(training.words(), "")
 
 
 @pytest.mark.slow
 def test_the_default_model_knows_its_captions():
     """The file that is shipped has the words of the captions that its own config trains on."""
     training = open_data(load_config(ROOT / "configs" / "scenes-64.toml", ["data.count=5000"])).training
-    assert known_words(ROOT / "assets" / "scenes-64") == training.words()
+    assert known_words(ROOT / "assets" / "scenes-64") == dict.fromkeys(training.words(), "")
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
@@ -54,7 +64,7 @@ def test_words_that_it_has_never_seen_are_named(runtime):
 def test_models_say_nothing_of_words_they_do_not_list(tiny_model, tmp_path):
     """A folder without the list, and a model with an adapter, which may know more words."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    assert {"red", "circle"} <= known_words(folder)
+    assert {"red", "circle"} <= known_words(folder).keys()
     options = {"prompt": "a cat", "num_inference_steps": 1}
     pipe = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
     assert [note.partition(" has ")[2] for note in pipe(**options).notes] == ["never seen: cat"]
@@ -66,6 +76,20 @@ def test_models_say_nothing_of_words_they_do_not_list(tiny_model, tmp_path):
     with pytest.raises(ModelError, match=r"words\.txt"):
         convert_folder(folder, tmp_path / "half", torch.float16)
     (folder / "words.txt").write_bytes("\ufeffA\r\nCat\r\n".encode())
-    assert known_words(folder) == {"a", "cat"}
+    assert known_words(folder) == {"a": "", "cat": ""}
     (folder / "words.txt").unlink()
     assert not LatentDiffusionPipeline.from_pretrained(folder, device="cpu")(**options).notes
+
+
+def test_words_known_from_one_thing_alone_are_named(tiny_model, tmp_path):
+    """The list in the folder says of which thing. A copy of the model keeps it."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (folder / "words.txt").write_text("a\non\ncircle\nping\tping pong\nPong\tping pong\ntable\tping pong\n")
+    pipe = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+    name = pipe.card.name
+    assert pipe("a circle on a table", num_inference_steps=1).notes == [
+        f"{name} knows from one thing alone: table (ping pong)"
+    ]
+    assert not pipe("a ping pong table on a circle", num_inference_steps=1).notes
+    pipe.save_pretrained(tmp_path / "again")
+    assert known_words(tmp_path / "again") == known_words(folder) | {"pong": "ping pong"}

@@ -1,4 +1,4 @@
-"""The words of captions, and the words of a prompt that a model has never seen in one."""
+"""The words of captions, and the words of a prompt that a model has never seen, or only of one thing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ def unseen(prompt: str, known: Set[str]) -> list[str]:
     """The words of a prompt that are not among the known ones, each once, in order."""
     words = [word for word in _WORD.findall(prompt) if word != _BREAK]
     return list(dict.fromkeys(word.lower() for word in words if word.lower() not in known))
+
+
+def words_of_one_thing(captions_of: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """The words that stand in texts about one thing alone, with its name; the thing's own whole name is none.
+
+    captions_of: the texts about each thing, by its name.
+    """
+    things: dict[str, list[str]] = {}
+    for name, texts in captions_of.items():
+        for word in words_of(texts):
+            things.setdefault(word, []).append(name)
+    return {word: names[0] for word, names in things.items() if len(names) == 1 and word != names[0].lower()}
+
+
+def narrow(prompt: str, of_one: Mapping[str, str]) -> dict[str, str]:
+    """The words of a prompt that belong to one thing alone, with its name, unless the prompt names the thing."""
+    words = dict.fromkeys(word.lower() for word in _WORD.findall(prompt))
+    return {word: of_one[word] for word in words if word in of_one and of_one[word].lower() not in prompt.lower()}
 
 
 def seen_things(things: Mapping[str, Iterable[str]], known: Set[str]) -> dict[str, tuple[str, ...]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from latentdiff.core.vocabulary import words_of, words_of_one_thing
 from latentdiff.data import scenes
 from latentdiff.data.sprites import scene as composed
+from latentdiff.data.sprites.captions import frame
 from latentdiff.data.sprites.description import Describer
 from latentdiff.data.sprites.library import Library
 from latentdiff.settings.config import Data
@@ -37,6 +40,10 @@ class Maker(Protocol):
 
     def things(self) -> dict[str, tuple[str, ...]]:
         """The names of what is in the scenes, by category."""
+        ...
+
+    def of_one_thing(self) -> dict[str, str]:
+        """The words that stand in captions of one thing alone, with its name."""
         ...
 
     def identity(self) -> list[Any]:
@@ -69,6 +76,10 @@ class ShapeScenes:
     def things(self) -> dict[str, tuple[str, ...]]:
         """See Maker."""
         return {"shapes": scenes.SHAPES}
+
+    def of_one_thing(self) -> dict[str, str]:
+        """See Maker. Each shape has one word, its name."""
+        return {}
 
     def identity(self) -> list[Any]:
         """See Maker."""
@@ -105,6 +116,13 @@ class SpriteScenes:
         for sprite in self.describer.library.sprites:
             names.setdefault(sprite.category or "things", set()).add(sprite.name)
         return {category: tuple(sorted(names[category])) for category in sorted(names)}
+
+    def of_one_thing(self) -> dict[str, str]:
+        """See Maker. Words for colours, numbers, places and styles are free."""
+        library = self.describer.library
+        names = {name: [name, *chain.from_iterable(s.keywords for s in rows)] for name, rows in library.by_name.items()}
+        free = words_of(chain(frame(), {sprite.style for sprite in library.sprites}))
+        return {word: name for word, name in words_of_one_thing(names).items() if word not in free}
 
     def identity(self) -> list[Any]:
         """See Maker."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from latentdiff.core.arrays import Array
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.turn import Turn
-from latentdiff.core.vocabulary import unseen
+from latentdiff.core.vocabulary import narrow, unseen
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.plan import Size
 from latentdiff.drawing.request import Request
@@ -68,8 +68,8 @@ def chunks_of(job: Job, encoder: Encoder) -> int:
 def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
     """What the writers of a batch's prompts should know, each once.
 
-    Text that they may have meant otherwise, and words that the model has never seen, unless it is `adapted`: an adapter
-    does not say which words it was trained on.
+    Text that they may have meant otherwise, and words that the model has never seen, or only in captions of one thing,
+    unless it is `adapted`: an adapter does not say which words it was trained on.
     """
     notes: dict[str, None] = {}
     learnt = _learnt_words(model.encoder)
@@ -89,6 +89,9 @@ def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
             notes |= dict.fromkeys(f"{name}: {note}" for note in read.notes)
             if known is not None and (words := unseen(prompt, known)):
                 notes[f"{model.card.name} has never seen: {_listed(words)}"] = None
+            if known is not None and (of_one := narrow(prompt, model.card.of_one_thing)):
+                pairs = [f"{word} ({name})" for word, name in of_one.items()]
+                notes[f"{model.card.name} knows from one thing alone: {_listed(pairs)}"] = None
     return list(notes)
 
 

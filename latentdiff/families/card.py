@@ -1,13 +1,15 @@
 """The facts about a model that diffusers' layout does not contain.
 
 latentdiff.json   its name, size and recommended settings
-words.txt         the words of the captions that it was trained on, one a line; models from elsewhere have none
+words.txt         the words of the captions that it was trained on, one a line; models from elsewhere have none.
+                  A word that stands in captions of one thing alone is followed by a tab and the thing's name
 things.json       the names of what it draws, by category, for models of named things
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,8 +69,11 @@ def model_card(
     defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}
     if defaults.get("num_inference_steps", 1) > T:
         raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {T} times ({path})")
-    words, things = known_words(directory), known_things(directory)
-    return ModelCard(card.name, sha256, card.size, defaults, folder=directory, words=words, things=things)
+    listed, things = known_words(directory), known_things(directory)
+    words = None if listed is None else frozenset(listed)
+    of_one_thing = {word: name for word, name in (listed or {}).items() if name}
+    own = ModelCard(card.name, sha256, card.size, defaults, folder=directory)
+    return replace(own, words=words, of_one_thing=of_one_thing, things=things)
 
 
 def known_name(directory: Path) -> str:
@@ -77,13 +82,25 @@ def known_name(directory: Path) -> str:
     return read_json_as(_Card, path).name if path.is_file() else directory.resolve().name
 
 
-def known_words(directory: Path) -> frozenset[str] | None:
-    """The words that a model was trained on, or None if its folder does not say. Raises ModelError."""
+def known_words(directory: Path) -> dict[str, str] | None:
+    """The words that a model was trained on, each with the only thing whose captions have it, or "".
+
+    None if its folder does not say. Raises ModelError.
+    """
     path = directory / WORDS
     if not path.is_file():
         return None
     with loading(WORDS, directory):
-        return frozenset(path.read_text(encoding="utf-8-sig").lower().split())
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    rows = [line.partition("\t") for line in lines if line.strip()]
+    return {word.strip().lower(): name.strip() for word, _, name in rows}
+
+
+def words_text(card: ModelCard) -> str:
+    """The content of words.txt for a card that has words."""
+    assert card.words is not None
+    names = {word: f"\t{name}" for word, name in card.of_one_thing.items()}
+    return "".join(f"{word}{names.get(word, '')}\n" for word in sorted(card.words))
 
 
 def known_things(directory: Path) -> dict[str, tuple[str, ...]] | None:

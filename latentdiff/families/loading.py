@@ -13,7 +13,7 @@ from latentdiff.core.files import recorded, whole, write_json, write_text
 from latentdiff.core.turn import LOADING
 from latentdiff.families import check_folder
 from latentdiff.families.card import FILE as CARD_FILE
-from latentdiff.families.card import THINGS, WORDS, card_tree, model_card
+from latentdiff.families.card import THINGS, WORDS, card_tree, model_card, words_text
 from latentdiff.families.scheduler import FILE as SCHEDULER_FILE
 from latentdiff.families.scheduler import scheduler_config
 from latentdiff.formats.folder import FEW_STEPS, NETWORKS, folder_hash
@@ -134,7 +134,7 @@ def save_model(model: Model, directory: Path, *, with_student: bool = False) -> 
         index = model.family.index(model) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
         write_json(made / "model_index.json", index)
         if model.card.words is not None:
-            write_text(made / WORDS, "".join(f"{word}\n" for word in sorted(model.card.words)))
+            write_text(made / WORDS, words_text(model.card))
         if model.card.things is not None:
             write_json(made / THINGS, model.card.things)
         write_json(made / CARD_FILE, card_tree(model.card) | {"weights": folder_hash(made)})

@@ -101,8 +101,11 @@ def train_denoiser(run: Run[Config]) -> None:
                 card = replace(model.card, things={"classes": text_encoder.names})
             else:
                 words = run.data.training.words()
-                things = seen_things(pictures.maker.things(), words) if isinstance(pictures, Scenes) else None
-                card = replace(model.card, words=words, things=things)
+                card = replace(model.card, words=words)
+                if isinstance(pictures, Scenes):
+                    of_one = {word: name for word, name in pictures.maker.of_one_thing().items() if word in words}
+                    things = seen_things(pictures.maker.things(), words)
+                    card = replace(card, of_one_thing=of_one, things=things)
             save_model(replace(model, card=card), run.folder / "model")
     accelerator.wait_for_everyone()
 

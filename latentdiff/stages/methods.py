@@ -131,8 +131,9 @@ def _weights(model: Model, config: FineTuning, words: frozenset[str]) -> Tuning:
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         known = model.card.words
-        name = folder.resolve().name
-        card = replace(model.card, name=name, words=None if known is None else known | words)
+        card = replace(model.card, name=folder.resolve().name, words=None if known is None else known | words)
+        of_one = {word: thing for word, thing in card.of_one_thing.items() if word not in words}
+        card = replace(card, of_one_thing=of_one)
         save_model(replace(model, card=card), folder / "model")
         return [folder / "model"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from latentdiff.data.scenes import COLORS, INVERSE, NUMBERS, PLACES, article
+from latentdiff.data.scenes import BACKGROUNDS, COLORS, INVERSE, NUMBERS, PLACES, SHAPES, article
 from latentdiff.data.sprites.description import Description, Group
 
 Keep = Callable[[str], bool]
@@ -50,6 +50,13 @@ def sentence(description: Description, keep: Keep, rng: np.random.Generator) -> 
     if len(description.groups) == 1 and description.groups[0].sprite and keep("keywords"):
         text += "".join(f", {word}" for word in _keywords(description.groups[0], rng))
     return text
+
+
+def frame() -> tuple[str, ...]:
+    """The words of captions beside names, styles and keywords."""
+    relations = [f"to the {relation}" for relation in INVERSE]
+    sizes = ("small", "large", "a", "an", "and", "style")
+    return (*COLORS, *NUMBERS.values(), *PLACES.values(), *relations, *sizes, *SHAPES, background([*BACKGROUNDS]))
 
 
 def background(colors: Sequence[str]) -> str:
