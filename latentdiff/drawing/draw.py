@@ -251,7 +251,7 @@ def draw(
     noise: GivenNoise = NO_NOISE,
     watch: Watch | None = None,
 ) -> Output:
-    """All pictures of jobs, batch by batch. watch: see `Drawing.drawn`."""
+    """All pictures of jobs, batch by batch. watch: see `Drawing.output`."""
     return joined([Drawing(painter, batch).output(output_type, watch) for batch in batches_of(painter, jobs, noise)])
 
 

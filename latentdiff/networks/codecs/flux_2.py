@@ -42,7 +42,7 @@ class Flux2Autoencoder(KLAutoencoder):
         return pixel_shuffle(latents * std + mean, PATCH)
 
     def traced(self) -> dict[str, Traced]:
-        """See Autoencoder; and `shown`."""
+        """See Autoencoder; and `to_diffusers`."""
         graphs = super().traced()
         return graphs | {f"{PART}_shown": replace(graphs[f"{PART}_decoder"], function=self.to_diffusers)}
 
