@@ -75,8 +75,9 @@ def test_models_say_nothing_of_words_they_do_not_list(tiny_model, tmp_path):
         LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
     with pytest.raises(ModelError, match=r"words\.txt"):
         convert_folder(folder, tmp_path / "half", torch.float16)
-    (folder / "words.txt").write_bytes("\ufeffA\r\nCat\r\n".encode())
-    assert known_words(folder) == {"a": "", "cat": ""}
+    for text in ("\ufeffA\r\nCat\r\n", " a cat\n\n"):
+        (folder / "words.txt").write_bytes(text.encode())
+        assert known_words(folder) == {"a": "", "cat": ""}
     (folder / "words.txt").unlink()
     assert not LatentDiffusionPipeline.from_pretrained(folder, device="cpu")(**options).notes
 

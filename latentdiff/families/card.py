@@ -92,8 +92,8 @@ def known_words(directory: Path) -> dict[str, str] | None:
         return None
     with loading(WORDS, directory):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    rows = [line.partition("\t") for line in lines if line.strip()]
-    return {word.strip().lower(): name.strip() for word, _, name in rows}
+    rows = [line.partition("\t") for line in lines]
+    return {word: name.strip() for words, _, name in rows for word in words.lower().split()}
 
 
 def words_text(card: ModelCard) -> str:
