@@ -91,7 +91,7 @@ def photo(side: int) -> tuple[Image.Image, Image.Image]:
     return corners.resize((side, side), Image.Resampling.BICUBIC), Image.fromarray(mask)
 
 
-def given_ways(side: int) -> dict[str, dict[str, Any]]:
+def ways_with_picture(side: int) -> dict[str, dict[str, Any]]:
     """Ways of asking with a picture."""
     picture, mask = photo(side)
     return {
@@ -116,7 +116,7 @@ def default_model() -> Iterator[tuple[str, Callable[[], str]]]:
     }
     for kind, settings in kinds.items():
         pipe = LatentDiffusionPipeline.from_pretrained(**settings)
-        ways = {**WAYS, **given_ways(64)}
+        ways = {**WAYS, **ways_with_picture(64)}
         ways |= {sampler: {"sampler": sampler} for sampler in SAMPLERS}
         ways |= TORCH_WAYS if kind == "torch" else {}
         for name, way in ways.items():
@@ -145,7 +145,7 @@ def stable_diffusions(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
             stable_diffusion.pipeline(family).save_pretrained(place)
         pipe = stable_diffusion.load(place)
         size = {"height": 64, "width": 64, "num_inference_steps": 3}
-        for name, way in {"text": {}, "clip skip": {"clip_skip": 1}, **given_ways(64)}.items():
+        for name, way in {"text": {}, "clip skip": {"clip_skip": 1}, **ways_with_picture(64)}.items():
             yield (
                 f"picture: Stable Diffusion {family}, {name}",
                 lambda pipe=pipe, way=way, size=size: ask(pipe, way, **size),

@@ -22,7 +22,7 @@ def image_encoder(seed=3):
         ).eval()
 
 
-def _drawn(generator, *shape):
+def _normal(generator, *shape):
     return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
 
 
@@ -52,7 +52,7 @@ def state(unet, kind, seed=5):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return _drawn(generator, *shape)
+        return _normal(generator, *shape)
 
     made = {
         f"image_proj.{name}": tensor

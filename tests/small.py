@@ -66,7 +66,7 @@ class TinyNetwork(nn.Module):
         return self.conv(x) * (1 + shift[:, :, None, None])
 
 
-class Given:
+class FixedRows:
     """Latents and conditions that a test gives, row by row; that of a dropped caption is 99."""
 
     def __init__(self, mean, log_variance):
@@ -92,13 +92,15 @@ class Given:
 def denoiser_stage(count=10, network=None, buckets=None, group=1, bins=0, **draws):
     """The real stage on `count` random latents."""
     generator = torch.Generator().manual_seed(0)
-    given = Given(torch.randn(count, 4, 2, 2, generator=generator).half(), torch.full((count, 4, 2, 2), -2.0).half())
+    store = FixedRows(
+        torch.randn(count, 4, 2, 2, generator=generator).half(), torch.full((count, 4, 2, 2), -2.0).half()
+    )
     network = network or TinyNetwork()
     path = VariancePreserving.scaled_linear()
     loss = DiffusionLoss(path, "epsilon")
     picture = Draws(0, Times(path, bins=bins), **draws)
     order = Order(0, picture.purpose, buckets or [np.arange(count)], group)
-    samples = Samples(given, given, lambda row: f"picture {row}")
+    samples = Samples(store, store, lambda row: f"picture {row}")
     return DenoiserStage(network, {"unet": network}, loss, samples, picture, order)
 
 

@@ -3,6 +3,9 @@
 The configs are those of the published models; tiny ones have the same blocks with fewer channels and layers.
 """
 
+import shutil
+
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -17,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.families.loading import stored_model
 from latentdiff.networks.encoders.clip import clip_tokenizer
+from latentdiff.runtime.export import export
 
 FAMILIES = ("1", "2", "XL")
 SCHEDULE = {
@@ -104,6 +108,17 @@ def stored(path, variant=None):
 def load(folder):
     """Our pipeline of a folder, on the CPU."""
     return LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
+
+
+def openvino_like_torch(folder, scratch, prompt, **options):
+    """Export a copy of the model in `folder`, check that it draws what torch draws; return the OpenVINO pipeline."""
+    copy = shutil.copytree(folder, scratch / "model")
+    export(load(copy).model, copy)
+    compiled = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
+    options = {"num_inference_steps": 3, "seed": 1, "output_type": "uint8", "num_images_per_prompt": 2, **options}
+    first, second = (pipe(prompt, **options).images.astype(int) for pipe in (compiled, load(folder)))
+    assert np.abs(first - second).max() <= 1
+    return compiled
 
 
 def pipeline(family, tiny=True, inpainting=False, seed=0, prediction=None):

@@ -19,11 +19,11 @@ from . import stable_diffusion
 from .stable_diffusion import load
 
 PROMPT = "a castle on a hill"
-ASKED = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
+OPTIONS = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
 
 
 def draw(pipe):
-    return pipe(PROMPT, **ASKED).images
+    return pipe(PROMPT, **OPTIONS).images
 
 
 def filled(state, seed=0):
@@ -218,11 +218,11 @@ def lycoris(kind, folder, tmp_path):
     theirs = load(folder).model.backbone.model
     inject_adapter_in_model(config, theirs, "made")
     state = get_peft_model_state_dict(theirs, adapter_name="made")
-    drawn_anew = filled(state)
+    other = filled(state)
     named = dict(theirs.named_parameters())
     file = {}
     with torch.no_grad():
-        for name, tensor in drawn_anew.items():
+        for name, tensor in other.items():
             module, _, factor = name.rpartition(".")
             named[f"{module}.{factor}.made"].copy_(tensor)
             flat = "lora_unet_" + module.replace(".", "_")

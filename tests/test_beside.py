@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.data.dataset import open_data
-from latentdiff.data.masks import drawn_mask
+from latentdiff.data.masks import random_mask
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.settings.config import load_config
 from latentdiff.stages.beside import Edited, Masked
@@ -105,7 +105,7 @@ def test_trained_and_resumed(pairs, tmp_path, call, kind):
 def test_masks():
     """Never empty; a quarter of everything; the network reads the rest of the picture and grey under the mask."""
     rng = np.random.default_rng(0)
-    masks = [drawn_mask(rng, (24, 32)) for _ in range(400)]
+    masks = [random_mask(rng, (24, 32)) for _ in range(400)]
     assert all(set(np.unique(mask)) <= {0, 255} and mask.any() for mask in masks)
     assert abs(np.mean([mask.all() for mask in masks]) - 0.25) < 0.07
     shares = np.array([(mask > 0).mean() for mask in masks if not mask.all()])

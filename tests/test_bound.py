@@ -14,12 +14,12 @@ from latentdiff.diffusion.bound import (
     Terms,
     bits,
     discretised,
-    drawn_times,
     errors_of,
     mean_and_error,
     noised,
     prior,
     proposal,
+    sample_times,
 )
 from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.process import transition
@@ -221,7 +221,7 @@ def test_times_are_drawn_as_proposed(schedule):
     assert p[0] == 0
     assert p.sum() == pytest.approx(1, abs=1e-12)
     assert p[1:].min() > 0.09 / schedule.T
-    picture = np.concatenate([drawn_times(p, 50, 0, sample) for sample in range(400)])
+    picture = np.concatenate([sample_times(p, 50, 0, sample) for sample in range(400)])
     counts = np.histogram(picture, [1, 10, 100, 300, 600, 999, 1000])[0] / len(picture)
     edges = np.cumsum(np.concatenate([[0], p]))
     expected = [edges[b] - edges[a] for a, b in ((1, 10), (10, 100), (100, 300), (300, 600), (600, 999), (999, 1000))]

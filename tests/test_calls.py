@@ -23,7 +23,7 @@ from .stable_diffusion import load
 
 SPACINGS = ("leading", "linspace", "trailing")
 PROMPT, NEGATIVE = "a castle on a hill", "fog"
-ASKED = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "latent"}
+OPTIONS = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "latent"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_names_of_other_programs_for_grids():
 def test_any_multiple_of_the_vaes_factor(ours, theirs, width, height):
     """Sides that the U-Net's levels do not halve evenly: each level is enlarged to the size of its skip connections."""
     x = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
-    extra = ASKED | {"width": width, "height": height, "output_type": "pt", "latents": x}
+    extra = OPTIONS | {"width": width, "height": height, "output_type": "pt", "latents": x}
     picture = ours(PROMPT, sampler="ddim", spacing="leading", **extra).images
     assert picture.shape == (1, 3, height, width)
     close(picture, theirs(PROMPT, **extra).images)
@@ -90,7 +90,7 @@ def test_a_scheduler_is_taken(name, folders, theirs):
     assert type(pipe.scheduler) is type(theirs.scheduler)
     x = noise()
     start = x * pipe.model.path.level(999).sigma if name == "EulerDiscreteScheduler" else x
-    close(pipe(PROMPT, latents=start, **ASKED).images, theirs(PROMPT, latents=x, **ASKED).images)
+    close(pipe(PROMPT, latents=start, **OPTIONS).images, theirs(PROMPT, latents=x, **OPTIONS).images)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -135,7 +135,7 @@ def test_samplings_that_no_scheduler_has(folders):
 def test_a_scheduler_says_what_is_predicted(folders):
     """As in diffusers: `from_config(pipe.scheduler.config, prediction_type=...)` mends a model that is read wrongly."""
     pipe = load(folders["1"])
-    extra = {**ASKED, "latents": noise()}
+    extra = {**OPTIONS, "latents": noise()}
     as_epsilon = pipe(PROMPT, **extra).images
     as_v = pipe(PROMPT, prediction="v_prediction", **extra).images
     assert not torch.equal(as_v, as_epsilon)
@@ -192,11 +192,11 @@ def test_another_vae(folders, theirs):
     with torch.no_grad():
         other.decoder.conv_out.bias.add_(0.3)
     pipe = load(folders["1"])
-    before = pipe(PROMPT, latents=noise(), **ASKED | {"output_type": "pt"}).images
+    before = pipe(PROMPT, latents=noise(), **OPTIONS | {"output_type": "pt"}).images
     pipe.vae = other
-    after = pipe(PROMPT, latents=noise(), **ASKED | {"output_type": "pt"}).images
+    after = pipe(PROMPT, latents=noise(), **OPTIONS | {"output_type": "pt"}).images
     assert not torch.equal(before, after)
-    latents = pipe(PROMPT, latents=noise(), **ASKED).images
+    latents = pipe(PROMPT, latents=noise(), **OPTIONS).images
     expected = (other.decode(latents / other.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(after, expected.detach(), rtol=1e-4, atol=1e-5)
     assert pipe.vae is other
@@ -212,10 +212,10 @@ def test_another_vae(folders, theirs):
 
 
 def test_as_a_tuple(ours, folders):
-    images, nothing = ours(PROMPT, latents=noise(), return_dict=False, **ASKED)
-    assert torch.equal(images, ours(PROMPT, latents=noise(), **ASKED).images)
+    images, nothing = ours(PROMPT, latents=noise(), return_dict=False, **OPTIONS)
+    assert torch.equal(images, ours(PROMPT, latents=noise(), **OPTIONS).images)
     assert nothing is None
-    assert len(load(folders["XL"])(PROMPT, return_dict=False, **ASKED)) == 1
+    assert len(load(folders["XL"])(PROMPT, return_dict=False, **OPTIONS)) == 1
 
 
 def test_positional_sizes(ours):
@@ -231,7 +231,7 @@ def test_timesteps_and_sigmas(name, folders, theirs):
     for each in (pipe, theirs):
         each.scheduler = scheduler(name, each)
     x = noise()
-    extra = {key: value for key, value in ASKED.items() if key != "num_inference_steps"}
+    extra = {key: value for key, value in OPTIONS.items() if key != "num_inference_steps"}
     if name == "DDIMScheduler":
         levels = pipe(PROMPT, latents=x, timesteps=[900, 500, 100], **extra)
         assert levels.metadata[0].steps == (3,)
@@ -288,15 +288,15 @@ def test_refused(settings, message, ours):
 def test_a_prompt_for_both_encoders(folders):
     pipe = load(folders["XL"])
     x = noise()
-    twice = pipe(PROMPT, negative_prompt=NEGATIVE, prompt_2=PROMPT, negative_prompt_2=NEGATIVE, latents=x, **ASKED)
-    assert torch.equal(twice.images, pipe(PROMPT, negative_prompt=NEGATIVE, latents=x, **ASKED).images)
+    twice = pipe(PROMPT, negative_prompt=NEGATIVE, prompt_2=PROMPT, negative_prompt_2=NEGATIVE, latents=x, **OPTIONS)
+    assert torch.equal(twice.images, pipe(PROMPT, negative_prompt=NEGATIVE, latents=x, **OPTIONS).images)
 
 
 def test_a_negative_prompt_for_each(ours):
     prompts, x = [PROMPT, "a boat"], noise(2)
-    out = ours(prompts, negative_prompt=["fog", "rain"], latents=x, **ASKED)
+    out = ours(prompts, negative_prompt=["fog", "rain"], latents=x, **OPTIONS)
     for row, (prompt, negative) in enumerate(zip(prompts, ["fog", "rain"], strict=True)):
-        alone = ours(prompt, negative_prompt=negative, latents=x[row : row + 1], **ASKED).images
+        alone = ours(prompt, negative_prompt=negative, latents=x[row : row + 1], **OPTIONS).images
         torch.testing.assert_close(out.images[row : row + 1], alone, rtol=1e-4, atol=1e-4)
     assert [record.request["negative_prompt"] for record in out.metadata] == ["fog", "rain"]
 
@@ -336,7 +336,7 @@ def test_pictures_of_other_kinds(form, ours):
 
 def test_one_generator_for_more_pictures_than_a_batch(ours):
     """Drawn as one batch, as in diffusers, also by a sampler that adds noise."""
-    extra = {"num_images_per_prompt": 10, "sampler": "euler_ancestral", **ASKED}
+    extra = {"num_images_per_prompt": 10, "sampler": "euler_ancestral", **OPTIONS}
     alone = ours(PROMPT, generator=torch.Generator().manual_seed(1), **extra).images
     whole = ours(PROMPT, generator=torch.Generator().manual_seed(1), batch_size=10, **extra).images
     assert torch.equal(alone, whole)
@@ -359,7 +359,7 @@ def test_callbacks(name, folders, theirs):
     for each in (pipe, theirs):
         each.scheduler = scheduler(name, each)
         start = x * pipe.model.path.level(999).sigma if each is pipe and name == "EulerDiscreteScheduler" else x
-        results.append(each(PROMPT, latents=start, callback_on_step_end=changing, **ASKED).images)
+        results.append(each(PROMPT, latents=start, callback_on_step_end=changing, **OPTIONS).images)
     close(*results)
     for (i, t, latents), (j, s, others) in zip(seen[pipe], seen[theirs], strict=True):
         assert (i, t) == (j, s)
@@ -379,15 +379,15 @@ def test_callbacks_on_a_straight_path(ours):
 
 def test_a_callback_in_place_and_at_the_end(ours):
     """What a callback does to the latents in place counts, and of the last step too."""
-    final = ours(PROMPT, latents=noise(), **ASKED).images
+    final = ours(PROMPT, latents=noise(), **OPTIONS).images
 
     def halved(_, index, t, given):
         if index == 3:
             given["latents"] *= 0.5
         return given
 
-    assert torch.equal(ours(PROMPT, latents=noise(), callback_on_step_end=halved, **ASKED).images, 0.5 * final)
-    same = ours(PROMPT, latents=noise(), callback_on_step_end=lambda *a: None, **ASKED).images
+    assert torch.equal(ours(PROMPT, latents=noise(), callback_on_step_end=halved, **OPTIONS).images, 0.5 * final)
+    same = ours(PROMPT, latents=noise(), callback_on_step_end=lambda *a: None, **OPTIONS).images
     assert torch.equal(same, final)
 
 
@@ -396,7 +396,7 @@ def test_a_callback_in_place_and_at_the_end(ours):
 )
 def test_callbacks_that_return_something_else(latents, ours):
     with pytest.raises(ConfigError, match="must return latents like those it gets"):
-        ours(PROMPT, latents=noise(), callback_on_step_end=lambda *a: {"latents": latents}, **ASKED)
+        ours(PROMPT, latents=noise(), callback_on_step_end=lambda *a: {"latents": latents}, **OPTIONS)
 
 
 def test_a_callback_of_a_compiled_model(compiled_model):
@@ -424,15 +424,15 @@ def test_the_scale_of_adapters(folders, tmp_path):
         {f"{name}.lora_A.weight": torch.ones(1, wide), f"{name}.lora_B.weight": torch.ones(wide, 1)},
         tmp_path / "x.safetensors",
     )
-    plain = pipe(PROMPT, latents=noise(), **ASKED).images
+    plain = pipe(PROMPT, latents=noise(), **OPTIONS).images
     pipe.load_lora_weights(tmp_path / "x.safetensors", weight=0.5)
-    half = pipe(PROMPT, latents=noise(), cross_attention_kwargs={"scale": 0.5}, **ASKED)
+    half = pipe(PROMPT, latents=noise(), cross_attention_kwargs={"scale": 0.5}, **OPTIONS)
     assert half.metadata[0].sources[0].weight == 0.25
-    whole = pipe(PROMPT, latents=noise(), **ASKED).images
+    whole = pipe(PROMPT, latents=noise(), **OPTIONS).images
     pipe.set_adapters("x", 0.25)
-    assert torch.equal(pipe(PROMPT, latents=noise(), **ASKED).images, half.images)
+    assert torch.equal(pipe(PROMPT, latents=noise(), **OPTIONS).images, half.images)
     assert not torch.equal(whole, half.images)
-    none = pipe(PROMPT, latents=noise(), cross_attention_kwargs={"scale": 0.0}, **ASKED).images
+    none = pipe(PROMPT, latents=noise(), cross_attention_kwargs={"scale": 0.0}, **OPTIONS).images
     assert torch.equal(none, plain)
 
 
@@ -473,7 +473,7 @@ def test_arguments_of_loading(folders):
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_guidance_rescale(name, folders, theirs):
     """Of the network's output, as in the paper and in diffusers."""
-    pipe, x, extra = load(folders["1"]), noise(), ASKED | {"guidance_scale": 7.5, "guidance_rescale": 0.7}
+    pipe, x, extra = load(folders["1"]), noise(), OPTIONS | {"guidance_scale": 7.5, "guidance_rescale": 0.7}
     for each in (pipe, theirs):
         each.scheduler = scheduler(name, each)
     close(pipe(PROMPT, latents=x, **extra).images, theirs(PROMPT, latents=x, **extra).images)

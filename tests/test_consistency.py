@@ -344,7 +344,7 @@ def student(tmp_path_factory):
     return folder
 
 
-ASKED = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "np"}
+OPTIONS = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "np"}
 
 
 @pytest.mark.slow
@@ -375,7 +375,7 @@ def test_diffusers_draws_the_student(student):
     for pipe in (theirs, ours):
         noise = torch.Generator().manual_seed(2)
         latents = torch.randn(1, 4, 8, 8, generator=noise)
-        picture.append(pipe("a star", latents=latents, generator=noise, **ASKED).images)
+        picture.append(pipe("a star", latents=latents, generator=noise, **OPTIONS).images)
     assert np.abs(picture[0] - picture[1]).max() < 1e-4
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     before = teacher("a star", latents=latents, generator=noise, preset="lcm", height=64, width=64, output_type="np")
@@ -393,5 +393,5 @@ def test_its_factors_are_an_lcm_lora(student):
     for pipe, more in ((theirs, {}), (ours, {"preset": "lcm"})):
         noise = torch.Generator().manual_seed(2)
         latents = torch.randn(1, 4, 8, 8, generator=noise)
-        picture.append(pipe("a star", latents=latents, generator=noise, **ASKED, **more).images)
+        picture.append(pipe("a star", latents=latents, generator=noise, **OPTIONS, **more).images)
     assert np.abs(picture[0] - picture[1]).max() < 1e-4

@@ -43,7 +43,7 @@ from .stable_diffusion import load
 
 PROMPT, NEGATIVE = "a castle on the hill", "blurry"
 OURS = {"sampler": "ddim", "spacing": "trailing", "output_type": "np"}
-ASKED = {"num_inference_steps": 5, "guidance_scale": 4.0}
+OPTIONS = {"num_inference_steps": 5, "guidance_scale": 4.0}
 
 
 def stirred(make, seed=7):
@@ -104,7 +104,7 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_as_diffusers_draws(place, pictures, settings):
     folder, base, controls, family = place
-    options = {"negative_prompt": NEGATIVE, **ASKED, **settings, "height": 48, "width": 64, "latents": noise()}
+    options = {"negative_prompt": NEGATIVE, **OPTIONS, **settings, "height": 48, "width": 64, "latents": noise()}
     expected = theirs(base, family, controls[0])(PROMPT, image=pictures[1], output_type="np", **options).images
     ours = load(folder / "model")
     plain = ours(PROMPT, **{k: v for k, v in options.items() if k not in settings or k == "guidance_scale"}, **OURS)
@@ -114,7 +114,7 @@ def test_as_diffusers_draws(place, pictures, settings):
     assert np.abs(sample - plain.images).max() > 1e-3, "it steers"
     ours.unload_controlnets()
     assert (
-        ours(PROMPT, **{**ASKED, "height": 48, "width": 64, "latents": noise()}, **OURS).images
+        ours(PROMPT, **{**OPTIONS, "height": 48, "width": 64, "latents": noise()}, **OURS).images
     ).shape == sample.shape
 
 
@@ -126,7 +126,7 @@ def test_several_at_once(place, pictures):
         "control_guidance_start": [0.0, 0.4],
         "control_guidance_end": [0.8, 1.0],
     }
-    options = {"negative_prompt": NEGATIVE, **ASKED, **each, "height": 48, "width": 64, "latents": noise()}
+    options = {"negative_prompt": NEGATIVE, **OPTIONS, **each, "height": 48, "width": 64, "latents": noise()}
     pipe = theirs(base, family, MultiControlNetModel(controls))
     expected = pipe(PROMPT, image=pictures, output_type="np", **options).images
     ours = load(folder / "model")
@@ -197,7 +197,7 @@ def test_union_of_kinds(tmp_path, pictures):
     pipe.set_progress_bar_config(disable=True)
     ours = load(tmp_path / "model")
     ours.load_controlnet(tmp_path / "union")
-    options = {**ASKED, "height": 48, "width": 64, "controlnet_conditioning_scale": 0.8}
+    options = {**OPTIONS, "height": 48, "width": 64, "controlnet_conditioning_scale": 0.8}
     with pytest.raises(ConfigError, match="this ControlNet knows 6 kinds of pictures: set control_mode"):
         ours(PROMPT, control_image=pictures[0], **options, **OURS)
     with pytest.raises(ConfigError, match="control_mode 6 is none of the 6 kinds"):
@@ -262,8 +262,8 @@ def test_t2i_adapters(place, tmp_path, channels):
         expected = pipe(
             PROMPT, image=given, adapter_conditioning_scale=scale, latents=noise(64, 96), output_type="np", **options
         ).images
-        ours_asked = {"control_image": grey.convert("RGB"), "controlnet_conditioning_scale": scale, **options, **OURS}
-        sample = ours(PROMPT, latents=noise(64, 96), **ours_asked).images
+        our_options = {"control_image": grey.convert("RGB"), "controlnet_conditioning_scale": scale, **options, **OURS}
+        sample = ours(PROMPT, latents=noise(64, 96), **our_options).images
         assert np.abs(sample - expected).max() < 1e-4
     ours.load_controlnet(folder / "control0")
     both = ours(PROMPT, control_image=[grey.convert("RGB")] * 2, latents=noise(64, 96), **options, **OURS).images

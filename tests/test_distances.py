@@ -29,7 +29,7 @@ def normal(count, width, seed, mean=0.0, std=1.0):
     return mean + std * np.random.default_rng(seed).normal(size=(count, width))
 
 
-class Given(nn.Module):
+class Features(nn.Module):
     """The features themselves, for a metric that wants a network."""
 
     num_features = 6
@@ -59,7 +59,7 @@ def test_frechet_of_known_gaussians():
 
 
 def test_frechet_as_torchmetrics_has_it(sets):
-    theirs = FrechetInceptionDistance(feature=Given(), normalize=True)
+    theirs = FrechetInceptionDistance(feature=Features(), normalize=True)
     theirs.set_dtype(torch.float64)
     for values, real in zip(sets, (True, False), strict=True):
         theirs.update(torch.from_numpy(values), real=real)

@@ -21,7 +21,7 @@ from latentdiff.settings.config import load_config
 from latentdiff.stages.classes import classes_of
 
 from .conftest import ROOT
-from .stable_diffusion import load
+from .stable_diffusion import load, openvino_like_torch
 
 NAMES = ["white shark, great white", "umbrella", "tabby"]
 OURS = {"output_type": "np"}
@@ -122,18 +122,11 @@ def test_saved_as_it_was(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_as_openvino_draws(place, tmp_path):
-    from latentdiff.runtime.export import export
-
-    copy = shutil.copytree(place[0], tmp_path / "model")
-    export(load(copy).model, copy)
-    options = {"num_inference_steps": 3, "seed": 1, "output_type": "uint8", "num_images_per_prompt": 2}
-    fast = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
-    image = [pipe("tabby", **options).images.astype(int) for pipe in (fast, load(place[0]))]
-    assert np.abs(image[0] - image[1]).max() <= 1
+def test_openvino_draws_what_torch_draws(place, tmp_path):
+    fast = openvino_like_torch(place[0], tmp_path, "tabby")
     with pytest.raises(ConfigError, match="another size requires the torch runtime"):
         fast("tabby", width=24, height=24)
-    free = LatentDiffusionPipeline.from_pretrained(copy, device="cpu")
+    free = LatentDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
     with pytest.warns(UserWarning, match="another size requires torch"):
         assert free("tabby", width=24, height=24, num_inference_steps=1).images[0].size == (24, 24)
 

@@ -1,7 +1,6 @@
 """Editing by instruction (Brooks et al. 2023): the pictures are those of diffusers' pipeline."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -9,13 +8,12 @@ import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
-from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion import guidance
 from latentdiff.diffusion.level import NoiseLevel
 
 from . import stable_diffusion
-from .stable_diffusion import load
+from .stable_diffusion import load, openvino_like_torch
 
 PROMPT, NEGATIVE = "make it snow", "blurry"
 OURS = {"sampler": "ddim", "spacing": "trailing"}
@@ -73,22 +71,9 @@ def test_as_diffusers_draws(place, picture, settings):
 
 
 @pytest.mark.slow
-def test_as_openvino_draws(place, picture, tmp_path):
-    from latentdiff.runtime.export import export
-
+def test_openvino_draws_what_torch_draws(place, picture, tmp_path):
     folder, _ = place
-    copy = shutil.copytree(folder, tmp_path / "model")
-    export(load(copy).model, copy)
-    options = {
-        "num_inference_steps": 3,
-        "image": picture,
-        "seed": 1,
-        "output_type": "uint8",
-        "num_images_per_prompt": 2,
-    }
-    fast = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
-    sample = [pipe(PROMPT, **options, **OURS).images.astype(int) for pipe in (fast, load(folder))]
-    assert np.abs(sample[0] - sample[1]).max() <= 1
+    openvino_like_torch(folder, tmp_path, PROMPT, image=picture, **OURS)
 
 
 def test_saved_as_it_was(place, picture, tmp_path):

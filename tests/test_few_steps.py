@@ -27,7 +27,7 @@ from . import stable_diffusion
 from .serving import Served, get, png
 
 PROMPT = "a red circle above a blue square"
-ASKED = {"prompt": PROMPT, "seed": 3, "output_type": "uint8"}
+OPTIONS = {"prompt": PROMPT, "seed": 3, "output_type": "uint8"}
 
 
 def factors(model, seed, ends=("to_q", "conv1", "q_proj")):
@@ -67,26 +67,26 @@ def test_the_student_draws(place):
     """In four steps without guidance, as its adapter draws that is loaded by hand; by both runtimes."""
     by_hand = opened(place, "torch")
     by_hand.load_lora_weights(place / "model" / "few_steps", fuse=True)
-    expected = by_hand(preset="lcm", **ASKED).images.astype(int)
+    expected = by_hand(preset="lcm", **OPTIONS).images.astype(int)
     for runtime in ("torch", "openvino"):
         pipe = opened(place, runtime)
-        plain = pipe(num_inference_steps=4, **ASKED).images
+        plain = pipe(num_inference_steps=4, **OPTIONS).images
         pipe.load_few_steps()
-        out = pipe(**ASKED)
+        out = pipe(**OPTIONS)
         assert (pipe.runtime, out.metadata[0].runtime, out.metadata[0].steps) == (runtime, runtime, (4,))
         assert np.abs(out.images - expected).max() <= (runtime == "openvino")
         assert np.abs(plain.astype(int) - expected).max() > 10
         assert [(each.kind, each.path) for each in out.metadata[0].sources] == [("few-steps", "")]
         pipe.load_few_steps()
-        assert (pipe(**ASKED).images == out.images).all(), "loaded once"
+        assert (pipe(**OPTIONS).images == out.images).all(), "loaded once"
 
 
 def test_torch_takes_the_student_along(place):
     pipe = opened(place, "auto")
     pipe.load_few_steps()
-    first = pipe(**ASKED).images.astype(int)
+    first = pipe(**OPTIONS).images.astype(int)
     with pytest.warns(UserWarning, match="vae_tiling requires torch"):
-        again = pipe(vae_tiling=True, **ASKED).images
+        again = pipe(vae_tiling=True, **OPTIONS).images
     assert pipe.runtime == "torch"
     assert np.abs(again - first).max() <= 1
 
@@ -105,9 +105,9 @@ def test_adapters_in_compiled_networks(place):
     for runtime in ("torch", "openvino"):
         pipe = opened(place, runtime)
         fit = pipe.load_lora_weights(place / "1.safetensors", weight=0.7, fuse=True)
-        one = pipe(num_inference_steps=3, **ASKED).images.astype(int)
+        one = pipe(num_inference_steps=3, **OPTIONS).images.astype(int)
         pipe.load_lora_weights(place / "2.safetensors", weight=-0.5, fuse=True)
-        both = pipe(num_inference_steps=3, **ASKED)
+        both = pipe(num_inference_steps=3, **OPTIONS)
         assert both.metadata[0].runtime == runtime
         assert [(each.kind, each.weight) for each in both.metadata[0].sources] == [("merged", 0.7), ("merged", -0.5)]
         pictures[runtime] = fit.matched, one, both.images.astype(int)
@@ -121,11 +121,11 @@ def test_adapters_in_compiled_networks(place):
 def test_torch_takes_adapters_along(place):
     pipe = opened(place, "auto")
     pipe.load_lora_weights(place / "1.safetensors", fuse=True)
-    first = pipe(num_inference_steps=2, **ASKED).images.astype(int)
+    first = pipe(num_inference_steps=2, **OPTIONS).images.astype(int)
     assert pipe.runtime == "openvino"
     with pytest.warns(UserWarning, match="an adapter requires torch"):
         pipe.load_lora_weights(place / "2.safetensors", weight=0.0)
-    assert np.abs(pipe(num_inference_steps=2, **ASKED).images - first).max() <= 1
+    assert np.abs(pipe(num_inference_steps=2, **OPTIONS).images - first).max() <= 1
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_adapters_of_every_family_in_compiled_networks(family, tmp_path):
     for runtime in ("torch", "openvino"):
         pipe = opened(tmp_path, runtime)
         pipe.load_lora_weights(tmp_path / "lora.safetensors", fuse=True)
-        picture.append(pipe(num_inference_steps=2, height=64, width=64, **ASKED).images.astype(int))
+        picture.append(pipe(num_inference_steps=2, height=64, width=64, **OPTIONS).images.astype(int))
     assert np.abs(picture[0] - picture[1]).max() <= 1
 
 
@@ -159,7 +159,7 @@ def test_on_the_command_line(place, call, tmp_path):
     assert kinds == ["few-steps", "merged"]
     pipe = LatentDiffusionPipeline.from_pretrained(place / "model", device="cpu")
     pipe.load_few_steps()
-    assert (np.asarray(Image.open("fast.png")) == pipe(**ASKED).images[0]).all()
+    assert (np.asarray(Image.open("fast.png")) == pipe(**OPTIONS).images[0]).all()
     code, _, err = call("generate", PROMPT, "-m", place / "bare", "--fast", "-o", "no.png")
     assert (code, err.count("\n")) == (2, 1), err
 
@@ -173,7 +173,7 @@ def test_the_second_start_reads_no_adapter(place, tmp_path, monkeypatch):
     for _ in range(2):
         pipe = opened(place, "openvino")
         pipe.load_few_steps()
-        picture.append(pipe(**ASKED).images)
+        picture.append(pipe(**OPTIONS).images)
     assert len(read) == 1
     assert (picture[0] == picture[1]).all()
 
@@ -190,7 +190,7 @@ def test_a_file_that_changes(place, tmp_path):
         for runtime in ("openvino", "torch"):
             pipe = opened(tmp_path, runtime)
             pipe.load_lora_weights(folder, fuse=True)
-            picture[alpha, runtime] = pipe(num_inference_steps=2, **ASKED).images.astype(int)
+            picture[alpha, runtime] = pipe(num_inference_steps=2, **OPTIONS).images.astype(int)
         assert np.abs(picture[alpha, "openvino"] - picture[alpha, "torch"]).max() <= 1
     assert np.abs(picture[2, "torch"] - picture[8, "torch"]).max() > 10
     student = tmp_path / "model" / "few_steps" / "pytorch_lora_weights.safetensors"
@@ -200,13 +200,13 @@ def test_a_file_that_changes(place, tmp_path):
     pipe.load_few_steps()
     shutil.copy(place / "2.safetensors", student)
     with pytest.raises(ModelError, match="few-steps was changed after it was loaded"):
-        pipe(**ASKED)
+        pipe(**OPTIONS)
     shutil.copy(place / "1.safetensors", tmp_path / "x.safetensors")
     pipe = opened(tmp_path, "auto")
     pipe.load_lora_weights(tmp_path / "x.safetensors", fuse=True)
     shutil.copy(place / "2.safetensors", tmp_path / "x.safetensors")
     for again in (
-        lambda: pipe(vae_tiling=True, **ASKED),
+        lambda: pipe(vae_tiling=True, **OPTIONS),
         lambda: pipe.load_lora_weights(place / "2.safetensors", fuse=True),
     ):
         with pytest.raises(ModelError, match=r"x\.safetensors was changed after it was loaded"):
@@ -242,7 +242,7 @@ def test_a_student_beside_others(place, compiled_model, tmp_path):
         pipe = opened(place, runtime)
         pipe.load_lora_weights(tmp_path / "lora" / "pytorch_lora_weights.safetensors", fuse=True)
         pipe.load_few_steps()
-        picture.append(pipe(**ASKED).images.astype(int))
+        picture.append(pipe(**OPTIONS).images.astype(int))
         assert [each.kind for each in pipe.painter.sources.values()] == ["merged", "few-steps"]
     assert np.abs(picture[0] - picture[1]).max() <= 1
     with pytest.raises(ConfigError, match="requires weights that are not quantized"):
@@ -256,7 +256,7 @@ def test_a_student_beside_others(place, compiled_model, tmp_path):
         pipe = opened(tmp_path, runtime)
         with pytest.raises(ModelError, match="cannot have learnt words"):
             pipe.load_few_steps()
-            pipe(**ASKED)
+            pipe(**OPTIONS)
 
 
 def test_two_adapters_of_one_name(place, call, tmp_path):
@@ -284,7 +284,7 @@ def test_drawing_while_typing(place, tmp_path):
         assert get(f"{server.address}/api/models/scenes-tiny").json()["live"]
     student = opened(place, "torch")
     student.load_few_steps()
-    assert (picture == student(**ASKED).images[0]).all()
+    assert (picture == student(**OPTIONS).images[0]).all()
 
 
 def test_a_student_that_is_replaced_is_another_one(place, tmp_path):
@@ -293,13 +293,13 @@ def test_a_student_that_is_replaced_is_another_one(place, tmp_path):
     pipe = LatentDiffusionPipeline.from_pretrained(model, device="cpu", runtime="torch")
     shelf = Shelf(pipe, lambda *_: LatentDiffusionPipeline.from_pretrained(model, device="cpu", runtime="torch"))
     wanted = Wanted(pipe.card.name, fast=True)
-    picture = [shelf.take(wanted)(**ASKED).images]
+    picture = [shelf.take(wanted)(**OPTIONS).images]
     assert shelf.loaded(wanted) is shelf.take(wanted)
     other = tmp_path / "other.safetensors"
     save_file(factors(pipe.model, 5), other)
     other.rename(model / "few_steps" / "pytorch_lora_weights.safetensors")
     assert shelf.loaded(wanted) is None
-    picture.append(shelf.take(wanted)(**ASKED).images)
+    picture.append(shelf.take(wanted)(**OPTIONS).images)
     assert np.abs(picture[0].astype(int) - picture[1]).max() > 1
 
 

@@ -15,7 +15,7 @@ from . import flow_models, flux, stable_diffusion_3
 from .stable_diffusion import load
 
 PROMPT = "a castle on the hill"
-ASKED = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
+OPTIONS = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
 RANK, ALPHA = 4, 8.0
 MAKERS = {
     "Flux.1": flux.pipeline,
@@ -35,7 +35,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    return load(folder)(PROMPT, **ASKED).images
+    return load(folder)(PROMPT, **OPTIONS).images
 
 
 def _is_chosen(name):
@@ -111,7 +111,7 @@ def saved(state, path):
 def draw(folder, file, weight=1.0):
     pipe = load(folder)
     fit = pipe.load_lora_weights(file, weight=weight)
-    return pipe(PROMPT, **ASKED).images, fit
+    return pipe(PROMPT, **OPTIONS).images, fit
 
 
 @pytest.mark.quick("Flux.1", "Qwen-Image", "Z-Image")
@@ -166,7 +166,7 @@ def test_merging_equals_attaching(folder, tmp_path):
     attached, _ = draw(folder, file, weight=0.7)
     pipe = load(folder)
     pipe.load_lora_weights(file, weight=0.7, fuse=True)
-    torch.testing.assert_close(pipe(PROMPT, **ASKED).images, attached, rtol=0, atol=2e-4)
+    torch.testing.assert_close(pipe(PROMPT, **OPTIONS).images, attached, rtol=0, atol=2e-4)
 
 
 @pytest.mark.slow

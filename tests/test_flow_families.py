@@ -65,7 +65,7 @@ def noise(pipe, height, width):
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
 
 
-def drawn_there(folder, family, x, *, scale, negative="", output_type="pt", **settings):
+def diffusers_picture(folder, family, x, *, scale, negative="", output_type="pt", **settings):
     """diffusers' picture, (1, 3, H, W) in [0, 1]. scale: of classifier-free guidance, 1 for none."""
     if family == "Z-Image":  # their scale is how far beyond the conditional
         settings |= {"guidance_scale": scale - 1, "negative_prompt": negative, "latents": x}
@@ -78,7 +78,7 @@ def drawn_there(folder, family, x, *, scale, negative="", output_type="pt", **se
 
 def test_latents_are_those_of_diffusers(folder, pipe, family):
     x, settings = noise(pipe, 64, 64), {"num_inference_steps": 2, **SMALL}
-    expected = drawn_there(folder, family, x, scale=1.0, output_type="latent", **settings)
+    expected = diffusers_picture(folder, family, x, scale=1.0, output_type="latent", **settings)
     picture = pipe(PROMPT, latents=x, guidance_scale=1.0, output_type="latent", **settings).images
     torch.testing.assert_close(picture, expected, rtol=1e-4, atol=1e-4)
 
@@ -97,9 +97,9 @@ def test_pictures_are_those_of_diffusers(folder, pipe, family, steps, scale, siz
     if family == "Qwen-Image" and steps == 1:  # theirs divides zero by zero, for the last level is the first
         assert torch.isfinite(picture).all()
         with pytest.raises(RuntimeWarning, match="invalid value encountered in divide"):
-            drawn_there(folder, family, x, scale=scale, **settings)
+            diffusers_picture(folder, family, x, scale=scale, **settings)
         return
-    expected = drawn_there(folder, family, x, scale=scale, **settings)
+    expected = diffusers_picture(folder, family, x, scale=scale, **settings)
     assert expected.std() > 0.02, "a flat picture would hide faults"
     torch.testing.assert_close(picture, expected, rtol=0, atol=2e-4)
     if (scale, steps) == (4.0, 4):
@@ -115,7 +115,7 @@ def test_negative_prompts_are_those_of_diffusers(folders, name):
     picture = ours(
         PROMPT, negative_prompt="blurry, a boat", latents=x, guidance_scale=4.0, output_type="pt", **settings
     )
-    expected = drawn_there(folders[name], name, x, scale=4.0, negative="blurry, a boat", **settings)
+    expected = diffusers_picture(folders[name], name, x, scale=4.0, negative="blurry, a boat", **settings)
     torch.testing.assert_close(picture.images, expected, rtol=0, atol=2e-4)
 
 
@@ -236,8 +236,8 @@ def test_saved_folders_load_in_diffusers(folder, pipe, family, tmp_path):
     assert (again.card.hash, again.model.path) == (pipe.card.hash, pipe.model.path)
     assert again.request(PROMPT, seed=0) == pipe.request(PROMPT, seed=0)
     x, settings = noise(pipe, 64, 64), {"num_inference_steps": 2, "scale": 1.0, **SMALL}
-    expected = drawn_there(folder, family, x, **settings)
-    torch.testing.assert_close(drawn_there(tmp_path / "saved", family, x, **settings), expected)
+    expected = diffusers_picture(folder, family, x, **settings)
+    torch.testing.assert_close(diffusers_picture(tmp_path / "saved", family, x, **settings), expected)
 
 
 def test_shift_is_that_of_diffusers(folders):

@@ -52,7 +52,7 @@ def pipes(folder):
     return load(folder, runtime="openvino", torch_dtype="float32"), load(folder, runtime="torch", device="cpu")
 
 
-ASKED = {
+OPTIONS = {
     "plain": {},
     "two prompts of different lengths": {
         "prompt": ["a cat", "a very long description, with windows and a garden and all that one may say, " * 3],
@@ -63,7 +63,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("options", ASKED.values(), ids=ASKED.keys())
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_as_torch_draws(pipes, options):
     picture = [pipe(**{"prompt": PROMPT, **SMALL, **options}).images for pipe in pipes]
     if options.get("output_type") == "latent":

@@ -60,7 +60,7 @@ def of_theirs(pipe, **settings):
     ).images
 
 
-def drawn_by(pipe, scale):
+def picture_by(pipe, scale):
     """Our own latents of one step."""
     options = {"latents": noise(), "num_images_per_prompt": 2, "output_type": "latent", "num_inference_steps": 1}
     return torch.as_tensor(pipe(PROMPT, guidance_scale=scale, **options).images)
@@ -70,7 +70,7 @@ def drawn_by(pipe, scale):
 def test_as_diffusers_draws(theirs, folder, scale):
     """One step, which adds no noise of its own."""
     expected = of_theirs(theirs, guidance_scale=scale)
-    torch.testing.assert_close(drawn_by(load(folder), scale), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(picture_by(load(folder), scale), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_scale_changes_the_picture(folder):
@@ -193,7 +193,7 @@ def test_a_student_that_reads_the_guidance(folder_of_teacher, tmp_path):
     assert ours.card.defaults["guidance_scale"] == 7.5
     for scale in (2.0, 9.0):
         expected = of_theirs(theirs, guidance_scale=scale)
-        torch.testing.assert_close(drawn_by(ours, scale), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(picture_by(ours, scale), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

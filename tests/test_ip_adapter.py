@@ -22,7 +22,7 @@ from .stable_diffusion import load
 PROMPT, NEGATIVE = "a castle on the hill", "blurry"
 OURS = {"sampler": "ddim", "spacing": "trailing", "output_type": "np"}
 SIZE = {"height": 48, "width": 64}
-ASKED = {"num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": NEGATIVE, **SIZE}
+OPTIONS = {"num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": NEGATIVE, **SIZE}
 KINDS = ("plain", "plus", "full")
 
 
@@ -73,7 +73,7 @@ def ours(folder, kinds):
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}], ids=["guided", "unguided"])
 def test_as_diffusers_draws(place, pictures, kind, settings):
     folder, family = place
-    options = {**ASKED, **settings}
+    options = {**OPTIONS, **settings}
     pipe, own = theirs(family, folder, [kind]), ours(folder, [kind])
     picture = {}
     for scale in (1.0, 0.4):
@@ -93,7 +93,7 @@ def test_as_diffusers_draws(place, pictures, kind, settings):
 def test_of_xl(tmp_path, pictures):
     """Once in the quick suite; the other families' proofs are slow."""
     folder = made(tmp_path, "XL", ["plus"])
-    options = {"ip_adapter_image": pictures[0], **ASKED}
+    options = {"ip_adapter_image": pictures[0], **OPTIONS}
     expected = theirs("XL", folder, ["plus"])(PROMPT, latents=noise(), output_type="np", **options).images
     picture = ours(folder, ["plus"])(PROMPT, latents=noise(), **options, **OURS).images
     assert np.abs(picture - expected).max() < 1e-4
@@ -104,9 +104,9 @@ def test_several_pictures_of_several_adapters(place, pictures):
     kinds, view = ["plain", "plus"], [[pictures[0], pictures[1]], [pictures[2]]]
     pipe, own = theirs(family, folder, kinds), ours(folder, kinds)
     pipe.set_ip_adapter_scale([0.7, 0.5])
-    expected = pipe(PROMPT, latents=noise(), ip_adapter_image=view, output_type="np", **ASKED).images
+    expected = pipe(PROMPT, latents=noise(), ip_adapter_image=view, output_type="np", **OPTIONS).images
     scales = {"ip_adapter_scale": [0.7, 0.5]}
-    picture = own(PROMPT, latents=noise(), ip_adapter_image=view, **scales, **ASKED, **OURS).images
+    picture = own(PROMPT, latents=noise(), ip_adapter_image=view, **scales, **OPTIONS, **OURS).images
     assert np.abs(picture - expected).max() < 1e-4
 
 
@@ -118,7 +118,7 @@ def test_masks(place, pictures):
     masks = IPAdapterMaskProcessor().preprocess([Image.fromarray(left), Image.fromarray(right)], height=48, width=64)
     given = [masks.reshape(1, 2, 48, 64)]
     pipe, own = theirs(family, folder, ["plain"]), ours(folder, ["plain"])
-    options = {"ip_adapter_image": [pictures[:2]], "cross_attention_kwargs": {"ip_adapter_masks": given}, **ASKED}
+    options = {"ip_adapter_image": [pictures[:2]], "cross_attention_kwargs": {"ip_adapter_masks": given}, **OPTIONS}
     expected = pipe(PROMPT, latents=noise(), output_type="np", **options).images
     picture = own(PROMPT, latents=noise(), **options, **OURS).images
     assert np.abs(picture - expected).max() < 1e-4
@@ -133,7 +133,7 @@ def test_scales_by_block(place, pictures):
     scale = blocks.get(family, blocks["1"])
     pipe.set_ip_adapter_scale(scale)
     own.set_ip_adapter_scale(scale)
-    options = {"ip_adapter_image": pictures[0], **ASKED}
+    options = {"ip_adapter_image": pictures[0], **OPTIONS}
     expected = pipe(PROMPT, latents=noise(), output_type="np", **options).images
     assert np.abs(own(PROMPT, latents=noise(), **options, **OURS).images - expected).max() < 1e-4
 
@@ -143,12 +143,12 @@ def test_features_instead_of_pictures(place, pictures):
     pipe, own = theirs(family, folder, ["plus"]), load(folder / "model")
     own.load_ip_adapter(folder / "hub" / "models" / "plus.safetensors", image_encoder_folder=None)
     embeds = pipe.prepare_ip_adapter_image_embeds([pictures[0]], None, "cpu", 1, True)
-    expected = pipe(PROMPT, latents=noise(), ip_adapter_image_embeds=embeds, output_type="np", **ASKED).images
-    out = own(PROMPT, latents=noise(), ip_adapter_image_embeds=embeds, **ASKED, **OURS)
+    expected = pipe(PROMPT, latents=noise(), ip_adapter_image_embeds=embeds, output_type="np", **OPTIONS).images
+    out = own(PROMPT, latents=noise(), ip_adapter_image_embeds=embeds, **OPTIONS, **OURS)
     assert np.abs(out.images - expected).max() < 1e-4
     assert out.metadata[0].own_noise, "nobody can draw it again from its record"
     with pytest.raises(ConfigError, match="loaded without an image encoder"):
-        own(PROMPT, ip_adapter_image=pictures[0], **ASKED, **OURS)
+        own(PROMPT, ip_adapter_image=pictures[0], **OPTIONS, **OURS)
 
 
 def test_over_a_picture(place, pictures):
@@ -216,9 +216,9 @@ def test_refusals(place, pictures, tmp_path):
     own = load(folder / "model")
     hub = folder / "hub" / "models"
     with pytest.raises(ConfigError, match="1 image prompts, and no IP-Adapter is loaded"):
-        own(PROMPT, ip_adapter_image=pictures[0], **ASKED)
+        own(PROMPT, ip_adapter_image=pictures[0], **OPTIONS)
     with pytest.raises(ConfigError, match="ip_adapter_scale has 1 values, and no IP-Adapter is loaded"):
-        own(PROMPT, ip_adapter_scale=0.5, **ASKED)
+        own(PROMPT, ip_adapter_scale=0.5, **OPTIONS)
     with pytest.raises(ModelError, match="no such file"):
         own.load_ip_adapter(hub / "absent.safetensors")
     with pytest.raises(ModelError, match=r"no ip_adapter\.safetensors in"):
@@ -247,7 +247,7 @@ def test_refusals(place, pictures, tmp_path):
         ([[]], "shows 1 to 64 pictures"),
     ):
         with pytest.raises(ConfigError, match=message):
-            own(PROMPT, ip_adapter_image=given, **ASKED)
+            own(PROMPT, ip_adapter_image=given, **OPTIONS)
     for scale, message in (
         ([0.5, 0.5], "ip_adapter_scale has 2 values, and 1 IP-Adapters are loaded"),
         ({"sideways": 1.0}, "there is no sideways"),
@@ -262,18 +262,18 @@ def test_refusals(place, pictures, tmp_path):
         (1e9, "must be a number up to 10"),
     ):
         with pytest.raises(ConfigError, match=message):
-            own(PROMPT, ip_adapter_image=pictures[0], ip_adapter_scale=scale, **ASKED)
+            own(PROMPT, ip_adapter_image=pictures[0], ip_adapter_scale=scale, **OPTIONS)
     for masks in (5, [torch.zeros(1, 1, 0, 0)], [torch.full((1, 1, 8, 8), float("nan"))]):
         with pytest.raises(ConfigError, match="ip_adapter_masks must"):
             options = {"ip_adapter_image": pictures[0], "cross_attention_kwargs": {"ip_adapter_masks": masks}}
-            own(PROMPT, **options, **ASKED)
+            own(PROMPT, **options, **OPTIONS)
     for embeds, message in (
         (torch.zeros(2, 1, 49), "do not fit the IP-Adapter"),
         (torch.zeros(2, 0, 48), "must be tensors"),
         (torch.zeros(2, 1, 48, dtype=torch.complex64), "must be tensors"),
     ):
         with pytest.raises(ConfigError, match=message):
-            own(PROMPT, ip_adapter_image_embeds=[embeds], **ASKED)
+            own(PROMPT, ip_adapter_image_embeds=[embeds], **OPTIONS)
     for wrong in ({"subfolder": 5}, {"weight_name": 5}):
         with pytest.raises(ConfigError, match="must be text"):
             own.load_ip_adapter(hub, **wrong)
@@ -283,7 +283,7 @@ def test_refusals(place, pictures, tmp_path):
         own.load_ip_adapter(tmp_path / "whole.safetensors", image_encoder_folder=None)
     with pytest.raises(ConfigError, match="1 masks for 2 pictures"):
         masks = {"ip_adapter_masks": [[pictures[0]]]}
-        own(PROMPT, ip_adapter_image=[pictures[:2]], cross_attention_kwargs=masks, **ASKED)
+        own(PROMPT, ip_adapter_image=[pictures[:2]], cross_attention_kwargs=masks, **OPTIONS)
 
 
 def test_info_knows_it(place, call):

@@ -14,7 +14,7 @@ from .stable_diffusion import load
 from .test_flow_adapters import MAKERS
 from .test_parts import FLUX_DEV
 
-ASKED = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
+OPTIONS = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
 
 
 @pytest.mark.parametrize("family", MAKERS)
@@ -26,10 +26,10 @@ def test_every_network_is_moved_and_draws_the_same(family, tmp_path):
     assert {*map(id, modules)} == {id(part) for part in plain.model.parts.values() if isinstance(part, nn.Module)}
     assert [is_backbone for _, is_backbone in networks_in(plain.model)] == [False] * (len(modules) - 2) + [True, False]
     assert modules[-1] is plain.model.parts["vae"]
-    expected = plain("a castle", **ASKED).images
+    expected = plain("a castle", **OPTIONS).images
     for unit in ("blocks", "layers"):
         other = LatentDiffusionPipeline.from_pretrained(tmp_path, device="cpu").offload("cpu", **{unit: True})
-        assert torch.equal(other("a castle", **ASKED).images, expected)
+        assert torch.equal(other("a castle", **OPTIONS).images, expected)
 
 
 @pytest.mark.parametrize("first", [{"blocks": True}, {"layers": True}, {}])

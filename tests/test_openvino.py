@@ -76,7 +76,7 @@ def photo():
     return pixels, mask
 
 
-ASKED = {
+OPTIONS = {
     "plain": {},
     "unguided": {"guidance_scale": 1.0},
     "several": {"num_images_per_prompt": 3, "batch_size": 2},
@@ -97,7 +97,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("options", ASKED.values(), ids=ASKED.keys())
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_as_torch_draws(default, options):
     settings = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 5, "output_type": "uint8"} | options
     ours, theirs = (pipe(**settings).images for pipe in default)

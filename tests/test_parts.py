@@ -22,7 +22,7 @@ from . import flow_models, flux, stable_diffusion, stable_diffusion_3
 from .stable_diffusion import load
 
 PROMPT = "a castle on the hill"
-ASKED = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
+OPTIONS = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
 
 
 # --- original names, the other way round than diffusers' conversion ---
@@ -292,7 +292,7 @@ def test_a_joined_file_draws_what_its_folder_draws(family, saved, tmp_path):
     for weights in (base / "transformer").glob("*.safetensors"):
         weights.unlink()
     pipe = LatentDiffusionPipeline(joined([file], base))
-    assert torch.equal(pipe(PROMPT, **ASKED).images, load(folder)(PROMPT, **ASKED).images)
+    assert torch.equal(pipe(PROMPT, **OPTIONS).images, load(folder)(PROMPT, **OPTIONS).images)
 
 
 def test_every_part_from_files(family, saved, tmp_path):
@@ -308,7 +308,7 @@ def test_every_part_from_files(family, saved, tmp_path):
     save_file(state, tmp_path / "vae.safetensors")
     files = [file, *sorted(tmp_path.glob("*.safetensors"))]
     pipe = LatentDiffusionPipeline(joined(files, base))
-    assert torch.equal(pipe(PROMPT, **ASKED).images, load(folder)(PROMPT, **ASKED).images)
+    assert torch.equal(pipe(PROMPT, **OPTIONS).images, load(folder)(PROMPT, **OPTIONS).images)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("q8_0", marks=pytest.mark.slow), "q4_0"])
@@ -327,11 +327,11 @@ def test_a_gguf_file(family, saved, kind, tmp_path, call):
     numbers = {name: widened(t) if name in wide else t for name, t in state.items()}
     save_file({name: tensor.contiguous() for name, tensor in numbers.items()}, tmp_path / "numbers.safetensors")
     whole = LatentDiffusionPipeline(joined([tmp_path / "numbers.safetensors"], folder))
-    assert torch.equal(pipe(PROMPT, **ASKED).images, whole(PROMPT, **ASKED).images)
+    assert torch.equal(pipe(PROMPT, **OPTIONS).images, whole(PROMPT, **OPTIONS).images)
     blocks = blocks_of(pipe.components["transformer"])
     assert len(blocks) >= len(wide) > 0
     assert call("convert", path, tmp_path / "out", "--base", folder)[0] == 0
-    assert torch.equal(load(tmp_path / "out")(PROMPT, **ASKED).images, pipe(PROMPT, **ASKED).images)
+    assert torch.equal(load(tmp_path / "out")(PROMPT, **OPTIONS).images, pipe(PROMPT, **OPTIONS).images)
 
 
 @pytest.mark.parametrize("in_blocks", [False, True], ids=["numbers", "blocks"])
@@ -387,7 +387,7 @@ def test_by_the_command_line(family, saved, tmp_path, call):
     out = tmp_path / "joined"
     code, _, err = call("convert", file, out, "--base", folder)
     assert code == 0, err
-    assert torch.equal(load(out)(PROMPT, **ASKED).images, load(folder)(PROMPT, **ASKED).images)
+    assert torch.equal(load(out)(PROMPT, **OPTIONS).images, load(folder)(PROMPT, **OPTIONS).images)
     assert load(out).card.hash == load(folder).card.hash
     diffusers.DiffusionPipeline.from_pretrained(out)
     code, _, err = call("convert", file, tmp_path / "x", "--part", folder / "vae")

@@ -23,7 +23,7 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 from . import flux
 from .test_flow_adapters import factors
 
-ASKED = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
+OPTIONS = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
 PROMPT = "a castle on the hill"
 TYPES = {"q8_0": (8.5, 127), "q4_0": (4.5, 7)}  # bits a weight; steps from zero to the largest of a block
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def draw(pipe):
-    return pipe(PROMPT, **ASKED).images[0]
+    return pipe(PROMPT, **OPTIONS).images[0]
 
 
 def opened(folder, **settings):
@@ -206,7 +206,7 @@ def test_flat_pictures_are_said(folder, call, tmp_path):
         return images
 
     decoder.forward = first_is_flat
-    extra = ASKED | {"num_images_per_prompt": 2, "batch_size": 2}
+    extra = OPTIONS | {"num_images_per_prompt": 2, "batch_size": 2}
     note = "one colour fills the whole picture (seeds 1). Perhaps q4_0 is too coarse for this model"
     assert pipe(PROMPT, **extra).notes == [note]
     images = np.full((2, 3, 4, 4), 0.5, np.float32)

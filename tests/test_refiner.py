@@ -18,7 +18,7 @@ from . import flux, stable_diffusion
 from .stable_diffusion import load
 
 PROMPT, NEGATIVE = "a castle on the hill", "blurry"
-ASKED = {"num_inference_steps": 10, "guidance_scale": 4.0, "height": 64, "width": 64}
+OPTIONS = {"num_inference_steps": 10, "guidance_scale": 4.0, "height": 64, "width": 64}
 
 
 def refiner_of(base):
@@ -64,16 +64,16 @@ def noise():
 @pytest.mark.parametrize("switch", [0.8, 0.55, 0.3])
 def test_pictures_are_those_of_diffusers(both, switch):
     place, base, refiner = both
-    texts = {"prompt": PROMPT, "negative_prompt": NEGATIVE, **ASKED}
+    texts = {"prompt": PROMPT, "negative_prompt": NEGATIVE, **OPTIONS}
     half = base(**texts, latents=noise(), denoising_end=switch, output_type="latent").images
     rest = {key: value for key, value in texts.items() if key not in ("height", "width")}
     expected = refiner(**rest, image=half, denoising_start=switch, output_type="np").images
     ours = load(place / "base")
     ours.load_refiner(place / "refiner")
     options = {"sampler": "ddim", "spacing": "trailing", "latents": noise(), "output_type": "np"}
-    picture = ours(PROMPT, negative_prompt=NEGATIVE, refiner_switch=switch, **options, **ASKED).images
+    picture = ours(PROMPT, negative_prompt=NEGATIVE, refiner_switch=switch, **options, **OPTIONS).images
     assert np.abs(picture - expected).max() < 1e-4
-    alone = load(place / "base")(PROMPT, negative_prompt=NEGATIVE, **options, **ASKED).images
+    alone = load(place / "base")(PROMPT, negative_prompt=NEGATIVE, **options, **OPTIONS).images
     assert np.abs(picture - alone).max() > 1e-3
 
 
@@ -83,7 +83,7 @@ def test_the_whole_walk_is_shared(both):
     place, *_ = both
     ours, alone, refiner = (load(place / name) for name in ("base", "base", "refiner"))
     ours.load_refiner(place / "refiner")
-    options = {"seed": 1, "sampler": "euler", "spacing": "trailing", "output_type": "np", **ASKED}
+    options = {"seed": 1, "sampler": "euler", "spacing": "trailing", "output_type": "np", **OPTIONS}
     assert len(list(ours.stream(PROMPT, **{k: v for k, v in options.items() if k != "output_type"}))) == 10
     late = ours(PROMPT, refiner_switch=0.9999, **options).images
     assert np.array_equal(late, alone(PROMPT, **options).images)
@@ -120,7 +120,7 @@ def test_one_file_and_back(both, call, tmp_path):
     for source in (place / "refiner", file):
         ours = load(place / "base")
         ours.load_refiner(source)
-        picture.append(ours(PROMPT, seed=1, sampler="euler", spacing="trailing", output_type="np", **ASKED).images)
+        picture.append(ours(PROMPT, seed=1, sampler="euler", spacing="trailing", output_type="np", **OPTIONS).images)
     assert (picture[0] == picture[1]).all()
     assert call("convert", file, tmp_path / "again")[0] == 0
     assert folder_hash(tmp_path / "again") == folder_hash(place / "refiner")
@@ -172,10 +172,10 @@ def test_what_does_not_fit_is_refused(both, tmp_path):
     place, *_ = both
     pipe = load(place / "base")
     with pytest.raises(ConfigError, match="refiner_switch requires a refiner"):
-        pipe(PROMPT, refiner_switch=0.5, **ASKED)
+        pipe(PROMPT, refiner_switch=0.5, **OPTIONS)
     flux.pipeline().save_pretrained(tmp_path / "flux")
     with pytest.raises(ModelError, match="the refiner must have the same latents and noise schedule"):
         pipe.load_refiner(tmp_path / "flux")
     pipe.load_refiner(place / "refiner")
     with pytest.raises(ConfigError, match="a refiner is guided by the prompt alone"):
-        pipe(PROMPT, pag_scale=2.0, **ASKED)
+        pipe(PROMPT, pag_scale=2.0, **OPTIONS)

@@ -75,7 +75,7 @@ class _Opened:
         page.on("console", lambda message: self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
-        page.on("request", self._asked)
+        page.on("request", self._note_request)
         page.goto(self.address)
         expect(page.locator("#model")).to_have_value("scenes-tiny")
         return page
@@ -84,7 +84,7 @@ class _Opened:
         self.context.close()
         assert failure[0] or self.complaints == []
 
-    def _asked(self, request):
+    def _note_request(self, request):
         if not request.url.startswith((self.address, "data:", f"blob:{self.address}")):
             self.complaints.append(request.url)
 

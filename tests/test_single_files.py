@@ -21,7 +21,7 @@ from latentdiff.networks.codecs.kl import KLAutoencoder
 from .stable_diffusion import load, stored
 
 PROMPT = "a castle on a hill"
-ASKED = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
+OPTIONS = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_float8_with_scales(files, tmp_path):
     save_file(state | {"scaled_fp8": torch.zeros(2)}, tmp_path / "scaled.safetensors")
     save_file(expected, tmp_path / "expected.safetensors")
     scaled, plain = (
-        opened(tmp_path / f"{name}.safetensors")(PROMPT, **ASKED).images for name in ("scaled", "expected")
+        opened(tmp_path / f"{name}.safetensors")(PROMPT, **OPTIONS).images for name in ("scaled", "expected")
     )
     assert torch.equal(scaled, plain)
 
@@ -71,7 +71,7 @@ def test_averages_alone(family, files, folders, tmp_path):
         } | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(5)}
 
     file = changed(files / f"{family}.safetensors", tmp_path / "ema.safetensors", averages)
-    picture, expected = (opened(path)(PROMPT, **ASKED).images for path in (file, files / f"{family}.safetensors"))
+    picture, expected = (opened(path)(PROMPT, **OPTIONS).images for path in (file, files / f"{family}.safetensors"))
     assert torch.equal(picture, expected)
 
 
@@ -83,14 +83,14 @@ def test_averages_beside_the_weights(files, tmp_path):
         return state | {EMA + name.removeprefix(UNET).replace(".", ""): 0 * tensor for name, tensor in named.items()}
 
     file = changed(files / "1.safetensors", tmp_path / "both.safetensors", both)
-    expected = opened(files / "1.safetensors")(PROMPT, **ASKED).images
+    expected = opened(files / "1.safetensors")(PROMPT, **OPTIONS).images
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     theirs = logging.getLogger("diffusers.loaders.single_file_utils")
     theirs.addHandler(handler)
     try:
-        assert torch.equal(opened(file)(PROMPT, **ASKED).images, expected)
+        assert torch.equal(opened(file)(PROMPT, **OPTIONS).images, expected)
     finally:
         theirs.removeHandler(handler)
     assert not messages
@@ -110,16 +110,16 @@ def test_a_checkpoint_without_vae(files, folders, tmp_path, call):
     alone = changed(files / "1.safetensors", tmp_path / "vae.safetensors", vae_alone)
     whole = opened(files / "1.safetensors")
     pipe = opened(bare)
-    assert torch.equal(pipe(PROMPT, **ASKED).images, whole(PROMPT, **ASKED).images)
-    for act in (lambda: pipe(PROMPT, **ASKED | {"output_type": "pt"}), lambda: pipe.save_pretrained(tmp_path / "x")):
+    assert torch.equal(pipe(PROMPT, **OPTIONS).images, whole(PROMPT, **OPTIONS).images)
+    for act in (lambda: pipe(PROMPT, **OPTIONS | {"output_type": "pt"}), lambda: pipe.save_pretrained(tmp_path / "x")):
         with pytest.raises(ModelError, match=r"this checkpoint has no VAE\. Name one: --vae, load_vae"):
             act()
     assert not (tmp_path / "x").exists()
-    expected = whole(PROMPT, **ASKED | {"output_type": "pt"}).images
+    expected = whole(PROMPT, **OPTIONS | {"output_type": "pt"}).images
     for vae in (folders["1"], alone, files / "1.safetensors"):
         one = opened(bare)
         one.load_vae(vae)
-        torch.testing.assert_close(one(PROMPT, **ASKED | {"output_type": "pt"}).images, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(one(PROMPT, **OPTIONS | {"output_type": "pt"}).images, expected, rtol=0, atol=1e-6)
     words = ("generate", PROMPT, "-m", bare, "--vae", alone, "--steps", 2, "-W", 64, "-H", 64, "-s", 1)
     assert call(*words, "-o", "a.png")[0] == 0
     code, out, _ = call("reproduce", "a.png", "-m", bare, "--source", alone)
@@ -137,10 +137,10 @@ def test_a_vae_without_an_encoder(files, tmp_path):
     decoder = changed(files / "1.safetensors", tmp_path / "decoder.safetensors", decoder_alone)
     whole, pipe = opened(files / "1.safetensors"), opened(files / "1.safetensors")
     pipe.load_vae(decoder)
-    options = ASKED | {"output_type": "pt"}
+    options = OPTIONS | {"output_type": "pt"}
     assert torch.equal(pipe(PROMPT, **options).images, whole(PROMPT, **options).images)
     with pytest.raises(ModelError, match="this VAE has no encoder, which input pictures require"):
-        pipe(PROMPT, image=Image.new("RGB", (64, 64)), **ASKED | {"strength": 1.0})
+        pipe(PROMPT, image=Image.new("RGB", (64, 64)), **OPTIONS | {"strength": 1.0})
     with pytest.raises(ConfigError, match="a model folder requires a complete VAE; this one has no encoder"):
         pipe.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -155,8 +155,8 @@ def test_a_vae_of_eight_bits(files, tmp_path, call):
 
     vae = changed(files / "1.safetensors", tmp_path / "f8.safetensors", narrow)
     assert call("convert", files / "1.safetensors", "folder", "--vae", vae)[0] == 0
-    picture = opened("folder")(PROMPT, **ASKED | {"output_type": "pt"}).images
-    expected = opened(files / "1.safetensors")(PROMPT, **ASKED | {"output_type": "pt"}).images
+    picture = opened("folder")(PROMPT, **OPTIONS | {"output_type": "pt"}).images
+    expected = opened(files / "1.safetensors")(PROMPT, **OPTIONS | {"output_type": "pt"}).images
     assert 0 < float((picture.float() - expected).abs().mean()) < 0.05
 
 
@@ -220,13 +220,13 @@ def test_a_prediction_that_is_named_by_hand(files, tmp_path, call):
     """A file that says something unknown is not drawn, unless the user says what it predicts; pictures record that."""
     file = changed(files / "1.safetensors", tmp_path / "x.safetensors", lambda s: s, {"prediction_type": "magic"})
     with pytest.raises(ConfigError, match=r"say that it predicts 'magic'\. Set prediction to one of epsilon, sample"):
-        opened(file)(PROMPT, **ASKED)
+        opened(file)(PROMPT, **OPTIONS)
     plain = opened(files / "1.safetensors")
     for prediction in ("epsilon", "v_prediction", "sample"):
-        picture = opened(file)(PROMPT, prediction=prediction, **ASKED)
+        picture = opened(file)(PROMPT, prediction=prediction, **OPTIONS)
         expected = plain.model
         plain._revise(prediction=prediction)
-        assert torch.equal(picture.images, plain(PROMPT, **ASKED).images)
+        assert torch.equal(picture.images, plain(PROMPT, **OPTIONS).images)
         plain._revise(prediction=expected.prediction)
     words = ("generate", PROMPT, "-m", file, "--steps", 2, "-W", 64, "-H", 64, "-s", 1)
     assert call(*words, "--set", "prediction=v_prediction", "-o", "a.png")[0] == 0

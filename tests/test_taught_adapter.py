@@ -16,7 +16,7 @@ from latentdiff.networks.adapters.trained import Factors
 from .stable_diffusion import load
 
 PROMPT = "a castle on a hill"
-ASKED = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
+OPTIONS = {"num_inference_steps": 2, "width": 64, "height": 64, "seed": 1, "output_type": "latent", "sampler": "ddim"}
 KINDS = {
     "plain": Factors(4, 2.0),
     "rslora": Factors(4, 2.0, rslora=True),
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def draw(pipe):
-    return pipe(PROMPT, **ASKED).images
+    return pipe(PROMPT, **OPTIONS).images
 
 
 def begun(folder, factors):

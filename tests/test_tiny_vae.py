@@ -32,7 +32,7 @@ def again(path, *words):
 
 
 PROMPT = "a red circle above a blue square"
-ASKED = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 64, "height": 64}
+OPTIONS = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 64, "height": 64}
 
 
 def tiny_vae(folder, levels=4, scaling=1.0):
@@ -74,7 +74,7 @@ def test_as_diffusers_draws(model):
     theirs.set_progress_bar_config(disable=True)
     assert ours.model.multiple == 8
     noise = torch.from_numpy(normal((2, 4, 8, 8), 0, "test"))
-    options = ASKED | {"num_inference_steps": 4}
+    options = OPTIONS | {"num_inference_steps": 4}
     expected = theirs([PROMPT] * 2, latents=noise, output_type="np", **options).images
     settings = {"sampler": "ddim", "spacing": "trailing", "num_images_per_prompt": 2, "output_type": "np"}
     picture = ours(PROMPT, latents=noise, **settings, **options).images
@@ -105,7 +105,7 @@ def test_by_openvino(call, tiny_model, vae, tmp_path):
     code, _, err = call("convert", tiny_model, tmp_path / "made", "--vae", vae, "--to", "openvino")
     assert code == 0, err
     assert "vae_decoder: differs from torch by" in err
-    options = {"seed": 3, "output_type": "uint8"} | ASKED
+    options = {"seed": 3, "output_type": "uint8"} | OPTIONS
     ours, theirs, plain = (
         LatentDiffusionPipeline.from_pretrained(folder, runtime=runtime, torch_dtype="float32")(
             PROMPT, **options
@@ -164,9 +164,9 @@ def test_a_models_own_is_found_in_it(model, tiny_model):
     """Of a model folder its VAE, a larger one too."""
     assert check_vae(model) == (model / "vae").resolve()
     pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, runtime="torch", device="cpu")
-    before = pipe(PROMPT, seed=1, output_type="uint8", **ASKED).images
+    before = pipe(PROMPT, seed=1, output_type="uint8", **OPTIONS).images
     pipe.load_vae(tiny_model)
-    assert np.array_equal(pipe(PROMPT, seed=1, output_type="uint8", **ASKED).images, before)
+    assert np.array_equal(pipe(PROMPT, seed=1, output_type="uint8", **OPTIONS).images, before)
 
 
 def damaged(folder, change):

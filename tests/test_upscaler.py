@@ -9,13 +9,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionUpscalePipeline, UNet2DConditionModel
 from PIL import Image
 
-from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.drawing.record import read_metadata
 
 from . import stable_diffusion
 from .pictures import as_jsonl, some_pictures
-from .stable_diffusion import load
+from .stable_diffusion import load, openvino_like_torch
 
 PROMPT, NEGATIVE = "a castle on the hill", "blurry"
 OURS = {"sampler": "ddim", "spacing": "trailing"}
@@ -84,22 +83,9 @@ def test_noise_is_keyed_by_the_picture(place, picture):
 
 
 @pytest.mark.slow
-def test_as_openvino_draws(place, picture, tmp_path):
-    from latentdiff.runtime.export import export
-
+def test_openvino_draws_what_torch_draws(place, picture, tmp_path):
     folder, _ = place
-    copy = shutil.copytree(folder, tmp_path / "model")
-    export(load(copy).model, copy)
-    options = {
-        "num_inference_steps": 3,
-        "image": picture,
-        "seed": 1,
-        "output_type": "uint8",
-        "num_images_per_prompt": 2,
-    }
-    fast = LatentDiffusionPipeline.from_pretrained(copy, runtime="openvino", torch_dtype="float32")
-    sample = [pipe(PROMPT, **options, **OURS).images.astype(int) for pipe in (fast, load(folder))]
-    assert np.abs(sample[0] - sample[1]).max() <= 1
+    openvino_like_torch(folder, tmp_path, PROMPT, image=picture, **OURS)
 
 
 def test_any_size(place, tmp_path):

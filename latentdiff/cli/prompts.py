@@ -68,7 +68,7 @@ def _of_json(text: str, path: Path) -> Iterator[Wish]:
             continue
         where = f"{path} line {number}"
         try:
-            tree = json.loads(line, object_pairs_hook=_said_once)
+            tree = json.loads(line, object_pairs_hook=_without_nulls)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         except (ValueError, RecursionError):
@@ -78,7 +78,7 @@ def _of_json(text: str, path: Path) -> Iterator[Wish]:
         yield _wish(tree, path.parent, where)
 
 
-def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object without its null entries. Raises ConfigError for a name that occurs twice."""
     names = [name for name, _ in pairs]
     for name in names:

@@ -9,7 +9,7 @@ from latentdiff.data.buckets import Size
 WHOLE = 0.25  # share of masks of everything, as in Stable Diffusion's inpainting models
 
 
-def drawn_mask(rng: np.random.Generator, size: Size) -> np.ndarray:
+def random_mask(rng: np.random.Generator, size: Size) -> np.ndarray:
     """A mask, uint8 (height, width), 255 in the part to fill in, which is never empty."""
     mask = np.zeros(size, np.uint8)
     kind = rng.random()

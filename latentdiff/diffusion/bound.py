@@ -82,7 +82,7 @@ def proposal(path: Path) -> Floats:
     return np.asarray((1 - _UNIFORM) * white / white.sum() + _UNIFORM * (np.arange(path.T) > 0) / (path.T - 1))
 
 
-def drawn_times(chances: Floats, count: int, seed: int, sample: int) -> NDArray[np.int64]:
+def sample_times(chances: Floats, count: int, seed: int, sample: int) -> NDArray[np.int64]:
     """`count` times of one sample by systematic sampling of their probabilities (T,): quantiles at (i + u) / count."""
     u = noise.generator(seed, "bound times", sample).random()
     quantiles = np.cumsum(chances)
@@ -176,7 +176,7 @@ def errors_of(
     """
     numbers = list(range(len(x0))) if samples is None else list(samples)
     chances = proposal(path)
-    times = np.stack([drawn_times(chances, count, seed, number) for number in numbers])
+    times = np.stack([sample_times(chances, count, seed, number) for number in numbers])
     first = np.zeros(len(x0), np.int64)
     predicted = predict(noised(path, x0, first, seed, numbers), first)
     sigma = path.numbered(0).sigma

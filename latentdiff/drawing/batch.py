@@ -48,7 +48,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class GivenNoise:
+class CallerNoise:
     """The caller's own noise instead of keyed noise: the first noise (N, C, h, w), or torch's generators."""
 
     latents: torch.Tensor | None = None
@@ -57,16 +57,16 @@ class GivenNoise:
     def __bool__(self) -> bool:
         return self.latents is not None or self.generators is not None
 
-    def of(self, first: int, count: int) -> GivenNoise:
+    def of(self, first: int, count: int) -> CallerNoise:
         """The noise of some of the pictures; a single generator is shared by all."""
         latents = None if self.latents is None else self.latents[first : first + count]
         if self.generators is None:
-            return GivenNoise(latents)
+            return CallerNoise(latents)
         alone = len(self.generators) == 1
-        return GivenNoise(latents, [self.generators[0]] * count if alone else self.generators[first : first + count])
+        return CallerNoise(latents, [self.generators[0]] * count if alone else self.generators[first : first + count])
 
 
-NO_NOISE = GivenNoise()
+NO_NOISE = CallerNoise()
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Batch:
     """Pictures that differ only in prompt, seed and input picture, and the caller's noise for them."""
 
     jobs: Sequence[Job]
-    noise: GivenNoise = NO_NOISE
+    noise: CallerNoise = NO_NOISE
 
     def __len__(self) -> int:
         return len(self.jobs)

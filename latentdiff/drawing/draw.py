@@ -16,7 +16,7 @@ from latentdiff.core.errors import ConfigError, NonFiniteError
 from latentdiff.core.images import coloured, to_uint8, to_values
 from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import pixels
-from latentdiff.drawing.batch import NO_NOISE, Batch, GivenNoise, Job
+from latentdiff.drawing.batch import NO_NOISE, Batch, CallerNoise, Job
 from latentdiff.drawing.canvas import Canvas, Margins, canvas
 from latentdiff.drawing.cascade import check_jobs, enlarged, final_of
 from latentdiff.drawing.hints import Hint
@@ -119,7 +119,7 @@ def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
     return job.settings, form, chunks_of(job, painter.model.encoder), job.embeds is None, forms
 
 
-def batches_of(painter: Painter, jobs: Sequence[Job], noise: GivenNoise = NO_NOISE) -> Iterator[Batch]:
+def batches_of(painter: Painter, jobs: Sequence[Job], noise: CallerNoise = NO_NOISE) -> Iterator[Batch]:
     """Jobs in batches, in their order; a batch's pictures differ only in prompt, seed and input picture."""
     first = 0
     for _, group in groupby(jobs, partial(batch_key, painter)):
@@ -139,23 +139,23 @@ class Drawing:
 
     def __init__(self, painter: Painter, batch: Batch):
         self._painter, self.batch = painter, batch
-        self._last, self._drawn = painter, batch
+        self._current, self._current_batch = painter, batch
         self.notes = notes_of(batch, painter.model, adapted=painter.learnt_more)
         check_jobs(batch.jobs, painter)
 
     def __iter__(self) -> Generator[Step, Array | None, None]:
         """Every step of every pass; other latents may be sent, from which drawing goes on."""
-        latents = yield from self._walked()
+        latents = yield from self._walk()
         for painter in self._painter.cascade:
             small = coloured(to_uint8(self._images(latents)))
-            self._last, self._drawn = painter, enlarged(self._drawn, small, painter)
-            latents = yield from self._walked()
+            self._current, self._current_batch = painter, enlarged(self._current_batch, small, painter)
+            latents = yield from self._walk()
 
-    def _walked(self) -> Generator[Step, Array | None, Array]:
+    def _walk(self) -> Generator[Step, Array | None, Array]:
         """Every step of the present painter; returns the last latents."""
-        request = self._drawn.request
-        codec = self._last.model.codec
-        walk = steps(self._drawn, self._last, self.notes)
+        request = self._current_batch.request
+        codec = self._current.model.codec
+        walk = steps(self._current_batch, self._current, self.notes)
         sent: Array | None = None
         final: Array = None
         while True:
@@ -170,7 +170,7 @@ class Drawing:
 
     def _images(self, latents: Array) -> Array:
         """The images of final latents, (B, C, H, W), with what their inputs keep. Raises NonFiniteError."""
-        model, jobs, request = self._last.model, self._drawn.jobs, self._drawn.request
+        model, jobs, request = self._current.model, self._current_batch.jobs, self._current_batch.request
         with model.codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
             images = pixels.decode(model, latents, self.notes)
         self._check_finite(latents, images)
@@ -181,7 +181,7 @@ class Drawing:
         upscaler = self._painter.upscaler
         if upscaler is None or self.batch.request.hires_scale:
             return images
-        return self._last.model.array(to_values(upscaler.enlarge(coloured(to_uint8(images)))))
+        return self._current.model.array(to_values(upscaler.enlarge(coloured(to_uint8(images)))))
 
     def _check_finite(self, latents: Array, images: Array) -> None:
         if not (pixels.all_finite(latents) and pixels.all_finite(images)):
@@ -191,7 +191,7 @@ class Drawing:
 
     def finish(self, latents: Array, output_type: str = "pil") -> Output:
         """Decode final latents and record how each picture was made. Raises NonFiniteError."""
-        model, jobs = self._last.model, self.batch.jobs
+        model, jobs = self._current.model, self.batch.jobs
         seeds = [job.seed for job in jobs]
         images: Any = latents
         if output_type == "latent":
@@ -248,7 +248,7 @@ def draw(
     painter: Painter,
     jobs: Sequence[Job],
     output_type: str = "pil",
-    noise: GivenNoise = NO_NOISE,
+    noise: CallerNoise = NO_NOISE,
     watch: Watch | None = None,
 ) -> Output:
     """All pictures of jobs, batch by batch. watch: see `Drawing.output`."""

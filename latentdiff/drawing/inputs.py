@@ -9,7 +9,7 @@ import numpy as np
 
 from latentdiff.core.arrays import Put
 from latentdiff.core.errors import ConfigError
-from latentdiff.drawing.batch import NO_NOISE, GivenNoise
+from latentdiff.drawing.batch import NO_NOISE, CallerNoise
 from latentdiff.drawing.request import LONGEST
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def _conditions(tokens: Any, pooled: Any) -> Conditions:
     return Conditions({"tokens": tokens} | ({} if pooled is None else {"pooled": pooled}))
 
 
-def noise_of(latents: Any, generator: Any, shape: Shape, put: Put) -> GivenNoise:
+def noise_of(latents: Any, generator: Any, shape: Shape, put: Put) -> CallerNoise:
     """The caller's own noise: `latents` of this shape, (N, C, h, w), and generators, one or N. Raises ConfigError."""
     if latents is None and generator is None:
         return NO_NOISE
     if generator is None and isinstance(latents, np.ndarray) and latents.shape == shape and latents.dtype == np.float32:
-        return GivenNoise(put(latents))
+        return CallerNoise(put(latents))
     import torch
 
     listed = generator if isinstance(generator, list | tuple) else [generator]
@@ -100,11 +100,11 @@ def noise_of(latents: Any, generator: Any, shape: Shape, put: Put) -> GivenNoise
     if generators is not None and len(generators) not in (1, shape[0]):
         raise ConfigError(f"{len(generators)} generators for {shape[0]} pictures")
     if latents is None:
-        return GivenNoise(None, generators)
+        return CallerNoise(None, generators)
     try:
         own = torch.as_tensor(latents).float()
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"latents must be a tensor of shape {shape} (got {type(latents).__name__})") from None
     if tuple(own.shape) != shape:
         raise ConfigError(f"latents must have the shape {shape} (got {tuple(own.shape)})")
-    return GivenNoise(put(own), generators)
+    return CallerNoise(put(own), generators)

@@ -32,7 +32,7 @@ from latentdiff.server.studio import (
     read_picture,
     to_base64,
 )
-from latentdiff.server.work import Drawn, StoppedError, Ticket, all_drawn
+from latentdiff.server.work import FinishedPicture, StoppedError, Ticket, finished_pictures
 
 Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # what is not supported -> values that mean nothing, beside empty ones
@@ -216,9 +216,9 @@ async def _answered(
     drawing = {**settings.drawing(), **further, **controls.settings}
     order = Order(drawing, client_of(http), chosen, controls=controls.names, hints=controls.hints, interruptible=True)
     ticket = await studio.submit(replace(order, **changes))
-    pictures: dict[int, Drawn] = {}
+    pictures: dict[int, FinishedPicture] = {}
     try:
-        async for event in all_drawn(ticket, http.is_disconnected):
+        async for event in finished_pictures(ticket, http.is_disconnected):
             pictures[event.number] = event
     except StoppedError:
         if not ticket.cancelled or studio.worker.stopping:
@@ -231,7 +231,7 @@ async def _answered(
     return JSONResponse(answer, headers={"x-ignored": ", ".join(settings.ignored())} if settings.ignored() else None)
 
 
-def _info(ticket: Ticket, pictures: list[Drawn]) -> str:
+def _info(ticket: Ticket, pictures: list[FinishedPicture]) -> str:
     """A1111's `info`, JSON in a string."""
     card = ticket.painter.model.card
     request = ticket.jobs[0].request

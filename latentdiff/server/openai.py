@@ -21,7 +21,7 @@ from latentdiff.core.errors import ConfigError, DataError, LatentDiffError, Mode
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.request import Request
 from latentdiff.server.studio import MissingError, Order, Studio, client_of, read_picture, to_base64, transparent_parts
-from latentdiff.server.work import Drawn, Moved, Preview, Ticket, all_drawn
+from latentdiff.server.work import FinishedPicture, Moved, Preview, Ticket, finished_pictures
 
 ALIASES = ("default", "dall-e-2", "dall-e-3", "gpt-image-1")
 VARIED = 0.6  # strength of a variation
@@ -137,25 +137,25 @@ async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **
     if body.stream:
         return StreamingResponse(_streamed(body, ticket, kind), media_type="text/event-stream", headers=headers)
     pictures: dict[int, dict[str, Any]] = {}
-    async for event in all_drawn(ticket, http.is_disconnected):
+    async for event in finished_pictures(ticket, http.is_disconnected):
         pictures[event.number] = _item(body, event, str(http.base_url))
     data = [pictures[number] for number in sorted(pictures)]
     return JSONResponse({"created": int(time.time()), "data": data}, headers=headers)
 
 
-def _item(body: Body, event: Drawn, base: str) -> dict[str, Any]:
+def _item(body: Body, event: FinishedPicture, base: str) -> dict[str, Any]:
     if body.response_format == "url":
         return {"url": f"{base}pictures/{event.kept.name}"}
     return {"b64_json": _encoded(body, event)}
 
 
-def _encoded(body: Body, event: Drawn | Preview) -> str:
+def _encoded(body: Body, event: FinishedPicture | Preview) -> str:
     """In base64: a preview, or the folder's file, encoded anew with its record if another format is asked for."""
-    if isinstance(event, Drawn) and body.output_format == "png":
+    if isinstance(event, FinishedPicture) and body.output_format == "png":
         return to_base64(event.kept.png)
-    record = event.record if isinstance(event, Drawn) else None
-    is_asked = body.output_format in _LOSSY and "output_compression" in body.model_fields_set
-    quality, suffix = body.output_compression if is_asked else None, f".{body.output_format}"
+    record = event.record if isinstance(event, FinishedPicture) else None
+    has_quality = body.output_format in _LOSSY and "output_compression" in body.model_fields_set
+    quality, suffix = body.output_compression if has_quality else None, f".{body.output_format}"
     try:
         data = encoded(event.image, suffix, record, quality)
     except DataError:  # the record is too long for a JPEG; the file in the folder has it

@@ -36,7 +36,7 @@ from latentdiff.server.studio import (
     read_picture,
     to_base64,
 )
-from latentdiff.server.work import Drawn, Preview, Ticket, all_drawn
+from latentdiff.server.work import FinishedPicture, Preview, Ticket, finished_pictures
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = (  # of the page: scripts, pictures and addresses of this server alone; in no frame of another page
@@ -160,7 +160,7 @@ def routes(studio: Studio) -> APIRouter:
     async def live(body: Live, http: HttpRequest) -> dict[str, Any]:
         """A picture in few steps, as a data URL."""
         ticket = await studio.submit(body.order(client_of(http)))
-        async for event in all_drawn(ticket, http.is_disconnected):
+        async for event in finished_pictures(ticket, http.is_disconnected):
             image = to_base64(encoded(event.image, ".png", None))
         return {"image": f"data:image/png;base64,{image}", "notes": [*event.notes]}
 
@@ -196,7 +196,7 @@ def _facts(studio: Studio, ticket: Ticket, event: Any) -> Iterator[dict[str, Any
     if isinstance(event, Preview):
         data = to_base64(encoded(event.image, ".png", None))
         yield {"kind": "preview", "number": event.number, "image": f"data:image/png;base64,{data}"}
-    elif isinstance(event, Drawn):
+    elif isinstance(event, FinishedPicture):
         name = event.kept.name
         record = summary(record_in({"latentdiff": asdict(event.record)}, name), studio.shelf.own)
         yield {"kind": "picture", "number": event.number, "name": name, "record": record, "notes": [*event.notes]}

@@ -58,7 +58,7 @@ Finish = Callable[[Image.Image, ImageMetadata], Kept]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class FinishedPicture:
     """A finished picture of a ticket, its record, and its file."""
 
     number: int
@@ -73,7 +73,7 @@ class Moved:
     """A step of a ticket is done, see `Ticket.done`, or its place in the queue is another."""
 
 
-Event = Preview | Drawn | Moved | Exception
+Event = Preview | FinishedPicture | Moved | Exception
 
 
 @dataclass(eq=False)
@@ -115,7 +115,7 @@ class Ticket:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def events(self) -> AsyncIterator[Preview | Drawn | Moved]:
+    async def events(self) -> AsyncIterator[Preview | FinishedPicture | Moved]:
         """Steps, previews and pictures; leaving before all are drawn cancels the rest. Raises what drawing raised."""
         left = len(self.jobs)
         try:
@@ -124,12 +124,12 @@ class Ticket:
                 if isinstance(event, Exception):
                     raise event
                 yield event
-                left -= isinstance(event, Drawn)
+                left -= isinstance(event, FinishedPicture)
         finally:
             self.cancelled = self.cancelled or left > 0
 
 
-async def all_drawn(ticket: Ticket, is_gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Drawn]:
+async def finished_pictures(ticket: Ticket, is_gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[FinishedPicture]:
     """The pictures of a ticket as they are drawn. is_gone: whether the client has gone away, which cancels the rest."""
 
     async def watch() -> None:
@@ -140,7 +140,7 @@ async def all_drawn(ticket: Ticket, is_gone: Callable[[], Awaitable[bool]]) -> A
     watching = asyncio.create_task(watch())
     try:
         async for event in ticket.events():
-            if isinstance(event, Drawn):
+            if isinstance(event, FinishedPicture):
                 yield event
     finally:
         watching.cancel()
@@ -279,7 +279,7 @@ class Worker:
                 ticket.tell(StoppedError("cancelled"))
             else:
                 kept = self._finish(image, record) if ticket.is_kept else NOT_KEPT
-                ticket.tell(Drawn(number, image, record, kept, tuple(output.notes)))
+                ticket.tell(FinishedPicture(number, image, record, kept, tuple(output.notes)))
 
     def _tell_all(self, error: Exception) -> None:
         for ticket in self.current():

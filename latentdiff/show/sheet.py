@@ -38,10 +38,12 @@ class Sheet:
         if target.exists():
             raise ConfigError(f"file exists ({target}). Pictures are never overwritten")
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_new(target, self._page() if target.suffix.lower() == ".html" else self._drawn(target.suffix.lower()[1:]))
+        write_new(
+            target, self._page() if target.suffix.lower() == ".html" else self._rendered(target.suffix.lower()[1:])
+        )
         return target
 
-    def _drawn(self, kind: str) -> bytes:
+    def _rendered(self, kind: str) -> bytes:
         import matplotlib as mpl
 
         content = io.BytesIO()
@@ -50,13 +52,13 @@ class Sheet:
         return content.getvalue()
 
     def _page(self) -> bytes:
-        data = base64.b64encode(self._drawn("svg")).decode()
+        data = base64.b64encode(self._rendered("svg")).decode()
         picture = f'<img style="max-width:100%" alt="{escaped(self.title)}" src="data:image/svg+xml;base64,{data}">'
         return document(self.title, f"<p>{escaped(self.text)}</p>", picture).encode()
 
     def _repr_png_(self) -> bytes:
         """For notebooks."""
-        return self._drawn("png")
+        return self._rendered("png")
 
 
 def check_suffix(path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from latentdiff.core.annotators import Annotator
 from latentdiff.core.images import coloured, to_images, to_values
 from latentdiff.data.examples import Examples
-from latentdiff.data.masks import drawn_mask
+from latentdiff.data.masks import random_mask
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.process import diffuse
 from latentdiff.drawing.canvas import reduced, resized
@@ -112,7 +112,7 @@ class Masked:
         """The captions' inputs, `pixels` (B, C, H, W) with the masked part 0, and `mask` (B, 1, h, w)."""
         pictures = [self._examples.image(*key) for key in keys]
         masks = [
-            drawn_mask(noise.generator(self._seed, "mask", *key), p.shape[:2])
+            random_mask(noise.generator(self._seed, "mask", *key), p.shape[:2])
             for key, p in zip(keys, pictures, strict=True)
         ]
         visible = to_values(np.stack(pictures)) * (np.stack(masks)[:, None] == 0)

@@ -18,7 +18,7 @@ from latentdiff.drawing.painter import Painter
 from latentdiff.settings.config import Captions, Data
 from latentdiff.settings.finetuning import FineTuning
 
-_SAID = "classes.json"
+_RECORD = "classes.json"
 _AT_ONCE = 8  # a picture's bits depend on its batch, so batches are the same however often drawing was interrupted
 
 
@@ -44,7 +44,7 @@ def draw_class(painter: Painter, config: FineTuning, folder: Path, model: str) -
         "count": prior.pictures,
         "model": model,
     }
-    record = _said(folder, settings)
+    record = _finished(folder, settings)
     if record is not None:
         _check(folder, record)
         return
@@ -53,31 +53,31 @@ def draw_class(painter: Painter, config: FineTuning, folder: Path, model: str) -
         if not all(_path(folder, number).is_file() for number in numbers):
             _draw(painter, config, folder, numbers)
     sums = {path.name: sha256_of(path) for path in (_path(folder, number) for number in range(prior.pictures))}
-    _say(folder, {**settings, "pictures": sums})
+    _write_record(folder, {**settings, "pictures": sums})
 
 
-def _said(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
+def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, str] | None:
     """The hashes of finished pictures with these settings, or None. Raises DataError."""
-    path = folder / _SAID
+    path = folder / _RECORD
     if not path.is_file():
         if folder.exists() and any(folder.iterdir()):
             raise DataError(f"the folder for class pictures has other files ({folder}). Move them away")
         folder.mkdir(parents=True, exist_ok=True)
-        _say(folder, settings)
+        _write_record(folder, settings)
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         sums = record.pop("pictures", None)
     except (ValueError, AttributeError, RecursionError):
-        raise DataError(f"{_SAID} is damaged ({folder}). Move the folder away to have new pictures drawn") from None
+        raise DataError(f"{_RECORD} is damaged ({folder}). Move the folder away to have new pictures drawn") from None
     if record != settings or not isinstance(sums, dict | None):
         raise DataError(f"the class pictures have other settings ({folder}). Move them away to have new ones drawn")
     return sums
 
 
-def _say(folder: Path, tree: dict[str, Any]) -> None:
+def _write_record(folder: Path, tree: dict[str, Any]) -> None:
     """Write classes.json, whole or not at all."""
-    write_json(folder / _SAID, tree, indent=1)
+    write_json(folder / _RECORD, tree, indent=1)
 
 
 def _draw(painter: Painter, config: FineTuning, folder: Path, numbers: range) -> None:

@@ -88,7 +88,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     if accelerator.is_main_process:
         save_config(config, run.folder / FILE)
         with saving("what was learnt", run.folder):
-            paths = tuning.write(run.folder, said_of(run, model))
+            paths = tuning.write(run.folder, metadata_of(run, model))
         sheets: list[np.ndarray] = []
         if tuning.teacher is not None:
             sheets = few_steps(painter, tuning.teacher, config, prompts_of(config, held_out))
@@ -300,7 +300,7 @@ def timed_step(run: Run[FineTuning], model: Model, tuning: Tuning) -> float:
     return (time.monotonic() - began) * learning.training.gradient_accumulation_steps
 
 
-def said_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
+def metadata_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
     """Metadata of the training under kohya's and modelspec's keys."""
     config, training = run.config, run.config.finetune.training
     kind = "of-its-own" if model.family is None else model.family.called(model)

@@ -52,7 +52,7 @@ def report(
     """
     numbers = validation_losses(validation, TIME_BINS, painter.model.path.T, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
-    pictures = _drawn(painter, config, prompts, seen)
+    pictures = _draw(painter, config, prompts, seen)
     _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png", {"step": step, "prompts": prompts})
     folder = painter.model.card.folder
     known = painter.model.card.words or frozenset()
@@ -83,7 +83,7 @@ def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
     return captions + [config.prior.prompt] * len(captions) if config.prior.prompt else captions
 
 
-def _drawn(painter: Painter, config: FineTuning, prompts: list[str], seen: Examples) -> np.ndarray:
+def _draw(painter: Painter, config: FineTuning, prompts: list[str], seen: Examples) -> np.ndarray:
     """Pictures of prompts, uint8 (N, H, W, C), always from the same noise.
 
     A control or an IP-Adapter reads validation pictures.

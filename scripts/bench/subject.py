@@ -26,7 +26,7 @@ from latentdiff.data.transform import view
 from latentdiff.evaluation import oracle
 
 
-def given(paths: list[Path], side: int) -> np.ndarray:
+def training_views(paths: list[Path], side: int) -> np.ndarray:
     """The pictures as training sees them, uint8 (N, side, side, 3)."""
     return np.stack([view(decode(path.read_bytes()).pixels, (side, side)) for path in paths])
 
@@ -86,7 +86,7 @@ def main() -> None:
     before = LatentDiffusionPipeline.from_pretrained(options.model, device="cpu")
     after = taught(options.model, folder / "run")
     side = before.card.size[0]
-    subject = given(options.pictures, side)
+    subject = training_views(options.pictures, side)
     result = {}
     for name, pipe in (("before", before), ("after", after)):
         pipe.load_clip()

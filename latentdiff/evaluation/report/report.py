@@ -152,7 +152,7 @@ def _kept(name: str, subject: Subject, rules: Mapping[str, Any]) -> Result | Non
     if not (values := read_memo(_memo(name, subject), rules)):
         return None
     (tree,) = values
-    files = [_shown(name, subject, number) for number in range(len(tree["shown"]))]
+    files = [_example(name, subject, number) for number in range(len(tree["shown"]))]
     if not all(file.is_file() for file in files):
         return None
     return from_tree(tree, [(read(file), caption) for file, caption in zip(files, tree["shown"], strict=True)])
@@ -162,7 +162,7 @@ def _memo(name: str, subject: Subject) -> Path:
     return subject.folder / f"{name}.json"
 
 
-def _shown(name: str, subject: Subject, number: int) -> Path:
+def _example(name: str, subject: Subject, number: int) -> Path:
     return subject.folder / name / "shown" / f"{number:02d}.png"
 
 
@@ -177,7 +177,7 @@ def measure(
     facts = {**result.facts, "seconds": round(time.monotonic() - began, 1)}
     tree = {**as_tree(result), "facts": facts, "shown": [dict(caption) for _, caption in result.pictures]}
     for number, (picture, _) in enumerate(result.pictures):
-        file = _shown(name, subject, number)
+        file = _example(name, subject, number)
         file.unlink(missing_ok=True)
         write(picture, file)
     write_memo(_memo(name, subject), rules, [tree])
@@ -191,7 +191,7 @@ def write_report(
     skipped: Mapping[str, str],
     settings: Mapping[str, Any],
 ) -> None:
-    """`found` has of each section a result for each model."""
+    """Write the page and the figures. by_section: for each section one result per model."""
     names = [subject.name for subject in subjects]
     tree: dict[str, Any] = {"settings": dict(settings), "skipped": dict(skipped), "models": []}
     by_section = {name: by_section[name] for name in SECTIONS if name in by_section}

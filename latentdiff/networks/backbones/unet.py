@@ -244,7 +244,7 @@ class UNet(nn.Module):
         label = conditions.get("label")
         text = None if conditions.prepared is None else {"text": conditions.prepared}
         time, residuals = torch.as_tensor(t, device=x.device), conditions.added(RESIDUAL)
-        with self._shown(conditions.image_prompts):
+        with self._with_image_prompts(conditions.image_prompts):
             output: Tensor = self.model(
                 x,
                 time,
@@ -275,7 +275,7 @@ class UNet(nn.Module):
         return get_timestep_embedding(number, width, downscale_freq_shift=1).to(x.dtype)
 
     @contextmanager
-    def _shown(self, prompts: Sequence[ImagePrompt]) -> Iterator[None]:
+    def _with_image_prompts(self, prompts: Sequence[ImagePrompt]) -> Iterator[None]:
         """A block in which cross-attention attends to image prompts too.
 
         With gradients it lasts until the next one: recomputed activations (`save_memory`) read it after the block.
