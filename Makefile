@@ -14,8 +14,8 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## install everything and draw a picture
 	$(BIN)/latentdiff generate "a red circle above a blue square" --seed 1
 
-# in several processes of one thread each: most of a test is starting up, which no thread shortens; one more than cores,
-# since some wait for processes of their own
+# in several processes of one thread each: most of a test is starting up, which no thread shortens; three for
+# two cores, since some wait for processes of their own
 test: $(VENV)/.installed
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo "No Chromium here: the web page is not tested. apt-get install chromium"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder

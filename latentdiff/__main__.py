@@ -9,8 +9,8 @@ from latentdiff.cli import main
 def run() -> None:
     """The command as a process.
 
-    Unless torch is loaded, whose libraries must stop workers and remove files, the process exits at once: freeing
-    compiled networks one by one would take a twelfth of the time of a picture.
+    Without torch the process exits at once, because freeing compiled networks one by one takes a twelfth of the time
+    of a picture. With torch it exits as usual: torch's libraries stop workers and remove files.
     """
     try:
         main()

@@ -38,9 +38,9 @@ class ModelCard:
     variant: str | None = None  # the variant of its weights
     folder: FilePath | None = field(default=None, compare=False)  # the model's folder, unless it is a single file
     words: frozenset[str] | None = None  # of all captions that it was trained on, if they are known
-    of_one_thing: dict[str, str] = field(default_factory=dict)  # words from captions of one thing, and its name
+    of_one_thing: dict[str, str] = field(default_factory=dict)  # words of captions of one thing alone -> its name
     things: Mapping[str, tuple[str, ...]] | None = None  # the names of what it draws, by category
-    notes: tuple[str, ...] = ()  # what its scheduler's config wants and we do otherwise
+    notes: tuple[str, ...] = ()  # settings of its scheduler's config that are not followed
 
 
 class Place(Protocol):
@@ -91,9 +91,9 @@ class NumPyPlace:
 class Enlarging:
     """How a model enlarges a small picture, which its backbone reads beside x.
 
-    scale: pixels of its picture for one of the small one. path: the noise that the small picture gets before (noise
-    augmentation, Ho et al. 2022, Cascaded Diffusion Models, section 4); the backbone reads its time, below `times`.
-    usual: that time, unless another is asked.
+    scale: the side of its picture divided by the small one's. path: of the noise that is added to the small picture
+    first (noise augmentation, Ho et al. 2022, Cascaded Diffusion Models, section 4); the backbone reads the time,
+    which is below `times`. usual: the default time.
     """
 
     scale: int
@@ -123,8 +123,8 @@ class Family:
     missing. pipelines: diffusers' pipeline classes. load: a checked folder and the variant of its weights -> the model
     on the CPU in its stored precision. save: write a model's networks into a new folder. index: its model_index.json.
     defaults: settings that its pipeline in diffusers has, where a folder recommends none. layout: of its single files.
-    architecture: see `called`, where it is not the family's name. path: the path that its pipeline makes of its
-    scheduler's. context: for editing models that cannot draw without a picture, its latents -> what the backbone reads.
+    architecture: see `called`, where it is not the family's name. path: the scheduler's path -> the one that
+    is used. context: for editing models that cannot draw without a picture, its latents -> what the backbone reads.
     enlarging: how the models of a folder enlarge, if they do.
     """
 
@@ -151,8 +151,8 @@ class Family:
 class Model:
     """Networks, the path between data and noise, and the backbone's prediction.
 
-    parts: diffusers' names -> the libraries' own objects, for saving, adapters and hashing. other: the same model by
-    torch, if this one is compiled; is_fixed: whether that must not take over. ready: starts compilation for latents
+    parts: diffusers' names -> the libraries' own objects, for saving, adapters and hashing. other: loads the same model
+    in torch, if this one is compiled; is_fixed: whether torch must not take over. ready: starts compilation for latents
     (B, C, h, w), a number of conditions, and with or without reused deep features.
     """
 

@@ -83,8 +83,8 @@ class LatentDiffusionPipeline:
         Without a path this is the default model inside the package. A hub id is fetched once, at `revision`. runtime:
         see `latentdiff.runtime.choice`; speed: exact, fast or max, see `latentdiff.runtime.speed`. quantize: a kind of
         weights with fewer bits, int8, int4, fp8, q8_0 or q4_0, see `latentdiff.runtime.quantized`. torch uses CUDA if
-        there is one, and float32 by default. parts: a scheduler or a vae of diffusers', and diffusers' arguments that
-        ask for what is done here anyway (safety_checker=None). Raises ModelError, UnsafeError, ConfigError.
+        there is one, and float32 by default. parts: diffusers' scheduler, vae or controlnet; its other arguments
+        are accepted where they change nothing (safety_checker=None). Raises ModelError, UnsafeError, ConfigError.
         """
         from latentdiff.runtime import choice
 
@@ -117,7 +117,7 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing.extras import check_merged
         from latentdiff.families.loading import save_model
 
-        with self._changing("saving"):  # without what is fused for speed
+        with self._changing("saving"):  # undoes what is fused for speed
             check_merged(self._painter)
             changed = any(source.kind in ("merged", "few-steps", "vae") for source in self._painter.sources.values())
             save_model(self.model, as_path(directory), with_student=not changed)
@@ -157,7 +157,7 @@ class LatentDiffusionPipeline:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights have fewer bits than numbers: then adapters stay beside them, and cannot be fused."""
+        """Whether the weights are quantized: adapters then stay beside them and cannot be fused."""
         from latentdiff.runtime.quantized import is_quantized
 
         return is_quantized(self.model)
@@ -173,8 +173,8 @@ class LatentDiffusionPipeline:
     def scheduler(self) -> Any:
         """A scheduler of diffusers with the model's noise schedule.
 
-        One that is set chooses sampler and spacing, and says what the network predicts. Setting raises ConfigError for
-        another noise schedule than the model's.
+        Setting one chooses the sampler, the spacing and the prediction. Raises ConfigError if its noise schedule is not
+        the model's.
         """
         from latentdiff.families.scheduler import as_diffusers
 
@@ -186,7 +186,7 @@ class LatentDiffusionPipeline:
 
         prediction, sampling = sampling_for(self.model, scheduler)
         if sampling.notes:
-            warnings.warn(f"of this scheduler, {', '.join(sampling.notes)} is not taken", stacklevel=2)
+            warnings.warn(f"{', '.join(sampling.notes)} of this scheduler is not supported", stacklevel=2)
         self._recommend(**sampling.settings)
         self._revise(prediction=prediction)
 
@@ -209,7 +209,7 @@ class LatentDiffusionPipeline:
 
     @property
     def controlnet(self) -> Any:
-        """The module of the ControlNet, a list of several, or None. It can be set, also to paths."""
+        """The module of the ControlNet, a list of several, or None. Setting takes modules or paths."""
         modules = [control.model for control in self._painter.controls]
         return modules if len(modules) > 1 else modules[0] if modules else None
 
@@ -230,26 +230,26 @@ class LatentDiffusionPipeline:
                     self._painter = extras.with_control(self._painter, control, source)
 
     def __getattr__(self, name: str) -> Any:
-        """Raise AttributeError, which for a part of diffusers' pipelines names the place where it is here."""
+        """Raise AttributeError; for a part of diffusers' pipelines it names the replacement."""
         if isinstance(attribute := inspect.getattr_static(type(self), name, None), property):
-            return attribute.__get__(self)  # it raised an AttributeError of its own: raise that one
+            return attribute.__get__(self)  # the property itself raised AttributeError: raise that one
         place = f": use components[{name!r}]" if name in ("unet", "text_encoder", "text_encoder_2", "tokenizer") else ""
         raise AttributeError(f"{type(self).__name__} has no {name}{place}")
 
     # changes
 
     def _recommend(self, **settings: Any) -> None:
-        """Change the settings that calls without them have."""
+        """Change the default settings of calls."""
         self._revise(card=replace(self.card, defaults={**self.card.defaults, **settings}))
 
     def _revise(self, **facts: Any) -> None:
-        """Change what is known of the model, in both runtimes."""
+        """Change fields of the model, in both runtimes."""
         other = self.model.other
         later = None if other is None else lambda: replace(other(), **facts)
         self._painter = replace(self._painter, model=replace(self.model, other=later, **facts))
 
     def rename(self, name: str) -> None:
-        """Change the name that records of pictures and messages give the model."""
+        """Change the model's name in picture records and messages."""
         self._revise(card=replace(self.card, name=name))
 
     def enable_vae_tiling(self) -> None:
@@ -269,7 +269,7 @@ class LatentDiffusionPipeline:
         self._recommend(vae_slicing=False)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """Accepted for diffusers' code: a call shows no bar. `stream` yields every step to one of your own."""
+        """Accepted for diffusers' code: a call shows no bar. Use `stream` for a bar of your own."""
         if not settings.get("disable"):
             warnings.warn("set_progress_bar_config has no effect: a call shows no progress bar", stacklevel=2)
 
@@ -332,9 +332,9 @@ class LatentDiffusionPipeline:
         self.offload(device, layers=True)
 
     def enable_group_offload(self, onload_device: str = "cuda", **settings: Any) -> None:
-        """See `offload` by blocks, under diffusers' name. Other settings of diffusers' are chosen here."""
+        """See `offload` by blocks, under diffusers' name. diffusers' other settings are ignored."""
         if settings:
-            warnings.warn(f"enable_group_offload chooses by itself: {', '.join(settings)} ignored", stacklevel=2)
+            warnings.warn(f"enable_group_offload ignores {', '.join(settings)}", stacklevel=2)
         self.offload(onload_device, blocks=True)
 
     def load_lora_weights(
@@ -399,7 +399,7 @@ class LatentDiffusionPipeline:
         self._recommend(**PRESETS["lcm"])
 
     def _later(self, load: Load, source: Source, file: Path) -> Painter:
-        """The painter with compiled networks that a file changes; it is read when a graph is not in the cache."""
+        """The painter with compiled networks changed by a file, read only for graphs missing from the cache."""
         from latentdiff.runtime import merging
 
         before, made = self._painter, _after(load, self._painter, source)
@@ -474,7 +474,7 @@ class LatentDiffusionPipeline:
             self._painter = extras.with_weaker(self._painter, self._another(path))
 
     def load_refiner(self, path: str | Path) -> None:
-        """Load a model that goes on where `refiner_switch` of the levels are done, on the same latents.
+        """Load a model that continues on the same latents after the share `refiner_switch` of the levels.
 
         Raises ModelError if its latents or its path differ.
         """
@@ -501,7 +501,7 @@ class LatentDiffusionPipeline:
     def load_upscaler(self, path: str | Path) -> None:
         """Load a network that enlarges in one evaluation (ESRGAN, SwinIR, ...), a .safetensors file.
 
-        It enlarges finished pictures; with `hires_scale` what the second pass draws over. Raises ConfigError,
+        It enlarges finished pictures, or with `hires_scale` the input of the second pass. Raises ConfigError,
         ModelError.
         """
         from latentdiff.drawing import extras
@@ -548,7 +548,7 @@ class LatentDiffusionPipeline:
         """Load an IP-Adapter, or several, as in diffusers; each shows pictures of its own (`ip_adapter_image`).
 
         path: a .safetensors file, or a folder in which subfolder and weight_name lead to one. image_encoder_folder: a
-        name beside that file, a path with a slash in the folder, or None for calls that give features.
+        name beside that file, a path with a slash in the folder, or None if calls pass features.
         Raises ModelError, UnsafeError, ConfigError.
         """
         from latentdiff.drawing import extras
@@ -567,7 +567,7 @@ class LatentDiffusionPipeline:
                 self._painter = extras.with_ip_adapter(self._painter, adapter, source)
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
-        """Change the scale that calls without `ip_adapter_scale` have: a number, a dict by block, or a list of them."""
+        """Set the default `ip_adapter_scale` of calls: a number, a dict by block, or a list of them."""
         self._recommend(ip_adapter_scale=tuple(scale) if isinstance(scale, list | tuple) else (scale,))
 
     def unload_ip_adapter(self) -> None:
@@ -611,9 +611,9 @@ class LatentDiffusionPipeline:
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
-        """A change of the networks: of torch's modules, without speed-ups and cached prompts.
+        """A block that changes the networks: torch's modules, without speed-ups and cached prompts.
 
-        If it fails, a pipeline of compiled networks is as it was.
+        If it fails, compiled networks are restored.
         """
         with self._in_torch(what):
             if self.model.speed != "exact":
@@ -630,9 +630,9 @@ class LatentDiffusionPipeline:
 
     @contextmanager
     def _in_torch(self, what: str) -> Iterator[None]:
-        """Replace compiled networks by torch's, and say so; if the block fails, they are back.
+        """Replace compiled networks by torch's, with a warning; restore them if the block fails.
 
-        Raises ConfigError if the other runtime was requested by name.
+        Raises ConfigError if OpenVINO was requested by name.
         """
         from latentdiff.drawing.extras import with_adapters_placed
 
@@ -656,7 +656,7 @@ class LatentDiffusionPipeline:
         warnings.warn(f"{what} requires torch: drawing with torch instead", stacklevel=4)
 
     def use_torch(self, what: str) -> None:
-        """Change to torch's networks, if others compute; a warning names what requires them. Raises ConfigError."""
+        """Switch to torch's networks unless they are in use; a warning names what requires them. Raises ConfigError."""
         with self._in_torch(what):
             pass
 
@@ -710,11 +710,11 @@ class LatentDiffusionPipeline:
         redrawn, black is returned unchanged, grey is mixed. outpaint: pixels to add on the (left, top, right, bottom).
         control_image: the picture of the ControlNet, or a list with one for each.
         ip_adapter_image: the picture of the IP-Adapter, or for each a picture or a list of pictures.
-        ip_adapter_image_embeds: in its place features, for each (2, N, ...), those of no picture first.
-        settings: guidance_scale, sampler, strength, seed and others of `Request`; of diffusers' also class_labels,
+        ip_adapter_image_embeds: features instead, (2, N, ...) for each adapter, those of no picture first.
+        settings: guidance_scale, sampler, strength, seed and others of `Request`; from diffusers also class_labels,
         timesteps, sigmas, callback_on_step_end, return_dict, and of cross_attention_kwargs scale and ip_adapter_masks.
-        latents: initial noise (N, C, h, w), or tokens where diffusers' pipeline takes them, generator: torch's, one or
-        N, instead of the keyed noise.
+        latents: initial noise (N, C, h, w), or tokens where diffusers' pipeline takes them. generator: one
+        torch.Generator or N. Both replace the keyed noise.
         prompt_embeds: token embeddings (B, L, D) instead of B prompts, and the other embeds as in diffusers.
         output_type: "pil"; "np", float32 (N, H, W, 3) in [0, 1]; "pt", (N, 3, H, W) in [0, 1]; "latent"; "uint8",
         (N, H, W, 3).
@@ -780,7 +780,7 @@ class LatentDiffusionPipeline:
             return None
         painter = self.painter
         if painter.cascade:
-            raise ConfigError("callback_on_step_end has no meaning in a cascade, whose models have other latents")
+            raise ConfigError("callback_on_step_end is not supported in a cascade, whose models have different latents")
         passes = passes_of(next(batches_of(painter, jobs)), painter, [])
         starts = [level.t for each in passes for level in each.levels()[:-1]]
         return calls.watching(call, self, jobs[0].request.sampler, starts)
@@ -815,9 +815,9 @@ class LatentDiffusionPipeline:
 
 
 def _exact(painter: Painter, loads: Iterable[Load] = ()) -> Model:
-    """The model of a painter by torch in float32, after what has changed its weights.
+    """The painter's model in torch and float32, with `loads` applied.
 
-    Whatever precision it is drawn in, adapters are added in float32, so that pictures do not depend on it.
+    Adapters are always added in float32, so that pictures do not depend on the drawing precision.
     """
     import torch
 
@@ -834,9 +834,9 @@ def _exact(painter: Painter, loads: Iterable[Load] = ()) -> Model:
 
 
 def _after(load: Load, before: Painter, source: Source) -> Callable[[], Model]:
-    """Makes the model by torch that a compiled one becomes by a change: `load` of a painter with torch's networks.
+    """A function that builds the torch model after `load`, for when torch replaces the compiled networks.
 
-    source: of the file that is read again then.
+    source: the file, which is read again.
     """
     other = before.model.other
     assert other is not None
@@ -851,6 +851,6 @@ def _after(load: Load, before: Painter, source: Source) -> Callable[[], Model]:
 
 
 def _check_same(again: Source, source: Source) -> None:
-    """Raises ModelError if a file is another one than when it was loaded."""
+    """Raises ModelError if a file has changed since it was loaded."""
     if again.sha256 != source.sha256:
         raise ModelError(f"{source.path or source.kind} was changed after it was loaded. Load it again")

@@ -7,10 +7,10 @@
     python scripts/control.py maps FOLDER MAPS/controlnet [--pictures 64]
 
 `make` writes captioned procedural scenes with their semantic maps, a colour for each of the six shapes on black, and
-apart from them test scenes. `edges` and `maps` ask for each test scene by its caption, with its control, without
+apart from them test scenes. `edges` and `maps` draw each test scene from its caption, with its control, without
 control, and with another scene's control, from the same noise. `edges` prints the F1 of the drawn edges against the
-asked ones at one pixel; `maps` the intersection over union of what stands out from the drawn background and of the
-asked shapes. All have standard errors.
+control's at one pixel; `maps` the intersection over union of the drawn foreground and the control's shapes. All have
+standard errors.
 """
 
 import argparse

@@ -5,7 +5,7 @@
     latentdiff train configs/digits-8.toml --data FOLDER/train -o RUN
     python scripts/digits.py measure FOLDER RUN/model [--pictures 100] [--grid digits.png]
 
-`make` writes the 1,797 pictures of 8 x 8 pixels into folders train/0 to train/9, and a fifth, drawn by lot, into
+`make` writes the 1,797 pictures of 8 x 8 pixels into folders train/0 to train/9, and a random fifth into
 test/. `measure` trains a support vector machine on the training pictures, which shares nothing with the model. It
 prints how many of the test pictures the machine reads; how many of the drawn ones, class by class, with standard
 errors; and how many of the drawn ones are nearer to a training picture than to a test picture, among as many of both:

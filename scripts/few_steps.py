@@ -10,7 +10,7 @@ An evaluation is one run of the U-Net for one picture: a guided step takes two, 
 the table, in Markdown, has the composition score that an oracle reads, and the Frechet distance of the same pictures
 from as many other true scenes, in the features of the model's own CLIP, both with standard errors. With --sprites and
 --judge (scripts/judge.py trains one) the scenes are of things, which the judge reads, and a further column has the
-share of single things that it recognises. After the table stands what share of the score in 40 guided evaluations each
+share of single things that it recognises. After the table: the share of the score of 40 guided evaluations that each
 student reaches in four.
 """
 

@@ -1,13 +1,13 @@
-"""An IP-Adapter for the default model, by its own CLIP: how often the shown picture is found again by what is drawn.
+"""An IP-Adapter for the default model, by its own CLIP: how often a drawn picture leads back to the shown one.
 
     python scripts/control.py make FOLDER --pictures 3000
     latentdiff finetune scenes-64 FOLDER/train -o RUN --method ip-adapter --steps 3000
     python scripts/image_prompt.py FOLDER/test RUN/ip_adapter [--pictures 100]
 
-Each of the test pictures, which were not trained on, is shown to the model with the empty prompt. For what is drawn the
-nearest of all test pictures is searched: by the distance of pixels and colours, which shares nothing with the model,
+Each of the test pictures, which were not trained on, is shown to the model with the empty prompt. The test
+pictures nearest to the drawn one are found by the distance of pixels and colours, which shares nothing with the model,
 and by the model's CLIP. Printed are the shares in which the first, and one of the first five, is the shown picture,
-with standard errors; then the same for pictures that are drawn with the empty prompt alone. By chance they are 1 and 5
+with standard errors; then the same for pictures drawn with the empty prompt alone. By chance they are 1 and 5
 of N.
 """
 

@@ -39,8 +39,8 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     """Mark the cases of `quick` tests that it does not name as slow.
 
-    The longest files come first: one at the end would leave the other processes idle. Of the first three one trains
-    the tiny model, for which others would have to wait.
+    The longest files come first: one at the end would leave the other processes idle. Of the first three only
+    one needs the tiny model: others would wait for its training.
     """
     for item in items:
         quick = item.get_closest_marker("quick")
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """The garbage collector passes over all that was imported: a fifth of the suite's time."""
+    """Exclude all that was imported from garbage collection, which would take a fifth of the suite's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)
@@ -96,7 +96,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 
 def loosened(model):
-    """A model folder whose parts somebody may change: its card does not say that they were saved together."""
+    """Make a model folder's parts replaceable: its card no longer says that they were saved together."""
     card = json.loads((model / "latentdiff.json").read_text())
     card.pop("weights", None)
     (model / "latentdiff.json").write_text(json.dumps(card))
@@ -130,8 +130,9 @@ def tiny_model(tiny_run):
 
 @pytest.fixture(scope="session")
 def compiled_model(tiny_model, tmp_path_factory):
-    """The tiny model with graphs for OpenVINO. Its text has two layers, and changes its pictures much more than so few
-    steps teach.
+    """The tiny model with graphs for OpenVINO.
+
+    A second text layer is added, and the text's effect is increased: so few steps teach little of it.
     """
 
     def make(folder):
@@ -184,7 +185,7 @@ def served(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photo(tiny):
-    """A picture that it has drawn."""
+    """A picture drawn by the tiny model."""
     from .serving import PROMPT
 
     return tiny(PROMPT, seed=3, num_inference_steps=2).images[0]
@@ -204,7 +205,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """A short run of the tiny config that nothing happens to: how others must end that are killed and go on."""
+    """A short uninterrupted run of the tiny config: killed and resumed runs must end the same."""
     return made_once(tmp_path_factory, "whole", _train)
 
 
@@ -217,7 +218,7 @@ def _train(run, **options):
 
 @pytest.fixture
 def begun(whole, tmp_path):
-    """A run like it whose first two stages are finished: the denoiser is to be trained."""
+    """A copy of it with only the first two stages finished."""
     run = tmp_path / "run"
     shutil.copytree(whole / "clip", run / "clip", ignore=shutil.ignore_patterns("checkpoints"))
     shutil.copytree(whole / "model" / "vae", run / "model" / "vae")

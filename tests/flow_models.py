@@ -66,7 +66,7 @@ def qwen2_vl():
 
 
 def _stirred(*networks):
-    """Zeros and ones would hide faults."""
+    """Add noise to all weights: zeros and ones would hide faults."""
     for network in networks:
         for parameter in network.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape)

@@ -170,7 +170,7 @@ def insist():
 
 
 def exhaust():
-    """As a GPU says it."""
+    """Raise a GPU's out-of-memory error."""
     import torch
 
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -241,7 +241,7 @@ def recording(path, then=None):
 
 
 def isolated_and_poisoned():
-    """No network; global generators seeded at random, and in the training loop not to be drawn from at all."""
+    """No network; global generators seeded at random, and refused in the training loop."""
     import random
 
     import numpy as np
@@ -284,7 +284,7 @@ def with_files_up_to(size):
 
 
 def with_full_disk_at_the_end(size):
-    """No room for what a stage leaves when it is trained."""
+    """A disk that is full when CLIP is saved after its training."""
     from latentdiff.networks.clip import Clip
 
     at_call(Clip, "save", 1, partial(with_files_up_to, size))

@@ -67,7 +67,7 @@ class TinyNetwork(nn.Module):
 
 
 class FixedRows:
-    """Latents and conditions that a test gives, row by row; that of a dropped caption is 99."""
+    """Latents and conditions that a test gives, row by row; a dropped caption's condition is 99."""
 
     def __init__(self, mean, log_variance):
         self.mean, self.log_variance = mean, log_variance

@@ -128,7 +128,7 @@ def pipeline(family, tiny=True, inpainting=False, seed=0, prediction=None):
         torch.manual_seed(seed)
         network, autoencoder = unet(family, tiny, 9 if inpainting else 4), vae(family, tiny)
         texts = [text_encoder(encoder, tiny) for encoder in encoders(family)]
-    for parameter in network.parameters():  # so that nothing that is drawn at zero or one hides a fault
+    for parameter in network.parameters():  # norms start at one and biases at zero, which would hide faults
         if parameter.ndim == 1:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     parts = {

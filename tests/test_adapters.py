@@ -182,7 +182,7 @@ def test_a_peft_folder(folders, files, tmp_path):
 
 
 def test_several_at_once(folders, files, tmp_path):
-    """Each with its weight: the sum of both; a weight of 0 or taken off is without."""
+    """Each with its weight: the sum of both; once they are unloaded, the plain picture."""
     state = filled(load_file(files["1"] / "peft.safetensors"), seed=5)
     save_file(state, tmp_path / "other.safetensors")
     pipe = load(folders["1"])
@@ -457,7 +457,7 @@ def test_learnt_words(folders, family, count, tmp_path):
 
 
 def test_words_in_capitals(folders, tmp_path):
-    """CLIP's tokenizer knows none: the word is learnt, not its end token overwritten."""
+    """CLIP's tokenizer is lower-case: the word gets vectors of its own, and the end token keeps its own."""
     save_file({"<InkStyle>": torch.full((2, 64), 3.0)}, tmp_path / "learned_embeds.safetensors")
     pipe = load(folders["1"])
     plain = pipe.model.encoder.encode(Prompt(PROMPT))["tokens"]

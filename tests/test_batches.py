@@ -138,7 +138,7 @@ def test_one_file(generate):
 
 
 def test_a_seed_is_needed(generate, monkeypatch):
-    message = "requires --seed: at random each start would draw other pictures\n"
+    message = "requires --seed: without it each start draws other pictures\n"
     assert generate("generate", "a red circle", "--resume") == (2, f"error: --resume {message}")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert generate("generate", "a red circle") == (2, f"error: a command of several processes {message}")
@@ -179,8 +179,8 @@ def test_shares(monkeypatch):
     monkeypatch.setattr("latentdiff.runtime.choice.gpu_is_there", lambda: False)
     assert share.device(None) is None
     monkeypatch.setenv("RANK", "4")
-    with pytest.raises(ConfigError, match="RANK, WORLD_SIZE and LOCAL_RANK are 4, 4, 1, which no launcher sets"):
+    with pytest.raises(ConfigError, match=r"RANK below WORLD_SIZE \(got 4, 4, 1\)"):
         Process.of_launcher()
     monkeypatch.setenv("RANK", "9" * 5000)
-    with pytest.raises(ConfigError, match="which no launcher sets"):
+    with pytest.raises(ConfigError, match="RANK, WORLD_SIZE and LOCAL_RANK must be numbers"):
         Process.of_launcher()

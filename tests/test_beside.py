@@ -62,7 +62,7 @@ def test_the_picture_before_is_read(pairs):
 @pytest.mark.quick("editing")
 @pytest.mark.parametrize("kind", ["editing", "inpainting"])
 def test_trained_and_resumed(pairs, tmp_path, call, kind):
-    """Killed and resumed with the same bits; diffusers knows the kind of model; it draws of a picture."""
+    """Trained in two parts it ends with the same bits; diffusers knows the kind of model; it draws from a picture."""
     settings = settings_of(pairs) | {"autoencoder.kind": "kl", "autoencoder.training.max_train_steps": 2}
     settings |= {"autoencoder.block_out_channels": [8, 16], "autoencoder.training.train_batch_size": 2}
     settings |= {"autoencoder.crop": 16}
@@ -103,7 +103,7 @@ def test_trained_and_resumed(pairs, tmp_path, call, kind):
 
 
 def test_masks():
-    """Never empty; a quarter of everything; the network reads the rest of the picture and grey under the mask."""
+    """Never empty; a quarter covers everything; the network reads the rest of the picture and grey under the mask."""
     rng = np.random.default_rng(0)
     masks = [random_mask(rng, (24, 32)) for _ in range(400)]
     assert all(set(np.unique(mask)) <= {0, 255} and mask.any() for mask in masks)

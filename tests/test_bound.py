@@ -30,7 +30,7 @@ SHORT = VariancePreserving.from_betas(np.linspace(0.02, 0.3, 12))
 
 
 def mmse(schedule, s):
-    """Of N(0, s^2) from x_t, (T,)."""
+    """The least mean square error of x0 ~ N(0, s^2) from x_t, (T,)."""
     a = schedule.alphas_cumprod
     return s**2 * (1 - a) / (a * s**2 + 1 - a)
 

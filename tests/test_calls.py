@@ -158,7 +158,7 @@ def test_schedulers_of_other_models(ours):
 
 def test_what_a_scheduler_has_and_we_have_not(folders):
     pipe = load(folders["1"])
-    with pytest.warns(UserWarning, match="of this scheduler, solver_order=3 is not taken"):
+    with pytest.warns(UserWarning, match="solver_order=3 of this scheduler is not supported"):
         pipe.scheduler = scheduler("DPMSolverMultistepScheduler", pipe, solver_order=3)
 
 

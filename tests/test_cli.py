@@ -237,7 +237,7 @@ def test_info_of_a_bomb(call):
 
 
 def heeding():
-    """A shell has what it runs in the background ignore SIGINT."""
+    """Handle SIGINT, which shells ignore for background processes."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -182,7 +182,7 @@ def easy_rows(loss, times):
 @pytest.mark.parametrize("prediction", PATHS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_tuning_has_no_loss_at_the_solution(prediction, guidance):
-    """Of data without spread the consistency function is known at every level: the data, of which nothing is drawn.
+    """For data without spread the consistency function is known at every level: it is the data.
 
     With guidance the data of the prompt are at 1 and those without at 0: the guided path ends at the scale.
     """

@@ -230,7 +230,7 @@ def test_nearest():
 
 
 def test_which_are_told():
-    """CMMD of CLIP's embeddings alone; an extrapolation only where there are pictures enough."""
+    """CMMD only for CLIP's embeddings; an extrapolation only with enough pictures."""
     a, b = normal(64, 8, 0), normal(64, 8, 1)
     assert distances(a, b, unit=True).keys() == {
         "frechet",

@@ -208,7 +208,7 @@ def test_classes_of_folders(stripes):
 
 
 def test_trained_from_nothing(stripes, tmp_path, call):
-    """Killed and resumed it ends with the same bits; the model names its classes."""
+    """Trained in two parts it ends with the same bits; the model names its classes."""
     words = [f"--set={key}={value}" for key, value in settings_of(stripes)]
     config = ROOT / "configs" / "digits-8.toml"
     code, _, err = call("train", config, "-o", tmp_path / "whole", *words)

@@ -64,7 +64,7 @@ def picture_of(pipe, **settings):
 
 
 def test_strength_is_how_much_is_drawn_over(pipe, photo):
-    """Nearer to the given picture the less; what is left of it is what the autoencoder leaves."""
+    """The smaller the strength, the nearer to the given picture as the autoencoder reconstructs it."""
     kept = reconstruct(pipe.model, photo[None])[0].astype(int)
     settings = {"image": photo, "num_inference_steps": 20, "guidance_scale": 1.0}
     apart = [np.abs(picture_of(pipe, strength=strength, **settings)[0] - kept).mean() for strength in (0.05, 0.3, 1.0)]
@@ -91,7 +91,7 @@ def test_the_start_is_the_closed_form(pipe, photo):
 
 @pytest.mark.parametrize("size", [(64, 96), (61, 90), (100, 70)])
 def test_a_picture_keeps_its_size(pipe, size):
-    """Of sides that cannot be drawn the edge is padded and cut off again."""
+    """Sides that cannot be drawn are padded, and the padding is cut off again."""
     image = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
     out = pipe(PROMPT, image=image, strength=0.5, output_type="uint8", **QUICK)
     assert out.images.shape == (1, *size, 3)
@@ -389,7 +389,7 @@ def test_turned_noise():
 
 
 def test_variations_of_one_picture(pipe):
-    """All of the seed's picture, the nearer the less strength; strength 0 is it."""
+    """Less strength is nearer to the seed's picture; strength 0 is that picture."""
     base = picture_of(pipe)
     none = picture_of(pipe, variation_seed=9, variation_strength=0.0)
     assert np.abs(none.astype(int) - base).max() <= 1

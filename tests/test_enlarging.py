@@ -79,7 +79,7 @@ def test_what_it_reads():
 
 
 def test_trained_and_resumed(tmp_path, call, monkeypatch):
-    """Killed and resumed with the same bits; the model enlarges what it is given, and in a cascade what is drawn."""
+    """Trained in two parts it ends with the same bits; it enlarges a given picture, and in a cascade a drawn one."""
     monkeypatch.setattr("latentdiff.data.dataset.VALIDATION", 8)
     words = [
         f"--set={key}={str(value).lower() if key.endswith('attention') else value}" for key, value in SMALL.items()

@@ -1,4 +1,4 @@
-"""The record that a refactoring is held against: the same twice, and a change in it is named with its size."""
+"""The record that a refactoring is compared with: the same twice, and a change in it is named with its size."""
 
 import json
 import subprocess

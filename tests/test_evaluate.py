@@ -281,7 +281,7 @@ def test_own_pictures(call, tmp_path, folders):
     [
         (("--only", ""), "unknown section ''; one of likelihood, "),
         (("--only", "likelyhood"), "unknown section 'likelyhood' (did you mean likelihood?); one of likelihood, "),
-        (("--sweep", "guidance_scale"), "--sweep is NAME=VALUE,VALUE, once a name (got 'guidance_scale')"),
+        (("--sweep", "guidance_scale"), "--sweep must be NAME=VALUE,VALUE, each name once (got 'guidance_scale')"),
         (("--sweep", "guidance_scale=1,many"), "guidance_scale"),
         (("--sweep", "steps_=1,2"), "steps_"),
         (("--set", "seed=3"), "the evaluation chooses seed"),

@@ -64,7 +64,7 @@ def opened(place, runtime, **settings):
 
 
 def test_the_student_draws(place):
-    """In four steps without guidance, as its adapter draws that is loaded by hand; by both runtimes."""
+    """In four steps without guidance, by both runtimes: the same as its adapter loaded by hand."""
     by_hand = opened(place, "torch")
     by_hand.load_lora_weights(place / "model" / "few_steps", fuse=True)
     expected = by_hand(preset="lcm", **OPTIONS).images.astype(int)

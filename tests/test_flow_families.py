@@ -178,7 +178,7 @@ def test_prompts_that_are_too_long_are_cut(pipe):
 
 
 def test_weights_of_words_are_text(pipe):
-    """A clear word where a language model has none; brackets stay as they are."""
+    """A note says that a language model has no weights of words; brackets stay text."""
     output = pipe("a (red:1.5) castle", seed=1, num_inference_steps=1, **SMALL)
     assert output.notes == ["prompt: this model has no weights of words: brackets are text"]
     assert not pipe("a (red) castle", seed=1, num_inference_steps=1, prompt_weights=False, **SMALL).notes

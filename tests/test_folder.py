@@ -109,7 +109,7 @@ def test_code_of_other_packages_is_refused(folder, key):
     ids=range(7),
 )
 def test_more_layers_than_there_are_weights(folder, part, changes):
-    """Refused before any layer is made: each would take time, if no memory."""
+    """Refused before any layer is made: each would take time, even without memory."""
     edit(folder / part / "config.json", **changes)
     assert f"{part}/config.json" in refusal(folder, ModelError)
 

@@ -76,7 +76,7 @@ def test_a_file_of_objects(generate, photo, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", b"\n \n", "no prompts in it (x.txt)"),
+        ("x.txt", b"\n \n", "the file has no prompts (x.txt)"),
         ("x.txt", b"caf\xe9", "prompts are not text in UTF-8, byte 3 (x.txt)"),
         ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "b"', "x.jsonl line 2 is not JSON"),
         ("x.jsonl", b'{"prompt": "a", "seed": 1, "seed": 2}', "x.jsonl line 1: seed is given twice"),

@@ -54,7 +54,7 @@ def noise():
 
 
 def of_theirs(pipe, **settings):
-    """The end of diffusers' own walk; each step's noise is drawn from the global generator, as ours cannot be."""
+    """diffusers' latents after one step; further steps would use the global generator, which ours cannot."""
     return pipe(
         PROMPT, num_images_per_prompt=2, latents=noise(), output_type="latent", num_inference_steps=1, **settings
     ).images

@@ -324,8 +324,8 @@ def test_from_the_shell_and_again(place, pictures, tmp_path, call):
     code, _, err = call("reproduce", "out.png", "--model", folder / "model", *places)
     assert code == 0, err
     for wrong, message in (
-        (["--image-prompt", "cat.png"], "--image-prompt has 1 pictures, and there are 0 of --ip-adapter"),
-        (["--ip-adapter", file], "has 0 pictures, and there are 1"),
+        (["--image-prompt", "cat.png"], "--image-prompt and --ip-adapter require each other"),
+        (["--ip-adapter", file], "(got 0 pictures, 1 adapters)"),
         ([*view, "--image-prompt", "cat.png:0.9"], "one IP-Adapter has one scale"),
         (["--ip-adapter", file, "--image-prompt", "cat.png:much"], "is not a number"),
     ):

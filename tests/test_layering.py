@@ -187,7 +187,7 @@ SEEDED = {"families/own.py": {"torch.manual_seed"}}  # initial weights, which mo
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_global_generator(path):
-    """Nothing draws from torch's, NumPy's or Python's, nor seeds one; initial weights are the one exception."""
+    """Nothing uses or seeds a global generator of torch, NumPy or Python; initial weights are the one exception."""
     uses = set()
     tree = ast.parse(path.read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]

@@ -1,4 +1,4 @@
-"""A family that the package does not know, of one file, trained, drawn, written and read by all that is there."""
+"""A family of one file that the package does not know is trained, drawn, written and read by the package's code."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Drawing by OpenVINO: equal to torch to rounding, without torch, and never in silence where it cannot."""
+"""Drawing by OpenVINO: equal to torch to rounding, without torch, and with a warning where it cannot."""
 
 import copy
 import gzip
@@ -508,7 +508,7 @@ def test_threads_and_copies(default):
 
 
 def test_no_home(compiled_model, monkeypatch):
-    """Who has none has no cache."""
+    """Without a home directory there is no cache."""
     for name in ("LATENTDIFF_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -627,7 +627,7 @@ def test_graphs_of_another_network(call, tmp_path, monkeypatch):
         ((default_model(), "--to", "openvino", "--vae", "x"), "With --vae name an output"),
         (("x.safetensors", "--to", "openvino"), "x.safetensors is not a local folder: name an output"),
         ((default_model(), "y.safetensors", "--to", "openvino"), "--to openvino writes a model folder"),
-        ((default_model(), "--to", "openvino", "--dtype", "float16"), "read the weights as they are"),
+        ((default_model(), "--to", "openvino", "--dtype", "float16"), "--dtype changes the weights"),
         ((default_model(),), "name an output: a new folder, or a new .safetensors file"),
     ],
 )

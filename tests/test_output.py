@@ -32,7 +32,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
 
 
 def test_whole_or_not_there(tmp_path):
-    """What fails leaves nothing; in a folder that is there files are replaced, and others stay."""
+    """On failure nothing is left; in an existing folder files are replaced and others stay."""
     folder = tmp_path / "model"
     with pytest.raises(ValueError, match="halfway"), whole(folder) as made:
         (made / "unet").mkdir(parents=True)

@@ -393,7 +393,7 @@ def test_by_the_command_line(family, saved, tmp_path, call):
     code, _, err = call("convert", file, tmp_path / "x", "--part", folder / "vae")
     assert (code, "--part requires --base" in err) == (2, True)
     code, _, err = call("convert", folder, tmp_path / "x", "--base", folder)
-    assert (code, "--base is for a file that holds a transformer" in err) == (2, True)
+    assert (code, "--base requires a transformer file" in err) == (2, True)
 
 
 def test_a_vae_of_original_names(tmp_path):

@@ -25,7 +25,7 @@ def read_as(network, file):
 
 @pytest.fixture(scope="module")
 def fid(tmp_path_factory):
-    """Weights as FID's are called, random, in both formats."""
+    """Random weights under the names of FID's, in both formats."""
     folder = tmp_path_factory.mktemp("inception")
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         torch.manual_seed(0)

@@ -43,7 +43,7 @@ def config():
 
 
 def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
-    """The model's own of seeds that count on, in fixed company: a kill on the way changes none of them."""
+    """Drawn by the model with consecutive seeds in fixed batches: a kill on the way changes none of them."""
     draw_class(pipe.painter, config, tmp_path / "whole", "m")
     names = sorted(path.name for path in (tmp_path / "whole").glob("*.png"))
     assert names == [f"{number:05d}.png" for number in range(10)]
@@ -69,7 +69,7 @@ def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
 
 @pytest.mark.parametrize("fault", ["missing", "another", "settings", "model", "damaged", "mine"])
 def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, fault):
-    """Told, and nothing is drawn over."""
+    """An error is raised, and nothing is overwritten."""
     folder = tmp_path / "classes"
     folder.mkdir()
     short = config.model_copy(update={"prior": config.prior.model_copy(update={"pictures": 2})})

@@ -127,7 +127,7 @@ def test_a_folder_by_the_command_line(folder, kind, tmp_path, call):
     ("words", "message"),
     [
         (["--quantize", "int8"], "a folder keeps q8_0 or q4_0; int8 is an option of generate and serve"),
-        (["--quantize", "q4_0", "--to", "openvino"], "the graphs for OpenVINO read numbers"),
+        (["--quantize", "q4_0", "--to", "openvino"], "--to openvino has no quantized form"),
     ],
 )
 def test_what_no_folder_keeps_is_refused(folder, words, message, tmp_path, call):
@@ -289,7 +289,7 @@ def test_a_property_s_own_fault_is_shown(folders, monkeypatch):
     ("words", "code", "message"),
     [
         (("convert", "BLOCKS", "--to", "openvino"), 2, "this model's weights are quantized"),
-        (("convert", "BLOCKS", "x.safetensors"), 2, "weights in blocks lie in a folder, not in a single file"),
+        (("convert", "BLOCKS", "x.safetensors"), 2, "quantized weights require a folder, not a single file"),
         (("convert", "BLOCKS", "x", "--quantize", "q4_0"), 2, "weights are in blocks already"),
         (("convert", "BLOCKS", "x", "--quantize", "q2"), 2, "unknown kind of weights 'q2'; one of int8"),
         (("generate", "a", "-m", "BLOCKS", "--runtime", "openvino"), 4, "openvino reads numbers"),

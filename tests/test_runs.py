@@ -114,7 +114,7 @@ def test_the_plan_is_the_arithmetic(tiny_run, tmp_path):
 
 
 def test_memory_that_is_freed_is_kept():
-    """A block freed and asked for again costs its page faults at first, soon no more; for good, so elsewhere."""
+    """A block allocated again costs page faults only before the call, which cannot be undone: hence another process."""
     code = (
         "import resource, torch\nfrom latentdiff.runtime.memory import keep_freed_memory\n"
         "def faults():\n    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

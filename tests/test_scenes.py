@@ -1,4 +1,4 @@
-"""Scenes and their oracle: exact on what is rendered, strict on what is changed, apart where promised."""
+"""Scenes and their oracle: it reads every rendered scene, rejects changed ones, and objects keep apart."""
 
 import itertools
 from collections import Counter

@@ -435,8 +435,8 @@ def test_a_port_in_use_is_refused(call):
     [
         (("--host", "0.0.0.0"), 7, "--host 0.0.0.0 needs --token or LATENTDIFF_TOKEN"),
         (("--host", "example.org"), 7, "--host example.org needs --token or LATENTDIFF_TOKEN"),
-        (("--token", "short"), 2, "a token has at least 8 letters"),
-        (("--token", "p\u00e4ssw\u00f6rter"), 2, "of ASCII"),
+        (("--token", "short"), 2, "a token must have at least 8"),
+        (("--token", "p\u00e4ssw\u00f6rter"), 2, "printable ASCII"),
         (("--models", "nowhere"), 2, "no such folder (nowhere)"),
         (("--port", 0), 2, "--port"),
         (("-m", "nowhere"), 4, "no such model folder (nowhere)"),

@@ -107,7 +107,7 @@ def test_adapters_after_the_first_picture(uncompiled, folders, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"runtime": "openvino"}, {"runtime": "torch", "device": "cpu", "speed": "fast"}])
 def test_text_is_encoded_once(compiled_model, monkeypatch, uncompiled, settings):
-    """By networks that are not open to others."""
+    """By compiled or sped-up networks, which users cannot train."""
     pipe, read = LatentDiffusionPipeline.from_pretrained(compiled_model, **settings), []
     kind = type(pipe.model.encoder)
     encode = kind.encode

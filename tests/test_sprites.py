@@ -351,7 +351,7 @@ def test_a_run_on_sprites_with_a_vocabulary_of_its_own(library, tmp_path, call):
     code, out, _ = call("info", model, "--find", "CAT")
     assert (code, out) == (0, "toys: big cat, new cat, odd cat, old cat\n")
     code, out, err = call("info", model, "--find", "dog")
-    assert (code, out, err) == (0, "", "it draws nothing whose name holds 'dog'\n")
+    assert (code, out, err) == (0, "", "it draws nothing whose name contains 'dog'\n")
     assert json.loads(call("info", model)[1])["things"] == {"shapes": 6, "toys": 20}
     pipe.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "things.json").read_bytes() == (model / "things.json").read_bytes()

@@ -237,7 +237,7 @@ def planned(run, *changes):
 
 
 def test_a_longer_schedule_is_said(whole):
-    """Its learning rate would jump back up: with both rates and what to do; not for a shorter end or none."""
+    """A warning says what to do if the learning rate would jump back up; an unchanged schedule has none."""
     code, err = planned(whole, "denoiser.training.max_train_steps=100")
     assert code == 0
     (line,) = [line for line in err.splitlines() if line.startswith("warning: denoiser goes on at a learning rate of ")]

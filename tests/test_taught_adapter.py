@@ -1,4 +1,4 @@
-"""A LoRA in training: nothing at its beginning, alone trained, and afterwards the adapter that every tool reads."""
+"""A LoRA in training: it starts as zero, only it is trained, and every tool reads the result."""
 
 from itertools import product
 

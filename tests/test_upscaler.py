@@ -178,7 +178,7 @@ def test_cascade(place, tmp_path, call):
     more = ["--model", tmp_path / "base", "--source", folder]
     assert call("reproduce", pictures[1], *more)[0] == 0
     assert call(*words, "--size", "16x16", "--steps-gif", "-o", tmp_path / "gif")[0] == 2
-    with pytest.raises(ConfigError, match="callback_on_step_end has no meaning in a cascade"):
+    with pytest.raises(ConfigError, match="callback_on_step_end is not supported in a cascade"):
         base(PROMPT, num_inference_steps=1, callback_on_step_end=lambda *_: {})
     with pytest.raises(ConfigError, match="prompt_embeds have no meaning in a cascade"):
         base(prompt_embeds=torch.zeros(1, 77, 64), num_inference_steps=1, guidance_scale=1.0)

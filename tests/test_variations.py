@@ -125,8 +125,8 @@ def test_animations_of_many_steps_and_of_two_passes():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--vary", "cfg"), "--vary is NAME=VALUE,VALUE, once a name (got 'cfg')"),
-        (("--vary", "cfg=1", "--vary", "guidance_scale=2"), "once a name"),
+        (("--vary", "cfg"), "--vary must be NAME=VALUE,VALUE, each name once (got 'cfg')"),
+        (("--vary", "cfg=1", "--vary", "guidance_scale=2"), "each name once"),
         (("--vary", "cfg=1,x"), "guidance_scale: must be a number (got 'x')"),
         (("--vary", "cfg=1", "--cfg", 3), "--vary guidance_scale: it is given elsewhere"),
         (("--vary", "num_images=1,2"), "--vary num_images: it is given elsewhere, or does not change pictures"),

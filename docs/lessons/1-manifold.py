@@ -73,14 +73,14 @@ for name, points in (
 assert log_likelihood(unseen[:200]).mean() > log_likelihood(halfway).mean() > log_likelihood(noise).mean()
 
 # %% [markdown]
-# The mean of two digits is less likely than either digit. The set of digits is curved: a straight line between two of
+# Means of two digits are less likely than digits. The set of digits is curved: a straight line between two of
 # its points leaves it. This is what people mean by *manifold*.
 #
 # ## Why one step is not enough
 #
 # Suppose a network must turn noise into a picture in one step. Many digits are possible for one noise, and the network
 # is trained on squared error, so the best it can answer is their **mean**. For a finite set of pictures we know this
-# best answer exactly: it is a mean of the pictures, weighted by how likely each made the noisy one.
+# best answer exactly: the mean of the pictures, each weighted by the likelihood of the noisy one given it.
 
 # %%
 path = VariancePreserving.scaled_linear()
@@ -101,8 +101,8 @@ for steps in (1, 2, 5, 20, 100):
 show(rows)
 
 # %% [markdown]
-# Rows: the same noise in 1, 2, 5, 20 and 100 steps. One step gives the mean of all digits, whatever the noise. With
-# more steps, each step only has to say a little, looks at what became of it, and says a little more.
+# Rows: the same noise in 1, 2, 5, 20 and 100 steps. One step gives almost the mean of all
+# digits, whatever the noise. With more steps, each goes only part of the way to its guess, and the next guesses again.
 
 # %%
 to_mean = np.abs(rows[0] - known.mean(0)).max()

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # 10. Samplers: the same road in fewer steps
+# # 10. Samplers: the same trajectory in fewer steps
 #
 # **Question.** DDPM, DDIM, Euler, DPM++, UniPC, "a", "SDE": what do they have in common, and which one should I take?
 #
-# All of them walk from noise to data with the same denoiser. An **ODE** sampler adds no noise on the way: its path is
-# smooth, and the end depends on the start alone. An **SDE** sampler adds fresh noise at every step.
+# All of them walk from noise to data with the same denoiser. An **ODE** sampler adds no noise on the way: its
+# trajectory is smooth, and the end depends on the start alone. An **SDE** sampler adds fresh noise at every step.
 
 # %%
 import matplotlib.pyplot as plt
@@ -47,7 +47,7 @@ for axis, name in zip(axes, ("ddim", "euler_ancestral", "ddpm"), strict=True):
 # ## The order of a sampler
 #
 # An ODE sampler makes an error at each step. Its **order** says how the error falls when the number of steps doubles:
-# order 1 halves it, order 2 quarters it. Data is one wide Gaussian here, for which the end of the exact road is a formula:
+# order 1 divides it by 2, order 2 by 4, order 3 by 8. Data is one Gaussian of deviation s here. On the exact trajectory
 # x / sqrt((alpha s)^2 + sigma^2) stays the same all the way. We stop at the last noisy level, since the step to no noise at
 # all has an error of its own.
 
@@ -91,11 +91,11 @@ assert orders["unipc"] > 1.6
 
 # %% [markdown]
 # Multistep samplers (DPM++ 2M, UniPC) remember earlier guesses of x_0 and reach a higher order with **one** evaluation a
-# step. Heun evaluates twice.
+# step. Heun evaluates twice. `euler` is `ddim` in other variables, so their lines coincide.
 #
 # ## What noise on the way does
 #
-# The same 2,000 starts twice, with other noise on the way. How many end at the same star?
+# The same 2,000 starts twice, with different noise on the way. How many end at the same star?
 
 
 # %%
@@ -114,13 +114,14 @@ for name in ("ddim", "euler_ancestral", "ddpm"):
 
 # %% [markdown]
 # Each star gets a fifth, whatever the sampler: all of them draw from the same distribution. But only an ODE sampler makes
-# the picture a function of its seed alone. With an SDE sampler the picture changes with the number of steps too.
+# the picture a function of its first noise alone. With an SDE sampler it changes with the number of steps too.
+# `euler_ancestral` and `ddpm` give the same numbers here: they are one sampler in two forms.
 #
 # **Which one?**
 #
 # | you want | take |
 # |---|---|
-# | few steps (6 to 15), the same picture each time | `unipc` or `dpmpp_2m` |
+# | few steps (6 to 15), close to the picture of many | `unipc` or `dpmpp_2m` |
 # | to invert a picture, or compare models | `ddim`, `heun` |
 # | variety, many steps | `euler_ancestral`, `dpmpp_2m_sde`, `ddpm` |
 #

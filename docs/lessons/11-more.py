@@ -24,8 +24,8 @@ def show(pictures, titles):
 # %% [markdown]
 # ## Picture to picture
 #
-# Start from a noisy *picture* instead of noise (SDEdit, Meng et al. 2022). `strength` is the share of the road that is
-# walked: a little keeps the picture, all of it forgets it.
+# Start from a noisy *picture* instead of noise (SDEdit, Meng et al. 2022). `strength` is the share of the steps that
+# are made: a small one keeps the picture, 1 ignores it.
 
 # %%
 strengths = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -63,7 +63,7 @@ assert larger.size == (96, 96)
 # %% [markdown]
 # ## Between two noises
 #
-# Noises lie on a sphere. Walking along the arc between two of them changes a picture smoothly.
+# Noises lie close to a sphere. Walking along the arc between two of them changes a picture smoothly.
 
 # %%
 shares = (0.0, 0.25, 0.5, 0.75, 1.0)

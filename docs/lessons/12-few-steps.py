@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 12. Few steps: how a model learns to jump
 #
-# **Question.** A sampler takes twenty steps because each step may only be small. Can a network learn where the road ends,
-# and jump there?
+# **Question.** A sampler takes twenty steps because each step must be small. Can a network learn where the trajectory
+# ends, and jump there?
 #
-# In one dimension the road's end is known exactly, so we can see what a jump should be. The data: a number near -1 in 30%
+# In one dimension the end is known exactly, so we can see what a jump should be. The data: a number near -1 in 30%
 # of all cases, near +1 in the rest.
 
 # %%
@@ -60,10 +60,10 @@ assert np.abs(euler(noise, 1) - mean).max() < 0.05, "one step ends at the mean"
 assert abs((euler(noise, 500) > 0).mean() - 0.7) < 0.02
 
 # %% [markdown]
-# ## Where each road ends
+# ## Where each trajectory ends
 #
-# Roads never cross, so they keep their order: the lowest 30% of the noise must end near -1. That makes the whole map from
-# noise to data a **quantile map**. A network that knows this map draws in one step.
+# Trajectories never cross, so they keep their order: the lowest 30% of the noise must end near -1. So the map from
+# noise to data is a **quantile map**. A network that knows this map draws in one step.
 
 # %%
 grid = np.linspace(-4, 4, 4001)
@@ -74,29 +74,29 @@ of_data = sum(
 
 
 def exact(x):
-    """The end of the road from x at t = 1."""
+    """The end of the trajectory from x at t = 1."""
     return np.interp([NormalDist().cdf(value) for value in x], of_data, grid)
 
 
 apart = np.abs(np.sort(euler(noise, 500)) - np.sort(exact(noise)))
-print(f"500 Euler steps end {np.median(apart):.4f} from it, half of them nearer")
+print(f"500 Euler steps end {np.median(apart):.4f} from it (median)")
 assert np.median(apart) < 0.01
 
 # %% [markdown]
 # ## Two ways to learn the jump
 #
-# We do not have the map, only data. Two students learn from nothing else:
+# We do not have the map, only data. Two networks, the students, learn from data alone:
 #
-# **Consistency** (Song et al. 2023; easy consistency tuning, Geng et al. 2024). f(x_t, t) is the end of the road from x_t.
-# Two points of one road have the same end. So take x_t and, with the same noise, a less noisy x_s, and pull f(x_t, t)
-# towards f(x_s, s). At s = 0 the end is known: it is the data.
+# **Consistency** (Song et al. 2023; easy consistency tuning, Geng et al. 2024). f(x_t, t) is the end of the trajectory
+# from x_t. All points of a trajectory have the same end. So take x_t and, with the same noise, a slightly less noisy
+# x_s, on average the next point of the trajectory. Pull f(x_t, t) towards f(x_s, s). At s = 0 the end is the data.
 #
 # **Mean flow** (Geng et al. 2025). u(x_t, r, t) is the average velocity from t to r. A formula connects it with the
-# velocity v, which data gives for nothing:
+# velocity v = noise - x_0, which the data give directly (du/dt is the derivative along the trajectory):
 #
 #     u  =  v - (t - r) du/dt
 #
-# Both losses are those with which `latentdiff finetune --method consistency` trains.
+# `latentdiff finetune --method consistency` can train with either loss.
 
 # %%
 
@@ -184,6 +184,6 @@ axes[1].legend(frameon=False)
 #
 # - One step along the velocity ends at the mean of the data. That is why plain samplers need many.
 # - Each noise has its own end. A consistency model learns the ends, a mean flow the average velocity to them.
-# - Both learn from data alone, and their guidance can be inside: then a picture takes 1 to 8 evaluations instead of 40.
+# - Both learn from data alone, and guidance can be built in: then a picture takes 1 to 8 evaluations instead of 40.
 #
 # Try it: `latentdiff generate "a red circle" --fast`, and [Few steps](../guides/finetuning.md#few-steps).

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 2. The forward process: how pictures drown in noise
+# # 2. The forward process: from picture to noise
 #
 # **Question.** Diffusion models learn to undo noise. What noise, and how much of it when?
 #
@@ -49,7 +49,7 @@ assert abs(walk.mean() - path.level(99).alpha * x0) < 5 * path.level(99).sigma /
 assert abs(walk.std() / path.level(99).sigma - 1) < 0.03
 
 # %% [markdown]
-# This is why training is cheap: a noisy picture of any time costs one multiplication, not t steps.
+# This is why training is cheap: a noisy picture of any time costs one jump, not t steps.
 #
 # ## Three schedules
 #
@@ -92,10 +92,10 @@ assert mended.level(999).alpha == 0
 assert np.isclose(mended.level(0).alpha, schedules["quadratic"].level(0).alpha)
 
 # %% [markdown]
-# ## Small pictures drown sooner
+# ## Small pictures disappear sooner
 #
 # Noise hits each pixel on its own, but what a picture shows covers many pixels. Averaging 4 x 4 pixels keeps what is
-# shown and divides the noise by 4. So the same schedule is gentler on large pictures.
+# shown and divides the deviation of the noise by 4. So the same schedule is gentler on large pictures.
 
 # %%
 level = schedules["quadratic"].level(400)
@@ -117,7 +117,7 @@ assert abs(noise_left[0] / noise_left[1] / 4 - 1) < 0.02
 # **What to remember.**
 #
 # - A forward step shrinks and adds noise; t steps are one jump in closed form.
-# - The schedule decides how much time a model spends at each noise level. The SNR is the right ruler.
+# - The schedule decides how much time a model spends at each noise level. Compare schedules by their SNR.
 # - The larger the picture, the more noise it needs. This is one reason why schedules are *shifted* for large pictures.
 #
 # Try it: `latentdiff show schedule`, `latentdiff show forward photo.png`.

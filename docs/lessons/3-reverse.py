@@ -7,7 +7,7 @@
 #
 #     q(x_s | x_t, x_0)  =  q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0),     s < t
 #
-# All three on the right are Gaussian, so the left one is too. Its mean lies between x_t and x_0.
+# All three on the right are Gaussian, so the left one is too. Its mean is a weighted sum of x_t and x_0.
 
 # %%
 import matplotlib.pyplot as plt
@@ -43,15 +43,16 @@ assert abs(kept.std() / transition(s, t).variance ** 0.5 - 1) < 0.03
 #
 # ## What the network predicts
 #
-# Between x_t, x_0 and the noise there is one equation, x_t = alpha x_0 + sigma noise. So predicting any of them (or a
-# mixture) is the same information. The choices differ in how errors are weighted, and in where they break.
+# One equation connects x_t, x_0 and the noise: x_t = alpha x_0 + sigma noise. So a prediction of x_0, of the noise or
+# of a mixture holds the same information. The choices differ in how errors are weighted, and in where they break.
 #
 # | name | predicts | at little noise | at pure noise |
 # |---|---|---|---|
 # | `epsilon` | the noise | fine | says nothing of x_0 |
 # | `sample` | x_0 | must copy its input exactly | fine |
 # | `v_prediction` | alpha noise - sigma x_0 | like epsilon | like x_0 |
-# | `flow` | noise - x_0 | a velocity along a straight line | |
+# | `flow` | noise - x_0, the velocity along a straight line | like epsilon | like x_0 |
+# | `karras` | a mixture of both, of unit variance | like epsilon | like x_0 |
 
 # %%
 x0, noise, level = rng.standard_normal(5), rng.standard_normal(5), path.level(500)
@@ -76,7 +77,7 @@ axis.set(xlabel="t", ylabel="error of x0 for an error of 0.1", yscale="log")
 axis.legend(frameon=False)
 
 # %% [markdown]
-# ## The path of one pixel
+# ## Walks of one pixel
 #
 # Data: a pixel that is -1 in 30% of all pictures and +1 in the rest. The best guess of x_0 is known in closed form,
 # so no training is needed.
@@ -104,12 +105,12 @@ print(f"the farthest end is {np.abs(np.abs(end) - 1).max():.3f} from +1 or -1")
 assert abs((end > 0).mean() - share) < 4 * np.sqrt(share * (1 - share) / 2000)
 
 # %% [markdown]
-# Every walk starts undecided. Around the middle, where signal and noise are equal, each one makes up its mind.
+# Every walk starts undecided. Most decide around t = 260, where signal and noise are equal.
 #
 # **What to remember.**
 #
-# - Knowing x_0, the step back is a Gaussian between x_t and x_0. The network only supplies x_0.
-# - epsilon, x_0, v and flow are four ways to say the same. Convert once, to x_0, and a sampler needs to know one.
+# - Given x_0, the step back is a Gaussian around a weighted sum of x_t and x_0. The network only supplies x_0.
+# - epsilon, x_0, v and flow hold the same information. Convert it to x_0 once, and a sampler needs only that.
 # - Sampling reproduces the *shares* of the data, not only its values.
 #
 # Try it: `latentdiff show reverse "a red circle"`.

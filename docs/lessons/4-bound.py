@@ -9,7 +9,7 @@
 #
 # | term | says | with a Gaussian reverse step it is |
 # |---|---|---|
-# | L_T, *prior* | how far the noisiest x_T is from pure noise | no network in it |
+# | L_T, *prior* | how far the noisiest x_T is from pure noise | the same for every network |
 # | L_t, *denoising* | how far our step back is from Bayes' step, [lesson 3](3-reverse.md) | a weight times the squared error of x_0, plus a constant |
 # | L_0, *reconstruction* | how likely x_0 is, given x at the first level | the same form |
 #
@@ -61,8 +61,8 @@ assert all(later < earlier for earlier, later in zip(gaps, gaps[1:]))
 assert 0 < gaps[-1] < 0.01
 
 # %% [markdown]
-# The bound holds for any number of steps and becomes exact as steps become small. A poor denoiser pays for its errors,
-# and we can read off at which times.
+# The bound holds for any number of steps and becomes exact as steps become small. A poor denoiser
+# pays for its errors.
 
 # %%
 path = VariancePreserving.scaled_linear()
@@ -114,14 +114,13 @@ axis.set(xscale="log", yscale="log", xlabel="t", ylabel="L_t, nats of a step")
 axis.legend(frameon=False)
 
 # %% [markdown]
-# Most of the code length is paid at small t, for details that nobody sees. Training weighs all times equally instead
-# (*L_simple*): worse as a code, better as a picture. That is a choice of taste, and the weightings of
-# `latentdiff show schedule` are others.
+# Most of the code length is paid at small t, for details that nobody sees. Ho et al. (2020) weigh all times equally
+# instead (*L_simple*): worse as a code, better as a picture. `latentdiff show schedule` plots other weightings.
 #
 # **What to remember.**
 #
 # - The bound is a sum of squared errors of x_0 with known weights. It needs no sampling from the model.
-# - For Gaussian data the sum is exact to the last digit. That is how this package tests it.
+# - For Gaussian data every term has a closed form. This package tests its bound against it.
 # - Captions are worth a measurable number of bits: the model reads them.
 #
 # Try it: `latentdiff evaluate --only likelihood --pictures 200`.

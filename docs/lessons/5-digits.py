@@ -30,8 +30,8 @@ NONE = 10  # the label of "any digit", for guidance
 # %% [markdown]
 # ## The network
 #
-# Four layers that see the noisy picture, the time and the label. Time and label become vectors that are added between
-# the layers.
+# Five linear layers turn the noisy picture into v. The time and the label become vectors that are added before each
+# of the middle three.
 
 
 # %%
@@ -92,7 +92,7 @@ print(f"loss {np.mean(history[:50]):.3f} -> {np.mean(history[-200:]):.3f}")
 assert np.mean(history[-200:]) < 0.3
 
 # %% [markdown]
-# ## From noise to numbers
+# ## From noise to digits
 #
 # A column is a label. Guidance pushes away from "any digit" and towards the label; [lesson 9](9-guidance.md) says how.
 
@@ -148,7 +148,7 @@ assert to_nearest(many, real).mean() > 0.3 * to_nearest(real[::2], real[1::2]).m
 # %% [markdown]
 # **What to remember.**
 #
-# - Training is supervised learning: inputs are noisy pictures, targets are their noise.
+# - Training is supervised learning: inputs are noisy pictures, targets are their noise or, as here, v.
 # - Sampling runs the network many times. Nothing else happens.
 # - Check both sides: that samples show what was asked, and that they are not copies.
 #

@@ -3,8 +3,8 @@
 #
 # **Question.** A U-Net has a time input, skip connections, self-attention and cross-attention. What is each one for?
 #
-# We take the trained default model, remove one part at a time, and draw the same picture. A part that matters leaves a
-# hole of its own shape.
+# We take the trained default model, remove one part at a time, and draw the same picture. What goes wrong shows what
+# the part does.
 
 # %%
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ for name in ("down_blocks", "mid_block", "up_blocks"):
 # %% [markdown]
 # ## Switches
 #
-# Every switch replaces the output of some layers by zeros, and puts the layers back afterwards.
+# Every switch replaces the output of some layers by zeros, and restores it afterwards.
 
 
 # %%
@@ -113,8 +113,8 @@ for axis, (name, chosen) in zip(
 
 # %% [markdown]
 # With words in the first half alone, the things are in their places, but their shapes are not exact. With words in the
-# second half alone, the shapes are exact, but the things are others and elsewhere than with all words. So words act on the
-# whole road, on different things. [Lesson 9](9-guidance.md) limits guidance to a part of it.
+# second half alone, the shapes are exact, but the things are others and elsewhere than with all words. So words act at
+# all steps, on different things. [Lesson 9](9-guidance.md) limits guidance to some of them.
 #
 # **What to remember.** A part can be studied by silencing it. But a network that was *trained* without a part would make
 # up for some of it: this shows what this network relies on, not what any network needs.

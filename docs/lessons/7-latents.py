@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 7. Autoencoders and latents: why diffusion moved out of pixels
 #
-# **Question.** Stable Diffusion does not diffuse pixels. What is lost by going to latents, and what is won?
+# **Question.** Stable Diffusion does not diffuse pixels. What is lost by going to latents, and what is gained?
 #
 # An autoencoder squeezes a picture through a narrow code and rebuilds it. We build three on scikit-learn's digits
 # (64 values to a code of 8), then look at a real one.
@@ -44,7 +44,7 @@ def trained(loss_of, *modules, steps=1500):
 # ## Plain, denoising, variational
 #
 # - A **plain** autoencoder minimises the error of rebuilding.
-# - A **denoising** one gets a noisy picture and must rebuild the clean one. It is one step of a diffusion model.
+# - A **denoising** one gets a noisy picture and must rebuild the clean one, as a diffusion model's network does.
 # - A **variational** one (VAE) codes a picture as a Gaussian, and pays for how far that is from the standard normal. So
 #   codes fill a known region, and a random code means something.
 
@@ -59,7 +59,7 @@ encoder, decoder = layers(64, 128, 2 * CODE), layers(CODE, 128, 64)
 
 
 def bound(x, weight=0.5):
-    """Error of rebuilding from a random code, plus the divergence from N(0, 1) (Kingma & Welling 2014)."""
+    """Error of rebuilding from a random code + weight * divergence from N(0, 1) (Kingma & Welling 2014)."""
     mean, log_variance = encoder(x).chunk(2, 1)
     code = mean + (log_variance / 2).exp() * torch.randn_like(mean)
     divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
@@ -99,8 +99,8 @@ for row, (name, pictures) in enumerate(rows.items()):
     axes[row, 0].set_ylabel(name, fontsize=7, rotation=0, ha="right")
 
 # %% [markdown]
-# A random code of the VAE looks like a digit, more or less. Diffusion in latents does better: it *learns* which codes
-# occur, instead of hoping that all of N(0, 1) does. So the VAE of a latent diffusion model needs only a hint of the
+# From a random code the VAE draws something like a digit. Diffusion in latents does better: it *learns* which codes
+# occur, instead of assuming N(0, 1). So the VAE of a latent diffusion model needs only a small weight on the
 # divergence, and can spend its code on detail.
 #
 # ## A real one
@@ -118,7 +118,7 @@ print(f"PSNR {20 * np.log10(255 / error):.1f} dB")
 assert 20 * np.log10(255 / error) > 35
 
 # %% [markdown]
-# What is won: the network runs on fewer places. Attention costs the *square* of their number.
+# What is gained: the network runs on fewer places. Attention costs the *square* of their number.
 
 # %%
 unet = pipe.model.backbone
@@ -137,8 +137,8 @@ assert seconds[64] > 4 * seconds[16]
 # %% [markdown]
 # **What to remember.**
 #
-# - A denoising autoencoder is one step of a diffusion model.
+# - A diffusion model's network is a denoising autoencoder for all noise levels.
 # - Latents keep what the eye sees and drop what it does not. The network works on a tenth of the values.
-# - What the autoencoder cannot rebuild, the whole model cannot draw: its error is the ceiling.
+# - What the autoencoder cannot rebuild, the whole model cannot draw: its quality is the ceiling.
 #
 # Try it: `latentdiff show latents photo.png`.

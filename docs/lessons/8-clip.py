@@ -3,7 +3,7 @@
 #
 # **Question.** How does a picture model understand words?
 #
-# CLIP trains two networks together: one reads a caption, one sees a picture, and both answer with a unit vector. Training
+# CLIP trains two networks together: one reads a caption, one sees a picture, and both return a unit vector. Training
 # pulls a picture and its caption together and pushes all other pairs of the batch apart.
 
 # %%
@@ -45,14 +45,14 @@ assert top1 > 0.6
 # ## The loss
 #
 # Each row and each column of the matrix is a classification with as many classes as the batch has pairs. A learnt
-# temperature sharpens it.
+# scale, one over the temperature, sharpens it.
 
 # %%
 temperature = clip.clip.towers.logit_scale.exp().item()
 logits = torch.tensor(matrix[:64, :64]) * temperature
 target = torch.arange(64)
 loss = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
-print(f"temperature {temperature:.1f}; loss {loss:.2f} on 64 unseen pairs, {np.log(64):.2f} by guessing")
+print(f"logit scale {temperature:.1f}; loss {loss:.2f} on 64 unseen pairs, {np.log(64):.2f} by guessing")
 assert loss < 0.5 * np.log(64)
 
 # %% [markdown]

@@ -86,9 +86,9 @@ assert abs(near_the_middle(samples[1.0]) - 1 / 3) < 0.04
 assert near_the_middle(samples[7.5]) < near_the_middle(samples[3.0]) < near_the_middle(samples[1.0])
 
 # %% [markdown]
-# So guidance buys agreement with the class and pays with variety. It does **not** sample from a sharpened distribution
-# p(x) p(class | x)^scale, although it is often said: it follows that distribution's score at each noise level, and those
-# levels do not belong to one process.
+# So guidance gains agreement with the class and loses variety. It does **not** sample from a sharpened distribution
+# p(x) p(class | x)^scale, although this is often said. At each noise level it follows the score of
+# p(x_t) p(class | x_t)^scale, and these are not the noised versions of one distribution.
 #
 # ## Guidance in the middle only
 #

@@ -14,7 +14,7 @@ from latentdiff.core.errors import ConfigError
 
 def annotate(
     picture: Annotated[Path, typer.Argument(help="A picture.")],
-    kind: Annotated[str, typer.Option("--kind", "-k", help=f"{', '.join(ANNOTATORS)}.")] = "canny",
+    kind: Annotated[str, typer.Option("--kind", "-k", help=f"One of {', '.join(ANNOTATORS)}.")] = "canny",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A new picture (default: beside it, NAME-KIND.png).")
     ] = None,

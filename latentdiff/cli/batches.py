@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from latentdiff.drawing.painter import Painter
     from latentdiff.drawing.record import ImageMetadata
 
-Numbered = tuple[int, "Job"]  # a picture, and its number in the command from 1
+Numbered = tuple[int, "Job"]  # a picture's number in the command, from 1, and the picture
 _OF_A_RUN = ("runtime", "device", "dtype", "speed", "versions", "batch", "model", "model_source", "variant")
 
 
@@ -54,7 +54,9 @@ class Process:
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         values = [os.environ.get(name, default) for name, default in defaults.items()]
         if not all(number.isdecimal() and len(number) < 10 for number in values) or int(values[0]) >= int(values[1]):
-            raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK are {', '.join(values)}, which no launcher sets")
+            raise ConfigError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, RANK below WORLD_SIZE (got {', '.join(values)})"
+            )
         return cls(*map(int, values))
 
     def device(self, named: str | None) -> str | None:

@@ -29,12 +29,12 @@ def convert(
         Path | None,
         typer.Argument(help="A new folder, or a new .safetensors file; optional with --to openvino: MODEL/openvino."),
     ] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights (default: as they are).")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights (default: unchanged).")] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
             metavar="KIND",
-            help="For a model: weights in blocks of GGUF's types, q8_0 or q4_0: a half or a quarter of 16 bits.",
+            help="For a model: quantize to GGUF's q8_0 or q4_0, a half or a quarter of 16 bits.",
         ),
     ] = None,
     to: Annotated[
@@ -49,7 +49,7 @@ def convert(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="For a file that holds a transformer: a folder of its family, for what no file holds."),
+        typer.Option(help="For a transformer file: a model folder of its family, which provides the other parts."),
     ] = None,
     part: Annotated[
         list[Path] | None, typer.Option(help="With --base: a further file, with a text encoder or a VAE. Repeatable.")
@@ -81,7 +81,7 @@ def convert(
     if to is Form.openvino and output is None:
         if of_models:
             raise ConfigError(
-                f"the graphs in MODEL/openvino read the weights as they are. With {of_models} name an output"
+                f"{of_models} changes the weights, which the graphs in MODEL/openvino share: name an output"
             )
         terminal.result(_exported(source, variant))
         return
@@ -106,7 +106,7 @@ def convert(
 
 
 def _check_output(output: Path, to: Form | None, of_models: str | None, *, of_file: bool) -> None:
-    """Raises ConfigError for an output of another form, and for an option of models where there is none."""
+    """Raises ConfigError if the output's kind does not fit, or a model option is given for an adapter or a pickle."""
     single = output.suffix.lower() == ".safetensors"
     of_file = of_file or to in (Form.peft, Form.kohya)
     if of_file and to is not Form.openvino and not single:
@@ -114,11 +114,11 @@ def _check_output(output: Path, to: Form | None, of_models: str | None, *, of_fi
     if to is Form.openvino and (of_file or single):
         raise ConfigError(f"--to openvino writes a model folder, with graphs in it (got {output})")
     if of_file and of_models:
-        raise ConfigError(f"{of_models} applies to models; an adapter and a pickle keep their own")
+        raise ConfigError(f"{of_models} applies to models, not to an adapter or a pickle")
 
 
 def _check_quantized(kind: str, output: Path, to: Form | None) -> None:
-    """Raises ConfigError for what no folder keeps: the other kinds are chosen when a model is loaded."""
+    """Raises ConfigError for a kind that cannot be saved; those are chosen when a model is loaded."""
     from latentdiff.networks.blocks import TYPES
     from latentdiff.runtime.kinds import check_kind
 
@@ -126,9 +126,9 @@ def _check_quantized(kind: str, output: Path, to: Form | None) -> None:
     if kind not in TYPES:
         raise ConfigError(f"a folder keeps {' or '.join(TYPES)}; {kind} is an option of generate and serve")
     if output.suffix.lower() == ".safetensors":
-        raise ConfigError(f"weights in blocks lie in a folder, not in a single file (got {output})")
+        raise ConfigError(f"quantized weights require a folder, not a single file (got {output})")
     if to is Form.openvino:
-        raise ConfigError("the graphs for OpenVINO read numbers. Convert without --quantize, then draw with it")
+        raise ConfigError("--to openvino has no quantized form. Convert without --quantize, then draw with it")
 
 
 def _pickle(source: Path, output: Path) -> None:
@@ -229,7 +229,7 @@ def _model(
         and prediction is None
         and quantize is None
         and not exporting
-        and not quantized_parts(source)  # their numbers are in files that hold blocks too
+        and not quantized_parts(source)  # quantized and other weights share a file
     ):
         if precision is None:
             raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
@@ -242,7 +242,7 @@ def _model(
         pipe.load_vae(vae, as_stored=True)
     model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
     if single and is_quantized(model):
-        raise ConfigError(f"weights in blocks lie in a folder, not in a single file (got {output})")
+        raise ConfigError(f"quantized weights require a folder, not a single file (got {output})")
     if quantize is not None:
         model = quantized(model, quantize)
     model = replace(model, prediction=prediction_of(request(prompt="", prediction=prediction), model))
@@ -260,5 +260,5 @@ def _joined(source: Path, parts: list[Path], base: Path, variant: str | None) ->
     from latentdiff.families.parts import joined
 
     if not source.is_file():
-        raise ConfigError(f"--base is for a file that holds a transformer (got {source})")
+        raise ConfigError(f"--base requires a transformer file (got {source})")
     return joined([source, *parts], base, variant)

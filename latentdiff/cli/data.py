@@ -47,14 +47,14 @@ def check(
     allow_missing_captions: Annotated[
         bool, typer.Option("--allow-missing-captions", help="Allow pictures without a caption.")
     ] = False,
-    quarantine: Annotated[Path, typer.Option(help="The file in which --skip-bad lists the rest.")] = Path(
+    quarantine: Annotated[Path, typer.Option(help="The file in which --skip-bad lists unusable pictures.")] = Path(
         "quarantine.jsonl"
     ),
     html: Annotated[Path | None, typer.Option(help="Write the report as a page with a contact sheet.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     set_: Set = None,
 ) -> None:
-    """Decode every picture and check every caption. Exits with 3 if training would refuse; changes nothing."""
+    """Decode every picture and check every caption. Exits with 3 if training would refuse the data; changes nothing."""
     import json
 
     from latentdiff.core.errors import ConfigError, DataError
@@ -91,7 +91,7 @@ def check(
     tree: dict[str, Any] = {"summary": summary(survey, settings.source)}
     tree |= {section.title: {"text": section.text, "lines": section.lines} for section in report}
     terminal.result(*json.dumps(tree, indent=1).split("\n") if json_ else as_lines(report))
-    data = picture_data(config, survey) if survey.pictures else None  # refuses like training
+    data = picture_data(config, survey) if survey.pictures else None  # raises the errors of training
     if html:
         page = as_html(settings.source, report, _sheet(data, SHEET, 0, tokenizer) if data else [])
         html.write_text(page, encoding="utf-8")

@@ -51,16 +51,16 @@ def evaluate(
         typer.Option(
             min=16,
             max=50_000,
-            help="Number of reference pictures; a quarter for the likelihood, a tenth a category, ...",
+            help="Number of reference pictures; the likelihood uses a quarter, each category a tenth, ...",
         ),
     ] = 1000,
-    times: Annotated[int, typer.Option(min=1, max=1000, help="Random times a picture, for the likelihood.")] = 8,
+    times: Annotated[int, typer.Option(min=1, max=1000, help="Random times per picture, for the likelihood.")] = 8,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of pictures, noise and times.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (default: the model's).")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "--cfg", help="Classifier-free guidance; 1 is none.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="(default: the model's).")] = None,
+    sampler: Annotated[str | None, typer.Option(help="The sampler (default: the model's).")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting of drawing, NAME=VALUE; may be repeated.")
     ] = None,
@@ -110,7 +110,7 @@ def evaluate(
 ) -> None:
     """Measure a model: likelihood, distances, composition, autoencoder, diversity, copies, settings.
 
-    After an interruption the same command goes on. Figures go to standard output, progress to standard error.
+    After an interruption run the same command to resume. Figures go to standard output, progress to standard error.
     """
     from latentdiff.evaluation.evaluate import Sources, references_of, rules_of, sized, titles
     from latentdiff.evaluation.report.report import PAGE, as_lines, known, lacking, measure, write_report

@@ -15,7 +15,7 @@ from latentdiff.core.files import check_writable
 
 
 class Method(StrEnum):
-    """See settings/finetuning.py."""
+    """The methods of fine-tuning; see settings/finetuning.py."""
 
     full = "full"
     lora = "lora"
@@ -78,14 +78,14 @@ def finetune(
     ] = None,
     noise_offset: Annotated[
         float | None,
-        typer.Option("--noise-offset", help="Deviation of a constant that is added to each channel's noise."),
+        typer.Option("--noise-offset", help="Standard deviation of a constant added to each channel's noise."),
     ] = None,
     train_text_encoder: Annotated[
         bool, typer.Option("--train-text-encoder", help="Train the text encoder too.")
     ] = False,
     quantize: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="Frozen weights of fewer bits: int8, fp8, q8_0 or q4_0 (default: numbers)."),
+        typer.Option(metavar="KIND", help="Quantize the frozen weights: int8, fp8, q8_0 or q4_0 (default: none)."),
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", "--network-dim", help="Rank of LoRA (default: 16).")] = None,
     alpha: Annotated[
@@ -113,18 +113,18 @@ def finetune(
     ] = None,
     initial: Annotated[
         str | None,
-        typer.Option("--initial", "--initializer-token", help="Known words that the new word begins as."),
+        typer.Option("--initial", "--initializer-token", help="Known words that initialize the new word."),
     ] = None,
     vectors: Annotated[
         int | None, typer.Option("--num-vectors", help="Number of vectors of the new word (default: 1).")
     ] = None,
     control_pictures: Annotated[
         str | None,
-        typer.Option("--control-pictures", help="A folder with the picture that a controlnet reads for each picture."),
+        typer.Option("--control-pictures", help="A folder with the control picture of each picture, for a controlnet."),
     ] = None,
     annotator: Annotated[
         str | None,
-        typer.Option("--annotator", help="What makes the pictures that a controlnet reads: canny (default), blur, ..."),
+        typer.Option("--annotator", help="Annotator that makes a controlnet's pictures: canny (default), blur, ..."),
     ] = None,
     image_encoder: Annotated[
         str | None,
@@ -156,7 +156,7 @@ def finetune(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id: commit, tag or branch.")] = None,
     resume: Annotated[
         str,
-        typer.Option("--resume", "--resume-from-checkpoint", help="auto, latest, or a checkpoint's path."),
+        typer.Option("--resume", "--resume-from-checkpoint", help="auto (the latest, if any), latest, or a path."),
     ] = "auto",
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Resume with settings that differ from the checkpoint's.")
@@ -169,7 +169,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="Print the plan and the time of a step, and stop.")
     ] = False,
 ) -> None:
-    """Train a model on your pictures. After an interruption the same command goes on.
+    """Train a model on your pictures. After an interruption run the same command to resume.
 
     Writes pytorch_lora_weights.safetensors, model/, learned_embeds.safetensors, controlnet/ or ip_adapter/ into the run
     folder, with a model card and a page of pictures before and after.
@@ -237,14 +237,14 @@ def finetune(
 
 
 def _name(output: Path) -> str | None:
-    """The folder's name, if it can be a model's name."""
+    """The folder's name if it can be a model's name, else None."""
     import re
 
     return output.name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", output.name) else None
 
 
 def _check_run(folder: Path) -> None:
-    """Raises ConfigError for a folder of something else, whose files the page and the card could replace."""
+    """Raises ConfigError for a folder of other files, which the page and the card could replace."""
     from latentdiff.settings.finetuning import FILE, STAGE
 
     if (folder / "config.toml").exists():

@@ -120,7 +120,7 @@ def generate(
     ] = None,
     weaker: Annotated[str | None, typer.Option(help="A weaker model, for --set autoguidance_scale=2.")] = None,
     refiner: Annotated[
-        str | None, typer.Option(help="A model that draws the last fifth of the levels; --set refiner_switch=0.8.")
+        str | None, typer.Option(help="A model that draws the last fifth of the levels (--set refiner_switch=0.8).")
     ] = None,
     cascade: Annotated[
         list[str] | None,
@@ -128,7 +128,7 @@ def generate(
     ] = None,
     upscaler: Annotated[
         Path | None,
-        typer.Option(help="A network that enlarges, like ESRGAN's: the picture, or what --hires-scale redraws."),
+        typer.Option(help="An upscaler such as ESRGAN, for the picture or the input of --hires-scale."),
     ] = None,
     control: Annotated[
         list[str] | None,
@@ -136,7 +136,7 @@ def generate(
     ] = None,
     annotate: Annotated[
         str | None,
-        typer.Option(help="What makes the control's picture of the named one: canny, blur, grey, ... (see annotate)."),
+        typer.Option(help="Annotator that makes the control picture from the named one: canny, blur, grey, ..."),
     ] = None,
     ip_adapter: Annotated[
         list[Path] | None,
@@ -144,7 +144,7 @@ def generate(
     ] = None,
     image_prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A picture to draw by as by a prompt, PICTURE[:SCALE]; requires --ip-adapter; repeatable."),
+        typer.Option(help="A picture used as a prompt, PICTURE[:SCALE]; requires --ip-adapter; may be repeated."),
     ] = None,
     clip: Annotated[
         Path | None,
@@ -198,7 +198,7 @@ def generate(
     quantize: Annotated[
         str | None,
         typer.Option(
-            metavar="KIND", help="Weights of fewer bits: less memory (int4: openvino; fp8, q8_0, q4_0: torch)."
+            metavar="KIND", help="Quantize the weights, for less memory (int4: openvino; fp8, q8_0, q4_0: torch)."
         ),
     ] = None,
     offload: Annotated[Offload | None, typer.Option(help="Keep the networks in the CPU's memory.")] = None,
@@ -320,7 +320,10 @@ def _scales(scales: Sequence[float | None], adapters: int) -> tuple[float, ...] 
     if not scales and not adapters:
         return None
     if not scales or not adapters or (adapters > 1 and len(scales) != adapters):
-        raise ConfigError(f"--image-prompt has {len(scales)} pictures, and there are {adapters} of --ip-adapter")
+        raise ConfigError(
+            "--image-prompt and --ip-adapter require each other; several adapters take one picture each "
+            f"(got {len(scales)} pictures, {adapters} adapters)"
+        )
     known = [scale for scale in scales if scale is not None]
     if not known:
         return None
@@ -388,7 +391,7 @@ def _check_seed(wishes: Sequence[Wish], common: dict[str, Any], resume: bool, pr
     """Raises ConfigError if several starts or processes draw one set of pictures without a common seed."""
     if (resume or process.processes > 1) and "seed" not in common | wishes[0].settings:
         why = "--resume" if resume else "a command of several processes"
-        raise ConfigError(f"{why} requires --seed: at random each start would draw other pictures")
+        raise ConfigError(f"{why} requires --seed: without it each start draws other pictures")
 
 
 def _check_used(requests: Sequence[Request], weaker: str | None, clip: Path | None) -> None:
@@ -409,7 +412,7 @@ def _check_beside(
         raise ConfigError("--grid requires all pictures of one command in a folder: no --resume, no other process")
     counts = {one.num_images for one in requests}
     if grid and (len(counts) > 1 or sum(one.num_images for one in requests) > MOST_CELLS):
-        raise ConfigError(f"--grid requires as many pictures of each prompt, and at most {MOST_CELLS} in all")
+        raise ConfigError(f"--grid requires equally many pictures of each prompt, and at most {MOST_CELLS} in all")
     if steps_gif and suffix_of(output) and os.path.lexists(output.with_suffix(".gif")):
         raise ConfigError(f"file exists ({output.with_suffix('.gif')}). Pictures are never overwritten")
 

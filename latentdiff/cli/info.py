@@ -14,7 +14,7 @@ from latentdiff.core.errors import ConfigError
 def info(
     path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors file or a picture.")],
     find: Annotated[
-        str | None, typer.Option(help="Print the things that a model draws whose names hold this text; '' for all.")
+        str | None, typer.Option(help="Print the model's things whose names contain this text; '' for all.")
     ] = None,
 ) -> None:
     """Describe a model, an adapter or a picture as JSON.
@@ -40,7 +40,7 @@ def info(
 
 
 def _print_things(path: Path, text: str) -> None:
-    """A line for each category with the names that hold the text. Raises ConfigError for what names no things."""
+    """A line for each category with the names that contain the text. Raises ConfigError if the model lists none."""
     from latentdiff.families.card import known_things
 
     things = known_things(path) if path.is_dir() else None
@@ -50,7 +50,7 @@ def _print_things(path: Path, text: str) -> None:
         category: [name for name in names if text.lower() in name.lower()] for category, names in things.items()
     }
     if not any(matching.values()):
-        terminal.note(f"it draws nothing whose name holds {text!r}")
+        terminal.note(f"it draws nothing whose name contains {text!r}")
     terminal.result(*(f"{category}: {', '.join(names)}" for category, names in matching.items() if names))
 
 
@@ -105,7 +105,7 @@ def _of_picture(path: Path) -> dict[str, object]:
 
 
 def _without_nulls(tree: Any) -> Any:
-    """A JSON tree without the keys that say nothing."""
+    """A JSON tree without empty values."""
     if isinstance(tree, dict):
         return {key: _without_nulls(value) for key, value in tree.items() if value not in (None, [], {})}
     return tree

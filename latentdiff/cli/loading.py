@@ -84,7 +84,7 @@ def control_wish(text: str) -> ControlWish:
     rest, colon, last = text.rpartition(":")
     scale, is_number = None, False
     if colon and not os.path.lexists(last):
-        with suppress(ValueError):  # then it is a picture that is missing, which opening it says
+        with suppress(ValueError):  # else it is a missing picture, reported when it is opened
             scale, is_number = float(last), True
     paths = (rest if is_number else text).split(":")
     places = range(1, len(paths))
@@ -97,7 +97,7 @@ def control_wish(text: str) -> ControlWish:
 
 
 def load_controls(pipe: LatentDiffusionPipeline, wishes: Sequence[ControlWish], annotate: str | None) -> Any:
-    """Load ControlNets; returns the hints of their pictures. annotate: what makes the pictures, see core/annotators."""
+    """Load ControlNets; returns the hints of their pictures. annotate: the annotator that makes the pictures."""
     from latentdiff.core.files import recorded
     from latentdiff.drawing.files import open_picture
     from latentdiff.drawing.hints import hints_of
@@ -109,7 +109,7 @@ def load_controls(pipe: LatentDiffusionPipeline, wishes: Sequence[ControlWish], 
 
 
 def load_image_prompts(pipe: LatentDiffusionPipeline, adapters: Sequence[Path], pictures: Sequence[Path]) -> Any:
-    """Load IP-Adapters; returns what they show: one adapter all pictures, several one each. Raises ConfigError."""
+    """Load IP-Adapters; returns their pictures: one adapter has all, several one each. Raises ConfigError."""
     from latentdiff.core.files import recorded
     from latentdiff.drawing.files import open_picture
     from latentdiff.drawing.image_prompts import image_prompts_of

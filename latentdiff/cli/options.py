@@ -3,7 +3,7 @@
 from enum import StrEnum
 from pathlib import Path
 
-OUTPUTS = Path("outputs")  # the folder of what is drawn
+OUTPUTS = Path("outputs")  # the folder of pictures
 
 
 class Runtime(StrEnum):

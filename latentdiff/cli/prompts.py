@@ -52,7 +52,7 @@ def wishes_of(path: Path) -> list[Wish]:
     read = _of_json if path.suffix.lower() == ".jsonl" else _of_text
     wishes = list(read(text, path))
     if not wishes:
-        raise ConfigError(f"no prompts in it ({path})")
+        raise ConfigError(f"the file has no prompts ({path})")
     return wishes
 
 

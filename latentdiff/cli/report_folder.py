@@ -34,7 +34,7 @@ def _left(path: Path) -> bool:
 
 
 def claim(report: Path, rules: dict[str, Any]) -> None:
-    """Write the settings of a report into its folder. Raises ConfigError for the folder of other settings."""
+    """Write the settings of a report into its folder. Raises ConfigError if it has a report of other settings."""
     from latentdiff.core.files import write_json
 
     path = report / SETTINGS

@@ -37,7 +37,7 @@ def serve(
     controls: Annotated[
         Path | None, typer.Option(help="A folder of ControlNets that clients may choose by name.")
     ] = None,
-    keep: Annotated[int, typer.Option(min=1, max=100, help="Models in memory at most.")] = 2,
+    keep: Annotated[int, typer.Option(min=1, max=100, help="Largest number of models in memory.")] = 2,
     runs: Annotated[Path, typer.Option(help="The folder of the training runs that the page shows.")] = Path("runs"),
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of all pictures.")] = OUTPUTS,
     lora: Annotated[
@@ -45,7 +45,7 @@ def serve(
     ] = None,
     embedding: Annotated[list[str] | None, typer.Option(help="Learnt words, PATH or WORD=PATH.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Another VAE for the same latents.")] = None,
-    most_waiting: Annotated[int, typer.Option(min=1, max=100_000, help="Pictures that may wait.")] = 200,
+    most_waiting: Annotated[int, typer.Option(min=1, max=100_000, help="Largest number of waiting pictures.")] = 200,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda where there is one).")] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Precision of the arithmetic.")] = None,
     runtime: Annotated[
@@ -55,7 +55,7 @@ def serve(
     quantize: Annotated[
         str | None,
         typer.Option(
-            metavar="KIND", help="Weights of fewer bits: less memory (int4: openvino; fp8, q8_0, q4_0: torch)."
+            metavar="KIND", help="Quantize the weights, for less memory (int4: openvino; fp8, q8_0, q4_0: torch)."
         ),
     ] = None,
 ) -> None:
@@ -76,7 +76,7 @@ def serve(
     from latentdiff.server.studio import Studio
 
     def opened(path: Path | None, torch: bool = False) -> LatentDiffusionPipeline:
-        """A model with the command's options; the one of the start with what is loaded beside it."""
+        """A model with the command's options; without a path the server's own, with its adapters, words and VAE."""
         chosen = Runtime.torch if torch and runtime == Runtime.auto else runtime
         pipe = loaded(model if path is None else str(path), device, dtype, None, None, chosen, speed, quantize)
         if path is None:
@@ -94,7 +94,7 @@ def serve(
 def _check_token(host: str, token: str | None) -> None:
     """Raises UnsafeError for an address that others reach without a token, ConfigError for a bad token."""
     if token is not None and not (len(token) >= 8 and token.isascii() and token.isprintable()):
-        raise ConfigError("a token has at least 8 letters, digits or signs of ASCII")
+        raise ConfigError("a token must have at least 8 printable ASCII characters")
     from latentdiff.server.guard import is_local
 
     if token is None and not is_local(host):

@@ -24,7 +24,7 @@ def note(*messages: object) -> None:
 
 
 def warning(message: object) -> None:
-    """Print what a person would want to know, though the command goes on."""
+    """Print a warning; the command goes on."""
     note(f"warning: {one_line(message)}")
 
 

@@ -58,7 +58,7 @@ def train(
         bool, typer.Option("--deterministic", help="Bitwise reproducible on a GPU too, with slower kernels.")
     ] = False,
 ) -> None:
-    """Train a model from nothing: autoencoder, CLIP, denoiser. After an interruption the same command goes on.
+    """Train a model from nothing: autoencoder, CLIP, denoiser. After an interruption run the same command to resume.
 
     The finished model is the folder RUN/model, which `generate -m` and diffusers load. With `accelerate launch` several
     processes share the batches.

@@ -26,7 +26,7 @@ def grid_of(options: Sequence[str], option: str) -> dict[str, tuple[Any, ...]]:
         name, equals, values = text.partition("=")
         name = _SHORT.get(name.strip(), name.strip())
         if not equals or not values or name in grid:
-            raise ConfigError(f"{option} is NAME=VALUE,VALUE, once a name (got {text[:60]!r})")
+            raise ConfigError(f"{option} must be NAME=VALUE,VALUE, each name once (got {text[:60]!r})")
         choices = [_setting(name, value.strip()) for value in re.split(r",(?![^\[]*\])", values)]  # outside brackets
         grid[name] = tuple(choices)
     if (count := math.prod(map(len, grid.values()))) > MOST:

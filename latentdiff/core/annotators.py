@@ -1,7 +1,7 @@
-"""Pictures of pictures, which controls read: edges, blurred, grey, tiles, colours, segments.
+"""Annotators make the pictures that controls read: edges, blurred, grey, tiles, colours, segments.
 
-Each takes uint8 (H, W, 3) and returns the same shape, and depends on nothing else. Libraries are imported on use: the
-settings of a training name the annotators.
+Each takes uint8 (H, W, 3) and returns the same shape, and depends on nothing else. Libraries are imported on use,
+because the settings of a training import this module.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Annotator = Callable[["np.ndarray"], "np.ndarray"]
-EDGE_LOW, EDGE_HIGH = 100, 200  # Canny's thresholds, of ControlNet's examples (Zhang et al. 2023)
+EDGE_LOW, EDGE_HIGH = 100, 200  # Canny's thresholds, as in ControlNet's examples (Zhang et al. 2023)
 TILE, PALETTE = 8, 16  # pixels of a side
 SEGMENTS = 8  # colours
 
@@ -28,7 +28,7 @@ def canny(pixels: np.ndarray) -> np.ndarray:
 
 
 def blur(pixels: np.ndarray) -> np.ndarray:
-    """Softened by a Gaussian of a fiftieth of the shorter side."""
+    """Blurred by a Gaussian whose radius is a fiftieth of the shorter side."""
     import numpy as np
     from PIL import Image, ImageFilter
 
@@ -52,7 +52,7 @@ def palette(pixels: np.ndarray) -> np.ndarray:
 
 
 def segments(pixels: np.ndarray) -> np.ndarray:
-    """Areas of eight colours, those that stand for the picture best (median cut, Heckbert 1982)."""
+    """Areas in the eight colours that represent the picture best (median cut, Heckbert 1982)."""
     import numpy as np
     from PIL import Image
 

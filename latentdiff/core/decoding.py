@@ -109,7 +109,7 @@ def rgb(image: Image.Image, background: Color = WHITE) -> np.ndarray:
 
 
 def _grey16(values: np.ndarray, transparent: object, background: Color) -> np.ndarray:
-    """65535 / 255 = 257: the mean stays within half a step of the source's."""
+    """16-bit grey to 8 bits: divided by 65535 / 255 = 257 and rounded."""
     grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     pixels = np.repeat(grey[..., None], 3, -1)
     if isinstance(transparent, int):

@@ -60,7 +60,7 @@ class Interrupted(BaseException):
     def __init__(self, number: int, saved: str | None = None):
         name = signal.Signals(number).name
         super().__init__(
-            f"saved {saved} after {name}" if saved else f"error: stopped by {name}. The same command goes on"
+            f"saved {saved} after {name}" if saved else f"error: stopped by {name}. Run the same command to resume"
         )
         self.exit_code = 128 + number
 

@@ -46,7 +46,7 @@ def check_page(output: Path, ours: str) -> None:
     """Check before any work that a file can be written and replaces only a file that begins with `ours`."""
     check_writable(output, output.parent)
     if output.is_dir() or not output.parent.is_dir():
-        raise ConfigError(f"cannot write to {output} (no such folder, or a folder itself)")
+        raise ConfigError(f"cannot write to {output} (its folder is missing, or it is a folder itself)")
     if output.is_file() and not output.read_bytes().startswith(ours.encode()):
         raise ConfigError(f"{output} is a file of yours; nothing is overwritten. Choose another name")
 
@@ -69,7 +69,7 @@ def recorded(path: Path) -> str:
 def scratch(folder: Path) -> Iterator[Path]:
     """A temporary folder inside `folder`, on the same disk, so that files can be renamed out of it.
 
-    Those that killed processes left there are removed.
+    Scratch folders that killed processes left there are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{SCRATCH}*"):
@@ -112,9 +112,9 @@ def _held(folder: Path) -> Iterator[bool]:
 def whole(output: Path, replaces: frozenset[str] = frozenset()) -> Iterator[Path]:
     """A path to write a file or a folder to; it is renamed to `output` once the block ends without an error.
 
-    On failure nothing is left behind. A folder that exists is exchanged for the new one in one step, so that whoever
-    reads it finds the old one or the new one; what the new one has not, at its top, is taken over from the old one,
-    except for what it `replaces`.
+    On failure nothing is left behind. An existing folder is exchanged for the new one in one step, so that a reader
+    finds the old one or the new one. Top-level entries that only the old one has are kept, except for those named in
+    `replaces`.
     """
     if output.is_symlink() and output.is_dir():
         output = output.resolve()
@@ -130,7 +130,7 @@ def whole(output: Path, replaces: frozenset[str] = frozenset()) -> Iterator[Path
 
 
 def _take_over(old: Path, new: Path, replaces: frozenset[str]) -> None:
-    """Give a new folder what only the old one has at its top, without a copy where the file system has links."""
+    """Add the top-level entries that only the old folder has to the new one, as hard links where possible."""
     new.chmod(old.stat().st_mode & 0o7777)
     for entry in old.iterdir():
         target = new / entry.name
@@ -143,7 +143,7 @@ def _take_over(old: Path, new: Path, replaces: frozenset[str]) -> None:
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """Another name of the same file, or a copy where there are no links."""
+    """A hard link, or a copy where the file system has none."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

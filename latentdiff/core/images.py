@@ -36,7 +36,7 @@ def to_uint8(images: Array) -> NDArray[np.uint8]:
 
 
 def coloured(pictures: np.ndarray) -> np.ndarray:
-    """Pictures with three channels: of grey ones the channel is repeated."""
+    """Pictures with three channels; a grey picture's channel is repeated."""
     return pictures if pictures.shape[-1] == 3 else pictures.repeat(3, -1)
 
 

@@ -43,6 +43,6 @@ def one_line(text: object) -> str:
 
 
 def quoted(text: object) -> str:
-    """A text of others for Markdown, as it is: as code, where neither HTML nor Markdown has a meaning."""
+    """Somebody else's text for Markdown: in a code span if it has markup characters. Backticks become apostrophes."""
     plain = one_line(text).replace("`", "'").replace("|", "\\|")
     return f"`{plain}`" if re.search(r"[<>&*_\[\]()#!\\|~]", plain) else plain

@@ -1,4 +1,4 @@
-"""The words of captions, and the words of a prompt that a model has never seen, or only of one thing."""
+"""The words of captions, and the words of a prompt that a model has never seen, or only in captions of one thing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unseen(prompt: str, known: Set[str]) -> list[str]:
 
 
 def words_of_one_thing(captions_of: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """The words that stand in texts about one thing alone, with its name; the thing's own whole name is none.
+    """Words that occur only in texts about one thing -> its name, except for a word that is the whole name.
 
     captions_of: the texts about each thing, by its name.
     """
@@ -39,6 +39,6 @@ def narrow(prompt: str, of_one: Mapping[str, str]) -> dict[str, str]:
 
 
 def seen_things(things: Mapping[str, Iterable[str]], known: Set[str]) -> dict[str, tuple[str, ...]]:
-    """The things, by category, all of whose words are known: training may never have drawn the others."""
+    """The things, by category, all of whose words are known: training may never have shown the others."""
     seen = {category: tuple(name for name in names if not unseen(name, known)) for category, names in things.items()}
     return {category: names for category, names in seen.items() if names}

@@ -22,7 +22,7 @@ def companions(config: Settings, sets: Sequence[Examples], source: str, cache: P
     """
     settings = config.data.pictures
     if settings.crop == "content":
-        raise ConfigError("data.pictures.crop = content would crop a picture and its control differently. Use center")
+        raise ConfigError("data.pictures.crop = content would crop a picture and its companion differently. Use center")
     own: dict[str, Any] = {"source": source, "layout": "uncaptioned", "allow_missing_captions": True}
     plain = settings.model_copy(update=own | {"instance_prompt": None})
     survey = look(config.model_copy(update={"data": config.data.model_copy(update={"pictures": plain})}), cache)

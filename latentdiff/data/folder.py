@@ -184,7 +184,7 @@ def _json_rows(lines: list[str], name: str) -> Iterator[tuple[str, Mapping[str, 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)
 
 

@@ -69,7 +69,7 @@ def _saved(path: Path, options: Options) -> Any:
         if options.split not in splits:
             raise ConfigError(f'{path} has no split "{options.split}". Its splits: {", ".join(splits)}')
         path = path / named_inside(PurePosixPath(), options.split, "dataset_dict.json")
-    state = _json(path / "state.json")  # its format is how `datasets` would show the rows, and is not ours
+    state = _json(path / "state.json")  # we ignore its format, in which `datasets` would show the rows
     entries = state.get("_data_files")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"state.json has no list of data files ({path})")

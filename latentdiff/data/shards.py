@@ -27,7 +27,7 @@ _MOST = 100_000  # shards
 
 
 def is_sharded(source: str) -> bool:
-    """Whether a source is .tar files: by name, as a range in braces, or as the only files of a folder."""
+    """Whether a source is .tar files: by name, as a range in braces, or a folder with some."""
     path = Path(source)
     return source.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar")))
 

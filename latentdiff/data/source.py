@@ -44,7 +44,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Options:
-    """The user's settings for a data set beside its path; None is the usual name."""
+    """The user's settings for a data set beside its path; None stands for the usual column."""
 
     layout: str = "auto"
     split: str = "train"

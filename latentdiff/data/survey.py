@@ -168,7 +168,7 @@ def survey(
 def _opened(
     records: Iterable[Record], known: dict[str, Facts], max_pixels: int
 ) -> Iterator[tuple[Record, str | None, Facts]]:
-    """Each record with its identity and facts, by two threads: decoders release Python's lock."""
+    """Each record with its identity and facts, by one thread a core: decoders release Python's lock."""
 
     def look(record: Record) -> tuple[Record, str | None, Facts]:
         try:

@@ -111,12 +111,12 @@ def _undecoded(table: Any, image: str, caption: str | None) -> Any:
     if isinstance(feature := features.get(image), Image):
         table = table.cast_column(image, Image(decode=False))
     elif not isinstance(feature, Value | dict | NoneType):
-        raise ConfigError(f"column {image} has no pictures but {type(feature).__name__}. Use image_column")
+        raise ConfigError(f"column {image} holds {type(feature).__name__}, not pictures. Use image_column")
     text = features.get(caption) if caption else None
     if isinstance(text, List | LargeList):
         text = text.feature
     if not isinstance(text, Value | NoneType):
-        raise ConfigError(f"column {caption} has no text but {type(text).__name__}. Use caption_column")
+        raise ConfigError(f"column {caption} holds {type(text).__name__}, not text. Use caption_column")
     return table
 
 

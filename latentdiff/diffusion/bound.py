@@ -8,7 +8,7 @@
 p(x_s | x_t) is Gaussian, around the posterior's mean for the predicted clean data, with the posterior's variance
 ("small") or the forward step's ("large"); so every L_t is a weight times the squared error of that prediction, plus a
 constant. L_0 has the forward variance, for the posterior's is zero there: a density for latents, which are continuous,
-and for 8-bit pixels the probability of their bin (eq. 13). All is in nats of whole samples; `bits` divides.
+and for 8-bit pixels the probability of their bin (eq. 13). All terms are in nats per sample; `bits` converts them.
 
 Noise and times are keyed by the sample, and times depend on the path alone: two models, or one model with and without
 captions, are compared on the same draws.
@@ -36,7 +36,7 @@ Array = Any
 Floats = NDArray[np.float64]
 Variance = Literal["small", "large"]
 VARIANCES: tuple[str, ...] = get_args(Variance)
-Predict = Callable[[Array, NDArray[np.int64]], Array]  # x (B, ...) and its times (B,) -> the clean data it stands for
+Predict = Callable[[Array, NDArray[np.int64]], Array]  # x (B, ...), numbers of its levels (B,) -> predicted x0
 BIN = 2 / 255  # the width of an 8-bit value in [-1, 1]
 _ARRAYS = ("prior", "reconstruction", "times", "squared")  # fields of `Errors` with a row a sample
 _UNIFORM = 0.1  # share of times that are drawn uniformly
@@ -73,8 +73,8 @@ def proposal(path: Path) -> Floats:
     """Probabilities of the times 1 .. T-1, (T,): proportional to their terms for white data of variance 1, and a share
     that is uniform.
 
-    Data that is easier to predict than white noise has smaller terms, at most times by about the same factor; where it
-    is not, the uniform share limits the weight of one draw.
+    Data that is easier to predict than white noise has terms that are smaller by about the same factor at most times;
+    at the others the uniform share limits the weight of one draw.
     """
     alpha, sigma = _scales(path, np.arange(path.T))
     white = Terms.of(path).weight * sigma**2 / (alpha**2 + sigma**2)
@@ -135,7 +135,7 @@ class Errors:
 
     @classmethod
     def joined(cls, parts: Sequence[Errors]) -> Errors:
-        """The samples of several, which share one path."""
+        """The samples of several evaluations on one path."""
         whole: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
         return replace(parts[0], **whole)
 

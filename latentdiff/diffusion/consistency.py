@@ -1,11 +1,11 @@
-"""Consistency distillation: a student that jumps from any level to x0, as its teacher's guided path would end.
+"""Consistency distillation: a student that jumps from any level to the end of its teacher's guided path.
 
     loss = E 1 / (r_t - r_s) d(f(x_t, t), f(x_s, s) without gradient)
 
     x_s: one DDIM step of the guided teacher from x_t          r = sigma / alpha
 
 with d the pseudo-Huber distance (Song et al. 2023, Consistency Models; Luo et al. 2023, Latent Consistency Models,
-algorithm 1). The teacher's guidance is inside the student, which is drawn without. f: see diffusion/jump.py.
+algorithm 1). The student contains the teacher's guidance and is sampled without any. f: see diffusion/jump.py.
 
 The weight is that of Song and Dhariwal 2024 (section 3.1). With equal weights, as Luo et al. have them, large errors
 at high noise spoil what a small student knows at low noise, from which it learns the rest: its loss rises instead.
@@ -35,7 +35,7 @@ class ConsistencyLoss:
         self._table = table([*grid, end_of(path)], prediction)
 
     def number(self, t: float) -> int:
-        """The place in the grid that a training time of the path stands for."""
+        """The index in the grid for a training time of the path."""
         return min(int((1 - (t + 1) / self.path.T) * self.steps), self.steps - 1)
 
     def rows(self, t: float, rng: Any = None) -> Tensor:

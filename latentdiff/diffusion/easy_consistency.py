@@ -4,10 +4,9 @@
     r_s = r_t (1 - n(r_t) / q)        n(r) = 1 + k sigmoid(-b r)            x_s = alpha_s x0 + sigma_s noise
 
 with the noise-to-signal ratio r = sigma / alpha (their t), one x0 and noise for both, and the pseudo-Huber distance d
-(their sections 3 and 4). At q = 1 this is the diffusion loss: x_s
-would be the data. f: see diffusion/jump.py.
+(their sections 3 and 4). At q = 1 this is the diffusion loss: x_s is the data. f: see diffusion/jump.py.
 
-A guided student: in place of x0, x_s is a step towards free + w (x0 - free), where `free` is what the model as it was
+A guided student: x_s is a step towards free + w (x0 - free) instead of x0, where `free` is what the original model
 predicts without a prompt. On average over the data this is the guided direction of the path (as in Geng et al. 2025,
 Mean Flows, equation 19).
 """
@@ -39,7 +38,7 @@ class EasyConsistencyLoss:
         self._guidance, self._huber = guidance, huber
 
     def rows(self, t: float, rng: Any = None) -> Tensor:
-        """The rows of the level of a training time and of the next nearer one, (2, 8). rng is not used."""
+        """The rows of the level of a training time and of the next, less noisy one, (2, 8). rng is not used."""
         level = self.path.level(t)
         ratio = min(level.sigma / level.alpha, LARGEST_RATIO) if level.alpha else LARGEST_RATIO
         share = (1 + K / (1 + math.exp(B * ratio))) / self._shrink

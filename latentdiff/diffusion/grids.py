@@ -40,7 +40,7 @@ def linspace(T: int, steps: int, whole: Whole) -> list[float]:
 
 
 def leading_open(T: int, steps: int, whole: Whole) -> list[float]:
-    """Leading with one more time, of which the last is left out: diffusers' multistep solvers (DPM++, UniPC, DEIS)."""
+    """Leading with steps + 1 times, without the last one: diffusers' multistep solvers (DPM++, UniPC, DEIS)."""
     if steps == T:
         return leading(T, steps, whole)
     stride = T // (steps + 1)
@@ -49,7 +49,7 @@ def leading_open(T: int, steps: int, whole: Whole) -> list[float]:
 
 
 def linspace_open(T: int, steps: int, whole: Whole) -> list[float]:
-    """Linspace with one more time, of which the last is left out: diffusers' multistep solvers."""
+    """Linspace with steps + 1 times, without the last one: diffusers' multistep solvers."""
     return [whole(value) for value in _even(T - 1, 0, min(steps + 1, T))[:steps]]
 
 
@@ -59,7 +59,7 @@ def linspace_exact(T: int, steps: int, whole: Whole) -> list[float]:
 
 
 def distilled(T: int, steps: int, whole: Whole) -> list[float]:
-    """Of the fifty times T i / 50 - 1 that latent consistency models are distilled on, every fifty / steps-th."""
+    """Every (50 / steps)-th of the fifty times T i / 50 - 1 that latent consistency models are distilled on."""
     origins = max(50, steps)
     return [float((origins - math.floor(i * origins / steps)) * T // origins - 1) for i in range(steps)]
 
@@ -93,7 +93,7 @@ AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.11
 def align_your_steps(steps: int, lowest: float, highest: float, published: Sequence[float] = AYS_SD) -> list[float]:
     """The published levels of Sabour et al. 2024 for ten steps of Stable Diffusion 1, log-linear between them.
 
-    They end where the picture is clean, so the lowest is left out. On another range they are stretched in the log.
+    The lowest, where the picture is clean, is left out. For another range the levels are stretched in the log.
     """
     logs = [math.log(ratio) for ratio in published]
     places = _even(0, len(logs) - 1, steps + 1)[:-1]
@@ -108,7 +108,7 @@ def align_your_steps_xl(steps: int, lowest: float, highest: float) -> list[float
 
 
 def _even(first: float, last: float, count: int) -> list[float]:
-    """`count` evenly spaced numbers, both ends included; of one number the first."""
+    """`count` evenly spaced numbers, both ends included; a single number is `first`."""
     if count == 1:
         return [float(first)]
     step = (last - first) / (count - 1)

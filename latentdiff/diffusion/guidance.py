@@ -1,4 +1,4 @@
-"""Guidance: functions from denoisers to denoisers. Networks and samplers have never heard of it.
+"""Guidance: functions from denoisers to denoisers. Networks and samplers do not know about it.
 
 `many` is a denoiser under several conditions at once, which returns all of them in one batch, (K, B, C, h, w); in
 `both` the unconditional comes first, the conditional second. Wrappers that look at the same network share its one
@@ -31,7 +31,7 @@ def once(denoise: Denoiser) -> Denoiser:
 
 
 def chosen(many: Denoiser, index: int) -> Denoiser:
-    """One of several conditions."""
+    """The denoiser under one of several conditions."""
     return lambda x, level: many(x, level)[index]
 
 
@@ -97,7 +97,7 @@ def rescaled(guided: Denoiser, cond: Denoiser, share: float, prediction: str) ->
     """Guidance pulled back to the conditional standard deviation (Lin et al. 2023, eq. 15-16).
 
     The deviation is that of each picture's network output, which the parametrization turns into x0; `share` in [0, 1]
-    is the mixing factor phi. Where the output says nothing of x0, at zero SNR of an epsilon network, nothing changes.
+    is the mixing factor phi. Nothing changes where the output does not determine x0: an epsilon network at zero SNR.
     """
     coefficients = parametrization_named(prediction)
 
@@ -194,11 +194,11 @@ def toward(
 
 
 def keep(denoise: Denoiser, known: Array, mask: Array, levels: Sequence[NoiseLevel]) -> Denoiser:
-    """Inpainting with any network: x0 is predicted where `mask` is 1, and `known` where it is 0.
+    """Inpainting with any network: x0 is the prediction where `mask` is 1, and `known` where it is 0.
 
-    From a start at diffused `known`, this region then follows the closed form alpha known + sigma noise. A value w
-    between 0 and 1 is known until the last w of the steps, and drawn in them (Levin and Fried 2023, algorithm 1), so
-    that a soft edge changes by degrees. levels: those of the walk.
+    If x starts as diffused `known`, the known region stays at alpha known + sigma noise. Where the mask is w between 0
+    and 1, `known` holds until the last share w of the steps (Levin and Fried 2023, algorithm 1), so that soft edges
+    change gradually. levels: those of the walk.
     """
     steps = len(levels) - 1
 

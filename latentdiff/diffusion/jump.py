@@ -15,7 +15,7 @@ from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.parametrization import Network, boundary, parametrization_named
 from latentdiff.diffusion.path import Path
 
-LARGEST_RATIO = 80.0  # EDM's
+LARGEST_RATIO = 80.0  # EDM's largest noise level
 
 
 class Row(NamedTuple):

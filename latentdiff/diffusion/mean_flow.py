@@ -10,7 +10,7 @@ and their adaptive weight). The derivative along the path, where x_t changes by 
     du/dt = (u(x_t + h v, r, t + h) - u(x_t - h v, r, t - h)) / 2h
 
 since attention kernels have no forward derivative; at t = 1 it is one-sided. A guided student learns
-free + w (v - free) in place of v, where `free` is the velocity that the model as it was predicts without a prompt
+free + w (v - free) in place of v, where `free` is the velocity that the original model predicts without a prompt
 (equation 19).
 """
 
@@ -37,7 +37,7 @@ class MeanFlowLoss:
     """The loss of a student that reads the condition `until`, the time 1000 r.
 
     guidance: the scale of guidance inside the student; 1 is none. power: p. The weight suits data of many values, in
-    which the loss of a sample is near its mean; of few values it would favour the commonest x0 over the mean. Raises
+    which a sample's loss is near the mean loss; with few values u would tend to the commonest x0, not the mean. Raises
     ValueError for a path that is not straight.
     """
 

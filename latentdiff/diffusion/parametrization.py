@@ -96,7 +96,7 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
 
 
 def parametrization_named(name: str) -> Parametrization:
-    """By name. Raises ValueError for an unknown one."""
+    """The parametrization of that name. Raises ValueError for an unknown one."""
     if name not in PARAMETRIZATIONS:
         raise ValueError(f"unknown prediction {name!r}; one of {', '.join(PARAMETRIZATIONS)}")
     return PARAMETRIZATIONS[name]
@@ -130,7 +130,7 @@ def boundary(t: float, scaling: float = 10.0, std: float = 0.5) -> tuple[float, 
 def target(prediction: str, level: NoiseLevel) -> tuple[float, float]:
     """(a, b) of the network's target a noise + b x0: the module's equation solved for F.
 
-    Where a network's output says nothing of x0 (epsilon at alpha 0), the noise itself.
+    Where the output does not determine x0 (epsilon at alpha 0), the target is the noise.
     """
     c = parametrization_named(prediction)(level)
     if c.out == 0:

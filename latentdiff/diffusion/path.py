@@ -58,7 +58,7 @@ class Path(Protocol):
         ...
 
     def levels(self, steps: int, grid: str = "trailing", tokens: int = 0) -> tuple[NoiseLevel, ...]:
-        """A descending grid of `steps` levels, then CLEAN; tokens: of the latents, for shifts that grow with them."""
+        """A descending grid of `steps` levels, then CLEAN; tokens: the number in the latents, for some shifts."""
         ...
 
 
@@ -164,7 +164,7 @@ class VariancePreserving:
         return np.cos(angles), np.sin(angles)
 
     def levels(self, steps: int, grid: str = "trailing", tokens: int = 0) -> tuple[NoiseLevel, ...]:
-        """See Path. At zero terminal SNR the last time comes first in grids of ratios, which have no place for it."""
+        """See Path. At zero terminal SNR, grids of ratios begin with the last time, whose ratio is infinite."""
         return grid_levels(self, steps, grid, round)
 
     @property
@@ -254,9 +254,9 @@ class Straight:
         return 1 - t / self.T, t / self.T
 
     def levels(self, steps: int, grid: str = "trailing", tokens: int = 0) -> tuple[NoiseLevel, ...]:
-        """See Path. Grids of times are shifted; grids of ratios state their levels themselves.
+        """See Path. Grids of times are shifted; grids of ratios are not.
 
-        The last level of `linspace` is the lowest of training, which is shifted itself: it is shifted twice, as in
+        `linspace` ends at the lowest training level, which is already shifted and is shifted once more, as in
         Stability AI's sd3-ref and in diffusers.
         """
         if grid == "linspace" and 1 < steps <= self.T:

@@ -47,7 +47,7 @@ class Step(NamedTuple):
 class Walk(Protocol):
     """Walks `levels` from x at levels[0], yielding len(levels) - 1 steps.
 
-    Whoever drives it may send another x, from which the walk goes on.
+    The caller may send another x, from which the walk continues.
     """
 
     def __call__(self, denoise: Denoiser, x: Array, levels: Levels, noise: Noise, path: Path) -> Iterator[Step]:
@@ -350,7 +350,7 @@ def _corrected(knot: _Knot, x0_end: Array, s: NoiseLevel) -> Array:
 def lcm(denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent, path: Path | None = None) -> Iterator[Step]:
     """Consistency sampling (Luo et al. 2023, algorithm 3), for models that are distilled for few steps.
 
-    To x0 at once, then noised to the next level. x0 is c_out x0 + c_skip x with the paper's boundary scalings of 10 t
+    A jump to x0, then noise up to the next level. x0 is c_out x0 + c_skip x with the paper's boundary scalings of 10 t
     and 0.5: at time 0 it is x itself.
     """
     for number, (t, s) in enumerate(pairwise(levels), 1):

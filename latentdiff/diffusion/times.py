@@ -1,9 +1,9 @@
 """Times: at which noise levels a denoiser is trained.
 
-    uniform        every time alike
+    uniform        every time equally often
     logit_normal   s = sigmoid(mean + std z), z ~ N(0, 1): more often in the middle (Esser et al. 2024, eq. 19)
-    log_normal     sigma / alpha = exp(mean + std z) (Karras et al. 2022, table 1); on paths whose end has less noise
-                   the rest of the times are the last
+    log_normal     sigma / alpha = exp(mean + std z) (Karras et al. 2022, table 1); draws beyond the end of the path
+                   become its last time
 
 A time is a share s in [0, 1] of the path; on a path with whole times it is a whole number. A validation draws from bins
 of equal width.
@@ -42,7 +42,7 @@ class Times:
             whole = rng.integers(T)
             share = whole / T
         else:
-            share = 1 - rng.random()  # in (0, 1]: at 0 nothing is to be learnt
+            share = 1 - rng.random()  # in (0, 1]: at 0 there is nothing to learn
         if self.bins:
             share = (number % self.bins + rng.random()) / self.bins
         elif self.path.whole and self.distribution == "uniform":

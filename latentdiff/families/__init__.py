@@ -60,9 +60,9 @@ def family_of(index: dict[str, Any], directory: Path) -> Family:
         if name in family.pipelines and (family is not own.FAMILY or own.made_here(directory)):
             return family
     known = ", ".join(family.name for family in FAMILIES if family is not own.FAMILY)
-    raise ModelError(f"{name} is not supported ({where}). These are: {known}")
+    raise ModelError(f"{name} is not supported ({where}). Supported: {known}")
 
 
 def check_vae(path: Path) -> Path:
-    """The folder of a VAE, or the VAE in a model folder, checked likewise. Raises ModelError, UnsafeError."""
+    """Check a folder of a VAE, or the VAE of a model folder; return its folder. Raises ModelError, UnsafeError."""
     return folder.check_network(path, "vae", frozenset().union(*(family.parts["vae"] for family in FAMILIES)))

@@ -68,7 +68,7 @@ def model_card(
         raise ModelError(f"size must be multiples of {multiple} (got {card.size} in {path})")
     defaults = card.defaults.model_dump(exclude_unset=True) if card.defaults else {}
     if defaults.get("num_inference_steps", 1) > T:
-        raise ModelError(f"{defaults['num_inference_steps']} steps recommended of {T} times ({path})")
+        raise ModelError(f"{defaults['num_inference_steps']} recommended steps are more than {T} times ({path})")
     listed, things = known_words(directory), known_things(directory)
     words = None if listed is None else frozenset(listed)
     of_one_thing = {word: name for word, name in (listed or {}).items() if name}

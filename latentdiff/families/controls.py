@@ -46,7 +46,7 @@ def control_of(module: Any, model: Model) -> Any:
     """A module of diffusers' as a control for a model. Raises ConfigError, ModelError."""
     if type(module).__name__ not in CLASSES:
         raise ConfigError(
-            f"controlnet must be a path, a {' or a '.join(sorted(CLASSES))} (got {type(module).__name__})"
+            f"controlnet must be a path or a {' or a '.join(sorted(CLASSES))} (got {type(module).__name__})"
         )
     control = _wrapper(type(module).__name__)(module).eval()
     check_fit(control, model, Path("a module"))

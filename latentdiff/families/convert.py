@@ -1,4 +1,4 @@
-"""A model folder in another precision: every safetensors file is rewritten, other files are copied."""
+"""A model folder in another precision: safetensors files are rewritten; JSON, text and GGUF files are copied."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def assembled(
 
     if backbone.spec.inputs != codec.latent_channels:
         raise ModelError(
-            f"a transformer of {backbone.spec.inputs} channels, latents of {codec.latent_channels} ({where})"
+            f"the transformer reads {backbone.spec.inputs} channels, latents have {codec.latent_channels} ({where})"
         )
     vae = getattr(codec, "vae", None)
     parts = {"transformer": backbone.model} | ({} if vae is None else {"vae": vae})
@@ -60,7 +60,7 @@ def names_of(tree: Any, count: int, directory: Path) -> list[str]:
         raise ModelError(f"id2label must name the {count} classes of the transformer ({directory}/model_index.json)")
     names = [tree[str(number)] for number in range(count)]
     if not all(isinstance(name, str) and name.strip() and len(name) <= LONGEST_NAME for name in names):
-        raise ModelError(f"id2label must hold names ({directory}/model_index.json)")
+        raise ModelError(f"names in id2label must have 1 to {LONGEST_NAME} characters ({directory}/model_index.json)")
     return names
 
 

@@ -29,7 +29,7 @@ def assembled(
 ) -> Model:
     """The model of a folder, and of parts from other files (`states`).
 
-    widths: of what the texts give, by condition; parts: the texts' own.
+    widths: of the text encoders' outputs, by condition; parts: the text encoders' modules and tokenizers.
 
     Raises ModelError if the networks do not fit together.
     """
@@ -38,7 +38,7 @@ def assembled(
         if reads[name][-1] != width:
             raise ModelError(f"the transformer reads {name} of {reads[name][-1]}, the texts have {width} ({directory})")
     if inputs not in (codec.latent_channels, 2 * codec.latent_channels):
-        raise ModelError(f"a transformer of {inputs} channels, latents of {codec.latent_channels} ({directory})")
+        raise ModelError(f"the transformer reads {inputs} channels, latents have {codec.latent_channels} ({directory})")
     scheduled, prediction, *_ = read_scheduler(directory)
     path = family.path(scheduled)
     card = model_card(directory, path.T, variant, family.defaults(directory), hashed=not states)

@@ -1,7 +1,7 @@
 """Flux.1, dev, schnell and Kontext: a transformer on a straight path, a KL autoencoder of 16 channels, CLIP and T5.
 
 dev reads its guidance, and its shift grows with the picture; schnell is distilled to four steps (Black Forest Labs
-2024). Kontext, whose weights have dev's shapes, is known by its pipeline's class; it draws an input picture anew.
+2024). Kontext, whose weights have dev's shapes, is recognised by its pipeline's class; it edits an input picture.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHI
 def path(scheduled: SamplingPath) -> SamplingPath:
     """See Family: the shift grows with the picture by a rule of its own, whatever the scheduler's config says."""
     if not isinstance(scheduled, Straight):
-        raise ModelError("FLUX.2 requires the scheduler of a straight path")
+        raise ModelError("FLUX.2 requires a flow-matching scheduler")
     return replace(scheduled, growth=_GROWTH)
 
 

@@ -1,4 +1,4 @@
-"""IP-Adapters, read from the single .safetensors files that people have, with the CLIP that reads their pictures."""
+"""IP-Adapters, read from single .safetensors files, with the CLIP that reads their pictures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def encoder_of(file: Path, root: Path, named: str | Path) -> Path:
     place = next((each for each in places if (each / "config.json").is_file()), None)
     if place is None:
         raise ModelError(
-            f"no image encoder in {places[0]}. Name its folder by image_encoder_folder, or give embeds and None"
+            f"no image encoder in {places[0]}. Name it by image_encoder_folder; None requires ip_adapter_image_embeds"
         )
     return place
 
@@ -67,7 +67,7 @@ def load_ip_adapter(file: Path, encoder: Path | None, model: Model) -> IPAdapter
         if groups != {"image_proj", "ip_adapter"}:
             raise ModelError(f"no IP-Adapter: its names begin with {', '.join(sorted(groups)[:3])} ({file})")
         if "image_proj.norm.weight" in state and "image_proj.proj.2.weight" in state:
-            raise ModelError(f"an IP-Adapter of faces, whose features no CLIP gives, is not supported ({file})")
+            raise ModelError(f"IP-Adapters of faces are not supported: CLIP does not give their features ({file})")
         tower = None if encoder is None else load_image_encoder(encoder)
         adapter = from_state(backbone.prompted_layers, int(backbone.spec.reads["tokens"][-1] or 0), state, tower)
         check_fit(adapter, model, file)

@@ -1,7 +1,7 @@
 """The names and shapes by which the transformers of single files are known, and the configs that follow from them.
 
 Black Forest Labs' names for Flux, Stability AI's for Stable Diffusion 3, and those of ComfyUI for Z-Image and
-Qwen-Image. A head has the sizes of its rotary axes in a fixed proportion, which no file states.
+Qwen-Image. The sizes of a head's rotary axes have a fixed proportion, which no file states.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def count(shapes: Shapes, group: str) -> int:
     """The number of blocks, whose names begin with group.0. and so on. Raises ValueError if one is missing."""
     numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(group)}\.(\d+)\.", name))}
     if numbers and max(numbers) != len(numbers) - 1:
-        raise ValueError(f"{group} are numbered up to {max(numbers)}, of which there are {len(numbers)}")
+        raise ValueError(f"{group} are numbered up to {max(numbers)}, but there are only {len(numbers)}")
     return len(numbers)
 
 
 def axes(head: int, *eighths: float) -> tuple[int, ...]:
-    """The sizes of the rotary axes of a head."""
+    """The sizes of a head's rotary axes, given in eighths of the head."""
     return tuple(int(head * share // 8) for share in eighths)
 
 

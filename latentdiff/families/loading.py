@@ -21,11 +21,11 @@ from latentdiff.model import Family, Model, ModelCard
 
 DEFAULT_MODEL = "scenes-64"
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-_PARTS = frozenset({*NETWORKS, *_TOKENIZERS, WORDS, THINGS, FEW_STEPS})  # of another model none may stay
+_PARTS = frozenset({*NETWORKS, *_TOKENIZERS, WORDS, THINGS, FEW_STEPS})  # those of an earlier model are removed
 
 
 class Located(NamedTuple):
-    """A model on this disk: its file or folder, its name, and the user's words for it (None: the default model)."""
+    """A model on this disk: its file or folder, its name, and its path or hub id (None: the default model)."""
 
     path: Path
     name: str
@@ -62,12 +62,12 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
 
 
 def is_default(path: str | Path | None) -> bool:
-    """Whether this is the default model: by its name, unless a file is called so, or because nothing is named."""
+    """Whether this is the default model: None, or its name unless a file or folder has that name."""
     return path is None or (str(path) == DEFAULT_MODEL and not Path(path).exists())
 
 
 def place_of(path: str | Path | None) -> Path:
-    """A path of a model on this disk, in which the default model's name stands for its folder."""
+    """The path of a model on this disk; None and the default model's name give its folder."""
     return default_model() if path is None or is_default(path) else Path(path)
 
 
@@ -96,7 +96,7 @@ def stored_model(path: str | Path | None, variant: str | None = None, revision: 
 
 
 def card_of(source: Located, family: Family, T: int, variant: str | None) -> ModelCard:
-    """The card of a checked folder, with the user's name and source of it."""
+    """The card of a checked folder, with the name and the source of `located`."""
     return _named(model_card(source.path, T, variant, family.defaults(source.path)), source, variant)
 
 
@@ -108,7 +108,7 @@ def _named(card: ModelCard, source: Located, variant: str | None) -> ModelCard:
 def save_model(model: Model, directory: Path, *, with_student: bool = False) -> None:
     """Write a folder: networks, tokenizer, scheduler, model_index, latentdiff.json, and its CLIP if it has one.
 
-    with_student: also its student of few steps if it has one, which belongs to these weights.
+    with_student: also its few-step student, if it has one; the student fits only these weights.
 
     Raises ConfigError for a model without a family and for a path that is a file.
     """

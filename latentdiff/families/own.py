@@ -149,7 +149,7 @@ def new_unet(config: Config, channels: int, side: int) -> UNet:
 
 
 def _beside(config: Config, channels: int) -> int:
-    """The channels that the U-Net reads beside latents of so many channels."""
+    """The number of channels that the U-Net reads beside its latents, which have `channels`."""
     denoiser = config.denoiser
     if denoiser.enlarging.scale > 1:
         return image_channels(config)

@@ -53,7 +53,7 @@ _ROWS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # of
 
 
 class _Shapes(dict[str, tuple[int, ...]]):
-    """Shapes by name; a name that is not there is named in the error."""
+    """Shapes by name; the error for a missing name states the name."""
 
     def __missing__(self, name: str) -> tuple[int, ...]:
         raise ValueError(f"there is no weight {name}")
@@ -106,10 +106,10 @@ def transformer_in(file: Path) -> KnownTransformer | None:
 
 
 def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Model:
-    """The model of a transformer in a file and of further parts in files; `base` lends what they do not hold.
+    """A model from a transformer's file and files of further parts; `base` supplies what they lack.
 
     base: a folder of the same family in diffusers' layout. Parts that a file holds need only their config there.
-    variant: of the weights in it.
+    variant: which of the base's weights.
     Raises ModelError, UnsafeError.
     """
     family = family_of(folder.read_index(base), base)
@@ -165,7 +165,7 @@ def _shapes_of(directory: Path, kind: str) -> dict[str, tuple[int, ...]] | None:
 
 @lru_cache(maxsize=8)
 def _described(kind: str, config: str) -> dict[str, tuple[int, ...]] | None:
-    """The same of a config; a network of twelve billions takes seconds to build, even without numbers."""
+    """See `_shapes_of`; cached, since twelve billion parameters take seconds to build, even on the meta device."""
     try:
         with torch.device("meta"):
             network = getattr(diffusers, kind).from_config(json.loads(config))
@@ -175,7 +175,7 @@ def _described(kind: str, config: str) -> dict[str, tuple[int, ...]] | None:
 
 
 def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, Any] | None]:
-    """The part of the base that a part of a file takes the place of, and a transformer's config. Raises ModelError."""
+    """The base's part that a file's part replaces, and a transformer's config. Raises ModelError."""
     if (transformer := transformer_of(part.shapes)) is not None:
         if transformer.family is not family:
             raise ModelError(f"{part.file} belongs to {transformer.family.name}, {base} to {family.name}")
@@ -191,7 +191,7 @@ def _place_of(part: Part, family: Family, base: Path) -> tuple[str, dict[str, An
 
 
 def _ending(shapes: Shapes, sign: str) -> str | None:
-    """The first name that is this one, or ends so after a dot."""
+    """The first name that is `sign`, or ends with it after a dot."""
     return next((name for name in shapes if f".{name}".endswith(f".{sign}")), None)
 
 

@@ -1,4 +1,4 @@
-"""What a diffusers scheduler config means here: a sampler, a grid, and what of it we do differently.
+"""What a diffusers scheduler config means here: a sampler, a grid, and what we do differently.
 
 Every class of diffusers has defaults of its own, which a config need not state. Keys that change pictures are honoured
 or named in a note.
@@ -59,7 +59,7 @@ _SDE = {"algorithm_type": "sde-dpmsolver++"}
 
 
 class Sampling(NamedTuple):
-    """Recommended settings, sampler and spacing, and notes on what a config wants otherwise."""
+    """The recommended sampler and spacing, and notes on what the config sets and we do otherwise."""
 
     settings: dict[str, Any]
     notes: tuple[str, ...]

@@ -19,7 +19,7 @@ from latentdiff.settings.validation import first_fault
 FILE = "scheduler/scheduler_config.json"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_DISTILLED = {  # which draw from other levels
+_DISTILLED = {  # samplers of distilled models, which draw from other levels
     "lcm": {"_class_name": "LCMScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
     "tcd": {"_class_name": "TCDScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
 }
@@ -32,7 +32,7 @@ Beta = Annotated[float, Field(gt=0, lt=1)]
 class Scheduler(NamedTuple):
     """The content of a scheduler config: the path, the prediction, and diffusers' sampler and grid.
 
-    notes: what the config states of sampling that we do otherwise.
+    notes: sampling settings of the config that we handle differently.
     """
 
     path: Path

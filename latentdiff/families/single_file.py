@@ -121,14 +121,14 @@ def load_single_file(path: Path) -> Model:
 
 
 def _usual(kind: Kind, config: dict[str, Any]) -> dict[str, Any]:
-    """What is recommended for a file, which says nothing of it."""
+    """The recommended settings of a file, which states none."""
     if "time_cond_proj_dim" in config:
         return {"sampler": "lcm", "spacing": "distilled", **OF_LCM}
     return _PLAIN | OF_XL if _is_large(kind) else dict(_PLAIN)
 
 
 def _unet(state: State, config: dict[str, Any]) -> State:
-    """The U-Net's weights under diffusers' names; its own conversion leaves out what reads the guidance."""
+    """The U-Net's weights under diffusers' names; its conversion omits the layer that reads the guidance."""
     weights: State = conversion.convert_ldm_unet_checkpoint(state, config)
     if (guidance := state.get(f"{UNET}{GUIDANCE}")) is not None:
         weights["time_embedding.cond_proj.weight"] = guidance
@@ -168,7 +168,7 @@ def load_vae_file(path: Path, scale: float) -> KLAutoencoder:
 
 
 def _with_averages(state: State) -> State:
-    """The weights, of a file that holds averages alone those: `model_ema.` and the name without its dots."""
+    """The weights by their usual names; if a file has only averages (`model_ema.` and a name without dots), those."""
     if any(name.startswith(UNET) for name in state) or not any(name.startswith(EMA) for name in state):
         return state
     names = {name.replace(".", ""): name for name in _original_names()}
@@ -195,7 +195,7 @@ def _original_names() -> set[str]:
                 cross_attention_dim=32,
                 **added,
             )
-        for shorter in range(1, layers + 1):  # of fewer blocks at each level the numbers are others
+        for shorter in range(1, layers + 1):  # with fewer blocks a level the numbers differ
             config = SimpleNamespace(**{**dict(unet.config), "layers_per_block": shorter})
             for name in unet.state_dict():
                 with suppress(KeyError):
@@ -276,7 +276,7 @@ def _kind_of(state: Iterable[str], path: Path) -> Kind:
         frozenset({OPEN_CLIP["XL refiner"]}): "XL refiner",
     }
     if frozenset(held) not in kinds:
-        raise ModelError(f"no Stable Diffusion 1, 2 or XL by its text encoders ({path}: {sorted(held) or 'none'})")
+        raise ModelError(f"text encoders of no Stable Diffusion 1, 2 or XL ({path}: {sorted(held) or 'none'})")
     return kinds[frozenset(held)]
 
 
@@ -397,7 +397,7 @@ def text_config(weights: State, activation: str, **more: Any) -> CLIPTextConfig:
     vocabulary, width = weights["embeddings.token_embedding.weight"].shape
     positions = weights["embeddings.position_embedding.weight"].shape[0]
     if (vocabulary, positions) != (VOCABULARY, POSITIONS):
-        raise ModelError(f"its text encoder knows {vocabulary} words at {positions} places, not CLIP's")
+        raise ModelError(f"its text encoder has {vocabulary} words and {positions} positions, unlike CLIP's")
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -426,7 +426,7 @@ def _count(weights: State, pattern: str) -> int:
     """The number of different indices in the names at the pattern's group. Raises ModelError if one is missing."""
     numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
     if numbers and max(numbers) != len(numbers) - 1:
-        raise ModelError(f"its names are numbered up to {max(numbers)}, of which there are {len(numbers)} ({pattern})")
+        raise ModelError(f"its names are numbered up to {max(numbers)}, but there are only {len(numbers)} ({pattern})")
     return len(numbers)
 
 
@@ -434,7 +434,7 @@ def _prediction(path: Path, state: State, kind: Kind, unet: UNet, text_encoder: 
     """The U-Net's prediction, and whether it was trained with zero terminal SNR.
 
     Files that differ from their family's usual kind say so with an empty weight of that name, or in their metadata. A
-    name that is not known here is returned as it is: drawing requires the user's own word for it.
+    name that is not known here is returned as it is; drawing then requires the setting `prediction`.
     """
     with safe_open(path, "pt") as file:
         metadata = {key.lower(): value.strip().lower() for key, value in (file.metadata() or {}).items()}

@@ -86,7 +86,7 @@ def assembled(
     latents, inputs = codec.latent_channels, unet.spec.inputs
     sized = isinstance(texts, TwoTextEncoders | SecondTextEncoder)
     if (enlarging is not None) != ("label" in unet.spec.reads):
-        raise ModelError(f"a U-Net that reads classes enlarges pictures, and no other does ({where})")
+        raise ModelError(f"only an upscaler has a U-Net that reads class labels, and it requires one ({where})")
     if enlarging is not None:
         if inputs != latents + codec.image_channels:
             raise ModelError(f"a U-Net that enlarges must read {latents} + {codec.image_channels} channels ({where})")

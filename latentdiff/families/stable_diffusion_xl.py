@@ -1,6 +1,6 @@
 """Stable Diffusion XL: a U-Net that reads sizes, a KL autoencoder, two CLIP text encoders (Podell et al. 2023).
 
-Its refiner has the second text encoder alone, and reads a score of beauty in place of the picture's own size.
+Its refiner has only the second text encoder, and reads an aesthetic score in place of the target size.
 """
 
 from __future__ import annotations

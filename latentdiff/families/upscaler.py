@@ -1,6 +1,6 @@
 """Models that enlarge pictures, in the layout of Stable Diffusion's upscaler.
 
-Beside the latents of a large picture their U-Net reads a small one, noised a little.
+Beside the latents of the large picture their U-Net reads the small one, slightly noised.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ PIPELINE = "StableDiffusionUpscalePipeline"
 DEFAULTS = {"num_inference_steps": 75, "guidance_scale": 9.0}
 SCHEDULER = "low_res_scheduler/scheduler_config.json"
 LARGEST_SCALE = 64
-TIMES = 350  # the small picture's noise, by default of diffusers below this time
+TIMES = 350  # diffusers' default: the small picture's noise is below this time
 
 
 def enlarging(directory: Path) -> Enlarging:
     """See Family. Raises ModelError.
 
-    Without a `scale` in the index, which only models trained here have, the latents are as large as the small picture.
+    Only models trained here have a `scale` in the index; without it the latents are as large as the small picture.
     """
     index, path = read_json(directory / "model_index.json"), read_path(directory / SCHEDULER)
     most, scale = index.get("max_noise_level", TIMES), index.get("scale", picture_geometry(directory)[0])

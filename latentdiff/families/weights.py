@@ -54,7 +54,7 @@ CODECS: dict[str, type[Autoencoder]] = {  # diffusers' class -> ours
     "AutoencoderKLFlux2": Flux2Autoencoder,
     "AutoencoderKLQwenImage": QwenImageAutoencoder,
 }
-_UNREAD = ("lm_head.weight", "position_ids", "inv_freq", "spiece_model", "logit_scale")  # beside a text encoder
+_UNREAD = ("lm_head.weight", "position_ids", "inv_freq", "spiece_model", "logit_scale")  # weights of no layer
 COUNTS = ("position_ids", "num_batches_tracked")  # whole numbers, which nothing computes with
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
 
@@ -319,7 +319,7 @@ def _stored_dtype(kinds: dict[str, str], folder: Path) -> torch.dtype:
     """
     odd = [name for name, kind in kinds.items() if kind not in _DTYPES and not name.endswith(COUNTS)]
     if odd:
-        raise ModelError(f"{folder.name}: weights must have 16 bits or more (got {odd[0]} in {folder.parent})")
+        raise ModelError(f"{folder.name}: weights must be floats of 16 bits or more (got {odd[0]} in {folder.parent})")
     dtypes = {_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES}
     return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
@@ -332,10 +332,10 @@ def _kinds(file: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def parameters_of(network: Any, config: str, wrapper: Any = None) -> int:
-    """The number of parameters of the network that a config describes, which is run once by shapes alone.
+    """The number of parameters of the network that a config describes; it runs once on the meta device.
 
-    So whatever a config gets wrong is an error of a library here, before memory is allocated or a weight is read.
-    wrapper: its class here, unless it is a text encoder.
+    So a wrong config fails here, before memory is allocated or a weight is read.
+    wrapper: our class for it; None for a text encoder.
     """
     tree = json.loads(config)
     with torch.device("meta"), torch.no_grad():
@@ -372,7 +372,7 @@ def _run_codec(codec: Autoencoder) -> None:
 
 
 def _run_backbone(backbone: Any) -> None:
-    """Run a backbone of the meta device on small inputs, in which prompts have three tokens."""
+    """Run a backbone on the meta device with small inputs, in which prompts have three tokens."""
     spec, levels = backbone.spec, getattr(backbone.model.config, "block_out_channels", None)
     side = 2 ** len(levels) if levels else 2 * spec.multiple
     conditions = {name: torch.zeros(1, *(length or 3 for length in shape)) for name, shape in spec.reads.items()}
@@ -382,7 +382,7 @@ def _run_backbone(backbone: Any) -> None:
 
 
 def _run_control(control: ControlNet) -> None:
-    """Run a ControlNet of the meta device on small inputs."""
+    """Run a ControlNet on the meta device with small inputs."""
     config = control.model.config
     levels = len(config.block_out_channels)
     side = 2**levels

@@ -39,7 +39,7 @@ _OF_KIND = {
 }
 _METADATA = "lora_adapter_metadata"  # diffusers' key of PEFT's config, which is JSON
 _WORDS = "bundle_emb."  # textual inversions in the same file, as A1111 reads them
-_MATCHING_SECONDS = 1.0  # a pattern in somebody's config could take longer than the sun
+_MATCHING_SECONDS = 1.0  # a pattern in somebody's config could take for ever
 
 
 def adapter_path(path: Path) -> Path:
@@ -52,7 +52,7 @@ def adapter_path(path: Path) -> Path:
 
 
 def read_adapter(path: Path, networks: Networks) -> Adapter:
-    """An adapter for these networks. Raises ModelError if none of its layers is theirs, UnsafeError for a pickle."""
+    """An adapter for these networks. Raises ModelError if none of its layers match, UnsafeError for a pickle."""
     file = adapter_path(path)
     with loading(file), safe_open(file, "pt") as content:
         state = {name: widened(content.get_tensor(name)) for name in content.keys()}  # noqa: SIM118
@@ -100,7 +100,7 @@ def _by_place(state: dict[str, Tensor], networks: Networks) -> tuple[Named, list
 
 
 def _shares(factor: str, tensor: Tensor, layers: Sequence[nn.Module], name: str) -> Sequence[Tensor]:
-    """The share of each of several layers, which are one in the file, of a factor: its rows, or all of an inner one.
+    """A factor of one layer in the file, divided among several layers here: its rows, or a copy of an inner factor.
 
     Raises ModelError.
     """
@@ -122,7 +122,7 @@ def _layers(
     missing = []
     for (part, module), factors in named.items():
         name, target = f"{part}.{module}", networks[part].get_submodule(module)
-        with raised_as(ModelError, f"{name}: no alpha ({path})"):
+        with raised_as(ModelError, f"{name}: cannot read alpha ({path})"):
             layer = _layer(factors, part, module, config)
         _check_numbers(layer, name, path)
         if layer.kind == "lora" and (absent := _HALVES - factors.keys()):
@@ -170,7 +170,7 @@ def _without_core(layer: Layer) -> Layer:
         return layer
     down, alpha = factors["lora_A.weight"], layer.full_alpha
     if core.ndim != 4 or core.shape[1] != len(down):
-        return layer  # of no shape that fits: refused with its name
+        return layer  # it does not fit: `_fitted` refuses it by name
     factors["lora_A.weight"] = torch.einsum("rskl,si->rikl", core, down.flatten(1))
     return replace(layer, factors=factors, alpha=alpha)
 
@@ -281,7 +281,7 @@ def _config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
         beside = file.parent / "adapter_config.json"
         match = read_json(beside) if file.name == NAMES[1] and beside.is_file() else {}
     if not isinstance(match, dict):
-        raise ModelError(f"its config is not a JSON object ({file})")
+        raise ModelError(f"PEFT's config is not a JSON object ({file})")
     return match
 
 

@@ -32,10 +32,10 @@ NETWORKS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "
 _NO_SIZE = 128  # latents of a side of a transformer whose config has no size
 _TOKEN = 2  # latents of a side of its tokens
 LARGEST_NUMBER = 300_000  # of any size in a config; Qwen3's largest is its number of positions, 262,144
-LONGEST_LIST = 64  # of what a network has one of at each of its levels
+LONGEST_LIST = 64  # entries of a list with one value for each level
 LARGEST_DEPTH = 1000  # of any number of layers; each is an object, even where it takes no memory for weights
 LARGEST_PERIOD = 1e9  # of rotary embeddings
-_TOTALS = ("total_size", "total_parameters")  # of an index of shards; nothing is built by them
+_TOTALS = ("total_size", "total_parameters")  # of an index of shards; nothing is built from them
 _ASKS_TO_RUN_CODE = {
     "auto_map",
     "custom_pipelines",
@@ -200,7 +200,7 @@ def check_json(file: Path, directory: Path) -> None:
             if any(not isinstance(v, str) or "/" in v or "\\" in v for v in shards):
                 raise UnsafeError(f"{name} names shards outside its folder ({directory})")
         if file.name == "config.json" and isinstance(value, list) and len(value) > LONGEST_LIST:
-            raise ModelError(f"{name}: {key} has {len(value):,} entries, which is absurd ({directory})")
+            raise ModelError(f"{name}: {key} has {len(value):,} entries, at most {LONGEST_LIST} allowed ({directory})")
         largest = LARGEST_DEPTH if "layers" in key else LARGEST_PERIOD if key == "rope_theta" else LARGEST_NUMBER
         if isinstance(value, int | float) and not abs(value) <= largest and key not in _TOTALS:
             raise ModelError(f"{name}: {key} = {value} is absurd ({directory}). The largest allowed is {largest}")
@@ -235,7 +235,7 @@ def check_depth(config: dict[str, Any], tensors: int, part: str, directory: Path
                 raise ModelError(f"{part}/config.json: {key} must be a number of layers ({directory})")
             depth *= int(max(numbers))
     if depth > tensors:
-        raise ModelError(f"{part}/config.json describes {depth:,} layers, its weights are {tensors:,} ({directory})")
+        raise ModelError(f"{part}/config.json describes {depth:,} layers for {tensors:,} weights ({directory})")
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -343,6 +343,6 @@ def picture_geometry(directory: Path) -> tuple[int, tuple[int, int]]:
 
 
 def _factor(vae: dict[str, Any]) -> int:
-    """The pixels of a latent's side: tiny VAEs and those of videos call the entry with one value a level otherwise."""
+    """Pixels of a latent's side. Tiny and video VAEs have another name for the entry with one value for each level."""
     levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or vae["dim_mult"]
     return int(2 ** (len(levels) - 1))

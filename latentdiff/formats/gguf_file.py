@@ -89,7 +89,10 @@ def _check_header(content: BinaryIO, file: Path) -> None:
     if version not in (2, 3):
         raise ModelError(f"{file} is a GGUF file of version {version}; 2 and 3 are read")
     if not 0 < tensors <= MOST_TENSORS or entries > MOST_ENTRIES:
-        raise ModelError(f"{file} claims {tensors:,} tensors and {entries:,} entries, which is absurd")
+        raise ModelError(
+            f"{file} claims {tensors:,} tensors and {entries:,} entries;"
+            f" 1 to {MOST_TENSORS:,} and at most {MOST_ENTRIES:,} are allowed"
+        )
     for _ in range(entries):
         _skip(content, _number(content, "<Q"), size)  # its name
         kind, count = _number(content, "<I"), 1

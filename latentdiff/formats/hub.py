@@ -27,7 +27,7 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     """The folder of a hub's model in the user's cache; it is downloaded if it is not there.
 
     revision: a commit, tag or branch, by default the main branch. A cached copy is used without a request to the hub,
-    of the main branch in whatever state it was cached. Raises ModelError.
+    even if the main branch has changed since. Raises ModelError.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

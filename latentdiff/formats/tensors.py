@@ -1,4 +1,4 @@
-"""Tensors as files have them."""
+"""Tensors read from files; 8-bit floats are widened and multiplied by their scales."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _foreign(source: str) -> list[str]:
-    """The names in a checkpoint that weights_only would refuse, if all of them are of known libraries."""
+    """The names in a checkpoint that weights_only would refuse, if all of them belong to known libraries."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
     except Exception:

@@ -17,7 +17,7 @@ TYPES = ("q8_0", "q4_0")
 
 
 class BlockLinear(nn.Linear):
-    """x (..., inputs) -> (..., outputs). Whoever asks for `weight` gets numbers, in the layer's precision.
+    """x (..., inputs) -> (..., outputs). `weight` returns numbers in the layer's precision.
 
     So libraries that look at a weight's precision or shape, or put an adapter beside the layer, see a usual layer.
     """
@@ -74,7 +74,7 @@ def put_in_blocks(network: nn.Module, kind: str) -> int:
 def with_blocks_of(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Replace each linear layer whose weight in `state` is in blocks; returns the rest of the state.
 
-    Weights in blocks of other layers, and of other shapes than the layer's, become numbers.
+    Weights in blocks that belong to other kinds of layers, or whose shape is not the layer's, become numbers.
     """
     rest = dict(state)
     for name, weight in state.items():

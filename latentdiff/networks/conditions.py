@@ -16,7 +16,7 @@ Only encoders and backbones know the names. Those in use:
     residual_00, ...     (B, C, h, w), what a control adds to each skip connection; the last to the middle
     feature_00, ...      (B, C, h, w), what a control adds within each level
     features             (B, N, ...), of N pictures, from which an image prompt is made in training
-    image_00_00, ...     (B, 2, L, C), of each image prompt keys and values for each cross-attention
+    image_00_00, ...     (B, 2, L, C), each image prompt's keys and values for each cross-attention
     image_00_mask        (B, H, W) in [0, 1], where an image prompt acts; without one everywhere
 """
 

@@ -1,4 +1,4 @@
-"""A network of diffusers' or transformers' filled with given weights, which no random ones are drawn for."""
+"""A network of diffusers or transformers with given weights; no random ones are drawn before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from latentdiff.networks.blocks import with_blocks_of
 def filled(network: Any, config: dict[str, Any], state: dict[str, Tensor]) -> Any:
     """A network of this class and config with exactly these weights, some of which may be in blocks.
 
-    Tables that it computes itself are computed. Of layers that share one weight one is enough. Raises RuntimeError for
+    Buffers are computed as usual. Layers that share a weight need it once. Raises RuntimeError for
     weights of other shapes, ValueError for missing and for further ones.
     """
     with init_empty_weights(include_buffers=False):

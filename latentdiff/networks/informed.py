@@ -1,4 +1,4 @@
-"""A backbone that reads more conditions than it is called with."""
+"""A backbone that adds conditions to those it is called with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latentdiff.networks.protocols import Spec
 
 
 class Informed:
-    """See Backbone; everything else is the backbone's own. A kind of it says what is added, in `_with`."""
+    """See Backbone; all other attributes are the backbone's own. Subclasses add the conditions in `_with`."""
 
     def __init__(self, backbone: Any):
         self._backbone = backbone

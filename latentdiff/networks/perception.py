@@ -52,7 +52,7 @@ def lpips(state: dict[str, Tensor], file: Path) -> Callable[[Tensor, Tensor], Te
         kind: Any = next((name for name, channels in _BACKBONES.items() if channels == width), None)
         if kind is None:
             raise ModelError(f"not the weights of LPIPS ({file}), which have lin0 to lin4 beside the network")
-        kept = {name: tensor for name, tensor in state.items() if not name.startswith("lins.")}  # the same once more
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("lins.")}  # copies of lin0 to 4
         network = _LPIPS(pretrained=False, net=kind, pnet_rand=True)
         again = {f"lins.{name[3:]}": tensor for name, tensor in kept.items() if name.startswith("lin")}
         network.load_state_dict(kept | again)

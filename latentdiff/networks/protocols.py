@@ -22,9 +22,9 @@ class Spec:
 
     inputs: the number of channels that it reads: the data's, and for inpainting those of a mask and the masked data.
     outputs: the number of channels that it returns. multiple: sides must be multiples of this. reads: the conditions
-    that it requires, each with its shape for one picture, in which None stands for any length. largest: of a side of x,
-    if there is a limit. square: whether both sides must be equal. side: the only one
-    of x that a graph reads, if its places are fixed.
+    that it requires, each with its shape for one picture, in which None stands for any length. largest: the longest
+    side of x, if there is a limit. square: whether both sides must be equal. side: the only side of x that a graph
+    accepts, if its positions are fixed.
     """
 
     inputs: int
@@ -36,7 +36,7 @@ class Spec:
     side: int | None = None
 
     def facts(self) -> dict[str, Any]:
-        """The same for a file in JSON."""
+        """The fields as JSON values."""
         shapes = {name: list(shape) for name, shape in self.reads.items()}
         return asdict(replace(self, reads=shapes))  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ class Traced:
     part: the model's part that holds the weights. network: the module that has them, under the names of its files.
     function: of tensors -> one output or several. inputs: two examples. The first is traced; its sizes all differ, so
     that the tracer confuses none. The second has other sizes, and shows whether one was taken for a constant.
-    reference: the same as the network itself computes it, where the function is a form for the tracer.
+    reference: the network's own computation, where `function` is a form for the tracer.
     """
 
     part: str
@@ -38,7 +38,7 @@ class Traceable(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """The facts about it that whoever runs the graphs requires, for a file in JSON."""
+        """What a program that runs the graphs must know about it, as JSON values."""
         ...
 
 

@@ -50,7 +50,10 @@ def load_upscaler(file: Path) -> Upscaler:
     with loading(file):
         described = ModelLoader("cpu").load_from_state_dict(load_file(file))
         if not isinstance(described, ImageModelDescriptor) or described.purpose != "SR":
-            raise ModelError(f"no upscaler: {type(described).__name__} for {described.purpose} ({file})")
+            raise ModelError(f"not an upscaler: {type(described).__name__} for {described.purpose} ({file})")
         if described.input_channels not in (1, 3) or described.output_channels not in (1, 3) or described.scale < 2:
-            raise ModelError(f"an upscaler of {described.input_channels} channels, scale {described.scale} ({file})")
+            raise ModelError(
+                "an upscaler must read and write 1 or 3 channels and have a scale of at least 2"
+                f" (got {described.input_channels} channels, scale {described.scale}: {file})"
+            )
         return Upscaler(described).float().eval()

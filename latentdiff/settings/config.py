@@ -174,7 +174,7 @@ class Autoencoder(Section):
         "kl", description="kl: a VAE; tiny: a small one that learns from another; identity: none, pixels"
     )
     teacher: str = Field(
-        "", description="for a tiny one: the VAE that it learns from, or its model (none: the default)"
+        "", description="for a tiny one: folder of the VAE to learn from, or of its model (none: the default model)"
     )
     block_out_channels: tuple[int, ...] = Field(
         (16, 32, 64), description="channels of each level; a level halves the sides"
@@ -394,7 +394,7 @@ class Config(Settings):
                 raise ValueError("denoiser.enlarging.times has no effect without denoiser.enlarging.scale")
             return self
         if self.image_size % enlarging.scale:
-            raise ValueError(f"image_size must be a multiple of denoiser.enlarging.scale (got {enlarging.scale})")
+            raise ValueError(f"image_size must be a multiple of denoiser.enlarging.scale, {enlarging.scale}")
         if enlarging.times > denoiser.schedule.num_train_timesteps:
             raise ValueError("denoiser.enlarging.times is more than denoiser.schedule.num_train_timesteps")
         return self
@@ -406,7 +406,7 @@ class Config(Settings):
         if editing != Editing() and not editing.source:
             raise ValueError("denoiser.editing.dropout has no effect without denoiser.editing.source")
         if sum(reads) > 1:
-            raise ValueError("denoiser has one of enlarging, editing and inpainting")
+            raise ValueError("denoiser allows only one of enlarging, editing and inpainting")
         if any(reads) and (not self.reads_texts or denoiser.tune_text_encoder or denoiser.distance_pictures):
             raise ValueError("a network that reads pictures is a unet, without tune_text_encoder and distance_pictures")
         if editing.source and self.data.kind != "pictures":

@@ -38,7 +38,7 @@ class Lora(Section):
     """The factors of LoRA: W + scale B A, scale alpha / rank, or alpha / sqrt(rank) with rslora."""
 
     rank: int | None = Field(
-        None, ge=1, le=1024, description=f"default {RANK}; dreambooth without one trains all weights"
+        None, ge=1, le=1024, description=f"default {RANK}; dreambooth and consistency train all weights without one"
     )
     alpha: float | None = Field(None, gt=0, description="default: the rank, so that the scale is 1")
     rslora: bool = Field(False, description="Kalajdzievski 2023: high ranks learn as fast as low ones")
@@ -71,7 +71,7 @@ class Control(Section):
 
     source: str = Field("", description="a folder with a picture of the same name for each training picture")
     annotator: str | None = Field(
-        None, description=f"what makes it of a picture: {', '.join(ANNOTATORS)}; none: canny, or with a source nothing"
+        None, description=f"what makes it from a picture: {', '.join(ANNOTATORS)}; none: canny, or a source as it is"
     )
 
     @property
@@ -91,7 +91,7 @@ class ImagePrompt(Section):
     encoder: str = Field(
         "", description="a folder of CLIP's image tower in transformers' format; none: the model's own CLIP"
     )
-    dropout: float = Field(0.1, ge=0, le=1, description="share of the pictures that are not shown")
+    dropout: float = Field(0.1, ge=0, le=1, description="share of the samples without a visible picture")
 
 
 class Consistency(Section):
@@ -108,7 +108,7 @@ class Consistency(Section):
     guidance_range: tuple[Scale, Scale] | None = Field(
         None, description="the student reads its guidance_scale, trained between these two; without a rank only"
     )
-    steps: int = Field(50, ge=2, le=1000, description="lcm: levels of the grid between whose neighbours the loss is")
+    steps: int = Field(50, ge=2, le=1000, description="lcm: levels of the grid whose neighbours the loss compares")
     shrink: float = Field(
         24, ge=2, le=10_000, description="ect: q: the larger, the nearer two levels are; 256 for a million samples"
     )
@@ -187,7 +187,7 @@ class FineTuning(Settings):
         if self.quantize and (self.lora.dora or not self.leaves_weights):
             raise ValueError("quantize requires frozen weights: lora or textual-inversion, without dora")
         if self.quantize and self.finetune.tune_text_encoder:
-            raise ValueError("quantize has no tune_text_encoder: the text encoder's weights are frozen too")
+            raise ValueError("quantize does not allow tune_text_encoder: the text encoder's weights are frozen too")
         if self.lora.rslora and self.lora.kohya:
             raise ValueError("kohya's format has no rslora: its scale is alpha / rank")
         return self
@@ -238,7 +238,7 @@ class FineTuning(Settings):
             raise ValueError("prior.pictures has no effect with prior.source, which has its own")
         instance = self.data.pictures.instance_prompt
         if self.method == "textual-inversion" and instance is not None and self.word.token not in instance:
-            raise ValueError(f"the instance prompt must contain {self.word.token}, which would learn nothing")
+            raise ValueError(f"the instance prompt must contain {self.word.token}, or the word learns nothing")
         return self
 
 

@@ -1,4 +1,4 @@
-"""What networks read of pictures beside captions, in training: each class wraps the captions of a set.
+"""Pictures that networks read beside captions in training: each class wraps the captions of a set.
 
 Hinted      a ControlNet: an annotator's picture of the sample's own
 OwnPicture  an IP-Adapter: CLIP's features of the sample's own picture
@@ -51,7 +51,7 @@ class Hinted:
 class Small:
     """Captions, and beside them the small picture that a model enlarges, noised by a time that is drawn too.
 
-    side: of the grid of latents, to which the small picture is enlarged. The draws are keyed by seed, row and epoch.
+    factor: pixels of a latent's side. The small picture is enlarged to the grid of latents.
     """
 
     def __init__(self, captions: Captions, examples: Examples, enlarging: Enlarging, *, factor: int, seed: int):
@@ -80,7 +80,7 @@ class Small:
 
 
 class Edited:
-    """Captions, and beside them the latents of the picture before, which the network makes the sample's of.
+    """Captions, and beside them the latents of the picture before, from which the network makes the sample's.
 
     dropout: the share of samples without one, keyed by seed, row and epoch.
     """

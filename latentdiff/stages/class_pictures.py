@@ -92,7 +92,7 @@ def _draw(painter: Painter, config: FineTuning, folder: Path, numbers: range) ->
 def _check(folder: Path, sums: dict[str, str]) -> None:
     for name, expected in sums.items():
         fault = (
-            "missing" if not (folder / name).is_file() else "" if sha256_of(folder / name) == expected else "another"
+            "missing" if not (folder / name).is_file() else "" if sha256_of(folder / name) == expected else "changed"
         )
         if fault:
             raise DataError(f"class picture {name} is {fault} ({folder}). Move the folder away to have all drawn again")

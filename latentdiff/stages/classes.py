@@ -19,7 +19,7 @@ def classes_of(examples: Examples) -> list[str]:
     if not names:
         raise DataError(f"{what}: no picture has a caption")
     if len(names) > MOST or len(names) > len(examples) / 2:
-        why = "a class requires two pictures and more on the average"
+        why = "classes require two or more pictures on average"
         raise DataError(f"{what}: {why}. Put each in a folder of its name, data.pictures.layout = classes")
     return sorted(names, key=_in_order)
 

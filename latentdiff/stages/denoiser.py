@@ -137,7 +137,7 @@ def with_before(config: Config, data: DataSet, cache: Path | None) -> DataSet:
 
 
 def _before(run: Run[Config]) -> list[Examples]:
-    """The pictures that an editing model makes those of the training and the validation set of; [] for others."""
+    """The pictures before, of an editing model's training and validation set; [] for other models."""
     source = run.config.denoiser.editing.source
     return companions(run.config, [run.data.training, run.data.validation], source, run.cache) if source else []
 

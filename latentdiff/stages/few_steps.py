@@ -22,7 +22,7 @@ CAPTION = "above the teacher, below the student, in 1, 2, 4 and 8 steps from the
 def few_steps(painter: Painter, teacher: Any, config: FineTuning, prompts: Sequence[str]) -> list[np.ndarray]:
     """For each prompt uint8 (2 H, 4 W, 3): the rows are the teacher's and the student's, the columns COUNTS.
 
-    teacher: its backbone, drawn with as the model recommends, with guidance; the student is drawn without, or reads it.
+    teacher: its backbone, which draws by the model's defaults, with guidance; the student draws without, or reads it.
     """
     before = replace(painter, model=replace(painter.model, backbone=teacher))
     rows = []

@@ -87,7 +87,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     paths: list[Path] = []
     if accelerator.is_main_process:
         save_config(config, run.folder / FILE)
-        with saving("what was learnt", run.folder):
+        with saving("the trained weights", run.folder):
             paths = tuning.write(run.folder, metadata_of(run, model))
         sheets: list[np.ndarray] = []
         if tuning.teacher is not None:

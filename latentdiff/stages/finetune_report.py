@@ -138,7 +138,7 @@ def _row(path: Path) -> np.ndarray:
     try:
         return np.asarray(Image.open(path).convert("RGB"))
     except OSError:
-        raise DataError(f"a row of pictures cannot be read ({path}). Remove it; what was learnt is written") from None
+        raise DataError(f"a row of pictures cannot be read ({path}). Remove it; the weights are saved") from None
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ def _beside_teacher(config: FineTuning) -> str:
 
 
 def _use(config: FineTuning, path: Path) -> str:
-    """A command for the folder of the training; of an absolute path only the name."""
+    """A command for the folder where the training was started; of an absolute path only the name is given."""
     options = {
         "-m": config.model and recorded(Path(config.model)),
         "--variant": config.variant,

@@ -61,7 +61,7 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
     """
     check_kind(model)
     if is_quantized(model) and (config.lora.dora or config.finetune.tune_text_encoder or not config.leaves_weights):
-        raise ConfigError("quantized weights are frozen: lora or textual-inversion, without dora, trains beside them")
+        raise ConfigError("quantized weights are frozen: use lora or textual-inversion, without dora")
     _, text_encoder, codec = trainable(model)
     codec.requires_grad_(False)
     text_encoder.requires_grad_(False)
@@ -79,7 +79,7 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
 
 
 def _student(model: Model, config: FineTuning) -> Model:
-    """The model with settings of few steps, and with a layer for what the student reads more than its teacher."""
+    """The model with few-step settings, and with a layer for what the student reads beyond its teacher."""
     scales, more = config.consistency.guidance_range, READS.get(config.consistency.objective)
     few = {**model.card.defaults, **PRESETS[preset_of(config)]}
     if more == "until" and model.prediction != "flow":
@@ -94,7 +94,7 @@ def _student(model: Model, config: FineTuning) -> Model:
 
 
 def preset_of(config: FineTuning) -> str:
-    """What a student is drawn with."""
+    """The preset that a student is drawn with."""
     return "mean-flow" if config.consistency.objective == "mean-flow" else "lcm"
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a folder look like from outside: their states, their curves, the pictures of their validations."""
+"""The runs in a folder, as others see them: states, curves, and pictures of validations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Students of a model as it was, in place of the diffusion loss.
+"""The stage of a student, whose loss replaces the diffusion loss; its teacher is the model before training.
 
 See diffusion/consistency, diffusion/easy_consistency and diffusion/mean_flow.
 """
@@ -22,9 +22,9 @@ _EMPTY = "empty."  # before the names of the empty prompt's tensors in a batch
 
 
 class ConsistencyStage(DenoiserStage):
-    """E of the loss of a student over a set of pictures. teacher: the model before, frozen.
+    """E of a student's loss over a set of pictures. teacher: the model before training, frozen.
 
-    guidance: the range of the scales that the student reads, if it does.
+    guidance: the range of guidance scales, if the student reads one.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ConsistencyStage(DenoiserStage):
         self._samples, self._draws, self._order, self._guidance = samples, draws, order, guidance
 
     def batch_of(self, keys: Sequence[Key]) -> dict[str, Tensor]:
-        """As of DenoiserStage, with two levels or times for each time, and the conditions of the empty prompt."""
+        """DenoiserStage's batch with two levels or times in place of each time, and the empty prompt's conditions."""
         batch = super().batch_of(keys)
         generators = [self._generator("levels", *key) for key in keys]
         pairs = zip(batch.pop("t"), generators, strict=True)

@@ -191,7 +191,7 @@ def validation_losses(stage: DenoiserStage, bins: int, timesteps: int, batch_siz
                 batch = stage.batch_of([(int(row), number) for row in rows[first : first + batch_size]])
                 losses.append(stage.loss(stage.module, {name: tensor.to(device) for name, tensor in batch.items()}))
         means.append(float(torch.cat(losses).mean()))
-    edges = [number * timesteps // bins for number in range(bins + 1)]  # of fewer times than bins some are empty
+    edges = [number * timesteps // bins for number in range(bins + 1)]  # with fewer times than bins some are empty
     named = {
         f"loss_at_{low}_to_{high - 1}": value
         for low, high, value in zip(edges, edges[1:], means, strict=False)

@@ -1,4 +1,4 @@
-"""A lock that allows one training process a run folder and ends with the process, however that ends."""
+"""A lock that allows one training process per run folder; it ends with the process, however that ends."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The state of a training as named tensors, and back: weights, their average, the optimizer's state.
 
-It is equal to the bit and in memory order: torch's fused optimizers walk a parameter and its state side by side in
-memory, so a state in another order than its parameter's (channels_last) would move the wrong weights. Sharded
+Restored tensors equal the saved ones to the bit, in the memory order of their parameters: torch's fused optimizers
+walk both side by side, so another order (channels_last) would move the wrong weights. Sharded
 parameters (FSDP2's DTensors) are gathered and scattered again, so that a checkpoint does not depend on ranks.
 """
 
@@ -19,7 +19,7 @@ from latentdiff.core.errors import ModelError
 from latentdiff.training.checkpoint import Tensors
 from latentdiff.training.ema import Ema
 
-_NUMBERS = {int: torch.int64, bool: torch.int64, float: torch.float64}  # the prefix of Python's numbers in a checkpoint
+_NUMBERS = {int: torch.int64, bool: torch.int64, float: torch.float64}  # how a checkpoint holds Python's numbers
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _restore_optimizer(trained: Trained, flat: Mapping[str, Tensor]) -> None:
     for key, value in flat.items():
         name, slot = key.rsplit(".", 1)
         if name not in parameters:
-            raise ModelError(f"checkpoint belongs to another network: the optimizer moves no {name}")
+            raise ModelError(f"checkpoint belongs to another network: {name} is not trained here")
         slots[name][slot] = value.item() if value.dtype in _NUMBERS.values() and value.ndim == 0 else value
     groups = trained.optimizer.state_dict()["param_groups"]
     numbers = {

@@ -1,4 +1,4 @@
-"""What fine-tuning Stable Diffusion takes of memory: weights and optimizer computed, a step's activations measured.
+"""The memory that fine-tuning Stable Diffusion takes: weights and optimizer computed, a step's activations measured.
 
 A step of batch 1 with random weights in the exact size, forward and backward on a CPU, by fused attention as on a GPU;
 each row in a process of its own. "step" is the most it held over what was there before, with gradients and narrow

@@ -1,6 +1,6 @@
 """What each guidance does to a model's pictures of shapes: CLIP's score, and what the oracle reads in them.
 
-The CLIP is the model's own, so its score alone may be gained by what only CLIP sees; the oracle has never heard of it.
+The CLIP is the model's own, so its score may rise by what only CLIP sees; the oracle does not use it.
 
     python scripts/bench/guidance.py --pictures 200 --set clip_guidance_scale=1
 """

@@ -1,4 +1,4 @@
-"""One way of drawing, in a process of its own that draws when it is told to.
+"""One way of drawing, in a process of its own that draws on request.
 
     python scripts/bench/peers.py KIND MODEL [DEVICE]
 
@@ -40,7 +40,7 @@ def ours(kind, model, device):
     pipe = LatentDiffusionPipeline.from_pretrained(model, runtime=runtime, device=device, **settings)
     solver = (
         {} if pipe.model.path.whole is False else {"sampler": "ddim", "spacing": "trailing"}
-    )  # a straight path's own
+    )  # a straight path keeps its own sampler
 
     def draw(options, latents):
         draw.weights = weights_of(pipe)

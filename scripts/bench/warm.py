@@ -3,7 +3,7 @@
     python scripts/bench/warm.py MODEL [--beside diffusers optimum ...] [--runs 7] [--size 256] [--steps 4]
 
 All draw with the same weights, latents, prompt, DDIM steps and guidance, each in a process of its own with all cores.
-That of `--of` is measured beside every other in turn; two are in memory at a time. Printed: the seconds of a picture,
+The kind `--of` is measured beside every other in turn; two are in memory at a time. Printed: the seconds of a picture,
 medians; how many times as long the other takes, run by run; how far its pictures are from torch's exact ones, of 255.
 `--optimum PYTHON` names the interpreter of an environment with optimum-intel, which wants versions of its own.
 """

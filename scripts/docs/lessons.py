@@ -19,7 +19,7 @@ from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import ExecutePreprocessor
 
 LESSONS = Path(__file__).parents[2] / "docs" / "lessons"
-LONGEST = 600  # seconds that one cell may take: a lesson takes a minute or two on two free cores
+LONGEST = 600  # seconds that one cell may take; a whole lesson takes about half a minute on two free cores
 
 
 def page(script: Path) -> tuple[str, dict[str, bytes]]:

@@ -21,7 +21,7 @@ PROMPT = "a red circle above a blue square"
 
 
 def main() -> None:
-    """See the module."""
+    """Start a server, draw four pictures on its page and write the screenshot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--dark", action="store_true")
@@ -45,14 +45,14 @@ def main() -> None:
 
 
 def wait_for(address: str) -> None:
-    """Until the server answers."""
+    """Wait until the server answers. Raises SystemExit after a minute."""
     for _ in range(600):
         try:
             urllib.request.urlopen(f"{address}/health").close()
             return
         except OSError:
             time.sleep(0.1)
-    raise SystemExit("the server does not answer")
+    raise SystemExit("the server did not answer within a minute")
 
 
 def screenshot(address: str, width: int, scheme: str) -> bytes:

@@ -25,10 +25,10 @@ from latentdiff.settings.config import Config
 from latentdiff.settings.finetuning import FineTuning
 
 _OTHER_CODES = {
-    0: "The command did what it says.",
+    0: "Success.",
     1: "`reproduce`: the picture that was drawn again differs.",
-    130: "Interrupted by Ctrl-C. A training has saved its state.",
-    143: "Terminated by SIGTERM. A training has saved its state.",
+    130: "Interrupted by Ctrl-C. A training run has saved its state.",
+    143: "Terminated by SIGTERM. A training run has saved its state.",
 }
 _BOUNDS = {Ge: ("ge", "from"), Gt: ("gt", "over"), Le: ("le", "to"), Lt: ("lt", "under")}  # attribute, word
 
@@ -184,12 +184,12 @@ def error_codes() -> str:
 
 An error is one line on standard error that begins with `error:`, and an exit code. It says what is wrong, where, and
 what to do. In Python the same line is the message of an exception. All of them are subclasses of
-`latentdiff.core.errors.LatentDiffError`. Anything else, with a traceback, is a bug of ours.
+`latentdiff.core.errors.LatentDiffError`. Any other error, with a traceback, is a bug in latentdiff.
 
 | exit code | exception | meaning |
 |---|---|---|
 {table}
 
-Warnings begin with `warning:`. The command goes on after a warning, and its result is right. The line says what a
-person would want to know about it.
+Warnings begin with `warning:`. The command goes on after a warning, and its result is right. The line says what
+you should know about it.
 """

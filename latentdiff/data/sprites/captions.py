@@ -1,7 +1,7 @@
 """Captions of composed scenes: everything that a description states, or a part of it, down to the bare noun.
 
-Full captions teach most (Betker et al. 2023); shortened ones are what people type. All of them are true. Of a thing
-that is small, or small at a named place, this is always stated: who types "a cat" wants a large one.
+Full captions teach most (Betker et al. 2023); shortened ones are what people type. All of them are true. A small
+size and a named place are always stated, since whoever types "a cat" wants a large one.
 """
 
 from __future__ import annotations

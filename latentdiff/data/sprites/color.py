@@ -16,7 +16,7 @@ from latentdiff.data.scenes import COLORS
 TURNED = tuple(COLORS)
 _HUES = {"red": 0, "orange": 32, "yellow": 51, "green": 120, "cyan": 186, "blue": 222, "purple": 278}
 _WINDOW = 28 / 360  # how far from the main hue its pixels may be
-_SHARE = 0.6  # of the visible pixels, which the main colour has at least
+_SHARE = 0.6  # of the visible pixels: the least that the main colour has
 _VIVID = 0.35  # saturation and brightness below which a pixel has no hue
 
 

@@ -19,7 +19,7 @@ from latentdiff.data.sprites.library import Library, Sprite
 
 GROUNDS = BACKGROUNDS | COLORS
 MOST = 4  # objects of a scene
-_COLOR_HELD_OUT = 8  # one pair of a name and another colour than its own in so many is never drawn in training
+_COLOR_HELD_OUT = 8  # one in so many pairs of a name and a colour not its own is never drawn in training
 _SIZES = ("small", "", "large")
 _SHARES = (0.08, 0.62, 0.3)  # of the sizes; what a thing looks like is learnt where it is large
 _PLACED = 0.15  # the share of single things at a named place, where they are small too
@@ -72,7 +72,7 @@ def _is_held_out(name: str, color: str) -> bool:
 
 @dataclass(frozen=True)
 class Describer:
-    """Draws descriptions. shapes: the share of groups that are shapes; held_out: each has one that is held out."""
+    """Draws descriptions. shapes: the share of groups that are shapes; held_out: whether each has a held-out group."""
 
     library: Library
     shapes: float = 0.1
@@ -134,7 +134,7 @@ class Describer:
                 return group
 
     def _background(self, rng: np.random.Generator, groups: tuple[Group, ...]) -> tuple[str, ...]:
-        """White half of the time, a colour or a gradient otherwise, never the colour of an object."""
+        """White in 45 %, one colour in 40 %, a gradient in 15 % of scenes; never the colour of an object."""
         taken = {group.color for group in groups}
         names = [name for name in GROUNDS if name not in taken]
         kind = rng.random()

@@ -17,7 +17,7 @@ Networks = Mapping[str, nn.Module]  # unet, text_encoder, text_encoder_2: the li
 class Layer:
     """What an adapter adds to one layer, by PEFT's names of the factors. alpha is None if the file has none.
 
-    Beside them LyCORIS' names: hada_*, lokr_*; dora_scale, lengths in the axes of the weight; diff and diff_b.
+    Other kinds have LyCORIS' names: hada_*, lokr_*; dora_scale, lengths in the axes of the weight; diff and diff_b.
     """
 
     factors: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def carried(self) -> bool:
-        """Whether PEFT has a layer that carries it beside the network's own; the others are added to the weights."""
+        """Whether PEFT can compute it beside the network's layer; the others are added to the weights."""
         return self.kind == "lora" and "dora_scale" not in self.factors
 
     @property
@@ -59,7 +59,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Layers by part and module, and the names in the file that match no layer of the model.
+    """Layers by part and module. unused: names that match no layer of the model. missing: absent halves of layers.
 
     words: textual inversions in the same file, each as the tensors of a file of its own.
     """

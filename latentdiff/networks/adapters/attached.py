@@ -25,7 +25,10 @@ _PREFIX = "adapter_"  # PEFT stores adapters as attributes; "half" or "to" would
 
 
 def attach(adapter: Adapter, networks: Networks, name: str, weight: float = 1.0) -> None:
-    """Attach an adapter beside the layers that it changes. Its name has letters, digits and underscores."""
+    """Attach an adapter beside the layers that it changes. name: letters, digits and underscores.
+
+    Raises ModelError for a kind that can only be added to the weights.
+    """
     name = _PREFIX + name
     if not all(layer.carried for layers in adapter.layers.values() for layer in layers.values()):
         raise ModelError("LoHa, LoKr, full differences and DoRA of inputs require fuse=True: they change the weights")
@@ -43,7 +46,7 @@ def _inject(layers: Mapping[str, Layer], network: nn.Module, name: str) -> None:
     config = LoraConfig(
         r=next(iter(ranks.values())),
         lora_alpha=1,
-        target_modules="|".join(ranks),  # as a pattern the names are whole ones
+        target_modules="|".join(ranks),  # as a pattern, names must match in full
         rank_pattern={f"^{module}": rank for module, rank in ranks.items()},
         # a float as PEFT's alpha; it divides by the rank
         alpha_pattern={f"^{re.escape(module)}": layer.scale * layer.rank for module, layer in layers.items()},
@@ -96,7 +99,7 @@ class WeightedDora(LoraVariant):
 
 
 def _dora_change(module: Any, name: str) -> Tensor:
-    """What a DoRA adds to its layer's weight, which must not have another adapter in it."""
+    """What a DoRA adds to its layer's weight, into which no other adapter may be merged."""
     weight, vector = module.get_base_layer().weight, module.lora_magnitude_vector[name]
     product = vector.get_lora_weight(module.lora_A[name], module.lora_B[name]).reshape(weight.shape)
     magnitude = vector.weight[:, None] if weight.ndim == 2 else vector.weight.transpose(0, 1)
@@ -135,7 +138,7 @@ def weigh(networks: Networks, weights: Mapping[str, float]) -> None:
 def merge_attached(networks: Networks) -> None:
     """Add the active adapters to the network's weights, each times its own weight, and detach all adapters.
 
-    Raises ModelError for weights of fewer bits than numbers.
+    Raises ModelError for quantized weights.
     """
     _check_numbers(networks)
     for carrier in _carriers(networks):
@@ -149,7 +152,7 @@ def merge_attached(networks: Networks) -> None:
 
 
 def _check_numbers(networks: Networks) -> None:
-    """Raises ModelError for weights of fewer bits, whose rounding would lose what is added."""
+    """Raises ModelError for quantized weights, whose rounding would lose the change."""
     if not all(map(holds_numbers, networks.values())):
         raise ModelError("an adapter cannot be added to quantized weights: load it beside them, without fuse")
 

@@ -1,6 +1,6 @@
 """A LoRA in training: its factors beside a network's layers, their parameters, and the adapter that they make.
 
-PEFT computes it. Factor A is random and B is zero, so that the network is unchanged at first (Hu et al. 2022, 4.1).
+PEFT computes it. Factor A is random and B is zero, so that the network is unchanged at first (Hu et al. 2021, 4.1).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def parameters_of(networks: Networks) -> dict[str, nn.Parameter]:
 
 
 def alone(parameters: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
-    """A module that holds the same parameter objects. Their dots become other characters, as modules require."""
+    """A module that holds the same parameter objects. Dots in names become slashes, because modules refuse dots."""
     return nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in parameters.items()})
 
 

@@ -77,7 +77,7 @@ def _by_word(
 
 
 def _by_encoder(state: dict[str, Tensor], encoders: Sequence[TextEncoder], file: Path) -> list[Tensor]:
-    """The vectors of each encoder, zeros for one that the file does not have. Raises ModelError for another's."""
+    """The vectors of each encoder, zeros where the file has none. Raises ModelError for vectors of another encoder."""
     names = _OF_TWO[: len(encoders)]
     if other := sorted(state.keys() - set(names)):
         raise ModelError(f"{other[0]} belongs to a text encoder that this model does not have ({file})")
@@ -97,7 +97,7 @@ def _check(encoder: TextEncoder, word: str, vectors: Tensor, file: Path) -> None
     """Check a word before the encoder changes. Raises ModelError."""
     width = encoder.model.get_input_embeddings().weight.shape[1]
     if vectors.shape[1] != width:
-        raise ModelError(f"{word} has vectors of {vectors.shape[1]}, this model's have {width} ({file})")
+        raise ModelError(f"{word} has vectors of {vectors.shape[1]} numbers, this model's have {width} ({file})")
     if not (vectors.is_floating_point() and bool(torch.isfinite(vectors).all())) or len(vectors) >= encoder.length:
         raise ModelError(f"{word} must have finite vectors, and fewer than a prompt has tokens ({file})")
     if not word.strip() or word != word.strip():
@@ -158,7 +158,7 @@ def begin_word(
         embedding = encoder.model.get_input_embeddings()
         ids = encoder.tokenizer(initial, add_special_tokens=False, truncation=False, verbose=False).input_ids
         if not ids:
-            raise ConfigError("the initial words are no words. Name what the new one is like, --initial dog")
+            raise ConfigError("the initial words are empty. Name a similar thing, like --initial dog")
         begun = embedding.weight[[ids[number % len(ids)] for number in range(count)]]
         try:
             _check(encoder, word, begun, Path("--token"))

@@ -16,7 +16,7 @@ from latentdiff.networks.traced import Inputs, example
 
 
 class DiT(Transformer):
-    """It reads `label` (B,), a class, where the number of classes stands for none. It draws squares."""
+    """It reads `label` (B,), a class; a label equal to the number of classes means none. It draws squares only."""
 
     def __init__(self, model: Any):
         super().__init__(model)

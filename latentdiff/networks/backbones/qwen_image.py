@@ -47,7 +47,7 @@ class QwenImage(Packing, Transformer):
         return unpacked_
 
     def _function(self, x: Tensor, time: Tensor, **arrays: Tensor) -> Tensor:
-        """See Transformer. The library's rotations are of Python's numbers."""
+        """See Transformer. The library computes rotations from Python numbers, which a trace freezes."""
         own = self.model.pos_embed
         self.model.pos_embed = _Rotations(own)
         try:

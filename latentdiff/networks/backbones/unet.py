@@ -32,8 +32,7 @@ class UNet(nn.Module):
     """(x_t, t, conditions) -> output, with x_t (B, C, h, w), t a time or (B,) times, conditions `tokens` (B, L, D).
 
     Stable Diffusion XL's also reads `pooled` and `sizes`, and a distilled one `guidance`, by default 1, or
-    `until`, by default t. Under K
-    conditions x_t runs K times in one batch and the output is (K, B, C, h, w).
+    `until`, by default t. Under K conditions x_t runs K times in one batch and the output is (K, B, C, h, w).
     """
 
     def __init__(self, model: UNet2DConditionModel):
@@ -104,7 +103,7 @@ class UNet(nn.Module):
         return str(self.model.config.get(EXTRA, "guidance"))
 
     def read_more(self, name: str, width: int = 256) -> None:
-        """Add a layer that reads `guidance` or `until` as so many waves; it begins at zero, which changes nothing."""
+        """Add a layer that reads `guidance` or `until` as `width` waves; zeros at first, so that no output changes."""
         layer = nn.Linear(width, self.model.config.block_out_channels[0], bias=False)
         nn.init.zeros_(layer.weight)
         self.model.time_embedding.cond_proj = layer.to(self.model.device, self.dtype)
@@ -278,7 +277,7 @@ class UNet(nn.Module):
     def _with_image_prompts(self, prompts: Sequence[ImagePrompt]) -> Iterator[None]:
         """A block in which cross-attention attends to image prompts too.
 
-        With gradients it lasts until the next one: recomputed activations (`save_memory`) read it after the block.
+        With gradients it stays until the next block, because recomputed activations (`save_memory`) need it later.
         """
         if not prompts:
             yield
@@ -332,7 +331,7 @@ class UNet(nn.Module):
         return graphs
 
     def _example_prompt(self, rows: int, length: int) -> dict[str, Tensor]:
-        """The keys and values of an image prompt of so many tokens."""
+        """The keys and values of an image prompt of `length` tokens."""
         return image_prompt(0, [example(rows, 2, length, width) for _, width in self.prompted_layers])
 
     @property

@@ -77,7 +77,7 @@ class ZImage(Transformer):
 
 
 def _filled(length: Any) -> Any:
-    """A number of tokens with padding."""
+    """A number of tokens, rounded up to the multiple that padding fills."""
     return (length + SEQ_MULTI_OF - 1) // SEQ_MULTI_OF * SEQ_MULTI_OF
 
 

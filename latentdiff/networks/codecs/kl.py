@@ -20,7 +20,7 @@ class _NoEncoder(nn.Module):
 
 
 def without_encoder(vae: AutoencoderKL) -> None:
-    """Remove the encoder of a VAE, of which a file holds the decoder alone. Encoding then raises ModelError."""
+    """Remove the encoder of a VAE whose file holds the decoder alone. Encoding then raises ModelError."""
     vae.encoder, vae.quant_conv = _NoEncoder(), None
 
 
@@ -80,7 +80,7 @@ class KLAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Whiten: after this, latents whose channels had this mean and std (C,) have 0 and 1.
+        """Whiten: channels that had this mean and std (C,) have mean 0 and std 1 afterwards.
 
         z' = (z - mean) / std is an affine map of each channel, so it is absorbed by the 1 x 1 convolution that
         makes z, and its inverse by the one that reads z; no number is left to carry beside the weights.

@@ -45,7 +45,7 @@ class Control:
     times: tuple[float, float] = (-float("inf"), float("inf"))
     guess: bool = False
     kind: int = 0
-    known: dict[int, list[Array]] = field(default_factory=dict)  # of networks that compute once: by number of rows
+    known: dict[int, list[Array]] = field(default_factory=dict)  # residuals of `once` networks, by number of rows
 
     def residuals(self, x: Array, t: float, conditions: Conditions) -> list[Array] | None:
         """The residuals as the backbone reads them, (B, ...), or (K, B, ...) under K conditions; None if it is off."""

@@ -45,7 +45,7 @@ class ControlNet(nn.Module):
 
     @property
     def kinds(self) -> int:
-        """The number of kinds of pictures that it must be told apart; 0 if it knows one."""
+        """The number of kinds of pictures that it distinguishes; 0 if it knows only one."""
         return int(self.model.config.num_control_type) if isinstance(self.model, ControlNetUnionModel) else 0
 
     @property
@@ -60,7 +60,7 @@ class ControlNet(nn.Module):
 
     @property
     def guesses(self) -> bool:
-        """Whether it reads a whole picture at once, like the shuffle model; then it acts on the condition alone."""
+        """Whether it pools the whole picture, like the shuffle model; then it acts on the prompt's condition alone."""
         return bool(self.model.config.get("global_pool_conditions"))
 
     @property
@@ -90,7 +90,7 @@ class ControlNet(nn.Module):
     def residuals(
         self, x: Tensor, t: Tensor, conditions: Conditions, hint: Tensor, *, scale: float, guess: bool, kind: int
     ) -> list[Tensor]:
-        """Residuals times a scale. guess: less of the finer ones (section 3.5). kind: of a model that knows several."""
+        """Residuals times a scale. guess: weakens finer ones (section 3.5). kind: of picture, if it knows several."""
         options: dict[str, Any] = {"conditioning_scale": scale, "guess_mode": guess or self.guesses}
         if self.kinds:
             marks = torch.zeros(len(x), self.kinds, device=x.device, dtype=self.dtype)
@@ -102,7 +102,7 @@ class ControlNet(nn.Module):
     def traced(self) -> dict[str, Traced]:
         """(x, time (1,), hint, the conditions by name) -> residuals at a scale of 1. Raises ConfigError for unions."""
         if self.kinds:
-            raise ConfigError("a ControlNet of several kinds of pictures has no graph")
+            raise ConfigError("a ControlNet for several kinds of pictures cannot be exported as a graph")
         config, levels = self.model.config, len(self.model.config.block_out_channels)
         examples = []
         for rows, height, width, length in ((3, 2**levels, 3 * 2 ** (levels - 1), 77), (1, 2 ** (levels - 1), 4, 154)):

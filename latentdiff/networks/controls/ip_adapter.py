@@ -1,7 +1,7 @@
 """IP-Adapter (Ye et al. 2023): a picture as a prompt.
 
 CLIP reads the picture, a projection makes tokens of its features, and every cross-attention has keys and values of its
-own for them: it adds its attention to the picture to that to the text (equation 5).
+own for them: the attention to the picture is added to the attention to the text (equation 5).
 """
 
 from __future__ import annotations

@@ -74,10 +74,10 @@ class ChatText(ChatReading, nn.Module):
 
         def function(ids: Tensor, marks: Tensor) -> Tensor:
             model = getattr(self.model, self.model.base_model_prefix, self.model)
-            model = getattr(model, "language_model", model)  # beside a network that sees
+            model = getattr(model, "language_model", model)  # beside a vision network
             length = ids.shape[1]
             earlier = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-            seen = earlier[None, None] & marks[:, None, None, :].bool()  # the library's own mask asks for numbers
+            seen = earlier[None, None] & marks[:, None, None, :].bool()  # the library's own mask wants Python numbers
             places = torch.arange(length, device=ids.device)[None]
             output = model(ids, attention_mask=seen, position_ids=places, output_hidden_states=True, use_cache=False)
             return self._chosen(output.hidden_states)

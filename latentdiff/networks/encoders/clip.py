@@ -50,7 +50,7 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, length), cut and padded with the end token like Stable Diffusion's."""
-        with self._turn:  # the tokenizer keeps how it cut and padded last
+        with self._turn:  # the tokenizer remembers its last truncation and padding
             if not self.learnt_words:
                 return tokenize(self.tokenizer, prompts)
             chunks = [Chunk(self._ids_of(prompt)[: self.length - 2], []) for prompt in prompts]
@@ -67,7 +67,7 @@ class TextEncoder(nn.Module):
         return {"text_encoder": self}
 
     def options(self) -> dict[str, Any]:
-        """What a reading of several texts takes beside them."""
+        """Arguments of its reading class beside the encoders, as JSON values."""
         return {}
 
     @property

@@ -131,7 +131,7 @@ class Reader:
 
 
 def check_no_clip_skip(style: Style) -> None:
-    """Raises ConfigError for a style that leaves out layers of a CLIP whose layers nothing reads."""
+    """Raises ConfigError if clip_skip is set, for models that read no hidden states of CLIP."""
     if style.clip_skip is not None:
         raise ConfigError("clip_skip has no effect on this model: it reads no hidden states of CLIP")
 
@@ -197,7 +197,10 @@ def _close(bracket: str, weight: float | None, first: int, pieces: list[Piece]) 
     for index, piece in enumerate(pieces[first:], first):
         combined = piece.weight * (STRONGER if weight is None else weight)
         if not abs(combined) <= LARGEST_WEIGHT:
-            raise ConfigError(f"prompt: a weight of {combined:g} is over {LARGEST_WEIGHT:g} ({piece.text[:30]!r})")
+            raise ConfigError(
+                f"prompt: weights must be from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+                f" (got {combined:g} for {piece.text[:30]!r})"
+            )
         pieces[index] = Piece(piece.text, combined)
 
 

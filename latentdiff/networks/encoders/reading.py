@@ -135,7 +135,7 @@ class ChatReading:
         notes: list[str] = []
         if style.weights:
             has_weights = any(piece.weight != 1 for section in parse(prompt) for piece in section)
-            notes += ["this model has no weights of words: brackets are text"] if has_weights else notes_on(prompt)
+            notes += ["this model has no word weights: brackets are text"] if has_weights else notes_on(prompt)
         return Reading(min(count, self.length), 1, max(0, count - self.length), tuple(notes))
 
     def encode(self, prompt: Prompt) -> Conditions:
@@ -160,7 +160,7 @@ class ChatReading:
 class ClassReading:
     """A class's name, one of its names between commas, or its number -> `label` (); the empty prompt is no class.
 
-    names: of each class; their number stands for none.
+    names: one for each class; the label after the last one means no class.
     """
 
     length = 1
@@ -173,7 +173,7 @@ class ClassReading:
         self._known = {normalize("NFC", name): number for name, number in known.items()}
 
     def label(self, name: str) -> int:
-        """The number of a class. Raises ConfigError for a name that is none."""
+        """The number of a class. Raises ConfigError for an unknown name."""
         name = normalize("NFC", name)
         if (number := self._known.get(name.strip())) is None:
             near = get_close_matches(name.strip(), [known for known in self._known if known], n=1)
