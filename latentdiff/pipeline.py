@@ -25,8 +25,8 @@ from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import calls, inputs, pixels
 from latentdiff.drawing.batch import Job
 from latentdiff.drawing.draw import OUTPUT_TYPES, Drawing, Watch, batches_of, canvas_of, draw, jobs_of
-from latentdiff.drawing.hints import hints_of
-from latentdiff.drawing.image_prompts import image_prompts_of
+from latentdiff.drawing.hints import Hint, hints_of
+from latentdiff.drawing.image_prompts import ImagePrompt, image_prompts_of
 from latentdiff.drawing.latents import from_diffusers
 from latentdiff.drawing.output import Output, as_path
 from latentdiff.drawing.painter import Painter, check, torch_only
@@ -53,8 +53,9 @@ __all__ = ["LatentDiffusionPipeline", "ModelCard", "Output"]
 class LatentDiffusionPipeline:
     """A model and everything loaded beside it; all other settings are arguments of the call.
 
-    Several threads may draw with one pipeline. Methods that change it (`to`, `load_...`, `fuse_lora`) must not run
-    during a call. speed: see `runtime.speed`; it is applied when the first picture is drawn.
+    Several threads may draw with one pipeline. What changes it (`to`, `load_...`, `fuse_lora`, a call that scales
+    attached adapters) must not run during another call. speed: see `runtime.speed`; it is applied when the first
+    picture is drawn.
     """
 
     __slots__ = ("_loads", "_painter", "_speed", "_turn")
@@ -735,9 +736,8 @@ class LatentDiffusionPipeline:
         fields |= calls.batch_of_one_generator(settings, generator, len(prompts), num_images_per_prompt)
         margins = inputs.margins_of(outpaint)
         image, mask_image = calls.picture(image), calls.mask(mask_image)
-        hints = hints_of(calls.pictures(control_image), len(self._painter.controls))
-        image_prompts = image_prompts_of(
-            calls.pictures(ip_adapter_image), call.masks, len(self._painter.ip_adapters), embeds=ip_adapter_image_embeds
+        hints, image_prompts = self._pictures_beside(
+            control_image, ip_adapter_image, call.masks, ip_adapter_image_embeds
         )
         if self.runtime != "torch" and any(each.masks for each in image_prompts):
             self.use_torch("a mask of an image prompt")
@@ -755,6 +755,14 @@ class LatentDiffusionPipeline:
         if not call.as_tuple:
             return out
         return (out.images,) if self.model.reads_sizes else (out.images, None)
+
+    def _pictures_beside(
+        self, control_image: Any, ip_adapter_image: Any, masks: Any = None, embeds: Any = None
+    ) -> tuple[tuple[Hint, ...], tuple[ImagePrompt, ...]]:
+        """The pictures that ControlNets and IP-Adapters read. Raises ConfigError unless there is one for each."""
+        hints = hints_of(calls.pictures(control_image), len(self._painter.controls))
+        number = len(self._painter.ip_adapters)
+        return hints, image_prompts_of(calls.pictures(ip_adapter_image), masks, number, embeds=embeds)
 
     @contextmanager
     def _adapters_scaled(self, scale: float) -> Iterator[None]:
@@ -797,13 +805,26 @@ class LatentDiffusionPipeline:
                 raise ConfigError(f"{name}_embeds replace the {name}: give only one of them")
 
     def stream(
-        self, prompt: str, *, image: Any = None, mask_image: Any = None, outpaint: Any = None, **settings: Any
+        self,
+        prompt: str,
+        *,
+        image: Any = None,
+        mask_image: Any = None,
+        outpaint: Any = None,
+        control_image: Any = None,
+        ip_adapter_image: Any = None,
+        **settings: Any,
     ) -> Iterator[Step]:
-        """Every sampling step of one prompt's first batch: `step.x`, `step.x0` are latents; `decode` shows them."""
+        """Every sampling step of one prompt's first batch: `step.x`, `step.x0` are latents; `decode` shows them.
+
+        Pictures and settings: see `__call__`. Raises ConfigError.
+        """
         made = self.request(prompt, **settings)
+        image, mask_image = calls.picture(image), calls.mask(mask_image)
         canvas = canvas_of(self.model, made, image, mask_image, margins=inputs.margins_of(outpaint))
+        beside = self._pictures_beside(control_image, ip_adapter_image)
         painter = self.painter
-        yield from Drawing(painter, next(batches_of(painter, jobs_of(painter.model, made, canvas))))
+        yield from Drawing(painter, next(batches_of(painter, jobs_of(painter.model, made, canvas, None, *beside))))
 
     def decode(self, latents: Array) -> Array:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32."""

@@ -5,7 +5,7 @@
 Each sample is a sprite in any size on any background, sometimes in another colour, cropped as the judge crops: with a
 margin that differs by up to a tenth. A share of samples is blurred and noised, as a decoder does it. Accuracy is that
 on renderings that training never draws. All styles are trained, also those that a model's training holds out. A
-training that is stopped goes on with the same command, from its last multiple of 200 steps.
+training that is stopped is resumed by the same command, from its last multiple of 200 steps.
 """
 
 from __future__ import annotations

@@ -119,6 +119,29 @@ def test_as_diffusers_draws(place, pictures, settings):
 
 
 @pytest.mark.quick("1")
+def test_streamed_and_refined(place, pictures):
+    """Every step under the control; a refiner goes on without it."""
+    folder, *_ = place
+    ours = load(folder / "model")
+    ours.load_controlnet(folder / "control0")
+    options = {"seed": 1, "control_image": pictures[1], "height": 48, "width": 64, **OPTIONS}
+    *_, last = ours.stream(PROMPT, **options)
+    assert torch.equal(last.x, torch.as_tensor(ours(PROMPT, output_type="latent", **options).images))
+    with pytest.raises(ConfigError, match="0 control pictures, and 1 ControlNets are loaded"):
+        next(ours.stream(PROMPT, **options | {"control_image": None}))
+    controlled = [step.x for step in ours.stream(PROMPT, **options)]
+    ours.load_refiner(folder / "model")
+    refined = [step.x for step in ours.stream(PROMPT, refiner_switch=0.5, **options)]
+    assert len(refined) == 5
+    assert torch.equal(refined[1], controlled[1])
+    assert not torch.equal(refined[-1], controlled[-1])
+    del options["control_image"]
+    plain = [step.x for step in load(folder / "model").stream(PROMPT, **options)]
+    options |= {"control_image": pictures[1], "refiner_switch": 0.0001}
+    assert torch.equal([step.x for step in ours.stream(PROMPT, **options)][-1], plain[-1]), "the refiner draws all"
+
+
+@pytest.mark.quick("1")
 def test_several_at_once(place, pictures):
     folder, base, controls, family = place
     each = {
@@ -200,7 +223,7 @@ def test_union_of_kinds(tmp_path, pictures):
     options = {**OPTIONS, "height": 48, "width": 64, "controlnet_conditioning_scale": 0.8}
     with pytest.raises(ConfigError, match="this ControlNet knows 6 kinds of pictures: set control_mode"):
         ours(PROMPT, control_image=pictures[0], **options, **OURS)
-    with pytest.raises(ConfigError, match="control_mode 6 is none of the 6 kinds"):
+    with pytest.raises(ConfigError, match="control_mode must be below 6 for this ControlNet"):
         ours(PROMPT, control_image=pictures[0], control_mode=6, **options, **OURS)
     sample = []
     for mode in (0, 3):
@@ -294,8 +317,8 @@ def test_what_does_not_fit_is_refused(place, pictures, tmp_path):
     for settings, message in (
         ({"controlnet_conditioning_scale": [1.0, 2.0]}, "controlnet_conditioning_scale has 2 values"),
         ({"control_guidance_end": 1.5}, "control_guidance_end"),
-        ({"control_mode": 1}, "control_mode 1 is none of the 1 kinds"),
-        ({"cache_interval": 2}, "cache_interval has no meaning under a control"),
+        ({"control_mode": 1}, "control_mode must be below 1"),
+        ({"cache_interval": 2}, "cache_interval does not apply under a control"),
     ):
         with pytest.raises(ConfigError, match=message):
             ours(PROMPT, control_image=pictures[0], **settings)

@@ -301,8 +301,8 @@ def test_a_bad_sample_is_named(begun, sound):
 
 
 def test_signals_while_encoding(begun, sound):
-    """What was encoded stays; the same command goes on."""
+    """What was encoded stays; the same command resumes."""
     act = partial(forked.send, signal.SIGTERM)
     code, err = train(begun, sound, "--stage", "denoiser", hook=partial(forked.in_caching, act))
     assert code == 143
-    assert err.splitlines()[-1] == "error: stopped by SIGTERM. The same command goes on"
+    assert err.splitlines()[-1] == "error: stopped by SIGTERM. Run the same command to resume"

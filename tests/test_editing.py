@@ -95,7 +95,7 @@ def test_refusals(place, picture, tmp_path):
         pipe(PROMPT, num_inference_steps=2)
     with pytest.raises(ConfigError, match="image_guidance_scale"):
         pipe(PROMPT, image=picture, image_guidance_scale=0.5)
-    with pytest.raises(ConfigError, match="apg has no form"):
+    with pytest.raises(ConfigError, match="apg does not apply"):
         pipe(PROMPT, image=picture, apg=True)
     stable_diffusion.pipeline("1").save_pretrained(tmp_path / "plain")
     with pytest.raises(ConfigError, match="image_guidance_scale requires a model that edits"):

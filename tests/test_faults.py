@@ -182,7 +182,7 @@ def test_signals_save_and_stop(whole, begun, hook, act, code, step):
     changes = ["denoiser.training.validation_steps=4"] if hook is forked.in_validation else []
     result, err = denoiser(begun, hook=partial(hook, act=act), changes=changes)
     name = act.args[0].name
-    message = f"saved step-{step} after {name}" if step else f"error: stopped by {name}. The same command goes on"
+    message = f"saved step-{step} after {name}" if step else f"error: stopped by {name}. Run the same command to resume"
     assert (result, lines_of(err)[-1]) == (code, message)
     assert not list((begun / "cache").glob(".tmp*"))
     result, err = denoiser(begun, "--resume", "latest" if step else "auto", changes=changes)
@@ -215,7 +215,7 @@ def test_a_signal_to_the_whole_group(whole, begun):
 def test_a_signal_is_not_taken_for_damage(begun):
     """While a library loads, whatever handles its errors."""
     code, err = denoiser(begun, hook=partial(forked.in_loading, SIGTERM))
-    assert (code, lines_of(err)[-1]) == (143, "error: stopped by SIGTERM. The same command goes on")
+    assert (code, lines_of(err)[-1]) == (143, "error: stopped by SIGTERM. Run the same command to resume")
 
 
 def test_a_full_disk_while_a_network_is_saved(begun):

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from latentdiff.cli.loading import adapter_and_weight
+from latentdiff.core.errors import ConfigError
+from latentdiff.drawing.presets import settled
 from latentdiff.drawing.reproduce import read_record
 from latentdiff.drawing.request import request
 from latentdiff.families.loading import DEFAULT_MODEL
@@ -254,3 +256,10 @@ def test_comments_in_a_file_of_prompts(call):
 def test_samplers_by_the_names_of_a1111(name, sampler, spacing):
     made = request(prompt="a", sampler=name)
     assert (made.sampler, made.spacing) == (sampler, spacing)
+
+
+def test_a_name_of_a1111_beside_another_spacing():
+    assert request(prompt="a", sampler="DPM++ 2M Karras", spacing="karras").spacing == "karras"
+    assert settled({"spacing": "leading"}, {"sampler": "DPM++ 2M Karras"})["spacing"] == "karras"
+    with pytest.raises(ConfigError, match="'DPM\\+\\+ 2M Karras' has the spacing karras: leave out spacing"):
+        request(prompt="a", sampler="DPM++ 2M Karras", spacing="exponential")

@@ -8,7 +8,7 @@ import torch
 
 from latentdiff.diffusion import guidance, samplers
 from latentdiff.diffusion.level import NoiseLevel
-from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.diffusion.path import Straight, VariancePreserving
 
 SD = VariancePreserving.scaled_linear()
 
@@ -178,13 +178,15 @@ def test_away_from_a_worse_network():
     np.testing.assert_allclose(away, guidance.classifier_free(guidance.paired(worse, cond), 3.0)(x, level), rtol=1e-12)
 
 
+@pytest.mark.parametrize("level", [SD.level(300), Straight().level(300), Straight().level(600)])
 @pytest.mark.parametrize("observed", [-1.0, 2.0])
-def test_steered_toward_an_observation(observed):
+def test_steered_toward_an_observation(observed, level):
     """Data N(0, 1), y = x0 + N(0, r^2): the steered denoiser of scale 1, with the gradient of log p(y | x0) at the
     fixed point, is the exact posterior mean E[x0 | x_t, y] (both Gaussian)."""
-    r, level, x = 0.7, SD.level(300), np.linspace(-2, 2, 5)
-    precision = 1 / level.sigma**2 + 1 / r**2  # x0 | x_t has mean alpha x and variance sigma^2
-    exact = (level.alpha * x / level.sigma**2 + observed / r**2) / precision
+    r, x = 0.7, np.linspace(-2, 2, 5)
+    total = level.alpha**2 + level.sigma**2
+    variance, mean = level.sigma**2 / total, level.alpha * x / total  # of x0 given x_t
+    exact = (mean / variance + observed / r**2) / (1 / variance + 1 / r**2)
     steered = guidance.toward(gaussian(0.0, 1.0), lambda x0: (observed - exact) / r**2, 1.0)
     np.testing.assert_allclose(steered(x, level), exact, rtol=1e-9)
 

@@ -1,5 +1,6 @@
 """Mean flows: the average velocity of data that are normal is known, and one step along it draws them."""
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -8,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
@@ -267,6 +269,15 @@ def test_what_was_learnt_is_drawn(student):
         torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
     other = torch.as_tensor(pipe("a star", sampler="heun", **options).images)
     assert (other - x).abs().max() > 1e-3, "Heun's method follows instantaneous velocities"
+
+
+def test_previews_are_what_the_model_draws(student):
+    with Image.open(student / "run" / "finetune" / "samples" / "step-00000003.png") as file:
+        row, about = np.asarray(file.convert("RGB")).astype(int), json.loads(file.text["Description"])
+    options = {"seed": 0, "num_inference_steps": 1, "output_type": "uint8", "height": 64, "width": 64}
+    pipe = load(student / "run" / "model")
+    assert np.abs(pipe(about["prompts"][0], **options).images[0].astype(int) - row).max() <= 1
+    assert np.abs(pipe(about["prompts"][0], preset="lcm", **options).images[0].astype(int) - row).max() > 1
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ def test_what_wins():
     assert settled({"sampler": "ddim"}, {"eta": 1}) == {"sampler": "ddim", "eta": 1}
     assert settled({"guidance_scale": 3.5}, {"preset": "hyper"}, reads_guidance=True)["guidance_scale"] == 3.5
     assert settled({}, {"preset": "hyper", "guidance_scale": 2.0}, reads_guidance=True)["guidance_scale"] == 2.0
+    assert settled({"num_inference_steps": 20}, {"timesteps": [900, 500]}) == {"timesteps": [900, 500]}
     for bad in ("fast", 3, ["lcm"]):
         with pytest.raises(ConfigError, match=r"unknown preset .* one of lcm, turbo"):
             settled({}, {"preset": bad})

@@ -77,6 +77,19 @@ def test_pictures_are_those_of_diffusers(both, switch):
     assert np.abs(picture - alone).max() > 1e-3
 
 
+def test_a_soft_mask_is_freed_once_in_the_whole_walk(both):
+    """Refined by the base itself, the picture is the base's: the share of the steps counts those of both."""
+    place, *_ = both
+    ours, alone = load(place / "base"), load(place / "base")
+    ours.load_refiner(place / "base")
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    mask = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
+    options = {"seed": 1, "sampler": "ddim", "spacing": "trailing", "output_type": "np", **OPTIONS}
+    options |= {"image": image, "mask_image": mask}
+    refined = ours(PROMPT, refiner_switch=0.5, **options).images
+    np.testing.assert_allclose(refined, alone(PROMPT, **options).images, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_whole_walk_is_shared(both):
     """As many steps as without a refiner; a switch after the last level is none, one before the first leaves all."""
@@ -177,5 +190,5 @@ def test_what_does_not_fit_is_refused(both, tmp_path):
     with pytest.raises(ModelError, match="the refiner must have the same latents and noise schedule"):
         pipe.load_refiner(tmp_path / "flux")
     pipe.load_refiner(place / "refiner")
-    with pytest.raises(ConfigError, match="a refiner is guided by the prompt alone"):
+    with pytest.raises(ConfigError, match="a refiner supports neither pag_scale"):
         pipe(PROMPT, pag_scale=2.0, **OPTIONS)

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime
 from urllib.parse import quote
 
@@ -23,6 +24,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.drawing.files import write_pictures
 from latentdiff.drawing.request import LONGEST_PROMPT
+from latentdiff.server import studio
 from latentdiff.server.history import FILE, History, Search
 from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
 
@@ -187,6 +189,19 @@ def test_waiting_pictures_hold_no_more_models_than_are_kept(shop):
         time.sleep(0.005)
     assert statuses == [200] * 8
     assert max(painters) <= shop.studio.shelf.keep
+
+
+def test_one_place_for_both_forms_of_a_model(tiny, tmp_path, monkeypatch):
+    """A request that requires torch does not hold the compiled model while it waits for the place."""
+    compiled, by_torch = tiny.model, replace(tiny.model)
+    shelf = Shelf(tiny, lambda _, torch: LatentDiffusionPipeline(by_torch if torch else compiled), keep=1)
+    lacks = lambda request, model: "vae_tiling" if request.vae_tiling and model is compiled else None  # noqa: E731
+    monkeypatch.setattr(studio, "torch_only", lacks)
+    body = {"prompt": PROMPT, "vae_tiling": True, **QUICK}
+    with Served(tiny, tmp_path / "out", shelf=shelf) as server:
+        for _ in range(2):
+            assert server.post("/v1/images/generations", body).status_code == 200
+        assert server.studio._held == []
 
 
 def test_the_server_stops_while_a_model_loads(tiny, places, tmp_path):

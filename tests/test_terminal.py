@@ -3,6 +3,8 @@
 import ast
 import json
 import struct
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -31,6 +33,13 @@ ESCAPES = "a\x1b[2J\x07\x9b31m\u202ereversed\x7f\r\nerror: forged"
 )
 def test_printable(text, line):
     assert printable(text) == line
+
+
+def test_results_reach_a_pipe_at_once():
+    """Standard output to a pipe is buffered, and a process that exits at once loses what is buffered."""
+    code = "import os; from latentdiff.cli import terminal; terminal.result('a.png'); os._exit(130)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.stdout, process.returncode) == ("a.png\n", 130)
 
 
 def test_printable_json_is_the_same_json():

@@ -83,7 +83,6 @@ def main() -> None:
     _catch_signals()
     try:
         status = _command()(prog_name="latentdiff", standalone_mode=False)
-        sys.stdout.flush()
     except LatentDiffError as error:
         _fail(str(error), error.exit_code)
     except Interrupted as stopped:

@@ -12,9 +12,9 @@ from latentdiff.core.text import one_line, printable
 
 
 def result(*lines: object) -> None:
-    """Print lines of the command's result."""
+    """Print lines of the command's result, each at once: a path in a pipe must not be lost if the command fails."""
     for line in lines:
-        print(printable(line))
+        print(printable(line), flush=True)
 
 
 def note(*messages: object) -> None:

@@ -56,7 +56,9 @@ class Store:
         try:
             places = [(self._files[path], row) for path, row in map(self._where.__getitem__, keys)]
         except KeyError as error:
-            raise DataError(f"{self._directory} has no row {error.args[0]}. The same command makes it again") from None
+            raise DataError(
+                f"{self._directory} has no row {error.args[0]}. Run the same command to make it again"
+            ) from None
         return {name: torch.stack([tensors[name][row] for tensors, row in places]) for name in places[0][0]}
 
     def add(self, keys: Sequence[str], tensors: dict[str, Tensor]) -> None:

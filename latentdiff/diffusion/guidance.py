@@ -175,16 +175,18 @@ def within(guided: Denoiser, plain: Denoiser, lowest: float = -math.inf, highest
 def toward(
     denoise: Denoiser, gradient: Callable[[Array], Array], scale: float, *, radius: float = math.inf
 ) -> Denoiser:
-    """x0 + scale sigma^2 gradient(x0), for the gradient in x0 of the log-probability of the target.
+    """x0 + scale variance gradient(x0), for the gradient in x0 of the log-probability of the target.
 
     Bayes' rule for the posterior mean: E[x0 | x_t, y] = E[x0 | x_t] + Cov[x0 | x_t] grad log p(y | x0) for a Gaussian
-    posterior, whose variance is sigma^2 for data of unit variance (Song et al. 2023, PiGDM, section 3.2). The gradient
-    is valid only near x0, so a picture moves by at most `radius`, root mean square over its values.
+    posterior, whose variance is sigma^2 / (alpha^2 + sigma^2) for data of unit variance (Song et al. 2023, PiGDM,
+    section 3.2). The gradient is valid only near x0, so a picture moves by at most `radius`, root mean square over its
+    values.
     """
 
     def steered(x: Array, level: NoiseLevel) -> Array:
         x0 = denoise(x, level)
-        change = scale * level.sigma**2 * gradient(x0)
+        variance = level.sigma**2 / (level.alpha**2 + level.sigma**2)
+        change = scale * variance * gradient(x0)
         if math.isfinite(radius):
             excess = _lengths(change) / (radius * (x0.reshape(len(x), -1).shape[1]) ** 0.5)
             change = change / _each(excess.clip(1, math.inf), x)
@@ -198,7 +200,7 @@ def keep(denoise: Denoiser, known: Array, mask: Array, levels: Sequence[NoiseLev
 
     If x starts as diffused `known`, the known region stays at alpha known + sigma noise. Where the mask is w between 0
     and 1, `known` holds until the last share w of the steps (Levin and Fried 2023, algorithm 1), so that soft edges
-    change gradually. levels: those of the walk.
+    change gradually. levels: those of the whole walk.
     """
     steps = len(levels) - 1
 

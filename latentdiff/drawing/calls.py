@@ -1,4 +1,4 @@
-"""Calls written for diffusers' pipelines, in our words: the same, or a ConfigError that names ours."""
+"""Calls written for diffusers' pipelines as our settings; unsupported arguments raise a ConfigError that names ours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OURS = {  # arguments of diffusers that are not taken -> what to use
 
 
 class Call(NamedTuple):
-    """What a call of diffusers' asks beside our settings.
+    """A call of diffusers' as our settings, and what it asks for beside them.
 
     adapters: a factor of the adapters' weights. masks: of the IP-Adapters. callback: called after each step.
     """
@@ -75,7 +75,7 @@ def _attention(kwargs: Any) -> tuple[float, Any]:
 
 
 def classes(settings: dict[str, Any], prompt: Any, model: Model) -> Any:
-    """The prompts, for which diffusers' DiTPipeline has `class_labels`, a list of numbers. Raises ConfigError."""
+    """The prompts, or in their place `class_labels`, numbers, as diffusers' DiTPipeline has. Raises ConfigError."""
     labels = settings.pop("class_labels", None)
     if labels is None:
         return prompt
@@ -130,7 +130,7 @@ def negatives(negative: Any, count: int) -> list[str]:
 
 
 def picture(image: Any) -> Any:
-    """An input picture as our own: of tensors and floats (1, 3, H, W), (3, H, W), (H, W, 3) in [0, 1] uint8 (H, W, 3).
+    """An input picture: tensors and floats in [0, 1], (1, 3, H, W), (3, H, W) or (H, W, 3), become uint8 (H, W, 3).
 
     Others are returned as they are. Raises ConfigError for several pictures and for floats outside [0, 1].
     """
@@ -142,14 +142,14 @@ def picture(image: Any) -> Any:
 
 
 def pictures(images: Any) -> Any:
-    """One picture or a list of pictures as our own; see `picture`."""
+    """One picture or a list of pictures; see `picture`."""
     if isinstance(images, list | tuple):
         return [pictures(image) for image in images]
     return picture(images)
 
 
 def mask(image: Any) -> Any:
-    """A mask as our own: of tensors and floats (1, 1, H, W), (1, H, W), (H, W) in [0, 1] uint8 (H, W)."""
+    """A mask: tensors and floats in [0, 1], (1, 1, H, W), (1, H, W) or (H, W), become uint8 (H, W)."""
     image = _single(image, "mask_image")
     values = _floats(image, "mask_image", 2)
     return image if values is None else np.rint(255 * values).astype(np.uint8)
@@ -231,9 +231,7 @@ _WITHOUT_EFFECT = {  # arguments of diffusers' from_pretrained -> the values tha
 def loading_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The parts among the arguments of diffusers' `from_pretrained`: scheduler, vae, controlnet.
 
-    Raises ConfigError for others.
-
-    Arguments that ask for what is done here anyway are accepted.
+    Arguments that ask for what is done here anyway are accepted. Raises ConfigError for others.
     """
     parts = {}
     for name, value in options.items():

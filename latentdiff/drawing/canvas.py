@@ -34,7 +34,7 @@ class Margins(NamedTuple):
 NONE = Margins()
 BLACK = (0, 0, 0)  # under a transparent mask: nothing is drawn there
 HALF = 128  # of a mask's value
-_ALMOST = 8  # a mask's values so near to black or white are meant to be black or white: JPEG changes them
+_ALMOST = 8  # mask values this near to black or white count as black or white: JPEG changes them
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class Canvas:
     """pixels: uint8 (H, W, 3), padded; without padding it has `size`, (height, width) from the upper left.
 
     mask: uint8 (H, W), 255 in the part to redraw, between on its soft edge; None to draw over the whole picture.
-    closeup: the picture that this is a part of, if only the masked part is drawn. enlarged: pixels of the finished
-    picture for one of this one.
+    closeup: the whole picture, if only its masked part is drawn. enlarged: the factor by which the finished picture
+    is larger.
     """
 
     pixels: np.ndarray
@@ -224,7 +224,7 @@ def _array(values: Any, name: str) -> np.ndarray:
 
 
 def _marked(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """A mask as uint8, what is almost black or white wholly so. Raises ConfigError unless it has the picture's size."""
+    """A mask as uint8; almost black is made black, almost white white. Raises ConfigError for another size."""
     if isinstance(mask, Image.Image):
         mask = luminance(_decoded(mask, "mask_image", BLACK)[None])[0, ..., 0]
     array = _array(mask, "mask_image")

@@ -30,7 +30,7 @@ def check_jobs(jobs: Sequence[Job], painter: Painter) -> None:
     """Raises ConfigError for jobs that a cascade cannot enlarge, before anything is drawn."""
     final_of(jobs[0], painter)
     if painter.cascade and any(job.embeds is not None for job in jobs):
-        raise ConfigError("prompt_embeds have no meaning in a cascade, whose models read prompts of their own")
+        raise ConfigError("prompt_embeds do not apply in a cascade: each of its models reads the prompt itself")
 
 
 def enlarged(batch: Batch, pictures: np.ndarray, painter: Painter) -> Batch:

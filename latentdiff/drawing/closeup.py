@@ -49,7 +49,7 @@ class Closeup:
 
 
 def box_of(mask: np.ndarray, padding: int, size: tuple[int, int]) -> Box:
-    """The masked part with `padding` pixels around it, made as wide or high as `size`, (height, width), has it.
+    """The masked part with `padding` pixels around it, grown to the aspect of `size`, (height, width).
 
     It stays inside the picture, and is moved or cut at its edge.
     """

@@ -77,7 +77,7 @@ def canvas_of(
 def _small(scale: int, request: Request, image: Any, is_masked: bool, names: tuple[str | None, str | None]) -> Canvas:
     """The picture that is enlarged; width and height are those of the result. Raises ConfigError."""
     if is_masked:
-        raise ConfigError("a model that enlarges pictures has no mask and no outpainting")
+        raise ConfigError("a model that enlarges pictures supports no mask and no outpainting")
     for name, side in (("height", request.height), ("width", request.width)):
         if side is not None:
             check_size(name, side, scale)
@@ -86,7 +86,7 @@ def _small(scale: int, request: Request, image: Any, is_masked: bool, names: tup
 
 
 def _check_without_image(request: Request, is_masked: bool) -> None:
-    """Raises ConfigError for what has no effect without an image."""
+    """Raises ConfigError for settings that require an image."""
     if is_masked:
         raise ConfigError("a mask and outpainting require an image")
     settings = {
@@ -152,7 +152,7 @@ class Drawing:
             latents = yield from self._walk()
 
     def _walk(self) -> Generator[Step, Array | None, Array]:
-        """Every step of the present painter; returns the last latents."""
+        """Every step of the current painter; returns the last latents."""
         request = self._current_batch.request
         codec = self._current.model.codec
         walk = steps(self._current_batch, self._current, self.notes)
@@ -177,7 +177,7 @@ class Drawing:
         return _kept(model, images, [job.canvas for job in jobs])
 
     def _upscaled(self, images: Array) -> Array:
-        """Images enlarged by the upscaler, unless a second pass has drawn over what it enlarged."""
+        """Images enlarged by the upscaler, unless it has enlarged the input of a second pass."""
         upscaler = self._painter.upscaler
         if upscaler is None or self.batch.request.hires_scale:
             return images
@@ -217,7 +217,7 @@ class Drawing:
 
 
 def _notes_on_flat(model: Model, images: Array, seeds: Sequence[int]) -> list[str]:
-    """The pictures of one colour: hardly anybody asks for them, and weights that are too coarse draw them."""
+    """A note on pictures of one colour, which weights that are too coarse draw; an empty list without any."""
     cause = f". Perhaps {model.quantized} is too coarse for this model" if model.quantized else ""
     flat = [str(seed) for seed, is_flat in zip(seeds, pixels.are_flat(images), strict=True) if is_flat]
     return [f"one colour fills the whole picture (seeds {', '.join(flat)}){cause}"] if flat else []

@@ -198,13 +198,17 @@ def with_scorer(painter: Painter, scorer: Scorer, source: Source) -> Painter:
 def with_weaker(painter: Painter, weaker: Model) -> Painter:
     """Load a weaker model for autoguidance. Raises ModelError if its latents or its path differ."""
     _check_latents(painter, weaker, "weaker model")
+    if (weaker.inpaints and not painter.model.inpaints) or (weaker.edits and not painter.model.edits):
+        raise ModelError(f"the weaker model must not read a picture that the model does not read ({weaker.card.name})")
     source = Source("weaker", weaker.card.source or "", weaker.card.hash)
     return replace(painter, weaker=weaker).with_source("weaker", source)
 
 
 def with_refiner(painter: Painter, refiner: Model) -> Painter:
     """Load a model that draws the last levels. Raises ModelError if its latents or its path differ."""
-    _check_latents(painter, refiner, "refiner", plain=not refiner.inpaints and not refiner.edits)
+    _check_latents(painter, refiner, "refiner")
+    if refiner.inpaints or refiner.edits:
+        raise ModelError(f"a refiner must read no picture beside the latents ({refiner.card.name})")
     source = Source("refiner", refiner.card.source or "", refiner.card.hash)
     return replace(painter, refiner=refiner).with_source("refiner", source)
 
@@ -220,7 +224,7 @@ def with_cascade(painter: Painter, model: Model) -> Painter:
 
 
 def with_upscaler(painter: Painter, upscaler: Upscaler, file: Path) -> Painter:
-    """Load a network that enlarges what is drawn, or in two passes what is drawn over."""
+    """Load a network that enlarges finished pictures, or with hires_scale the input of the second pass."""
     return replace(painter, upscaler=upscaler).with_source(
         "upscaler", Source("upscaler", recorded(file), sha256_of(file))
     )
@@ -234,7 +238,7 @@ def source_of_control(path: Path) -> Source:
 
 
 def with_control(painter: Painter, control: ControlNet, source: Source) -> Painter:
-    """Load one more ControlNet, which every picture requires a hint for."""
+    """Load one more ControlNet; every picture then requires a hint for it."""
     if painter.model.runtime == "torch":
         control = control.to(painter.model.place.device, painter.model.backbone.dtype)
     painter = replace(painter, controls=(*painter.controls, control))
@@ -265,7 +269,7 @@ def reads_image_prompts(model: Model) -> bool:
 
 
 def with_ip_adapter(painter: Painter, adapter: Any, source: Source) -> Painter:
-    """Load one more IP-Adapter, which every picture requires something to be shown for."""
+    """Load one more IP-Adapter; every picture then requires an image prompt for it."""
     painter = with_adapters_placed(replace(painter, ip_adapters=(*painter.ip_adapters, adapter)))
     return painter.with_source(f"ip-adapter {len(painter.ip_adapters)}", source)
 
@@ -283,10 +287,9 @@ def without_ip_adapters(painter: Painter) -> Painter:
     return replace(painter, ip_adapters=(), sources=_sources_but(painter, "ip-adapter"))
 
 
-def _check_latents(painter: Painter, other: Model, what: str, *, plain: bool = True) -> None:
-    """Raises ModelError for another model whose latents or path differ, or that is not plain."""
-    same = other.path == painter.model.path and other.codec.latent_channels == painter.model.codec.latent_channels
-    if not (same and plain):
+def _check_latents(painter: Painter, other: Model, what: str) -> None:
+    """Raises ModelError for another model whose latents or path differ."""
+    if (other.path, other.codec.latent_channels) != (painter.model.path, painter.model.codec.latent_channels):
         raise ModelError(f"the {what} must have the same latents and noise schedule ({other.card.name})")
 
 

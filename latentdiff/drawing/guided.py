@@ -74,8 +74,7 @@ def guided(
     backbone: Backbone, prediction: str, prompts: Prompted, request: Request, start: Start, helpers: Helpers
 ) -> Denoiser:
     """The guided denoiser: guidance between conditions, then away from weaker models, then the unmasked input."""
-    beside = start.extra if start.context is None else start.context
-    network = _network(backbone, beside, request.cache_interval)
+    network = _network(backbone, start.beside, request.cache_interval)
     plain = denoiser(network, prediction, prepared(backbone, prompts.cond))
     cond = denoise = guidance.once(plain)
     if prompts.uncond is not None:
@@ -84,7 +83,7 @@ def guided(
         cond, denoise = guidance.chosen(pair, 1), _by_prompt(pair, backbone, prediction, prompts, request, start)
     if request.pag_scale:
         assert isinstance(backbone, PerturbedAttention)
-        other = denoiser(perturbed(backbone, beside), prediction, prepared(backbone, prompts.cond))
+        other = denoiser(perturbed(backbone, start.beside), prediction, prepared(backbone, prompts.cond))
         denoise = guidance.away_from(denoise, cond, other, request.pag_scale)
     if helpers.weaker is not None:
         denoise = guidance.away_from(denoise, cond, helpers.weaker, request.autoguidance_scale - 1)
@@ -99,7 +98,7 @@ def guided(
     if request.guidance_interval:
         denoise = guidance.within(denoise, plain, *request.guidance_interval)
     if start.mask is not None and start.extra is None:
-        denoise = guidance.keep(denoise, start.known, start.mask, start.levels)
+        denoise = guidance.keep(denoise, start.known, start.mask, start.walk or start.levels)
     return denoise
 
 

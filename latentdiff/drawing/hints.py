@@ -45,7 +45,10 @@ class Hint:
 def hints_of(
     images: Any, count: int, names: Sequence[str | None] = (), annotated: str | None = None
 ) -> tuple[Hint, ...]:
-    """The hints of that many controls, from one picture or a list. annotated: by what first. Raises ConfigError."""
+    """The hints of that many controls, from one picture or a list. annotated: the annotator that is applied first.
+
+    Raises ConfigError.
+    """
     listed = images if isinstance(images, list | tuple) else [] if images is None else [images]
     if len(listed) != count:
         loaded = "no ControlNet is loaded" if not count else f"{count} ControlNets are loaded"

@@ -24,7 +24,7 @@ LARGEST_NUMBER = 64  # of pictures of one adapter
 class ImagePrompt:
     """The image prompt of one IP-Adapter: pictures, and perhaps masks of where each acts; or features in their place.
 
-    features: (N, ...) with prompt and (N, ...) without, the caller's, or once they are known those of the pictures.
+    features: (N, ...) with the pictures and (N, ...) without: the caller's, or those of `pictures`, computed once.
     """
 
     pictures: tuple[Hint, ...] = ()
@@ -52,7 +52,7 @@ class ImagePrompt:
 def image_prompts_of(
     images: Any, masks: Any, count: int, names: Sequence[Sequence[str | None]] = (), embeds: Any = None
 ) -> tuple[ImagePrompt, ...]:
-    """The image prompts of that many IP-Adapters. images: a picture, or for each one or a list.
+    """The image prompts of that many IP-Adapters. images: one picture, or for each adapter a picture or a list.
 
     masks: None, or for each adapter None or a mask for each picture: white is where it acts. embeds: for each adapter
     features (2, N, ...), those of no picture first, or (1, N, ...), as diffusers has them. Raises ConfigError.
@@ -138,7 +138,7 @@ def _heads(adapter: Any, scales: list[float], put: Put, features: Array) -> list
 
 
 def _show(arrays: dict[str, Array], heads: Callable[[Array], list[Array]], features: Array, masks: Any) -> None:
-    """Add the keys and values of pictures, which with masks are each by itself."""
+    """Add the keys and values of the pictures; with masks, those of each picture by itself."""
     if masks is None:
         arrays.update(image_prompt(_next(arrays), heads(features)))
     for number, mask in enumerate(masks or ()):
@@ -151,7 +151,7 @@ def _next(arrays: Mapping[str, Array]) -> int:
 
 
 def _masks(own: Sequence[ImagePrompt], put: Put) -> list[Array] | None:
-    """For each picture that an adapter shows its masks in the batch, (B, H, W) in [0, 1]; None without masks."""
+    """For each picture of an adapter its masks in the batch, (B, H, W) in [0, 1]; None without masks."""
     if not own[0].masks:
         return None
     columns = zip(*(each.masks for each in own), strict=True)
@@ -163,7 +163,7 @@ def _masks(own: Sequence[ImagePrompt], put: Put) -> list[Array] | None:
 
 
 def layer_scales(names: Sequence[str], scale: float | Mapping[str, Any]) -> list[float]:
-    """The scale of each cross-attention. scale: of all, or of blocks as in diffusers, by which others have none.
+    """The scale of each cross-attention. scale: for all, or by block as in diffusers; blocks not named have 0.
 
     {"up": {"block_0": [0.0, 1.0, 0.0]}} is style alone in Stable Diffusion XL (Wang et al. 2024). Raises ConfigError.
     """

@@ -20,7 +20,7 @@ def to_diffusers(model: Model, latents: Array) -> Array:
 
 
 def from_diffusers(model: Model, latents: Any, shape: tuple[int, ...]) -> Any:
-    """A caller's latents of that shape, (B, C, h, w), perhaps in diffusers' layout; others are returned as they are."""
+    """A caller's latents as `shape`, (B, C, h, w), unpacked from diffusers' layout; others are returned unchanged."""
     backbone = model.backbone
     if not isinstance(backbone, PacksLatents) or getattr(latents, "ndim", 0) != 3:
         return latents

@@ -13,7 +13,7 @@ from latentdiff.core.arrays import library
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.record import ImageMetadata
 
-SHOWN = 192  # pixels: the least width of a picture in a notebook
+SHOWN = 192  # pixels: a notebook enlarges smaller pictures by a whole factor, at most to this width
 
 
 @dataclass(frozen=True)

@@ -93,17 +93,17 @@ def check(request: Request, painter: Painter) -> None:
     if painter.refiner is None and request.refiner_switch is not None:
         raise ConfigError("refiner_switch requires a refiner (load_refiner, --refiner)")
     if painter.refiner is not None and (request.pag_scale or request.autoguidance_scale != 1):
-        raise ConfigError("a refiner is guided by the prompt alone: not by pag_scale or autoguidance_scale")
+        raise ConfigError("a refiner supports neither pag_scale nor autoguidance_scale")
     _check_enlarging(request, model)
     _check_controls(request, painter)
     if request.clip_guidance_scale and painter.scorer is None:
         raise ConfigError("clip_guidance_scale requires a CLIP (load_clip, --clip)")
     if request.cache_interval > 1 and not (isinstance(backbone, DeepFeatures) and backbone.deep_levels):
-        raise ConfigError("cache_interval requires a U-Net of several levels; this model has one")
+        raise ConfigError("cache_interval requires a U-Net of several levels, which this model does not have")
 
 
 def _check_read(request: Request, model: Model) -> None:
-    """Raises ConfigError for settings of what this backbone does not read or have."""
+    """Raises ConfigError for settings that this backbone does not support."""
     backbone = model.backbone
     if (request.original_size or request.crop != (0, 0)) and not model.reads_sizes:
         raise ConfigError("original_size and crop require a model that reads sizes; this one reads none")
@@ -111,14 +111,16 @@ def _check_read(request: Request, model: Model) -> None:
         raise ConfigError("true_cfg_scale requires a model that reads its guidance. Use guidance_scale")
     if request.image_guidance_scale != IMAGE_GUIDANCE and not model.must_edit:
         raise ConfigError("image_guidance_scale requires a model that edits pictures, like InstructPix2Pix")
+    if request.apg and request.cfg(model.reads_guidance) <= 1:
+        raise ConfigError(f"apg requires {'true_cfg_scale' if model.reads_guidance else 'guidance_scale'} over 1")
     if request.apg and model.must_edit:
-        raise ConfigError("apg has no form for a model that is guided by a picture too")
+        raise ConfigError("apg does not apply to a model that is guided by a picture too")
     if request.pag_scale and not (isinstance(backbone, PerturbedAttention) and backbone.perturbed_blocks):
         raise ConfigError("pag_scale requires self-attention in the middle block, which this model does not have")
 
 
 def _check_enlarging(request: Request, model: Model) -> None:
-    """Raises ConfigError for settings that a model that enlarges pictures does not have, or alone has."""
+    """Raises ConfigError for settings that do not apply because the model enlarges pictures, or does not."""
     enlarging = model.enlarging
     if enlarging is None:
         if request.noise_level is not None:
@@ -132,7 +134,7 @@ def _check_enlarging(request: Request, model: Model) -> None:
         "padding_mask_crop": request.padding_mask_crop is not None,
     }.items():
         if is_set:
-            raise ConfigError(f"{name} has no meaning for a model that enlarges pictures")
+            raise ConfigError(f"{name} does not apply to a model that enlarges pictures")
 
 
 def _check_controls(request: Request, painter: Painter) -> None:
@@ -150,15 +152,15 @@ def _check_controls(request: Request, painter: Painter) -> None:
             raise ConfigError("guess_mode requires a ControlNet (load_controlnet, --control)")
         return
     if request.cache_interval > 1:
-        raise ConfigError("cache_interval has no meaning under a control, which changes the features at every step")
+        raise ConfigError("cache_interval does not apply under a control, which changes the features at every step")
     modes = request.control_mode * (count if len(request.control_mode) == 1 else 1) or (None,) * count
     for control, mode in zip(controls, modes, strict=True):
         if control.kinds and mode is None:
             raise ConfigError(
-                f"this ControlNet knows {control.kinds} kinds of pictures: set control_mode to one of them"
+                f"this ControlNet knows {control.kinds} kinds of pictures: set control_mode to a number from 0"
             )
         if mode is not None and not mode < max(control.kinds, 1):
-            raise ConfigError(f"control_mode {mode} is none of the {max(control.kinds, 1)} kinds of this ControlNet")
+            raise ConfigError(f"control_mode must be below {max(control.kinds, 1)} for this ControlNet (got {mode})")
 
 
 def _check_image_prompts(request: Request, count: int) -> None:

@@ -5,7 +5,7 @@ ImageToImage   from input pictures, of which all or a masked part is drawn over
 Enlarge        from noise, beside small input pictures
 Hires          from the previous pass' picture, enlarged by Lanczos or by an upscaler
 
-With a refiner the last pass' last levels are another model's.
+With a refiner, another model walks the last levels of the last pass.
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ def steps(batch: Batch, painter: Painter, notes: list[str]) -> Generator[Step, A
             continue
         split = _switch(start.levels, batch.request, painter.model)
         if split:
-            x = yield from walk(painter, replace(start, levels=start.levels[: split + 1]), each.purpose)
-            start = replace(start, x=x)
+            first = replace(start, levels=start.levels[: split + 1], walk=start.levels)
+            start = replace(start, x=(yield from walk(painter, first, each.purpose)))
         if split < len(start.levels) - 1:
             refining = replace(painter, model=painter.refiner, refiner=None, memory=None, controls=(), ip_adapters=())
-            rest = replace(start, levels=start.levels[split:], extra=None, context=None)
+            rest = replace(start, levels=start.levels[split:], walk=start.levels, extra=None, context=None)
             yield from walk(refining, rest, "refiner noise")
 
 
 def _switch(levels: Sequence[NoiseLevel], request: Request, model: Model) -> int:
-    """The number of steps before the refiner's: they start at this share of all times, or above it, as in diffusers."""
+    """The number of steps before the refiner's: those that start at time (1 - switch) T or above, as in diffusers."""
     switch = REFINER_SWITCH if request.refiner_switch is None else request.refiner_switch
     lowest = round(model.path.T * (1 - switch))
     return sum(level.t >= lowest for level in levels[:-1])
@@ -114,7 +114,7 @@ def _walked(
     if painter.ip_adapters:
         prompts = Prompted(*with_image_prompts(*prompts, painter.ip_adapters, image_prompts, request, model.array))
     prediction, helpers = prediction_of(request, model), _helpers(batch, painter, size, start)
-    hints = [job.hints for job in batch.jobs]
+    hints = [job.hints if painter.controls else () for job in batch.jobs]  # a refiner has no controls
     controls = controls_of(painter.controls, hints, request, start.levels, size, model.array)
     backbone = controlled(controls)(_averaging(model, request, start))
     denoise = guided(backbone, prediction, prompts, request, start, helpers)
@@ -131,7 +131,7 @@ def _walked(
 
 def _averaging(model: Model, request: Request, start: Start) -> Backbone:
     """The backbone; a mean flow's averages over each step, for samplers that go straight to the next level."""
-    times = [level.t for level in start.levels[:-1]] + [0.0]
+    times = [max(level.t, 0.0) for level in start.levels]
     straight = request.sampler in AVERAGED
     return averaging(model.backbone, times if straight else [], model.array)
 
@@ -202,7 +202,7 @@ class ImageToImage(_Planned):
 
 @dataclass(frozen=True)
 class Enlarge(_Planned):
-    """See the module. Noise is added to the small pictures: the network learnt to mend what it finds in noisy ones."""
+    """See the module. The small pictures get noise, as in the network's training."""
 
     purpose: str = "enlarging noise"
 
@@ -215,7 +215,7 @@ class Enlarge(_Planned):
         small = pixels.as_images(model, seen)
         level = enlarging.path.level(noise_level(enlarging, self.batch.request))
         noise = _draw(self.batch, model, tuple(small.shape[1:]))("noise of the small picture")
-        own = self.batch.noise.latents  # a key of its own: in a cascade the small picture has grown from the other
+        own = self.batch.noise.latents  # another key: in a cascade the small picture was drawn from "initial latents"
         x = draw("enlarged latents") if own is None else own
         return Start(x, self.levels(), extra=diffuse(small, noise, level))
 
@@ -297,5 +297,9 @@ def _weaker(batch: Batch, painter: Painter, size: Size, start: Start) -> Denoise
     weaker = painter.weaker
     assert weaker is not None
     cond = prompted(batch, weaker, size).cond
-    extra = start.extra if weaker.inpaints == painter.model.inpaints else None
-    return denoiser(network_of(weaker.backbone, extra), weaker.prediction, prepared(weaker.backbone, cond))
+    is_alike = (weaker.inpaints, weaker.edits) == (painter.model.inpaints, painter.model.edits)
+    return denoiser(
+        network_of(weaker.backbone, start.beside if is_alike else None),
+        weaker.prediction,
+        prepared(weaker.backbone, cond),
+    )

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class PlannedPass:
-    """The size of a pass, and its share of the steps, which is the strength of drawing over a picture."""
+    """The size and the number of steps of a pass. strength: the share of the noise that an input picture gets."""
 
     size: Size
     steps: int
@@ -51,7 +51,7 @@ def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
     """The plan of a request's picture. Raises ConfigError for a size that the model cannot draw, or for no steps."""
     steps = request.num_inference_steps
     if steps > model.path.T:
-        raise ConfigError(f"num_inference_steps: the model has {model.path.T} (got {steps})")
+        raise ConfigError(f"num_inference_steps must be at most {model.path.T} for this model (got {steps})")
     if canvas is None and (model.must_edit or model.enlarging is not None):
         does = "edits" if model.enlarging is None else "enlarges"
         raise ConfigError(f"this model {does} a picture: give one (image, --image)")
@@ -99,7 +99,7 @@ def _first_size(request: Request, model: Model, canvas: Canvas | None) -> Size:
     if side is not None and {height, width} != {side * model.codec.factor}:
         only = side * model.codec.factor
         raise ConfigError(
-            f"the graphs of this model draw {only}x{only} pixels alone; torch draws other sizes (--runtime)"
+            f"the graphs of this model draw {only}x{only} pixels only; other sizes require torch (--runtime)"
         )
     if model.backbone.spec.square and height != width:
         raise ConfigError(f"this model draws squares: give equal sides (got {width}x{height})")

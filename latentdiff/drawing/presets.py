@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentdiff.core.errors import ConfigError
+from latentdiff.diffusion.grids import LABELS
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.model import Model
 
 
 def _few(sampler: str, spacing: str = "trailing", steps: int = 4) -> dict[str, Any]:
-    """A distilled model has its guidance inside: any more is too much."""
+    """The settings of a distilled model. Its guidance is inside the network: none is added."""
     return {"sampler": sampler, "spacing": spacing, "num_inference_steps": steps, "guidance_scale": 1.0}
 
 
@@ -41,18 +43,44 @@ def settled(
 ) -> dict[str, Any]:
     """The settings of a picture: the model's defaults, then those of the preset, then `settings`.
 
-    reads_guidance: whether the network does. Then a preset leaves it as the model recommends: 1 would be another
-    picture, not the absence of guidance.
+    A list of timesteps or sigmas replaces a recommended number of steps. reads_guidance: whether the network reads
+    guidance_scale. Then a preset does not set it: 1 would not turn guidance off, but draw another picture.
 
-    Raises ConfigError for an unknown preset.
+    Raises ConfigError for an unknown preset, and for a spacing beside a sampler's name that states another.
     """
-    name = settings.get("preset")
+    settings = _without_a1111_names(settings)
+    below = {**defaults, **_preset(settings.pop("preset", None), reads_guidance=reads_guidance)}
+    if settings.get("timesteps") is not None or settings.get("sigmas") is not None:
+        below.pop("num_inference_steps", None)
+    return {**below, **settings}
+
+
+def _preset(name: Any, *, reads_guidance: bool) -> dict[str, Any]:
+    """The settings of a preset; none without a name. Raises ConfigError."""
     if name is None:
-        return {key: value for key, value in {**defaults, **settings}.items() if key != "preset"}
+        return {}
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"unknown preset {str(name)[:40]!r}; one of {', '.join(PRESETS)}")
-    preset = {key: value for key, value in PRESETS[name].items() if not (reads_guidance and key == "guidance_scale")}
-    return {**defaults, **preset, **{key: value for key, value in settings.items() if key != "preset"}}
+    return {key: value for key, value in PRESETS[name].items() if not (reads_guidance and key == "guidance_scale")}
+
+
+def _without_a1111_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with sampler and spacing in place of A1111's name of both, like `DPM++ 2M Karras`.
+
+    Raises ConfigError if they have another spacing too.
+    """
+    name = settings.get("sampler")
+    if not isinstance(name, str) or name in SAMPLERS:
+        return dict(settings)
+    for sampler, row in SAMPLERS.items():
+        rest = name.lower().removeprefix(row.label.lower()).strip()
+        grids = [grid for grid, label in LABELS.items() if label.lower() == rest]
+        if name.lower().startswith(row.label.lower()) and (not rest or grids):
+            spacing = settings.get("spacing")
+            if grids and spacing not in (None, grids[0]):
+                raise ConfigError(f"sampler {name!r} has the spacing {grids[0]}: leave out spacing (got {spacing!r})")
+            return {**settings, "sampler": sampler, **({"spacing": grids[0]} if grids else {})}
+    return dict(settings)
 
 
 def settled_for(model: Model, settings: Mapping[str, Any]) -> dict[str, Any]:

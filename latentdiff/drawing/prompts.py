@@ -18,7 +18,7 @@ from latentdiff.networks.conditions import Conditions, stacked
 from latentdiff.networks.encoders.prompt import Prompt, Style
 from latentdiff.networks.protocols import Encoder
 
-SCORES = (6.0, 2.5)  # of beauty: of the prompt's pictures, of the negative prompt's (Podell et al. 2023; diffusers)
+SCORES = (6.0, 2.5)  # aesthetic scores: for the prompt, for the negative prompt (Podell et al. 2023; diffusers)
 MOST = 256  # remembered prompts; the conditions of Stable Diffusion take a quarter of a megabyte a prompt
 
 
@@ -91,12 +91,12 @@ def notes_of(batch: Batch, model: Model, *, adapted: bool) -> list[str]:
                 notes[f"{model.card.name} has never seen: {_listed(words)}"] = None
             if known is not None and (of_one := narrow(prompt, model.card.of_one_thing)):
                 pairs = [f"{word} ({name})" for word, name in of_one.items()]
-                notes[f"{model.card.name} knows from one thing alone: {_listed(pairs)}"] = None
+                notes[f"{model.card.name} has seen only in captions of one thing: {_listed(pairs)}"] = None
     return list(notes)
 
 
 def _listed(words: list[str], most: int = 20) -> str:
-    """Words in a line that somebody reads: not all of many, and only the beginning of long ones."""
+    """Words in one line: at most `most` of them, and only the beginning of long ones."""
     short = [word if len(word) <= 40 else f"{word[:40]}..." for word in words[:most]]
     return ", ".join(short) + (f" and {len(words) - most} more" if len(words) > most else "")
 
@@ -107,7 +107,7 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
     Equal prompts are encoded once and by themselves, so that none depends on the batch's size. As in diffusers,
     clip_skip applies to the prompt only. memory: prompts of earlier batches.
     """
-    from latentdiff.networks.encoders.joined import with_sizes  # with NumPy, which a refused request does without
+    from latentdiff.networks.encoders.joined import with_sizes  # imports NumPy, which a refused request does not need
 
     request, encoder = batch.request, model.encoder
     style, least = style_of(request), max(chunks_of(job, encoder) for job in batch.jobs)
@@ -143,7 +143,7 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
 
 
 def _sizes(model: Model, request: Request, size: Size, score: float) -> tuple[float, ...] | None:
-    """The sizes that the backbone reads, in pixels; a refiner's has a score of beauty in place of the size."""
+    """The sizes that the backbone reads, in pixels; a refiner reads an aesthetic score in place of the size."""
     if not model.reads_sizes:
         return None
     scored = model.backbone.spec.reads["sizes"] == (5,)

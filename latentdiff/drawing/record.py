@@ -175,12 +175,12 @@ def save_options(record: ImageMetadata, suffix: str) -> dict[str, Any]:
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     content = _typed(exif.tobytes(), len(comment))
     if len(content) > LARGEST_EXIF:
-        raise DataError("its record is too long for this format. Write a PNG, or none (--no-metadata)")
+        raise DataError("its record is too long for this format. Write a PNG, or no record (--no-metadata)")
     return {"exif": content}
 
 
 def _typed(exif: bytes, length: int) -> bytes:
-    """EXIF with the type that its standard gives a comment, UNDEFINED: Pillow writes BYTE, which readers pass over."""
+    """EXIF whose UserComment has the standard's type, UNDEFINED: Pillow writes BYTE, which readers ignore."""
     order = "<" if exif[6:8] == b"II" else ">"
     written, right = (struct.pack(f"{order}HHI", ExifTags.Base.UserComment, kind, length) for kind in (1, 7))
     return exif.replace(written, right, 1)
@@ -235,7 +235,7 @@ def read_metadata_of(data: bytes, name: object, *, decoded: bool = True) -> dict
 
 
 def _texts(image: Image.Image) -> dict[str, Any]:
-    """The texts of a PNG's chunks, or of EXIF, whose description may be a camera's instead of our record."""
+    """The texts of a PNG's chunks, or of EXIF. A description by a camera, which is not our record, is left out."""
     if image.format == "PNG":
         keys = {"parameters", "latentdiff"} | _COMFY
         return {key: text for key, text in image.info.items() if key in keys and isinstance(text, str)}

@@ -183,7 +183,7 @@ class Likeness:
 
 
 def read_record(path: Path) -> Record:
-    """The validated record of a picture that can be drawn again. Raises DataError."""
+    """The validated record of a picture that can be drawn again. Raises DataError, ConfigError."""
     record = record_in(read_metadata(path), path)
     if record.own_noise:
         raise ConfigError(f"drawn from a caller's own noise or embeddings, which the record does not contain ({path})")
@@ -215,7 +215,8 @@ def reproduce(
     """The picture drawn again, a PIL image, and its likeness to the file.
 
     open_model: see `LatentDiffusionPipeline.from_pretrained`. model: the place of the model, by default the record's.
-    runtime: by default the record's. Raises DataError for an invalid record, ModelError for another model or file.
+    runtime: by default the record's. Raises DataError for an invalid record, ModelError for another model or file,
+    ConfigError for a missing one.
     """
     record = read_record(path)
     places = [*sources, path.parent, Path()]
@@ -286,7 +287,7 @@ def file_named(name: str, places: Sequence[Path]) -> Path:
     """The file of a record's name: one of the places itself, or inside one. Raises ConfigError."""
     relative = Path(name)
     if not name or relative.is_absolute() or ".." in relative.parts:
-        raise ConfigError(f"the record names {name[:60]!r}, which is not searched for. Give its place with --source")
+        raise ConfigError(f"the record names {name[:60]!r}, which is not searched for: only relative paths are")
     for place in places:
         candidates = [place / relative, place / relative.name]
         if place.name == relative.name:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.diffusion.grids import GRIDS, LABELS
+from latentdiff.diffusion.grids import GRIDS
 from latentdiff.diffusion.noise import MAX_SEED
 from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
 from latentdiff.diffusion.samplers import SAMPLERS
@@ -49,8 +49,8 @@ Pixels = Annotated[int, Field(ge=0, le=65_536)]
 class Request(BaseModel):
     """One call: `num_images` pictures of one prompt; picture i has seed `seed + i`.
 
-    Sizes are None for the model's, or the input picture's. Guidance is on if guidance_scale > 1. Other settings of None
-    or 0 are off, or the model's.
+    Sizes are None for the model's, or the input picture's. Guidance is on if guidance_scale > 1, or true_cfg_scale > 1
+    for a model that reads guidance_scale. Other settings of None or 0 are off, or the model's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -155,7 +155,7 @@ class Request(BaseModel):
     )
     hires_strength: Fraction | None = Field(None, description="share of the noise that the second pass adds; none: 0.5")
     variation_seed: Seed | None = Field(None, description="seed of the noise that is mixed in")
-    variation_strength: Fraction = Field(0.0, description="share of it")
+    variation_strength: Fraction = Field(0.0, description="share of that noise")
     vae_tiling: bool = Field(False, description="decode in tiles")
     vae_slicing: bool = Field(False, description="decode picture by picture")
 
@@ -189,7 +189,7 @@ class Request(BaseModel):
     @classmethod
     def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value and value[0] > value[1]:
-            raise ValueError("the lower end comes first")
+            raise ValueError("the lower end must come first")
         return value
 
     @model_validator(mode="after")
@@ -201,7 +201,7 @@ class Request(BaseModel):
             raise ValueError("timesteps and sigmas exclude each other")
         lowest = own[-1] if self.timesteps else own[-1] or -1.0  # time 0 has noise, sigma 0 has none
         if any(later >= earlier for earlier, later in pairwise(own)) or lowest < 0:
-            raise ValueError("timesteps and sigmas must fall, and not below 0")
+            raise ValueError("timesteps must fall and be at least 0, sigmas must fall and be over 0")
         if len(own) != self.num_inference_steps:
             raise ValueError(f"{len(own)} timesteps or sigmas for {self.num_inference_steps} num_inference_steps")
         return self
@@ -213,8 +213,6 @@ class Request(BaseModel):
             if getattr(self, name) is not None and name not in SAMPLERS[self.sampler].options:
                 takers = [sampler for sampler, row in SAMPLERS.items() if name in row.options]
                 raise ValueError(f"{name} has no effect on {self.sampler}; it applies to {', '.join(takers)}")
-        if self.apg and self.guidance_scale <= 1:
-            raise ValueError("apg requires a guidance_scale over 1")
         if not self.apg and (self.apg_eta or self.apg_norm is not None or self.apg_momentum):
             raise ValueError("apg_eta, apg_norm and apg_momentum require apg = true")
         has_strength = self.variation_strength or "variation_strength" in self.model_fields_set
@@ -236,7 +234,7 @@ def _check_scale(scale: Any) -> None:
             if isinstance(each, dict) and isinstance(scale, dict) and each:
                 _check_scale(each)
             elif isinstance(each, bool) or not isinstance(each, int | float) or not abs(each) <= LARGEST_SCALE:
-                raise ValueError(f"a scale must be a number up to {LARGEST_SCALE:g}, of all or by block")
+                raise ValueError(f"a scale must be a number up to {LARGEST_SCALE:g}, for all blocks or by block")
 
 
 def request(**fields: Any) -> Request:
@@ -250,7 +248,6 @@ def request(**fields: Any) -> Request:
     for name in (*EACH_CONTROL, "ip_adapter_scale"):
         if name in fields and not isinstance(fields[name], tuple):
             fields[name] = (fields[name],)
-    _read_a1111(fields)
     own = fields.get("timesteps") or fields.get("sigmas")
     if own and "num_inference_steps" not in fields:
         fields["num_inference_steps"] = len(own)
@@ -263,21 +260,6 @@ def request(**fields: Any) -> Request:
             f"seed: the last picture's seed is over {MAX_SEED} (seed {made.seed}, {made.num_images} pictures)"
         )
     return made
-
-
-def _read_a1111(fields: dict[str, Any]) -> None:
-    """Replace A1111's name of a sampler, like `DPM++ 2M Karras`, by sampler and spacing."""
-    name = fields.get("sampler")
-    if not isinstance(name, str) or name in SAMPLERS:
-        return
-    for sampler, row in SAMPLERS.items():
-        rest = name.lower().removeprefix(row.label.lower()).strip()
-        grids = [grid for grid, label in LABELS.items() if label.lower() == rest]
-        if name.lower().startswith(row.label.lower()) and (not rest or grids):
-            fields["sampler"] = sampler
-            if grids:
-                fields["spacing"] = grids[0]
-            return
 
 
 def _plain(value: Any) -> Any:

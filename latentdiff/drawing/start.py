@@ -27,7 +27,7 @@ class Draw(Protocol):
     """(purpose, step) -> standard normal noise (B, C, h, w)."""
 
     def __call__(self, purpose: str, step: int = 0) -> Array:
-        """See the class."""
+        """The noise of a purpose at a step."""
         ...
 
 
@@ -37,6 +37,7 @@ class Start:
 
     known: (B, C, h, w); mask: (B, 1, h, w), 1 in the part to draw, between 0 and 1 on its soft edge. extra: channels
     that an inpainting network reads. context: (B, C, h, w), the latents of the picture that an editing network reads.
+    walk: all levels, if several models share them and these are a part.
     """
 
     x: Array
@@ -45,6 +46,12 @@ class Start:
     mask: Array | None = None
     extra: Array | None = None
     context: Array | None = None
+    walk: Levels = ()
+
+    @property
+    def beside(self) -> Array | None:
+        """The channels that the network reads beside x, if any."""
+        return self.extra if self.context is None else self.context
 
 
 def keyed(jobs: Sequence[Job], shape: tuple[int, ...], put: Put) -> Draw:

@@ -93,9 +93,7 @@ SHAPES = ShapeBenchmark()
 
 @dataclass(frozen=True)
 class Composed:
-    """Composed scenes with prompts as people type them; a benchmark says how it reads them. shapes: their share of the
-    objects.
-    """
+    """Composed scenes with prompts as people type them; subclasses read them. shapes: their share of the objects."""
 
     library: Library
     size: int
@@ -145,14 +143,14 @@ class ComposedShapes(Composed):
 
 
 def of_shapes(card: ModelCard) -> Benchmark:
-    """Scenes of shapes as a model knows them: one of named things has seen them on backgrounds of all colours."""
+    """Scenes of shapes that fit a model: one of named things has seen shapes on backgrounds of all colours."""
     names_things = bool((card.things or {}).keys() - {"shapes", "classes"})
     return ComposedShapes(card.size[0]) if names_things else SHAPES
 
 
 @dataclass(frozen=True)
 class SpriteBenchmark(Composed):
-    """Composed scenes read by a judge. An object has a name if the name is among the judge's `among` likeliest."""
+    """Composed scenes read by a judge. A name is right if it is among the judge's `among` likeliest."""
 
     judge: Judge
     among: int = 1

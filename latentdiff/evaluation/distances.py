@@ -1,7 +1,7 @@
 """Distances between two sets of pictures, by their features (N, E).
 
 frechet            |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)                       Heusel et al. 2017, eq. 6
-                   Biased upwards by the finite samples, as 1 / N: only figures of one N compare.
+                   Biased upwards, in proportion to 1 / N: compare only figures of equal N.
 kernel             MMD^2 under (x.y / E + 1)^3, unbiased, may be negative           Binkowski et al. 2018, section 4
 cmmd               1000 MMD^2 under exp(-|x - y|^2 / 200) on CLIP's unit embeddings Jayasumana et al. 2024, eq. 4
 precision, recall  shares inside the others' balls, each as far as its 3rd nearest Kynkaanniemi et al. 2019, eq. 1

@@ -82,7 +82,7 @@ class Sources:
 
 
 def sized(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """The candidates with the size of the reference pictures, which are squares of the first model's size."""
+    """The settings that draw squares of the first model's side, like the references; none if all models do anyway."""
     side = candidates[0].painter.model.card.size[0]
     own = {candidate.painter.model.card.size for candidate in candidates}
     return {} if own == {(side, side)} else {"height": side, "width": side}

@@ -52,7 +52,7 @@ class Extractor:
     def of_known(self, pictures: np.ndarray) -> Floats:
         """Features of reference pictures, cached in the user's directory for later evaluations.
 
-        The first batch is computed again. If a bit of it differs (another device, setting or library), so are all.
+        The first batch is computed again. If a bit of it differs (another device, setting or library), all are.
         """
         digest = hashlib.sha256(f"{self.name} {self.hash} {pictures.shape}".encode())
         digest.update(np.ascontiguousarray(pictures).data)

@@ -23,7 +23,7 @@ TRAINED = 4  # training pictures for each held-out one
 def held_out(config: Settings, count: int, known: Survey | None = None) -> tuple[Examples, Examples | None]:
     """At most `count` captioned reference pictures, and training pictures if they are known.
 
-    Scenes have a purpose of their own. The user's pictures are those that validation holds out; if it holds out none,
+    Scenes have a key that training never uses. The user's pictures are those that validation holds out; if none are,
     the first by their identity, which may have been trained on. known: an earlier survey. Raises DataError.
     """
     trained_count = min(TRAINED * count, max(1, LARGEST // (3 * config.image_size**2)))

@@ -1,4 +1,4 @@
-"""Standard errors of statistics that are not means, by leaving out every tenth of their rows (Efron 1982, eq. 3.1).
+"""Standard errors of statistics other than means, leaving out each tenth of the rows in turn (Efron 1982, eq. 3.1).
 
     error^2 = (g - 1) / g  sum over parts i of (statistic without part i - their mean)^2        g = 10
 

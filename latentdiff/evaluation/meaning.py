@@ -1,7 +1,7 @@
 """The meaning of each figure of a report, in a line. Sections explain the suffixes of variants."""
 
 MEANING = {
-    "bits_per_dimension_with_captions": "bound on -log2 p(picture | caption), by values of the picture",
+    "bits_per_dimension_with_captions": "bound on -log2 p(picture | caption) per value of the picture",
     "bits_per_dimension_without_captions": "the same with the empty caption: the same noise and times",
     "gain_by_captions": "bits per dimension that captions save",
     "term_prior": "information about the latents at the last time",
@@ -10,7 +10,7 @@ MEANING = {
     "term_reconstruction": "density of the latents at the first noisy level; negative if narrower than 1",
     "term_decoder": "8-bit pixels around the decoded picture",
     "term_posterior": "minus the entropy of the latents that stand for one picture",
-    "latents_bits_per_latent_dimension": "the three terms of the diffusion, by values of the latents",
+    "latents_bits_per_latent_dimension": "the three terms of the diffusion, per value of the latents",
     "frechet": "between Gaussians of the features (FID, if they are Inception's)",
     "frechet_extrapolated": "extrapolated to many pictures",
     "kernel": "squared kernel distance of the features (KID, if they are Inception's); unbiased, may be negative",
@@ -35,7 +35,7 @@ MEANING = {
     "reconstruction_frechet": "Frechet distance of decoded pictures from their originals (rFID, if Inception's)",
     "latent_mean": "farthest of the channels' means from 0",
     "latent_std_least": "standard deviation, of the channel with the least",
-    "latent_std_most": "and with the most",
+    "latent_std_most": "standard deviation, of the channel with the most",
     "distance_within_a_prompt": "1 - cosine of two pictures of one prompt with different noise",
     "distance_between_prompts": "of pictures of different prompts",
     "vendi": "effective number of different pictures, with one picture a prompt",

@@ -1,4 +1,4 @@
-"""The objects of a picture with a plain or graded background: where something else than the background is.
+"""The objects of a picture with a plain or graded background: the regions that differ from the background.
 
 The background is a linear function of the place in each colour channel, fitted to the border. What differs from it is
 an object; parts that nearly touch are one.

@@ -35,7 +35,7 @@ class Reading:
 
 
 def read(image: NDArray[np.uint8]) -> Reading:
-    """Read uint8 (S, S, 3) of at least 64 pixels a side, as a picture of 64."""
+    """Read a picture uint8 (S, S, 3), S >= 64, reduced to 64 x 64."""
     if len(image) != SIZE:
         image = np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BOX))
     ground = background_of(image)
@@ -83,7 +83,7 @@ def _fit(alpha: NDArray[np.float32], mask: NDArray[np.bool_], color: str) -> Thi
     return best
 
 
-# Of each shape of radius 1: centre of the bounding box below the shape's own centre, half height, half width.
+# The bounding box of each shape of radius 1: how far its centre is below the shape's, half height, half width.
 _EXTENT = {
     "circle": (0.0, 1.0, 1.0),
     "square": (0.0, 0.9, 0.9),

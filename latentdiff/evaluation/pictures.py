@@ -75,5 +75,5 @@ def read(file: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
         raise DataError(f"a stored picture cannot be read ({file}). Remove it; it is drawn again") from None
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     if shape is not None and pixels.shape != shape:
-        raise DataError(f"{file} is no picture that was drawn here. Remove it; it is drawn again")
+        raise DataError(f"{file} has another shape than the pictures drawn here. Remove it; it is drawn again")
     return pixels

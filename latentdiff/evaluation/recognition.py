@@ -95,7 +95,7 @@ def through(model: Model, pictures: np.ndarray) -> np.ndarray:
 
 
 def style_distances(benchmark: SpriteBenchmark, result: Recognition, seed: int) -> np.ndarray:
-    """The distance (N,) of each drawn picture from its true one, in units of the true one's from its other styles.
+    """The distance (N,) of each drawn picture from its true one, over the true one's mean distance from other styles.
 
     Below 1 the picture is nearer to its style than the styles are to each other. Distances are 1 minus the cosine of
     the judge's features.

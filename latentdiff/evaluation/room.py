@@ -17,12 +17,12 @@ CODED, DRAWN = 2**20, 2**21  # pixels of a batch that fit into memory, for an au
 
 
 def at_once(pixels: int, size: Sequence[int], most: int) -> int:
-    """The number of pictures of (height, width) that have so many pixels, from 1 to `most`."""
+    """The number of pictures of `size`, (height, width), that have so many pixels together, from 1 to `most`."""
     return max(1, min(most, pixels // math.prod(size)))
 
 
 def room(shape: tuple[int, ...], folder: Path | None = None) -> NDArray[np.uint8]:
-    """An empty uint8 array; above IN_MEMORY it is on the folder's disk, as long as it is used.
+    """A uint8 array of zeros; above IN_MEMORY bytes it is on the folder's disk, as long as it is used.
 
     Raises OSError if the disk is too small, before anything is written.
     """

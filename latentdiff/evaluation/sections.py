@@ -87,7 +87,7 @@ class References:
 
     @cached_property
     def floor(self) -> dict[str, Figure]:
-        """The distances between two sets of real pictures, one of them from training; None if there are too few."""
+        """The distances between two sets of real pictures, one of them from training; empty if there are too few."""
         count = len(self.pictures)
         if self.training is None or len(self.trained) < count:
             return {}

@@ -1,1 +1,1 @@
-"""Runtimes: the same networks elsewhere or faster."""
+"""Runtimes: the same networks by another library, on another device, with smaller weights, or faster."""

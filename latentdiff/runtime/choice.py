@@ -75,7 +75,7 @@ def load(
 
 
 def _noted(model: Model) -> Model:
-    """The model, after a warning of what its scheduler's config wants and we do otherwise."""
+    """The model, after a warning about settings of its scheduler that are not supported here."""
     if model.card.notes:
         what = ", ".join(model.card.notes)
         warnings.warn(
@@ -157,7 +157,7 @@ def _export(source: Located, variant: str | None, *, required: bool) -> Exported
             warnings.warn(f"drawing with torch: {error}", stacklevel=2)
             return None
     if required and any((source.path / part / GGUF).is_file() for part in NETWORKS):
-        raise ModelError(f"openvino reads numbers, and the weights in {source.path} are quantized. Draw with torch")
+        raise ModelError(f"openvino cannot read the quantized weights in {source.path}. Draw with torch")
     if required:
         raise ModelError(f"no export in {source.path}. Make one: latentdiff convert {source.path} --to openvino")
     return None
@@ -208,7 +208,7 @@ def _compiled(
 
 
 def _named(other: Callable[[], Model] | None, card: ModelCard) -> Callable[[], Model] | None:
-    """The model with another card, which has the user's name of it."""
+    """`other`, whose model gets this card, which has the user's name of the model; None without it."""
     return None if other is None else lambda: replace(other(), card=card)
 
 

@@ -83,11 +83,11 @@ class Compiler:
         self._worker, self._turn = ThreadPoolExecutor(1, "compile"), RLock()
 
     def __deepcopy__(self, memo: object) -> Compiler:
-        """Itself: it is immutable, and callers take turns."""
+        """Itself: copies of a model share its graphs, and callers take turns."""
         return self
 
     def changed(self, tensors: Callable[[], Tensors], key: str) -> Compiler:
-        """One whose graphs read these tensors in place of the present ones. key: names them in the cache."""
+        """A compiler whose graphs read these tensors in place of its own. key: names them in the cache."""
 
         def all_of() -> Tensors:
             before, own = self._changed(), tensors()
@@ -194,7 +194,7 @@ class Compiler:
         return model, held
 
     def _kind(self, part: str) -> str | None:
-        """The kind of a part's weights; a VAE's are few and stay numbers."""
+        """The kind of a part's quantized weights; a VAE's are few and are not quantized."""
         return None if self.model.part(part) == "vae" else self._quantize
 
     def _key(self, part: str, shapes: Shapes) -> str:

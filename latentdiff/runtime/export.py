@@ -44,7 +44,7 @@ from latentdiff.runtime.graphs import (
 from latentdiff.runtime.quantized import is_quantized
 
 LARGEST_DIFFERENCE = 1e-3  # share of a graph's largest value; rounding is about 1e-6
-NARROW_DIFFERENCE = 0.1  # the same in bfloat16, in which large graphs are checked: a size that is a constant is more
+NARROW_DIFFERENCE = 0.1  # the same in bfloat16, for large graphs; a size traced as a constant differs by more
 LARGE = 2**31  # bytes of weights: in float32 a graph takes twelve bytes a weight to compile, in bfloat16 seven
 
 
@@ -74,7 +74,7 @@ def export(model: Model, directory: Path, variant: str | None = None) -> dict[st
     something else.
     """
     if is_quantized(model):
-        raise ConfigError("the graphs for OpenVINO read numbers, and this model's weights are quantized")
+        raise ConfigError("a model with quantized weights cannot be exported for OpenVINO")
     networks = _networks(model)
     with saving("the graphs", directory), whole(directory / FOLDER) as made:
         made.mkdir()
@@ -85,7 +85,7 @@ def export(model: Model, directory: Path, variant: str | None = None) -> dict[st
 def export_control(control: Any, directory: Path) -> dict[str, float]:
     """Write `directory`/openvino for a ControlNet that lies in `directory`; see `export`."""
     if not isinstance(control, ControlNet):
-        raise ConfigError("only a ControlNet has graphs among the controls; a T2I-Adapter draws with torch")
+        raise ConfigError("only ControlNets can be exported; a T2I-Adapter draws with torch")
     with saving("the graphs", directory), whole(directory / FOLDER) as made:
         made.mkdir()
         record = {"openvino": openvino().__version__, "configs": {".": config_hash(directory)}, "graphs": {}}
@@ -99,7 +99,7 @@ def _written(networks: Sequence[tuple[Any, tuple[str, ...]]], record: dict[str, 
     for network, part in networks:
         for graph, (part_of, numbers, check) in _graphs(network, part, made).items():
             record["graphs"][graph], constants[graph], checks[graph] = part_of, numbers, check
-        gc.collect()  # the copy in float32 is a part of cycles
+        gc.collect()  # the copy in float32 is in reference cycles
     save_file(constants, made / CONSTANTS)
     write_json(made / RECORD, sealed(record))
     return checks
@@ -209,7 +209,7 @@ def _weights_in(graph: Any, network: nn.Module) -> list[tuple[Any, str]]:
 
 
 def _ends(numbers: np.ndarray) -> tuple[int, bytes]:
-    """Enough of many numbers to know them by."""
+    """A fingerprint of an array: its length, and its first and last thousand numbers."""
     flat = numbers.reshape(-1)
     return len(flat), np.concatenate([flat[:1000], flat[-1000:]]).tobytes()
 

@@ -28,7 +28,7 @@ FOLDER, RECORD, CONSTANTS = "openvino", "export.json", "constants.safetensors"
 FORMAT = 6
 _LARGEST = 1 << 28  # bytes of a graph; those of the largest models have ten million
 _SEAL = "sha256"
-WEIGHT = "weight:"  # how the name of an input begins that is a weight
+WEIGHT = "weight:"  # prefix of the names of inputs that are weights
 _UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")  # keys of configs that do not matter
 _OLD_NAMES = (  # today's names of weights -> those in older files, or of the same weight there
     ("", "text_model."),
@@ -123,7 +123,7 @@ class Exported:
 
 
 def exported(directory: Path, variant: str | None = None, folder: Path | None = None) -> Exported | None:
-    """The export of a checked folder of a model or of a ControlNet, or None. Raises ModelError for another's.
+    """The export of a checked folder of a model or of a ControlNet, or None. Raises ModelError if it does not fit.
 
     folder: where the graphs are, if not in their usual place yet.
     """

@@ -1,4 +1,4 @@
-"""The kinds of weights with fewer bits than numbers, by runtime; see quantized.py and compressed.py."""
+"""The kinds of quantized weights, by runtime; see quantized.py and compressed.py."""
 
 from __future__ import annotations
 

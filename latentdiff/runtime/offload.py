@@ -35,7 +35,7 @@ def offloaded(model: Model, device: str | torch.device, unit: Unit = "network") 
         if unit == "block":
             offload_by_blocks(module, place, layers=not is_backbone)
         elif unit == "layer":
-            cpu_offload(module, place)  # statistics and tables, which a codec may read itself, stay there
+            cpu_offload(module, place)  # buffers stay on the device: a codec may read them itself
         else:
             _, hook = cpu_offload_with_hook(module, place, hook)
     return replace(model, place=TorchPlace(place))

@@ -83,7 +83,7 @@ class CompiledBackbone:
 
 
 def _shortened(tokens: np.ndarray, mask: np.ndarray | None, step: int) -> dict[str, np.ndarray]:
-    """Tokens (B, L, D) and marks of the prompts, without those after the longest, to a multiple of `step`."""
+    """Tokens (B, L, D) and marks of the prompts, cut after the longest one, padded to a multiple of `step`."""
     marks = np.ones(tokens.shape[:2], np.float32) if mask is None else mask
     longest = int(marks.sum(1).max())
     length = -(-longest // step) * step
@@ -226,7 +226,7 @@ def compiled_control(directory: Path, backbone: Any, other: Callable[[Any], Any]
 
 
 class Compiled(NamedTuple):
-    """The networks of an export, and the texts that its encoder reads with."""
+    """The networks of an export, and the text encoders inside its encoder."""
 
     backbone: CompiledBackbone
     encoder: Any

@@ -2,8 +2,8 @@
 
     int8    torchao: a scale for each output
     fp8     torchao: float8 (e4m3), a scale for each output
-    q8_0    GGUF: blocks of 32 bytes, a scale each
-    q4_0    GGUF: blocks of 32 half bytes, a scale each
+    q8_0    GGUF: blocks of 32 weights of 8 bits, a scale each
+    q4_0    GGUF: blocks of 32 weights of 4 bits, a scale each
 
 Linear layers inside the repeated blocks of the backbone and of the text encoders are quantized; convolutions, the first
 and last layers and the VAE are not. Activations keep the model's precision: a layer widens its weights when it
@@ -33,14 +33,14 @@ def quantized(model: Model, kind: str) -> Model:
     if model.quantized is not None:
         raise ConfigError(f"the model's weights are {model.quantized} already")
     if is_quantized(model):
-        raise ConfigError("the model's weights are in blocks already")
+        raise ConfigError("the weights in the model's files are quantized already")
     if not sum(_quantize(network, kind) for network in _networks(model)):
-        raise ConfigError("no layer of this model can be quantized: its rows are no multiples of 32")
+        raise ConfigError("no layer of this model can be quantized: none has rows of a multiple of 32 weights")
     return replace(model, quantized=kind)
 
 
 def is_quantized(model: Model) -> bool:
-    """Whether weights have fewer bits than numbers, since loading or in the model's files."""
+    """Whether weights are quantized, since loading or in the model's files."""
     return model.quantized is not None or (model.runtime == "torch" and any(map(is_in_blocks, _networks(model))))
 
 

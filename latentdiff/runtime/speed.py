@@ -43,7 +43,7 @@ def sped_up(model: Model, speed: Literal["fast", "max"]) -> Model:
     gpu = model.place.device.type == "cuda"
     if isinstance(model.backbone, UNet):
         model.backbone.to(memory_format=torch.channels_last)
-        if not is_quantized(model):  # fused weights would be numbers again, or of no kind that can be joined
+        if not is_quantized(model):  # quantized weights would be widened, or cannot be joined
             model.backbone.fuse()
         if gpu and speed == "fast":
             model.backbone.model.compile_repeated_blocks(fullgraph=True)

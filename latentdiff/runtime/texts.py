@@ -31,7 +31,7 @@ CHAT_STEP = 64  # graphs read chats in a number of tokens that is a multiple of 
 
 
 class _Text:
-    """A graph of ids, and the tokenizer that makes them."""
+    """The graph of a text encoder, and the tokenizer that makes its ids."""
 
     def __init__(self, compiler: Compiler, part: str, record: dict[str, Any], tokenizer: Path):
         self._compiler, self._part, self._record, self._tokenizer = compiler, part, record, tokenizer
@@ -176,7 +176,7 @@ _READINGS: dict[str, Any] = {
 
 
 def compiled_texts(export: Exported, compiler: Compiler) -> tuple[Any, list[Any]]:
-    """The encoder of an export, and the texts that it reads with; nothing is compiled yet."""
+    """The encoder of an export, and the text encoders inside it; nothing is compiled yet."""
     record: Mapping[str, Any] = export.record
     texts = [
         _KINDS[facts["kind"]](compiler, part, facts, export.tokenizer(part)) for part, facts in record["texts"].items()

@@ -1,1 +1,1 @@
-"""The HTTP API: requests of clients become jobs in a queue, which one worker draws; nothing of drawing is here."""
+"""The HTTP API and the web page: requests become jobs in a queue, which one worker draws with `drawing`."""

@@ -129,7 +129,7 @@ class Settings(BaseModel):
             raise ConfigError(f"override_settings.{name[:60]} is not supported")
 
     def ignored(self) -> list[str]:
-        """What drawing does without: some settings that clients send with every request, and unknown ones."""
+        """The settings that are ignored: some that clients send with every request, and unknown ones."""
         known = {*NEUTRAL, *NEUTRAL_HIRES, "hr_prompt", "hr_negative_prompt"} - IGNORED
         unread = sorted(name for name, value in (self.model_extra or {}).items() if name not in known and value)
         return [name[:60].encode("ascii", "replace").decode() for name in unread[:20]]

@@ -158,8 +158,8 @@ def _enlarged(image: Image.Image, body: dict[str, Any]) -> tuple[int, int]:
     else:
         factor = body.get("upscaling_resize", 2)
         if not (isinstance(factor, int | float) and 0 < factor <= 16):
-            raise ConfigError("upscaling_resize must be from 0 to 16")
+            raise ConfigError("upscaling_resize must be over 0 and at most 16")
         size = round(image.width * factor), round(image.height * factor)
     if not all(isinstance(side, int) and 1 <= side <= LARGEST for side in size):
-        raise ConfigError(f"an enlarged picture has sides of at most {LARGEST} pixels")
+        raise ConfigError(f"the sides of an enlarged picture must be from 1 to {LARGEST} pixels")
     return size

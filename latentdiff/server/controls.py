@@ -26,7 +26,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Unit(BaseModel):
-    """A unit, as far as it is read. `input_image` is the older name of `image`; guessmode of the mode."""
+    """A unit, as far as it is read. `input_image` is the older name of `image`."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 

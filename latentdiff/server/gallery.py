@@ -63,7 +63,7 @@ def routes(studio: Studio) -> APIRouter:
 
 
 def _beginning(day: date) -> int:
-    """Microseconds at which a day begins, in this machine's time zone; days that no clock has are at the ends."""
+    """When a day begins in this machine's time zone, microseconds; -LATEST or LATEST beyond the clock's range."""
     try:
         return int(datetime(day.year, day.month, day.day).timestamp() * 1e6)
     except (OverflowError, ValueError, OSError):

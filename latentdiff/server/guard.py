@@ -31,7 +31,7 @@ ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-poli
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request: bytes of its body, and seconds until it has arrived."""
+    """The limits of a request: bytes of its body, and seconds until the body has arrived."""
 
     body: int = 64 * 2**20
     seconds: float = 30.0

@@ -115,7 +115,10 @@ def _version() -> int:
 
 
 def _opened(path: str, *, check: bool = False) -> sqlite3.Connection:
-    """check: whether every page of the file is read, which finds damage. Raises sqlite3.DatabaseError."""
+    """The index at a path, made if there is none. check: whether every page is read, which finds damage.
+
+    Raises sqlite3.DatabaseError.
+    """
     index = sqlite3.connect(path, timeout=30)
     try:
         (version,) = index.execute("PRAGMA user_version").fetchone()
@@ -141,7 +144,7 @@ def _state(entry: DirEntry[str]) -> tuple[int, int]:
 
 
 def _enter(index: sqlite3.Connection, path: Path, changed: int, size: int) -> None:
-    """Enter a picture; one without a valid record is known, but never found."""
+    """Enter a picture; one without a valid record is entered too, but no search returns it."""
     _remove(index, path.name)
     record = _record(path, size)
     row = (path.name, changed, size, record and record.model, record and record.model_dump_json())
@@ -174,7 +177,7 @@ def _query(search: Search) -> tuple[str, tuple[Any, ...]]:
     if words := re.findall(r"\w+", search.words):
         where.append("id IN (SELECT rowid FROM words WHERE words MATCH ?)")
         values.append(" ".join(f'"{word}"*' for word in words))
-    elif search.words.strip():  # signs alone, of which the index has none
+    elif search.words.strip():  # punctuation only, which the index does not contain
         where.append("id IN (SELECT rowid FROM words WHERE instr(text, ?))")
         values.append(search.words.strip())
     text = "SELECT name, changed, id, record FROM pictures WHERE " + " AND ".join(where)

@@ -58,7 +58,7 @@ class Chosen(BaseModel):
 class Body(BaseModel):
     """What the page asks to draw; pictures are in base64.
 
-    settings: of drawing, with seeds as text. hash: of the model that drew the picture which is drawn anew.
+    settings: of drawing, with seeds as text. hash: of the model that drew a picture, if one is drawn again.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

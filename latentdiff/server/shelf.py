@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
 
 
 _Key = tuple[Wanted, tuple[tuple[int, int, int], ...]]
-MOST_FAILED = 100  # that are remembered
+MOST_FAILED = 100  # models that did not load and are remembered
 Open = Callable[[Path | None, bool], LatentDiffusionPipeline]
 
 
@@ -51,7 +51,7 @@ class Shelf:
     """See the module.
 
     first: the model of the start. open_: opens a model again, by its path or (None) the model of the start, with
-    torch's networks or the runtime of the start. keep: models in memory; the one that was used least lately goes.
+    torch's networks or the runtime of the start. keep: models in memory; the least recently used one is dropped.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Shelf:
     ):
         self.current = self.first = first.card.name
         self.keep = keep
-        self.own = frozenset(each.sha256 for each in first.painter.sources.values())  # that the first model always has
+        self.own = frozenset(each.sha256 for each in first.painter.sources.values())  # always beside the first model
         self._open, self._models, self._adapters, self._controls = open_, models, adapters, controls
         self._hashes, self._first_folder = {self.first: first.card.hash}, first.card.folder
         self._failed: OrderedDict[_Key, LatentDiffError] = OrderedDict()
@@ -104,7 +104,7 @@ class Shelf:
         key = self._key(wanted)
         with self._turn:
             if key in self._failed:
-                raise self._failed[key]
+                raise self._failed[key].with_traceback(None)  # each raise would add frames, with their pictures
             if key not in self._loaded:
                 while len(self._loaded) >= self.keep:  # before, so that memory never holds one more
                     self._loaded.popitem(last=False)
@@ -149,7 +149,7 @@ class Shelf:
         return wanted, tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
 
     def _check_first(self, folder: Path | None) -> None:
-        """Raises ConfigError if the folder of models has another one of the first one's name."""
+        """Raises ConfigError if the folder of models has another model of the first one's name."""
         other = _places(self._models, "model_index.json").get(self.first)
         if other is not None and folder is not None and other.resolve() != folder.resolve():
             raise ConfigError(f"two models are called {self.first}: {folder} and {other}. Rename one of the folders")
@@ -180,7 +180,7 @@ def _named(name: str, places: Mapping[str, Path], what: str) -> Path:
 def _places(folder: Path | None, inside: str) -> dict[str, Path]:
     """The names of a folder: of its .safetensors files without suffix, and of the folders that hold `inside`.
 
-    Names that no text can hold are left out.
+    Names that are not valid text are left out.
     """
     if folder is None or not folder.is_dir():
         return {}

@@ -105,7 +105,8 @@ class Studio:
             if order.sha256 not in (None, pipe.card.hash):
                 raise ConfigError(f"it was drawn by another model that is called {wanted.model} too")
             if torch_only(made(**settled_for(pipe.model, settings)), pipe.model):
-                pipe = await self._take(wanted._replace(torch=True), held)  # others' pictures stay as they are
+                self._release(held)  # a model that waits for another one's place must not hold one
+                pipe = await self._take(wanted._replace(torch=True), held)
             request = pipe.request(**settings)
             canvas = canvas_of(pipe.model, request, order.image, order.mask, margins=order.margins)
             jobs = jobs_of(pipe.model, request, canvas, hints=order.hints)
@@ -119,8 +120,12 @@ class Studio:
         try:
             yield held
         finally:
-            for pipe in held:
-                self._held.remove(pipe)
+            self._release(held)
+
+    def _release(self, held: list[LatentDiffusionPipeline]) -> None:
+        for pipe in held:
+            self._held.remove(pipe)
+        held.clear()
 
     async def _take(self, wanted: Wanted, held: list[LatentDiffusionPipeline]) -> LatentDiffusionPipeline:
         """From the shelf. Models are loaded one at a time in a thread; a server that stops does not wait for them."""
@@ -145,7 +150,7 @@ class Studio:
         async with self._loads:
             pipe = self.shelf.loaded(wanted)
             while pipe is None and self._in_use() >= self.shelf.keep:
-                await asyncio.sleep(PAUSE)  # waiting pictures hold their models: with one more, memory had no bound
+                await asyncio.sleep(PAUSE)  # waiting pictures hold their models: one more would exceed the limit
             pipe = await run_in_threadpool(self.shelf.take, wanted) if pipe is None else pipe
             self._held.append(pipe)
             held.append(pipe)

@@ -25,8 +25,8 @@ from latentdiff.drawing.painter import Painter
 from latentdiff.drawing.pixels import decode
 from latentdiff.drawing.record import ImageMetadata
 
-GONE = 1.0  # seconds between two looks whether a client is there: each look takes time from the drawing
-PAUSE = 0.25  # seconds between two looks whether a model can be loaded
+GONE = 1.0  # seconds between two checks whether a client is still there: each takes time from the drawing
+PAUSE = 0.25  # seconds between two checks whether a model can be loaded
 
 
 class FullError(LatentDiffError):
@@ -70,7 +70,7 @@ class FinishedPicture:
 
 @dataclass(frozen=True)
 class Moved:
-    """A step of a ticket is done, see `Ticket.done`, or its place in the queue is another."""
+    """A step of a ticket is done, see `Ticket.done`, or its place in the queue has changed."""
 
 
 Event = Preview | FinishedPicture | Moved | Exception
@@ -254,7 +254,7 @@ class Worker:
         return some
 
     def _draw(self, some: Sequence[tuple[Ticket, int]]) -> None:
-        """Draw one batch; a batch that nobody waits for any more is left."""
+        """Draw one batch; a batch that nobody waits for any more is abandoned."""
         painter = some[0][0].painter
         drawing = Drawing(painter, Batch([ticket.jobs[number] for ticket, number in some]))
         total, last, now = sum(drawing.batch.plan.steps), None, time.monotonic()

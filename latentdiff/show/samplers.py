@@ -34,7 +34,7 @@ def samplers(
     """A picture of the prompt for every sampler and number of steps. Raises ConfigError."""
     if not 1 <= len(names) * len(steps) <= MOST:
         raise ConfigError(
-            f"{len(names)} samplers at {len(steps)} numbers of steps: from 1 to {MOST} pictures are drawn"
+            f"{len(names)} samplers at {len(steps)} numbers of steps: they must make 1 to {MOST} pictures"
         )
     rows: list[list[np.ndarray | None]] = []
     for name in names:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".html")
 CELL = 1.35  # inches of a picture in a strip
-DOTS = 110  # a inch
+DOTS = 110  # per inch
 
 
 @dataclass(frozen=True)

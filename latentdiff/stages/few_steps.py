@@ -12,7 +12,7 @@ from latentdiff.core.images import coloured
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
 from latentdiff.settings.finetuning import FineTuning
-from latentdiff.stages.methods import preset_of
+from latentdiff.stages.methods import student_settings
 
 FILE = "few-steps.png"
 COUNTS = (1, 2, 4, 8)
@@ -26,7 +26,7 @@ def few_steps(painter: Painter, teacher: Any, config: FineTuning, prompts: Seque
     """
     before = replace(painter, model=replace(painter.model, backbone=teacher))
     rows = []
-    for each, settings in ((before, {}), (painter, {"preset": preset_of(config)})):
+    for each, settings in ((before, {}), (painter, student_settings(painter.model, config))):
         options: dict[str, Any] = {**settings, "height": config.image_size, "width": config.image_size}
         pictures = [
             coloured(draw_prompts(each, prompts, seed=config.previews.seed, **options | {"num_inference_steps": count}))

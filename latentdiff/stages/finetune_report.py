@@ -23,13 +23,13 @@ from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.hints import Hint, hints_of
 from latentdiff.drawing.image_prompts import ImagePrompt, image_prompts_of
 from latentdiff.drawing.painter import Painter
-from latentdiff.drawing.presets import PRESETS
 from latentdiff.evaluation.report.page import Entry, as_html
 from latentdiff.evaluation.report.plots import Plot, Series, as_figure
 from latentdiff.families.clip import load_own_scorer
 from latentdiff.settings.config import flat
 from latentdiff.settings.finetuning import STAGE, FineTuning
 from latentdiff.stages import few_steps
+from latentdiff.stages.methods import student_settings
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, validation_losses
 
@@ -102,7 +102,7 @@ def _draw(painter: Painter, config: FineTuning, prompts: list[str], seen: Exampl
         "num_inference_steps": config.previews.num_inference_steps,
     }
     if config.method == "consistency":
-        options |= PRESETS["lcm"]
+        options |= student_settings(painter.model, config)
     return draw_prompts(
         painter, prompts, seed=config.previews.seed, hints=hints, image_prompts=image_prompts, **options
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.extras import adapted
-from latentdiff.drawing.presets import PRESETS
+from latentdiff.drawing.presets import settled_for
 from latentdiff.families.controls import PART as CONTROLNET
 from latentdiff.families.image_prompts import PART as IP_ADAPTER
 from latentdiff.families.image_prompts import image_encoder_for, save_ip_adapter
@@ -81,21 +81,22 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
 def _student(model: Model, config: FineTuning) -> Model:
     """The model with few-step settings, and with a layer for what the student reads beyond its teacher."""
     scales, more = config.consistency.guidance_range, READS.get(config.consistency.objective)
-    few = {**model.card.defaults, **PRESETS[preset_of(config)]}
+    few = settled_for(model, student_settings(model, config))
     if more == "until" and model.prediction != "flow":
         raise ConfigError("a mean flow requires a model of a straight path that predicts its velocity (flow)")
     if more or scales is not None:
         if not isinstance(model.backbone, UNet) or set(MORE) & model.backbone.spec.reads.keys():
             raise ConfigError("this student requires a U-Net that does not read a guidance or an end yet")
         model.backbone.read_more(more or "guidance")
-    if scales is not None:
-        few["guidance_scale"] = min(max(model.card.defaults.get("guidance_scale", 7.5), scales[0]), scales[1])
     return replace(model, card=replace(model.card, defaults=few))
 
 
-def preset_of(config: FineTuning) -> str:
-    """The preset that a student is drawn with."""
-    return "mean-flow" if config.consistency.objective == "mean-flow" else "lcm"
+def student_settings(model: Model, config: FineTuning) -> dict[str, Any]:
+    """The settings that a student is drawn with: its preset, and a guidance scale that it was trained with."""
+    settings: dict[str, Any] = {"preset": "mean-flow" if config.consistency.objective == "mean-flow" else "lcm"}
+    if (scales := config.consistency.guidance_range) is not None:
+        settings["guidance_scale"] = min(max(model.card.defaults.get("guidance_scale", 7.5), scales[0]), scales[1])
+    return settings
 
 
 def check_kind(model: Model) -> None:

@@ -114,7 +114,7 @@ def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Entry]
     buckets = [nearest(picture.facts.size, table) for picture in pictures]
     lost = [cropped_share(picture.facts.size, bucket) for picture, bucket in zip(pictures, buckets, strict=True)]
     tiny = [
-        f"{printable(picture.name)}: {_size(picture.facts.size)}, shown as {_size(bucket)}"
+        f"{printable(picture.name)}: {_size(picture.facts.size)}, bucket {_size(bucket)}"
         for picture, bucket in zip(pictures, buckets, strict=True)
         if picture.facts.size[0] < bucket[0] or picture.facts.size[1] < bucket[1]
     ]
@@ -129,7 +129,7 @@ def _geometry(pictures: Sequence[Picture], table: Sequence[Size]) -> list[Entry]
     used = f"{len(lines)} of {len(table)} used; {sum(lost) / len(lost):.1%} cropped away"
     return [
         Entry("sizes", sizes),
-        Entry("tiny", f"{len(tiny):,} smaller than they are shown: enlarged", _first(tiny)),
+        Entry("tiny", f"{len(tiny):,} smaller than their bucket: enlarged", _first(tiny)),
         Entry("buckets", used, tuple(lines)),
     ]
 

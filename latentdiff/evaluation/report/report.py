@@ -44,8 +44,8 @@ SECTIONS = {
     "likelihood": Chapter(
         sections.of_likelihood,
         "How many bits a value of a held-out picture takes: an upper bound on -log2 p(x) by the diffusion's three terms"
-        " and the autoencoder's two. Captions that the model understands lower it. Without the suffix, under the"
-        " posterior's variance; all on the same draws of noise and time.",
+        " and the autoencoder's two. Captions that the model understands lower it. Figures without a suffix use the"
+        " posterior's variance; all use the same draws of noise and time.",
         (
             "bits_per_dimension_with_captions",
             "gain_by_captions",
@@ -54,8 +54,8 @@ SECTIONS = {
     "distances": Chapter(
         sections.of_distances,
         "How far pictures drawn from the captions are from the real ones, by a network's features. All but the kernel"
-        " distance depend on the number of pictures: compare only equal ones. floor: other real pictures in place of"
-        " the drawn, of other captions; drawn ones have the real ones' captions and may come out below.",
+        " distance depend on the number of pictures: compare only equal numbers. floor: the distance of other real"
+        " pictures, of other captions; drawn ones have the real ones' captions and may come out below.",
         (
             "frechet",
             "kernel",
@@ -94,7 +94,7 @@ SECTIONS = {
     "diversity": Chapter(
         sections.of_diversity,
         "How different pictures of one prompt are, 1 minus the cosine of their features, beside those of different"
-        " prompts; and the number of different pictures, as it were (Vendi score), beside that of as many real ones."
+        " prompts; and the effective number of different pictures (Vendi score), beside that of as many real ones."
         " The rows shown are the least and the most diverse prompts.",
         ("distance_within_a_prompt",),
     ),
@@ -111,7 +111,7 @@ SECTIONS = {
     ),
     "geneval": Chapter(
         sections.of_geneval,
-        "Pictures of GenEval's own prompts, in the folders that its evaluator reads. Nothing of them is scored here.",
+        "Pictures of GenEval's own prompts, in the folders that its evaluator reads. They are not scored here.",
     ),
 }
 

@@ -13,7 +13,7 @@ export function go(body) {
   return draw(body, figure);
 }
 
-/** A picture's address. A name may come back when its file was removed: a browser shows no older picture under it. */
+/** A picture's address. When a file is removed, its name may be used again: the time keeps a cached picture out. */
 const address = (name) => `/pictures/${name}?${Date.now()}`;
 
 /** The content of a picture's figure: the picture, which opens larger, buttons, the prompt. */
@@ -63,7 +63,7 @@ function actions(name, record) {
   ];
 }
 
-/** Whether the first noise of a seed alone draws the picture: then that noise can be changed, or drawn larger. */
+/** Whether the picture was drawn from a seed's noise alone: then that noise can be varied, or drawn larger. */
 function isPlain({ settings: { variation_seed: variation, hires_scale: hires }, from_picture: from }) {
   return variation === null && hires === null && !from;
 }

@@ -28,7 +28,7 @@ export function byPixels(image) {
   return image;
 }
 
-/** Run something, and say above all views what went wrong. */
+/** Run something, and show above all views what went wrong. */
 export async function tried(work) {
   try {
     await work();

@@ -6,7 +6,7 @@ import { lines } from "./api.js";
 const MOST = 64; // pictures of a request
 const running = new Set();
 
-/** Draw what a request asks for, with previews in the gallery. body: or a promise of it. content: of a finished figure. */
+/** Draw what a request asks for, with previews in the gallery. body: or a promise of it. content: makes the content of a finished figure. */
 export async function draw(body, content) {
   const abort = new AbortController();
   running.add(abort);
@@ -45,7 +45,7 @@ export function cancel() {
   byId("go").focus(); // the button that had the focus goes
 }
 
-/** Say something under the prompt. share: of the work that is done, which no screen reader reads out; null hides it. */
+/** Show text under the prompt. share: of the work that is done, not read out by screen readers; null hides the bar. */
 export function show(text, share = null) {
   byId("state").textContent = share === null ? text : "";
   byId("steps").textContent = share === null ? "" : text;

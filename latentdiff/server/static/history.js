@@ -49,7 +49,7 @@ async function load(before, count) {
   figures = new Map([...(before ? figures : []), ...entries]);
   byId("found").replaceChildren(...figures.values());
   if (figures.size === 0)
-    byId("found").append(make("p", { className: "empty", textContent: "No pictures are here, or none that fit." }));
+    byId("found").append(make("p", { className: "empty", textContent: "No pictures found." }));
   last = pictures.at(-1)?.place ?? before;
   byId("more").hidden = pictures.length < count;
 }

@@ -7,13 +7,13 @@ import * as settings from "./settings.js";
 let drawing = false;
 let again = false; // something was typed meanwhile
 
-/** Offer it for a model that has a student of few steps. */
+/** Offer sketches if the model has a student of few steps. */
 export function offer() {
   byId("live-choice").hidden = !settings.isLive();
   sketch();
 }
 
-/** Draw what the form says now. While a picture is being drawn, only the latest wish waits. */
+/** Draw what the form says now. While a picture is being drawn, only the latest request waits. */
 export async function sketch() {
   const wanted = byId("live").checked && settings.isLive() && byId("prompt").value.trim() !== "";
   if (!wanted) byId("sketch").hidden = true;

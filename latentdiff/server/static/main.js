@@ -42,7 +42,7 @@ async function take(file) {
   location.hash = "#draw";
   show(`Drawing starts from this picture. ${note}`.trim());
   const { record, parameters } = await post("/api/read", { image: await base64(file) });
-  if (!record && parameters) show(`Its settings in another program:\n${parameters}`);
+  if (!record && parameters) show(`Settings recorded by another program:\n${parameters}`);
   if (record) byId("state").append(" ", button("Use its settings instead", () => tried(() => instead(record))));
 }
 

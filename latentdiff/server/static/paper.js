@@ -7,8 +7,8 @@ const STEP = 0.02; // of the width, which an arrow key moves the brush
 const MOST = 2048 * 2048; // pixels that the server takes
 const state = { blob: null, canvas: null, last: null, painted: false, brush: [0.5, 0.5], ring: null };
 
-/** Start from a picture, whose sentence about a change of its size is returned; null is from none. What is no picture
- * leaves the one before. Strength and soft edge stay until there is no picture. */
+/** Start from a picture; null removes it. Returns a sentence if the picture was reduced, else "". A file that is no
+ * picture changes nothing. Strength and soft edge are reset only when the picture is removed. */
 export async function start(blob) {
   let [image, note] = [null, ""];
   if (blob !== null) {
@@ -16,7 +16,7 @@ export async function start(blob) {
     if (image.naturalWidth * image.naturalHeight > MOST) {
       blob = await smaller(image);
       image = await opened(blob);
-      note = `It is drawn from at ${image.naturalWidth} × ${image.naturalHeight}.`;
+      note = `It was reduced to ${image.naturalWidth} × ${image.naturalHeight}.`;
     }
   }
   URL.revokeObjectURL(byId("paper").querySelector("img")?.src ?? "");
@@ -39,7 +39,7 @@ async function opened(blob) {
     await image.decode();
   } catch {
     URL.revokeObjectURL(image.src);
-    throw new Error("This file is not a picture that a browser opens.");
+    throw new Error("The browser cannot open this file as a picture.");
   }
   return image;
 }

@@ -28,7 +28,7 @@ export async function load() {
   await chooseModel(choices.model);
 }
 
-/** Choose a model: its own settings stand in the empty fields. One that does not load leaves the choice as it was. */
+/** Choose a model: empty fields show its settings. If it does not load, the choice stays as it was. */
 export async function chooseModel(name) {
   const number = ++latest;
   try {
@@ -114,7 +114,7 @@ export async function fill(record) {
     byId(`use-${name}`).checked = chosen !== undefined;
     byId(`weight-${name}`).value = chosen?.weight ?? 1;
   }
-  if (adapters.length < record.adapters.length) notes.push("An adapter of it is not served here.");
+  if (adapters.length < record.adapters.length) notes.push("One of its adapters is not served here.");
   return notes;
 }
 
