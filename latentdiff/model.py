@@ -195,7 +195,7 @@ class Model:
     @property
     def edits(self) -> bool:
         """Whether the backbone reads an input picture beside x, which it draws anew as the prompt says."""
-        return self.backbone.spec.inputs == 2 * self.codec.latent_channels
+        return self.enlarging is None and self.backbone.spec.inputs == 2 * self.codec.latent_channels
 
     @property
     def must_edit(self) -> bool:

@@ -220,15 +220,22 @@ class LatentDiffusionPipeline:
         from latentdiff.families.controls import control_of
         from latentdiff.families.weights import weights_hash
 
-        modules = getattr(controlnet, "nets", controlnet)  # of diffusers' MultiControlNetModel
+        if controlnet is None:
+            self.unload_controlnets()
+            return
+        modules, before = getattr(controlnet, "nets", controlnet), self._painter  # of diffusers' MultiControlNetModel
         with self._in_torch("a ControlNet"):
             self.unload_controlnets()
-            for each in modules if isinstance(modules, Iterable) and not isinstance(modules, str) else [modules]:
-                if isinstance(each, str | Path):
-                    self.load_controlnet(each)
-                elif each is not None:
-                    control, source = control_of(each, self.model), Source("controlnet", "", weights_hash(each))
-                    self._painter = extras.with_control(self._painter, control, source)
+            try:
+                for each in modules if isinstance(modules, Iterable) and not isinstance(modules, str) else [modules]:
+                    if isinstance(each, str | Path):
+                        self.load_controlnet(each)
+                    else:
+                        control, source = control_of(each, self.model), Source("controlnet", "", weights_hash(each))
+                        self._painter = extras.with_control(self._painter, control, source)
+            except BaseException:
+                self._painter = replace(self._painter, controls=before.controls, sources=before.sources)
+                raise
 
     def __getattr__(self, name: str) -> Any:
         """Raise AttributeError; for a part of diffusers' pipelines it names the replacement."""

@@ -304,19 +304,13 @@ def commands(folder: Path) -> Record:
     return record
 
 
-def recorded(kinds: set[str]) -> Record:
-    """Everything, or some of pictures, trainings."""
-    record: Record = {}
+def recorded(kind: str) -> Record:
+    """One half of all: pictures, or trainings."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if "pictures" in kinds:
-            for cases in (default_model(), stable_diffusions(folder)):
-                for name, draw in cases:
-                    record[name] = draw()
-        if "trainings" in kinds:
-            record |= trainings(folder)
-            record |= commands(folder)
-    return record
+        if kind == "trainings":
+            return trainings(folder) | commands(folder)
+        return {name: draw() for cases in (default_model(), stable_diffusions(folder)) for name, draw in cases}
 
 
 def differences(before: Record, after: Record, known: dict[str, np.ndarray]) -> list[str]:
@@ -344,20 +338,18 @@ def main() -> None:
     parser.add_argument("record", type=Path)
     parser.add_argument("--against", type=Path, help="an earlier record")
     parser.add_argument("--only", choices=("pictures", "trainings"), help="half of it")
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
-    record = recorded({given.only} if given.only else {"pictures", "trainings"})
-    given.record.write_text(json.dumps(record, indent=1) + "\n")
-    np.savez_compressed(given.record.with_suffix(".npz"), **SEEN)
-    counts = {kind: sum(name.startswith(kind) for name in record) for kind in ("picture", "train", "fine", "evalu")}
-    print(f"{len(record)} entries: {counts}")
-    if given.against:
-        before = json.loads(given.against.read_text())
-        if given.only:
-            before = {name: value for name, value in before.items() if name in record or name.startswith("picture:")}
-        with np.load(given.against.with_suffix(".npz")) as arrays:
-            lines = differences(before, record, {**arrays, **SEEN})
-        print("\n".join(lines) or f"all {len(record)} entries are equal")
+    record = {kind: recorded(kind) for kind in ([options.only] if options.only else ["pictures", "trainings"])}
+    options.record.write_text(json.dumps(record, indent=1) + "\n")
+    np.savez_compressed(options.record.with_suffix(".npz"), **SEEN)
+    print("; ".join(f"{len(entries)} entries of {kind}" for kind, entries in record.items()))
+    if options.against:
+        before = json.loads(options.against.read_text())
+        with np.load(options.against.with_suffix(".npz")) as arrays:
+            known = {**arrays, **SEEN}
+        lines = [line for kind, half in record.items() for line in differences(before.get(kind, {}), half, known)]
+        print("\n".join(lines) or "all entries are equal")
         raise SystemExit(bool(lines))
 
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentdiff.diffusion.objective import DiffusionLoss
-from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.times import Times
 from latentdiff.networks.conditions import Conditions
 from latentdiff.settings.config import Training
@@ -16,6 +16,8 @@ from latentdiff.training.denoiser import DenoiserStage, Draws, Samples
 from latentdiff.training.interruption import Interruption
 from latentdiff.training.order import Order
 from latentdiff.training.run import Origin, run_stage
+
+SD = VariancePreserving.scaled_linear()
 
 
 class LineStage:
@@ -89,15 +91,14 @@ class FixedRows:
         return Conditions({"tokens": batch["texts"]})
 
 
-def denoiser_stage(count=10, network=None, buckets=None, group=1, bins=0, **draws):
+def denoiser_stage(count=10, network=None, buckets=None, group=1, bins=0, path=SD, **draws):
     """The real stage on `count` random latents."""
     generator = torch.Generator().manual_seed(0)
     store = FixedRows(
         torch.randn(count, 4, 2, 2, generator=generator).half(), torch.full((count, 4, 2, 2), -2.0).half()
     )
     network = network or TinyNetwork()
-    path = VariancePreserving.scaled_linear()
-    loss = DiffusionLoss(path, "epsilon")
+    loss = DiffusionLoss(path, "flow" if isinstance(path, Straight) else "epsilon")
     picture = Draws(0, Times(path, bins=bins), **draws)
     order = Order(0, picture.purpose, buckets or [np.arange(count)], group)
     samples = Samples(store, store, lambda row: f"picture {row}")

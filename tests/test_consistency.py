@@ -12,8 +12,9 @@ from PIL import Image
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.easy_consistency import LOG_MEAN, LOG_STD, EasyConsistencyLoss
-from latentdiff.diffusion.jump import columns, fall
-from latentdiff.diffusion.parametrization import boundary, parametrization_named
+from latentdiff.diffusion.jump import columns, end_of, fall, table
+from latentdiff.diffusion.jump import jump as jumped
+from latentdiff.diffusion.parametrization import PARAMETRIZATIONS, boundary, parametrization_named
 from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.diffusion.times import Times
@@ -119,6 +120,26 @@ def test_the_last_goal_is_the_data_itself():
     assert loss._table[-1][-2:].tolist() == [1.0, 0.0]
     assert [loss.number(t) for t in (999, 950, 900, 99, 0)] == [0, 0, 0, 9, 9]
     assert torch.equal(loss.rows(950), loss._table[:2])
+
+
+def test_every_time_has_the_level_at_or_above_it():
+    """Also where the path's shift has moved both: the times of a training are drawn shifted."""
+    path = Straight(3.0)
+    loss, grid = ConsistencyLoss(path, "flow", steps=8, guidance=1.0, huber=1e-3), path.levels(8, "trailing")
+    rng, times = np.random.default_rng(0), Times(path)
+    drawn = [(t, loss.number(t)) for t in (times.draw(rng) for _ in range(4000))]
+    assert all(grid[number].t >= t > grid[number + 1].t for t, number in drawn)
+    counts = np.bincount([number for _, number in drawn], minlength=8)
+    assert np.abs(counts - 500).max() < 5 * 500**0.5
+
+
+@pytest.mark.parametrize("prediction", PARAMETRIZATIONS)
+def test_a_jump_from_the_end_is_the_data(prediction):
+    """Whatever the network computes there; its time is finite."""
+    rows = table([end_of(Straight())], prediction)
+    x = torch.randn(1, 5, generator=torch.Generator().manual_seed(0))
+    network = lambda x, time, _: x + torch.sin(time)[:, None]  # noqa: E731
+    assert torch.equal(jumped(network, x, columns(rows, x), None), x)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.annotators import ANNOTATORS, annotator
-from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
+from latentdiff.core.errors import ConfigError, LatentDiffError, ModelError, UnsafeError
 from latentdiff.data.companions import companions
 from latentdiff.data.dataset import open_data
 from latentdiff.diffusion.process import diffuse
@@ -256,8 +256,11 @@ def test_as_diffusers_code_loads_them(place, pictures):
     pipe.controlnet = None
     assert pipe.controlnet is None
     pipe(PROMPT, **options)
-    with pytest.raises(ConfigError, match="controlnet must be a path"):
-        pipe.controlnet = torch.nn.Linear(1, 1)
+    pipe.controlnet = controls[0]
+    for wrong, message in ((torch.nn.Linear(1, 1), "controlnet must be a path"), ("typo", "typo")):
+        with pytest.raises(LatentDiffError, match=message):
+            pipe.controlnet = wrong
+        assert pipe.controlnet is controls[0], "the one before stays"
 
 
 @pytest.mark.quick("1-1")

@@ -1,17 +1,18 @@
 """The denoiser's batches: keyed draws, epochs, dropped captions, the posterior, what is added to the noise."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from latentdiff.diffusion.path import VariancePreserving
+from latentdiff.diffusion.path import Straight, VariancePreserving
 from latentdiff.diffusion.times import Times
 from latentdiff.training.denoiser import Draws, thaw, validation_losses
 
-from .small import denoiser_stage
+from .small import SD, denoiser_stage
 
 
 def test_batches_do_not_depend_on_their_size():
@@ -81,18 +82,29 @@ def test_input_perturbation_is_no_target():
     assert float(batch["perturbation"].std()) == pytest.approx(0.1, rel=0.02)
 
 
+def test_bins_of_a_shifted_path_have_its_times():
+    path = Straight(3.0)
+    stage = denoiser_stage(purpose="validation", bins=4, path=path)
+    edges = [0, 500, 750, 900, 1000]  # 3 s / (1 + 2 s) of a quarter, a half, three quarters
+    for number in range(4):
+        t = stage.batch_of([(row, number) for row in range(10)])["t"]
+        assert ((t > edges[number]) & (t <= edges[number + 1])).all()
+    names = [f"loss_at_{low}_to_{high - 1}" for low, high in pairwise(edges)]
+    assert list(validation_losses(stage, 4, path, 10)) == ["validation_loss", *names]
+
+
 def test_validation_is_by_bins_of_time_and_never_changes():
     """Every picture once in each bin, at a time of that bin; the same numbers twice, the mean of the bins in all."""
     stage = denoiser_stage(purpose="validation", bins=4)
     for number in range(4):
         assert (stage.batch_of([(row, number) for row in range(10)])["t"] // 250 == number).all()
-    first, again = (validation_losses(stage, 4, 1000, size) for size in (3, 10))
+    first, again = (validation_losses(stage, 4, SD, size) for size in (3, 10))
     assert first == pytest.approx(again, rel=1e-6)
-    assert validation_losses(stage, 4, 1000, 10) == again
+    assert validation_losses(stage, 4, SD, 10) == again
     halves = denoiser_stage(
         purpose="validation", bins=4, buckets=[np.array([0, 3, 4]), np.array([1, 2, 5, 6, 7, 8, 9])]
     )
-    assert validation_losses(halves, 4, 1000, 10) == pytest.approx(again, rel=1e-6)
+    assert validation_losses(halves, 4, SD, 10) == pytest.approx(again, rel=1e-6)
     bins = [f"loss_at_{low}_to_{low + 249}" for low in (0, 250, 500, 750)]
     assert list(first) == ["validation_loss", *bins]
     assert first["validation_loss"] == pytest.approx(np.mean([first[name] for name in bins]))

@@ -91,6 +91,8 @@ def test_names_of_classes():
     assert encoder.encode(Prompt("3"))["label"] == 3
     composed, apart = "gr\u00f6\u00dfe", "gro\u0308\u00dfe"
     assert ClassLabels([composed]).label(apart) == 0, "the same letters"
+    twice = ClassLabels(["crane, bird", "crane", "crane", "cat,"])
+    assert (twice.label("crane"), twice.label("bird"), twice.label("")) == (1, 0, 4), "an empty part is no name"
     with pytest.raises(ConfigError, match=r"no class 'tabyb' \(did you mean tabby\?\)"):
         encoder.read("tabyb")
 

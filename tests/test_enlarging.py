@@ -104,6 +104,13 @@ def test_trained_and_resumed(tmp_path, call, monkeypatch):
     pipe.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")("a red circle", image=picture, seed=1, noise_level=0, output_type="uint8").images
     assert (again == out.images).all()
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    (tmp_path / "saved" / "model_index.json").write_text(json.dumps(index | {"max_noise_level": 0}))
+    exact = load(tmp_path / "saved")
+    images = exact("a red circle", image=picture, seed=1, output_type="uint8").images
+    assert (images == out.images).all(), "a model of small pictures without noise"
+    with pytest.raises(ConfigError, match="noise_level must be below 1 for this model"):
+        exact("a red circle", image=picture, noise_level=1)
     Image.fromarray(picture).save(tmp_path / "small.png")
     command = ["generate", "a red circle", "--steps", "2", "-s", "1"]
     assert call(*command, "-m", model, "-i", "small.png", "-o", "large.png")[0] == 0

@@ -1,8 +1,10 @@
 """`latentdiff evaluate`: every section, one report, and what happens when it is stopped, asked wrongly or damaged."""
 
 import json
+import os
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
+from latentdiff.core import files
 from latentdiff.core.errors import DataError
 from latentdiff.diffusion import noise
 from latentdiff.drawing.pixels import reconstruct
@@ -460,13 +463,16 @@ def test_kept_pictures_of_another_size(pipe, tmp_path):
     prompts = ["a red star"] * 2
     draw_pictures(pipe.painter, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
     Image.new("RGB", (32, 32)).save(tmp_path / "00001.png")
-    with pytest.raises(DataError, match="is no picture that was drawn here"):
+    with pytest.raises(DataError, match="has another shape"):
         draw_pictures(pipe.painter, prompts, seed=0, folder=tmp_path, num_inference_steps=2)
 
 
 def test_a_folder_of_one_that_was_killed_at_once(call, tiny_model):
     """An evaluation that was killed while it claimed its folder can be started again."""
-    Path("out/.latentdiff-abc").mkdir(parents=True)
+    left = Path("out/.latentdiff-abc")
+    left.mkdir(parents=True)
+    (left / files._MARK).touch()
+    os.utime(left, (time.time() - 60,) * 2)
     Path("out/.lock").touch()
     assert call("evaluate", tiny_model, *QUICK, "--only", "autoencoder", "-o", "out")[0] == 0
     assert not list(Path("out").glob(".latentdiff*"))

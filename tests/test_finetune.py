@@ -296,7 +296,7 @@ def test_a_class_picture_that_is_missing(finetune, pictures, tmp_path):
         (("{captioned}", "--rank", 0), 2, 'finetune: key "lora.rank": must be at least 1 (got 0)'),
         (("{captioned}", "--method", "dreambooth"), 2, "dreambooth requires prior.prompt (--class-prompt)"),
         (("{captioned}", "--method", "textual-inversion"), 2, "requires word.token"),
-        (("{bare}", "--method", "textual-inversion", "--token", "star"), 2, "the initial words are no words"),
+        (("{bare}", "--method", "textual-inversion", "--token", "star"), 2, "the initial words are empty"),
         (("none",), 3, "none"),
         (("",), 2, "the data is empty"),
         (

@@ -60,7 +60,7 @@ def test_what_is_saved_is_read_again(overrides, tmp_path):
         (("method=textual-inversion", "word.token=a", "prior.prompt=b"), "trains only a word's vectors"),
         (("word.token=a",), 'word has no effect without method = "textual-inversion"'),
         (("method=textual-inversion", "word.token=a/b"), "word.token"),
-        (("method=full", "lora.rank=4"), "lora has no effect on full without a rank"),
+        (("method=full", "lora.rank=4"), "lora has no effect on full: a rank requires lora, dreambooth or consistency"),
         (("lora.rslora=true", "lora.kohya=true"), "kohya's format has no rslora"),
         (("prior.weight=2.0",), "prior requires prior.prompt"),
         (('prior.prompt="a"', "prior.source=x", "prior.pictures=3"), "prior.source, which has its own"),

@@ -180,7 +180,9 @@ def test_prompts_that_are_too_long_are_cut(pipe):
 def test_weights_of_words_are_text(pipe):
     """A note says that a language model has no weights of words; brackets stay text."""
     output = pipe("a (red:1.5) castle", seed=1, num_inference_steps=1, **SMALL)
-    assert output.notes == ["prompt: this model has no weights of words: brackets are text"]
+    assert output.notes == ["prompt: this model has no word weights: brackets are text"]
+    (note,) = pipe.model.encoder.read("a clock (10:30)").notes
+    assert f"prompt: {note}" == output.notes[0], "a number of any size is text"
     assert not pipe("a (red) castle", seed=1, num_inference_steps=1, prompt_weights=False, **SMALL).notes
     read = pipe.model.encoder._ids("a (red:1.5) castle")
     assert "a (red:1.5) castle" in pipe.model.encoder.tokenizer.decode(read)

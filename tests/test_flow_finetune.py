@@ -166,10 +166,11 @@ def in_third_step():
         (("--method", "textual-inversion", "--token", "<x>", "--initial", "red"), "a learnt word requires CLIP"),
         (("--method", "full", "--quantize", "q4_0"), "quantize requires frozen weights"),
         (("--dora", "--quantize", "int8"), "quantize requires frozen weights"),
+        (("--method", "controlnet", "--quantize", "q8_0"), "quantize requires frozen weights"),
         (("--quantize", "int4"), "must be 'int8', 'fp8', 'q8_0' or 'q4_0' (got 'int4')"),
     ],
 )
-def test_what_cannot_be_taught_is_said(data, call, tmp_path, words, message):
+def test_what_cannot_be_taught_is_refused(data, call, tmp_path, words, message):
     MAKERS["Z-Image"]().save_pretrained(tmp_path / "model")
     code, _, err = call("finetune", tmp_path / "model", data, "-o", tmp_path / "run", *QUICK, *words)
     assert (code, message in err) == (2, True), err

@@ -29,7 +29,7 @@ ARROWS = {  # the rooms that each room may import: a change here is a change of 
     "stages": MODELS | {"drawing", "data", "runtime", "training", "evaluation"},
     "pipeline": NUMBERS | {"model", "families", "drawing", "runtime"},
     "show": NUMBERS | {"networks", "evaluation", "pipeline"},
-    "server": NUMBERS | {"drawing", "stages", "pipeline"},
+    "server": NUMBERS | {"settings", "drawing", "stages", "pipeline"},
     "cli": {"server"} | (MODELS - {"model"}) | DOING | {"__init__"},
     "__init__": {"pipeline"},
     "__main__": {"cli"},

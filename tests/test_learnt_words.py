@@ -69,7 +69,7 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, family):
     ("word", "initial", "count", "message"),
     [
         ("dog", "cat", 1, "the word 'dog' exists already"),
-        ("<ink>", "", 1, "the initial words are no words"),
+        ("<ink>", "", 1, "the initial words are empty"),
         ("<ink>", "cat", 77, "must have finite vectors, and fewer"),
         (" ", "cat", 1, "is not a word"),
     ],

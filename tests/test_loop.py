@@ -127,6 +127,14 @@ def test_out_of_memory_halves_the_micro_batch(tmp_path, capsys):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_resumed_batch_is_as_large_as_its_settings(tmp_path):
+    """A smaller one of the checkpoint counts only if memory had run out: a contrastive loss must not be split."""
+    run(tmp_path, PictureStage(), max_train_steps=10, train_batch_size=4, gradient_accumulation_steps=2)
+    stage = out_of_memory(above=8)
+    run(tmp_path, stage, checkpoint=tmp_path / "checkpoints" / "step-00000010", max_train_steps=12)
+    assert {len(part) for part in stage.seen} == {8}
+
+
 def test_nothing_left_to_halve(tmp_path):
     with pytest.raises(ResourceError, match=r"out of memory at step 1 with micro-batch 1\. Use a smaller"):
         run(tmp_path / "one", out_of_memory(above=0))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch.nn import functional
 from transformers import CLIPTextModel
 
@@ -157,9 +158,18 @@ def test_exported_text_tower_computes_the_same():
 
 
 @torch.no_grad()
-def test_image_tower_in_transformers_format():
-    """The same embedding of a picture, as CLIPImageProcessor makes it for others."""
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_image_tower_in_transformers_format(quick_gelu, tmp_path):
+    """The same embedding of a picture, as CLIPImageProcessor makes it for others; the activation is kept."""
     clip = clip_towers().eval()
+    if quick_gelu:
+        plain, config = clip, clip.config
+        clip = Clip(24, CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"]), quick_gelu=True)
+        clip.towers.load_state_dict(plain.towers.state_dict())
+        clip.save(tmp_path)
+        clip = Clip.load(tmp_path, plain.towers.token_embedding.weight)
+        texts = [text_model_of(each)(prompt_ids()).last_hidden_state for each in (plain, clip)]
+        assert (texts[0] - texts[1]).abs().max() > 1e-3
     side = clip.config["vision_cfg"]["image_size"]
     pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
     expected = clip.towers.encode_image(to_images(pixels))

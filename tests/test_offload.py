@@ -1,5 +1,7 @@
 """Networks in the CPU's memory: what is on the device at once, and the same pictures for every family."""
 
+from importlib import import_module
+
 import diffusers
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.runtime import device
 from latentdiff.runtime.offload import networks_in
 
 from . import flux
@@ -14,6 +17,7 @@ from .stable_diffusion import load
 from .test_flow_adapters import MAKERS
 from .test_parts import FLUX_DEV
 
+GENERATE = import_module("latentdiff.cli.generate")
 OPTIONS = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt"}
 
 
@@ -40,6 +44,18 @@ def test_once_only(first, tmp_path):
         pipe.offload("cpu", layers=True)
     with pytest.raises(ConfigError, match="blocks or layers, not both"):
         pipe.offload("cpu", layers=True, blocks=True)
+
+
+def test_by_the_command_line(call, tiny_model, monkeypatch):
+    """The model is loaded where it stays: one that is larger than the GPU would not fit there."""
+    loaded, devices = GENERATE.loaded, []
+    monkeypatch.setattr(GENERATE, "loaded", lambda *given: devices.append(given[1]) or loaded(*given))
+    monkeypatch.setattr(device, "usable_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda:1"))
+    monkeypatch.setattr(LatentDiffusionPipeline, "offload", lambda self, to, **_: devices.append((self.device, to)))
+    words = ("--offload", "model", "--device", "cuda:1", "--steps", 1, "-s", 1)
+    code, _, err = call("generate", "a ring", "-m", tiny_model, *words)
+    assert code == 0, err
+    assert devices == ["cpu", (torch.device("cpu"), torch.device("cuda:1"))]
 
 
 def weight_bytes(module):

@@ -174,7 +174,7 @@ def test_straight_levels():
     np.testing.assert_allclose((alpha, sigma), ((0.9995, 0.0005), (0.0005, 0.9995)))
 
 
-@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("shift", [0.1, 0.3, 0.5, 1.0, 3.0])
 def test_shift(shift):
     """Esser et al. 2024, eq. 23: s' = shift s / (1 + (shift - 1) s), of grids and of training times alike."""
     path, plain = Straight(shift), Straight()
@@ -182,7 +182,7 @@ def test_shift(shift):
     expected = shift * s / (1 + (shift - 1) * s)
     np.testing.assert_allclose([level.sigma for level in path.levels(10)], expected, rtol=1e-12)
     np.testing.assert_allclose(path.shifted(s), expected)
-    assert path.levels(4)[0] == NoiseLevel(1000.0, 0.0, 1.0)
+    assert path.levels(4)[0] == path.levels(4, "linspace")[0] == NoiseLevel(1000.0, 0.0, 1.0)
 
 
 def test_a_shift_that_grows_with_the_tokens():
@@ -256,3 +256,5 @@ def test_bins_of_a_validation(path):
     times = Times(path, bins=4)
     t = np.array([times.draw(np.random.default_rng(n), n) for n in range(400)])
     assert (np.minimum(t // 250, 3) == np.arange(400) % 4).all()
+    with pytest.raises(ValueError, match="bins require"):
+        Times(path, "log_normal", bins=4)

@@ -82,6 +82,18 @@ def test_a_folder_without_captions(pictures, expected, tmp_path):
     assert {picture.captions for picture in allowed.pictures} == {("",)}
 
 
+@pytest.mark.parametrize("kind", [as_shards, as_parquet, as_dataset])
+def test_captions_that_are_ignored(kind, pictures, expected, tmp_path):
+    """Whatever the pictures lie in."""
+    source = kind(tmp_path / "set", pictures)
+    result = surveyed(source, Options(layout="uncaptioned"), instance_prompt="a <dog>")
+    assert [picture.id for picture in result.pictures] == [key for key, _ in expected[0]]
+    assert {picture.captions for picture in result.pictures} == {("a <dog>",)}
+    if kind is as_parquet:
+        with pytest.raises(ConfigError, match="uncaptioned requires data that is not streamed"):
+            surveyed(source, Options(layout="uncaptioned", streaming=True))
+
+
 def test_streamed_tables(pictures, expected, tmp_path):
     """In their own order, never whole in memory; pictures as the same bytes."""
     folder = as_parquet(tmp_path / "set", pictures)

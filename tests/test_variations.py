@@ -1,6 +1,7 @@
 """`--vary`, `--grid` and `--steps-gif`: pictures of every combination, shown together, and the way to each."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +113,23 @@ def test_the_way_from_noise(draw):
     assert not np.array_equal(pixels(paths[0].replace("png", "gif")), pixels(paths[1].replace("png", "gif")))
 
 
+def test_a_missing_animation_is_drawn_again(draw):
+    """--resume draws a picture whose animation is missing; a lone animation does not take its number's place."""
+    words = options("-s", 3, "--steps-gif", "--resume", "-o", "out")
+    (path,) = draw(*words)[1]
+    before = Path(path).read_bytes(), Path(path.replace(".png", ".gif")).read_bytes()
+    Path(path.replace(".png", ".gif")).unlink()
+    code, paths, err = draw(*words)
+    assert (code, paths) == (0, []), err
+    assert (Path(path).read_bytes(), Path(path.replace(".png", ".gif")).read_bytes()) == before
+    Path(path).unlink()
+    code, paths, err = draw(*words)
+    assert (code, paths) == (0, [path]), err
+    Path(path).unlink()
+    code, paths, err = draw(*options("-s", 3, "--steps-gif", "-o", "out"))
+    assert (code, paths) == (0, [path.replace("00001", "00002")]), err
+
+
 def test_animations_of_many_steps_and_of_two_passes():
     """At most sixty frames, the first and the last among them; frames of a smaller pass are enlarged."""
     frames = [np.full((8, 8, 3), value, np.uint8) for value in range(0, 200)] + [np.full((16, 16, 1), 255, np.uint8)]
@@ -131,6 +149,7 @@ def test_animations_of_many_steps_and_of_two_passes():
         (("--vary", "cfg=1", "--cfg", 3), "--vary guidance_scale: it is given elsewhere"),
         (("--vary", "num_images=1,2"), "--vary num_images: it is given elsewhere, or does not change pictures"),
         (("--vary", "batch_size=1,2"), "does not change pictures"),
+        (("--vary", "cfg=1,2", "--set", "seed=abc"), "seed must be a whole number (got 'abc')"),
         (("--vary", "prompt=a,b"), "the prompt is an argument"),
         (("--vary", f"seed={','.join(map(str, range(2000)))}"), "gives 2,000 combinations of settings. At most 1,000"),
         (("--vary", "cfg=1,2", "--resume"), "--resume requires --seed"),

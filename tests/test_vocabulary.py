@@ -35,6 +35,7 @@ def test_words_of_one_thing():
     assert of_one == {"ping": "ping pong", "pong": "ping pong", "table": "ping pong", "hot": "Tea"}
     assert narrow("A castle on a Table, table", of_one) == {"table": "ping pong"}
     assert narrow("a ping pong table and hot tea", of_one) == {}
+    assert narrow("hot steak BREAK", of_one | {"break": "Tea"}) == {"hot": "Tea"}, "a name inside a word is none"
 
 
 def test_a_model_knows_its_captions(tiny_model):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,33 @@ def test_without_links_and_without_exchange(tmp_path, monkeypatch):
     assert read(tmp_path / "model") == {"new"}
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_old_folder_stays_if_it_cannot_be_exchanged(tmp_path, monkeypatch):
+    """Without renameat2: the second of two renames fails."""
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: object())
+    write(tmp_path / "model", "old")
+    rename, calls = Path.rename, []
+
+    def fails_once(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    with pytest.raises(OSError, match="no"):
+        replace(tmp_path / "model", "new")
+    assert read(tmp_path / "model") == {"old"}
+
+
+def test_a_scratch_folder_that_another_process_removes(tmp_path, monkeypatch):
+    """Both have seen it; the slower one goes on."""
+    gone = tmp_path / f"{SCRATCH}x"
+    files._remove_if_abandoned(gone)
+    gone.mkdir()
+    monkeypatch.setattr(files.os, "open", lambda *_: (_ for _ in ()).throw(FileNotFoundError("gone")))
+    files._remove_if_abandoned(gone)
 
 
 @pytest.mark.parametrize(("name", "number"), [("mkdir", 3), ("mkdir", 4), ("link", 1), ("link", 2), ("rmtree", 1)])

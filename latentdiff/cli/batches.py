@@ -96,26 +96,32 @@ def write_all(
                 terminal.warning(note)
             written |= set(output.notes)
             paths = _paths(batch, target, process)
+            if target.steps_gif and paths is not None:  # first, so that a picture that is there has its animation
+                for index, (number, job) in enumerate(batch):
+                    _write_animation(painter, walked, index, _path(number, job, target))
             records = output.metadata
             for path, record in write_pictures(
                 output.images, records, target.path, target.suffix, target.metadata, paths
             ):
-                if target.steps_gif:
-                    number = next(index for index, each in enumerate(records) if each is record)
-                    _write_animation(painter, [latents[number : number + 1] for latents in walked], path)
+                if target.steps_gif and paths is None:
+                    index = next(index for index, each in enumerate(records) if each is record)
+                    _write_animation(painter, walked, index, path)
                 yield path, record
             bar.refresh()
 
 
-def _write_animation(painter: Painter, steps: Sequence[Any], picture: Path) -> None:
-    """Write the decoded latents of every step of a picture beside it."""
+def _write_animation(painter: Painter, walked: Sequence[Any], index: int, picture: Path) -> None:
+    """Write the decoded latents of every step of a batch's picture beside it, unless its animation is there."""
     from latentdiff.core.files import write_new
     from latentdiff.core.images import to_uint8
     from latentdiff.drawing.pixels import decode
     from latentdiff.drawing.sheet import animation
 
-    frames = [to_uint8(decode(painter.model, latents))[0] for latents in steps]
-    write_new(picture.with_suffix(".gif"), animation(frames))
+    file = picture.with_suffix(".gif")
+    if not os.path.lexists(file):
+        frames = [to_uint8(decode(painter.model, latents[index : index + 1]))[0] for latents in walked]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_new(file, animation(frames))
 
 
 def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Process) -> list[list[Numbered]]:
@@ -132,8 +138,9 @@ def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Pro
     there: set[int] = set()
     otherwise: set[str] = set()
     for number, job in chain.from_iterable(own):
-        if os.path.lexists(_path(number, job, target)):
-            there.add(number)
+        if os.path.lexists(path := _path(number, job, target)):
+            if not target.steps_gif or os.path.lexists(path.with_suffix(".gif")):
+                there.add(number)
             otherwise |= {_otherwise(painter, number, job, target)} if target.metadata else set()
     for how in sorted(otherwise - {""}):
         terminal.warning(f"some existing pictures were drawn {how}")

@@ -94,6 +94,7 @@ def convert(
     _check_output(output, to, of_models, of_file=trust_pickle)
     if quantize is not None:
         _check_quantized(quantize, output, to)
+    _check_used(adapter, model, variant, trust_pickle=trust_pickle)
     if trust_pickle:
         _pickle(source, output)
     elif adapter:
@@ -115,6 +116,16 @@ def _check_output(output: Path, to: Form | None, of_models: str | None, *, of_fi
         raise ConfigError(f"--to openvino writes a model folder, with graphs in it (got {output})")
     if of_file and of_models:
         raise ConfigError(f"{of_models} applies to models, not to an adapter or a pickle")
+
+
+def _check_used(adapter: Form | None, model: str | None, variant: str | None, *, trust_pickle: bool) -> None:
+    """Raises ConfigError for an option without effect."""
+    if trust_pickle and adapter:
+        raise ConfigError(f"--trust-pickle keeps the names of the tensors: convert its output by --to {adapter.value}")
+    if model is not None and not adapter:
+        raise ConfigError("--model requires --to peft or --to kohya: it is the adapter's model")
+    if variant is not None and (trust_pickle or adapter):
+        raise ConfigError("--variant applies to models, not to an adapter or a pickle")
 
 
 def _check_quantized(kind: str, output: Path, to: Form | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentdiff.cli import terminal
-from latentdiff.core.files import check_page, check_writable
+from latentdiff.core.files import check_page, check_writable, write_text
 
 if TYPE_CHECKING:
     from latentdiff.data.dataset import DataSet
@@ -94,7 +94,7 @@ def check(
     data = picture_data(config, survey) if survey.pictures else None  # raises the errors of training
     if html:
         page = as_html(settings.source, report, _sheet(data, SHEET, 0, tokenizer) if data else [])
-        html.write_text(page, encoding="utf-8")
+        write_text(html, page)
         terminal.note(html)
     if skip_bad and survey.left_out and survey.pictures:
         survey.write_quarantine(quarantine)
@@ -125,7 +125,7 @@ def preview(
     tree = f"{min(count, len(data.training)):,} of {len(data.training):,} samples, epoch {epoch}"
     sheet = _sheet(data, count, epoch, new_tokenizer(config, data.training.all_captions()))
     page = as_html(config.data.pictures.source or config.name, [Entry("preview", tree)], sheet)
-    output.write_text(page, encoding="utf-8")
+    write_text(output, page)
     terminal.result(output)
 
 

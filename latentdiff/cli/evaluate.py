@@ -119,6 +119,8 @@ def evaluate(
 
     drawing = _drawing({"num_inference_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}, settings)
     names = _names(only)
+    if sweep and "sweep" not in names:
+        raise ConfigError("--sweep requires the section sweep: name it in --only")
     grid = _grid(sweep or [], drawing if "sweep" in names else {})
     report_folder.check(report, data)
     adapters = [adapter_and_weight(each) for each in lora or []]
@@ -182,7 +184,6 @@ def _drawing(options: dict[str, Any], settings: Sequence[str] | None) -> dict[st
     from latentdiff.drawing.request import request
 
     values = common_settings(options, settings or [])
-    del values["num_images"]
     for name in OWN:
         if name in values:
             raise ConfigError(f"the evaluation chooses {name} itself")

@@ -158,7 +158,9 @@ def generate(
         int | None, typer.Option(help="Number of the text encoder's last layers to leave out.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Picture i has SEED + i (default: random).")] = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-N", help="Number of pictures of each prompt.")] = 1,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", "-N", help="Number of pictures of each prompt (default: 1).")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures of a batch (default: 8).")] = None,
     prompts_file: Annotated[
         Path | None,
@@ -239,7 +241,7 @@ def generate(
         "num_images": num_images,
         "batch_size": batch_size,
     }
-    common = common_settings(options, settings or [])
+    common = {"num_images": 1} | common_settings(options, settings or [])
     wishes, axes = _wishes(_subject(prompt, class_), prompts_file, image, mask, outpaint), grid_of(vary or [], "--vary")
     process = Process.of_launcher()
     _check_seed(wishes, common, resume, process)
@@ -256,13 +258,18 @@ def generate(
     loras = [adapter_and_weight(text) for text in lora or []]
     words = [embedding_and_word(text) for text in embedding or []]
     _check_sizes(model, requests)
-    pipe = loaded(model, process.device(device), dtype, variant, revision, runtime, speed, quantize)
+    where = process.device(device)
+    if offload is not None:  # a model larger than the GPU is loaded where it stays, by torch
+        runtime = Runtime.torch if runtime is Runtime.auto else runtime
+    pipe = loaded(model, where if offload is None else "cpu", dtype, variant, revision, runtime, speed, quantize)
     if fast:
         pipe.load_few_steps()
     load_extras(pipe, loras, words, vae)
     _load_models(pipe, weaker, refiner, cascade or [], clip, upscaler)
     if offload is not None:
-        pipe.offload(device or pipe.device, layers=offload is Offload.sequential, blocks=offload is Offload.block)
+        from latentdiff.runtime.device import usable_device
+
+        pipe.offload(usable_device(where), layers=offload is Offload.sequential, blocks=offload is Offload.block)
     hints = load_controls(pipe, controls, annotate) if controls else ()
     prompts = load_image_prompts(pipe, adapters, [picture for picture, _ in prompt_pictures]) if prompt_pictures else ()
     jobs = _jobs(pipe, wishes, requests, common, hints, prompts)
@@ -274,7 +281,8 @@ def generate(
             line["steps_gif"] = str(path.with_suffix(".gif"))
         terminal.result(json.dumps(line | {"prompt": record.request["prompt"]}) if json_lines else path)
     if grid:
-        terminal.result(write_grid(paths, wishes, axes, requests[0].num_images, output))
+        sheet = write_grid(paths, wishes, axes, requests[0].num_images, output)
+        terminal.result(json.dumps({"grid": str(sheet)}) if json_lines else sheet)
 
 
 def _load_models(
@@ -413,7 +421,7 @@ def _check_beside(
     counts = {one.num_images for one in requests}
     if grid and (len(counts) > 1 or sum(one.num_images for one in requests) > MOST_CELLS):
         raise ConfigError(f"--grid requires equally many pictures of each prompt, and at most {MOST_CELLS} in all")
-    if steps_gif and suffix_of(output) and os.path.lexists(output.with_suffix(".gif")):
+    if steps_gif and not resume and suffix_of(output) and os.path.lexists(output.with_suffix(".gif")):
         raise ConfigError(f"file exists ({output.with_suffix('.gif')}). Pictures are never overwritten")
 
 

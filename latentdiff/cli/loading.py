@@ -47,7 +47,7 @@ def common_settings(options: dict[str, Any], settings: Sequence[str]) -> dict[st
         if name in common:
             raise ConfigError(f"{name} is given twice")
         common[name] = value
-    return {"num_images": 1} | common
+    return common
 
 
 def adapter_and_weight(text: str) -> tuple[Path, float]:
@@ -63,10 +63,12 @@ def picture_and_scale(text: str) -> tuple[Path, float | None]:
 
 def _path_and_number(text: str, rule: str) -> tuple[Path, float | None]:
     path, colon, number = text.rpartition(":")
+    if os.path.lexists(text):
+        return Path(text), None
     try:
         return (Path(path), float(number)) if colon else (Path(text), None)
     except ValueError:
-        if os.path.lexists(path) and not os.path.lexists(text):
+        if os.path.lexists(path):
             raise ConfigError(f"{rule}, and {number[:40]!r} is not a number") from None
         return Path(text), None
 

@@ -91,6 +91,8 @@ def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
     from latentdiff.drawing.inputs import margins_of
 
     prompt = tree.pop("prompt")
+    if "mask" in tree and "mask_image" in tree:
+        raise ConfigError(f"{where}: mask is given twice")
     if "mask_image" in tree:  # as in Python
         tree["mask"] = tree.pop("mask_image")
     paths = {name: tree.pop(name, None) for name in _PATHS}

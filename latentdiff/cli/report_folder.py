@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ NAMES = ("models", "data")  # names and paths may differ for the same content, w
 
 def check(report: Path, data: str | None) -> None:
     """Raises ConfigError, before any work, for a folder that is not ours or lies among the data."""
-    from latentdiff.core.files import check_writable
+    from latentdiff.core.files import SCRATCH, check_writable
     from latentdiff.training import lock
 
     if report.is_file():
@@ -23,19 +22,15 @@ def check(report: Path, data: str | None) -> None:
     if data and Path(data).is_dir() and report.resolve().is_relative_to(Path(data).resolve()):
         raise ConfigError(f"{report} lies inside the data and would add pictures to it. Name a folder outside")
     check_writable(report, report)
-    theirs = report.is_dir() and any(path.name != lock.NAME and not _left(path) for path in report.iterdir())
-    if theirs and not (report / SETTINGS).is_file():
+    ours = {lock.NAME} | {path.name for path in report.glob(f"{SCRATCH}*")}  # left by a killed evaluation
+    has_others = report.is_dir() and any(path.name not in ours for path in report.iterdir())
+    if has_others and not (report / SETTINGS).is_file():
         raise ConfigError(f"{report} has other files, and nothing is written beside them. Name another folder")
-
-
-def _left(path: Path) -> bool:
-    """Whether a file was unfinished when an evaluation was killed."""
-    return path.name.startswith(".latentdiff-")
 
 
 def claim(report: Path, rules: dict[str, Any]) -> None:
     """Write the settings of a report into its folder. Raises ConfigError if it has a report of other settings."""
-    from latentdiff.core.files import write_json
+    from latentdiff.core.files import remove_abandoned, write_json
 
     path = report / SETTINGS
     if path.is_file():
@@ -49,8 +44,7 @@ def claim(report: Path, rules: dict[str, Any]) -> None:
             changes = "; ".join(f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed[:3])
             raise ConfigError(f"{path.parent} is the report of other settings ({changes}). Name another folder")
     write_json(path, rules)
-    for left in filter(_left, report.iterdir()):
-        shutil.rmtree(left)
+    remove_abandoned(report)
 
 
 def nameless(rules: dict[str, Any]) -> dict[str, Any]:

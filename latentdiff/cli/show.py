@@ -127,7 +127,7 @@ def _target(output: Path | None, name: str) -> Path:
     from latentdiff.show.sheet import check_suffix
 
     path = output or OUTPUTS
-    if not path.suffix:
+    if not path.suffix or path.is_dir():
         number = next_number(path, rf"{name}-(\d{{5}})\.png")
         path = path / f"{name}-{number:05d}.png"
     check_suffix(path)
@@ -142,7 +142,8 @@ def _settings(set_: list[str] | None, seed: int) -> dict[str, Any]:
     from latentdiff.drawing.request import request
 
     values = common_settings({"seed": seed}, set_ or [])
-    del values["num_images"]
+    if "num_images" in values:
+        raise ConfigError("num_images has no effect: a sheet has its own pictures")
     request(prompt="checked before anything is loaded", **values)
     return values
 

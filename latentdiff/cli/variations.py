@@ -53,7 +53,11 @@ def varied(wishes: Sequence[Wish], grid: Grid, common: Mapping[str, Any]) -> lis
             raise ConfigError(f"--vary {twice[0]}: it is given elsewhere, or does not change pictures")
         first = {"seed": wish.settings.get("seed", seed)}
         results += [replace(wish, settings=wish.settings | first | chosen) for chosen in combinations(grid)]
-        seed = int(first["seed"]) + int(wish.settings.get("num_images", common["num_images"]))
+        counts = {**first, "num_images": wish.settings.get("num_images", common["num_images"])}
+        for name, value in counts.items():
+            if type(value) is not int:
+                raise ConfigError(f"{name} must be a whole number (got {str(value)[:40]!r})")
+        seed = counts["seed"] + counts["num_images"]
     return results
 
 

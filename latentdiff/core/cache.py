@@ -49,7 +49,7 @@ def file(name: str) -> Path | None:
     """The path of a cached file in the system's usual place. None if there is no home directory."""
     own = os.environ.get("LATENTDIFF_CACHE")
     try:
-        return (Path(own) if own else _usual_folder()) / name
+        return (Path(own).expanduser() if own else _usual_folder()) / name
     except RuntimeError:  # expanduser found no home
         return None
 

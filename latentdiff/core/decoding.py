@@ -74,11 +74,13 @@ def silent_decoders() -> Iterator[None]:
     """
     quiet = logging.NullHandler()  # without any handler, logging prints
     logging.getLogger("PIL").addHandler(quiet)
-    with closing(quiet), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
-    logging.getLogger("PIL").removeHandler(quiet)
+    try:
+        with closing(quiet), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        logging.getLogger("PIL").removeHandler(quiet)
 
 
 def _decoded(image: Image.Image, background: Color, max_pixels: int) -> Decoded:

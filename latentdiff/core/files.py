@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,23 @@ def scratch(folder: Path) -> Iterator[Path]:
     Scratch folders that killed processes left there are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{SCRATCH}*"):
-        if (left / _MARK).is_file():  # else a folder of somebody else
-            _remove_if_abandoned(left)
+    remove_abandoned(folder)
     temporary = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True)
     with temporary as made, _held(Path(made)):  # until this process ends, however it ends
         (Path(made) / _MARK).touch()
         yield Path(made)
 
 
+def remove_abandoned(folder: Path) -> None:
+    """Remove the scratch folders in `folder` whose processes have been killed."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        if (left / _MARK).is_file():  # else a folder of somebody else
+            _remove_if_abandoned(left)
+
+
 def _remove_if_abandoned(folder: Path) -> None:
     """Remove a scratch folder whose process has ended: nothing holds its lock any more."""
-    with _held(folder) as ours:
+    with suppress(FileNotFoundError), _held(folder) as ours:  # another process may remove it at the same time
         if ours and time.time() - folder.stat().st_mtime > _YOUNG:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -158,7 +163,11 @@ def _exchange(new: Path, old: Path) -> None:
         return
     aside = new.with_name(f"{new.name}.old")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

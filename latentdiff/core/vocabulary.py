@@ -34,8 +34,13 @@ def words_of_one_thing(captions_of: Mapping[str, Iterable[str]]) -> dict[str, st
 
 def narrow(prompt: str, of_one: Mapping[str, str]) -> dict[str, str]:
     """The words of a prompt that belong to one thing alone, with its name, unless the prompt names the thing."""
-    words = dict.fromkeys(word.lower() for word in _WORD.findall(prompt))
-    return {word: of_one[word] for word in words if word in of_one and of_one[word].lower() not in prompt.lower()}
+    words = dict.fromkeys(word.lower() for word in _WORD.findall(prompt) if word != _BREAK)
+    return {word: of_one[word] for word in words if word in of_one and not _names(prompt, of_one[word])}
+
+
+def _names(prompt: str, thing: str) -> bool:
+    """Whether a prompt has the whole name of a thing."""
+    return re.search(rf"(?<!\w){re.escape(thing)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
 def seen_things(things: Mapping[str, Iterable[str]], known: Set[str]) -> dict[str, tuple[str, ...]]:

@@ -11,6 +11,7 @@ from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.data.dataset import look, picture_set
 from latentdiff.data.examples import Examples
 from latentdiff.data.pictures import PictureSet
+from latentdiff.data.survey import Picture
 from latentdiff.settings.config import Settings
 
 
@@ -26,7 +27,10 @@ def companions(config: Settings, sets: Sequence[Examples], source: str, cache: P
     own: dict[str, Any] = {"source": source, "layout": "uncaptioned", "allow_missing_captions": True}
     plain = settings.model_copy(update=own | {"instance_prompt": None})
     survey = look(config.model_copy(update={"data": config.data.model_copy(update={"pictures": plain})}), cache)
-    named = {_stem(picture.name): picture for picture in survey.sound(False).pictures}
+    named: dict[str, Picture] = {}
+    for picture in survey.sound(False).pictures:
+        if (same := named.setdefault(_stem(picture.name), picture)) is not picture:
+            raise DataError(f"{same.name} and {picture.name} have the same name in {source}. Remove one of them")
     results = []
     for examples in sets:
         assert isinstance(examples.pictures, PictureSet)

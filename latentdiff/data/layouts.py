@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from latentdiff.core.errors import ConfigError, DataError
@@ -22,6 +23,8 @@ def find(source: str, options: Options) -> Listing:
 
 
 def _local(source: str, path: Path, options: Options) -> Listing:
+    if options.layout == "uncaptioned" and not (path.is_dir() and folder.has_pictures(path)):
+        return _without_captions(_local(source, path, replace(options, layout="auto")))
     layout, sharded, tabled = options.layout, shards.is_sharded(source), local_table.is_table(path)
     if layout == "auto" and path.is_dir() and (sharded or tabled) and folder.has_pictures(path):
         other, name = (".tar files", "shards") if sharded else (".parquet files or a saved data set", "table")
@@ -40,3 +43,10 @@ def _local(source: str, path: Path, options: Options) -> Listing:
     if layout == "auto" and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.parent.is_dir():
         return table.listing(source, options)
     raise DataError(f"no such data set ({source}). Give a folder, .tar shards, .parquet files or a hub id")
+
+
+def _without_captions(listing: Listing) -> Listing:
+    """The pictures of shards or a table alone. Raises ConfigError for a stream."""
+    if listing.streamed:
+        raise ConfigError("data.pictures.layout = uncaptioned requires data that is not streamed")
+    return replace(listing, records=[replace(record, captions=()) for record in listing.records])

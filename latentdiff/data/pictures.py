@@ -123,7 +123,7 @@ class PictureSet:
             for record in self._stream:
                 try:
                     data = record.read()
-                except DataError:  # the survey could read it
+                except (DataError, OSError):  # the survey says why
                     continue
                 for number in missing.pop(hashlib.sha256(data).hexdigest(), ()):
                     yield number, self._seen(data, *views[number])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +34,11 @@ class ConsistencyLoss:
         self.path, self.steps, self._guidance, self._huber = path, steps, guidance, huber
         grid = path.levels(steps, "distilled" if path.whole else "trailing")[:-1]
         self._table = table([*grid, end_of(path)], prediction)
+        self._times = -np.array([level.t for level in grid])
 
     def number(self, t: float) -> int:
-        """The index in the grid for a training time of the path."""
-        return min(int((1 - (t + 1) / self.path.T) * self.steps), self.steps - 1)
+        """The index in the grid of the last time that is not below a training time."""
+        return max(int(np.searchsorted(self._times, -t, "right")) - 1, 0)
 
     def rows(self, t: float, rng: Any = None) -> Tensor:
         """The rows of the level that a training time stands for and of the next one, (2, 8). rng is not used."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from latentdiff.diffusion.level import NoiseLevel
 
 Array = Any
-NOISIEST = 20.0  # the largest -log-SNR that karras gives to the network: pure noise has no finite one
+NOISIEST = 20.0  # the largest |log-SNR| that karras gives to the network: pure noise and data have no finite one
 
 
 class Coefficients(NamedTuple):
@@ -82,7 +82,7 @@ def flow(level: NoiseLevel) -> Coefficients:
 def karras(level: NoiseLevel, std: float = 0.5) -> Coefficients:
     """Karras et al. 2022, table 1: input and target have unit variance; time is log(sigma / alpha) / 4."""
     m = math.sqrt(level.sigma**2 + (std * level.alpha) ** 2)
-    time = min(-level.log_snr, NOISIEST) / 4
+    time = max(-NOISIEST, min(-level.log_snr, NOISIEST)) / 4
     return Coefficients(1 / m, time, std**2 * level.alpha / m**2, std * level.sigma / m)
 
 

@@ -314,7 +314,8 @@ def unipc(
     denoise: Denoiser, x: Array, levels: Levels, noise: Noise = silent, path: Path | None = None
 ) -> Iterator[Step]:
     """UniPC-2 with B2 (Zhao et al. 2023, algorithms 1 and 2): the predictor of dpmpp_2m, and a corrector that redoes
-    each step with the x0 found at its end. One evaluation a step; the step onto CLEAN is not corrected.
+    each step with the x0 found at its end. One evaluation a step; the step onto CLEAN is not corrected. An x that the
+    caller sends acts only through its x0, as in diffusers, since the corrector redoes the step that led to it.
     """
     last: _Knot | None = None
     for number, (t, s) in enumerate(pairwise(levels), 1):

@@ -31,6 +31,10 @@ class Times:
     std: float = 1.0
     bins: int = 0
 
+    def __post_init__(self) -> None:
+        if self.bins and self.distribution == "log_normal":
+            raise ValueError("bins require a distribution of shares, not of noise-to-signal ratios")
+
     def draw(self, rng: np.random.Generator, number: int = 0) -> np.int64 | np.float64:
         """One time; in a validation from bin `number` % bins."""
         T = self.path.T

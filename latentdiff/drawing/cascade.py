@@ -46,7 +46,8 @@ def enlarged(batch: Batch, pictures: np.ndarray, painter: Painter) -> Batch:
 def _request(base: Request, model: Model) -> Request:
     """The request of an enlarging pass: the prompt and the seed of the base, the settings that its model recommends."""
     shared = ("prompt", "negative_prompt", "seed", "num_images", "batch_size", "prompt_weights", "long_prompts")
-    return request(**settled_for(model, {name: getattr(base, name) for name in shared}))
+    fields = {name: getattr(base, name) for name in (*shared, "vae_tiling", "vae_slicing")}
+    return request(**settled_for(model, fields))
 
 
 def _scale(model: Model) -> int:

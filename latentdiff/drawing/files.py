@@ -108,7 +108,7 @@ def loses_pixels(suffix: str) -> bool:
 
 def _next_path(folder: Path, seed: int, suffix: str) -> Path:
     """folder/NNNNN-SEED.png with the next number after the existing files."""
-    return numbered(folder, next_number(folder, r"(\d{5,9})-.*\.(png|jpe?g|webp)"), seed, suffix)
+    return numbered(folder, next_number(folder, r"(\d{5,9})-.*\.(png|jpe?g|webp|gif)"), seed, suffix)
 
 
 def next_number(folder: Path, pattern: str) -> int:

@@ -68,7 +68,7 @@ def plan(request: Request, model: Model, canvas: Canvas | None = None) -> Plan:
         for name, side in (("height", height), ("width", width)):
             check_size(f"{name} after hires_scale", side, model.multiple)
         strength = 0.5 if request.hires_strength is None else request.hires_strength
-        passes.append(PlannedPass((height, width), kept_steps(steps, strength), strength))
+        passes.append(PlannedPass((height, width), kept_steps(steps, strength, "hires_strength"), strength))
     return Plan(tuple(passes))
 
 
@@ -111,13 +111,13 @@ def strength_of(request: Request, fresh: bool) -> float:
     return request.strength if request.strength is not None else 1.0 if fresh else 0.8
 
 
-def kept_steps(steps: int, strength: float) -> int:
-    """int(steps * strength), as in SDEdit (Meng et al. 2022). Raises ConfigError if no step is left."""
+def kept_steps(steps: int, strength: float, name: str = "strength") -> int:
+    """int(steps * strength), as in SDEdit (Meng et al. 2022). name: of the setting. Raises ConfigError for no step."""
     kept = min(int(steps * strength), steps)
     if strength == 0:
-        raise ConfigError("strength must be over 0: with 0 nothing would be drawn")
+        raise ConfigError(f"{name} must be over 0: with 0 nothing would be drawn")
     if kept < 1:
-        raise ConfigError(f"strength {strength:g} of {steps} steps is less than one step. Raise either")
+        raise ConfigError(f"{name} {strength:g} of {steps} steps is less than one step. Raise either")
     return kept
 
 

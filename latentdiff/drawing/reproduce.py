@@ -360,7 +360,8 @@ def likeness(path: Path, again: Image.Image, record: Record) -> Likeness:
         again = Image.open(io.BytesIO(encoded(again, ".jpg", None)))
     now = np.asarray(again).astype(int)
     if then.shape != now.shape:
-        raise DataError(f"the picture was resized since: {then.shape[1]}x{then.shape[0]}, drawn {again.size} ({path})")
+        sizes = f"{then.shape[1]}x{then.shape[0]}, drawn {again.width}x{again.height}"
+        raise DataError(f"the picture was resized since: {sizes} ({path})")
     apart = np.abs(then - now)
     error = float((apart**2).mean())
     versions = installed_versions(record.runtime)

@@ -54,7 +54,7 @@ def decoded(model: Model, pictures: np.ndarray, folder: Path | None = None) -> D
 
     made = filled(batches(), len(pictures), folder)
     average = first / count
-    return Decoded(made, average, np.sqrt(second / count - average**2))
+    return Decoded(made, average, np.sqrt(np.maximum(second / count - average**2, 0)))
 
 
 def psnr(pictures: np.ndarray, others: np.ndarray) -> Floats:

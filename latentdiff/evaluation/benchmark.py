@@ -173,10 +173,11 @@ class SpriteBenchmark(Composed):
             about = group.sprite is None or description.category in OF_COLORS
             return group.name in names[k] and (not about or colors[k] == group.color)
 
-        for order in permutations(range(len(parts))):
-            if all(fits(group, k) for group, k in zip(groups, order, strict=True)):
-                return not description.relation or _related(description, [parts[k] for k in order])
-        return False
+        return any(
+            all(fits(group, k) for group, k in zip(groups, order, strict=True))
+            and (not description.relation or _related(description, [parts[k] for k in order]))
+            for order in permutations(range(len(parts)))
+        )
 
 
 def _united(parts: list[Region]) -> Region:

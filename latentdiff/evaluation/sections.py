@@ -196,7 +196,7 @@ def of_composition(subject: Subject, references: References, settings: Evaluatio
     assert benchmark is not None
     score = partial(evaluate_composition, subject.painter, benchmark, pictures=count, seed=settings.seed, **kept)
     scores = {"": score(), "held_out": score(held_out=True)}
-    scores["ceiling"] = ceiling(subject.exact().model, benchmark, pictures=count)
+    scores["ceiling"] = ceiling(subject.exact().model, benchmark, pictures=count, seed=settings.seed)
     figures: dict[str, Figure] = {}
     for title, outcome in scores.items():
         suffix = f"_{title}" if title else ""

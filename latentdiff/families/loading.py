@@ -84,6 +84,8 @@ def stored_model(path: str | Path | None, variant: str | None = None, revision: 
     """A torch model on the CPU in its stored precision. Raises ModelError, UnsafeError."""
     source = located(path, variant, revision)
     if source.path.is_file():
+        if variant is not None:
+            raise ModelError(f"a single file has no variants (got {variant!r} for {source.path})")
         from latentdiff.families.single_file import load_single_file
 
         with LOADING:

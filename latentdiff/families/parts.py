@@ -114,11 +114,13 @@ def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Mod
     """
     family = family_of(folder.read_index(base), base)
     states: dict[str, PartWeights] = {}
+    holding: dict[str, Path] = {}
     for part in (part for file in files for part in parts_in(file)):
         with loading(part.file):
             name, config = _place_of(part, family, base)
         if name in states:
             raise ModelError(f"two of the files hold {name} ({part.file})")
+        holding[name] = part.file
         state, (kind, *_) = _state(part, family, name, base), family.parts[name]
         states[name] = PartWeights(state, None if config is None or _is_of(state, base / name, kind) else config)
     if "transformer" not in states:
@@ -131,7 +133,7 @@ def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Mod
         odd = _odd(states["transformer"].state, base, family)
         if odd is None:
             raise
-        raise ModelError(f"the transformer in {files[0]} does not fit: {odd}") from None
+        raise ModelError(f"the transformer in {holding['transformer']} does not fit: {odd}") from None
 
 
 def _odd(state: State, base: Path, family: Family) -> str | None:

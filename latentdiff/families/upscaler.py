@@ -33,8 +33,8 @@ def enlarging(directory: Path) -> Enlarging:
     most, scale = index.get("max_noise_level", TIMES), index.get("scale", picture_geometry(directory)[0])
     if type(scale) is not int or not 1 <= scale <= LARGEST_SCALE:
         raise ModelError(f"scale must be from 1 to {LARGEST_SCALE} (got {str(scale)[:40]} in {directory})")
-    if type(most) is not int or not 1 <= most < path.T:
-        raise ModelError(f"max_noise_level must be a time below {path.T} (got {str(most)[:40]} in {directory})")
+    if type(most) is not int or not 0 <= most < path.T:
+        raise ModelError(f"max_noise_level must be from 0 to {path.T - 1} (got {str(most)[:40]} in {directory})")
     return Enlarging(scale, path, most + 1, usual=min(20, most))
 
 

@@ -170,7 +170,7 @@ def _without_core(layer: Layer) -> Layer:
         return layer
     down, alpha = factors["lora_A.weight"], layer.full_alpha
     if core.ndim != 4 or core.shape[1] != len(down):
-        return layer  # it does not fit: `_fitted` refuses it by name
+        return layer  # `_fitted` refuses it by name
     factors["lora_A.weight"] = torch.einsum("rskl,si->rikl", core, down.flatten(1))
     return replace(layer, factors=factors, alpha=alpha)
 
@@ -182,6 +182,8 @@ def _fitted(layer: Layer, target: nn.Module, name: str, path: Path) -> Layer:
     """
     weight: Tensor = target.weight  # type: ignore[assignment]
     factors = layer.factors
+    if "lora_mid" in factors:
+        raise ModelError(f"{name} has a lora_mid of {tuple(factors['lora_mid'].shape)} that does not fit ({path})")
     down, up = factors["lora_A.weight"], factors["lora_B.weight"]
     if weight.ndim == 2 and down.ndim == 4 and down.shape[2:] == (1, 1):
         down, up = down[..., 0, 0], up[..., 0, 0] if up.ndim == 4 else up

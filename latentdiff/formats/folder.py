@@ -249,7 +249,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         (variant,) = variants
     if variant not in variants:
         known = ", ".join(sorted(name or "the plain one" for name in variants)) or "none"
-        raise ModelError(f"{folder.name} has no weights of variant {variant} ({folder.parent}). There are: {known}")
+        what = "several variants: name one" if variant is None and variants else f"no weights of variant {variant}"
+        raise ModelError(f"{folder.name} has {what} ({folder.parent}). There are: {known}")
     if not variants[variant].name.endswith(".json"):
         return [variants[variant]]
     shards = read_json(variants[variant]).get("weight_map")

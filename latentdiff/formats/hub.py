@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.core.errors import ModelError
+from latentdiff.formats.folder import GGUF, read_json, weight_files
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READ = ("*.json", "*/*.json", "*/merges.txt")
-_BACKBONES = ("unet", "transformer")
-_PARTS = (*_BACKBONES, "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+_PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+_OURS = ("words.txt", "clip/*.safetensors", "few_steps/*.safetensors", *(f"{part}/{GGUF}" for part in _PARTS))
 
 
 def is_hub_id(name: str) -> bool:
@@ -36,12 +37,12 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     settings: dict[str, Any] = {
         "repo_id": name,
         "revision": revision,
-        "allow_patterns": [*_READ, *(f"{part}/*{named}*.safetensors" for part in _PARTS)],
+        "allow_patterns": [*_READ, *_OURS, *(f"{part}/*{named}*.safetensors" for part in _PARTS)],
         "ignore_patterns": [] if variant else ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.non_ema.*"],
     }
     try:
-        return _whole(Path(snapshot_download(**settings, local_files_only=True)), named)
-    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):  # the last for names that no model can have
+        return _complete(Path(snapshot_download(**settings, local_files_only=True)), variant)
+    except (LocalEntryNotFoundError, ModelError, ValueError):  # the last for names that no model can have
         pass
     try:
         return Path(str(snapshot_download(**settings)))
@@ -51,10 +52,11 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
         raise ModelError(f"no folder {wanted} here, and it cannot be fetched from the hub: {reason}") from None
 
 
-def _whole(folder: Path, named: str) -> Path:
-    """The snapshot, if its download was complete: every network has weights. Raises FileNotFoundError."""
-    backbone = next((part for part in _BACKBONES if (folder / part).is_dir()), _BACKBONES[0])
-    for part in (backbone, "text_encoder"):
-        if not any(named in file.name for file in (folder / part).glob("*.safetensors")):
-            raise FileNotFoundError(part)
+def _complete(folder: Path, variant: str | None) -> Path:
+    """The snapshot, if its download was complete: every network of its index has its weights. Raises ModelError."""
+    index = read_json(folder / "model_index.json")
+    for part in _PARTS:
+        entry = index.get(part)
+        if isinstance(entry, list) and entry[-1:] != [None]:
+            weight_files(folder / part, variant)
     return folder

@@ -80,6 +80,8 @@ def unet_name(name: str, config: Any) -> str:
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(\..*)", name)
     if match is None:
         raise KeyError(name)
+    if not isinstance(config.layers_per_block, int):
+        raise KeyError(name)  # the original layout has one number for all levels
     way, level, kind, place, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     blocks = config.layers_per_block + 1  # with the downsampling, or one residual block more going up
     if kind == "downsamplers":

@@ -29,6 +29,7 @@ class Clip(nn.Module):
     def __init__(self, embed_dim: int, vision: CLIPVisionCfg, text: CLIPTextCfg, *, quick_gelu: bool = False):
         super().__init__()
         self.config: dict[str, Any] = {"embed_dim": embed_dim, "vision_cfg": asdict(vision), "text_cfg": asdict(text)}
+        self.config |= {"quick_gelu": True} if quick_gelu else {}
         self.towers = CLIP(embed_dim, vision, text, quick_gelu=quick_gelu)
 
     @classmethod
@@ -130,7 +131,7 @@ def text_model_of(clip: Clip) -> CLIPTextModel:
             num_hidden_layers=text["layers"],
             num_attention_heads=text["heads"],
             max_position_embeddings=text["context_length"],
-            hidden_act="gelu",
+            hidden_act=_activation(clip),
             bos_token_id=text["vocab_size"] - 2,
             eos_token_id=text["vocab_size"] - 1,
             pad_token_id=text["vocab_size"] - 1,
@@ -146,6 +147,11 @@ def text_model_of(clip: Clip) -> CLIPTextModel:
     return model.eval()
 
 
+def _activation(clip: Clip) -> str:
+    """transformers' name of the towers' activation."""
+    return "quick_gelu" if clip.config.get("quick_gelu") else "gelu"
+
+
 @torch.no_grad()
 def image_model_of(clip: Clip) -> CLIPVisionModelWithProjection:
     """The image tower in transformers' format, for pictures as CLIPImageProcessor normalises them.
@@ -156,7 +162,7 @@ def image_model_of(clip: Clip) -> CLIPVisionModelWithProjection:
     """
     state = {name.removeprefix("visual."): t for name, t in clip.towers.state_dict().items() if "visual." in name}
     vision = clip.config["vision_cfg"]
-    if "class_embedding" not in state or "ln_pre.weight" not in state or clip.config.get("quick_gelu"):
+    if "class_embedding" not in state or "ln_pre.weight" not in state:
         raise ModelError("this CLIP's image tower has no form in transformers. Give another image encoder")
     model = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -167,7 +173,7 @@ def image_model_of(clip: Clip) -> CLIPVisionModelWithProjection:
             num_attention_heads=vision["width"] // vision["head_width"],
             image_size=vision["image_size"],
             patch_size=vision["patch_size"],
-            hidden_act="gelu",
+            hidden_act=_activation(clip),
         )
     )
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.drawing.cascade import final_of
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import parameters_text
 from latentdiff.server.controls import controls_of
@@ -151,7 +152,9 @@ def checkpoint_named(studio: Studio, checkpoint: Any) -> str:
     for name in studio.shelf.names():
         if checkpoint in (name, title(studio, name), (studio.shelf.hash_of(name) or "")[:10] or None):
             return name
-    raise ConfigError(f"the model {str(checkpoint)[:60]!r} is not served here; {', '.join(studio.shelf.names()[:20])}")
+    raise ConfigError(
+        f"the model {str(checkpoint)[:60]!r} is not served here; one of {', '.join(studio.shelf.names()[:20])}"
+    )
 
 
 def routes(studio: Studio) -> APIRouter:
@@ -235,7 +238,7 @@ def _info(ticket: Ticket, pictures: list[FinishedPicture]) -> str:
     """A1111's `info`, JSON in a string."""
     card = ticket.painter.model.card
     request = ticket.jobs[0].request
-    height, width = ticket.jobs[0].plan.final
+    height, width = final_of(ticket.jobs[0], ticket.painter)
     varied = request.variation_seed is not None
     seeds = [job.request.seed if varied else job.seed for job in ticket.jobs]
     subseeds = [(job.request.variation_seed or 0) + job.index if varied else job.seed for job in ticket.jobs]

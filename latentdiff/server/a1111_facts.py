@@ -114,9 +114,12 @@ def list_routes() -> APIRouter:
 
     @router.get("/memory")
     def memory() -> dict[str, Any]:
-        page, pages = os.sysconf("SC_PAGE_SIZE"), (os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PHYS_PAGES"))
-        free, total = (page * number for number in pages)
-        return {"ram": {"free": free, "used": total - free, "total": total}, "cuda": {"error": "not measured"}}
+        page = os.sysconf("SC_PAGE_SIZE")
+        ram = {"total": page * os.sysconf("SC_PHYS_PAGES")}
+        if "SC_AVPHYS_PAGES" in os.sysconf_names:  # macOS does not have it
+            ram["free"] = page * os.sysconf("SC_AVPHYS_PAGES")
+            ram["used"] = ram["total"] - ram["free"]
+        return {"ram": ram, "cuda": {"error": "not measured"}}
 
     return router
 

@@ -16,6 +16,7 @@ from latentdiff.server import a1111, a1111_facts, controls, gallery, openai, pag
 from latentdiff.server.guard import Guard, Limits
 from latentdiff.server.openai import failure, status_of
 from latentdiff.server.studio import Studio
+from latentdiff.settings.validation import first_fault
 
 
 def application(studio: Studio, hosts: tuple[str, ...] | None, token: str | None, limits: Limits | None = None) -> Any:
@@ -53,9 +54,9 @@ def application(studio: Studio, hosts: tuple[str, ...] | None, token: str | None
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(ValidationError)
     async def _invalid(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-        return refused(422, f"{key[:80]}: {first['msg'][:200]}")
+        fault = first_fault(error)
+        key = ".".join(part for part in fault.path if part != "body") or "the body"
+        return refused(422, f"{key[:80]}: {fault.message[:200]}")
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:

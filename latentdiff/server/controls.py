@@ -17,6 +17,7 @@ from latentdiff.core.annotators import ANNOTATORS
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.hints import Hint, hints_of
 from latentdiff.server.studio import Studio, from_base64, read_picture
+from latentdiff.settings.validation import first_fault
 
 SCRIPT = "controlnet"
 _NONE = ("none", "none (raw)", "")
@@ -40,6 +41,7 @@ class Unit(BaseModel):
     guidance_end: Share = 1.0
     control_mode: str | int = "Balanced"
     mask: str | None = None
+    guessmode: bool = False
 
 
 class Controls(NamedTuple):
@@ -81,8 +83,8 @@ def _unit(tree: Any) -> Unit:
     try:
         return Unit.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"controlnet: {'.'.join(map(str, first['loc']))[:60]}: {first['msg'][:100]}") from None
+        fault = first_fault(error)
+        raise ConfigError(f"controlnet: {'.'.join(fault.path)[:60]}: {fault.message[:100]}") from None
 
 
 def _name(model: str) -> str:
@@ -94,8 +96,8 @@ def _hint(unit: Unit) -> Hint:
     """The hint of a unit. Raises ConfigError."""
     if str(unit.control_mode).lower() not in _MODES:
         raise ConfigError(f"controlnet: control_mode {str(unit.control_mode)[:40]!r} is not supported; use Balanced")
-    if unit.mask:
-        raise ConfigError("controlnet: mask is not supported")
+    if unit.mask or unit.guessmode:
+        raise ConfigError(f"controlnet: {'mask' if unit.mask else 'guessmode'} is not supported")
     image = unit.image.get("image") if isinstance(unit.image, dict) else unit.image
     coded = image or unit.input_image
     if not isinstance(coded, str) or not coded:

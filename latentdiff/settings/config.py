@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentdiff.core.errors import ConfigError
+from latentdiff.core.files import write_text
 from latentdiff.settings.recommended import Recommended
 from latentdiff.settings.validation import did_you_mean, first_fault
 
@@ -459,7 +460,7 @@ def own_pictures(source: str) -> list[tuple[str, Any]]:
 
 def save_config(config: Settings, path: Path) -> None:
     """Write the effective config, defaults included, as TOML that `load_config` reads."""
-    path.write_text(tomli_w.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")
+    write_text(path, tomli_w.dumps(config.model_dump(exclude_none=True)))
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:

@@ -157,9 +157,9 @@ class FineTuning(Settings):
         return self.method == "lora" or (self.method in _EITHER and self.lora.rank is not None)
 
     @property
-    def leaves_weights(self) -> bool:
-        """Whether the model's own weights stay frozen."""
-        return self.low_rank or self.method in ("textual-inversion", *_BESIDE)
+    def allows_quantized(self) -> bool:
+        """Whether the model's own weights stay frozen, and are not copied into the network that is trained."""
+        return (self.low_rank and not self.lora.dora) or self.method == "textual-inversion"
 
     @model_validator(mode="after")
     def _of_pictures(self) -> FineTuning:
@@ -183,9 +183,9 @@ class FineTuning(Settings):
         if self.method != "textual-inversion" and self.word != Word():
             raise ValueError('word has no effect without method = "textual-inversion"')
         if not self.low_rank and self.lora != Lora():
-            raise ValueError(f"lora has no effect on {self.method} without a rank")
-        if self.quantize and (self.lora.dora or not self.leaves_weights):
-            raise ValueError("quantize requires frozen weights: lora or textual-inversion, without dora")
+            raise ValueError(f"lora has no effect on {self.method}: a rank requires lora, dreambooth or consistency")
+        if self.quantize and not self.allows_quantized:
+            raise ValueError("quantize requires frozen weights: a rank without dora, or textual-inversion")
         if self.quantize and self.finetune.tune_text_encoder:
             raise ValueError("quantize does not allow tune_text_encoder: the text encoder's weights are frozen too")
         if self.lora.rslora and self.lora.kohya:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from typing import Any, NamedTuple, Protocol
 
 _WORDS = {
     "Value error, ": "",
@@ -43,7 +40,15 @@ class Fault(NamedTuple):
         return ".".join(self.path)
 
 
-def first_fault(error: ValidationError) -> Fault:
+class Invalid(Protocol):
+    """An error of pydantic's or FastAPI's."""
+
+    def errors(self) -> Any:
+        """The list of faults."""
+        ...
+
+
+def first_fault(error: Invalid) -> Fault:
     """The first fault of pydantic's list."""
     first = error.errors()[0]
     message = first["msg"]

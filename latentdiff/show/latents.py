@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentdiff.core.arrays import to_numpy
-from latentdiff.core.images import to_uint8
+from latentdiff.core.images import luminance, to_uint8
 from latentdiff.show.sheet import CELL, Sheet, figure, place
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def latents(pipe: LatentDiffusionPipeline, picture: np.ndarray) -> Sheet:
     """The latents of a picture, uint8 (H, W, 3), whose sides must be multiples of the model's."""
     encoded = pipe.encode(picture[None])
     back, channels = to_uint8(pipe.decode(encoded))[0], to_numpy(encoded)[0]
-    apart = np.clip(128 + FACTOR * (back.astype(int) - picture[..., : back.shape[-1]]), 0, 255).astype(np.uint8)
+    encoded_picture = picture if back.shape[-1] == 3 else luminance(picture[None])[0]
+    apart = np.clip(128 + FACTOR * (back.astype(int) - encoded_picture), 0, 255).astype(np.uint8)
     across = max(3, min(8, len(channels)))
     down = 1 + -(-len(channels) // across)
     fig = figure(CELL * across + 0.4, (CELL + 0.3) * down)

@@ -203,6 +203,8 @@ def captions_of(
     def uncached(examples: Examples) -> Captions:
         if isinstance(text_encoder, AnyTextEncoder):
             return EncodedCaptions(examples, text_encoder, sized=sized)
+        if learning.training.num_workers and accelerator.device.type != "cpu":
+            raise ConfigError("prompts that are not cached require num_workers = 0: workers cannot use a GPU")
         return EncodedPrompts(examples, text_encoder)
 
     if not learning.cache:

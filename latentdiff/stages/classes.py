@@ -18,7 +18,9 @@ def classes_of(examples: Examples) -> list[str]:
     what = f"{len(names):,} classes of {len(examples):,} pictures"
     if not names:
         raise DataError(f"{what}: no picture has a caption")
-    if len(names) > MOST or len(names) > len(examples) / 2:
+    if len(names) > MOST:
+        raise DataError(f"{what}: at most {MOST:,} classes are supported")
+    if len(names) > len(examples) / 2:
         why = "classes require two or more pictures on average"
         raise DataError(f"{what}: {why}. Put each in a folder of its name, data.pictures.layout = classes")
     return sorted(names, key=_in_order)

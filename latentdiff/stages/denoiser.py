@@ -238,8 +238,8 @@ def _report(
     """
     config, examples, directory = run.config, run.data.validation, run.folder / "denoiser" / "samples"
     painter = replace(painter, model=replace(painter.model, place=TorchPlace(run.accelerator.device)))
-    timesteps = config.denoiser.schedule.num_train_timesteps
-    numbers = validation_losses(validation, TIME_BINS, timesteps, config.denoiser.training.train_batch_size)
+    batch_size = config.denoiser.training.train_batch_size
+    numbers = validation_losses(validation, TIME_BINS, painter.model.path, batch_size)
     if painter.model.enlarging is not None or painter.model.must_edit:
         rows = _made_of_pictures(run, painter, examples, before)
     elif readable(config):
@@ -266,12 +266,13 @@ def _made_of_pictures(
 ) -> list[np.ndarray]:
     """Rows of eight pictures: what an enlarging or editing model reads, what is drawn of it, and the true pictures."""
     rows, enlarging = range(min(8, len(examples))), painter.model.enlarging
-    true = [coloured(examples.image(row, 0)) for row in rows]
+    square = (run.config.image_size, run.config.image_size)
+    true = [coloured(examples.image(row, 0, square)) for row in rows]
     if enlarging is not None:
         read = [reduced(pixels, enlarging.scale) for pixels in true]
     else:
         (source,) = before
-        read = [coloured(source.image(row, 0)) for row in rows]
+        read = [coloured(source.image(row, 0, square)) for row in rows]
     prompts = [examples.caption(row, 0) for row in rows]
     after = draw_prompts(painter, prompts, seed=run.config.seed, images=read)
     seen = [resized(pixels, *whole.shape[:2]) for pixels, whole in zip(read, true, strict=True)]

@@ -15,6 +15,7 @@ from torch import nn
 
 from latentdiff.core.annotators import annotator
 from latentdiff.core.errors import ConfigError, saving
+from latentdiff.core.files import recorded
 from latentdiff.data.companions import companions
 from latentdiff.data.dataset import DataSet, open_data
 from latentdiff.data.examples import Examples
@@ -248,7 +249,8 @@ def _samples(run: Run[FineTuning], model: Model, tuning: Tuning, sets: list[Exam
 def _seen(run: Run[FineTuning], sets: list[Examples]) -> list[Examples]:
     """The pictures that a control reads, before its annotator: those of its own folder, or the sets' own."""
     source = run.config.control.source
-    return companions(run.config, sets, source, run.cache) if source else sets
+    cache = run.cache if run.config.finetune.cache else None
+    return companions(run.config, sets, source, cache) if source else sets
 
 
 def check_fits(model: Model, config: FineTuning, data: DataSet) -> None:
@@ -280,8 +282,10 @@ def _check_captions(config: FineTuning, data: DataSet) -> None:
 
 def weights_of(model: Model, tuning: Tuning) -> Weights:
     """The bytes of trained and of frozen weights."""
-    trained = sum(p.nbytes for p in tuning.module.parameters() if p.requires_grad)
-    return Weights(trained, sum(p.nbytes for network in model.modules() for p in network.parameters()) - trained)
+    networks = [*model.modules(), tuning.module, tuning.teacher, tuning.ip_adapter and tuning.ip_adapter.encoder]
+    every = {id(p): p for network in networks if isinstance(network, nn.Module) for p in network.parameters()}.values()
+    trained = sum(p.nbytes for p in every if p.requires_grad)
+    return Weights(trained, sum(p.nbytes for p in every) - trained)
 
 
 def timed_step(run: Run[FineTuning], model: Model, tuning: Tuning) -> float:
@@ -312,7 +316,7 @@ def metadata_of(run: Run[FineTuning], model: Model) -> Mapping[str, str]:
         "modelspec.title": config.name,
         "modelspec.resolution": f"{config.image_size}x{config.image_size}",
         "ss_output_name": config.name,
-        "ss_base_model": config.model or DEFAULT_MODEL,
+        "ss_base_model": recorded(Path(config.model)) if config.model else DEFAULT_MODEL,
         "ss_num_train_images": str(len(run.data.training)),
         "ss_steps": str(training.max_train_steps),
         "ss_learning_rate": str(training.learning_rate),

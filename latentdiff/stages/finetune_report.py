@@ -50,7 +50,7 @@ def report(
     seen: the pictures that a control reads, row by row. If the model has a CLIP of its own that knows the words of the
     prompts, the pictures' score too.
     """
-    numbers = validation_losses(validation, TIME_BINS, painter.model.path.T, config.finetune.training.train_batch_size)
+    numbers = validation_losses(validation, TIME_BINS, painter.model.path, config.finetune.training.train_batch_size)
     prompts = prompts_of(config, examples)
     pictures = _draw(painter, config, prompts, seen)
     _save(np.concatenate(list(pictures), 1), directory / f"step-{step:08d}.png", {"step": step, "prompts": prompts})
@@ -92,7 +92,7 @@ def _draw(painter: Painter, config: FineTuning, prompts: list[str], seen: Exampl
     hints: list[tuple[Hint, ...]] = []
     image_prompts: list[tuple[ImagePrompt, ...]] = []
     if painter.controls or painter.ip_adapters:
-        pictures = [coloured(seen.image(row % len(seen), 0)) for row in range(len(prompts))]
+        pictures = [coloured(seen.image(row % len(seen), 0, (side, side))) for row in range(len(prompts))]
         change, counts = config.control.made_by, (len(painter.controls), len(painter.ip_adapters))
         hints = [hints_of(picture if counts[0] else None, counts[0], annotated=change) for picture in pictures]
         image_prompts = [image_prompts_of(picture if counts[1] else None, None, counts[1]) for picture in pictures]
@@ -180,13 +180,18 @@ def _model(config: FineTuning) -> str:
 def _differing(config: FineTuning) -> dict[str, Any]:
     plain = flat(FineTuning.model_construct())
     settings = {key: value for key, value in flat(config).items() if plain.get(key) != value}
-    places = ("data.pictures.source", "model", "prior.source")  # pages do not reveal folders
-    return {key: printable(Path(value).name) if key in places else value for key, value in settings.items()}
+    places = ("source", "model", "encoder")  # pages do not reveal folders
+    return {
+        key: printable(Path(value).name) if value and key.split(".")[-1] in places else value
+        for key, value in settings.items()
+    }
 
 
 def _compared(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """The numbers of the first and the last validation, compared."""
     reports = [line for line in lines if "loss" not in line]
+    if not reports:  # a sharded network has no validation
+        return []
     first, last = reports[0], reports[-1]
     names = [name for name in first if name != "step" and name in last]
     return [f"{_in_words(name)}: {first[name]:.4f} -> {last[name]:.4f}" for name in names]

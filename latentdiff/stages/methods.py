@@ -60,8 +60,8 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
     Raises ConfigError.
     """
     check_kind(model)
-    if is_quantized(model) and (config.lora.dora or config.finetune.tune_text_encoder or not config.leaves_weights):
-        raise ConfigError("quantized weights are frozen: use lora or textual-inversion, without dora")
+    if is_quantized(model) and (config.finetune.tune_text_encoder or not config.allows_quantized):
+        raise ConfigError("quantized weights are frozen: use a rank without dora, or textual-inversion")
     _, text_encoder, codec = trainable(model)
     codec.requires_grad_(False)
     text_encoder.requires_grad_(False)

@@ -77,7 +77,8 @@ def _seal(folder: Path) -> None:
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or damaged."""
-    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    paths = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def label(path: Path) -> str:

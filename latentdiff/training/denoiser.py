@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.objective import DiffusionLoss
+from latentdiff.diffusion.path import Path, Straight
 from latentdiff.diffusion.times import Times
 from latentdiff.networks.conditions import BESIDE, Conditions
 from latentdiff.training.order import Order
@@ -176,7 +177,7 @@ class DenoiserStage:
 
 
 @torch.no_grad()
-def validation_losses(stage: DenoiserStage, bins: int, timesteps: int, batch_size: int) -> dict[str, float]:
+def validation_losses(stage: DenoiserStage, bins: int, path: Path, batch_size: int) -> dict[str, float]:
     """The mean loss on all pictures, in each bin of time and in total, with fixed noise for each picture and bin.
 
     Equal weights give equal numbers. The stage's draws must have this number of bins.
@@ -191,7 +192,10 @@ def validation_losses(stage: DenoiserStage, bins: int, timesteps: int, batch_siz
                 batch = stage.batch_of([(int(row), number) for row in rows[first : first + batch_size]])
                 losses.append(stage.loss(stage.module, {name: tensor.to(device) for name, tensor in batch.items()}))
         means.append(float(torch.cat(losses).mean()))
-    edges = [number * timesteps // bins for number in range(bins + 1)]  # with fewer times than bins some are empty
+    shares = np.arange(bins + 1) / bins
+    if isinstance(path, Straight):
+        shares = path.shifted(shares)  # as the times are
+    edges = [int(edge) for edge in np.round(path.T * shares, 6)]  # with fewer times than bins some are empty
     named = {
         f"loss_at_{low}_to_{high - 1}": value
         for low, high, value in zip(edges, edges[1:], means, strict=False)

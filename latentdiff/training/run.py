@@ -135,7 +135,8 @@ class _Run:
                 _say(
                     f"warning: batches are split as {now}, before as {before}: the same samples, sums rounded otherwise"
                 )
-        return Progress(state["step"], state["position"], state["micro_batch"])
+        halved = self._stage.divisible and state["micro_batch"] < state["batching"]["batch_size"]  # memory ran out
+        return Progress(state["step"], state["position"], state["micro_batch"] if halved else None)
 
     def train(self, progress: Progress) -> None:
         """Make every remaining step, and what is due after it."""
@@ -227,7 +228,8 @@ def peak_memory() -> float:
     """The peak memory so far in bytes, on the GPU if there is one."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1.0 if sys.platform == "darwin" else 1024.0
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _say(message: str) -> None:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from latentdiff.data.scenes import BACKGROUNDS, COLORS, HELD_OUT, INVERSE, PLACES, RELATIONS, SHAPES
+from latentdiff.data.scenes import BACKGROUNDS, COLORS, HELD_OUT, INVERSE, PAIRS, PLACES, RELATIONS, SHAPES
 from latentdiff.data.sprites.library import Library, Sprite
 
 GROUNDS = BACKGROUNDS | COLORS
@@ -115,7 +115,7 @@ class Describer:
             second = self._group(rng, category)
             if _differ(first, second, category):
                 return (first, second)
-        others = [(shape, color) for shape in SHAPES for color in COLORS if color != first.color]
+        others = [pair for pair in PAIRS if pair[1] != first.color]
         return (first, Group(None, *others[rng.integers(len(others))]))
 
     def _group(self, rng: np.random.Generator, category: str, *, held_out: bool = False) -> Group:

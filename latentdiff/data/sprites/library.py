@@ -63,8 +63,8 @@ class Library:
 
     def __init__(self, folder: Path | None):
         self.folder, self._metadata = folder or Path(), b"" if folder is None else _metadata(folder)
-        lines = [line for line in lines_of(self._metadata, METADATA) if line.strip()]
-        places = [(f"{METADATA} line {number}", line) for number, line in enumerate(lines, 1)]
+        lines = enumerate(lines_of(self._metadata, METADATA), 1)
+        places = [(f"{METADATA} line {number}", line) for number, line in lines if line.strip()]
         rows = [_row(line, where) for where, line in places]
         if folder is not None and not sum(row.weight for row in rows):
             raise DataError(f"{folder / METADATA} has no sprite with a weight above 0")

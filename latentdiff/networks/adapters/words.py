@@ -121,7 +121,7 @@ def _teach(encoder: TextEncoder, word: str, vectors: Tensor) -> None:
 
 def _remember(encoder: TextEncoder, tokens: Sequence[str]) -> None:
     encoder.tokenizer.add_tokens(list(tokens))
-    getattr(encoder.model, "text_model", encoder.model).eos_token_id = 49407  # else the largest id is taken for the end
+    getattr(encoder.model, "text_model", encoder.model).eos_token_id = encoder.reader.end  # not the largest id
 
 
 class LearntEmbedding(nn.Module):

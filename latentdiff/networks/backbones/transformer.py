@@ -56,10 +56,11 @@ class Transformer(nn.Module):
         """The network's output; see the class."""
         conditions, x, count = conditions.cast(self.dtype), x.to(self.dtype), conditions.count
         if "guidance" in self.spec.reads and conditions.get("guidance") is None:  # in training: as if there were none
-            conditions = conditions.joined({"guidance": torch.ones(len(x), device=x.device)})
-        rows = x.repeat(count, 1, 1, 1) if count else x
+            rows = (count, len(x)) if count else (len(x),)
+            conditions = conditions.joined({"guidance": torch.ones(rows, device=x.device)})
+        repeated = x.repeat(count, 1, 1, 1) if count else x
         time = torch.as_tensor(t, device=x.device).expand(len(x)).repeat(count or 1)
-        output = self.output(rows, time, conditions.flattened() if count else conditions)
+        output = self.output(repeated, time, conditions.flattened() if count else conditions)
         return output.reshape(count, len(x), *output.shape[1:]) if count else output
 
     @torch.no_grad()

@@ -119,7 +119,8 @@ class UNet(nn.Module):
         conditions, x, count = conditions.cast(self.dtype), x.to(self.dtype), conditions.count
         if not count:
             return self._output(x, t, conditions)
-        output = self._output(x.repeat(count, 1, 1, 1), t, conditions.flattened())
+        time = t.expand(len(x)).repeat(count) if isinstance(t, Tensor) and t.ndim else t
+        output = self._output(x.repeat(count, 1, 1, 1), time, conditions.flattened())
         return output.reshape(count, len(x), *output.shape[1:])
 
     @torch.no_grad()

@@ -165,9 +165,26 @@ def notes_on(prompt: str) -> tuple[str, ...]:
 
 def parse(prompt: str) -> list[list[Piece]]:
     """The pieces of a prompt between its BREAKs. Raises ConfigError for weights that are too large."""
+    pieces = _pieces(prompt)
+    for piece in pieces:
+        if not abs(piece.weight) <= LARGEST_WEIGHT:
+            raise ConfigError(
+                f"prompt: weights must be from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+                f" (got {piece.weight:g} for {piece.text[:30]!r})"
+            )
+    return _sections(pieces)
+
+
+def has_weights(prompt: str) -> bool:
+    """Whether brackets in a prompt give its words weights, of any size. Raises ConfigError for an adapter in it."""
+    return any(piece.weight != 1 for piece in _pieces(prompt))
+
+
+def _pieces(prompt: str) -> list[Piece]:
+    """The pieces of a prompt. Raises ConfigError for an adapter in it."""
     if foreign := _ELSEWHERE.search(prompt):
         raise ConfigError(f"{foreign[0][:40]!r} in a prompt would be read as text. Name adapters by --lora")
-    return _sections(_parsed(prompt)[0])
+    return _parsed(prompt)[0]
 
 
 def _parsed(prompt: str) -> tuple[list[Piece], list[str]]:
@@ -195,13 +212,7 @@ def _close(bracket: str, weight: float | None, first: int, pieces: list[Piece]) 
     if bracket == "]":
         weight = 1 / STRONGER
     for index, piece in enumerate(pieces[first:], first):
-        combined = piece.weight * (STRONGER if weight is None else weight)
-        if not abs(combined) <= LARGEST_WEIGHT:
-            raise ConfigError(
-                f"prompt: weights must be from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-                f" (got {combined:g} for {piece.text[:30]!r})"
-            )
-        pieces[index] = Piece(piece.text, combined)
+        pieces[index] = Piece(piece.text, piece.weight * (STRONGER if weight is None else weight))
 
 
 def _sections(pieces: Sequence[Piece]) -> list[list[Piece]]:

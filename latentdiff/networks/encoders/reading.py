@@ -23,6 +23,7 @@ from latentdiff.networks.encoders.prompt import (
     Reading,
     Style,
     check_no_clip_skip,
+    has_weights,
     notes_on,
     parse,
     weighted,
@@ -134,8 +135,8 @@ class ChatReading:
             count = len(self._ids(prompt)) - self.chat.dropped
         notes: list[str] = []
         if style.weights:
-            has_weights = any(piece.weight != 1 for section in parse(prompt) for piece in section)
-            notes += ["this model has no word weights: brackets are text"] if has_weights else notes_on(prompt)
+            weighted = has_weights(prompt)
+            notes += ["this model has no word weights: brackets are text"] if weighted else notes_on(prompt)
         return Reading(min(count, self.length), 1, max(0, count - self.length), tuple(notes))
 
     def encode(self, prompt: Prompt) -> Conditions:
@@ -167,9 +168,10 @@ class ClassReading:
 
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
-        numbers = {str(number): number for number in range(len(self.names))}
-        parts = {part.strip(): n for n, name in reversed(list(enumerate(self.names))) for part in name.split(",")}
-        known = {"": len(self.names)} | numbers | parts | {name: n for n, name in enumerate(self.names)}
+        numbered = list(reversed(list(enumerate(self.names))))  # of two equal names the first one counts
+        parts = {part.strip(): number for number, name in numbered for part in name.split(",")}
+        wholes = {name: number for number, name in numbered}
+        known = {str(number): number for number, _ in numbered} | parts | wholes | {"": len(self.names)}
         self._known = {normalize("NFC", name): number for name, number in known.items()}
 
     def label(self, name: str) -> int:

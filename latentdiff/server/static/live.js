@@ -13,11 +13,15 @@ export function offer() {
   sketch();
 }
 
+/** Whether a sketch is wanted, and there is a prompt for it. */
+const wanted = () => byId("live").checked && settings.isLive() && byId("prompt").value.trim() !== "";
+
 /** Draw what the form says now. While a picture is being drawn, only the latest request waits. */
 export async function sketch() {
-  const wanted = byId("live").checked && settings.isLive() && byId("prompt").value.trim() !== "";
-  if (!wanted) byId("sketch").hidden = true;
-  if (!wanted) return;
+  if (!wanted()) {
+    byId("sketch").hidden = true;
+    return;
+  }
   if (drawing) {
     again = true;
     return;
@@ -26,7 +30,7 @@ export async function sketch() {
   const body = settings.liveRequest();
   try {
     const { image } = await post("/api/live", body);
-    if (!byId("live").checked) return;
+    if (!wanted()) return;
     Object.assign(byId("sketch"), { src: image, alt: `A sketch of: ${body.prompt}`, hidden: false });
     complain("");
   } catch (error) {
