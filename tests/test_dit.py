@@ -200,7 +200,7 @@ def test_classes_of_folders(stripes):
         shutil.copy(stripes / "rows" / "0.png", few / name / f"{name}.png")
         Image.new("L", (8, 8), 9 if name == "a" else 99).save(few / name / f"{name}.png")
     settings = settings_of(few, **{"data.pictures.validation_pictures": 0})
-    with pytest.raises(DataError, match="2 classes of 2 pictures: a class requires two pictures"):
+    with pytest.raises(DataError, match="2 classes of 2 pictures: classes require two or more pictures"):
         classes_of(open_data(load_config(ROOT / "configs" / "digits-8.toml", settings)).training)
     with pytest.raises(ConfigError, match="instance_prompt has no effect"):
         load_config(ROOT / "configs" / "digits-8.toml", settings_of(stripes, **{"data.pictures.instance_prompt": "a"}))

@@ -66,7 +66,7 @@ def test_what_is_saved_is_read_again(overrides, tmp_path):
         (('prior.prompt="a"', "prior.source=x", "prior.pictures=3"), "prior.source, which has its own"),
         (
             ("method=textual-inversion", "word.token=<x>", 'data.pictures.instance_prompt="a cat"'),
-            "<x>, which would learn nothing",
+            "<x>, or the word learns nothing",
         ),
         (("finetune.snr_gamma=5.0",), "snr_gamma"),
         (("data.kind=scenes",), "data.pictures.source is missing"),

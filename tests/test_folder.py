@@ -118,7 +118,7 @@ def test_more_layers_than_there_are_weights(folder, part, changes):
 def test_weights_that_are_no_floating_point(folder, dtype):
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     rewrite(path, lambda state: state.update({name: tensor.to(dtype) for name, tensor in state.items()}))
-    assert "weights must have 16 bits or more" in refusal(folder, ModelError)
+    assert "weights must be floats of 16 bits or more" in refusal(folder, ModelError)
 
 
 def test_a_schedule_that_does_not_fall(folder):

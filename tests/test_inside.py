@@ -119,7 +119,7 @@ def test_columns_that_a_decoder_would_open(pictures, outside, tmp_path, no_netwo
     table = datasets.Dataset.from_dict(rows).cast_column("text", datasets.Image())
     (tmp_path / "set").mkdir()
     table.to_parquet(tmp_path / "set" / "train.parquet")
-    with pytest.raises(ConfigError, match=r"column text has no text but Image. Use caption_column"):
+    with pytest.raises(ConfigError, match=r"column text holds Image, not text. Use caption_column"):
         surveyed(tmp_path / "set")
 
 

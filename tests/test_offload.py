@@ -50,7 +50,7 @@ def test_by_the_command_line(call, tiny_model, monkeypatch):
     """The model is loaded where it stays: one that is larger than the GPU would not fit there."""
     loaded, devices = GENERATE.loaded, []
     monkeypatch.setattr(GENERATE, "loaded", lambda *given: devices.append(given[1]) or loaded(*given))
-    monkeypatch.setattr(device, "usable_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda:1"))
+    monkeypatch.setattr(device, "usable_device", lambda name: torch.device("cpu" if str(name) == "cpu" else "cuda:1"))
     monkeypatch.setattr(LatentDiffusionPipeline, "offload", lambda self, to, **_: devices.append((self.device, to)))
     words = ("--offload", "model", "--device", "cuda:1", "--steps", 1, "-s", 1)
     code, _, err = call("generate", "a ring", "-m", tiny_model, *words)

@@ -624,7 +624,7 @@ def test_graphs_of_another_network(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((default_model(), "--to", "openvino", "--vae", "x"), "With --vae name an output"),
+        ((default_model(), "--to", "openvino", "--vae", "x"), "--vae changes the weights"),
         (("x.safetensors", "--to", "openvino"), "x.safetensors is not a local folder: name an output"),
         ((default_model(), "y.safetensors", "--to", "openvino"), "--to openvino writes a model folder"),
         ((default_model(), "--to", "openvino", "--dtype", "float16"), "--dtype changes the weights"),

@@ -541,7 +541,7 @@ def test_absurd_numbers_and_configs(z, tmp_path):
     """A block of number 200,000 is refused at once; a base's config that describes nothing is not needed."""
     folder, transformer, _ = z
     far = transformer | {"layers.200000.foo.weight": torch.ones(1)}
-    with pytest.raises(ModelError, match="layers are numbered up to 200000, of which there are 3"):
+    with pytest.raises(ModelError, match="layers are numbered up to 200000, but there are only 3"):
         joined([_written(far, tmp_path / "far.safetensors")], folder)
     file = _written(transformer, tmp_path / "z.safetensors")
     for tree in ("{}", '{"_class_name": "Foo"}', '{"dim": "x"}'):

@@ -165,7 +165,7 @@ def test_schedules_survive_diffusers_format(kind, terminal, tmp_path):
         ({"num_images": 3}, "use num_images_per_prompt instead of num_images"),
         ({"callback": print}, "use callback_on_step_end, or stream"),
         ({"sampler": "unipc", "eta": 0.5}, "eta has no effect on unipc; it applies to"),
-        ({"guidance_interval": (5.0, -5.0)}, "the lower end comes first"),
+        ({"guidance_interval": (5.0, -5.0)}, "the lower end must come first"),
         ({"steps": 5}, "unknown setting 'steps' (did you mean num_inference_steps?)"),
         ({"mask": 5}, "unknown setting 'mask' (did you mean mask_image?)"),
         ({"prompt_embeds": torch.zeros(1, 32, 9)}, "prompt_embeds replace the prompt"),
@@ -186,7 +186,7 @@ def test_refused_prompts(pipe, prompt):
 
 def test_more_steps_than_the_model_has(pipe):
     short = LatentDiffusionPipeline(replace(pipe.model, path=VariancePreserving.cosine(100)))
-    with pytest.raises(ConfigError, match="the model has 100"):
+    with pytest.raises(ConfigError, match="must be at most 100"):
         short(PROMPT, num_inference_steps=200)
 
 

@@ -67,7 +67,7 @@ def test_class_pictures_are_drawn_once(pipe, config, tmp_path):
     assert {data.training.caption(row, 0) for row in range(10)} == {"a star"}
 
 
-@pytest.mark.parametrize("fault", ["missing", "another", "settings", "model", "damaged", "mine"])
+@pytest.mark.parametrize("fault", ["missing", "changed", "settings", "model", "damaged", "mine"])
 def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, fault):
     """An error is raised, and nothing is overwritten."""
     folder = tmp_path / "classes"
@@ -78,13 +78,13 @@ def test_class_pictures_that_are_not_what_they_were(pipe, config, tmp_path, faul
     assert list(classes["pictures"]) == ["00000.png", "00001.png"]
     if fault == "missing":
         (folder / "00001.png").unlink()
-    if fault == "another":
+    if fault == "changed":
         (folder / "00001.png").write_bytes((folder / "00000.png").read_bytes())
     if fault == "damaged":
         (folder / "classes.json").write_text("{")
     if fault == "mine":
         (folder / "classes.json").unlink()
-    messages = {"missing": "00001.png is missing", "another": "00001.png is another", "damaged": "is damaged"}
+    messages = {"missing": "00001.png is missing", "changed": "00001.png is changed", "damaged": "is damaged"}
     expected = {**messages, "mine": "has other files"}.get(fault, "have other settings")
     options = config if fault == "settings" else short
     with pytest.raises(DataError, match=expected):

@@ -61,8 +61,8 @@ def test_pieces(prompt, pieces):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("(red:99)", "a weight of 99 is over 10"),
-        ("((((red:9):9):9):9)", "a weight of 81 is over 10"),
+        ("(red:99)", "weights must be from -10 to 10"),
+        ("((((red:9):9):9):9)", "weights must be from -10 to 10"),
         ("a cat <lora:ink:0.8>", "Name adapters by --lora"),
     ],
 )

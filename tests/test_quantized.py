@@ -144,7 +144,7 @@ def test_another_kind_and_the_same_twice(folder, tmp_path):
     with pytest.raises(ConfigError, match="unknown kind of weights in openvino 'fp8'"):
         opened(folder, quantize="fp8", runtime="openvino")
     opened(folder, quantize="q8_0").save_pretrained(tmp_path / "saved")
-    with pytest.raises(ConfigError, match="in blocks already"):
+    with pytest.raises(ConfigError, match="quantized already"):
         opened(tmp_path / "saved", quantize="q4_0")
 
 
@@ -288,11 +288,11 @@ def test_a_property_s_own_fault_is_shown(folders, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("convert", "BLOCKS", "--to", "openvino"), 2, "this model's weights are quantized"),
+        (("convert", "BLOCKS", "--to", "openvino"), 2, "a model with quantized weights cannot"),
         (("convert", "BLOCKS", "x.safetensors"), 2, "quantized weights require a folder, not a single file"),
-        (("convert", "BLOCKS", "x", "--quantize", "q4_0"), 2, "weights are in blocks already"),
+        (("convert", "BLOCKS", "x", "--quantize", "q4_0"), 2, "files are quantized already"),
         (("convert", "BLOCKS", "x", "--quantize", "q2"), 2, "unknown kind of weights 'q2'; one of int8"),
-        (("generate", "a", "-m", "BLOCKS", "--runtime", "openvino"), 4, "openvino reads numbers"),
+        (("generate", "a", "-m", "BLOCKS", "--runtime", "openvino"), 4, "openvino cannot read the quantized weights"),
         (("generate", "a", "-m", "BLOCKS", "--quantize", "int4"), 2, "int4 requires OpenVINO on a CPU and graphs"),
         (("generate", "a", "--quantize", "int4", "--vae", "BLOCKS"), 2, "torch runtime, which has no int4"),
         (("generate", "a", "--quantize", "int3"), 2, "unknown kind of weights 'int3'; one of int8, fp8, q8_0, q4_0"),

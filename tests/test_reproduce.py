@@ -214,7 +214,7 @@ def forged(path, place, **changes):
         ({"request__num_inference_steps": 10**6}, DataError, "num_inference_steps"),
         ({"request__num_images": 10**9}, DataError, "num_images"),
         ({"request__prompt": "x" * 10**6}, DataError, "prompt"),
-        ({"request__prompt": "a (red:99)"}, ConfigError, "is over 10"),
+        ({"request__prompt": "a (red:99)"}, ConfigError, "from -10 to 10"),
         ({"request__eval": "1"}, DataError, "eval"),
         ({"request__guidance_scale": "7"}, DataError, "guidance_scale"),
         ({"seed": 5}, DataError, "contradicts itself"),

@@ -149,6 +149,18 @@ def test_sketches_while_typing(browser, page, tiny_model, tmp_path):
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         np.testing.assert_array_equal(picture, np.asarray(student(PROMPT, seed=5).images[0]))
         assert list((tmp_path / "outputs").glob("*.png")) == []
+        held = []
+        sketching.route("**/api/live", lambda route: held.append(route))
+        with sketching.expect_request("**/api/live"):
+            sketching.locator("#prompt").fill("a star")
+        sketching.locator("#prompt").fill("")
+        with sketching.expect_response("**/api/live"):
+            held[0].continue_()
+        sketching.wait_for_timeout(200)
+        expect(sketching.locator("#sketch")).to_be_hidden()  # of a prompt that is erased
+        sketching.unroute("**/api/live")
+        sketching.locator("#prompt").fill(PROMPT)
+        expect(sketching.locator("#sketch")).to_be_visible()
         sketching.locator("#live").uncheck()
         expect(sketching.locator("#sketch")).to_be_hidden()
 
@@ -355,13 +367,13 @@ def test_choosing_a_picture(page, shop, photo):
     Image.fromarray(np.zeros((1000, 6000, 3), np.uint8)).save(large, "JPEG")
     page.locator("details").evaluate_all("folds => folds.forEach((fold) => (fold.open = true))")
     page.set_input_files("#file", {"name": "large.jpg", "mimeType": "image/jpeg", "buffer": large.getvalue()})
-    expect(page.locator("#state")).to_contain_text("It is drawn from at 5016 × 836.")
+    expect(page.locator("#state")).to_contain_text("It was reduced to 5016 × 836.")
     assert page.locator("#paper img").evaluate("image => image.naturalWidth * image.naturalHeight") <= 2048 * 2048
     page.set_input_files("#file", {"name": "photo.png", "mimeType": "image/png", "buffer": png(photo)})
     expect(page.locator("#state")).to_have_text("Drawing starts from this picture.")
     before = page.locator("#paper img").get_attribute("src")
     page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"nothing"})
-    expect(page.locator("#problem")).to_have_text("This file is not a picture that a browser opens.")
+    expect(page.locator("#problem")).to_have_text("The browser cannot open this file as a picture.")
     assert page.locator("#paper img").get_attribute("src") == before
     assert page.locator("#file").input_value() == ""
     canvas = page.locator("#paper canvas")

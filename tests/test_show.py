@@ -205,7 +205,7 @@ def test_on_the_command_line(call, tmp_path, words, made):
         (("reverse", PROMPT, "--columns", 1), 2, "columns must be from 2 to 16 (got 1)"),
         (("reverse", PROMPT, "--set", "hires_scale=2.0"), 2, "a strip has pictures of one size"),
         (("samplers", PROMPT, "--steps", "1,x"), 2, "--steps must be whole numbers"),
-        (("samplers", PROMPT, "--steps", ",".join(["1"] * 99)), 2, "from 1 to 100 pictures are drawn"),
+        (("samplers", PROMPT, "--steps", ",".join(["1"] * 99)), 2, "they must make 1 to 100 pictures"),
         (("attention", ""), 2, "attention maps require a prompt of 1 to 32 words (got 0)"),
         (("latents", "none.png"), 3, "none.png: no such file"),
         (("schedule", "-m", "nowhere"), 4, "no such model folder (nowhere)"),

@@ -325,7 +325,7 @@ def test_byte_order_marks_and_long_captions(layout, pictures, tmp_path):
         (b'{"file_name": "/etc/passwd", "text": "x"}', "metadata.jsonl line 7 names a file outside its folder"),
         (b'{"file_name": "a.png", "text": 3}', r"metadata.jsonl line 7: text must be a string or a list .*got 3"),
         (b'{"file_name": "a.png", "text": "\\ud800"}', "metadata.jsonl line 7: text contains half a surrogate pair"),
-        (b'{"file_name": "a.png", "text": "x", "text": "y"}', "metadata.jsonl line 7 .* a key is there twice"),
+        (b'{"file_name": "a.png", "text": "x", "text": "y"}', "metadata.jsonl line 7 .* a key occurs twice"),
         (b"[" * 100_000, "metadata.jsonl line 7 is not valid JSON"),
     ],
 )

@@ -374,7 +374,7 @@ def single_file(folders, tmp_path_factory):
     ("prefix", "message"),
     [
         ("model.diffusion_model.", "no U-Net under model.diffusion_model"),
-        ("cond_stage_model.", "no Stable Diffusion 1, 2 or XL by its text encoders"),
+        ("cond_stage_model.", "text encoders of no Stable Diffusion 1, 2 or XL"),
         ("model.diffusion_model.middle_block.1", "cannot load"),
     ],
 )

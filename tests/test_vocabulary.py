@@ -90,7 +90,7 @@ def test_words_known_from_one_thing_alone_are_named(tiny_model, tmp_path):
     pipe = LatentDiffusionPipeline.from_pretrained(folder, device="cpu")
     name = pipe.card.name
     assert pipe("a circle on a table", num_inference_steps=1).notes == [
-        f"{name} knows from one thing alone: table (ping pong)"
+        f"{name} has seen only in captions of one thing: table (ping pong)"
     ]
     assert not pipe("a ping pong table on a circle", num_inference_steps=1).notes
     pipe.save_pretrained(tmp_path / "again")

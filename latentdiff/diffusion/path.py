@@ -281,7 +281,7 @@ class Straight:
     def shifted(self, s: Floats, tokens: int = 0, steps: int = 0) -> Floats:
         """Shares s in [0, 1] moved by the shift."""
         shift = self.shift_of(tokens, steps)
-        return np.minimum(shift * s / (1 + (shift - 1) * s), 1.0)  # rounding may exceed 1
+        return np.where(s == 1, 1.0, shift * s / (1 + (shift - 1) * s))  # exact at 1, in spite of rounding
 
 
 def grid_levels(
