@@ -37,7 +37,7 @@ def walk(name, start, steps, seed=0):
 
 start = np.random.default_rng(1).standard_normal((12, 2))
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.5), sharey=True)
-for axis, name in zip(axes, ("ddim", "euler_ancestral", "ddpm"), strict=True):
+for axis, name in zip(axes, ("ddim", "ddpm", "dpmpp_2m_sde"), strict=True):
     trace = walk(name, start, 200)
     axis.plot(trace[..., 0], trace[..., 1], linewidth=0.7)
     axis.plot(*points.T, "k*")
@@ -63,7 +63,7 @@ many = np.random.default_rng(2).standard_normal((500, 2))
 
 
 def end(name, steps):
-    *_, last = SAMPLERS[name].walk(gaussian, many, path.levels(steps, "exponential")[:-1], path=path)
+    *_, last = SAMPLERS[name].walk(gaussian, many, path.levels(steps + 1, "exponential")[:-1], path=path)
     return last.x
 
 
@@ -104,7 +104,7 @@ def star(x):
 
 
 cloud = np.random.default_rng(3).standard_normal((2000, 2))
-for name in ("ddim", "euler_ancestral", "ddpm"):
+for name in ("ddim", "ddpm", "dpmpp_2m_sde"):
     ends = [star(walk(name, cloud, 100, seed)[-1]) for seed in (0, 1)]
     same = (ends[0] == ends[1]).mean()
     print(
@@ -115,7 +115,6 @@ for name in ("ddim", "euler_ancestral", "ddpm"):
 # %% [markdown]
 # Each star gets a fifth, whatever the sampler: all of them draw from the same distribution. But only an ODE sampler makes
 # the picture a function of its first noise alone. With an SDE sampler it changes with the number of steps too.
-# `euler_ancestral` and `ddpm` give the same numbers here: they are one sampler in two forms.
 #
 # **Which one?**
 #

@@ -33,7 +33,6 @@ changed = [pipe("two pink rings", image=photo, strength=s, seed=2).images[0] for
 show([photo, *changed], ["given", *(f"strength {s}" for s in strengths)])
 distance = [np.abs(np.asarray(photo).astype(int) - np.asarray(each)).mean() for each in changed]
 print("mean distance from the given picture:", np.round(distance, 1))
-assert distance[0] < distance[2] < distance[4] + 20
 assert distance[0] < distance[4]
 
 # %% [markdown]

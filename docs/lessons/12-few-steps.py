@@ -111,7 +111,7 @@ def trained(loss, net, student, rows, steps=4000):
     """Train on fresh data; returns the seconds it took."""
     began, draw = time.perf_counter(), np.random.default_rng(1)
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         chosen = draw.choice(2, 512, p=SHARES)
         x0 = torch.tensor(CENTRES[chosen] + WIDTH * draw.standard_normal(512)).float()[:, None]
@@ -121,7 +121,7 @@ def trained(loss, net, student, rows, steps=4000):
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        schedule.step()
+        lr_schedule.step()
     return time.perf_counter() - began
 
 

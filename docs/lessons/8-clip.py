@@ -48,11 +48,11 @@ assert top1 > 0.6
 # scale, one over the temperature, sharpens it.
 
 # %%
-temperature = clip.clip.towers.logit_scale.exp().item()
-logits = torch.tensor(matrix[:64, :64]) * temperature
+logit_scale = clip.clip.towers.logit_scale.exp().item()
+logits = torch.tensor(matrix[:64, :64]) * logit_scale
 target = torch.arange(64)
 loss = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
-print(f"logit scale {temperature:.1f}; loss {loss:.2f} on 64 unseen pairs, {np.log(64):.2f} by guessing")
+print(f"logit scale {logit_scale:.1f}; loss {loss:.2f} on 64 unseen pairs, {np.log(64):.2f} by guessing")
 assert loss < 0.5 * np.log(64)
 
 # %% [markdown]

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jupytext
 from nbconvert import MarkdownExporter
@@ -25,12 +26,11 @@ LONGEST = 600  # seconds that one cell may take; a whole lesson takes about half
 def page(script: Path) -> tuple[str, dict[str, bytes]]:
     """The Markdown of a lesson after running it, and its pictures by name."""
     notebook = jupytext.read(script)
-    ExecutePreprocessor(timeout=LONGEST, kernel_name="python3").preprocess(
-        notebook, {"metadata": {"path": str(script.parent)}}
-    )
-    for cell in notebook.cells:  # progress bars and warnings of libraries are not part of the lesson
+    execute = ExecutePreprocessor(timeout=LONGEST, kernel_name="python3", coalesce_streams=True)
+    execute.preprocess(notebook, {"metadata": {"path": str(script.parent)}})
+    for cell in notebook.cells:  # progress bars, warnings of libraries and addresses of objects are not part of it
         if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     pictures: dict[str, bytes] = {}
     for number, (name, content) in enumerate(resources["outputs"].items(), 1):
@@ -40,17 +40,22 @@ def page(script: Path) -> tuple[str, dict[str, bytes]]:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", pictures
 
 
+def _is_noise(output: dict[str, Any]) -> bool:
+    return output.get("name") == "stderr" or output["output_type"] == "execute_result"
+
+
 def write(script: Path) -> float:
     """Write the page of a lesson; returns the seconds it took."""
     begun = time.perf_counter()
     text, pictures = page(script)
     folder = script.with_suffix("")
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
     for name, content in pictures.items():
         (script.parent / name).write_bytes(content)
     script.with_suffix(".md").write_text(text, encoding="utf-8")
+    for old in folder.glob("*.png"):
+        if f"{script.stem}/{old.name}" not in pictures:
+            old.unlink()
     return time.perf_counter() - begun
 
 

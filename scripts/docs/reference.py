@@ -7,6 +7,7 @@ reference/errors.md          every kind of error and its exit code
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
@@ -28,6 +29,7 @@ _OTHER_CODES = {
     0: "Success.",
     1: "`reproduce`: the picture that was drawn again differs.",
     130: "Interrupted by Ctrl-C. A training run has saved its state.",
+    141: "The program that reads the output has closed it.",
     143: "Terminated by SIGTERM. A training run has saved its state.",
 }
 _BOUNDS = {Ge: ("ge", "from"), Gt: ("gt", "over"), Le: ("le", "to"), Lt: ("lt", "under")}  # attribute, word
@@ -139,11 +141,9 @@ def _kind(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if origin is typing.Annotated:
-        inner, *more = get_args(annotation)
-        field = FieldInfo.from_annotation(annotation)
-        return _values(field) if more else _kind(inner)
+        return _values(FieldInfo.from_annotation(annotation))
     if origin in (typing.Union, types.UnionType):
-        return _kind(next(arg for arg in get_args(annotation) if arg is not type(None)))
+        return " or ".join(_kind(each) for each in get_args(annotation) if each is not type(None))
     if origin is tuple:
         inner = get_args(annotation)
         return (
@@ -151,21 +151,14 @@ def _kind(annotation: Any) -> str:
             if inner[-1] is Ellipsis
             else f"list of {len(inner)} {_plural(_kind(inner[0]))}"
         )
+    if annotation is dict or origin is dict:
+        return "table"
     return {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}.get(annotation, "")
 
 
 def _plural(kind: str) -> str:
-    return {
-        "whole number": "whole numbers",
-        "number": "numbers",
-        "text": "texts",
-        "`true`, `false`": "`true` or `false`",
-    }.get(
-        kind,
-        kind.replace("whole number", "whole numbers", 1)
-        if kind.startswith("whole")
-        else kind.replace("number", "numbers", 1),
-    )
+    known = {"text": "texts", "`true`, `false`": "`true` or `false`"}
+    return known.get(kind, re.sub(r"\b(number|table)\b", r"\1s", kind))
 
 
 def error_codes() -> str:
