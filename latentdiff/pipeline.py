@@ -111,16 +111,19 @@ class LatentDiffusionPipeline:
         return cls.from_pretrained(path, **settings)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a folder that this class and diffusers' pipelines can load.
+        """Write a folder that this class and diffusers' pipelines can load; compiled networks are kept for drawing.
 
-        Raises ConfigError if adapters are attached.
+        Raises ConfigError if adapters are attached, or if there are only compiled networks.
         """
         from latentdiff.drawing.extras import check_merged
         from latentdiff.families.loading import save_model
 
-        with self._changing("saving"):  # undoes what is fused for speed
-            check_merged(self._painter)
-            changed = any(source.kind in ("merged", "few-steps", "vae") for source in self._painter.sources.values())
+        check_merged(self._painter)
+        changed = any(source.kind in ("merged", "few-steps", "vae") for source in self._painter.sources.values())
+        if self.runtime != "torch":
+            save_model(self._by_torch("saving"), as_path(directory), with_student=not changed)
+            return
+        with self._changing("saving"):  # undoes what is fused for speed; drawing does it again
             save_model(self.model, as_path(directory), with_student=not changed)
 
     # what it is made of
@@ -648,12 +651,10 @@ class LatentDiffusionPipeline:
         if self.runtime == "torch":
             yield
             return
-        if self.model.other is None and self.model.quantized in LACKING:
-            raise ConfigError(f"{what} requires the torch runtime, which has no {self.model.quantized}")
-        if self.model.other is None or self.model.is_fixed:
+        if self.model.other is not None and self.model.is_fixed:
             raise ConfigError(f"{what} requires the torch runtime; {self.runtime} was requested by name")
         try:
-            model = self.model.other()
+            model = self._by_torch(what)
             controls = tuple(control.by_torch(model) for control in before.controls)
             self._painter = replace(before, model=model, memory=None, controls=controls)
             yield
@@ -662,6 +663,13 @@ class LatentDiffusionPipeline:
             self._painter = before
             raise
         warnings.warn(f"{what} requires torch: drawing with torch instead", stacklevel=4)
+
+    def _by_torch(self, what: str) -> Model:
+        """The model by torch, if its networks are compiled. Raises ConfigError."""
+        if self.model.other is None:
+            lacks = f", which has no {self.model.quantized}" if self.model.quantized in LACKING else ""
+            raise ConfigError(f"{what} requires the torch runtime{lacks or f'; {self.runtime} was requested by name'}")
+        return self.model.other()
 
     def use_torch(self, what: str) -> None:
         """Switch to torch's networks unless they are in use; a warning names what requires them. Raises ConfigError."""
@@ -685,7 +693,8 @@ class LatentDiffusionPipeline:
         if self.model.ready is not None:
             latents = self.model.codec.shape(plan(request, self.model).size)
             rows = min(pictures, request.batch_size)
-            self.model.ready((rows, *latents), 2 if request.guidance_scale > 1 else 1, request.cache_interval > 1)
+            conditions = 2 if request.cfg(self.model.reads_guidance) > 1 else 1
+            self.model.ready((rows, *latents), conditions, request.cache_interval > 1)
 
     def __call__(
         self,

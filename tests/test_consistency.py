@@ -398,7 +398,8 @@ def test_diffusers_draws_the_student(student):
         latents = torch.randn(1, 4, 8, 8, generator=noise)
         picture.append(pipe("a star", latents=latents, generator=noise, **OPTIONS).images)
     assert np.abs(picture[0] - picture[1]).max() < 1e-4
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    noise = torch.Generator().manual_seed(2)
+    latents = torch.randn(1, 4, 8, 8, generator=noise)
     before = teacher("a star", latents=latents, generator=noise, preset="lcm", height=64, width=64, output_type="np")
     assert np.abs(before.images - picture[1]).max() > 1e-4, "it has learnt"
 

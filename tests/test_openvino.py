@@ -357,15 +357,17 @@ def test_pictures_say_how_they_were_computed(compiled_model):
         assert speed == "max" or record.dtype == "float32"
 
 
-def test_saved_by_torch(compiled_model, tmp_path):
-    pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, device="cpu")
-    with pytest.warns(UserWarning, match="saving"):
-        pipe.save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("runtime", ["auto", "openvino"])
+def test_saved_and_still_compiled(compiled_model, tmp_path, runtime):
+    pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, device="cpu", runtime=runtime)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        pipe.save_pretrained(tmp_path / "model")
         again = LatentDiffusionPipeline.from_pretrained(tmp_path / "model", device="cpu")
-    assert again.runtime == "torch", "it has no export"
-    alike(*(p(PROMPT, seed=1, num_inference_steps=2, output_type="uint8").images for p in (pipe, again)), tolerance=0)
+    assert (pipe.runtime, again.runtime) == ("openvino", "torch"), "the copy has no export"
+    theirs = LatentDiffusionPipeline.from_pretrained(compiled_model, device="cpu", runtime="torch")
+    options = {"seed": 1, "num_inference_steps": 2, "output_type": "uint8"}
+    alike(*(p(PROMPT, **options).images for p in (theirs, again)), tolerance=0)
 
 
 @pytest.mark.parametrize(

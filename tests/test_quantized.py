@@ -249,6 +249,12 @@ def test_a_unet(folders, tmp_path):
     pipe = opened(folders["1"], quantize="q8_0")
     kinds = {type(module) for _, module in repeated_layers(pipe.components["unet"])}
     assert kinds == {BlockLinear}
+    plain = opened(folders["1"])
+    for part in ("unet", "text_encoder"):
+        own, theirs = pipe.components[part].state_dict(), plain.components[part].state_dict()
+        kept = [name for name in own if name.endswith(("conv1.weight", "conv_in.weight", "embedding.weight"))]
+        assert kept
+        assert all(torch.equal(own[name], theirs[name]) for name in kept)
     pipe.save_pretrained(tmp_path / "saved")
     assert torch.equal(draw(opened(tmp_path / "saved")), draw(pipe))
 

@@ -92,14 +92,17 @@ def flux_2(shapes: Shapes) -> dict[str, Any] | None:
     }
 
 
+def _either(shapes: Shapes, name: str, other: str) -> tuple[int, ...]:
+    """The shape under one of two names; the error for a missing one states the first."""
+    return shapes[other if other in shapes else name]
+
+
 def z_image(shapes: Shapes) -> dict[str, Any] | None:
     """The config of diffusers.ZImageTransformer2DModel, or None. x_pad_token tells it from Lumina 2."""
     if "x_pad_token" not in shapes or "cap_embedder.1.weight" not in shapes:
         return None
-    embedder = "x_embedder.weight" if "x_embedder.weight" in shapes else "all_x_embedder.2-1.weight"
-    width, inputs = shapes[embedder]
-    norms = ("layers.0.attention.q_norm.weight", "layers.0.attention.norm_q.weight")
-    (head,) = next(shapes[name] for name in norms if name in shapes)
+    width, inputs = _either(shapes, "x_embedder.weight", "all_x_embedder.2-1.weight")
+    (head,) = _either(shapes, "layers.0.attention.q_norm.weight", "layers.0.attention.norm_q.weight")
     return {
         "in_channels": inputs // 4,
         "dim": width,

@@ -131,7 +131,7 @@ def save_model(model: Model, directory: Path, *, with_student: bool = False) -> 
         model.family.save(model, made)
         sampler, spacing = (model.card.defaults.get(name, "") for name in ("sampler", "spacing"))
         unet = "unet" in model.parts
-        scheduler = scheduler_config(model.path, model.prediction, spacing or "leading", sampler, unet=unet)
+        scheduler = scheduler_config(model.path, model.prediction, spacing or "trailing", sampler, unet=unet)
         write_json(made / SCHEDULER_FILE, scheduler)
         index = model.family.index(model) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
         write_json(made / "model_index.json", index)
