@@ -22,7 +22,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 Speed = Literal["exact", "fast", "max"]
 Runtime = Literal["torch", "openvino"]
 Transform = Callable[["Model"], "Model"]
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 Ready = Callable[[tuple[int, ...], int, bool], None]
 
 
@@ -135,7 +135,7 @@ class Family:
     load: Callable[[FilePath, str | None], Model]
     save: Callable[[Model, FilePath], None]
     index: Callable[[Model], dict[str, Any]]
-    defaults: Callable[[FilePath], Mapping[str, Any]] = lambda directory: NOTHING
+    defaults: Callable[[FilePath], Mapping[str, Any]] = lambda directory: EMPTY
     layout: Layout | None = None
     architecture: Callable[[Model], str] | None = None
     path: Callable[[Path], Path] = lambda path: path
@@ -151,9 +151,9 @@ class Family:
 class Model:
     """Networks, the path between data and noise, and the backbone's prediction.
 
-    parts: diffusers' names -> the libraries' own objects, for saving, adapters and hashing. other: loads the same model
-    in torch, if this one is compiled; is_fixed: whether torch must not take over. ready: starts compilation for latents
-    (B, C, h, w), a number of conditions, and with or without reused deep features.
+    parts: diffusers' names -> the libraries' own objects, for saving, adapters and hashing. torch_form: loads the same
+    model in torch, if this one is compiled; runtime_is_fixed: whether torch must not take over. ready: starts
+    compilation for latents (B, C, h, w), a number of conditions, and with or without reused deep features.
     """
 
     backbone: Backbone
@@ -166,8 +166,8 @@ class Model:
     family: Family | None = None
     parts: Mapping[str, Any] = field(default_factory=dict)
     speed: Speed = "exact"
-    other: Callable[[], Model] | None = None
-    is_fixed: bool = False
+    torch_form: Callable[[], Model] | None = None
+    runtime_is_fixed: bool = False
     ready: Ready | None = None
     enlarging: Enlarging | None = None
     quantized: str | None = None  # the kind of its weights, if they have fewer bits; see runtime/quantized.py

@@ -38,7 +38,7 @@ from latentdiff.drawing.record import Source
 from latentdiff.drawing.request import Request, request
 from latentdiff.families.image_prompts import ENCODER
 from latentdiff.model import Model, ModelCard, Runtime, Speed
-from latentdiff.runtime.kinds import LACKING
+from latentdiff.runtime.kinds import OPENVINO_ONLY
 
 if TYPE_CHECKING:
     import torch
@@ -255,9 +255,9 @@ class LatentDiffusionPipeline:
 
     def _revise(self, **facts: Any) -> None:
         """Change fields of the model, in both runtimes."""
-        other = self.model.other
+        other = self.model.torch_form
         later = None if other is None else lambda: replace(other(), **facts)
-        self._painter = replace(self._painter, model=replace(self.model, other=later, **facts))
+        self._painter = replace(self._painter, model=replace(self.model, torch_form=later, **facts))
 
     def rename(self, name: str) -> None:
         """Change the model's name in picture records and messages."""
@@ -358,7 +358,7 @@ class LatentDiffusionPipeline:
         from latentdiff.drawing import extras
 
         load = partial(extras.with_adapter, path=as_path(path), name=adapter_name, weight=weight, merged=fuse)
-        if fuse and self.model.other is not None and (fit := self._fused(load)):
+        if fuse and self.model.torch_form is not None and (fit := self._fused(load)):
             return fit
         with self._changing("an adapter"):
             self._painter, fit = load(self._painter)
@@ -398,7 +398,7 @@ class LatentDiffusionPipeline:
                 f"a student of few steps requires weights that are not quantized ({self.model.quantized})"
             )
         load = partial(extras.with_few_steps, file=file)
-        if before.model.other is None:
+        if before.model.torch_form is None:
             with self._changing("a student of few steps"):
                 self._painter, _ = load(self._painter)
         elif any(source.kind == "merged" for source in before.sources.values()):
@@ -651,7 +651,7 @@ class LatentDiffusionPipeline:
         if self.runtime == "torch":
             yield
             return
-        if self.model.other is not None and self.model.is_fixed:
+        if self.model.torch_form is not None and self.model.runtime_is_fixed:
             raise ConfigError(f"{what} requires the torch runtime; {self.runtime} was requested by name")
         try:
             model = self._by_torch(what)
@@ -666,10 +666,10 @@ class LatentDiffusionPipeline:
 
     def _by_torch(self, what: str) -> Model:
         """The model by torch, if its networks are compiled. Raises ConfigError."""
-        if self.model.other is None:
-            lacks = f", which has no {self.model.quantized}" if self.model.quantized in LACKING else ""
+        if self.model.torch_form is None:
+            lacks = f", which has no {self.model.quantized}" if self.model.quantized in OPENVINO_ONLY else ""
             raise ConfigError(f"{what} requires the torch runtime{lacks or f'; {self.runtime} was requested by name'}")
-        return self.model.other()
+        return self.model.torch_form()
 
     def use_torch(self, what: str) -> None:
         """Switch to torch's networks unless they are in use; a warning names what requires them. Raises ConfigError."""
@@ -875,7 +875,7 @@ def _after(load: Load, before: Painter, source: Source) -> Callable[[], Model]:
 
     source: the file, which is read again.
     """
-    other = before.model.other
+    other = before.model.torch_form
     assert other is not None
 
     def made() -> Model:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
-from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.formats.adapter_file import read_adapter, save_kohya, save_peft
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.prompt import Prompt, Style
@@ -39,7 +39,7 @@ def adapter_state(folder, family, rank=4):
     """What PEFT itself makes of these layers, under diffusers' names; ranks differ from layer to layer."""
     pipe = load(folder)
     state = {}
-    for part, network in adapted(pipe.model).items():
+    for part, network in adaptable_networks(pipe.model).items():
         targets, odd = (TARGETS, {"conv1": 3}) if part == "unet" else (["q_proj", "fc1"], {"fc1": 2})
         config = LoraConfig(r=rank, target_modules=targets, rank_pattern=odd)
         inject_adapter_in_model(config, network, "made")
@@ -60,7 +60,7 @@ def files(folders, tmp_path_factory):
         parts = sorted({name.partition(".")[0] for name in state})
         config = {f"{part}.{key}": value for part in parts for key, value in (("r", 4), ("lora_alpha", 6.0))}
         save_file(state, place / "peft.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-        networks = adapted(load(folder).model)
+        networks = adaptable_networks(load(folder).model)
         save_kohya(read_adapter(place / "peft.safetensors", networks), place / "kohya.safetensors", networks)
         made[family] = place
     return made
@@ -81,7 +81,7 @@ def test_by_the_formula(folders, files, family):
         part, _, module = name.removesuffix(".lora_A.weight").partition(".")
         down, up = state[name], state[name.replace("lora_A", "lora_B")]
         delta = 0.5 * 6 / len(down) * torch.einsum("or,r...->o...", up.flatten(1), down)
-        before, after = (adapted(p.model)[part].get_submodule(module).weight for p in (plain, pipe))
+        before, after = (adaptable_networks(p.model)[part].get_submodule(module).weight for p in (plain, pipe))
         torch.testing.assert_close(after, before + delta.reshape(before.shape), rtol=1e-5, atol=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_kohya_s_twin_draws_the_same_picture(folders, files, family):
 @FAMILIES
 def test_files_round_trip(folders, files, family, tmp_path):
     """PEFT -> kohya -> PEFT -> kohya: the same tensors and alphas, to the bit."""
-    networks = adapted(load(folders[family]).model)
+    networks = adaptable_networks(load(folders[family]).model)
     save_peft(read_adapter(files[family] / "kohya.safetensors", networks), tmp_path / "peft.safetensors")
     first, again = load_file(files[family] / "peft.safetensors"), load_file(tmp_path / "peft.safetensors")
     assert first.keys() == again.keys()
@@ -121,7 +121,7 @@ def test_diffusers_reads_both_as_we_do(folders, files, family, tmp_path):
     """The U-Net's layers of our PEFT file and of our kohya file, in diffusers' own pipeline."""
     kind = StableDiffusionXLPipeline if family == "XL" else StableDiffusionPipeline
     pipe = load(folders[family])
-    networks = adapted(pipe.model)
+    networks = adaptable_networks(pipe.model)
     adapter = read_adapter(files[family] / "kohya.safetensors", networks)
     save_peft(adapter, tmp_path / "peft.safetensors")
     pipe.load_lora_weights(files[family] / "peft.safetensors", fuse=True)
@@ -164,7 +164,7 @@ def test_earlier_names_of_diffusers(folders, files, tmp_path):
             old = name.replace(".attn1.to_q.lora_A", ".attn1.processor.to_q_lora.down")
             state[old.replace(".attn1.to_q.lora_B", ".attn1.processor.to_q_lora.up")] = tensor
     save_file(state, tmp_path / "old.safetensors")
-    result = read_adapter(tmp_path / "old.safetensors", adapted(load(folders["1"]).model))
+    result = read_adapter(tmp_path / "old.safetensors", adaptable_networks(load(folders["1"]).model))
     assert result.matched == len(state) / 2
     assert all(layer.scale == 1 for layer in result.layers["unet"].values())
 
@@ -175,7 +175,7 @@ def test_a_peft_folder(folders, files, tmp_path):
     unet = {f"base_model.model.{n.removeprefix('unet.')}": t for n, t in state.items() if n.startswith("unet.")}
     save_file(unet, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True}))
-    result = read_adapter(tmp_path, adapted(load(folders["1"]).model))
+    result = read_adapter(tmp_path, adaptable_networks(load(folders["1"]).model))
     assert result.layers.keys() == {"unet"}
     for layer in result.layers["unet"].values():
         assert layer.scale == pytest.approx(8 / layer.rank**0.5)

@@ -14,7 +14,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.diffusion.path import Straight
 from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.drawing.request import request
 from latentdiff.families.loading import default_model
 from latentdiff.families.sampling import sampling_of, scheduler_of
@@ -419,7 +419,7 @@ def test_the_scale_of_adapters(folders, tmp_path):
 
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     pipe = load(folders["1"])
-    wide = adapted(pipe.model)["unet"].get_submodule(name.removeprefix("unet.")).weight.shape[0]
+    wide = adaptable_networks(pipe.model)["unet"].get_submodule(name.removeprefix("unet.")).weight.shape[0]
     save_file(
         {f"{name}.lora_A.weight": torch.ones(1, wide), f"{name}.lora_B.weight": torch.ones(wide, 1)},
         tmp_path / "x.safetensors",

@@ -12,7 +12,7 @@ from PIL import Image
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.consistency import ConsistencyLoss
 from latentdiff.diffusion.easy_consistency import LOG_MEAN, LOG_STD, EasyConsistencyLoss
-from latentdiff.diffusion.jump import columns, end_of, fall, table
+from latentdiff.diffusion.jump import clean_level, columns, ratio_difference, table
 from latentdiff.diffusion.jump import jump as jumped
 from latentdiff.diffusion.parametrization import PARAMETRIZATIONS, boundary, parametrization_named
 from latentdiff.diffusion.path import Straight, VariancePreserving
@@ -136,7 +136,7 @@ def test_every_time_has_the_level_at_or_above_it():
 @pytest.mark.parametrize("prediction", PARAMETRIZATIONS)
 def test_a_jump_from_the_end_is_the_data(prediction):
     """Whatever the network computes there; its time is finite."""
-    rows = table([end_of(Straight())], prediction)
+    rows = table([clean_level(Straight())], prediction)
     x = torch.randn(1, 5, generator=torch.Generator().manual_seed(0))
     network = lambda x, time, _: x + torch.sin(time)[:, None]  # noqa: E731
     assert torch.equal(jumped(network, x, columns(rows, x), None), x)
@@ -233,7 +233,7 @@ def test_the_weight_of_a_pair():
     for number in (0, 1, 25, 49):
         at, after = (columns(each, torch.zeros(1, 1)) for each in rows(loss, [number]).unbind(1))
         high, low = (float(each.sigma / each.alpha) for each in (at, after))
-        assert float(fall(at, after)) == pytest.approx(min(high, 80) - min(low, 40), rel=1e-5)
+        assert float(ratio_difference(at, after)) == pytest.approx(min(high, 80) - min(low, 40), rel=1e-5)
     assert number == 49
     assert low == 0
 
@@ -269,7 +269,7 @@ def test_levels_of_tuning(prediction):
     assert torch.allclose(seen[2], scale * nearer, atol=1e-3)
     whole = EasyConsistencyLoss(path, prediction, shrink=1, guidance=1.0, huber=1e-3).rows(400)
     assert whole[1, :2].tolist() == [1.0, 0.0]
-    if path.whole:
+    if path.has_integer_times:
         assert whole[1, -2:].tolist() == [1.0, 0.0], "f is the identity there"
 
 

@@ -16,7 +16,7 @@ from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.data.folder import listing
 from latentdiff.data.source import Options
-from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.drawing.record import read_metadata
 from latentdiff.families.loading import stored_model
 from latentdiff.runtime import merging
@@ -33,13 +33,13 @@ OPTIONS = {"prompt": PROMPT, "seed": 3, "output_type": "uint8"}
 def factors(model, seed, ends=("to_q", "conv1", "q_proj")):
     """Factors beside some layers of a model's U-Net and text encoders, as PEFT writes them."""
     draw, state = partial(torch.randn, generator=torch.Generator().manual_seed(seed)), {}
-    for part, network in adapted(model).items():
+    for part, network in adaptable_networks(model).items():
         for name, layer in network.named_modules():
             if name.endswith(ends):
                 weight = layer.weight
                 state[f"{part}.{name}.lora_A.weight"] = 0.2 * draw(2, *weight.shape[1:])
                 state[f"{part}.{name}.lora_B.weight"] = 0.2 * draw(len(weight), 2, *[1] * (weight.ndim - 2))
-    assert {name.partition(".")[0] for name in state} == adapted(model).keys()
+    assert {name.partition(".")[0] for name in state} == adaptable_networks(model).keys()
     return state
 
 

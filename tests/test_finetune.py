@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.data.dataset import open_data
 from latentdiff.networks.controls.controlnet import ControlNet
-from latentdiff.stages.finetune import _stages, opened
+from latentdiff.stages.finetune import _stages, load_settings_and_model
 from latentdiff.stages.methods import begin
 from latentdiff.stages.run import Run
 
@@ -369,7 +369,7 @@ def test_the_loss_is_diffusers(pictures, tmp_path, family, reads):
     theirs.save_pretrained(tmp_path / "model")
     overrides = ("data.kind=pictures", f"data.pictures.source={pictures / 'captioned'}", f"model={tmp_path / 'model'}")
     overrides = (*overrides, "method=full", "image_size=64", f"finetune.tune_text_encoder={str(reads).lower()}")
-    config, pipe = opened(None, (*overrides, "finetune.caption_dropout=0.4"))
+    config, pipe = load_settings_and_model(None, (*overrides, "finetune.caption_dropout=0.4"))
     run = Run(config, tmp_path / "out", Accelerator(cpu=True), open_data(config), {})
     taught = begin(pipe, config)
     stage, _ = _stages(run, pipe, taught, None)

@@ -8,7 +8,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, 
 from safetensors.torch import load_file, save_file
 
 from latentdiff.core.errors import ModelError
-from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.formats.adapter_file import read_adapter, save_kohya, save_peft
 from latentdiff.formats.original import unet_name
 from latentdiff.networks.conditions import Conditions
@@ -252,7 +252,7 @@ def test_dora_of_weight_0_is_the_base(folders, dora_file, unet):
 @pytest.mark.parametrize("weight", [1.0, -0.7])
 def test_dora_beside_the_weights_is_dora_in_them(weight, folders, dora_file, tmp_path):
     """In PEFT's names and in kohya's; half the weight is half the change of every layer's weight."""
-    networks = adapted(load(folders["1"]).model)
+    networks = adaptable_networks(load(folders["1"]).model)
     save_kohya(read_adapter(dora_file, networks), tmp_path / "kohya.safetensors", networks)
     kohya = load_file(tmp_path / "kohya.safetensors")
     assert kohya[f"{flat(QUERY)}.dora_scale"].shape == (32, 1)
@@ -332,7 +332,7 @@ def test_every_layer_has_its_original_name(family, folders):
     """No two layers share a name, in either layout."""
     from latentdiff.formats.adapter_names import places
 
-    networks = adapted(load(folders[family]).model)
+    networks = adaptable_networks(load(folders[family]).model)
     known = places(networks)
     unet = networks["unet"]
     for name, layer in unet.named_modules():
@@ -371,7 +371,7 @@ TEXTS = {
     [(f, p, n) for f, parts in TEXTS.items() for p, names in parts.items() for n in names],
 )
 def test_names_of_text_encoders(family, part, name, folders, tmp_path):
-    networks = adapted(load(folders[family]).model)
+    networks = adaptable_networks(load(folders[family]).model)
     module = next(m for m, _ in networks[part].named_modules() if m.endswith("layers.0.self_attn.q_proj"))
     width = networks[part].get_submodule(module).weight.shape[0]
     other = name.replace("lora_A", "lora_B").replace("down", "up")
@@ -420,7 +420,7 @@ def test_whole_differences(unet, tmp_path):
         close(changed(pipe, before, module, kind), 0.5 * tensor)
     with pytest.raises(ModelError, match="require fuse=True"):
         pipe.load_lora_weights(tmp_path / "x.safetensors", "again")
-    networks = adapted(pipe.model)
+    networks = adaptable_networks(pipe.model)
     with pytest.raises(ModelError, match="PEFT's format has no place for diff"):
         save_peft(read_adapter(tmp_path / "x.safetensors", networks), tmp_path / "y.safetensors")
     save_kohya(read_adapter(tmp_path / "x.safetensors", networks), tmp_path / "z.safetensors", networks)

@@ -145,7 +145,7 @@ def test_the_layer_that_is_added_changes_nothing_yet():
     unet, x = UNet(stable_diffusion.unet("1", tiny=True)), torch.randn(2, 4, 8, 8)
     tokens = torch.randn(2, 77, 64)
     before = unet.predict(x, 501.0, Conditions({"tokens": tokens}))
-    unet.read_more("guidance")
+    unet.add_time_condition("guidance")
     assert unet.spec.reads["guidance"] == ()
     output = unet.predict(x, 501.0, Conditions({"tokens": tokens, "guidance": torch.tensor([3.0, 9.0])}))
     assert torch.equal(output, before)

@@ -16,7 +16,7 @@ from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.diffusion import mean_flow
 from latentdiff.diffusion.mean_flow import MeanFlowLoss
 from latentdiff.diffusion.path import Straight, VariancePreserving
-from latentdiff.networks.averaging import Averaging, averaging
+from latentdiff.networks.averaging import WithStepEnds, averaging
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.prompt import Prompt
@@ -123,7 +123,7 @@ def test_times():
     assert (rows[:, 0] >= rows[:, 1]).all()
     assert ((rows[:, 0] == 0.4) | (rows[:, 1] == 0.4)).all()
     apart = rows[:, 0] != rows[:, 1]
-    assert abs(float(apart.float().mean()) - mean_flow.APART) < 0.03
+    assert abs(float(apart.float().mean()) - mean_flow.SHARE_OF_INTERVALS) < 0.03
     other = torch.where(rows[:, 0] == 0.4, rows[:, 1], rows[:, 0])[apart]
     assert abs(float(torch.logit(other).mean()) - mean_flow.LOG_MEAN) < 0.1
     assert abs(float(torch.logit(other).std()) - mean_flow.LOG_STD) < 0.1
@@ -174,7 +174,7 @@ def test_it_learns_to_draw_in_one_step():
 
 def unet():
     made = UNet(stable_diffusion.unet("1", tiny=True))
-    made.read_more("until")
+    made.add_time_condition("until")
     torch.nn.init.normal_(made.model.time_embedding.cond_proj.weight)
     return made
 
@@ -207,7 +207,7 @@ def test_a_walk_tells_each_step_its_end():
             return x
 
     walked = averaging(Seen(), [1000.0, 500.0, 0.0], torch.as_tensor)
-    assert type(walked) is Averaging
+    assert type(walked) is WithStepEnds
     x = torch.zeros(2, 4, 8, 8)
     walked.predict(x, 1000.0, Conditions({}))
     walked.predict(x, 500.0, Conditions({}, count=2))

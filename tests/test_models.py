@@ -174,7 +174,7 @@ def test_image_tower_in_transformers_format(quick_gelu, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
     expected = clip.towers.encode_image(to_images(pixels))
     encoder = ImageEncoder(image_model_of(clip))
-    result = encoder(encoder.pixels(list(pixels)), whole=False)
+    result = encoder(encoder.pixels(list(pixels)), all_states=False)
     assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (result[0] - result[1]).abs().max() > 1e-2 * result.abs().max()
 

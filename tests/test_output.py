@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from latentdiff.core.files import whole, write_new
+from latentdiff.core.files import atomic, write_new
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -34,12 +34,12 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
 def test_whole_or_not_there(tmp_path):
     """On failure nothing is left; in an existing folder files are replaced and others stay."""
     folder = tmp_path / "model"
-    with pytest.raises(ValueError, match="halfway"), whole(folder) as made:
+    with pytest.raises(ValueError, match="halfway"), atomic(folder) as made:
         (made / "unet").mkdir(parents=True)
         raise ValueError("halfway")
     assert list(tmp_path.iterdir()) == []
     for text in ("first", "second"):
-        with whole(folder) as made:
+        with atomic(folder) as made:
             (made / "unet").mkdir(parents=True)
             (made / "unet" / "config.json").write_text(text)
         (folder / "note.txt").write_text("mine")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff.core.errors import ModelError
 from latentdiff.families import FAMILIES
 from latentdiff.families.parts import joined, transformer_in, transformer_of
-from latentdiff.networks.blocks import blocks_of, in_blocks, put_in_blocks, state_of, widened
+from latentdiff.networks.blocks import blocks_of, dequantized, in_blocks, put_in_blocks, state_of
 from latentdiff.networks.saving import save_gguf
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -324,7 +324,7 @@ def test_a_gguf_file(family, saved, kind, tmp_path, call):
     code, _, err = call("generate", PROMPT, "-m", path)
     assert (code, f"holds the transformer of {family} and no tokenizer" in err) == (4, True), err
     pipe = LatentDiffusionPipeline(joined([path], folder))
-    numbers = {name: widened(t) if name in wide else t for name, t in state.items()}
+    numbers = {name: dequantized(t) if name in wide else t for name, t in state.items()}
     save_file({name: tensor.contiguous() for name, tensor in numbers.items()}, tmp_path / "numbers.safetensors")
     whole = LatentDiffusionPipeline(joined([tmp_path / "numbers.safetensors"], folder))
     assert torch.equal(pipe(PROMPT, **OPTIONS).images, whole(PROMPT, **OPTIONS).images)

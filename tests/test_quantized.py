@@ -16,7 +16,7 @@ from torch import nn
 from latentdiff.core.errors import ConfigError, ModelError
 from latentdiff.drawing.pixels import are_flat
 from latentdiff.formats.gguf_file import read_gguf, shapes_in
-from latentdiff.networks.blocks import BlockLinear, in_blocks, repeated_layers, widened
+from latentdiff.networks.blocks import BlockLinear, dequantized, in_blocks, repeated_layers
 from latentdiff.networks.saving import save_gguf
 from latentdiff.pipeline import LatentDiffusionPipeline
 
@@ -56,10 +56,12 @@ def test_blocks_are_those_of_the_library(kind):
     assert made.numel() * 8 == bits * weight.numel()
     type_ = gguf.GGMLQuantizationType[kind.upper()]
     theirs = gguf.quants.dequantize(made.as_tensor().numpy(), type_)
-    assert np.abs(widened(made).numpy() - theirs).max() <= 2**-11 * np.abs(theirs).max()  # the scale's product in half
+    assert (
+        np.abs(dequantized(made).numpy() - theirs).max() <= 2**-11 * np.abs(theirs).max()
+    )  # the scale's product in half
     blocks = weight.reshape(48, 3, 32)
     step = blocks.abs().amax(-1, keepdim=True) / steps
-    assert ((widened(made).reshape(blocks.shape) - blocks).abs() <= 1.01 * step).all()
+    assert ((dequantized(made).reshape(blocks.shape) - blocks).abs() <= 1.01 * step).all()
 
 
 def test_a_layer_computes_with_the_numbers_of_its_blocks():
@@ -67,9 +69,9 @@ def test_a_layer_computes_with_the_numbers_of_its_blocks():
     layer, x = nn.Linear(64, 40), torch.randn(2, 3, 64)
     weight = in_blocks(layer.weight, "q4_0")
     block = BlockLinear(layer, weight)
-    assert torch.equal(block.weight, widened(weight))
-    assert torch.equal(block(x), nn.functional.linear(x, widened(weight), layer.bias))
-    narrow = nn.functional.linear(x.bfloat16(), widened(weight).bfloat16(), layer.bias.bfloat16())
+    assert torch.equal(block.weight, dequantized(weight))
+    assert torch.equal(block(x), nn.functional.linear(x, dequantized(weight), layer.bias))
+    narrow = nn.functional.linear(x.bfloat16(), dequantized(weight).bfloat16(), layer.bias.bfloat16())
     assert torch.equal(block.bfloat16()(x.bfloat16()), narrow)
     assert block.weight.dtype == torch.bfloat16
     assert torch.equal(block.blocks, weight.as_tensor())

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.cli import main
 from latentdiff.core.errors import ConfigError, DataError, ModelError
-from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import read_metadata
 from latentdiff.drawing.reproduce import Likeness, reproduce
@@ -40,7 +40,7 @@ def place(tiny_model, tmp_path_factory):
     mask = np.zeros((64, 96), np.uint8)
     mask[8:40, 16:48] = 255
     Image.fromarray(mask).save(folder / "mask.png")
-    networks = adapted(LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu").model)
+    networks = adaptable_networks(LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu").model)
     name = next(n for n, _ in networks["unet"].named_modules() if n.endswith("attn2.to_q"))
     wide = networks["unet"].get_submodule(name).weight.shape
     seeded = torch.Generator().manual_seed(0)

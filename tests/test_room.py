@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentdiff.evaluation import room as module
-from latentdiff.evaluation.room import CODED, at_once, filled, room
+from latentdiff.evaluation import allocate as module
+from latentdiff.evaluation.room import CODED, allocate, batch_size, concatenated
 
 
 def test_large_pictures_are_few_at_once():
-    assert [at_once(CODED, (side, side), 16) for side in (64, 256, 512, 1024, 4096)] == [16, 16, 4, 1, 1]
-    assert at_once(CODED, (512, 1024), 16) == 2
+    assert [batch_size(CODED, (side, side), 16) for side in (64, 256, 512, 1024, 4096)] == [16, 16, 4, 1, 1]
+    assert batch_size(CODED, (512, 1024), 16) == 2
 
 
 def test_batches_become_one_array(tmp_path, monkeypatch):
@@ -23,7 +23,7 @@ def test_batches_become_one_array(tmp_path, monkeypatch):
     batches = [pictures[:8], pictures[8:16], pictures[16:]]
     for size in (2**30, 1):
         monkeypatch.setattr(module, "IN_MEMORY", size)
-        made = filled(iter(batches), 20, tmp_path / "folder")
+        made = concatenated(iter(batches), 20, tmp_path / "folder")
         assert np.array_equal(made, pictures)
         assert type(made) is np.ndarray
         assert not list(tmp_path.rglob("*.*")), "it has no name"
@@ -49,7 +49,7 @@ def test_a_disk_that_has_not_the_room(tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            room((2**20,), tmp_path)
+            allocate((2**20,), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())

@@ -38,12 +38,12 @@ def test_bad_pictures_are_all_named(broken):
     )
     assert result.refusal() == f"{reason}. Mend them or pass --skip-bad"
     with pytest.raises(DataError, match="3 of 8 images cannot be read"):
-        result.sound(skip_bad=False)
+        result.accepted(skip_bad=False)
 
 
 def test_quarantine_lists_and_deletes_nothing(broken, tmp_path):
     before = contents(broken)
-    result = surveyed(broken).sound(skip_bad=True)
+    result = surveyed(broken).accepted(skip_bad=True)
     result.write_quarantine(tmp_path / "quarantine.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert {row["name"]: row["reason"] for row in rows} == {
@@ -57,7 +57,7 @@ def test_quarantine_lists_and_deletes_nothing(broken, tmp_path):
 def test_a_set_of_bad_pictures_is_never_sound(tmp_path):
     as_jsonl(tmp_path, {"a.png": (b"x", "a")})
     with pytest.raises(DataError, match="1 of 1 images cannot be read"):
-        surveyed(tmp_path).sound(skip_bad=True)
+        surveyed(tmp_path).accepted(skip_bad=True)
 
 
 def test_strange_names_come_back_from_the_quarantine(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.families.own import seeded
 from latentdiff.formats.adapter_file import save_kohya, save_peft
 from latentdiff.networks.adapters import trained as taught_adapter
@@ -31,7 +31,7 @@ def draw(pipe):
 
 def begun(folder, factors):
     pipe = load(folder)
-    networks = adapted(pipe.model)
+    networks = adaptable_networks(pipe.model)
     with seeded(0):
         taught_adapter.begin(networks, factors)
     return pipe, networks
@@ -68,8 +68,8 @@ def test_it_begins_as_nothing_and_is_all_that_is_trained(folders, kind):
     assert len(text) == 4 * 4 * per_layer, "four layers of four projections"
     with seeded(0):
         again = load(folders["1"])
-        taught_adapter.begin(adapted(again.model), KINDS[kind])
-    others = taught_adapter.parameters_of(adapted(again.model))
+        taught_adapter.begin(adaptable_networks(again.model), KINDS[kind])
+    others = taught_adapter.parameters_of(adaptable_networks(again.model))
     assert all(torch.equal(parameters[name], others[name]) for name in parameters), "a function of the seed"
 
 

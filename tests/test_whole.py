@@ -13,7 +13,7 @@ import pytest
 
 from latentdiff.core import files
 from latentdiff.core.errors import ModelError
-from latentdiff.core.files import SCRATCH, scratch, whole
+from latentdiff.core.files import SCRATCH, atomic, scratch
 from latentdiff.families.loading import default_model
 
 from .stable_diffusion import load, stored
@@ -43,7 +43,7 @@ def in_process(target, *arguments):
 
 
 def replace(folder, value):
-    with whole(folder) as made:
+    with atomic(folder) as made:
         made.mkdir()
         write(made, value)
 
@@ -84,7 +84,7 @@ def test_the_new_folder_replaces_the_old_one(tmp_path):
 
 def test_a_failure_changes_nothing(tmp_path):
     write(tmp_path / "model", "old")
-    with pytest.raises(RuntimeError), whole(tmp_path / "model") as made:
+    with pytest.raises(RuntimeError), atomic(tmp_path / "model") as made:
         made.mkdir()
         write(made, "new")
         raise RuntimeError

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from latentdiff.drawing.record import ImageMetadata
 
 Numbered = tuple[int, "Job"]  # a picture's number in the command, from 1, and the picture
-_OF_A_RUN = ("runtime", "device", "dtype", "speed", "versions", "batch", "model", "model_source", "variant")
+_RUN_FIELDS = ("runtime", "device", "dtype", "speed", "versions", "batch", "model", "model_source", "variant")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Pro
         if os.path.lexists(path := _path(number, job, target)):
             if not target.steps_gif or os.path.lexists(path.with_suffix(".gif")):
                 there.add(number)
-            otherwise |= {_otherwise(painter, number, job, target)} if target.metadata else set()
+            otherwise |= {_drawn_by(painter, number, job, target)} if target.metadata else set()
     for how in sorted(otherwise - {""}):
         terminal.warning(f"some existing pictures were drawn {how}")
     if there:
@@ -168,7 +168,7 @@ def _check_free(paths: Sequence[Path]) -> None:
             raise ConfigError(f"file exists ({path}). Use --resume, or name another folder")
 
 
-def _otherwise(painter: Painter, number: int, job: Job, target: Target) -> str:
+def _drawn_by(painter: Painter, number: int, job: Job, target: Target) -> str:
     """How an existing picture was drawn, if it would be drawn differently now, otherwise "".
 
     Raises ConfigError if the file is another picture.
@@ -180,7 +180,7 @@ def _otherwise(painter: Painter, number: int, job: Job, target: Target) -> str:
 
     path = _path(number, job, target)
     kept, expected = read_record(path).model_dump(), asdict(record_of(painter, job))
-    differing = [name for name in expected if name not in _OF_A_RUN and kept[name] != expected[name]]
+    differing = [name for name in expected if name not in _RUN_FIELDS and kept[name] != expected[name]]
     if differing:
         raise ConfigError(f"{path} is another picture ({differing[0]} differs). Name another folder")
     then, now = (f"by {of['runtime']} in {of['dtype']}, {of['speed']}" for of in (kept, expected))

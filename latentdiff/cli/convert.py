@@ -12,7 +12,7 @@ import typer
 from latentdiff.cli import terminal
 from latentdiff.cli.options import Precision
 from latentdiff.core.errors import ConfigError
-from latentdiff.core.files import check_writable, whole
+from latentdiff.core.files import atomic, check_writable
 
 
 class Form(StrEnum):
@@ -148,7 +148,7 @@ def _pickle(source: Path, output: Path) -> None:
 
     if not source.is_file() or not is_pickle(source):
         raise ConfigError(f"--trust-pickle requires a pickle (got {source})")
-    with whole(output) as made:
+    with atomic(output) as made:
         dropped = unpickled(source, made)
     if dropped:
         terminal.note(f"note: objects beside the tensors are dropped: {', '.join(dropped)}")
@@ -156,18 +156,18 @@ def _pickle(source: Path, output: Path) -> None:
 
 def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
     """Convert an adapter; kohya's names are compared with the names of the model's layers."""
-    from latentdiff.drawing.extras import adapted
+    from latentdiff.drawing.extras import adaptable_networks
     from latentdiff.families.loading import stored_model
     from latentdiff.formats import adapter_file
 
-    networks = adapted(stored_model(model))
+    networks = adaptable_networks(stored_model(model))
     adapter = adapter_file.read_adapter(source, networks)
     if adapter.unused or adapter.missing:
         first = (adapter.unused + adapter.missing)[0]
         raise ConfigError(f"{first} of {source} has no place in the model and would be lost. Name its --model")
     if adapter.words:
         raise ConfigError(f"the learnt words {', '.join(adapter.words)} of {source} would be lost")
-    with whole(output) as made:
+    with atomic(output) as made:
         if to is Form.peft:
             adapter_file.save_peft(adapter, made)
         else:
@@ -257,7 +257,7 @@ def _model(
     if quantize is not None:
         model = quantized(model, quantize)
     model = replace(model, prediction=prediction_of(request(prompt="", prediction=prediction), model))
-    with whole(output) as made:
+    with atomic(output) as made:
         (save_single_file if single else save_model)(model, made)
         if exporting:
             _tell(export(model, made))

@@ -59,7 +59,7 @@ def check(
 
     from latentdiff.core.errors import ConfigError, DataError
     from latentdiff.data.buckets import bucket_table
-    from latentdiff.data.dataset import look, picture_data
+    from latentdiff.data.dataset import picture_data, survey_of
     from latentdiff.data.survey import QUARANTINED
     from latentdiff.evaluation.report.data_set import as_lines, sections, summary
     from latentdiff.evaluation.report.page import PAGE, as_html
@@ -84,7 +84,7 @@ def check(
     if config.data.is_procedural:
         raise ConfigError(f"the data of {source} are procedural scenes: there is nothing to check")
     table = bucket_table(config.image_size, settings.bucket_step, settings.bucket_max_aspect)
-    survey = look(config)
+    survey = survey_of(config)
     tokenizer = new_tokenizer(config, (caption for picture in survey.pictures for caption in picture.captions))
     limit = config.clip.max_length
     report = sections(survey, settings.source, table, limit, lambda texts: _token_counts(tokenizer, texts))

@@ -264,7 +264,7 @@ def _finetune(
     from latentdiff.data.dataset import open_data
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.settings.finetuning import STAGE
-    from latentdiff.stages.finetune import check_fits, finetune, opened, rehearse
+    from latentdiff.stages.finetune import check_fits, finetune, load_settings_and_model, rehearse
     from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator, rates_that_jump
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
@@ -272,7 +272,7 @@ def _finetune(
 
     keep_freed_memory()
     with Interruption() as interruption:
-        config, model = opened(path, overrides)
+        config, model = load_settings_and_model(path, overrides)
         check_optimizer(config.finetune.training)
         accelerator = new_accelerator(config)
         with accelerator.main_process_first():

@@ -18,7 +18,7 @@ from latentdiff.cli.batches import Process, Target, write_all
 from latentdiff.cli.loading import (
     adapter_and_weight,
     common_settings,
-    control_wish,
+    control_option,
     embedding_and_word,
     load_controls,
     load_extras,
@@ -27,7 +27,7 @@ from latentdiff.cli.loading import (
     picture_and_scale,
 )
 from latentdiff.cli.options import OUTPUTS, Precision, Runtime, Speed
-from latentdiff.cli.prompts import Wish, one_prompt, wishes_of
+from latentdiff.cli.prompts import PromptEntry, one_prompt, read_prompts
 from latentdiff.cli.variations import grid_of, varied, write_grid
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.grids import GRIDS
@@ -216,12 +216,12 @@ def generate(
     ] = False,
 ) -> None:
     """Draw pictures from prompts. Paths go to standard output, progress to standard error."""
-    controls = [control_wish(text) for text in control or []]
-    scales = tuple(1.0 if wish.scale is None else wish.scale for wish in controls)
+    controls = [control_option(text) for text in control or []]
+    scales = tuple(1.0 if entry.scale is None else entry.scale for entry in controls)
     prompt_pictures, adapters = [picture_and_scale(text) for text in image_prompt or []], ip_adapter or []
     options = {
         "ip_adapter_scale": _scales([scale for _, scale in prompt_pictures], len(adapters)),
-        "controlnet_conditioning_scale": scales if any(wish.scale is not None for wish in controls) else None,
+        "controlnet_conditioning_scale": scales if any(entry.scale is not None for entry in controls) else None,
         "preset": preset,
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
@@ -242,17 +242,20 @@ def generate(
         "batch_size": batch_size,
     }
     common = {"num_images": 1} | common_settings(options, settings or [])
-    wishes, axes = _wishes(_subject(prompt, class_), prompts_file, image, mask, outpaint), grid_of(vary or [], "--vary")
+    entries, axes = (
+        _entries(_subject(prompt, class_), prompts_file, image, mask, outpaint),
+        grid_of(vary or [], "--vary"),
+    )
     process = Process.of_launcher()
-    _check_seed(wishes, common, resume, process)
-    wishes = varied(wishes, axes, common)
-    requests = _requests(wishes, common)  # refused before any library or weight is loaded
+    _check_seed(entries, common, resume, process)
+    entries = varied(entries, axes, common)
+    requests = _requests(entries, common)  # refused before any library or weight is loaded
     check_target(output, sum(request.num_images for request in requests), resume=resume)
     _check_used(requests, weaker, clip)
     if steps_gif and cascade:
         raise ConfigError("--steps-gif shows the steps of one model, not of a --cascade")
     _check_beside(output, requests, process, resume=resume, grid=grid, steps_gif=steps_gif)
-    suffix = _suffix(output, picture_format, wishes)
+    suffix = _suffix(output, picture_format, entries)
     if annotate is not None and not controls:
         raise ConfigError("--annotate has no effect without --control")
     loras = [adapter_and_weight(text) for text in lora or []]
@@ -272,7 +275,7 @@ def generate(
         pipe.offload(usable_device(where), layers=offload is Offload.sequential, blocks=offload is Offload.block)
     hints = load_controls(pipe, controls, annotate) if controls else ()
     prompts = load_image_prompts(pipe, adapters, [picture for picture, _ in prompt_pictures]) if prompt_pictures else ()
-    jobs = _jobs(pipe, wishes, requests, common, hints, prompts)
+    jobs = _jobs(pipe, entries, requests, common, hints, prompts)
     paths: list[Path] = []
     for path, record in write_all(pipe.painter, jobs, Target(output, suffix, metadata, resume, steps_gif), process):
         paths.append(path)
@@ -281,7 +284,7 @@ def generate(
             line["steps_gif"] = str(path.with_suffix(".gif"))
         terminal.result(json.dumps(line | {"prompt": record.request["prompt"]}) if json_lines else path)
     if grid:
-        sheet = write_grid(paths, wishes, axes, requests[0].num_images, output)
+        sheet = write_grid(paths, entries, axes, requests[0].num_images, output)
         terminal.result(json.dumps({"grid": str(sheet)}) if json_lines else sheet)
 
 
@@ -342,19 +345,19 @@ def _scales(scales: Sequence[float | None], adapters: int) -> tuple[float, ...] 
     return tuple(1.0 if scale is None else scale for scale in scales)
 
 
-def _wishes(
+def _entries(
     prompt: str | None, prompts_file: Path | None, image: Path | None, mask: Path | None, outpaint: str | None
-) -> list[Wish]:
-    """The command's wishes; its picture serves wishes without one. Raises ConfigError."""
+) -> list[PromptEntry]:
+    """The command's entries; its picture serves entries without one. Raises ConfigError."""
     if (prompt is None) == (prompts_file is None):
         raise ConfigError("give a prompt, or a --prompts-file, and not both")
-    wishes = [Wish(one_prompt(prompt))] if prompt is not None else wishes_of(prompts_file or Path())
+    entries = [PromptEntry(one_prompt(prompt))] if prompt is not None else read_prompts(prompts_file or Path())
     margins = None if outpaint is None else _margins(outpaint)
     if image is None and mask is None and margins is None:
-        return wishes
+        return entries
     return [
-        replace(wish, image=wish.image or image, mask=wish.mask or mask, outpaint=wish.outpaint or margins)
-        for wish in wishes
+        replace(entry, image=entry.image or image, mask=entry.mask or mask, outpaint=entry.outpaint or margins)
+        for entry in entries
     ]
 
 
@@ -372,32 +375,32 @@ def _number(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
 
-def _requests(wishes: Sequence[Wish], common: dict[str, Any]) -> list[Request]:
-    """The validated requests of the wishes, completed from the command's options; seeds are consecutive."""
+def _requests(entries: Sequence[PromptEntry], common: dict[str, Any]) -> list[Request]:
+    """The validated requests of the entries, completed from the command's options; seeds are consecutive."""
     from latentdiff.drawing.request import request
 
     requests: list[Request] = []
-    for wish in wishes:
+    for entry in entries:
         counted = {"seed": requests[-1].seed + requests[-1].num_images} if requests else {}
-        with _naming(wish):
-            if not wish.prompt.strip():
+        with _naming(entry):
+            if not entry.prompt.strip():
                 raise ConfigError("prompt is empty. Say what to draw")
-            requests.append(request(prompt=wish.prompt, **(common | counted | wish.settings)))
+            requests.append(request(prompt=entry.prompt, **(common | counted | entry.settings)))
     return requests
 
 
 @contextmanager
-def _naming(wish: Wish) -> Iterator[None]:
+def _naming(entry: PromptEntry) -> Iterator[None]:
     """A block whose errors name the line of the prompt."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{wish.where}: {error}" if wish.where else str(error)) from None
+        raise ConfigError(f"{entry.where}: {error}" if entry.where else str(error)) from None
 
 
-def _check_seed(wishes: Sequence[Wish], common: dict[str, Any], resume: bool, process: Process) -> None:
+def _check_seed(entries: Sequence[PromptEntry], common: dict[str, Any], resume: bool, process: Process) -> None:
     """Raises ConfigError if several starts or processes draw one set of pictures without a common seed."""
-    if (resume or process.processes > 1) and "seed" not in common | wishes[0].settings:
+    if (resume or process.processes > 1) and "seed" not in common | entries[0].settings:
         why = "--resume" if resume else "a command of several processes"
         raise ConfigError(f"{why} requires --seed: without it each start draws other pictures")
 
@@ -425,13 +428,13 @@ def _check_beside(
         raise ConfigError(f"file exists ({output.with_suffix('.gif')}). Pictures are never overwritten")
 
 
-def _suffix(output: Path, chosen: Format | None, wishes: Sequence[Wish]) -> str:
+def _suffix(output: Path, chosen: Format | None, entries: Sequence[PromptEntry]) -> str:
     """The suffix of the pictures, from the output's name, or --format for a folder. Raises ConfigError for both."""
     own = suffix_of(output)
     if own and chosen is not None:
         raise ConfigError(f"--format applies to the pictures in a folder; {output} is a file")
     suffix = own or f".{(chosen or Format.png).value}"
-    if loses_pixels(suffix) and any(wish.mask or wish.outpaint for wish in wishes):
+    if loses_pixels(suffix) and any(entry.mask or entry.outpaint for entry in entries):
         terminal.warning("JPEG changes the pixels that a mask keeps; PNG and WebP do not")
     return suffix
 
@@ -459,7 +462,7 @@ def _check_sizes(model: str | None, requests: Sequence[Request]) -> None:
 
 def _jobs(
     pipe: LatentDiffusionPipeline,
-    wishes: Sequence[Wish],
+    entries: Sequence[PromptEntry],
     requests: Sequence[Request],
     common: dict[str, Any],
     hints: tuple[Hint, ...] = (),
@@ -469,31 +472,33 @@ def _jobs(
     from latentdiff.drawing.draw import jobs_of
 
     jobs: list[Job] = []
-    for wish, first in zip(wishes, requests, strict=True):
-        own = common | wish.settings | {"seed": first.seed}
-        with _naming(wish):
-            request = pipe.request(wish.prompt, **own)
-            if not jobs and wish.image is None:
+    for entry, first in zip(entries, requests, strict=True):
+        own = common | entry.settings | {"seed": first.seed}
+        with _naming(entry):
+            request = pipe.request(entry.prompt, **own)
+            if not jobs and entry.image is None:
                 pipe.begin(request, sum(one.num_images for one in requests))
-            jobs += jobs_of(pipe.model, request, _canvas(pipe, wish, request), hints=hints, image_prompts=image_prompts)
+            jobs += jobs_of(
+                pipe.model, request, _canvas(pipe, entry, request), hints=hints, image_prompts=image_prompts
+            )
         _warn(pipe, request)
     return jobs
 
 
-def _canvas(pipe: LatentDiffusionPipeline, wish: Wish, request: Request) -> Any:
+def _canvas(pipe: LatentDiffusionPipeline, entry: PromptEntry, request: Request) -> Any:
     from latentdiff.core.files import recorded
     from latentdiff.drawing.canvas import BLACK, NONE, Margins
     from latentdiff.drawing.draw import canvas_of
     from latentdiff.drawing.plan import plan
 
-    image = None if wish.image is None else open_picture(wish.image)
-    mask = None if wish.mask is None else open_picture(wish.mask, BLACK)
-    names = [None if path is None else recorded(path) for path in (wish.image, wish.mask)]
-    margins = NONE if wish.outpaint is None else Margins(*wish.outpaint)
+    image = None if entry.image is None else open_picture(entry.image)
+    mask = None if entry.mask is None else open_picture(entry.mask, BLACK)
+    names = [None if path is None else recorded(path) for path in (entry.image, entry.mask)]
+    margins = NONE if entry.outpaint is None else Margins(*entry.outpaint)
     canvas = canvas_of(pipe.model, request, image, mask, margins=margins, names=(names[0], names[1]))
     if canvas is not None:
         steps = plan(request, pipe.model, canvas).steps[0]
-        terminal.note(f"{wish.image}: runs {steps} of {request.num_inference_steps} steps")
+        terminal.note(f"{entry.image}: runs {steps} of {request.num_inference_steps} steps")
     return canvas
 
 

@@ -73,7 +73,7 @@ def _path_and_number(text: str, rule: str) -> tuple[Path, float | None]:
         return Path(text), None
 
 
-class ControlWish(NamedTuple):
+class ControlOption(NamedTuple):
     """A ControlNet, the picture that it reads, and its scale."""
 
     network: Path
@@ -81,7 +81,7 @@ class ControlWish(NamedTuple):
     scale: float | None
 
 
-def control_wish(text: str) -> ControlWish:
+def control_option(text: str) -> ControlOption:
     """MODEL:PICTURE or MODEL:PICTURE:SCALE; both paths may contain colons if they exist. Raises ConfigError."""
     rest, colon, last = text.rpartition(":")
     scale, is_number = None, False
@@ -95,19 +95,19 @@ def control_wish(text: str) -> ControlWish:
     network, picture = ":".join(paths[:i]), ":".join(paths[i:])
     if not (network and picture):
         raise ConfigError(f"--control must be MODEL:PICTURE or MODEL:PICTURE:SCALE (got {text[:60]!r})")
-    return ControlWish(Path(network), Path(picture), scale)
+    return ControlOption(Path(network), Path(picture), scale)
 
 
-def load_controls(pipe: LatentDiffusionPipeline, wishes: Sequence[ControlWish], annotate: str | None) -> Any:
+def load_controls(pipe: LatentDiffusionPipeline, controls: Sequence[ControlOption], annotate: str | None) -> Any:
     """Load ControlNets; returns the hints of their pictures. annotate: the annotator that makes the pictures."""
     from latentdiff.core.files import recorded
     from latentdiff.drawing.files import open_picture
     from latentdiff.drawing.hints import hints_of
 
-    pictures = [open_picture(wish.picture) for wish in wishes]
-    for wish in wishes:
-        pipe.load_controlnet(wish.network)
-    return hints_of(pictures, len(wishes), [recorded(wish.picture) for wish in wishes], annotate)
+    pictures = [open_picture(control.picture) for control in controls]
+    for control in controls:
+        pipe.load_controlnet(control.network)
+    return hints_of(pictures, len(controls), [recorded(control.picture) for control in controls], annotate)
 
 
 def load_image_prompts(pipe: LatentDiffusionPipeline, adapters: Sequence[Path], pictures: Sequence[Path]) -> Any:

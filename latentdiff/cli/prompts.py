@@ -15,7 +15,7 @@ _PATHS = ("image", "mask")
 
 
 @dataclass(frozen=True)
-class Wish:
+class PromptEntry:
     """A prompt with its own settings, and the paths of an image and a mask; `where` names it in errors."""
 
     prompt: str
@@ -36,7 +36,7 @@ def one_prompt(prompt: str) -> str:
         raise ConfigError("prompt: standard input is not text in UTF-8") from None
 
 
-def wishes_of(path: Path) -> list[Wish]:
+def read_prompts(path: Path) -> list[PromptEntry]:
     """A line a prompt, or a JSON object a line in a .jsonl file: prompt, any setting, image, mask, outpaint.
 
     Lines that begin with # are comments, except in a .jsonl file.
@@ -50,19 +50,19 @@ def wishes_of(path: Path) -> list[Wish]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts are not text in UTF-8, byte {error.start} ({path})") from None
     read = _of_json if path.suffix.lower() == ".jsonl" else _of_text
-    wishes = list(read(text, path))
-    if not wishes:
+    entries = list(read(text, path))
+    if not entries:
         raise ConfigError(f"the file has no prompts ({path})")
-    return wishes
+    return entries
 
 
-def _of_text(text: str, path: Path) -> Iterator[Wish]:
+def _of_text(text: str, path: Path) -> Iterator[PromptEntry]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.startswith("#"):
-            yield Wish(line.strip(), where=f"{path} line {number}")
+            yield PromptEntry(line.strip(), where=f"{path} line {number}")
 
 
-def _of_json(text: str, path: Path) -> Iterator[Wish]:
+def _of_json(text: str, path: Path) -> Iterator[PromptEntry]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -75,7 +75,7 @@ def _of_json(text: str, path: Path) -> Iterator[Wish]:
             raise ConfigError(f"{where} is not JSON") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), str):
             raise ConfigError(f'{where} must be an object with a "prompt"')
-        yield _wish(tree, path.parent, where)
+        yield _entry(tree, path.parent, where)
 
 
 def _without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
+def _entry(tree: dict[str, Any], folder: Path, where: str) -> PromptEntry:
     from latentdiff.drawing.inputs import margins_of
 
     prompt = tree.pop("prompt")
@@ -104,4 +104,4 @@ def _wish(tree: dict[str, Any], folder: Path, where: str) -> Wish:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     full = {name: None if value is None else folder / value for name, value in paths.items()}
-    return Wish(prompt, tree, full["image"], full["mask"], None if outpaint is None else tuple(outpaint), where)
+    return PromptEntry(prompt, tree, full["image"], full["mask"], None if outpaint is None else tuple(outpaint), where)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.cli.loading import common_settings
-from latentdiff.cli.prompts import Wish
+from latentdiff.cli.prompts import PromptEntry
 from latentdiff.core.errors import ConfigError
 
 Grid = Mapping[str, tuple[Any, ...]]
@@ -38,22 +38,22 @@ def _setting(name: str, value: str) -> Any:
     return common_settings({}, [f"{name}={value}"])[name]
 
 
-def varied(wishes: Sequence[Wish], grid: Grid, common: Mapping[str, Any]) -> list[Wish]:
-    """Each wish under every combination, with the same seeds. Raises ConfigError for a setting that is given too."""
+def varied(entries: Sequence[PromptEntry], grid: Grid, common: Mapping[str, Any]) -> list[PromptEntry]:
+    """Each entry under every combination, with the same seeds. Raises ConfigError for a setting that is given too."""
     if not grid:
-        return list(wishes)
+        return list(entries)
     from latentdiff.evaluation.sweep import combinations
 
     seed = common.get("seed")
     seed = secrets.randbelow(2**32) if seed is None else seed
-    results: list[Wish] = []
-    for wish in wishes:
-        fixed = common.keys() | wish.settings.keys()
+    results: list[PromptEntry] = []
+    for entry in entries:
+        fixed = common.keys() | entry.settings.keys()
         if twice := [name for name in grid if name in fixed or name in ("num_images", "batch_size")]:
             raise ConfigError(f"--vary {twice[0]}: it is given elsewhere, or does not change pictures")
-        first = {"seed": wish.settings.get("seed", seed)}
-        results += [replace(wish, settings=wish.settings | first | chosen) for chosen in combinations(grid)]
-        counts = {**first, "num_images": wish.settings.get("num_images", common["num_images"])}
+        first = {"seed": entry.settings.get("seed", seed)}
+        results += [replace(entry, settings=entry.settings | first | chosen) for chosen in combinations(grid)]
+        counts = {**first, "num_images": entry.settings.get("num_images", common["num_images"])}
         for name, value in counts.items():
             if type(value) is not int:
                 raise ConfigError(f"{name} must be a whole number (got {str(value)[:40]!r})")
@@ -61,7 +61,7 @@ def varied(wishes: Sequence[Wish], grid: Grid, common: Mapping[str, Any]) -> lis
     return results
 
 
-def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images: int, folder: Path) -> Path:
+def write_grid(paths: Sequence[Path], entries: Sequence[PromptEntry], grid: Grid, images: int, folder: Path) -> Path:
     """Write the labelled grid of all pictures of a command, `grid-NNNNN.png` in their folder.
 
     Columns are the last setting's values, or without one the seeds of a prompt's pictures; rows are everything else.
@@ -72,15 +72,15 @@ def write_grid(paths: Sequence[Path], wishes: Sequence[Wish], grid: Grid, images
 
     others, last = list(grid)[:-1], list(grid)[-1] if grid else None
     across = images if last is None else len(grid[last])
-    prompts = len({wish.where for wish in wishes}) > 1
+    prompts = len({entry.where for entry in entries}) > 1
     seeds = [f"seed {path.stem.rpartition('-')[2]}" for path in paths]
     columns = [""] * across if prompts else seeds[:across]
     if last is not None:
         columns = [f"{last} {value}" for value in grid[last]]
     rows: dict[tuple[Any, ...], list[Any]] = {}
     for number, path in enumerate(paths):
-        wish = wishes[number // images]
-        key = (wish.where, wish.prompt if prompts else "", *(f"{name} {wish.settings[name]}" for name in others))
+        entry = entries[number // images]
+        key = (entry.where, entry.prompt if prompts else "", *(f"{name} {entry.settings[name]}" for name in others))
         if last is not None:
             key = (*key, seeds[number] if images > 1 else "")
         rows.setdefault(key, []).append(open_picture(path))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from latentdiff.core.files import whole
+from latentdiff.core.files import atomic
 
 LIMIT = 20 * 2**30  # bytes of all files together
 KINDS = ("*.blob", "*.features")  # names of our files
@@ -76,7 +76,7 @@ def kept(path: Path) -> Kept | None:
 def keep(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all. If it cannot be written, nothing happens: the next start computes it again."""
     try:
-        with whole(path) as made, made.open("wb") as file:
+        with atomic(path) as made, made.open("wb") as file:
             file.write(_checksum(content))
             file.write(content)
         ours = [file for kind in KINDS for file in path.parent.glob(kind)]

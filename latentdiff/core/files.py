@@ -114,7 +114,7 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def whole(output: Path, replaces: frozenset[str] = frozenset()) -> Iterator[Path]:
+def atomic(output: Path, replaces: frozenset[str] = frozenset()) -> Iterator[Path]:
     """A path to write a file or a folder to; it is renamed to `output` once the block ends without an error.
 
     On failure nothing is left behind. An existing folder is exchanged for the new one in one step, so that a reader
@@ -172,7 +172,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, replacing one that exists, whole or not at all; its folders are created."""
-    with whole(path) as made:
+    with atomic(path) as made:
         made.write_text(text, encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from latentdiff.core.errors import ConfigError, DataError
-from latentdiff.data.dataset import look, picture_set
+from latentdiff.data.dataset import picture_set, survey_of
 from latentdiff.data.examples import Examples
 from latentdiff.data.pictures import PictureSet
 from latentdiff.data.survey import Picture
@@ -26,9 +26,9 @@ def companions(config: Settings, sets: Sequence[Examples], source: str, cache: P
         raise ConfigError("data.pictures.crop = content would crop a picture and its companion differently. Use center")
     own: dict[str, Any] = {"source": source, "layout": "uncaptioned", "allow_missing_captions": True}
     plain = settings.model_copy(update=own | {"instance_prompt": None})
-    survey = look(config.model_copy(update={"data": config.data.model_copy(update={"pictures": plain})}), cache)
+    survey = survey_of(config.model_copy(update={"data": config.data.model_copy(update={"pictures": plain})}), cache)
     named: dict[str, Picture] = {}
-    for picture in survey.sound(False).pictures:
+    for picture in survey.accepted(False).pictures:
         if (same := named.setdefault(_stem(picture.name), picture)) is not picture:
             raise DataError(f"{same.name} and {picture.name} have the same name in {source}. Remove one of them")
     results = []

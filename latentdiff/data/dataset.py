@@ -58,7 +58,7 @@ def open_data(config: Settings, cache: Path | None = None) -> DataSet:
         training = Scenes(config, maker, "training scene", config.data.count, cache)
         validation = Examples(Scenes(config, maker, "validation scene", VALIDATION), config.seed, grey=grey)
         return DataSet(Examples(training, config.seed, grey=grey), validation)
-    result = look(config, cache).sound(config.data.pictures.skip_bad)
+    result = survey_of(config, cache).accepted(config.data.pictures.skip_bad)
     return picture_data(config, result)
 
 
@@ -67,7 +67,7 @@ def readable(config: Config) -> bool:
     return config.data.kind == "scenes" and config.image_size == scenes.SIZE and not config.data.grey
 
 
-def look(config: Settings, cache: Path | None = None) -> Survey:
+def survey_of(config: Settings, cache: Path | None = None) -> Survey:
     """The survey of a config's own pictures. Raises DataError if nothing can be listed.
 
     A stream is read once for a run: its survey stays in `cache` until the settings change, or local files do.

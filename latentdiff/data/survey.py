@@ -112,7 +112,7 @@ class Survey:
         advice = "Add rows or pass --allow-missing-captions" if alone else "Mend them or pass --skip-bad"
         return f"{'; '.join(texts)}. {advice}"
 
-    def sound(self, skip_bad: bool) -> Survey:
+    def accepted(self, skip_bad: bool) -> Survey:
         """The survey if training may use it; skip_bad: leave out what cannot be used. Raises DataError."""
         refusal = self.refusal()
         if refusal and not (skip_bad and self.pictures):

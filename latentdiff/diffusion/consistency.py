@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import columns, denoised, end_of, pair_loss, scale_of, table
+from latentdiff.diffusion.jump import clean_level, columns, denoised, pair_loss, scale_of, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
@@ -32,8 +32,8 @@ class ConsistencyLoss:
 
     def __init__(self, path: Path, prediction: str, *, steps: int, guidance: float, huber: float):
         self.path, self.steps, self._guidance, self._huber = path, steps, guidance, huber
-        grid = path.levels(steps, "distilled" if path.whole else "trailing")[:-1]
-        self._table = table([*grid, end_of(path)], prediction)
+        grid = path.levels(steps, "distilled" if path.has_integer_times else "trailing")[:-1]
+        self._table = table([*grid, clean_level(path)], prediction)
         self._times = -np.array([level.t for level in grid])
 
     def number(self, t: float) -> int:

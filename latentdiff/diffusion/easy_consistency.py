@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.jump import LARGEST_RATIO, columns, denoised, end_of, pair_loss, scale_of, table
+from latentdiff.diffusion.jump import LARGEST_RATIO, clean_level, columns, denoised, pair_loss, scale_of, table
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path
 
@@ -44,7 +44,7 @@ class EasyConsistencyLoss:
         share = (1 + K / (1 + math.exp(B * ratio))) / self._shrink
         after = self.path.level_of(ratio * max(1 - share, 0.0))
         if after.t <= self.path.numbered(0).t:
-            after = end_of(self.path)
+            after = clean_level(self.path)
         return table([level, after], self._prediction)
 
     def __call__(

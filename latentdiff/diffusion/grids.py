@@ -2,8 +2,8 @@
 
 Two kinds, each a function on one screen. A path (`path.py`) turns their numbers into levels.
 
-    of times    (T, steps, whole) -> times counted from 0 to T - 1, highest first; `whole` rounds where a path has
-                whole times only
+    of times    (T, steps, rounding) -> times counted from 0 to T - 1, highest first; `rounding` rounds where a path has
+                integer times only
     of ratios   (steps, lowest, highest) -> noise-to-signal ratios sigma / alpha, highest first
 """
 
@@ -12,64 +12,64 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-Whole = Callable[[float], float]
-TimeGrid = Callable[[int, int, Whole], list[float]]
+Rounding = Callable[[float], float]
+TimeGrid = Callable[[int, int, Rounding], list[float]]
 RatioGrid = Callable[[int, float, float], list[float]]
 
 
-def trailing(T: int, steps: int, whole: Whole) -> list[float]:
+def trailing(T: int, steps: int, rounding: Rounding) -> list[float]:
     """From the last time, in equal steps (Lin et al. 2023, table 2)."""
-    return [whole(T - i * T / steps) - 1 for i in range(steps)]
+    return [rounding(T - i * T / steps) - 1 for i in range(steps)]
 
 
-def leading(T: int, steps: int, whole: Whole) -> list[float]:
+def leading(T: int, steps: int, rounding: Rounding) -> list[float]:
     """Multiples of T // steps with an offset of 1 (Lin et al. 2023, table 2); never starts at the last time."""
     stride = T // steps
     offset = min(1, T - 1 - (steps - 1) * stride)
     return [float(i * stride + offset) for i in reversed(range(steps))]
 
 
-def leading_zero(T: int, steps: int, whole: Whole) -> list[float]:
+def leading_zero(T: int, steps: int, rounding: Rounding) -> list[float]:
     """Multiples of T // steps without an offset: diffusers' `steps_offset=0`, as DiT has it."""
     return [float(i * (T // steps)) for i in reversed(range(steps))]
 
 
-def linspace(T: int, steps: int, whole: Whole) -> list[float]:
+def linspace(T: int, steps: int, rounding: Rounding) -> list[float]:
     """From the last time to the first, both included (Lin et al. 2023, table 2)."""
-    return [whole(value) for value in _even(T - 1, 0, steps)]
+    return [rounding(value) for value in _even(T - 1, 0, steps)]
 
 
-def leading_open(T: int, steps: int, whole: Whole) -> list[float]:
+def leading_open(T: int, steps: int, rounding: Rounding) -> list[float]:
     """Leading with steps + 1 times, without the last one: diffusers' multistep solvers (DPM++, UniPC, DEIS)."""
     if steps == T:
-        return leading(T, steps, whole)
+        return leading(T, steps, rounding)
     stride = T // (steps + 1)
     offset = min(1, T - 1 - steps * stride)
     return [float(i * stride + offset) for i in reversed(range(1, steps + 1))]
 
 
-def linspace_open(T: int, steps: int, whole: Whole) -> list[float]:
+def linspace_open(T: int, steps: int, rounding: Rounding) -> list[float]:
     """Linspace with steps + 1 times, without the last one: diffusers' multistep solvers."""
-    return [whole(value) for value in _even(T - 1, 0, min(steps + 1, T))[:steps]]
+    return [rounding(value) for value in _even(T - 1, 0, min(steps + 1, T))[:steps]]
 
 
-def linspace_exact(T: int, steps: int, whole: Whole) -> list[float]:
-    """Linspace between whole times too: diffusers' Euler, Heun, LMS and DPM2."""
+def linspace_exact(T: int, steps: int, rounding: Rounding) -> list[float]:
+    """Linspace between integer times too: diffusers' Euler, Heun, LMS and DPM2."""
     return _even(T - 1, 0, steps)
 
 
-def distilled(T: int, steps: int, whole: Whole) -> list[float]:
+def distilled(T: int, steps: int, rounding: Rounding) -> list[float]:
     """Every (50 / steps)-th of the fifty times T i / 50 - 1 that latent consistency models are distilled on."""
     origins = max(50, steps)
     return [float((origins - math.floor(i * origins / steps)) * T // origins - 1) for i in range(steps)]
 
 
-def sgm_uniform(T: int, steps: int, whole: Whole) -> list[float]:
+def sgm_uniform(T: int, steps: int, rounding: Rounding) -> list[float]:
     """Equal steps from the last time towards the first, which is left out (Stability AI's generative-models)."""
     return _even(T - 1, 0, steps + 1)[:-1]
 
 
-def beta(T: int, steps: int, whole: Whole) -> list[float]:
+def beta(T: int, steps: int, rounding: Rounding) -> list[float]:
     """Quantiles of the Beta(0.6, 0.6) distribution: dense at both ends (Lee et al. 2024)."""
     from scipy.special import betaincinv  # takes a while to import
 

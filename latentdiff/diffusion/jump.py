@@ -61,7 +61,7 @@ def jump(network: Network, x: Tensor, at: Any, conditions: Any) -> Tensor:
     return end
 
 
-def nearer(x: Tensor, x0: Tensor, at: Any, after: Any) -> Tensor:
+def ddim_step(x: Tensor, x0: Tensor, at: Any, after: Any) -> Tensor:
     """The DDIM step from x at one level to another, along the line to x0: alpha x0 + sigma noise, with the same noise.
 
     (Song et al. 2021, Denoising Diffusion Implicit Models, eq. 12, with eta = 0.)
@@ -82,7 +82,7 @@ def distance(a: Tensor, b: Tensor, huber: float) -> Tensor:
     return apart
 
 
-def fall(at: Any, after: Any) -> Tensor:
+def ratio_difference(at: Any, after: Any) -> Tensor:
     """The difference of the noise-to-signal ratios r = sigma / alpha of two levels, (B,).
 
     A path may end without signal, so r is at most 80 at the first level, EDM's largest, and at most 40 at the second.
@@ -94,8 +94,8 @@ def fall(at: Any, after: Any) -> Tensor:
 def pair_loss(student: Network, x: Tensor, x0: Tensor, at: Any, after: Any, cond: Any, huber: float) -> Tensor:
     """1 / (r_t - r_s) d(f(x_t, t), f(x_s, s) without gradient), (B,), with x_s on the line from x_t to x0."""
     with torch.no_grad():
-        goal = jump(student, nearer(x, x0, at, after), after, cond)
-    return distance(jump(student, x, at, cond), goal, huber) / fall(at, after)
+        goal = jump(student, ddim_step(x, x0, at, after), after, cond)
+    return distance(jump(student, x, at, cond), goal, huber) / ratio_difference(at, after)
 
 
 def scale_of(usual: float, each: Tensor | None, like: Tensor) -> Any:
@@ -105,7 +105,7 @@ def scale_of(usual: float, each: Tensor | None, like: Tensor) -> Any:
     return each.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def end_of(path: Path) -> NoiseLevel:
+def clean_level(path: Path) -> NoiseLevel:
     """The end of a jump: the data without noise, at the time of the path's least noisy level.
 
     A path's own last level has some noise, which a student would learn to draw.

@@ -27,7 +27,7 @@ from latentdiff.diffusion.jump import scale_of
 from latentdiff.diffusion.parametrization import Network
 from latentdiff.diffusion.path import Path, Straight
 
-APART = 0.25  # the share of samples with r < t; the others keep the instantaneous velocity
+SHARE_OF_INTERVALS = 0.25  # the share of samples with r < t; the others keep the instantaneous velocity
 LOG_MEAN, LOG_STD = -0.4, 1.0  # times are sigmoids of normal draws
 STEP = 0.01  # the largest h
 C = 1e-3
@@ -50,7 +50,7 @@ class MeanFlowLoss:
         """The shares t and r of a training time and of another one, (2,): the later one first; often they are equal."""
         one = t / self.path.T
         other = 1 / (1 + math.exp(-(LOG_MEAN + LOG_STD * rng.standard_normal())))
-        if rng.random() >= APART:
+        if rng.random() >= SHARE_OF_INTERVALS:
             other = one
         return torch.tensor([max(one, other), min(one, other)], dtype=torch.float32)
 

@@ -59,7 +59,7 @@ class DiffusionLoss:
     def __init__(self, path: Path, prediction: str, weighting: str = "uniform", gamma: float | None = None):
         self.path, self.prediction = path, prediction
         self._weighting, self._gamma = weighting, gamma
-        self._table = self._at([path.numbered(n) for n in range(path.T)]) if path.whole else None
+        self._table = self._at([path.numbered(n) for n in range(path.T)]) if path.has_integer_times else None
 
     def __call__(
         self,

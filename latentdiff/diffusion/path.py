@@ -2,7 +2,7 @@
 
     x_t = alpha_t x0 + sigma_t noise
 
-    VariancePreserving   alpha_t^2 = alphas_cumprod[t], alpha^2 + sigma^2 = 1, whole times 0 .. T - 1   Ho et al. 2020
+    VariancePreserving   alpha_t^2 = alphas_cumprod[t], alpha^2 + sigma^2 = 1, integer times 0 .. T - 1   Ho et al. 2020
     Straight             alpha = 1 - t / T, sigma = t / T, any time in (0, T]                           Liu et al. 2022
 
 Coefficients are float64 here and Python floats outside.
@@ -33,8 +33,8 @@ class Path(Protocol):
         ...
 
     @property
-    def whole(self) -> bool:
-        """Whether training draws whole times only."""
+    def has_integer_times(self) -> bool:
+        """Whether training draws integer times only."""
         ...
 
     def level(self, t: float) -> NoiseLevel:
@@ -118,7 +118,7 @@ class VariancePreserving:
         return len(self.alphas_cumprod)
 
     @property
-    def whole(self) -> bool:
+    def has_integer_times(self) -> bool:
         """True: the process has T steps."""
         return True
 
@@ -135,7 +135,7 @@ class VariancePreserving:
         return VariancePreserving(rescaled)
 
     def level(self, t: float) -> NoiseLevel:
-        """The level at time t in [0, T - 1]; between whole times the angle atan(sigma / alpha) is linear in t."""
+        """The level at time t in [0, T - 1]; between integer times the angle atan(sigma / alpha) is linear in t."""
         if not 0 <= t <= self.T - 1:
             raise ValueError(f"t must be from 0 to {self.T - 1} (got {t})")
         if t == int(t):
@@ -226,7 +226,7 @@ class Straight:
     terminal: float | None = None
 
     @property
-    def whole(self) -> bool:
+    def has_integer_times(self) -> bool:
         """False: times are continuous."""
         return False
 
@@ -285,13 +285,13 @@ class Straight:
 
 
 def grid_levels(
-    path: VariancePreserving | Straight, steps: int, grid: str, whole: Callable[[float], float], shift: float = 1.0
+    path: VariancePreserving | Straight, steps: int, grid: str, rounding: Callable[[float], float], shift: float = 1.0
 ) -> tuple[NoiseLevel, ...]:
     """The levels of a grid by name, then CLEAN. Raises ValueError for an unknown one, or too many steps."""
     if not 1 <= steps <= path.T:
         raise ValueError(f"steps must be from 1 to {path.T} (got {steps})")
     if grid in TIME_GRIDS:
-        levels = [path.numbered(number) for number in TIME_GRIDS[grid](path.T, steps, whole)]
+        levels = [path.numbered(number) for number in TIME_GRIDS[grid](path.T, steps, rounding)]
         if shift != 1:
             levels = [path.level_of(shift * level.ratio) if level.alpha else level for level in levels]
     elif grid in RATIO_GRIDS:

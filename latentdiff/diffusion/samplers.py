@@ -535,7 +535,9 @@ def tcd(
             x = _towards(x, x0, t, s)
         else:
             time = (1 - eta) * s.t
-            between = path.level(math.floor(time) if path.whole and s.t == int(s.t) else time) if eta > 0 else s
+            between = (
+                path.level(math.floor(time) if path.has_integer_times and s.t == int(s.t) else time) if eta > 0 else s
+            )
             x = between.alpha * x0 + between.sigma * (x - t.alpha * x0) / t.sigma
             if eta > 0:
                 r = s.alpha / between.alpha

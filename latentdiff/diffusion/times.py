@@ -42,20 +42,20 @@ class Times:
             share = 1 / (1 + math.exp(-(self.mean + self.std * rng.standard_normal())))
         elif self.distribution == "log_normal":
             return self._of_ratio(math.exp(self.mean + self.std * rng.standard_normal()))
-        elif self.path.whole:
+        elif self.path.has_integer_times:
             whole = rng.integers(T)
             share = whole / T
         else:
             share = 1 - rng.random()  # in (0, 1]: at 0 there is nothing to learn
         if self.bins:
             share = (number % self.bins + rng.random()) / self.bins
-        elif self.path.whole and self.distribution == "uniform":
+        elif self.path.has_integer_times and self.distribution == "uniform":
             return np.int64(whole)
-        if self.path.whole:
+        if self.path.has_integer_times:
             return np.int64(min(share * T, T - 1))
         shifted = float(self.path.shifted(np.array(share))) if isinstance(self.path, Straight) else share
         return np.float64(max(shifted, 1e-6) * T)
 
     def _of_ratio(self, ratio: float) -> np.int64 | np.float64:
         t = self.path.level_of(ratio).t
-        return np.int64(round(t)) if self.path.whole else np.float64(max(t, 1e-6 * self.path.T))
+        return np.int64(round(t)) if self.path.has_integer_times else np.float64(max(t, 1e-6 * self.path.T))

@@ -194,7 +194,7 @@ def watching(call: Call, pipeline: Any, sampler: str, starts: Sequence[float]) -
     if callback is None:
         return None
     model, count = pipeline.model, 0
-    divided = SAMPLERS[sampler].by_ratio and model.path.whole
+    divided = SAMPLERS[sampler].by_ratio and model.path.has_integer_times
 
     def watch(step: Step) -> Array | None:
         nonlocal count

@@ -21,7 +21,7 @@ from latentdiff.drawing.canvas import Canvas, Margins, canvas
 from latentdiff.drawing.cascade import check_jobs, enlarged, final_of
 from latentdiff.drawing.hints import Hint
 from latentdiff.drawing.image_prompts import ImagePrompt
-from latentdiff.drawing.latents import returned
+from latentdiff.drawing.latents import final_to_diffusers
 from latentdiff.drawing.output import Output, joined
 from latentdiff.drawing.painter import Painter, check
 from latentdiff.drawing.passes import steps
@@ -233,7 +233,7 @@ def _kept(model: Model, images: Array, canvases: Sequence[Canvas | None]) -> Arr
 
 def _as_type(model: Model, images: Array, output_type: str) -> Any:
     if output_type == "latent":
-        return as_tensor(returned(model, images))
+        return as_tensor(final_to_diffusers(model, images))
     if output_type == "pt":
         return (as_tensor(images) + 1) / 2
     pictures = to_uint8(images)

@@ -54,7 +54,7 @@ class Fit:
         return f"{self.name}: {counts}{examples}{words}"
 
 
-def adapted(model: Model) -> dict[str, nn.Module]:
+def adaptable_networks(model: Model) -> dict[str, nn.Module]:
     """The networks that adapters change, by diffusers' names."""
     from torch import nn
 
@@ -73,7 +73,7 @@ def with_adapter(
     called = re.sub(r"\W", "_", str(name or (path.name if path.is_dir() else path.stem)))
     if f"adapter {called}" in painter.sources:
         raise ConfigError(f"the adapter name {called!r} is in use. Give this one another name ({path})")
-    networks = adapted(painter.model)
+    networks = adaptable_networks(painter.model)
     with LOADING:
         adapter = adapter_file.read_adapter(path, networks)
     bundled = [_words(painter, state, file, _free(painter, word)) for word, state in adapter.words.items()]
@@ -123,7 +123,7 @@ def weighed(painter: Painter, weights: Mapping[str, float]) -> Painter:
 
     for weight in weights.values():
         _check_weight(weight)
-    attached.weigh(adapted(painter.model), weights)
+    attached.weigh(adaptable_networks(painter.model), weights)
     return _with_live(painter, lambda name, source: replace(source, weight=weights.get(name, 0.0)))
 
 
@@ -131,7 +131,7 @@ def merged(painter: Painter, scale: float = 1.0) -> Painter:
     """Add the active adapters to the networks, each times its weight and `scale`."""
     from latentdiff.networks.adapters import attached
 
-    networks = adapted(painter.model)
+    networks = adaptable_networks(painter.model)
     weights = {name: scale * weight for name, weight in attached.weights_of(networks).items()}
     painter = weighed(painter, weights)
     attached.merge_attached(networks)
@@ -142,7 +142,7 @@ def unloaded(painter: Painter) -> Painter:
     """Detach every adapter that is not merged."""
     from latentdiff.networks.adapters import attached
 
-    attached.detach(adapted(painter.model))
+    attached.detach(adaptable_networks(painter.model))
     kept = {name: source for name, source in painter.sources.items() if source.kind != "lora"}
     return replace(painter, sources=kept)
 

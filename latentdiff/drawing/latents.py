@@ -9,7 +9,7 @@ from latentdiff.model import Model
 from latentdiff.networks.protocols import PacksLatents, ShowsLatents
 
 
-def returned(model: Model, latents: Array) -> Array:
+def final_to_diffusers(model: Model, latents: Array) -> Array:
     """Final latents (B, C, h, w) as diffusers' pipeline returns them: those of some models are tokens, (B, L, D)."""
     return model.codec.to_diffusers(latents) if isinstance(model.codec, ShowsLatents) else to_diffusers(model, latents)
 

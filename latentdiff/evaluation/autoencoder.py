@@ -15,7 +15,7 @@ from latentdiff.core.arrays import to_numpy
 from latentdiff.core.errors import NonFiniteError
 from latentdiff.core.images import to_images, to_uint8
 from latentdiff.drawing import pixels
-from latentdiff.evaluation.room import CODED, at_once, filled
+from latentdiff.evaluation.room import CODED, batch_size, concatenated
 from latentdiff.model import Model
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def decoded(model: Model, pictures: np.ndarray, folder: Path | None = None) -> D
 
     def batches() -> Iterator[np.ndarray]:
         nonlocal first, second, count
-        size = at_once(CODED, pictures.shape[1:3], AT_ONCE)
+        size = batch_size(CODED, pictures.shape[1:3], AT_ONCE)
         for start in tqdm(range(0, len(pictures), size), "autoencoder", disable=None):
             latents = pixels.encode_images(model, pixels.as_images(model, pictures[start : start + size]))
             values = to_numpy(latents).astype(np.float64)
@@ -52,7 +52,7 @@ def decoded(model: Model, pictures: np.ndarray, folder: Path | None = None) -> D
                 raise NonFiniteError("the autoencoder gives values that are not finite. Its weights may be damaged")
             yield to_uint8(images)
 
-    made = filled(batches(), len(pictures), folder)
+    made = concatenated(batches(), len(pictures), folder)
     average = first / count
     return Decoded(made, average, np.sqrt(np.maximum(second / count - average**2, 0)))
 

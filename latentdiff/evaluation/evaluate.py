@@ -12,7 +12,7 @@ from typing import Any
 
 from latentdiff.core.errors import DataError
 from latentdiff.core.files import sha256_of
-from latentdiff.data.dataset import look
+from latentdiff.data.dataset import survey_of
 from latentdiff.data.examples import Examples
 from latentdiff.data.sprites.library import Library
 from latentdiff.drawing.painter import Painter
@@ -111,7 +111,7 @@ def references_of(
     side = model.card.size[0]
     composed = sources.data is None and isinstance(of_shapes(model.card), ComposedShapes)
     config = _config(sources.data, side, [*(_SHAPES_ALONE if composed else ()), *sources.lenient])
-    survey = None if config.data.is_procedural else look(config).sound(config.data.pictures.skip_bad)
+    survey = None if config.data.is_procedural else survey_of(config).accepted(config.data.pictures.skip_bad)
     for note in survey.listing.notes if survey else ():
         say(f"data: {note}")
     held, trained = held_out(config, count, survey)

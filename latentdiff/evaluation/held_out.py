@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from latentdiff.core.images import coloured
-from latentdiff.data.dataset import as_validated, by_identity, look, picture_set
+from latentdiff.data.dataset import as_validated, by_identity, picture_set, survey_of
 from latentdiff.data.examples import Examples
 from latentdiff.data.makers import maker_of
 from latentdiff.data.scene_set import Scenes
 from latentdiff.data.survey import Picture, Survey
-from latentdiff.evaluation.room import room
+from latentdiff.evaluation.room import allocate
 from latentdiff.settings.config import Settings
 
 LARGEST = 2**30  # bytes of training pictures in memory
@@ -32,7 +32,7 @@ def held_out(config: Settings, count: int, known: Survey | None = None) -> tuple
         sets = [Scenes(config, maker, purpose, number) for purpose, number in purposes.items()]
         held, trained = (Examples(scenes, config.seed, grey=config.data.grey) for scenes in sets)
         return held, trained
-    survey = known or look(config).sound(config.data.pictures.skip_bad)
+    survey = known or survey_of(config).accepted(config.data.pictures.skip_bad)
     chosen, held_count = by_identity(survey.pictures), config.data.pictures.validation_pictures
     if not held_count:
         return _squares(config, survey, chosen[:count]), None
@@ -51,7 +51,7 @@ def pictures_of(examples: Examples, folder: Path | None = None) -> tuple[np.ndar
     """All pictures, uint8 (N, H, W, 3), and their captions. folder: a place for arrays too large for memory."""
     rows = range(len(examples))
     views = [(row, examples.view(row, 0)) for row in rows]
-    pixels = room((len(examples), *examples.pictures.size(0), 3), folder)
+    pixels = allocate((len(examples), *examples.pictures.size(0), 3), folder)
     for number, each in examples.pictures.each(views):
         pixels[number] = coloured(examples.toned(each))
     return pixels, [examples.caption(row, 0) for row in rows]

@@ -31,7 +31,7 @@ from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Errors, Predict, bits, discretised, errors_of
 from latentdiff.diffusion.parametrization import parametrization_named, x0_from
 from latentdiff.drawing import pixels
-from latentdiff.evaluation.room import CODED, at_once
+from latentdiff.evaluation.room import CODED, batch_size
 from latentdiff.model import Model
 from latentdiff.networks.conditions import Conditions, stacked
 from latentdiff.networks.encoders.prompt import Prompt, Style
@@ -117,7 +117,7 @@ def likelihood(
 
 def _batches(pictures: np.ndarray) -> Iterator[list[int]]:
     """The numbers of the pictures, in batches that fit into memory."""
-    size = at_once(CODED, pictures.shape[1:3], AT_ONCE)
+    size = batch_size(CODED, pictures.shape[1:3], AT_ONCE)
     for first in range(0, len(pictures), size):
         yield list(range(first, min(first + size, len(pictures))))
 

@@ -19,7 +19,7 @@ from latentdiff.core.errors import DataError
 from latentdiff.core.files import write_new
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
-from latentdiff.evaluation.room import DRAWN, at_once, filled
+from latentdiff.evaluation.room import DRAWN, batch_size, concatenated
 
 AT_ONCE = 32
 
@@ -36,7 +36,7 @@ def draw_pictures(
     """A picture of each prompt, uint8 (N, H, W, C); brackets in prompts are text, not weights."""
     card, channels = painter.model.card, painter.model.codec.image_channels
     sides = [settings.get(name) or side for name, side in zip(("height", "width"), card.size, strict=True)]
-    size = min(at_once(DRAWN, sides, AT_ONCE), settings.pop("batch_size", AT_ONCE))
+    size = min(batch_size(DRAWN, sides, AT_ONCE), settings.pop("batch_size", AT_ONCE))
     texts = list(prompts)
 
     def batches() -> Iterator[np.ndarray]:
@@ -54,7 +54,7 @@ def draw_pictures(
                     yield pictures
                 bar.update(len(some))
 
-    return filled(batches(), len(texts), folder)
+    return concatenated(batches(), len(texts), folder)
 
 
 def write(picture: np.ndarray, file: Path) -> None:

@@ -16,12 +16,12 @@ IN_MEMORY = 2**30  # bytes
 CODED, DRAWN = 2**20, 2**21  # pixels of a batch that fit into memory, for an autoencoder in float32 or a drawing model
 
 
-def at_once(pixels: int, size: Sequence[int], most: int) -> int:
+def batch_size(pixels: int, size: Sequence[int], most: int) -> int:
     """The number of pictures of `size`, (height, width), that have so many pixels together, from 1 to `most`."""
     return max(1, min(most, pixels // math.prod(size)))
 
 
-def room(shape: tuple[int, ...], folder: Path | None = None) -> NDArray[np.uint8]:
+def allocate(shape: tuple[int, ...], folder: Path | None = None) -> NDArray[np.uint8]:
     """A uint8 array of zeros; above IN_MEMORY bytes it is on the folder's disk, as long as it is used.
 
     Raises OSError if the disk is too small, before anything is written.
@@ -38,11 +38,11 @@ def room(shape: tuple[int, ...], folder: Path | None = None) -> NDArray[np.uint8
         return np.ndarray(shape, np.uint8, mmap.mmap(file.fileno(), size))
 
 
-def filled(batches: Iterable[np.ndarray], count: int, folder: Path | None = None) -> NDArray[np.uint8]:
+def concatenated(batches: Iterable[np.ndarray], count: int, folder: Path | None = None) -> NDArray[np.uint8]:
     """One array (count, ...) of batches (B, ...)."""
     rows: Iterator[np.ndarray] = iter(batches)
     first = next(rows)
-    whole = room((count, *first.shape[1:]), folder)
+    whole = allocate((count, *first.shape[1:]), folder)
     whole[: len(first)], at = first, len(first)
     for some in rows:
         whole[at : at + len(some)] = some

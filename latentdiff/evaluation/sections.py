@@ -158,7 +158,7 @@ def of_distances(subject: Subject, references: References, settings: EvaluationS
     """The distances of drawn pictures, one for every caption, from the captions' real pictures."""
     folder = subject.folder / "drawn"
     images = draw_pictures(subject.painter, references.captions, seed=settings.seed, folder=folder, **settings.drawing)
-    figures = measured(images, references) | references.floor
+    figures = all_distances(images, references) | references.floor
     pictures: list[Labelled] = []
     for row in range(min(SHOWN, len(images))):
         pictures.append((images[row], {"drawn": references.captions[row]}))
@@ -166,7 +166,7 @@ def of_distances(subject: Subject, references: References, settings: EvaluationS
     return Result(figures, {"pictures": len(images), **_extractor(references)}, pictures=pictures)
 
 
-def measured(images: np.ndarray, references: References) -> dict[str, Figure]:
+def all_distances(images: np.ndarray, references: References) -> dict[str, Figure]:
     """Every distance of drawn pictures from the real ones; validations during training use it too."""
     extractor = references.extractor
     figures = distances(extractor.of(images), references.features, unit=extractor.scorer is not None)

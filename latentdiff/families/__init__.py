@@ -57,7 +57,7 @@ def family_of(index: dict[str, Any], directory: Path) -> Family:
     if not isinstance(name, str):
         raise UnsafeError(f"model directory asks to run code (_class_name {name}, {where}). latentdiff never does this")
     for family in FAMILIES:
-        if name in family.pipelines and (family is not own.FAMILY or own.made_here(directory)):
+        if name in family.pipelines and (family is not own.FAMILY or own.is_own(directory)):
             return family
     known = ", ".join(family.name for family in FAMILIES if family is not own.FAMILY)
     raise ModelError(f"{name} is not supported ({where}). Supported: {known}")

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.families.scheduler import read_json_as, read_scheduler
 from latentdiff.formats.folder import folder_hash, picture_geometry, read_json
-from latentdiff.model import NOTHING, ModelCard
+from latentdiff.model import EMPTY, ModelCard
 from latentdiff.settings.recommended import Recommended
 
 FILE = "latentdiff.json"
@@ -43,7 +43,7 @@ def model_card(
     directory: Path,
     T: int,
     variant: str | None = None,
-    defaults: Mapping[str, Any] = NOTHING,
+    defaults: Mapping[str, Any] = EMPTY,
     *,
     hashed: bool = True,
 ) -> ModelCard:

@@ -62,7 +62,7 @@ def _of_file(path: Path, model: Model) -> Any:
     from latentdiff.formats.pickle import check_safetensors
     from latentdiff.formats.tensors import unscaled
     from latentdiff.networks.controls.controlnet import ControlNet, config_for
-    from latentdiff.networks.filled import filled
+    from latentdiff.networks.filled import with_weights
     from latentdiff.networks.quiet import quietly
 
     unet = _unet_of(model, path)
@@ -78,7 +78,7 @@ def _of_file(path: Path, model: Model) -> Any:
             for name, tensor in state.items()
             if (match := re.fullmatch(r"(?:control_model\.)?label_emb\.0\.([02])\.(weight|bias)", name))
         }
-        return ControlNet(filled(diffusers.ControlNetModel, config, weights)).eval()
+        return ControlNet(with_weights(diffusers.ControlNetModel, config, weights)).eval()
 
 
 def _wrapper(name: str) -> Any:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentdiff.core.errors import ConfigError, loading, saving
-from latentdiff.core.files import whole, write_json
+from latentdiff.core.files import atomic, write_json
 from latentdiff.families import check_folder
 from latentdiff.families.card import FILE as CARD_FILE
 from latentdiff.families.card import known_words
@@ -31,7 +31,7 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
         raise ConfigError(f"{target} exists; nothing is overwritten")
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{target} lies inside {source}. Choose another folder")
-    with whole(target) as made:
+    with atomic(target) as made:
         for file in sorted(file for file in source.rglob("*") if file.is_file()):
             copy = made / file.relative_to(source)
             if file.suffix == ".safetensors":

@@ -10,7 +10,7 @@ from typing import Any
 from latentdiff.core.errors import ModelError
 from latentdiff.families.card import model_card
 from latentdiff.families.scheduler import read_scheduler
-from latentdiff.model import NOTHING, Family, Model, TorchPlace
+from latentdiff.model import EMPTY, Family, Model, TorchPlace
 
 SCHEDULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 
@@ -25,7 +25,7 @@ def assembled(
     widths: Mapping[str, int],
     parts: Mapping[str, Any],
     variant: str | None = None,
-    states: Mapping[str, Any] = NOTHING,
+    states: Mapping[str, Any] = EMPTY,
 ) -> Model:
     """The model of a folder, and of parts from other files (`states`).
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from latentdiff.families import flow, layouts, stable_diffusion
 from latentdiff.formats.folder import read_index, read_json
-from latentdiff.model import NOTHING, Family, Layout, Model
+from latentdiff.model import EMPTY, Family, Layout, Model
 
 PARTS = {
     "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
@@ -28,7 +28,7 @@ DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 3.5}
 DISTILLED = {"num_inference_steps": 4, "guidance_scale": 1.0}  # schnell, which reads no guidance
 
 
-def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = EMPTY) -> Model:
     """See Family and Layout."""
     import diffusers
 

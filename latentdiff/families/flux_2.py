@@ -15,7 +15,7 @@ from latentdiff.diffusion.path import Path as SamplingPath
 from latentdiff.families import flow, layouts, stable_diffusion
 from latentdiff.families.z_image import AFTER, BEFORE
 from latentdiff.formats.folder import read_json
-from latentdiff.model import NOTHING, Family, Layout, Model
+from latentdiff.model import EMPTY, Family, Layout, Model
 
 PARTS = {
     "vae": frozenset({"AutoencoderKLFlux2"}),
@@ -29,7 +29,7 @@ _NO_THOUGHTS = "<think>\n\n</think>\n\n"  # what Qwen3's template adds where it 
 _GROWTH = ByTokensAndSteps((10, 8.73809524e-05, 1.89833333), (200, 0.00016927, 0.45666666), 4300)
 
 
-def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = EMPTY) -> Model:
     """See Family and Layout."""
     import diffusers
     import transformers
@@ -41,7 +41,7 @@ def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHI
     backbone: Any = Flux2(
         pretrained(diffusers.Flux2Transformer2DModel, directory, "transformer", variant, Flux2, states)
     ).eval()
-    chat = Chat(BEFORE, AFTER + _NO_THOUGHTS, layers=(9, 18, 27), filled=True)
+    chat = Chat(BEFORE, AFTER + _NO_THOUGHTS, layers=(9, 18, 27), reads_padding=True)
     texts: Any = load_chat(directory, transformers.Qwen3ForCausalLM, chat, variant, states)
     return flow.with_chat(backbone, texts, directory, family=FAMILY, variant=variant, states=states)
 

@@ -129,4 +129,4 @@ def check_fit(adapter: IPAdapter, model: Model, file: Path) -> None:
         return
     side = adapter.encoder.model.config.image_size
     with torch.no_grad(), loading(f"{file} with its image encoder"):
-        adapter(adapter.encoder(torch.zeros(1, 3, side, side), whole=adapter.whole)[None])
+        adapter(adapter.encoder(torch.zeros(1, 3, side, side), all_states=adapter.reads_all_states)[None])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latentdiff.core.errors import ConfigError, ModelError, saving
-from latentdiff.core.files import recorded, whole, write_json, write_text
+from latentdiff.core.files import atomic, recorded, write_json, write_text
 from latentdiff.core.turn import LOADING
 from latentdiff.families import check_folder
 from latentdiff.families.card import FILE as CARD_FILE
@@ -121,7 +121,7 @@ def save_model(model: Model, directory: Path, *, with_student: bool = False) -> 
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file; a model is a folder")
     made_here = model.card.folder is None and model.card.source is None  # by a run, which has put its CLIP there
-    with saving("the model", directory.parent), whole(directory, _PARTS | (set() if made_here else {"clip"})) as made:
+    with saving("the model", directory.parent), atomic(directory, _PARTS | (set() if made_here else {"clip"})) as made:
         clip = None if model.card.folder is None else model.card.folder / "clip"
         if clip is not None and clip.is_dir():
             shutil.copytree(clip, made / "clip")

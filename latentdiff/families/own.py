@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _CAPTIONS = 200_000  # from which merges are learnt
 
 
-def made_here(directory: FilePath) -> bool:
+def is_own(directory: FilePath) -> bool:
     """Whether a folder has what only models trained here have: a CLIP, or no VAE."""
     return (directory / "clip").is_dir() or not (directory / "vae").is_dir()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.families import flow, layouts, stable_diffusion
-from latentdiff.model import NOTHING, Family, Layout, Model
+from latentdiff.model import EMPTY, Family, Layout, Model
 
 PARTS = {
     "vae": frozenset({"AutoencoderKLQwenImage"}),
@@ -26,7 +26,7 @@ _AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 _DROPPED = 34  # tokens of _BEFORE
 
 
-def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = EMPTY) -> Model:
     """See Family and Layout."""
     import diffusers
     import transformers

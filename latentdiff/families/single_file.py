@@ -55,7 +55,7 @@ from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 from latentdiff.networks.encoders.prompt import Prompt
 from latentdiff.networks.encoders.second_clip import SecondTextEncoder
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
-from latentdiff.networks.filled import filled
+from latentdiff.networks.filled import with_weights
 from latentdiff.networks.quiet import quietly
 
 State = dict[str, Tensor]
@@ -97,7 +97,7 @@ def load_single_file(path: Path) -> Model:
         state = _with_averages(unscaled(load_file(path)))
         kind = _kind_of(state, path)
         config = unet_config(state, kind)
-        unet = UNet(filled(UNet2DConditionModel, config, _unet(state, config))).eval()
+        unet = UNet(with_weights(UNet2DConditionModel, config, _unet(state, config))).eval()
         codec: Any = AbsentCodec(SCALING[kind])
         if any(name.startswith(VAE) for name in state):
             codec = KLAutoencoder(_vae(state, kind)).eval()

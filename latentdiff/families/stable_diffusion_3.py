@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.families import flow, layouts, stable_diffusion
-from latentdiff.model import NOTHING, Family, Layout, Model
+from latentdiff.model import EMPTY, Family, Layout, Model
 
 _CLIP, _T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
 _TOKENIZERS = stable_diffusion.PARTS["tokenizer"]
@@ -26,7 +26,7 @@ PARTS = {
 DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 7.0, "spacing": "linspace"}
 
 
-def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = EMPTY) -> Model:
     """See Family and Layout."""
     import diffusers
 
@@ -55,7 +55,7 @@ def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHI
     )
 
 
-def load_texts(directory: Path, width: int, variant: str | None = None, states: Mapping[str, Any] = NOTHING) -> Any:
+def load_texts(directory: Path, width: int, variant: str | None = None, states: Mapping[str, Any] = EMPTY) -> Any:
     """The text encoders; T5 may be missing. width: of the tokens that the backbone reads."""
     from transformers import CLIPTextModelWithProjection
 

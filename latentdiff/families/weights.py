@@ -21,8 +21,8 @@ from torch import nn
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.formats.folder import GGUF, check_depth, numbers_in, read_json, variant_of, weight_files
 from latentdiff.formats.gguf_file import is_gguf, read_gguf
-from latentdiff.model import NOTHING
-from latentdiff.networks.backbones.unet import EXTRA, MORE, UNet
+from latentdiff.model import EMPTY
+from latentdiff.networks.backbones.unet import TIME_CONDITION, TIME_CONDITIONS, UNet
 from latentdiff.networks.blocks import is_block, shape_of
 from latentdiff.networks.codecs.autoencoder import Autoencoder
 from latentdiff.networks.codecs.flux_2 import Flux2Autoencoder
@@ -40,7 +40,7 @@ from latentdiff.networks.encoders.reading import Chat
 from latentdiff.networks.encoders.second_clip import SecondTextEncoder
 from latentdiff.networks.encoders.t5 import T5Text
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
-from latentdiff.networks.filled import filled
+from latentdiff.networks.filled import with_weights
 from latentdiff.networks.quiet import quietly
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def load_codec(directory: Path, variant: str | None = None) -> Autoencoder | Ide
     return load_vae(directory / "vae", variant) if (directory / "vae").is_dir() else _identity(directory)
 
 
-def load_vae(folder: Path, variant: str | None = None, states: Parts = NOTHING) -> Autoencoder:
+def load_vae(folder: Path, variant: str | None = None, states: Parts = EMPTY) -> Autoencoder:
     """The VAE of a checked folder."""
     directory, part = folder.parent, folder.name
     name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
@@ -93,7 +93,7 @@ def _identity(directory: Path) -> IdentityCodec:
     return IdentityCodec(channels)
 
 
-def load_text_encoder(directory: Path, variant: str | None = None, states: Parts = NOTHING) -> TextEncoder:
+def load_text_encoder(directory: Path, variant: str | None = None, states: Parts = EMPTY) -> TextEncoder:
     """Tokenizer and CLIP text model of a model folder."""
     from transformers import CLIPTextModel
 
@@ -117,7 +117,7 @@ def load_text_encoders(
     return TwoTextEncoders(first, second, zero_empty=bool(zero_empty)).eval()
 
 
-def load_t5(directory: Path, suffix: str, length: int, variant: str | None = None, states: Parts = NOTHING) -> T5Text:
+def load_t5(directory: Path, suffix: str, length: int, variant: str | None = None, states: Parts = EMPTY) -> T5Text:
     """The T5 of a model folder. length: tokens that it reads. Raises ModelError."""
     from transformers import T5EncoderModel, T5TokenizerFast
 
@@ -129,9 +129,7 @@ def load_t5(directory: Path, suffix: str, length: int, variant: str | None = Non
     return T5Text(tokenizer, model, length).eval()
 
 
-def load_chat(
-    directory: Path, network: Any, chat: Chat, variant: str | None = None, states: Parts = NOTHING
-) -> ChatText:
+def load_chat(directory: Path, network: Any, chat: Chat, variant: str | None = None, states: Parts = EMPTY) -> ChatText:
     """The language model of a model folder. network: its class in transformers. Raises ModelError."""
     from transformers import Qwen2TokenizerFast
 
@@ -157,7 +155,7 @@ def _check_words(tokenizer: Any, model: Any, folder: Path) -> None:
 
 
 def clip_text(
-    network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool, states: Parts = NOTHING
+    network: Any, directory: Path, variant: str | None, suffix: str, *, penultimate: bool, states: Parts = EMPTY
 ) -> TextEncoder:
     """One CLIP text encoder of a model folder."""
     tokenizer, tokenizer_folder = load_tokenizer(directory, suffix), directory / f"tokenizer{suffix}"
@@ -206,10 +204,10 @@ def _rows(model: Any) -> Any:
 def load_unet(directory: Path, variant: str | None = None) -> UNet:
     """The U-Net of a model folder. Raises ModelError."""
     unet = UNet(pretrained(diffusers.UNet2DConditionModel, directory, "unet", variant, UNet)).eval()
-    if (extra := unet.model.config.get(EXTRA, MORE[0])) not in MORE:
-        raise ModelError(
-            f"{EXTRA} must be {' or '.join(MORE)} (got {str(extra)[:40]!r} in {directory}/unet/config.json)"
-        )
+    name = unet.model.config.get(TIME_CONDITION, TIME_CONDITIONS[0])
+    if name not in TIME_CONDITIONS:
+        known, where = " or ".join(TIME_CONDITIONS), f"{directory}/unet/config.json"
+        raise ModelError(f"{TIME_CONDITION} must be {known} (got {str(name)[:40]!r} in {where})")
     return unet
 
 
@@ -249,7 +247,7 @@ def pretrained(
     part: str,
     variant: str | None,
     wrapper: Any = None,
-    states: Parts = NOTHING,
+    states: Parts = EMPTY,
 ) -> Any:
     """A network of a checked folder; all its weights come from the file, or from `states`.
 
@@ -300,7 +298,7 @@ def _filled(network: Any, directory: Path, part: str, wrapper: Any, weights: Par
         if described > 2 * (held := sum(math.prod(shape_of(tensor)) for tensor in weights.state.values())):
             raise ModelError(f"{part}/config.json describes {described:,} parameters, its weights hold {held:,}")
         if hasattr(network, "load_config") or any(map(is_block, weights.state.values())):  # diffusers
-            return filled(network, config, weights.state)
+            return with_weights(network, config, weights.state)
         dtype = next(iter(weights.state.values())).dtype
         settings = {"config": network.config_class.from_dict(config), "state_dict": weights.state, "dtype": dtype}
         model, report = network.from_pretrained(None, output_loading_info=True, **settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.families import flow, layouts, stable_diffusion
-from latentdiff.model import NOTHING, Family, Layout, Model
+from latentdiff.model import EMPTY, Family, Layout, Model
 
 PARTS = {
     "vae": frozenset({"AutoencoderKL"}),
@@ -21,7 +21,7 @@ DEFAULTS = {"num_inference_steps": 8, "guidance_scale": 1.0}
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # Qwen3's template
 
 
-def load(directory: Path, variant: str | None, states: Mapping[str, Any] = NOTHING) -> Model:
+def load(directory: Path, variant: str | None, states: Mapping[str, Any] = EMPTY) -> Model:
     """See Family and Layout."""
     import diffusers
     import transformers

@@ -10,11 +10,11 @@ import numpy as np
 
 from latentdiff.core.arrays import Array
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.informed import Informed
+from latentdiff.networks.informed import WithConditions
 from latentdiff.networks.protocols import Backbone
 
 
-class Averaging(Informed):
+class WithStepEnds(WithConditions):
     """See Backbone. ends: the time where the step from each time ends; other times end where they begin."""
 
     def __init__(self, backbone: Any, ends: dict[float, float], array: Callable[[Array], Array]):
@@ -36,4 +36,4 @@ def averaging(backbone: Backbone, times: Sequence[float], array: Callable[[Array
     """A backbone that reads `until` under a walk through these times, descending; any other as it is."""
     if "until" not in backbone.spec.reads:
         return backbone
-    return cast("Backbone", Averaging(backbone, dict(pairwise(times)), array))
+    return cast("Backbone", WithStepEnds(backbone, dict(pairwise(times)), array))

@@ -35,11 +35,11 @@ class BlockLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The numbers (outputs, inputs), widened anew."""
-        return widened(GGUFParameter(self.blocks, quant_type=self.kind)).to(self.precision.dtype)
+        return dequantized(GGUFParameter(self.blocks, quant_type=self.kind)).to(self.precision.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""
-        weight = widened(GGUFParameter(self.blocks, quant_type=self.kind))
+        weight = dequantized(GGUFParameter(self.blocks, quant_type=self.kind))
         return nn.functional.linear(input, weight.to(input.dtype), self.bias)
 
 
@@ -83,7 +83,7 @@ def with_blocks_of(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
             if layer is not None and shape_of(weight) == tuple(layer.weight.shape):
                 _replace(network, name.removesuffix(".weight"), BlockLinear(layer, rest.pop(name)))
             else:
-                rest[name] = widened(weight)
+                rest[name] = dequantized(weight)
     return rest
 
 
@@ -107,7 +107,7 @@ def _linear(network: nn.Module, name: str) -> nn.Linear | None:
     return layer if isinstance(layer, nn.Linear) else None
 
 
-def widened(weight: GGUFParameter) -> Tensor:
+def dequantized(weight: GGUFParameter) -> Tensor:
     """The numbers that blocks hold, float32."""
     numbers: Tensor = dequantize_gguf_tensor(weight)
     return numbers.as_subclass(Tensor).float()

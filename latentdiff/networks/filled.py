@@ -10,7 +10,7 @@ from torch import Tensor
 from latentdiff.networks.blocks import with_blocks_of
 
 
-def filled(network: Any, config: dict[str, Any], state: dict[str, Tensor]) -> Any:
+def with_weights(network: Any, config: dict[str, Any], state: dict[str, Tensor]) -> Any:
     """A network of this class and config with exactly these weights, some of which may be in blocks.
 
     Buffers are computed as usual. Layers that share a weight need it once. Raises RuntimeError for

@@ -9,7 +9,7 @@ from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.protocols import Spec
 
 
-class Informed:
+class WithConditions:
     """See Backbone; all other attributes are the backbone's own. Subclasses add the conditions in `_with`."""
 
     def __init__(self, backbone: Any):

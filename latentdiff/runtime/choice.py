@@ -67,7 +67,7 @@ def load(
         source = located(path, variant, revision)
         if (export := _export(source, variant, required=required)) is not None:
             return _noted(_compiled(source, export, precision, variant, chosen, quantize, required=required)), chosen
-    if quantize in kinds.LACKING:
+    if quantize in kinds.OPENVINO_ONLY:
         raise ConfigError(
             f"{quantize} requires OpenVINO on a CPU and graphs of the model: latentdiff convert MODEL --to openvino"
         )
@@ -198,8 +198,8 @@ def _compiled(
         card,
         NumPyPlace(),
         family,
-        other=_named(other, card),
-        is_fixed=required,
+        torch_form=_named(other, card),
+        runtime_is_fixed=required,
         ready=ready,
         speed="exact" if precise == "float32" else "max",
         quantized=quantize,

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from latentdiff.core.errors import ConfigError, ModelError, raised_as, saving
-from latentdiff.core.files import whole, write_json
+from latentdiff.core.files import atomic, write_json
 from latentdiff.model import Model
 from latentdiff.networks.controls.controlnet import ControlNet
 from latentdiff.networks.traced import Traced
@@ -76,7 +76,7 @@ def export(model: Model, directory: Path, variant: str | None = None) -> dict[st
     if is_quantized(model):
         raise ConfigError("a model with quantized weights cannot be exported for OpenVINO")
     networks = _networks(model)
-    with saving("the graphs", directory), whole(directory / FOLDER) as made:
+    with saving("the graphs", directory), atomic(directory / FOLDER) as made:
         made.mkdir()
         checks = _written(networks, _record(model, directory, made), made)
         return _differences(exported(directory, variant, made), checks)
@@ -86,7 +86,7 @@ def export_control(control: Any, directory: Path) -> dict[str, float]:
     """Write `directory`/openvino for a ControlNet that lies in `directory`; see `export`."""
     if not isinstance(control, ControlNet):
         raise ConfigError("only ControlNets can be exported; a T2I-Adapter draws with torch")
-    with saving("the graphs", directory), whole(directory / FOLDER) as made:
+    with saving("the graphs", directory), atomic(directory / FOLDER) as made:
         made.mkdir()
         record = {"openvino": openvino().__version__, "configs": {".": config_hash(directory)}, "graphs": {}}
         checks = _written([(control, ())], {"format": FORMAT, **record, "control": control.facts()}, made)

@@ -6,7 +6,7 @@ from latentdiff.core.errors import ConfigError
 
 TORCH = ("int8", "fp8", "q8_0", "q4_0")
 OPENVINO = ("int8", "int4")
-LACKING = {*OPENVINO} - {*TORCH}  # kinds that torch does not have
+OPENVINO_ONLY = {*OPENVINO} - {*TORCH}  # kinds that torch does not have
 _ALL = tuple(dict.fromkeys((*TORCH, *OPENVINO)))
 
 

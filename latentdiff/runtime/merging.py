@@ -31,7 +31,7 @@ def with_weights(model: Model, tensors: Callable[[], Tensors], key: str, made: C
         encoder=networks.encoder,
         codec=networks.codec,
         ready=partial(begin, networks),
-        other=made,
+        torch_form=made,
     )
 
 

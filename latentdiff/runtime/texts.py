@@ -86,7 +86,7 @@ class CompiledClip(_Text):
     def encode(self, prompt: Prompt) -> Conditions:
         """See TextEncoder.encode."""
         check_clip_skip(prompt.style, self.layers)
-        chunks = self.reader.filled(prompt.text, prompt.style, prompt.chunks)
+        chunks = self.reader.padded(prompt.text, prompt.style, prompt.chunks)
         hidden, pooled = self._hidden(self.reader.ids(chunks), prompt.style)
         weights = self.reader.weights(chunks)
         if (weights != 1).any():
@@ -97,7 +97,7 @@ class CompiledClip(_Text):
 
     def pooled(self, prompt: Prompt) -> np.ndarray:
         """See TextEncoder.pooled."""
-        return self._hidden(self.reader.ids(self.reader.filled(prompt.text, prompt.style, 1)[:1]), PLAIN)[1][0]
+        return self._hidden(self.reader.ids(self.reader.padded(prompt.text, prompt.style, 1)[:1]), PLAIN)[1][0]
 
     def _hidden(self, ids: np.ndarray, style: Style) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states (n, L, D) of chunks, each computed by itself, and their pooled texts (n, P)."""
@@ -148,7 +148,7 @@ class CompiledChat(_Text, ChatReading):
 
     def begin(self) -> None:
         """Begin to compile, if every prompt has the same length."""
-        if self.chat.filled:
+        if self.chat.reads_padding:
             shape = (1, -(-(self.length + self.chat.dropped) // CHAT_STEP) * CHAT_STEP)
             self._compiler.begin(self._part, (("ids", shape), ("marks", shape)))
 

@@ -31,7 +31,7 @@ from latentdiff.drawing.request import request as made
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.server.history import PICTURE, History
 from latentdiff.server.shelf import Adapter, Shelf, Wanted, without_tags
-from latentdiff.server.work import PAUSE, FullError, Kept, StoppedError, Ticket, Worker
+from latentdiff.server.work import PAUSE, FullError, PictureFile, StoppedError, Ticket, Worker
 
 RUNS = Path("runs")
 MOST_PIXELS = 2048 * 2048  # of an input picture
@@ -160,11 +160,11 @@ class Studio:
         """The number of models that pictures in the queue hold, or requests on their way there."""
         return len(self.worker.painters() | {id(pipe.painter) for pipe in self._held})
 
-    def _keep(self, image: Image.Image, record: ImageMetadata) -> Kept:
+    def _keep(self, image: Image.Image, record: ImageMetadata) -> PictureFile:
         """Write a picture into the folder."""
         try:
             ((path, _),) = write_pictures([image], [record], self.folder, ".png", metadata=True)
-            kept = Kept(path.name, path.read_bytes())
+            kept = PictureFile(path.name, path.read_bytes())
         except OSError as error:
             raise ResourceError(f"a picture cannot be written to {self.folder} ({error.strerror or error})") from None
         self.pictures.inc()

@@ -46,15 +46,15 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Kept:
+class PictureFile:
     """A picture's file in the folder: its name there, and its bytes, a PNG with its record."""
 
     name: str
     png: bytes
 
 
-NOT_KEPT = Kept("", b"")
-Finish = Callable[[Image.Image, ImageMetadata], Kept]
+NO_FILE = PictureFile("", b"")
+Finish = Callable[[Image.Image, ImageMetadata], PictureFile]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class FinishedPicture:
     number: int
     image: Image.Image
     record: ImageMetadata
-    kept: Kept
+    kept: PictureFile
     notes: Sequence[str] = ()
 
 
@@ -278,7 +278,7 @@ class Worker:
             if ticket.cancelled:
                 ticket.tell(StoppedError("cancelled"))
             else:
-                kept = self._finish(image, record) if ticket.is_kept else NOT_KEPT
+                kept = self._finish(image, record) if ticket.is_kept else NO_FILE
                 ticket.tell(FinishedPicture(number, image, record, kept, tuple(output.notes)))
 
     def _tell_all(self, error: Exception) -> None:

@@ -148,7 +148,7 @@ class Data(Section):
         return self.kind != "pictures"
 
     @model_validator(mode="after")
-    def _somewhere(self) -> Data:
+    def _check_source(self) -> Data:
         if self.kind == "pictures" and not self.pictures.source:
             raise ValueError("data.pictures.source is missing: give the pictures")
         if self.kind == "sprites" and not self.sprites.source and self.sprites.shapes < 1:
@@ -156,13 +156,13 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
-    def _folders_are_captions(self) -> Data:
+    def _check_layout(self) -> Data:
         if self.pictures.layout == "classes" and self.pictures.instance_prompt is not None:
             raise ValueError("data.pictures.instance_prompt has no effect where folders are the captions")
         return self
 
     @model_validator(mode="after")
-    def _some_share(self) -> Data:
+    def _check_mix(self) -> Data:
         if not sum(self.mix):
             raise ValueError("data.mix has no share above 0")
         return self
@@ -194,7 +194,7 @@ class Autoencoder(Section):
     training: Training = Training()
 
     @model_validator(mode="after")
-    def _of_one_kind(self) -> Autoencoder:
+    def _check_kind(self) -> Autoencoder:
         if self.kind == "tiny" and len(set(self.block_out_channels)) > 1:
             raise ValueError("a tiny autoencoder requires equal block_out_channels")
         if self.kind != "tiny" and self.teacher:
@@ -258,7 +258,7 @@ class Learning(Section):
     training: Training = Training()
 
     @model_validator(mode="after")
-    def _each_has_an_effect(self) -> Self:
+    def _check_effects(self) -> Self:
         if self.snr_gamma is not None and self.weighting == "uniform":
             raise ValueError("snr_gamma requires a weighting that is not uniform: min_snr, soft_min_snr or p2")
         if self.times == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
@@ -347,13 +347,13 @@ class Config(Settings):
     recommended: Recommended = Recommended()
 
     @model_validator(mode="after")
-    def _steps_there_are(self) -> Config:
+    def _check_steps(self) -> Config:
         if self.recommended.num_inference_steps > self.denoiser.schedule.num_train_timesteps:
             raise ValueError("recommended.num_inference_steps is more than denoiser.schedule.num_train_timesteps")
         return self
 
     @model_validator(mode="after")
-    def _path_and_prediction_fit(self) -> Config:
+    def _check_path(self) -> Config:
         denoiser = self.denoiser
         if denoiser.path == "straight" and denoiser.prediction == "v_prediction":
             raise ValueError("denoiser.prediction v_prediction requires a variance-preserving path; use flow")
@@ -375,7 +375,7 @@ class Config(Settings):
         return self.denoiser.network != "dit"
 
     @model_validator(mode="after")
-    def _classes_are_of_pictures(self) -> Config:
+    def _check_classes(self) -> Config:
         denoiser = self.denoiser
         if denoiser.network != "dit":
             if denoiser.dit != DiT():
@@ -388,7 +388,7 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _enlarging_fits(self) -> Config:
+    def _check_enlarging(self) -> Config:
         denoiser, enlarging = self.denoiser, self.denoiser.enlarging
         if enlarging.scale == 1:
             if enlarging != Enlarging():
@@ -401,7 +401,7 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _reads_one_thing_beside(self) -> Config:
+    def _check_pictures_beside(self) -> Config:
         denoiser, editing = self.denoiser, self.denoiser.editing
         reads = [denoiser.enlarging.scale > 1, bool(editing.source), denoiser.inpainting]
         if editing != Editing() and not editing.source:
@@ -415,7 +415,7 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _fixed_views_are_cached(self) -> Config:
+    def _check_cache(self) -> Config:
         pictures = self.data.pictures
         if self.data.kind == "pictures" and pictures.crop == "random" and self.denoiser.cache:
             raise ValueError(
@@ -426,7 +426,7 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _whole_twins(self) -> Config:
+    def _check_clip_batch(self) -> Config:
         if self.data.is_procedural and self.clip.training.train_batch_size % 2:
             raise ValueError("clip.training.train_batch_size must be even: half of a batch are twins of the other half")
         return self

@@ -162,7 +162,7 @@ class FineTuning(Settings):
         return (self.low_rank and not self.lora.dora) or self.method == "textual-inversion"
 
     @model_validator(mode="after")
-    def _of_pictures(self) -> FineTuning:
+    def _check_data(self) -> FineTuning:
         if self.data.kind != "pictures":
             raise ValueError("data.pictures.source is missing: give the pictures")
         if self.data.pictures.crop == "random" and self.finetune.cache:
@@ -172,7 +172,7 @@ class FineTuning(Settings):
         return self
 
     @model_validator(mode="after")
-    def _methods_have_what_they_need(self) -> FineTuning:
+    def _check_method(self) -> FineTuning:
         """Refuse a setting that has no effect, and a method without a setting that it requires."""
         if self.method == "dreambooth" and self.prior.prompt is None:
             raise ValueError('dreambooth requires prior.prompt (--class-prompt), the class in a few words, "a dog"')
@@ -193,7 +193,7 @@ class FineTuning(Settings):
         return self
 
     @model_validator(mode="after")
-    def _controls(self) -> FineTuning:
+    def _check_controls(self) -> FineTuning:
         if self.method != "controlnet" and self.control != Control():
             raise ValueError('control has no effect without method = "controlnet"')
         if self.method != "ip-adapter" and self.image_prompt != ImagePrompt():
@@ -203,7 +203,7 @@ class FineTuning(Settings):
         return self
 
     @model_validator(mode="after")
-    def _students(self) -> FineTuning:
+    def _check_students(self) -> FineTuning:
         if self.method != "consistency" and self.consistency != Consistency():
             raise ValueError('consistency has no effect without method = "consistency"')
         if self.method == "consistency" and (self.prior.prompt or self.finetune.tune_text_encoder):
@@ -221,7 +221,7 @@ class FineTuning(Settings):
         return self
 
     @model_validator(mode="after")
-    def _scales(self) -> FineTuning:
+    def _check_scales(self) -> FineTuning:
         scales = self.consistency.guidance_range
         if scales is not None and (self.low_rank or self.consistency.guidance is not None):
             raise ValueError("consistency.guidance_range adds a layer: it has no rank and no consistency.guidance")
@@ -230,7 +230,7 @@ class FineTuning(Settings):
         return self
 
     @model_validator(mode="after")
-    def _all_of_it_is_used(self) -> FineTuning:
+    def _check_effects(self) -> FineTuning:
         """Refuse settings without effect that every method has."""
         if self.prior.prompt is None and self.prior != Prior():
             raise ValueError("prior requires prior.prompt (--class-prompt), the class")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.core.errors import ConfigError, saving
-from latentdiff.core.files import whole
+from latentdiff.core.files import atomic
 from latentdiff.core.images import to_images, to_uint8
 from latentdiff.data.dataset import VALIDATION, readable
 from latentdiff.data.examples import Examples
@@ -94,7 +94,7 @@ def train_autoencoder(run: Run[Config]) -> None:
         if isinstance(module, KLAutoencoder):
             module.fold_statistics(*latent_statistics(module, config, run.data.training, accelerator.device))
         place = run.folder / "model" / "vae"
-        with saving("the autoencoder", place), whole(place) as folder:
+        with saving("the autoencoder", place), atomic(place) as folder:
             module.save(folder)
     accelerator.wait_for_everyone()
 

@@ -135,7 +135,7 @@ class OwnPicture:
     def __init__(self, captions: Captions, examples: Examples, dropout: float, *, adapter: IPAdapter, seed: int):
         assert adapter.encoder is not None
         self._captions, self._examples, self._dropout = captions, examples, dropout
-        self._encoder, self._whole, self._seed = adapter.encoder, adapter.whole, seed
+        self._encoder, self._all_states, self._seed = adapter.encoder, adapter.reads_all_states, seed
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
         """The captions' inputs, `visible` (B,), and `pixels` as CLIP reads them."""
@@ -146,6 +146,6 @@ class OwnPicture:
 
     def conditions(self, batch: dict[str, Tensor]) -> Conditions:
         """The captions' conditions and the features (B, 1, D), zeros where no picture is visible."""
-        features = self._encoder(batch["pixels"], whole=self._whole).float()
+        features = self._encoder(batch["pixels"], all_states=self._all_states).float()
         features = features * batch["visible"].view(-1, *[1] * (features.ndim - 1))
         return self._captions.conditions(batch).joined({FEATURES: features[:, None]})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.core.errors import saving
-from latentdiff.core.files import whole
+from latentdiff.core.files import atomic
 from latentdiff.core.images import to_images
 from latentdiff.data.dataset import VALIDATION
 from latentdiff.data.examples import Examples
@@ -49,9 +49,9 @@ def train_clip(run: Run[Config]) -> None:
     run_stage(accelerator, stage, config.clip.training, run.folder / "clip", report, start, run.interruption)
     if accelerator.is_main_process:
         with saving("CLIP", run.folder):
-            with whole(run.folder / "model" / "clip") as folder:
+            with atomic(run.folder / "model" / "clip") as folder:
                 module.save(folder)
-            with whole(run.folder / "clip") as folder:
+            with atomic(run.folder / "clip") as folder:
                 TextEncoder(tokenizer, text_model_of(module)).save(folder)
     accelerator.wait_for_everyone()
 
@@ -65,10 +65,10 @@ def captioned_twins(
         rng = noise.generator(config.seed, purpose, position)
         first = maker.scene(rng)
         scenes = (first, maker.twin(first, rng))
-        whole = rng.random() < 0.5  # the first caption states all facts, so it tells twins apart
+        atomic = rng.random() < 0.5  # the first caption states all facts, so it tells twins apart
         for scene in scenes:
             captions = maker.captions(scene)
-            number = 0 if whole else int(rng.integers(len(captions)))
+            number = 0 if atomic else int(rng.integers(len(captions)))
             pairs.append((maker.picture(scene, config.image_size), captions[number]))
     return pairs
 
@@ -114,9 +114,9 @@ def _report(
     rows_of = torch.arange(len(images), device=device)
     numbers = {
         "validation_loss": float(contrastive_loss()(image_features, text_features, scale)),
-        "found_of_all": float((similarity.argmax(1) == rows_of).float().mean()),
+        "top_1": float((similarity.argmax(1) == rows_of).float().mean()),
     }
     if maker is not None:
         own, twin = similarity[rows_of, rows_of], similarity[rows_of, rows_of ^ 1]
-        numbers["found_of_twins"] = float((own > twin).float().mean())
+        numbers["top_1_of_twins"] = float((own > twin).float().mean())
     return numbers

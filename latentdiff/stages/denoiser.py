@@ -29,7 +29,7 @@ from latentdiff.evaluation.composition import evaluate_composition, evaluation_s
 from latentdiff.evaluation.features import of_model
 from latentdiff.evaluation.held_out import held_out, pictures_of
 from latentdiff.evaluation.pictures import draw_pictures
-from latentdiff.evaluation.sections import References, measured
+from latentdiff.evaluation.sections import References, all_distances
 from latentdiff.families.loading import save_model
 from latentdiff.families.own import (
     laid_out_for,
@@ -254,7 +254,7 @@ def _report(
         assert isinstance(encoder, TextEncoder)
         with unet.as_loaded(), encoder.as_loaded():
             pictures = draw_pictures(painter, references.captions, seed=config.seed)
-        numbers |= {name: figure.value for name, figure in measured(pictures, references).items()}
+        numbers |= {name: figure.value for name, figure in all_distances(pictures, references).items()}
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
     Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")

@@ -58,7 +58,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     config, accelerator = run.config, run.accelerator
     made_from = identity_of_model(model)
     if config.control.source:
-        made_from += f" {_seen(run, [run.data.training])[0].pictures.identity()}"
+        made_from += f" {_control_pictures(run, [run.data.training])[0].pictures.identity()}"
     prior = _prior(run, model, made_from)
     tuning = begin(model, config, run.data.training.words())
     if tuning.ip_adapter is not None and tuning.ip_adapter.encoder is not None:
@@ -70,7 +70,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
         narrow_frozen(unet)
     model = moved(model, accelerator.device)
     stage, validation = _stages(run, model, tuning, prior)
-    if config.finetune.cache and not (tuning.reads or config.data.pictures.captions.shuffle_tags):
+    if config.finetune.cache and not (tuning.trains_text_encoder or config.data.pictures.captions.shuffle_tags):
         text_encoder.to("cpu")  # every caption is encoded: frees three gigabytes of SDXL
     if accelerator.is_main_process:
         keep_rows_apart(run.folder / STAGE / "samples", config, run.data.validation)
@@ -82,7 +82,9 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     ip_adapters = () if tuning.ip_adapter is None else (tuning.ip_adapter.to(accelerator.device),)
     painter = Painter(model, controls=controls, ip_adapters=ip_adapters)
     held_out = run.data.validation
-    reported = partial(report, painter, config, held_out, _seen(run, [held_out])[0], validation, folder / "samples")
+    reported = partial(
+        report, painter, config, held_out, _control_pictures(run, [held_out])[0], validation, folder / "samples"
+    )
     settings = config.finetune.training
     run_stage(accelerator, stage, settings, folder, reported, start, run.interruption, from_the_start=True)
     paths: list[Path] = []
@@ -98,7 +100,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
     return paths
 
 
-def opened(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuning, Model]:
+def load_settings_and_model(path: Path | None, overrides: tuple[Override, ...]) -> tuple[FineTuning, Model]:
     """The settings, with defaults for the model's size, and the model in float32, or with quantized weights.
 
     Raises ConfigError, ModelError.
@@ -229,12 +231,12 @@ def _order(run: Run[FineTuning], examples: Examples, purpose: str) -> Order:
 
 def _samples(run: Run[FineTuning], model: Model, tuning: Tuning, sets: list[Examples]) -> list[Samples]:
     config = run.config
-    learning = config.finetune.model_copy(update={"tune_text_encoder": tuning.reads})
+    learning = config.finetune.model_copy(update={"tune_text_encoder": tuning.trains_text_encoder})
     _, text_encoder, codec = trainable(model)
     latents = latents_of(learning, sets, codec, run.cache, run.accelerator)
     captions = captions_of(learning, sets, text_encoder, run.cache, run.accelerator, sized=model.reads_sizes)
     if tuning.control is not None:
-        seen = _seen(run, sets)
+        seen = _control_pictures(run, sets)
         change = config.control.made_by
         annotate = (lambda pixels: pixels) if change is None else annotator(change)
         captions = [Hinted(own, examples, annotate) for own, examples in zip(captions, seen, strict=True)]
@@ -246,7 +248,7 @@ def _samples(run: Run[FineTuning], model: Model, tuning: Tuning, sets: list[Exam
     return [Samples(*of_set) for of_set in zip(latents, captions, names, strict=True)]
 
 
-def _seen(run: Run[FineTuning], sets: list[Examples]) -> list[Examples]:
+def _control_pictures(run: Run[FineTuning], sets: list[Examples]) -> list[Examples]:
     """The pictures that a control reads, before its annotator: those of its own folder, or the sets' own."""
     source = run.config.control.source
     cache = run.cache if run.config.finetune.cache else None

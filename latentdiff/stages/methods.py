@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from latentdiff.core.errors import ConfigError
-from latentdiff.drawing.extras import adapted
+from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.drawing.presets import settled_for
 from latentdiff.families.controls import PART as CONTROLNET
 from latentdiff.families.image_prompts import PART as IP_ADAPTER
@@ -24,7 +24,7 @@ from latentdiff.networks.adapters import trained
 from latentdiff.networks.adapters.trained import Factors
 from latentdiff.networks.adapters.words import begin_word
 from latentdiff.networks.backbones.transformer import Transformer
-from latentdiff.networks.backbones.unet import MORE, UNet
+from latentdiff.networks.backbones.unet import TIME_CONDITIONS, UNet
 from latentdiff.networks.controls.controlnet import ControlNet, SteeredNetwork
 from latentdiff.networks.controls.ip_adapter import IPAdapter, PromptedNetwork
 from latentdiff.runtime.quantized import is_quantized
@@ -32,7 +32,7 @@ from latentdiff.settings.finetuning import RANK, FineTuning
 from latentdiff.stages.encoding import AnyCodec, AnyEncoder, AnyTextEncoder
 from latentdiff.training.denoiser import ConditionedNetwork, thaw
 
-READS = {"mean-flow": "until"}  # what the students of an objective read beside the time
+EXTRA_INPUTS = {"mean-flow": "until"}  # what the students of an objective read beside the time
 Write = Callable[[Path, Mapping[str, str]], list[Path]]
 
 
@@ -40,14 +40,14 @@ Write = Callable[[Path, Mapping[str, str]], list[Path]]
 class Tuning:
     """The module of a training step, its trained parts by file name, and a function that writes them.
 
-    reads: whether the module reads captions itself, because the text encoder or its embeddings are trained.
+    trains_text_encoder: whether the text encoder or its embeddings are trained: then the module reads captions itself.
     write: (folder, metadata) -> the paths that were written. control, ip_adapter: what previews draw with. teacher: the
     backbone as it was, which a student learns from.
     """
 
     module: nn.Module
     parts: dict[str, nn.Module]
-    reads: bool
+    trains_text_encoder: bool
     write: Write
     control: ControlNet | None = None
     ip_adapter: IPAdapter | None = None
@@ -80,14 +80,14 @@ def begin(model: Model, config: FineTuning, words: frozenset[str] = frozenset())
 
 def _student(model: Model, config: FineTuning) -> Model:
     """The model with few-step settings, and with a layer for what the student reads beyond its teacher."""
-    scales, more = config.consistency.guidance_range, READS.get(config.consistency.objective)
+    scales, more = config.consistency.guidance_range, EXTRA_INPUTS.get(config.consistency.objective)
     few = settled_for(model, student_settings(model, config))
     if more == "until" and model.prediction != "flow":
         raise ConfigError("a mean flow requires a model of a straight path that predicts its velocity (flow)")
     if more or scales is not None:
-        if not isinstance(model.backbone, UNet) or set(MORE) & model.backbone.spec.reads.keys():
+        if not isinstance(model.backbone, UNet) or set(TIME_CONDITIONS) & model.backbone.spec.reads.keys():
             raise ConfigError("this student requires a U-Net that does not read a guidance or an end yet")
-        model.backbone.read_more(more or "guidance")
+        model.backbone.add_time_condition(more or "guidance")
     return replace(model, card=replace(model.card, defaults=few))
 
 
@@ -150,7 +150,7 @@ def _weights(model: Model, config: FineTuning, words: frozenset[str]) -> Tuning:
 def _factors(model: Model, config: FineTuning) -> Tuning:
     """LoRA's factors beside the attention of the U-Net, and optionally of the text encoder."""
     unet, text_encoder, _ = trainable(model)
-    known, reads = adapted(model), config.finetune.tune_text_encoder
+    known, reads = adaptable_networks(model), config.finetune.tune_text_encoder
     if reads:
         _clip_of(text_encoder, "training the text encoder")
     networks: dict[str, nn.Module] = (
@@ -160,8 +160,8 @@ def _factors(model: Model, config: FineTuning) -> Tuning:
     rank = settings.rank or RANK
     factors = Factors(rank, settings.alpha or rank, settings.rslora, settings.dora, settings.convolutions)
     with seeded(config.seed):
-        trained.begin(networks, factors)
-    parts: dict[str, nn.Module] = {"adapter": trained.alone(trained.parameters_of(networks))}
+        trained.attach_factors(networks, factors)
+    parts: dict[str, nn.Module] = {"adapter": trained.parameter_module(trained.parameters_of(networks))}
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         adapter, paths = trained.as_adapter(networks), [folder / adapter_file.NAMES[0]]
@@ -181,7 +181,7 @@ def _word(model: Model, config: FineTuning) -> Tuning:
     unet.requires_grad_(False)
     word = config.word
     vectors = begin_word(_clip_of(text_encoder, "a learnt word"), word.token, word.initial, word.vectors)
-    parts: dict[str, nn.Module] = {"word": trained.alone(vectors)}
+    parts: dict[str, nn.Module] = {"word": trained.parameter_module(vectors)}
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
         return [words_file.save_word(vectors, folder, word.token)]

@@ -61,7 +61,7 @@ SHAPES = {  # settings of networks that their weights' shapes depend on
     "convolutions",
     "vectors",
 }
-FOUND = (  # the identities of the pictures show their effect
+IDENTIFIED_BY_CONTENT = (  # the identities of the pictures show their effect
     "source",
     "layout",
     "split",
@@ -76,7 +76,7 @@ FOUND = (  # the identities of the pictures show their effect
 )
 
 
-NEITHER = {  # names and drawing settings; the hash of its weights identifies a model
+WITHOUT_EFFECT = {  # names and drawing settings; the hash of its weights identifies a model
     "name",
     "recommended",
     "previews",
@@ -133,11 +133,11 @@ def identity(config: Settings, stage: str, data: DataSet) -> dict[str, Any]:
 
 def _matters(key: str, stage: str) -> bool:
     section, name = key.split(".")[0], key.split(".")[-1]
-    others = (set(STAGES) | NEITHER) - {stage}
+    others = (set(STAGES) | WITHOUT_EFFECT) - {stage}
     if stage == "clip" and name == "gradient_accumulation_steps":  # a contrastive loss depends on its batch
         return section == stage
     if key.startswith("data.pictures."):
-        return name not in FOUND
+        return name not in IDENTIFIED_BY_CONTENT
     return section not in others and name not in FREE
 
 

@@ -39,7 +39,7 @@ def ours(kind, model, device):
     settings = {name_of(word): word for word in rest}
     pipe = LatentDiffusionPipeline.from_pretrained(model, runtime=runtime, device=device, **settings)
     solver = (
-        {} if pipe.model.path.whole is False else {"sampler": "ddim", "spacing": "trailing"}
+        {} if pipe.model.path.has_integer_times is False else {"sampler": "ddim", "spacing": "trailing"}
     )  # a straight path keeps its own sampler
 
     def draw(options, latents):

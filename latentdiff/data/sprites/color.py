@@ -13,7 +13,7 @@ from PIL import Image
 
 from latentdiff.data.scenes import COLORS
 
-TURNED = tuple(COLORS)
+NEW_COLOURS = tuple(COLORS)
 _HUES = {"red": 0, "orange": 32, "yellow": 51, "green": 120, "cyan": 186, "blue": 222, "purple": 278}
 _WINDOW = 28 / 360  # how far from the main hue its pixels may be
 _SHARE = 0.6  # of the visible pixels: the least that the main colour has
@@ -60,8 +60,8 @@ def main_color(rgba: np.ndarray) -> str:
     return min(_HUES, key=lambda name: abs((degrees - _HUES[name] + 180) % 360 - 180))
 
 
-def turned(rgba: np.ndarray, color: str) -> np.ndarray:
-    """uint8 (H, W, 4) with its main colour changed to one of `TURNED`; unchanged if no colour prevails."""
+def recoloured(rgba: np.ndarray, color: str) -> np.ndarray:
+    """uint8 (H, W, 4) with its main colour changed to one of `NEW_COLOURS`; unchanged if no colour prevails."""
     main = _main(rgba)
     if main is None:
         return rgba

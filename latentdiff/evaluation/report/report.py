@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from latentdiff.core.files import whole, write_json
+from latentdiff.core.files import atomic, write_json
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.evaluation import sections
 from latentdiff.evaluation.benchmark import Benchmark, SpriteBenchmark
@@ -209,7 +209,7 @@ def write_report(
     parts += [page.heading("not measured"), page.listed(left)] if left else []
     parts += [page.heading("settings"), page.listed(entries)]
     title = " beside ".join(names)
-    with whole(folder / PAGE) as made:
+    with atomic(folder / PAGE) as made:
         made.write_text(page.document(title, *parts), encoding="utf-8")
 
 

@@ -37,7 +37,7 @@ class Factors:
     convolutions: bool = False
 
 
-def begin(networks: Networks, factors: Factors) -> None:
+def attach_factors(networks: Networks, factors: Factors) -> None:
     """Attach new factors to the layers of these networks and freeze the networks' own weights.
 
     The factors are float32 and come from torch's global generator: seed it first. Raises ConfigError for a network
@@ -77,7 +77,7 @@ def parameters_of(networks: Networks) -> dict[str, nn.Parameter]:
     }
 
 
-def alone(parameters: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
+def parameter_module(parameters: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
     """A module that holds the same parameter objects. Dots in names become slashes, because modules refuse dots."""
     return nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in parameters.items()})
 

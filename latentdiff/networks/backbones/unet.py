@@ -22,8 +22,8 @@ from latentdiff.networks.protocols import Spec
 from latentdiff.networks.saving import save_network
 from latentdiff.networks.traced import Traced, example
 
-EXTRA = "time_cond"  # an entry of the config: what joins the time, if not the guidance
-MORE = ("guidance", "until")
+TIME_CONDITION = "time_cond"  # an entry of the config: what joins the time, if not the guidance
+TIME_CONDITIONS = ("guidance", "until")
 GRAPH = "unet"  # its part, and the name of its graph
 _FUSED = {"to_qkv", "to_kv"}
 
@@ -94,20 +94,22 @@ class UNet(nn.Module):
         if config.num_class_embeds is not None and config.class_embed_type is None:
             reads["label"] = ()
         if config.time_cond_proj_dim is not None:
-            reads[self._extra] = ()
+            reads[self._time_condition] = ()
         return Spec(int(config.in_channels), int(config.out_channels), reads=reads)
 
     @property
-    def _extra(self) -> str:
+    def _time_condition(self) -> str:
         """The condition that joins the time: `guidance`, or `until`, of which diffusers knows nothing."""
-        return str(self.model.config.get(EXTRA, "guidance"))
+        return str(self.model.config.get(TIME_CONDITION, "guidance"))
 
-    def read_more(self, name: str, width: int = 256) -> None:
+    def add_time_condition(self, name: str, width: int = 256) -> None:
         """Add a layer that reads `guidance` or `until` as `width` waves; zeros at first, so that no output changes."""
         layer = nn.Linear(width, self.model.config.block_out_channels[0], bias=False)
         nn.init.zeros_(layer.weight)
         self.model.time_embedding.cond_proj = layer.to(self.model.device, self.dtype)
-        self.model.register_to_config(time_cond_proj_dim=width, **({EXTRA: name} if name != "guidance" else {}))
+        self.model.register_to_config(
+            time_cond_proj_dim=width, **({TIME_CONDITION: name} if name != "guidance" else {})
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -267,11 +269,11 @@ class UNet(nn.Module):
         width = self.model.config.time_cond_proj_dim
         if width is None:
             return None
-        number = conditions.get(self._extra)
+        number = conditions.get(self._time_condition)
         if number is None:
             number = torch.zeros(len(x), device=x.device)
         else:
-            number = 1000 * (number - 1) if self._extra == "guidance" else time - number
+            number = 1000 * (number - 1) if self._time_condition == "guidance" else time - number
         return get_timestep_embedding(number, width, downscale_freq_shift=1).to(x.dtype)
 
     @contextmanager

@@ -49,7 +49,7 @@ class ZImage(Transformer):
         name = f"{patch}-1"
         adaln = model.t_embedder(time.expand(rows))
 
-        length = _filled(mask.sum(1).long())  # of each prompt with its padding, (B,)
+        length = _padded_length(mask.sum(1).long())  # of each prompt with its padding, (B,)
         words = torch.arange(tokens.shape[1])
         known, ones = words < length[:, None], torch.zeros_like(words)
         text = torch.where(mask[..., None] > 0, model.cap_embedder(tokens), model.cap_pad_token)
@@ -60,7 +60,7 @@ class ZImage(Transformer):
         patches = x.reshape(rows, channels, down, patch, across, patch).permute(0, 2, 4, 3, 5, 1)
         picture = model.all_x_embedder[name](patches.reshape(rows, down * across, channels * patch**2))
         count = down * across
-        all_places = torch.arange(_filled(count))
+        all_places = torch.arange(_padded_length(count))
         padded, places = all_places >= count, all_places.clamp(max=count - 1)
         picture = torch.where(padded[:, None], model.x_pad_token, picture[:, places])
         axes = [length[:, None] + 1, *(each.expand(rows, -1) for each in (places // across, places % across))]
@@ -76,7 +76,7 @@ class ZImage(Transformer):
         return -pixels.reshape(rows, channels, height, width)
 
 
-def _filled(length: Any) -> Any:
+def _padded_length(length: Any) -> Any:
     """A number of tokens, rounded up to the multiple that padding fills."""
     return (length + SEQ_MULTI_OF - 1) // SEQ_MULTI_OF * SEQ_MULTI_OF
 

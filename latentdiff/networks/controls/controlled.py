@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from latentdiff.core.arrays import Array, library, zeros
 from latentdiff.networks.conditions import Conditions, added
-from latentdiff.networks.informed import Informed
+from latentdiff.networks.informed import WithConditions
 from latentdiff.networks.protocols import Backbone
 
 
@@ -73,7 +73,7 @@ class Control:
         return own
 
 
-class Controlled(Informed):
+class Controlled(WithConditions):
     """See Backbone. Residuals of several controls are added."""
 
     def __init__(self, backbone: Any, controls: Sequence[Control]):

@@ -38,11 +38,11 @@ class ImageEncoder(nn.Module):
         return values
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, *, whole: bool) -> Tensor:
-        """Features (N, D) of `pixels`; whole: instead all states before the last layer, (N, L, D)."""
+    def forward(self, pixels: Tensor, *, all_states: bool) -> Tensor:
+        """Features (N, D) of `pixels`; all_states: instead all states before the last layer, (N, L, D)."""
         weight = next(self.model.parameters())
-        output = self.model(pixels.to(weight.device, weight.dtype), output_hidden_states=whole)
-        features: Tensor = output.hidden_states[-2] if whole else output.image_embeds
+        output = self.model(pixels.to(weight.device, weight.dtype), output_hidden_states=all_states)
+        features: Tensor = output.hidden_states[-2] if all_states else output.image_embeds
         return features
 
 
@@ -75,7 +75,7 @@ class IPAdapter(nn.Module):
         return cls(projection, keys, values, [name for name, _ in attentions], encoder)
 
     @property
-    def whole(self) -> bool:
+    def reads_all_states(self) -> bool:
         """Whether it reads all states of CLIP before the last layer instead of one vector."""
         return not isinstance(self.projection, ImageProjection)
 
@@ -100,8 +100,12 @@ class IPAdapter(nn.Module):
         assert self.encoder is not None
         with self._turn:
             pixels = self.encoder.pixels(pictures)
-            seen = self.encoder(pixels, whole=self.whole)
-            empty = self.encoder(torch.zeros_like(pixels), whole=True) if self.whole else torch.zeros_like(seen)
+            seen = self.encoder(pixels, all_states=self.reads_all_states)
+            empty = (
+                self.encoder(torch.zeros_like(pixels), all_states=True)
+                if self.reads_all_states
+                else torch.zeros_like(seen)
+            )
             return seen, empty
 
     @torch.no_grad()
@@ -116,7 +120,7 @@ class IPAdapter(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """Its weights under the names that files of plain IP-Adapters have. Raises TypeError for others."""
-        if self.whole:
+        if self.reads_all_states:
             raise TypeError("only a plain IP-Adapter is written")
         own = {f"image_proj.{n.replace('image_embeds', 'proj')}": t for n, t in self.projection.state_dict().items()}
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):

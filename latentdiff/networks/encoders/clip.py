@@ -110,7 +110,7 @@ class TextEncoder(nn.Module):
         check_clip_skip(prompt.style, self.layers)
         with self._turn:
             reader = self.reader
-            chunks = reader.filled(prompt.text, prompt.style, prompt.chunks)
+            chunks = reader.padded(prompt.text, prompt.style, prompt.chunks)
             hidden, pooled = self._hidden(chunks, prompt.style)
             weights = reader.weights(chunks)
             if (weights != 1).any():
@@ -122,7 +122,7 @@ class TextEncoder(nn.Module):
     def pooled(self, prompt: Prompt) -> Tensor:
         """The pooled text (D,) of a prompt's first chunk: the last hidden state of its end, without weights."""
         with self._turn:
-            ids = torch.from_numpy(self.reader.ids(self.reader.filled(prompt.text, prompt.style, 1)[:1]))
+            ids = torch.from_numpy(self.reader.ids(self.reader.padded(prompt.text, prompt.style, 1)[:1]))
             place = self.model.device
             pooled: Tensor = self.model(ids if place.type == "meta" else ids.to(place)).pooler_output[0]
             return pooled

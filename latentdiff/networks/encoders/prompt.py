@@ -102,7 +102,7 @@ class Reader:
         """The chunks of a prompt. Raises ConfigError for weights that are too large."""
         return chunks(prompt, style, self.ids_of, self.length - 2)
 
-    def filled(self, prompt: str, style: Style, least: int) -> list[Chunk]:
+    def padded(self, prompt: str, style: Style, least: int) -> list[Chunk]:
         """The chunks to encode, at least `least` of them: only the first if the style cuts, then empty ones."""
         parts = self.chunks(prompt, style)
         parts = parts if style.chunked else parts[:1]

@@ -106,7 +106,7 @@ class Chat:
     length: int = 512
     layers: Sequence[int] = (-1,)
     dropped: int = 0
-    filled: bool = False
+    reads_padding: bool = False
 
 
 class ChatReading:
@@ -145,10 +145,10 @@ class ChatReading:
         chat, most = self.chat, self.length + self.chat.dropped
         with self._turn:
             ids = self._ids(prompt.text)[:most]
-            more = most - len(ids) if chat.filled else 0
+            more = most - len(ids) if chat.reads_padding else 0
             hidden = self.states(ids + [self.pad] * more, [1] * len(ids) + [0] * more)
         tokens = hidden[chat.dropped :]
-        if chat.filled:
+        if chat.reads_padding:
             return Conditions({"tokens": tokens})
         padding, count = zeros(tokens, (self.length - len(tokens), *tokens.shape[1:])), len(tokens)
         mask = beside(tokens, np.float32(np.arange(self.length) < count), exact=True)
