@@ -30,7 +30,7 @@ def ran(*words):
 
 
 @pytest.fixture(scope="module")
-def accepted(tmp_path_factory):
+def sound(tmp_path_factory):
     """40 sound pictures."""
     return as_jsonl(tmp_path_factory.mktemp("sound") / "set", some_pictures(40))
 

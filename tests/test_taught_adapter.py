@@ -33,7 +33,7 @@ def begun(folder, factors):
     pipe = load(folder)
     networks = adaptable_networks(pipe.model)
     with seeded(0):
-        taught_adapter.begin(networks, factors)
+        taught_adapter.attach_factors(networks, factors)
     return pipe, networks
 
 
@@ -68,7 +68,7 @@ def test_it_begins_as_nothing_and_is_all_that_is_trained(folders, kind):
     assert len(text) == 4 * 4 * per_layer, "four layers of four projections"
     with seeded(0):
         again = load(folders["1"])
-        taught_adapter.begin(adaptable_networks(again.model), KINDS[kind])
+        taught_adapter.attach_factors(adaptable_networks(again.model), KINDS[kind])
     others = taught_adapter.parameters_of(adaptable_networks(again.model))
     assert all(torch.equal(parameters[name], others[name]) for name in parameters), "a function of the seed"
 
@@ -111,12 +111,12 @@ def test_what_is_learnt_is_read_everywhere(folders, tmp_path, kind, family):
 
 def test_nothing_to_put_it_beside():
     with pytest.raises(ConfigError, match="unet has no attention"):
-        taught_adapter.begin({"unet": torch.nn.Linear(2, 2)}, Factors(1, 1.0))
+        taught_adapter.attach_factors({"unet": torch.nn.Linear(2, 2)}, Factors(1, 1.0))
 
 
 def test_alone_is_the_same_objects(folders):
     _, networks = begun(folders["1"], KINDS["plain"])
     parameters = taught_adapter.parameters_of(networks)
-    part = taught_adapter.alone(parameters)
+    part = taught_adapter.parameter_module(parameters)
     assert {id(p) for p in part.parameters()} == {id(p) for p in parameters.values()}
     assert all(name.replace("/", ".") in parameters for name in part.state_dict())

@@ -15,7 +15,7 @@ from latentdiff.core.arrays import to_numpy
 from latentdiff.core.errors import NonFiniteError
 from latentdiff.core.images import to_images, to_uint8
 from latentdiff.drawing import pixels
-from latentdiff.evaluation.room import CODED, batch_size, concatenated
+from latentdiff.evaluation.large_arrays import CODED, batch_size, concatenated
 from latentdiff.model import Model
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from latentdiff.data.examples import Examples
 from latentdiff.data.makers import maker_of
 from latentdiff.data.scene_set import Scenes
 from latentdiff.data.survey import Picture, Survey
-from latentdiff.evaluation.room import allocate
+from latentdiff.evaluation.large_arrays import allocate
 from latentdiff.settings.config import Settings
 
 LARGEST = 2**30  # bytes of training pictures in memory

@@ -31,7 +31,7 @@ from latentdiff.diffusion import noise
 from latentdiff.diffusion.bound import Errors, Predict, bits, discretised, errors_of
 from latentdiff.diffusion.parametrization import parametrization_named, x0_from
 from latentdiff.drawing import pixels
-from latentdiff.evaluation.room import CODED, batch_size
+from latentdiff.evaluation.large_arrays import CODED, batch_size
 from latentdiff.model import Model
 from latentdiff.networks.conditions import Conditions, stacked
 from latentdiff.networks.encoders.prompt import Prompt, Style

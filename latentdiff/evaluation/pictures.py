@@ -19,7 +19,7 @@ from latentdiff.core.errors import DataError
 from latentdiff.core.files import write_new
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
-from latentdiff.evaluation.room import DRAWN, batch_size, concatenated
+from latentdiff.evaluation.large_arrays import DRAWN, batch_size, concatenated
 
 AT_ONCE = 32
 

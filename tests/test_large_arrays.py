@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentdiff.evaluation import allocate as module
-from latentdiff.evaluation.room import CODED, allocate, batch_size, concatenated
+from latentdiff.evaluation import large_arrays as module
+from latentdiff.evaluation.large_arrays import CODED, allocate, batch_size, concatenated
 
 
 def test_large_pictures_are_few_at_once():
@@ -33,7 +33,7 @@ def test_batches_become_one_array(tmp_path, monkeypatch):
 def test_more_than_there_is_memory(tmp_path):
     """A room of two gigabytes, of which a process holds what it looks at."""
     program = (
-        "import numpy as np, re; from pathlib import Path; from latentdiff.evaluation.room import room;"
+        "import numpy as np, re; from pathlib import Path; from latentdiff.evaluation.large_arrays import room;"
         "made = room((2000, 1024, 1024, 1), Path('.'));"
         "made[0], made[-1] = 1, 2; assert made[0].all() and made[-1].min() == 2 and not made[1000].any();"
         "assert int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) < 2**20"  # kB
