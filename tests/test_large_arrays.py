@@ -31,10 +31,10 @@ def test_batches_become_one_array(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a system that does not tell")
 def test_more_than_there_is_memory(tmp_path):
-    """A room of two gigabytes, of which a process holds what it looks at."""
+    """An array of two gigabytes, of which a process holds what it reads."""
     program = (
-        "import numpy as np, re; from pathlib import Path; from latentdiff.evaluation.large_arrays import room;"
-        "made = room((2000, 1024, 1024, 1), Path('.'));"
+        "import numpy as np, re; from pathlib import Path; from latentdiff.evaluation.large_arrays import allocate;"
+        "made = allocate((2000, 1024, 1024, 1), Path('.'));"
         "made[0], made[-1] = 1, 2; assert made[0].all() and made[-1].min() == 2 and not made[1000].any();"
         "assert int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) < 2**20"  # kB
     )
