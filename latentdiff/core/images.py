@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from latentdiff.core.arrays import Array, to_numpy
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 
@@ -33,6 +34,13 @@ def to_uint8(images: Array) -> NDArray[np.uint8]:
     """(B, C, H, W), clamped to [-1, 1] -> uint8 (B, H, W, C), rounded."""
     scaled = np.rint((to_numpy(images).clip(-1, 1) + np.float32(1)) * np.float32(127.5))
     return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1).astype(np.uint8))
+
+
+def as_picture(pixels: np.ndarray) -> Image.Image:
+    """uint8 (H, W, C) as PIL's picture."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels))
 
 
 def coloured(pictures: np.ndarray) -> np.ndarray:

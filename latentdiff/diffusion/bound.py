@@ -26,14 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
-from latentdiff.core.arrays import library, to_numpy
+from latentdiff.core.arrays import Array, library, to_numpy
 from latentdiff.diffusion import noise
 from latentdiff.diffusion.level import CLEAN
-from latentdiff.diffusion.path import Path
+from latentdiff.diffusion.path import Floats, Path
 from latentdiff.diffusion.process import transition
 
-Array = Any
-Floats = NDArray[np.float64]
 Variance = Literal["small", "large"]
 VARIANCES: tuple[str, ...] = get_args(Variance)
 Predict = Callable[[Array, NDArray[np.int64]], Array]  # x (B, ...), numbers of its levels (B,) -> predicted x0

@@ -40,7 +40,7 @@ class EasyConsistencyLoss:
     def rows(self, t: float, rng: Any = None) -> Tensor:
         """The rows of the level of a training time and of the next, less noisy one, (2, 8). rng is not used."""
         level = self.path.level(t)
-        ratio = min(level.sigma / level.alpha, LARGEST_RATIO) if level.alpha else LARGEST_RATIO
+        ratio = min(level.ratio, LARGEST_RATIO)
         share = (1 + K / (1 + math.exp(B * ratio))) / self._shrink
         after = self.path.level_of(ratio * max(1 - share, 0.0))
         if after.t <= self.path.numbered(0).t:

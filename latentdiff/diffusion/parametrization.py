@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from latentdiff.diffusion.level import NoiseLevel
 
-Array = Any
+Array = Any  # as in core.arrays, which imports NumPy: help texts name parametrizations without it
 NOISIEST = 20.0  # the largest |log-SNR| that karras gives to the network: pure noise and data have no finite one
 
 

@@ -9,11 +9,10 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from latentdiff.core.arrays import Array, as_tensor, library, to_numpy
 from latentdiff.core.errors import ConfigError, NonFiniteError
-from latentdiff.core.images import coloured, to_uint8, to_values
+from latentdiff.core.images import as_picture, coloured, to_uint8, to_values
 from latentdiff.diffusion.samplers import Step
 from latentdiff.drawing import pixels
 from latentdiff.drawing.batch import NO_NOISE, Batch, CallerNoise, Job
@@ -241,7 +240,7 @@ def _as_type(model: Model, images: Array, output_type: str) -> Any:
         return pictures
     if output_type == "np":
         return np.ascontiguousarray(to_numpy((images + 1) / 2).transpose(0, 2, 3, 1))
-    return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pictures]
+    return [as_picture(picture) for picture in pictures]
 
 
 def draw(

@@ -32,7 +32,7 @@ from latentdiff.drawing.image_prompts import with_image_prompts
 from latentdiff.drawing.painter import Painter, prediction_of
 from latentdiff.drawing.plan import PlannedPass, Size, shortened
 from latentdiff.drawing.prompts import Prompted, noise_level, prompted
-from latentdiff.drawing.request import Request
+from latentdiff.drawing.request import REFINER_SWITCH, Request
 from latentdiff.drawing.start import Draw, Start, from_latents, generated, keyed, latent_mask
 from latentdiff.model import Model
 from latentdiff.networks.averaging import averaging
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from latentdiff.networks.upscaler import Upscaler
 
 AVERAGED = ("ddim", "euler")  # samplers that take one evaluation for a step, along its velocity
-REFINER_SWITCH = 0.8  # Podell et al. 2023: the refiner is trained on the last fifth of the levels
 
 
 class Pass(Protocol):

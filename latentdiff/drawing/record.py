@@ -25,6 +25,7 @@ from latentdiff.core.decoding import FORMATS, fault, silent_decoders
 from latentdiff.core.errors import DataError
 from latentdiff.diffusion.grids import LABELS
 from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.drawing.request import REFINER_SWITCH
 
 _UNICODE = b"UNICODE\x00"  # EXIF 2.3, table 9: the encoding of a user comment
 _COMFY = {"prompt", "workflow"}  # text chunks of ComfyUI
@@ -145,7 +146,8 @@ def _further_fields(record: ImageMetadata) -> dict[str, Any]:
     refiner = next((source for source in record.sources if source.kind == "refiner"), None)
     if refiner is not None:
         fields["Refiner"] = _quoted(Path(refiner.path).stem or "refiner")
-        fields["Refiner switch at"] = 0.8 if request.get("refiner_switch") is None else request["refiner_switch"]
+        switch = request.get("refiner_switch")
+        fields["Refiner switch at"] = REFINER_SWITCH if switch is None else switch
     loras = [source for source in record.sources if source.kind in ("lora", "merged")]
     if loras:
         fields["Lora hashes"] = _quoted(", ".join(f"{Path(s.path).stem}: {s.sha256[:12]}" for s in loras))

@@ -21,6 +21,7 @@ LONGEST_PROMPT = 10_000  # characters
 LARGEST_BATCH = 1024
 LONGEST = 2048  # pixels of a side
 IMAGE_GUIDANCE = 1.5  # of InstructPix2Pix
+REFINER_SWITCH = 0.8  # Podell et al. 2023: the refiner is trained on the last fifth of the levels
 LARGEST_SCALE = 10.0  # of an image prompt
 _OTHER_NAMES = {  # of other tools, and of our command line
     "steps": "num_inference_steps",
@@ -148,7 +149,7 @@ class Request(BaseModel):
         None, ge=0, le=LONGEST, description="draws only the masked part, with so many pixels around, at width x height"
     )
     refiner_switch: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
-        None, description="share of the levels after which the refiner goes on; none: 0.8"
+        None, description=f"share of the levels after which the refiner goes on; none: {REFINER_SWITCH}"
     )
     hires_scale: Annotated[Finite, Field(gt=1, le=8)] | None = Field(
         None, description="size of the second pass over the first's"

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from latentdiff.core.images import as_picture
+
 CELL = 128  # pixels: smaller pictures are enlarged by a whole factor
 GAP = 4
 TEXT = 14  # pixels of the letters' height
@@ -63,7 +65,7 @@ def animation(frames: Sequence[np.ndarray]) -> bytes:
     """Pictures uint8 (H, W, C) as a GIF that stays on the last one; smaller frames are enlarged to its size."""
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FRAMES)).round().astype(int))
     size = frames[-1].shape[1::-1]
-    pictures = [Image.fromarray(frames[index].squeeze()) for index in chosen]
+    pictures = [as_picture(frames[index]) for index in chosen]
     pictures = [each if each.size == size else each.resize(size, Image.Resampling.NEAREST) for each in pictures]
     content = io.BytesIO()
     times = [FRAME] * (len(pictures) - 1) + [LAST]

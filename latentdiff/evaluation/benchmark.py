@@ -22,7 +22,7 @@ from latentdiff.data.sprites.scene import Scene, compose, render
 from latentdiff.diffusion import noise
 from latentdiff.evaluation import oracle
 from latentdiff.evaluation.judge import Judge
-from latentdiff.evaluation.objects import Region, cropped, objects
+from latentdiff.evaluation.objects import Region, cropped, objects, united
 from latentdiff.model import Model, ModelCard
 
 OF_COLORS = ("colors", "binding")
@@ -162,7 +162,7 @@ class SpriteBenchmark(Composed):
         groups = [group for group in description.groups for _ in range(group.count)]
         parts = objects(picture)
         if len(groups) == 1 and description.category == "single" and parts:
-            parts = [_united(parts)]  # a thing may have several parts
+            parts = [united(parts)]  # a thing may have several parts
         if len(parts) != len(groups):
             return False
         squares = np.stack([cropped(picture, part.box, self.judge.side) for part in parts])
@@ -178,12 +178,6 @@ class SpriteBenchmark(Composed):
             and (not description.relation or _related(description, [parts[k] for k in order]))
             for order in permutations(range(len(parts)))
         )
-
-
-def _united(parts: list[Region]) -> Region:
-    boxes = np.array([part.box for part in parts])
-    (top, left), (bottom, right) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-    return Region((int(top), int(left), int(bottom), int(right)), np.any([part.mask for part in parts], 0))
 
 
 def _related(description: Description, parts: list[Region]) -> bool:

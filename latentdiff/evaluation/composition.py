@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from latentdiff.core.errors import ModelError
 from latentdiff.data.scenes import CATEGORIES
 from latentdiff.diffusion import noise
-from latentdiff.drawing import pixels
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.benchmark import SHAPES, Benchmark
-from latentdiff.evaluation.pictures import AT_ONCE, draw_pictures
+from latentdiff.evaluation.pictures import draw_pictures, reconstructed
 from latentdiff.model import Model
 
 PICTURES_A_PROMPT = 4
@@ -101,10 +100,7 @@ def ceiling(model: Model, benchmark: Benchmark = SHAPES, *, pictures: int, seed:
     decoded, scenes_of = {}, {}
     for category in CATEGORIES:
         chosen = scenes_of[category] = evaluation_scenes(category, pictures, seed, benchmark=benchmark)
-        rendered = np.stack([benchmark.picture(scene) for scene in chosen])
-        decoded[category] = np.concatenate(
-            [pixels.reconstruct(model, batch) for batch in np.array_split(rendered, -(-len(rendered) // AT_ONCE))]
-        )
+        decoded[category] = reconstructed(model, np.stack([benchmark.picture(scene) for scene in chosen]))
     return _read(benchmark, decoded, scenes_of, 1)
 
 

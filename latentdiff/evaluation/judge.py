@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from latentdiff.core.errors import ModelError, loading
 from latentdiff.core.images import to_images
-from latentdiff.evaluation.objects import cropped, objects
+from latentdiff.evaluation.objects import cropped, objects, united
 
 CONFIG, WEIGHTS = "judge.json", "judge.safetensors"
 AT_ONCE = 64
@@ -62,11 +62,8 @@ class Judge(nn.Module):
 
     def look(self, picture: np.ndarray) -> np.ndarray:
         """The square that shows everything in a picture, uint8 (side, side, 3)."""
-        boxes = np.array([each.box for each in objects(picture)])
-        if not len(boxes):
-            return cropped(picture, (0, 0, *picture.shape[:2]), self.side)
-        (top, left), (bottom, right) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-        return cropped(picture, (top, left, bottom, right), self.side)
+        parts = objects(picture)
+        return cropped(picture, united(parts).box if parts else (0, 0, *picture.shape[:2]), self.side)
 
     def save(self, folder: Path) -> None:
         """Write the folder, in half precision."""

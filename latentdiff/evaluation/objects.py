@@ -6,6 +6,7 @@ an object; parts that nearly touch are one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,13 @@ class Region:
         """x to the right and y down, in pixels."""
         top, left, bottom, right = self.box
         return (left + right) / 2, (top + bottom) / 2
+
+
+def united(parts: Sequence[Region]) -> Region:
+    """Several objects as one."""
+    boxes = np.array([part.box for part in parts])
+    (top, left), (bottom, right) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    return Region((int(top), int(left), int(bottom), int(right)), np.any([part.mask for part in parts], 0))
 
 
 def background_of(picture: np.ndarray) -> np.ndarray:

@@ -17,9 +17,12 @@ from tqdm.auto import tqdm
 
 from latentdiff.core.errors import DataError
 from latentdiff.core.files import write_new
+from latentdiff.core.images import as_picture
 from latentdiff.drawing.draw import draw_prompts
 from latentdiff.drawing.painter import Painter
+from latentdiff.drawing.pixels import reconstruct
 from latentdiff.evaluation.large_arrays import DRAWN, batch_size, concatenated
+from latentdiff.model import Model
 
 AT_ONCE = 32
 
@@ -57,13 +60,19 @@ def draw_pictures(
     return concatenated(batches(), len(texts), folder)
 
 
+def reconstructed(model: Model, pictures: np.ndarray) -> np.ndarray:
+    """Pictures uint8 (N, H, W, C), encoded and decoded."""
+    batches = np.array_split(pictures, -(-len(pictures) // AT_ONCE))
+    return np.concatenate([reconstruct(model, batch) for batch in batches])
+
+
 def write(picture: np.ndarray, file: Path) -> None:
     """Write uint8 (H, W, C) as a PNG, whole or not at all, unless it exists."""
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(content, "PNG")
+    as_picture(picture).save(content, "PNG")
     write_new(file, content.getvalue())
 
 

@@ -19,12 +19,10 @@ from latentdiff.data.sprites.description import Description, Group
 from latentdiff.data.sprites.library import Library, Sprite
 from latentdiff.data.sprites.scene import compose, render
 from latentdiff.diffusion import noise
-from latentdiff.drawing import pixels
 from latentdiff.drawing.painter import Painter
 from latentdiff.evaluation.benchmark import SpriteBenchmark
 from latentdiff.evaluation.judge import Judge
-from latentdiff.evaluation.pictures import AT_ONCE, draw_pictures
-from latentdiff.model import Model
+from latentdiff.evaluation.pictures import draw_pictures
 
 MOST_LIKELY = 5
 
@@ -86,12 +84,6 @@ def own_pictures(benchmark: SpriteBenchmark, sprites: Sequence[Sprite], seed: in
         for number, sprite in enumerate(sprites)
     ]
     return np.stack([render(scene, benchmark.library, benchmark.size) for scene in scenes])
-
-
-def through(model: Model, pictures: np.ndarray) -> np.ndarray:
-    """Pictures encoded and decoded."""
-    batches = np.array_split(pictures, -(-len(pictures) // AT_ONCE))
-    return np.concatenate([pixels.reconstruct(model, batch) for batch in batches])
 
 
 def style_distances(benchmark: SpriteBenchmark, result: Recognition, seed: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from latentdiff.evaluation.distances import distances, frechet, nearest, vendi
 from latentdiff.evaluation.features import AT_ONCE, Extractor
 from latentdiff.evaluation.jackknife import jackknife
 from latentdiff.evaluation.likelihood import Likelihood, likelihood
-from latentdiff.evaluation.pictures import draw_pictures
+from latentdiff.evaluation.pictures import draw_pictures, reconstructed
 from latentdiff.evaluation.report.plots import Plot, Series
 from latentdiff.evaluation.result import Figure, Result, Table, mean
 
@@ -229,7 +229,7 @@ def of_recognition(subject: Subject, references: References, settings: Evaluatio
         )
         outcomes[suffix] = result
         own = recognition.own_pictures(benchmark, sprites, settings.seed)
-        decoded = recognition.through(subject.exact().model, own)
+        decoded = reconstructed(subject.exact().model, own)
         for among in (1, recognition.MOST_LIKELY):
             figures[f"recognised_{among}{suffix}"] = mean(result.right(among), "higher", paired=True)
             for title, pictures in (("rendered", own), ("decoded", decoded)):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, ModelError, NonFiniteError, loading
-from latentdiff.core.images import luminance, to_images, to_uint8
+from latentdiff.core.images import coloured, luminance, to_images, to_uint8
 from latentdiff.core.turn import Turn
 
 
@@ -35,8 +35,7 @@ class Upscaler(nn.Module):
             if not bool(enlarged.isfinite().all()):
                 raise NonFiniteError("the upscaler gave non-finite numbers")
             rows.append(to_uint8(2 * enlarged.float().cpu() - 1))
-        large = np.concatenate(rows)
-        return large if large.shape[-1] == 3 else large.repeat(3, -1)
+        return coloured(np.concatenate(rows))
 
 
 def load_upscaler(file: Path) -> Upscaler:

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from latentdiff.core.errors import ConfigError, LatentDiffError
-from latentdiff.core.images import to_uint8
+from latentdiff.core.images import as_picture, to_uint8
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.draw import Drawing, batch_key
 from latentdiff.drawing.painter import Painter
@@ -288,8 +288,7 @@ class Worker:
 
 
 def _preview(painter: Painter, x0: Any) -> Image.Image:
-    pixels = to_uint8(decode(painter.model, x0))[0]
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    return as_picture(to_uint8(decode(painter.model, x0))[0])
 
 
 def _identity(each: tuple[Ticket, int]) -> tuple[int, int]:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, saving
-from latentdiff.core.images import coloured
+from latentdiff.core.images import as_picture, coloured
 from latentdiff.core.vocabulary import seen_things
 from latentdiff.data import scenes
 from latentdiff.data.companions import companions
@@ -257,7 +256,7 @@ def _report(
         numbers |= {name: figure.value for name, figure in all_distances(pictures, references).items()}
     directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(directory / f"step-{step:08d}.png")
+    as_picture(sheet).save(directory / f"step-{step:08d}.png")
     return numbers
 
 

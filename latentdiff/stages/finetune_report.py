@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.core.errors import DataError
 from latentdiff.core.files import recorded
-from latentdiff.core.images import coloured, to_images
+from latentdiff.core.images import as_picture, coloured, to_images
 from latentdiff.core.text import printable, quoted
 from latentdiff.core.vocabulary import words_of
 from latentdiff.data.examples import Examples
@@ -112,7 +112,7 @@ def _save(pixels: np.ndarray, path: Path, about: Mapping[str, Any]) -> None:
     """Write a sheet of pictures that says in a text chunk what it shows."""
     info = PngInfo()
     info.add_itxt("Description", json.dumps(dict(about), ensure_ascii=False))
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=info)
+    as_picture(pixels).save(path, pnginfo=info)
 
 
 def write_page(run: Run[FineTuning], paths: Sequence[Path], sheets: Sequence[np.ndarray] = ()) -> list[Path]:

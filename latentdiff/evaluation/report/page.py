@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
+
+from latentdiff.core.images import as_picture
 
 PAGE = '<!doctype html><meta charset="utf-8"><meta name="generator" content="latentdiff">'  # the beginning of each page
 
@@ -90,7 +91,7 @@ def gallery(sheet: Sequence[tuple[np.ndarray, Mapping[str, str]]], figures: str 
 
 def _figure(pixels: np.ndarray, caption: Mapping[str, str]) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    as_picture(pixels).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     lines = "".join(f"<div><b>{escaped(key)}</b> {escaped(value)}</div>" for key, value in caption.items())
     strip = pixels.shape[1] > 2 * pixels.shape[0]
