@@ -183,6 +183,7 @@ def test_where_a_start_goes_on_from(tiny_run, tmp_path):
     with pytest.raises(ModelError, match="no checkpoint folder"):
         checkpoints_to_resume(run, stages, str(tmp_path / "nowhere"))
 
+    aside = shutil.copytree(paths["denoiser"], run / "denoiser" / "checkpoints" / "aside-1-step-00000040")
     damaged = paths["denoiser"] / "unet.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     result, notes = checkpoints_to_resume(run, stages, "latest")
@@ -195,6 +196,7 @@ def test_where_a_start_goes_on_from(tiny_run, tmp_path):
     (result["denoiser"] / "MANIFEST.json").unlink()
     with pytest.raises(ModelError, match=r"step-40 is damaged .* and none of .* is whole"):
         checkpoints_to_resume(run, stages, "auto")
+    assert checkpoints_to_resume(run, stages, str(aside)) == ({**paths, "denoiser": aside}, []), "a whole one by name"
 
 
 def test_nothing_to_go_on_from(tmp_path):

@@ -43,6 +43,11 @@ SHAPES = {  # settings of networks that their weights' shapes depend on
     "attention",
     "layers_per_block",
     "latent_channels",
+    "scale",
+    "inpainting",
+    "merges",
+    "objective",
+    "guidance_range",
     "pooled_text",
     "network",
     "layers",
@@ -163,27 +168,28 @@ def checkpoints_to_resume(folder: Path, stages: Iterable[str], resume: str) -> t
     is a checkpoint's path, for its stage, without a fallback. Raises ModelError.
     """
     stages, notes = tuple(stages), []
-    checkpoints: dict[str, Path | None] = {}
-    for stage in stages:
+    chosen = {} if resume in ("auto", "latest") else _chosen(Path(resume), stages)
+    checkpoints: dict[str, Path | None] = {**chosen}
+    for stage in (stage for stage in stages if stage not in chosen):
         checkpoints[stage], warnings = newest_whole(folder / stage / "checkpoints")
         notes += [f"warning: {warning}" for warning in warnings]
         if warnings and not checkpoints[stage]:
             raise ModelError(f"{warnings[0]} and none of {folder / stage / 'checkpoints'} is whole. Move them away")
-    if resume not in ("auto", "latest"):
-        path = Path(resume)
-        check_whole(path)
-        own = load_state(path).get("stage")
-        if own not in stages:
-            raise ModelError(
-                f"checkpoint {path} belongs to stage {own}, which is not trained now ({', '.join(stages)})"
-            )
-        return {**checkpoints, own: path}, []
     if not any(checkpoints.values()):
         where = folder / (stages[0] if len(stages) == 1 else "*") / "checkpoints"
         if resume == "latest":
             raise ModelError(f"no checkpoint in {where}. Use --resume auto to start fresh")
         notes.append(f"a new run: no checkpoint in {where}")
     return checkpoints, notes
+
+
+def _chosen(path: Path, stages: tuple[str, ...]) -> dict[str, Path]:
+    """A checkpoint by its path, under its stage. Raises ModelError."""
+    check_whole(path)
+    own = load_state(path).get("stage")
+    if own not in stages:
+        raise ModelError(f"checkpoint {path} belongs to stage {own}, which is not trained now ({', '.join(stages)})")
+    return {own: path}
 
 
 def check_unchanged(

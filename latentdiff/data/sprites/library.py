@@ -122,6 +122,8 @@ class Library:
     def draw(self, rng: np.random.Generator, rows: np.ndarray) -> Sprite:
         """One of these rows, by their weights."""
         shares = np.cumsum(self._weights[rows])
+        if not shares[-1]:
+            raise DataError(f"{len(rows)} sprites of a kind all have the weight 0 ({self.folder / METADATA})")
         return self.sprites[rows[np.searchsorted(shares, rng.random() * shares[-1], side="right")]]
 
 
