@@ -346,6 +346,8 @@ def main() -> None:
     print("; ".join(f"{len(entries)} entries of {kind}" for kind, entries in record.items()))
     if options.against:
         before = json.loads(options.against.read_text())
+        if not before.keys() <= {"pictures", "trainings"}:
+            raise SystemExit(f"{options.against} is a record of another version of this script: make it again")
         with np.load(options.against.with_suffix(".npz")) as arrays:
             known = {**arrays, **SEEN}
         lines = [line for kind, half in record.items() for line in differences(before.get(kind, {}), half, known)]

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from latentdiff.core.images import to_images
 from latentdiff.data.scenes import COLORS, SHAPES
-from latentdiff.data.sprites.color import recoloured
+from latentdiff.data.sprites.color import recolored
 from latentdiff.data.sprites.description import GROUNDS
 from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import background, shape_pixels
@@ -62,7 +62,7 @@ def of_sprite(library: Library, row: int, side: int, rng: np.random.Generator) -
     scale = side / max(rgba.size)
     pixels = np.asarray(rgba.resize([max(2, round(n * scale)) for n in rgba.size], Image.Resampling.HAMMING))
     if library.sprites[row].color and rng.random() < 0.2:
-        pixels = recoloured(pixels, list(COLORS)[rng.integers(len(COLORS))])
+        pixels = recolored(pixels, list(COLORS)[rng.integers(len(COLORS))])
     return pixels
 
 

@@ -552,24 +552,24 @@ def test_what_only_torch_has_takes_the_image_prompt_along(exported_place, pictur
     options = {"seed": 3, "num_inference_steps": 2, "height": 48, "width": 64, "output_type": "uint8"}
     white = Image.fromarray(np.full((48, 64), 255, np.uint8))
 
-    def load_settings_and_model(**settings):
+    def opened(**settings):
         pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", torch_dtype="float32", **settings)
         pipe.load_ip_adapter(folder / "plus.safetensors")
         return pipe
 
-    pipe = load_settings_and_model()
+    pipe = opened()
     first = pipe(PROMPT, ip_adapter_image=pictures[0], **options).images
     assert pipe.runtime == "openvino"
     masked = {"ip_adapter_image": pictures[0], "cross_attention_kwargs": {"ip_adapter_masks": [[white]]}}
     with pytest.warns(UserWarning, match="a mask of an image prompt requires torch"):
         assert np.abs(pipe(PROMPT, **masked, **options).images.astype(int) - first).max() <= 1
-    pipe = load_settings_and_model()
+    pipe = opened()
     with pytest.warns(UserWarning, match="a second IP-Adapter requires torch"):
         pipe.load_ip_adapter(folder / "plus.safetensors")
     both = {"ip_adapter_image": [pictures[0], pictures[0]], "ip_adapter_scale": [1.0, 0.0]}
     assert np.abs(pipe(PROMPT, **both, **options).images.astype(int) - first).max() <= 1
     with pytest.raises(ConfigError, match="cache_interval with an IP-Adapter requires the torch runtime"):
-        load_settings_and_model(runtime="openvino")(PROMPT, ip_adapter_image=pictures[0], cache_interval=2, **options)
+        opened(runtime="openvino")(PROMPT, ip_adapter_image=pictures[0], cache_interval=2, **options)
     save_file(ip_adapters.state(stable_diffusion.pipeline("XL").unet, "plus"), folder / "xl.safetensors")
     pipe = LatentDiffusionPipeline.from_pretrained(folder / "model", runtime="openvino")
     with pytest.raises(ModelError, match="layer 0 has"):

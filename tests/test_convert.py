@@ -255,6 +255,10 @@ def test_a_pickle_that_would_run_code(convert, tmp_path, archive):
         (("{sd1}", "copy"), 2, "is a folder already: say what is to change"),
         (("{sd1}", "copy", "--dtype", "int8"), 2, "Invalid value for '--dtype'"),
         (("none", "copy"), 4, "no such model folder"),
+        (("x.ckpt", "y.safetensors", "--trust-pickle", "--to", "kohya"), 2, "convert its output by --to kohya"),
+        (("{sd1}", "copy", "--dtype", "float16", "-m", "x"), 2, "--model requires --to peft or --to kohya"),
+        (("x.ckpt", "y.safetensors", "--trust-pickle", "--variant", "fp16"), 2, "--variant applies to models"),
+        (("{sd1}", "--to", "openvino", "-m", "x"), 2, "--model requires --to peft or --to kohya"),
         (("none.safetensors", "copy"), 4, "no such"),
         (
             ("there.safetensors", "copy"),

@@ -287,6 +287,8 @@ def test_own_pictures(call, tmp_path, folders):
         (("--sweep", "guidance_scale"), "--sweep must be NAME=VALUE,VALUE, each name once (got 'guidance_scale')"),
         (("--sweep", "guidance_scale=1,many"), "guidance_scale"),
         (("--sweep", "steps_=1,2"), "steps_"),
+        (("--sweep", "steps=1,2", "--only", "likelihood"), "--sweep requires the section sweep: name it in --only"),
+        (("--set", "num_images=3"), "the evaluation chooses num_images"),
         (("--set", "seed=3"), "the evaluation chooses seed"),
         (("--set", "hires_scale=2"), "the evaluation chooses hires_scale"),
         (("--set", "autoguidance_scale=2"), "autoguidance_scale has no effect in an evaluation"),

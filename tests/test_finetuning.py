@@ -5,6 +5,7 @@ import pytest
 from latentdiff.core.errors import ConfigError
 from latentdiff.settings.config import save_config
 from latentdiff.settings.finetuning import SMALL, load_finetuning
+from latentdiff.stages.finetune_report import _differing
 
 SOURCE = ("data.kind=pictures", "data.pictures.source=pictures")
 
@@ -60,7 +61,8 @@ def test_what_is_saved_is_read_again(overrides, tmp_path):
         (("method=textual-inversion", "word.token=a", "prior.prompt=b"), "trains only a word's vectors"),
         (("word.token=a",), 'word has no effect without method = "textual-inversion"'),
         (("method=textual-inversion", "word.token=a/b"), "word.token"),
-        (("method=full", "lora.rank=4"), "lora has no effect on full: a rank requires lora, dreambooth or consistency"),
+        (("method=full", "lora.rank=4"), "no effect on full: it requires method lora, dreambooth or consistency"),
+        (("method=dreambooth", 'prior.prompt="a"', "lora.dora=true"), "no effect on dreambooth: it requires lora.rank"),
         (("lora.rslora=true", "lora.kohya=true"), "kohya's format has no rslora"),
         (("prior.weight=2.0",), "prior requires prior.prompt"),
         (('prior.prompt="a"', "prior.source=x", "prior.pictures=3"), "prior.source, which has its own"),
@@ -80,3 +82,16 @@ def test_refused(overrides, message):
     with pytest.raises(ConfigError) as refused:
         loaded(*overrides)
     assert message in str(refused.value)
+
+
+def test_reports_name_no_folder():
+    """Of absolute paths the page and the card show the names alone."""
+    config = loaded(
+        'data.pictures.source="/home/me/dogs"',
+        'model="/home/me/sd15"',
+        "method=controlnet",
+        'control.source="/home/me/maps"',
+    )
+    shown = _differing(config)
+    assert (shown["data.pictures.source"], shown["model"], shown["control.source"]) == ("dogs", "sd15", "maps")
+    assert not any("/home" in str(value) for value in shown.values())

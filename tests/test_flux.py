@@ -52,6 +52,9 @@ def test_what_has_no_effect_is_refused(folder):
     scale = "true_cfg_scale" if "dev" in folder.name else "guidance_scale"
     out = pipe(PROMPT, negative_prompt="red", num_inference_steps=1, width=64, height=64)
     assert f"the negative prompt has no effect: it requires {scale} over 1" in out.notes
+    with pytest.raises(ConfigError, match=f"apg requires {scale} over 1"):
+        pipe.request(PROMPT, apg=True, **{scale: 1.0})
+    assert pipe.request(PROMPT, apg=True, **{scale: 2.0}).apg
     expected = 3.5 if "dev" in folder.name else 1.0
     assert pipe.request(PROMPT, preset="hyper").guidance_scale == expected
 

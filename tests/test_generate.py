@@ -259,7 +259,11 @@ def test_samplers_by_the_names_of_a1111(name, sampler, spacing):
 
 
 def test_a_name_of_a1111_beside_another_spacing():
-    assert request(prompt="a", sampler="DPM++ 2M Karras", spacing="karras").spacing == "karras"
+    for spacing in ("karras", "Karras"):
+        assert request(prompt="a", sampler="DPM++ 2M Karras", spacing=spacing).spacing == "karras"
+    assert request(prompt="a", sampler="Euler SGM Uniform", spacing="SGM Uniform").spacing == "sgm_uniform"
+    twice = request(prompt="a", sampler="Euler Align Your Steps", spacing="align_your_steps_xl")
+    assert twice.spacing == "align_your_steps_xl", "two grids have this label"
     assert settled({"spacing": "leading"}, {"sampler": "DPM++ 2M Karras"})["spacing"] == "karras"
     with pytest.raises(ConfigError, match="'DPM\\+\\+ 2M Karras' has the spacing karras: leave out spacing"):
         request(prompt="a", sampler="DPM++ 2M Karras", spacing="exponential")

@@ -48,6 +48,20 @@ def small_unet(pooled_text=False):
 
 
 @torch.no_grad()
+def test_a_time_for_each_sample_under_several_conditions():
+    """The same outputs as one by one, (K, B, C, h, w)."""
+    unet, generator = small_unet(), torch.Generator().manual_seed(1)
+    x, times = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([100.0, 700.0])
+    tokens = torch.randn(3, 2, 5, 16, generator=generator)
+    output = unet.predict(x, times, Conditions({"tokens": tokens}, count=3))
+    for k in range(3):
+        for row in range(2):
+            one = Conditions({"tokens": tokens[k, row : row + 1]})
+            alone = unet.predict(x[row : row + 1], float(times[row]), one)
+            torch.testing.assert_close(output[k, row], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_folding_whitens_and_changes_no_picture():
     """z' = (z - mean) / std, log-variance - 2 log std, and the decoder undoes it exactly."""
     plain, folded = autoencoder(), autoencoder()

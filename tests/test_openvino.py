@@ -626,10 +626,10 @@ def test_graphs_of_another_network(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((default_model(), "--to", "openvino", "--vae", "x"), "--vae changes the weights"),
+        ((default_model(), "--to", "openvino", "--vae", "x"), "--vae requires an output"),
         (("x.safetensors", "--to", "openvino"), "x.safetensors is not a local folder: name an output"),
         ((default_model(), "y.safetensors", "--to", "openvino"), "--to openvino writes a model folder"),
-        ((default_model(), "--to", "openvino", "--dtype", "float16"), "--dtype changes the weights"),
+        ((default_model(), "--to", "openvino", "--dtype", "float16"), "--dtype requires an output"),
         ((default_model(),), "name an output: a new folder, or a new .safetensors file"),
     ],
 )

@@ -202,6 +202,7 @@ def test_on_the_command_line(call, tmp_path, words, made):
         (("reverse", PROMPT, "-o", "x.gif"), 2, "a sheet is written as .png, .svg, .html (x.gif)"),
         (("reverse", PROMPT, "-o", "there.png"), 2, "file exists (there.png)"),
         (("reverse", PROMPT, "--set", "sampler=magic"), 2, "unknown sampler 'magic'"),
+        (("reverse", PROMPT, "--set", "num_images=2"), 2, "num_images has no effect: a sheet has its own pictures"),
         (("reverse", PROMPT, "--columns", 1), 2, "columns must be from 2 to 16 (got 1)"),
         (("reverse", PROMPT, "--set", "hires_scale=2.0"), 2, "a strip has pictures of one size"),
         (("samplers", PROMPT, "--steps", "1,x"), 2, "--steps must be whole numbers"),

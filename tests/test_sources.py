@@ -1,6 +1,7 @@
 """Every layout gives the same pictures and captions; what does not fit together is named, never dropped."""
 
 import hashlib
+import io
 import json
 import re
 import tarfile
@@ -89,9 +90,25 @@ def test_captions_that_are_ignored(kind, pictures, expected, tmp_path):
     result = surveyed(source, Options(layout="uncaptioned"), instance_prompt="a <dog>")
     assert [picture.id for picture in result.pictures] == [key for key, _ in expected[0]]
     assert {picture.captions for picture in result.pictures} == {("a <dog>",)}
+    if kind is as_shards:
+        with tarfile.open(sorted(source.glob("*.tar"))[0] if source.is_dir() else source, "a") as archive:
+            lone = tarfile.TarInfo("lone.txt")
+            lone.size = 1
+            archive.addfile(lone, io.BytesIO(b"x"))
+        assert refusal(source, Options(layout="uncaptioned"), instance_prompt="a <dog>") is None, "nor lone captions"
     if kind is as_parquet:
         with pytest.raises(ConfigError, match="uncaptioned requires data that is not streamed"):
             surveyed(source, Options(layout="uncaptioned", streaming=True))
+
+
+def test_captions_that_a_file_of_rows_would_give(pictures, tmp_path):
+    """A folder that is named by its metadata, of which only the pictures are wanted: also those without a row."""
+    folder = as_jsonl(tmp_path / "set", dict(list(pictures.items())[:3]))
+    (folder / "more.png").write_bytes(pictures["003.png"][0])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "gone.png", "text": "x"}\n')
+    result = surveyed(folder / "metadata.jsonl", Options(layout="uncaptioned"), instance_prompt="a <dog>")
+    assert (len(result.pictures), result.refusal()) == (4, None)
 
 
 def test_streamed_tables(pictures, expected, tmp_path):

@@ -16,7 +16,7 @@ from latentdiff.core.errors import DataError
 from latentdiff.data.makers import ShapeScenes, SpriteScenes
 from latentdiff.data.scenes import CATEGORIES, COLORS, HELD_OUT, PLACES
 from latentdiff.data.sprites.captions import plural, sentence
-from latentdiff.data.sprites.color import NEW_COLOURS, main_color, recoloured
+from latentdiff.data.sprites.color import NEW_COLORS, main_color, recolored
 from latentdiff.data.sprites.description import GROUNDS, Describer, is_held_out
 from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import UNIT, background, compose, render
@@ -72,8 +72,8 @@ def picture_of(library, category, count=100, purpose="test", **more):
 def test_a_sprite_is_turned_to_every_color(old):
     sprite = np.asarray(disc(COLORS[old]))
     assert main_color(sprite) == old
-    for new in NEW_COLOURS:
-        result = recoloured(sprite, new)
+    for new in NEW_COLORS:
+        result = recolored(sprite, new)
         assert main_color(result) == new
         np.testing.assert_array_equal(result[..., 3], sprite[..., 3])
         np.testing.assert_array_equal(result[14, 14], sprite[14, 14])  # the white spot
@@ -84,7 +84,7 @@ def test_shading_stays_when_a_sprite_is_turned():
     """Two brightnesses of red, 0.8 and 0.7, become two of blue in the same ratio."""
     sprite = np.full((8, 8, 4), 255, np.uint8)
     sprite[:4, :, :3], sprite[4:, :, :3] = (204, 20, 20), (178, 18, 18)
-    result = recoloured(sprite, "blue")[..., 2].astype(float)
+    result = recolored(sprite, "blue")[..., 2].astype(float)
     assert result[0, 0] / result[7, 0] == pytest.approx(204 / 178, rel=0.02)
 
 
@@ -95,7 +95,7 @@ def test_what_has_no_main_color():
     empty = np.zeros((8, 8, 4), np.uint8)
     for sprite in (stripes, grey, empty):
         assert main_color(sprite) == ""
-        np.testing.assert_array_equal(recoloured(sprite, "red"), sprite)
+        np.testing.assert_array_equal(recolored(sprite, "red"), sprite)
 
 
 # descriptions
@@ -132,7 +132,7 @@ def test_the_categories(library, category):
             assert all(group.color for group in groups)
             assert len({group.color for group in groups}) == len(groups)
         else:
-            assert not any(group.is_recoloured for group in groups)
+            assert not any(group.is_recolored for group in groups)
         assert bool(scene.description.relation) or category != "position"
 
 

@@ -16,7 +16,7 @@ from latentdiff.settings.config import load_config
 from latentdiff.stages.autoencoder import latent_statistics
 from latentdiff.stages.cache import latents_of
 from latentdiff.stages.denoiser import train_denoiser
-from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume
+from latentdiff.stages.run import Run, _changes_shapes, check_unchanged, checkpoints_to_resume
 
 from .conftest import ROOT
 from .forked import Started, train
@@ -197,6 +197,26 @@ def test_where_a_start_goes_on_from(tiny_run, tmp_path):
     with pytest.raises(ModelError, match=r"step-40 is damaged .* and none of .* is whole"):
         checkpoints_to_resume(run, stages, "auto")
     assert checkpoints_to_resume(run, stages, str(aside)) == ({**paths, "denoiser": aside}, []), "a whole one by name"
+
+
+@pytest.mark.parametrize(
+    ("change", "changes_shapes"),
+    [
+        ("denoiser.enlarging.scale 1 -> 4", True),
+        ("denoiser.enlarging.scale 2 -> 4", False),
+        ("denoiser.editing.source  -> before", True),
+        ("denoiser.editing.source a -> b", False),
+        ("consistency.objective lcm -> ect", False),
+        ("consistency.objective lcm -> mean-flow", True),
+        ("consistency.guidance_range None -> [2.0, 12.0]", True),
+        ("consistency.guidance_range [1.0, 8.0] -> [1.0, 10.0]", False),
+        ("denoiser.inpainting False -> True", True),
+        ("clip.merges 4000 -> 5000", True),
+        ("denoiser.training.seed 0 -> 1", False),
+    ],
+)
+def test_changes_of_shapes(change, changes_shapes):
+    assert _changes_shapes(change) is changes_shapes
 
 
 def test_nothing_to_go_on_from(tmp_path):

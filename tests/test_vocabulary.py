@@ -35,6 +35,8 @@ def test_words_of_one_thing():
     assert of_one == {"ping": "ping pong", "pong": "ping pong", "table": "ping pong", "hot": "Tea"}
     assert narrow("A castle on a Table, table", of_one) == {"table": "ping pong"}
     assert narrow("a ping pong table and hot tea", of_one) == {}
+    assert narrow("three Ping Pongs", of_one) == {}
+    assert narrow("two french flies", {"french": "french fly", "fly": "french fly"}) == {}
     assert narrow("hot steak BREAK", of_one | {"break": "Tea"}) == {"hot": "Tea"}, "a name inside a word is none"
 
 

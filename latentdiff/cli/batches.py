@@ -96,32 +96,37 @@ def write_all(
                 terminal.warning(note)
             written |= set(output.notes)
             paths = _paths(batch, target, process)
-            if target.steps_gif and paths is not None:  # first, so that a picture that is there has its animation
-                for index, (number, job) in enumerate(batch):
-                    _write_animation(painter, walked, index, _path(number, job, target))
             records = output.metadata
             for path, record in write_pictures(
                 output.images, records, target.path, target.suffix, target.metadata, paths
             ):
-                if target.steps_gif and paths is None:
+                if target.steps_gif:
                     index = next(index for index, each in enumerate(records) if each is record)
                     _write_animation(painter, walked, index, path)
                 yield path, record
+            for index, picture in enumerate(_without_animation(batch, target)):
+                if picture is not None:
+                    _write_animation(painter, walked, index, picture)
             bar.refresh()
 
 
+def _without_animation(batch: Sequence[Numbered], target: Target) -> list[Path | None]:
+    """A path for each picture that an earlier start has written without its animation, otherwise None."""
+    if not (target.steps_gif and target.resume):
+        return []
+    paths = [_path(number, job, target) for number, job in batch]
+    return [None if os.path.lexists(path.with_suffix(".gif")) else path for path in paths]
+
+
 def _write_animation(painter: Painter, walked: Sequence[Any], index: int, picture: Path) -> None:
-    """Write the decoded latents of every step of a batch's picture beside it, unless its animation is there."""
+    """Write the decoded latents of every step of a batch's picture beside it."""
     from latentdiff.core.files import write_new
     from latentdiff.core.images import to_uint8
     from latentdiff.drawing.pixels import decode
     from latentdiff.drawing.sheet import animation
 
-    file = picture.with_suffix(".gif")
-    if not os.path.lexists(file):
-        frames = [to_uint8(decode(painter.model, latents[index : index + 1]))[0] for latents in walked]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_new(file, animation(frames))
+    frames = [to_uint8(decode(painter.model, latents[index : index + 1]))[0] for latents in walked]
+    write_new(picture.with_suffix(".gif"), animation(frames))
 
 
 def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Process) -> list[list[Numbered]]:
@@ -133,7 +138,7 @@ def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Pro
     own = batches[process.number :: process.processes]
     if not target.resume:
         if process.processes > 1:
-            _check_free([_path(number, job, target) for batch in own for number, job in batch])
+            _check_free([_path(number, job, target) for batch in own for number, job in batch], target)
         return own
     there: set[int] = set()
     otherwise: set[str] = set()
@@ -142,6 +147,8 @@ def _batches(painter: Painter, jobs: Sequence[Job], target: Target, process: Pro
             if not target.steps_gif or os.path.lexists(path.with_suffix(".gif")):
                 there.add(number)
             otherwise |= {_drawn_by(painter, number, job, target)} if target.metadata else set()
+        else:
+            _check_free([path], target)
     for how in sorted(otherwise - {""}):
         terminal.warning(f"some existing pictures were drawn {how}")
     if there:
@@ -161,11 +168,13 @@ def _path(number: int, job: Job, target: Target) -> Path:
     return target.path if suffix_of(target.path) else numbered(target.path, number, job.seed, target.suffix)
 
 
-def _check_free(paths: Sequence[Path]) -> None:
-    """Raises ConfigError, before drawing, if a file exists that one of several processes would write."""
+def _check_free(paths: Sequence[Path], target: Target) -> None:
+    """Raises ConfigError, before drawing, if a picture exists that would be written, or an animation of another."""
     for path in paths:
         if os.path.lexists(path):
             raise ConfigError(f"file exists ({path}). Use --resume, or name another folder")
+        if target.steps_gif and os.path.lexists(gif := path.with_suffix(".gif")):
+            raise ConfigError(f"file exists ({gif}). Pictures are never overwritten")
 
 
 def _drawn_by(painter: Painter, number: int, job: Job, target: Target) -> str:

@@ -78,10 +78,12 @@ def convert(
         "--part": part or None,
     }
     of_models = next((option for option, value in options.items() if value is not None), None)
+    adapter = None if to is Form.openvino else to
+    _check_used(adapter, model, variant, trust_pickle=trust_pickle)
     if to is Form.openvino and output is None:
         if of_models:
             raise ConfigError(
-                f"{of_models} changes the weights, which the graphs in MODEL/openvino share: name an output"
+                f"{of_models} requires an output: the graphs in MODEL/openvino belong to the model as it is"
             )
         terminal.result(_exported(source, variant))
         return
@@ -90,11 +92,9 @@ def convert(
     check_writable(output, output.parent)
     if output.exists() or output.is_symlink():
         raise ConfigError(f"{output} exists; nothing is overwritten")
-    adapter = None if to is Form.openvino else to
     _check_output(output, to, of_models, of_file=trust_pickle)
     if quantize is not None:
         _check_quantized(quantize, output, to)
-    _check_used(adapter, model, variant, trust_pickle=trust_pickle)
     if trust_pickle:
         _pickle(source, output)
     elif adapter:

@@ -268,11 +268,11 @@ def generate(
     if fast:
         pipe.load_few_steps()
     load_extras(pipe, loras, words, vae)
-    _load_models(pipe, weaker, refiner, cascade or [], clip, upscaler)
     if offload is not None:
         from latentdiff.runtime.device import usable_device
 
         pipe.offload(usable_device(where), layers=offload is Offload.sequential, blocks=offload is Offload.block)
+    _load_models(pipe, weaker, refiner, cascade or [], clip, upscaler)
     hints = load_controls(pipe, controls, annotate) if controls else ()
     prompts = load_image_prompts(pipe, adapters, [picture for picture, _ in prompt_pictures]) if prompt_pictures else ()
     jobs = _jobs(pipe, entries, requests, common, hints, prompts)

@@ -39,8 +39,9 @@ def narrow(prompt: str, of_one: Mapping[str, str]) -> dict[str, str]:
 
 
 def _names(prompt: str, thing: str) -> bool:
-    """Whether a prompt has the whole name of a thing."""
-    return re.search(rf"(?<!\w){re.escape(thing)}(?!\w)", prompt, re.IGNORECASE) is not None
+    """Whether a prompt has the whole name of a thing, or its plural."""
+    stem, end = (thing[:-1], "(y|ies)") if thing.endswith("y") else (thing, "(e?s)?")
+    return re.search(rf"(?<!\w){re.escape(stem)}{end}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
 def seen_things(things: Mapping[str, Iterable[str]], known: Set[str]) -> dict[str, tuple[str, ...]]:

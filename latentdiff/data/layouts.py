@@ -23,6 +23,8 @@ def find(source: str, options: Options) -> Listing:
 
 
 def _local(source: str, path: Path, options: Options) -> Listing:
+    if options.layout == "uncaptioned" and path.name in folder.METADATA and path.is_file():
+        path = path.parent
     if options.layout == "uncaptioned" and not (path.is_dir() and folder.has_pictures(path)):
         return _without_captions(_local(source, path, replace(options, layout="auto")))
     layout, sharded, tabled = options.layout, shards.is_sharded(source), local_table.is_table(path)
@@ -49,4 +51,5 @@ def _without_captions(listing: Listing) -> Listing:
     """The pictures of shards or a table alone. Raises ConfigError for a stream."""
     if listing.streamed:
         raise ConfigError("data.pictures.layout = uncaptioned requires data that is not streamed")
-    return replace(listing, records=[replace(record, captions=()) for record in listing.records])
+    records = [replace(record, captions=(), fault="") for record in listing.records]  # a fault is one of captions
+    return replace(listing, records=records, orphans=())

@@ -527,7 +527,7 @@ def tcd(
     """Trajectory consistency sampling (Zheng et al. 2024, algorithm 4), for distilled models; eta is their gamma.
 
     From x0 and its noise straight to the level at (1 - eta) times the next time, then noised up to the next level. That
-    time is rounded down, as by its authors, where times are whole; grids between whole times keep it as it is.
+    time is rounded down, as by its authors, where times are whole; grids between integer times keep it as it is.
     """
     for number, (t, s) in enumerate(pairwise(levels), 1):
         x0 = denoise(x, t)
@@ -551,7 +551,7 @@ class Sampler:
 
     label: A1111's name, for the metadata of pictures. schedulers: diffusers' classes that it replaces. options: the
     settings that a request may change, with their defaults. by_ratio: whether those classes work on x / alpha over
-    sigma / alpha, and between whole times.
+    sigma / alpha, and between integer times.
     """
 
     walk: Callable[..., Iterator[Step]]

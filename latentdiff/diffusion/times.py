@@ -5,7 +5,7 @@
     log_normal     sigma / alpha = exp(mean + std z) (Karras et al. 2022, table 1); draws beyond the end of the path
                    become its last time
 
-A time is a share s in [0, 1] of the path; on a path with whole times it is a whole number. A validation draws from bins
+A time is a share s in [0, 1] of the path; on a path with integer times it is one of them. A validation draws from bins
 of equal width.
 """
 

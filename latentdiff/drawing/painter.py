@@ -157,7 +157,7 @@ def _check_controls(request: Request, painter: Painter) -> None:
     for control, mode in zip(controls, modes, strict=True):
         if control.kinds and mode is None:
             raise ConfigError(
-                f"this ControlNet knows {control.kinds} kinds of pictures: set control_mode to a number from 0"
+                f"this ControlNet knows {control.kinds} kinds of pictures: set control_mode, 0 to {control.kinds - 1}"
             )
         if mode is not None and not mode < max(control.kinds, 1):
             raise ConfigError(f"control_mode must be below {max(control.kinds, 1)} for this ControlNet (got {mode})")

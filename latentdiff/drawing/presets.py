@@ -77,9 +77,10 @@ def _without_a1111_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         grids = [grid for grid, label in LABELS.items() if label.lower() == rest]
         if name.lower().startswith(row.label.lower()) and (not rest or grids):
             spacing = settings.get("spacing")
-            if grids and spacing not in (None, grids[0]):
+            own = spacing.lower().replace(" ", "_") if isinstance(spacing, str) else spacing
+            if grids and own not in (None, *grids):
                 raise ConfigError(f"sampler {name!r} has the spacing {grids[0]}: leave out spacing (got {spacing!r})")
-            return {**settings, "sampler": sampler, **({"spacing": grids[0]} if grids else {})}
+            return {**settings, "sampler": sampler, **({"spacing": own or grids[0]} if grids else {})}
     return dict(settings)
 
 

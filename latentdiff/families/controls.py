@@ -62,8 +62,8 @@ def _of_file(path: Path, model: Model) -> Any:
     from latentdiff.formats.pickle import check_safetensors
     from latentdiff.formats.tensors import unscaled
     from latentdiff.networks.controls.controlnet import ControlNet, config_for
-    from latentdiff.networks.filled import with_weights
     from latentdiff.networks.quiet import quietly
+    from latentdiff.networks.with_weights import with_weights
 
     unet = _unet_of(model, path)
     check_safetensors(path, ". Give a .safetensors file")

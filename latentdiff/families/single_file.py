@@ -55,8 +55,8 @@ from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
 from latentdiff.networks.encoders.prompt import Prompt
 from latentdiff.networks.encoders.second_clip import SecondTextEncoder
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
-from latentdiff.networks.filled import with_weights
 from latentdiff.networks.quiet import quietly
+from latentdiff.networks.with_weights import with_weights
 
 State = dict[str, Tensor]
 AnyTexts = TextEncoder | TwoTextEncoders | SecondTextEncoder

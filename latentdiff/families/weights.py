@@ -40,8 +40,8 @@ from latentdiff.networks.encoders.reading import Chat
 from latentdiff.networks.encoders.second_clip import SecondTextEncoder
 from latentdiff.networks.encoders.t5 import T5Text
 from latentdiff.networks.encoders.two_clips import TwoTextEncoders
-from latentdiff.networks.filled import with_weights
 from latentdiff.networks.quiet import quietly
+from latentdiff.networks.with_weights import with_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

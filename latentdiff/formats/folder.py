@@ -270,7 +270,9 @@ def variant_of(folder: Path, variant: str | None) -> str | None:
 
 
 def _variants(folder: Path) -> dict[str | None, Path]:
-    """The single file or the index of each variant of a network's weights."""
+    """The single file or the index of each variant of a network's weights. Raises ModelError."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder.name} is missing ({folder.parent})")
     variants: dict[str | None, Path] = {None: folder / GGUF} if (folder / GGUF).is_file() else {}
     if variants and any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder.name} has both {GGUF} and safetensors weights ({folder.parent}). Remove one")

@@ -10,8 +10,8 @@ import numpy as np
 
 from latentdiff.core.arrays import Array
 from latentdiff.networks.conditions import Conditions
-from latentdiff.networks.informed import WithConditions
 from latentdiff.networks.protocols import Backbone
+from latentdiff.networks.with_conditions import WithConditions
 
 
 class WithStepEnds(WithConditions):

@@ -139,7 +139,8 @@ class CompiledChat(_Text, ChatReading):
     @cached_property
     def chat(self) -> Chat:  # type: ignore[override]
         """See ChatReading."""
-        return Chat(**self._record["chat"])
+        chat = dict(self._record["chat"])
+        return Chat(reads_padding=chat.pop("filled"), **chat)
 
     @property
     def pad(self) -> int:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """The settings of a fine-tuning: the model, the pictures and the method. Read from TOML, like configs.
 
 full               all weights of the U-Net, optionally of the text encoder
-lora               low-rank factors beside the weights of attention (Hu et al. 2022), optionally of convolutions
+lora               low-rank factors beside the weights of attention (Hu et al. 2021), optionally of convolutions
 dreambooth         a new word for one thing, and pictures of its class (Ruiz et al. 2023); with a rank as LoRA
 textual-inversion  only the embeddings of a new word (Gal et al. 2022)
 controlnet         a ControlNet that reads an annotator's picture of each picture (Zhang et al. 2023)
@@ -183,7 +183,8 @@ class FineTuning(Settings):
         if self.method != "textual-inversion" and self.word != Word():
             raise ValueError('word has no effect without method = "textual-inversion"')
         if not self.low_rank and self.lora != Lora():
-            raise ValueError(f"lora has no effect on {self.method}: a rank requires lora, dreambooth or consistency")
+            why = "lora.rank (--rank)" if self.method in _EITHER else "method lora, dreambooth or consistency"
+            raise ValueError(f"lora has no effect on {self.method}: it requires {why}")
         if self.quantize and not self.allows_quantized:
             raise ValueError("quantize requires frozen weights: a rank without dora, or textual-inversion")
         if self.quantize and self.finetune.tune_text_encoder:

@@ -65,10 +65,10 @@ def captioned_twins(
         rng = noise.generator(config.seed, purpose, position)
         first = maker.scene(rng)
         scenes = (first, maker.twin(first, rng))
-        atomic = rng.random() < 0.5  # the first caption states all facts, so it tells twins apart
+        states_all = rng.random() < 0.5  # the first caption states all facts, so it tells twins apart
         for scene in scenes:
             captions = maker.captions(scene)
-            number = 0 if atomic else int(rng.integers(len(captions)))
+            number = 0 if states_all else int(rng.integers(len(captions)))
             pairs.append((maker.picture(scene, config.image_size), captions[number]))
     return pairs
 

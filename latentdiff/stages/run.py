@@ -43,11 +43,8 @@ SHAPES = {  # settings of networks that their weights' shapes depend on
     "attention",
     "layers_per_block",
     "latent_channels",
-    "scale",
     "inpainting",
     "merges",
-    "objective",
-    "guidance_range",
     "pooled_text",
     "network",
     "layers",
@@ -65,6 +62,12 @@ SHAPES = {  # settings of networks that their weights' shapes depend on
     "dora",
     "convolutions",
     "vectors",
+}
+WITHOUT_LAYER = {  # settings -> the values with which a network lacks a layer, or inputs, that it has with all others
+    "denoiser.enlarging.scale": ("1",),
+    "denoiser.editing.source": ("",),
+    "consistency.objective": ("lcm", "ect"),
+    "consistency.guidance_range": ("None",),
 }
 IDENTIFIED_BY_CONTENT = (  # the identities of the pictures show their effect
     "source",
@@ -213,8 +216,11 @@ def check_unchanged(
 
 def _changes_shapes(change: str) -> bool:
     """Whether a change of a setting, "stage.key old -> new", is one of the networks' shapes."""
-    key = change.split(" ", 1)[0]
-    return key == "autoencoder.kind" or key.rsplit(".", 1)[-1] in SHAPES
+    key, _, values = change.partition(" ")
+    if key == "autoencoder.kind" or key.rsplit(".", 1)[-1] in SHAPES:
+        return True
+    without = WITHOUT_LAYER.get(key)
+    return without is not None and len({value in without for value in values.split(" -> ")}) == 2
 
 
 def rates_that_jump(config: Settings, folder: Path, checkpoints: Mapping[str, Path | None]) -> list[str]:

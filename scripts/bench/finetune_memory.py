@@ -39,7 +39,7 @@ def measured(family: str, method: str, side: int, checkpointing: bool) -> tuple[
     unet = UNet(stable_diffusion.unet(family, tiny=False))
     if method == "lora":
         with seeded(0):
-            taught_adapter.begin({"unet": unet.model}, taught_adapter.Factors(16, 16))
+            taught_adapter.attach_factors({"unet": unet.model}, taught_adapter.Factors(16, 16))
     if checkpointing:
         unet.save_memory()
     unet.train()

@@ -86,7 +86,7 @@ def _subject(description: Description, keep: Keep, rng: np.random.Generator) -> 
 
 
 def _noun_phrase(group: Group, description: Description, keep: Keep, rng: np.random.Generator) -> str:
-    about_color = group.is_recoloured or group.sprite is None or description.category in ("colors", "binding")
+    about_color = group.is_recolored or group.sprite is None or description.category in ("colors", "binding")
     words = [description.size] if description.size and keep("size") else []
     if group.color and not {*COLORS, "brown"} & {*group.name.split()} and (about_color or keep("color")):
         words.append(group.color)

@@ -1,7 +1,8 @@
-"""The main colour of a sprite, and the sprite turned to another colour.
+"""The main colour of a sprite, and the sprite in another colour.
 
-A colour is a hue with a saturation and a brightness. A turned sprite keeps its shading: in the main colour's pixels the
-hue moves by a constant, saturation and brightness by constant factors, so that their means are the new colour's.
+A colour is a hue with a saturation and a brightness. A recoloured sprite keeps its shading: in the
+main colour's pixels the hue moves by a constant, saturation and brightness by constant factors, so that their means are
+the new colour's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from PIL import Image
 
 from latentdiff.data.scenes import COLORS
 
-NEW_COLOURS = tuple(COLORS)
+NEW_COLORS = tuple(COLORS)
 _HUES = {"red": 0, "orange": 32, "yellow": 51, "green": 120, "cyan": 186, "blue": 222, "purple": 278}
 _WINDOW = 28 / 360  # how far from the main hue its pixels may be
 _SHARE = 0.6  # of the visible pixels: the least that the main colour has
@@ -60,8 +61,8 @@ def main_color(rgba: np.ndarray) -> str:
     return min(_HUES, key=lambda name: abs((degrees - _HUES[name] + 180) % 360 - 180))
 
 
-def recoloured(rgba: np.ndarray, color: str) -> np.ndarray:
-    """uint8 (H, W, 4) with its main colour changed to one of `NEW_COLOURS`; unchanged if no colour prevails."""
+def recolored(rgba: np.ndarray, color: str) -> np.ndarray:
+    """uint8 (H, W, 4) with its main colour changed to one of `NEW_COLORS`; unchanged if no colour prevails."""
     main = _main(rgba)
     if main is None:
         return rgba

@@ -37,7 +37,7 @@ class Group:
     count: int = 1
 
     @property
-    def is_recoloured(self) -> bool:
+    def is_recolored(self) -> bool:
         """Whether a sprite is drawn in another colour than its own."""
         return self.sprite is not None and self.color != self.sprite.color
 
@@ -62,7 +62,7 @@ def is_held_out(group: Group, library: Library) -> bool:
     """Whether training never draws it: a shape or a sprite in this colour, or a sprite of this name in this style."""
     if group.sprite is None:
         return (group.name, group.color) in HELD_OUT
-    return group.sprite.row in library.held_out or (group.is_recoloured and _is_held_out(group.name, group.color))
+    return group.sprite.row in library.held_out or (group.is_recolored and _is_held_out(group.name, group.color))
 
 
 def _is_held_out(name: str, color: str) -> bool:
@@ -166,7 +166,7 @@ class Describer:
             cells = [cell for cell in PLACES if cell != description.place]
             return replace(description, place=cells[rng.integers(len(cells))])
         others = [s for s in self.library.by_name.get(first.name, ()) if first.sprite and s.style != first.sprite.style]
-        if others and not first.is_recoloured:
+        if others and not first.is_recolored:
             other = others[rng.integers(len(others))]
             return replace(description, groups=(Group(other, other.name, other.color), *rest))
         grounds = (self._background(rng, description.groups) for _ in itertools.count())

@@ -12,7 +12,7 @@ from PIL import Image
 from latentdiff.data import scenes
 from latentdiff.data.scenes import COLORS, RELATIONS, coverage
 from latentdiff.data.sprites.captions import captions
-from latentdiff.data.sprites.color import recoloured
+from latentdiff.data.sprites.color import recolored
 from latentdiff.data.sprites.description import GROUNDS, Description, Group
 from latentdiff.data.sprites.library import Library
 
@@ -99,7 +99,7 @@ def _pixels(group: Group, library: Library, side: int) -> np.ndarray:
         return shape_pixels(group.name, group.color, side)
     image = Image.fromarray(library.pixels(group.sprite.row))
     pixels = np.asarray(image.resize((side, side), Image.Resampling.HAMMING))  # Lanczos leaves specks around edges
-    return recoloured(pixels, group.color) if group.is_recoloured else pixels
+    return recolored(pixels, group.color) if group.is_recolored else pixels
 
 
 def shape_pixels(name: str, color: str, side: int) -> np.ndarray:

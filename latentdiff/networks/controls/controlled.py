@@ -8,8 +8,8 @@ from typing import Any, Protocol, cast
 
 from latentdiff.core.arrays import Array, library, zeros
 from latentdiff.networks.conditions import Conditions, added
-from latentdiff.networks.informed import WithConditions
 from latentdiff.networks.protocols import Backbone
+from latentdiff.networks.with_conditions import WithConditions
 
 
 class GivesResiduals(Protocol):

@@ -90,7 +90,8 @@ class ChatText(ChatReading, nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """See Traceable."""
-        return {"kind": self.kind, "pad": self.pad, "chat": asdict(self.chat) | {"layers": list(self.chat.layers)}}
+        chat = asdict(self.chat) | {"layers": list(self.chat.layers)}
+        return {"kind": self.kind, "pad": self.pad, "chat": chat | {"filled": chat.pop("reads_padding")}}
 
     def tokenizer_json(self) -> str:
         """See TextEncoder."""

@@ -97,8 +97,8 @@ class Chat:
 
     before, after: the text around it, by the model's own template, which is a program and therefore never run.
     length: of the tokens, with those around the prompt, except for the first `dropped`, which are not used. layers: the
-    numbers of the hidden states that stand side by side, 0 for the embeddings, negative from the end. filled: whether
-    the backbone reads the padding too, and there is no `mask`.
+    numbers of the hidden states that stand side by side, 0 for the embeddings, negative from the end.
+    reads_padding: whether the backbone reads the padding too, and there is no `mask`.
     """
 
     before: str
@@ -135,8 +135,8 @@ class ChatReading:
             count = len(self._ids(prompt)) - self.chat.dropped
         notes: list[str] = []
         if style.weights:
-            weighted = has_weights(prompt)
-            notes += ["this model has no word weights: brackets are text"] if weighted else notes_on(prompt)
+            is_weighted = has_weights(prompt)
+            notes += ["this model has no word weights: brackets are text"] if is_weighted else notes_on(prompt)
         return Reading(min(count, self.length), 1, max(0, count - self.length), tuple(notes))
 
     def encode(self, prompt: Prompt) -> Conditions:
