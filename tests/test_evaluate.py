@@ -662,3 +662,13 @@ def test_composition_of_the_tiny_model_is_read_from_its_pictures(whole_report, t
     pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
     score = evaluate_composition(pipe.painter, pictures=4, seed=0, num_inference_steps=2)
     assert figures(folder, "composition")["composition"] == score.overall
+
+
+def test_scenes_that_a_model_of_things_has_not_seen(call, tiny_model):
+    """It is measured on scenes of shapes alone, of which it was trained on none: nothing says what it remembers."""
+    copy = Path(shutil.copytree(tiny_model, "things"))
+    (copy / "things.json").write_text(json.dumps({"food": ["apple", "red apple"]}))
+    code, _, err = call("evaluate", copy, *QUICK, "--only", "memorisation", "-o", "out")
+    assert (code, "memorisation cannot be measured: no pictures are known" in err) == (2, True), err
+    code, _, err = call("evaluate", tiny_model, *QUICK, "--only", "memorisation", "-o", "out")
+    assert code == 0, err

@@ -130,6 +130,7 @@ def references_of(
         distance,
         prompts,
         _benchmark(config, sources.judge),
+        has_seen=not composed or sources.training is not None,
     )
     name = "scenes" if sources.data is None else sources.data
     identity = {"data": name, "pictures": len(held), "data sha256": _identity(config, held)}

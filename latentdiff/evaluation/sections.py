@@ -53,8 +53,9 @@ class Subject:
 class References:
     """The references: captioned pictures that the model was not trained on, and networks.
 
-    held: the held-out pictures and their captions; training: some that the model was trained on. scorer: CLIP, for the
-    agreement of pictures and captions. benchmark: scenes whose pictures can be read, for the composition.
+    held: the held-out pictures and their captions; training: others. scorer: CLIP, for the
+    agreement of pictures and captions. benchmark: scenes whose pictures can be read, for the composition. has_seen:
+    whether the model was trained on `training`; otherwise they are other pictures of the same kind.
     """
 
     held: Read
@@ -64,6 +65,7 @@ class References:
     lpips: Callable[[Tensor, Tensor], Any] | None = None
     prompts: Sequence[dict[str, Any]] = ()
     benchmark: Benchmark | None = None
+    has_seen: bool = True
 
     @cached_property
     def _held(self) -> tuple[np.ndarray, list[str]]:

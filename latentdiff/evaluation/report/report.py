@@ -120,7 +120,7 @@ def lacking(name: str, subject: Subject, references: References) -> str | None:
     """Why a section cannot be measured; None if it can."""
     if name in ("composition", "recognition"):
         return _unreadable(name, subject, references.benchmark)
-    if name == "memorisation" and references.training is None:
+    if name == "memorisation" and (references.training is None or not references.has_seen):
         return "no pictures are known that the model was trained on (--training)"
     if name == "geneval" and not references.prompts:
         return "no prompts were given (--geneval)"
