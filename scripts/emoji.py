@@ -2,10 +2,10 @@
 
     npm install @iconify-json/{noto,fluent-emoji,fluent-emoji-flat,twemoji} emojibase-data
     pip install resvg-py
-    python scripts/emoji.py node_modules emoji            # emoji/sprites: RGBA pictures and metadata.jsonl
-    python scripts/emoji.py node_modules emoji --scenes 40000   # and emoji/scenes, composed of them
+    python scripts/emoji.py node_modules emoji   # emoji/sprites: RGBA pictures and metadata.jsonl
 
-Licences: noto Apache-2.0 (Google), fluent-emoji and fluent-emoji-flat MIT (Microsoft), twemoji CC-BY-4.0 (Twitter).
+scripts/compose.py composes pictures of them. Licences: noto Apache-2.0 (Google), fluent-emoji and fluent-emoji-flat MIT
+(Microsoft), twemoji CC-BY-4.0 (Twitter and contributors), emojibase-data MIT. Models of these pictures must name them.
 Icons that differ from another one by skin tone only are left out.
 """
 
@@ -24,12 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentdiff.data.scenes import CATEGORIES
 from latentdiff.data.sprites.color import main_color
-from latentdiff.data.sprites.description import Describer
-from latentdiff.data.sprites.library import Library
-from latentdiff.data.sprites.scene import compose, render
-from latentdiff.diffusion import noise
 
 SETS = {"noto": "noto", "fluent-emoji": "glossy", "fluent-emoji-flat": "flat", "twemoji": "twemoji"}  # set -> style
 _TONE = re.compile(r"-(light|medium-light|medium|medium-dark|dark)$")
@@ -176,34 +171,16 @@ def write_sprites(folder: Path, target: Path, size: int) -> int:
     return len(rows)
 
 
-def _write_scene(describer: Describer, target: Path, size: int, seed: int, index: int) -> str:
-    rng = noise.generator(seed, "emoji scene", index)
-    category = CATEGORIES[rng.choice(len(CATEGORIES), p=(0.7, 0.06, 0.08, 0.06, 0.06, 0.04))]
-    scene = compose(describer.describe(rng, category), rng)
-    name = f"{index:06d}.png"
-    Image.fromarray(render(scene, describer.library, size)).save(target / name, compress_level=1)
-    return json.dumps({"file_name": name, "text": scene.captions}, ensure_ascii=False) + "\n"
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path, help="node_modules with the packages")
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--scenes", type=int, default=0, help="captioned pictures of composed scenes")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    sprites = given.out / "sprites"
+    arguments = parser.parse_args()
+    sprites = arguments.out / "sprites"
     if not sprites.exists():
-        print(f"{write_sprites(given.packages, sprites, given.size):,} sprites in {sprites}")
-    if given.scenes:
-        (given.out / "scenes").mkdir()
-        make = partial(_write_scene, Describer(Library(sprites)), given.out / "scenes", given.size, given.seed)
-        with ProcessPoolExecutor() as pool:
-            lines = pool.map(make, range(given.scenes), chunksize=64)
-            (given.out / "scenes" / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{given.scenes:,} scenes in {given.out / 'scenes'}")
+        print(f"{write_sprites(arguments.packages, sprites, arguments.size):,} sprites in {sprites}")
 
 
 if __name__ == "__main__":
