@@ -136,18 +136,15 @@ def test_peft_configs(config, folders, tmp_path):
         close(ours[name] - plain[name], theirs[name] - plain[name])
 
 
-@pytest.mark.parametrize("pattern", [r"(a|aa)+$|(\w+\.?)+x", "(", 5])
-def test_patterns_that_are_traps(pattern, folders, tmp_path):
+@pytest.mark.parametrize("pattern", [r"(\w|\w\w|\.)+[A-Z]", "(", 5])
+def test_patterns_that_are_traps(pattern, folders, tmp_path, monkeypatch):
     """One line; a pattern that takes for ever is stopped."""
+    monkeypatch.setattr("latentdiff.formats.adapter_file._MATCHING_SECONDS", 0.1)
     state = {f"unet.{QUERY}.lora_A.weight": some(2, 32), f"unet.{QUERY}.lora_B.weight": some(32, 2)}
     config = {"r": 2, "lora_alpha": 2, "alpha_pattern": {pattern: 1} if isinstance(pattern, str) else pattern}
     save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-    pipe = load(folders["1"])
-    if pattern == "(a|aa)+$|(\\w+\\.?)+x":  # matched in time by the library
-        assert pipe.load_lora_weights(tmp_path / "x.safetensors").matched == 1
-        return
     with pytest.raises(ModelError, match=r"^[^\n]*cannot read alpha[^\n]*$"):
-        pipe.load_lora_weights(tmp_path / "x.safetensors")
+        load(folders["1"]).load_lora_weights(tmp_path / "x.safetensors")
 
 
 # DoRA
