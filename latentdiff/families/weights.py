@@ -164,10 +164,9 @@ def clip_text(
         read, positions = tokenizer.model_max_length, model.config.max_position_embeddings
         if not (isinstance(read, int) and 2 <= read <= positions):
             raise ModelError(f"tokenizer reads {read} tokens, the text encoder has {positions} positions ({directory})")
-        ids, rows = [tokenizer.convert_tokens_to_ids(t) for t in (START, END, tokenizer.pad_token)], len(_rows(model))
-        most = max(tokenizer.get_vocab().values(), default=0)
-        if not all(isinstance(index, int) and index < rows for index in ids) or most >= rows:
-            raise ModelError(f"{tokenizer_folder.name} does not fit the text encoder's {rows} words ({directory})")
+        if not all(isinstance(tokenizer.convert_tokens_to_ids(t), int) for t in (START, END, tokenizer.pad_token)):
+            raise ModelError(f"{tokenizer_folder.name} has no start, end or padding ({directory})")
+        _check_words(tokenizer, model, tokenizer_folder)
         encoder = TextEncoder(tokenizer, model, penultimate=penultimate).eval()
         encoder.tokenize(["a"])
     return encoder

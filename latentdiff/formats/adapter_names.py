@@ -48,7 +48,6 @@ _KOHYA = {
     "transformer": "lora_transformer_",
     "text_encoder": "lora_te1_",
     "text_encoder_2": "lora_te2_",
-    "text_encoder_3": "lora_te3_",
 }
 _PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}  # of early diffusers
 

@@ -244,9 +244,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     variant: which of several sets of weights, fp16, non_ema, ...; by default the set without a variant, or the only
     one. Raises ModelError.
     """
-    variants = _variants(folder)
-    if variant is None and None not in variants and len(variants) == 1:
-        (variant,) = variants
+    variants, variant = _variants(folder), variant_of(folder, variant)
     if variant not in variants:
         known = ", ".join(sorted(name or "the plain one" for name in variants)) or "none"
         what = "several variants: name one" if variant is None and variants else f"no weights of variant {variant}"

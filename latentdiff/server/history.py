@@ -50,10 +50,9 @@ class Search:
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture: its name, when its file was written in microseconds, its place in the history, its record."""
+    """A picture: its name, its place in the history (the time of its file in microseconds, a number), its record."""
 
     name: str
-    time: int
     place: tuple[int, int]
     record: Record
 
@@ -186,4 +185,4 @@ def _query(search: Search) -> tuple[str, tuple[Any, ...]]:
 
 def _entry(row: tuple[str, int, int, str]) -> Entry:
     name, changed, place, record = row
-    return Entry(name, changed, (changed, place), Record.model_validate_json(record))
+    return Entry(name, (changed, place), Record.model_validate_json(record))
