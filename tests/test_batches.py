@@ -95,8 +95,11 @@ def test_a_thousand_prompts_by_torchrun(tmp_path):
     prompts(tmp_path, 1000)
     ended(start(tmp_path, "-o", "whole"))
     words, killed = ("-o", "killed", "--resume"), tmp_path / "killed"
-    kill_after(start(tmp_path, *words).process.pid, killed, 150)
-    kill_after(launch(tmp_path, 3, *words).pid, killed, 200)
+    first = start(tmp_path, *words)  # its folder goes with it
+    kill_after(first.process.pid, killed, 150)
+    second = launch(tmp_path, 3, *words)
+    kill_after(second.pid, killed, 200)
+    second.communicate()
     last = launch(tmp_path, 2, *words)
     out, err = last.communicate(timeout=600)
     assert last.returncode == 0, err

@@ -241,7 +241,7 @@ def test_trained_from_nothing(stripes, tmp_path, call):
 
 @pytest.mark.slow
 def test_it_learns(stripes, tmp_path, call):
-    words = settings_of(stripes, **{"denoiser.training.max_train_steps": 300, "recommended.num_inference_steps": 10})
+    words = settings_of(stripes, **{"denoiser.training.max_train_steps": 600, "recommended.num_inference_steps": 10})
     assert call("train", ROOT / "configs" / "digits-8.toml", "-o", tmp_path / "run",
                 *(f"--set={key}={value}" for key, value in words))[0] == 0  # fmt: skip
     image = load(tmp_path / "run" / "model")(["rows", "columns", "9"], seed=1, output_type="uint8").images[..., 0] / 255

@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -590,14 +591,9 @@ def test_converted_on_the_command_line(call, tmp_path):
     shutil.rmtree(tmp_path / "half" / "openvino")
     code, out, err = call("convert", "half", "model", "--to", "openvino")
     assert (code, out) == (0, "model\n")
-    assert [line.split(":")[0] for line in err.splitlines()] == [
-        "text_encoder",
-        "unet",
-        "unet_deep",
-        "unet_shallow",
-        "vae_decoder",
-        "vae_encoder",
-    ]
+    graphs = {line.split(":")[0] for line in err.splitlines()}
+    assert graphs >= {"text_encoder", "unet", "unet_deep", "unet_shallow", "vae_decoder", "vae_encoder"}
+    assert all(name.startswith("unet_") for name in graphs - {"text_encoder", "unet", "vae_decoder", "vae_encoder"})
     assert call("convert", "model", "--to", "openvino")[:2] == (0, f"{folder.name}/openvino\n"), "again, in its place"
     for name in ("openvino", "torch"):
         words = ("generate", PROMPT, "-m", "model", "-s", 7, "--steps", 3, "-o", f"{name}.png", "--runtime", name)
@@ -618,7 +614,7 @@ def test_graphs_of_another_network(call, tmp_path, monkeypatch):
     before = {file.name: file.read_bytes() for file in (tmp_path / "model" / "openvino").iterdir()}
     code, _, err = call("convert", "model", "--to", "openvino")
     assert code == 4
-    assert "cannot export: text_encoder differs by" in err
+    assert re.match("error: cannot export: [a-z_]+ differs by", err)
     assert {file.name: file.read_bytes() for file in (tmp_path / "model" / "openvino").iterdir()} == before
     assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in default_model().iterdir()}
 
