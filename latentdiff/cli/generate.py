@@ -242,10 +242,8 @@ def generate(
         "batch_size": batch_size,
     }
     common = {"num_images": 1} | common_settings(options, settings or [])
-    entries, axes = (
-        _entries(_subject(prompt, class_), prompts_file, image, mask, outpaint),
-        grid_of(vary or [], "--vary"),
-    )
+    entries = _entries(_subject(prompt, class_), prompts_file, image, mask, outpaint)
+    axes = grid_of(vary or [], "--vary")
     process = Process.of_launcher()
     _check_seed(entries, common, resume, process)
     entries = varied(entries, axes, common)

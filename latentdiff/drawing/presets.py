@@ -20,6 +20,7 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.grids import LABELS
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.model import Model
+from latentdiff.settings.validation import plain_name
 
 
 def _few(sampler: str, spacing: str = "trailing", steps: int = 4) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _without_a1111_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         grids = [grid for grid, label in LABELS.items() if label.lower() == rest]
         if name.lower().startswith(row.label.lower()) and (not rest or grids):
             spacing = settings.get("spacing")
-            own = spacing.lower().replace(" ", "_") if isinstance(spacing, str) else spacing
+            own = plain_name(spacing) if isinstance(spacing, str) else spacing
             if grids and own not in (None, *grids):
                 raise ConfigError(f"sampler {name!r} has the spacing {grids[0]}: leave out spacing (got {spacing!r})")
             return {**settings, "sampler": sampler, **({"spacing": own or grids[0]} if grids else {})}

@@ -64,9 +64,14 @@ def did_you_mean(name: str, known: Iterable[str], others: Mapping[str, str] = Ma
     return f" (did you mean {others.get(near[0], near[0])}?)" if near else ""
 
 
+def plain_name(value: str) -> str:
+    """A name as the settings spell it: "SGM Uniform" is sgm_uniform."""
+    return value.lower().replace(" ", "_")
+
+
 def one_of(name: str, known: tuple[str, ...], value: str) -> str:
-    """The known name that is meant: "SGM Uniform" is sgm_uniform. Raises ValueError if none is."""
-    plain = value.lower().replace(" ", "_")
+    """The known name that is meant, in its plain spelling. Raises ValueError if none is."""
+    plain = plain_name(value)
     if plain not in known:
         raise ValueError(f"unknown {name} {value!r}; one of {', '.join(known)}")
     return plain
