@@ -34,7 +34,7 @@ def test_the_record_is_the_same_twice(tmp_path):
     subprocess.run([*script, tmp_path / "before.json"], check=True, capture_output=True)
     record = json.loads((tmp_path / "before.json").read_text())["pictures"]
     assert len(record) >= 60
-    assert len(set(record.values())) > 0.7 * len(record), "some settings change nothing, in one runtime or the other"
+    assert len(set(record.values())) > 0.9 * len(record)
     again = [*script, tmp_path / "after.json", "--against", tmp_path / "before.json"]
     done = subprocess.run(again, capture_output=True, text=True, check=False)
     assert (done.returncode, "all entries are equal" in done.stdout) == (0, True), done.stdout

@@ -253,8 +253,8 @@ def _train(call, teacher, *words):
         "autoencoder.kind": '"tiny"',
         "autoencoder.teacher": teacher,
         "autoencoder.block_out_channels": "[8, 8]",
-        "autoencoder.training.max_train_steps": 60,
-        "autoencoder.training.validation_steps": 20,
+        "autoencoder.training.max_train_steps": 90,
+        "autoencoder.training.validation_steps": 30,
     }
     pairs = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     return call("train", ROOT / "configs/scenes-tiny.toml", "--stage", "autoencoder", "-o", "run", *pairs, *words)
@@ -268,7 +268,7 @@ def test_learnt_from_a_models_own(train, tiny_model, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run/autoencoder/log.jsonl").read_text().splitlines()]
     psnrs = [line["psnr"] for line in lines if "psnr" in line]
     assert len(psnrs) == 3
-    assert psnrs[0] < psnrs[1] < psnrs[2] - 0.5, "dB"
+    assert psnrs[2] > psnrs[0] + 2, "dB"
     theirs, ours = AutoencoderTiny.from_pretrained(tmp_path / "run/model/vae"), load_vae(tmp_path / "run/model/vae")
     x = torch.from_numpy(normal((1, 4, 8, 8), 0, "test"))
     assert torch.equal(theirs.decode(x).sample, ours.decode(x))
