@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from timm.optim import muon
 from torch import nn
 
 from latentdiff.core.errors import ConfigError
@@ -25,6 +26,25 @@ def test_muon_moves_matrices_by_an_orthogonal_step():
     values = torch.linalg.svdvals(weight) / (0.01 * 0.2 * 48**0.5)
     assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
     torch.testing.assert_close(bias.abs(), torch.full_like(bias, 0.01 * (1 + 0.9)), rtol=1e-3, atol=0)  # NAdam's first
+
+
+def test_muon_is_exact_where_bfloat16_is_emulated(monkeypatch):
+    """The singular values of its step, of float32, are what the iteration makes of them, to float32's precision."""
+    monkeypatch.setattr("latentdiff.training.optim.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", muon.zeropower_via_newtonschulz)  # undone at the end
+    module = nn.Linear(12, 12, bias=False)
+    nn.init.zeros_(module.weight)
+    optimizer = optimizer_of(module, Training(optimizer="muon", learning_rate=0.01, weight_decay=0))
+    optimizer_of(module, Training(optimizer="muon"))  # a second one changes nothing
+    values = torch.linspace(0.1, 1.2, 12)
+    left, right = (torch.linalg.qr(torch.randn(12, 12))[0] for _ in range(2))
+    module.weight.grad = left @ values.diag() @ right
+    optimizer.step()
+    expected = values / values.norm()
+    for _ in range(5):  # Jordan's polynomial of each singular value
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    step = -(left.T @ module.weight.detach() @ right.T).diag() / (0.01 * 0.2 * 12**0.5)
+    torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_vectors_are_not_decayed():

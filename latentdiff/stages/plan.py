@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from latentdiff.core.processor import multiplies_bfloat16
 from latentdiff.data.pictures import PictureSet
 from latentdiff.families.own import new_backbone, new_clip, new_codec
 from latentdiff.settings.config import Config, Training
@@ -40,6 +41,8 @@ def plan_lines(run: Run[Any], weights: Mapping[str, Weights | None]) -> list[str
         f"mixed precision {run.config.mixed_precision}, seed {run.config.seed}",
         *_data_lines(run),
     ]
+    if run.config.mixed_precision == "bf16" and run.accelerator.device.type == "cpu" and not multiplies_bfloat16():
+        lines.append("warning: this processor only emulates bfloat16. Set mixed_precision to no: it is faster here")
     needed = 0
     for stage in run.stages:
         size = weights[stage]

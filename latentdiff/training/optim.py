@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from latentdiff.core.errors import ConfigError
+from latentdiff.core.processor import multiplies_bfloat16
 from latentdiff.settings.config import Training
 
 
@@ -21,15 +23,13 @@ def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if settings.optimizer == "muon":
-        from timm.optim import Muon  # slow to import
-
         matrices = [p for name, p in named if p.ndim > 1 and not any(edge in name for edge in _EDGES)]
         ids = {id(p) for p in matrices}
         groups = [
             {"params": matrices, "weight_decay": settings.weight_decay},
             {"params": [p for _, p in named if id(p) not in ids], "weight_decay": 0.0, "use_fallback": True},
         ]
-        muon: torch.optim.Optimizer = Muon(
+        muon: torch.optim.Optimizer = _muon()(
             groups,
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
@@ -45,6 +45,17 @@ def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer
     if settings.optimizer == "adamw_8bit":
         return _adamw_8bit()(groups, **common)
     return torch.optim.AdamW(groups, **common, fused=True)
+
+
+def _muon() -> type[Any]:
+    """timm's Muon. It orthogonalises in bfloat16; a processor that only emulates bfloat16 does it in float32."""
+    from timm.optim import muon  # slow to import
+
+    iterate = muon.zeropower_via_newtonschulz
+    if not (torch.accelerator.is_available() or multiplies_bfloat16() or isinstance(iterate, partial)):
+        muon.zeropower_via_newtonschulz = partial(iterate, dtype=torch.float32)
+    kind: type[Any] = muon.Muon
+    return kind
 
 
 def check_optimizer(settings: Training) -> None:

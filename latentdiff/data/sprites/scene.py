@@ -17,7 +17,8 @@ from latentdiff.data.sprites.description import GROUNDS, Description, Group
 from latentdiff.data.sprites.library import Library
 
 UNIT = scenes.SIZE  # the side of a scene in the units of `Thing`
-_RADII = {"small": (9.0, 13.0), "": (18.0, 27.0), "large": (27.0, 32.0)}
+_RADII = {"": 26.0, "large": 30.0}  # of a thing in the middle
+_SMALL = (9.0, 13.0)
 _IN_A_CELL = (10.0, 15.0)
 _BESIDE = (10.0, 13.5)  # of two
 _OF_MANY = {2: (10.0, 13.5), 3: (8.5, 12.0), 4: (8.0, 10.5)}
@@ -53,13 +54,8 @@ def layout(description: Description, rng: np.random.Generator) -> tuple[Thing, .
     """Objects in general position that satisfy the description."""
     groups = [group for group in description.groups for _ in range(group.count)]
     if len(groups) == 1:
-        radius = rng.uniform(*(_RADII[description.size] if description.place is None else _IN_A_CELL))
-        if description.place is None:
-            reach = UNIT / 2 - radius
-            centers = [(UNIT / 2 + rng.uniform(-reach, reach), UNIT / 2 + rng.uniform(-reach, reach))]
-        else:
-            centers = [scenes.in_cell(description.place, radius, rng)]
-        radii = [radius]
+        radius, center = _alone(description, rng)
+        radii, centers = [radius], [center]
     elif len(description.groups) == 2:
         radii = list(rng.uniform(*_BESIDE, 2))
         centers = scenes.related(description.relation or RELATIONS[rng.integers(4)], radii, rng)
@@ -69,6 +65,20 @@ def layout(description: Description, rng: np.random.Generator) -> tuple[Thing, .
     return tuple(
         Thing(group, float(x), float(y), float(r)) for group, (x, y), r in zip(groups, centers, radii, strict=True)
     )
+
+
+def _alone(description: Description, rng: np.random.Generator) -> tuple[float, tuple[float, float]]:
+    """Radius and centre of a single thing. A large one without a place is in the middle, always of the same size:
+    a network then learns what it looks like, and nothing else.
+    """
+    if description.place is not None:
+        radius = rng.uniform(*_IN_A_CELL)
+        return radius, scenes.in_cell(description.place, radius, rng)
+    if description.size in _RADII:
+        return _RADII[description.size], (UNIT / 2, UNIT / 2)
+    radius = rng.uniform(*_SMALL)
+    x, y = UNIT / 2 + rng.uniform(radius - UNIT / 2, UNIT / 2 - radius, 2)
+    return radius, (x, y)
 
 
 def render(scene: Scene, library: Library, size: int) -> np.ndarray:
