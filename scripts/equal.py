@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,13 +32,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from latentdiff import LatentDiffusionPipeline  # noqa: E402
-from latentdiff.families.loading import DEFAULT_MODEL  # noqa: E402
+from latentdiff.families.loading import located  # noqa: E402
 from tests import pictures, stable_diffusion  # noqa: E402
 
 Record = dict[str, str]
 SEEN: dict[str, np.ndarray] = {}  # the arrays behind the hashes of pictures, by hash, so that a difference has a size
 PROMPT = "a red circle above a blue square"
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun_exponential", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm")
+# Settings that name one method: DDIM is Euler's method in sigma / alpha, DDPM is DDIM with eta = 1.
+SAME = ({"plain", "ddim", "euler"}, {"ddpm", "euler_ancestral"})
 WAYS: dict[str, dict[str, Any]] = {  # of asking the default model
     "plain": {},
     "three": {"num_images_per_prompt": 3},
@@ -65,7 +68,7 @@ WAYS: dict[str, dict[str, Any]] = {  # of asking the default model
 TORCH_WAYS: dict[str, dict[str, Any]] = {  # what only torch has
     "perturbed attention": {"pag_scale": 2.0},
     "by CLIP": {"clip_guidance_scale": 3.0},
-    "tiles": {"vae_tiling": True},
+    "tiles": {"vae_tiling": True, "width": 576},  # wider than a tile
 }
 
 
@@ -107,7 +110,18 @@ def ask(pipe: LatentDiffusionPipeline, way: dict[str, Any], **more: Any) -> str:
     return pixels_of(pipe(**{"prompt": PROMPT, "seed": 7, "num_inference_steps": 6, **more, **way}).images)
 
 
-def default_model() -> Iterator[tuple[str, Callable[[], str]]]:
+def weaker_than_default(folder: Path) -> Path:
+    """The default model with noise in the weights of its U-Net."""
+    shutil.copytree(located(None).path, folder)
+    (file,) = (folder / "unet").glob("*.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(file)
+    noisy = {name: w + 0.1 * w.std() * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    save_file({name: w.to(weights[name].dtype) for name, w in noisy.items()}, file, {"format": "pt"})
+    return folder
+
+
+def default_model(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """The default model in both runtimes."""
     kinds: dict[str, dict[str, Any]] = {
         "openvino": {"runtime": "openvino"},
@@ -126,7 +140,7 @@ def default_model() -> Iterator[tuple[str, Callable[[], str]]]:
             lambda pipe=pipe: hash_of(pipe(PROMPT, seed=7, num_inference_steps=6, output_type="latent").images),
         )
     guided = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    guided.load_weaker(DEFAULT_MODEL)
+    guided.load_weaker(weaker_than_default(folder / "weaker"))
     yield "picture: default, torch, autoguidance", lambda: ask(guided, {"autoguidance_scale": 2.0})
     generators = [torch.Generator().manual_seed(n) for n in (1, 2)]
     own = {"generator": generators, "num_images_per_prompt": 2, "sampler": "euler_ancestral"}
@@ -310,7 +324,7 @@ def recorded(kind: str) -> Record:
         folder = Path(scratch)
         if kind == "trainings":
             return trainings(folder) | commands(folder)
-        return {name: draw() for cases in (default_model(), stable_diffusions(folder)) for name, draw in cases}
+        return {name: draw() for cases in (default_model(folder), stable_diffusions(folder)) for name, draw in cases}
 
 
 def differences(before: Record, after: Record, known: dict[str, np.ndarray]) -> list[str]:
