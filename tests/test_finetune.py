@@ -139,6 +139,7 @@ def test_a_method_from_command_to_picture(finetune, call, pictures, tmp_path, ti
             metadata = file.metadata()
         assert (metadata["ss_network_dim"], metadata["ss_steps"], metadata["ss_min_snr_gamma"]) == ("2", "4", "5.0")
         assert metadata["modelspec.prediction_type"] == "v"
+        assert metadata["ss_base_model"] == tiny_model.name, "no folder of this machine"
     assert paths == [result, *kohya, "report.html", "README.md"]
     mask = os.umask(0)
     os.umask(mask)

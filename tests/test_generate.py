@@ -242,6 +242,16 @@ def test_comments_in_a_file_of_prompts(call):
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a red circle", "# not a comment"]
 
 
+def test_a_grid_as_json(call):
+    """Every line is JSON; the last one names the grid."""
+    code, out, err = call("generate", "a red circle", "--steps", "1", "-s", "1", "-N", "2", "--json", "--grid")
+    assert code == 0, err
+    *pictures, sheet = map(json.loads, out.splitlines())
+    assert [one["seed"] for one in pictures] == [1, 2]
+    with Image.open(sheet["grid"]) as picture:
+        assert picture.width >= 2 * 64
+
+
 @pytest.mark.parametrize(
     ("name", "sampler", "spacing"),
     [

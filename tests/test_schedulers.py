@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -162,3 +163,17 @@ def test_the_note_is_one_warning(command, folders, tmp_path):
     warning = "warning: the model's scheduler has solver_order=3, solver_type=heun, which this package "
     warning += "does not support: pictures differ from diffusers'"
     assert [line for line in err.splitlines() if line.startswith("warning")] == [warning]
+
+
+@pytest.mark.parametrize("sampler", [None, "dpmpp_2m"])
+def test_a_model_without_recommended_spacing_is_saved_as_it_draws(tiny_model, tmp_path, sampler):
+    """On trailing times, which is the default of a request."""
+    pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
+    defaults = {"num_inference_steps": 3} | ({"sampler": sampler} if sampler else {})
+    pipe = LatentDiffusionPipeline(replace(pipe.model, card=replace(pipe.model.card, defaults=defaults)))
+    before = pipe("a red circle", seed=1, output_type="latent").images
+    pipe.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["timestep_spacing"] == "trailing"
+    saved = LatentDiffusionPipeline.from_pretrained(tmp_path / "saved", device="cpu", runtime="torch")
+    assert torch.equal(saved("a red circle", seed=1, output_type="latent").images, before)

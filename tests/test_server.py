@@ -340,9 +340,9 @@ def test_local_addresses_check_the_host():
     ("body", "status", "message"),
     [
         ({"prompt": ""}, 422, "prompt is empty"),
-        ({"prompt": 5}, 422, "prompt: "),
-        ({"prompt": "a", "n": 0}, 422, "n: "),
-        ({"prompt": "a", "n": 11}, 422, "n: "),
+        ({"prompt": 5}, 422, "prompt: must be text"),
+        ({"prompt": "a", "n": 0}, 422, "n: must be at least 1"),
+        ({"prompt": "a", "n": 11}, 422, "n: must be at most 10"),
         ({"prompt": "a", "size": "10x"}, 422, "size: "),
         ({"prompt": "a", "size": "99999x99999"}, 422, "height must be a multiple"),
         ({"prompt": "a", "num_inference_steps": 10**9}, 422, "num_inference_steps: "),

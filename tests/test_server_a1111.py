@@ -61,6 +61,7 @@ def test_variations_and_two_passes(client, tiny):
     large = client.txt2img(prompt=PROMPT, enable_hr=True, hr_scale=1.5, denoising_strength=0.5, **QUICK)
     (own,) = tiny(PROMPT, hires_scale=1.5, hires_strength=0.5, width=64, height=64, **OURS).images
     np.testing.assert_array_equal(np.asarray(large.image), np.asarray(own))
+    assert (large.info["width"], large.info["height"]) == own.size == (96, 96)
 
 
 @pytest.mark.parametrize("inverted", [0, 1])
@@ -164,6 +165,7 @@ def test_a_token_as_a_password(tiny, tmp_path):
         ("txt2img", unit(model="canny", image=SMALL, module="openpose"), "unknown module 'openpose'; none or one of"),
         ("txt2img", unit(model="canny", image=SMALL, control_mode="My prompt is more important"), "use Balanced"),
         ("txt2img", unit(model="canny", image=SMALL, mask=SMALL), "mask is not supported"),
+        ("txt2img", unit(model="canny", image=SMALL, guessmode=True), "guessmode is not supported"),
         ("txt2img", unit(model="canny", image=SMALL, weight="much"), "controlnet: weight"),
         ("txt2img", unit(model="canny", image="/etc/passwd"), "a picture must be in base64"),
         ("txt2img", {"prompt": "a", "s_churn": 1}, "s_churn is not supported"),
