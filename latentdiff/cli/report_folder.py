@@ -22,7 +22,7 @@ def check(report: Path, data: str | None) -> None:
     if data and Path(data).is_dir() and report.resolve().is_relative_to(Path(data).resolve()):
         raise ConfigError(f"{report} lies inside the data and would add pictures to it. Name a folder outside")
     check_writable(report, report)
-    ours = {lock.NAME} | {path.name for path in report.glob(f"{SCRATCH}*")}  # left by a killed evaluation
+    ours = {lock.NAME} | {path.name for path in report.glob(f"{SCRATCH}*")}  # of a killed evaluation; writing removes it
     has_others = report.is_dir() and any(path.name not in ours for path in report.iterdir())
     if has_others and not (report / SETTINGS).is_file():
         raise ConfigError(f"{report} has other files, and nothing is written beside them. Name another folder")
@@ -30,7 +30,7 @@ def check(report: Path, data: str | None) -> None:
 
 def claim(report: Path, rules: dict[str, Any]) -> None:
     """Write the settings of a report into its folder. Raises ConfigError if it has a report of other settings."""
-    from latentdiff.core.files import remove_abandoned, write_json
+    from latentdiff.core.files import write_json
 
     path = report / SETTINGS
     if path.is_file():
@@ -44,7 +44,6 @@ def claim(report: Path, rules: dict[str, Any]) -> None:
             changes = "; ".join(f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in changed[:3])
             raise ConfigError(f"{path.parent} is the report of other settings ({changes}). Name another folder")
     write_json(path, rules)
-    remove_abandoned(report)
 
 
 def nameless(rules: dict[str, Any]) -> dict[str, Any]:

@@ -72,14 +72,14 @@ def scratch(folder: Path) -> Iterator[Path]:
     Scratch folders that killed processes left there are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(folder)
+    _remove_abandoned(folder)
     temporary = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True)
     with temporary as made, _held(Path(made)):  # until this process ends, however it ends
         (Path(made) / _MARK).touch()
         yield Path(made)
 
 
-def remove_abandoned(folder: Path) -> None:
+def _remove_abandoned(folder: Path) -> None:
     """Remove the scratch folders in `folder` whose processes have been killed."""
     for left in folder.glob(f"{SCRATCH}*"):
         if (left / _MARK).is_file():  # else a folder of somebody else
