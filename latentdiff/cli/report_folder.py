@@ -22,7 +22,7 @@ def check(report: Path, data: str | None) -> None:
     if data and Path(data).is_dir() and report.resolve().is_relative_to(Path(data).resolve()):
         raise ConfigError(f"{report} lies inside the data and would add pictures to it. Name a folder outside")
     check_writable(report, report)
-    ours = {lock.NAME} | {path.name for path in report.glob(f"{SCRATCH}*")}  # of a killed evaluation; writing removes it
+    ours = {lock.NAME} | {path.name for path in report.glob(f"{SCRATCH}*")}  # of a killed one; writing removes it
     has_others = report.is_dir() and any(path.name not in ours for path in report.iterdir())
     if has_others and not (report / SETTINGS).is_file():
         raise ConfigError(f"{report} has other files, and nothing is written beside them. Name another folder")

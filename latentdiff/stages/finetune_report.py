@@ -32,6 +32,7 @@ from latentdiff.stages import few_steps
 from latentdiff.stages.methods import student_settings
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import TIME_BINS, DenoiserStage, validation_losses
+from latentdiff.training.log import LOG, read_log
 
 PAGE, CARD, STRIP = "report.html", "README.md", "strip.png"
 
@@ -120,7 +121,7 @@ def write_page(run: Run[FineTuning], paths: Sequence[Path], sheets: Sequence[np.
 
     sheets: of a student beside its teacher, for each prompt; see few_steps.py.
     """
-    folder, lines = run.folder, _lines(run.folder / STAGE / "log.jsonl")
+    folder, lines = run.folder, read_log(run.folder / STAGE / LOG)
     files = sorted((folder / STAGE / "samples").glob("step-*.png"))
     rows, steps = [_row(path) for path in files], [int(path.stem.removeprefix("step-")) for path in files]
     if rows:
@@ -139,10 +140,6 @@ def _row(path: Path) -> np.ndarray:
         return np.asarray(Image.open(path).convert("RGB"))
     except OSError:
         raise DataError(f"a row of pictures cannot be read ({path}). Remove it; the weights are saved") from None
-
-
-def _lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def _page(

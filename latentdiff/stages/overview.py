@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from latentdiff.core.errors import ConfigError
 from latentdiff.settings.config import load_config
 from latentdiff.settings.finetuning import FILE, STAGE, load_finetuning
 from latentdiff.training.lock import is_locked
+from latentdiff.training.log import LOG, read_log
 
 LARGEST = 1e300  # of a number that is shown
 _SAMPLES = re.compile(r"step-\d{1,12}\.png")
@@ -29,9 +28,9 @@ def state_of(folder: Path) -> dict[str, Any]:
         lengths = _lengths(folder)
     except ConfigError as error:
         return {"name": folder.name, "state": "unreadable", "stages": {}, "loss": None, "last": None, "why": str(error)}
-    lines = {name: _last_step(folder / name / "log.jsonl") for name in lengths}
+    lines = {name: _last_step(folder / name / LOG) for name in lengths}
     stages = {name: (lines[name].get("step", 0), lengths[name]) for name in lengths}
-    logs = [folder / name / "log.jsonl" for name in lengths if (folder / name / "log.jsonl").is_file()]
+    logs = [folder / name / LOG for name in lengths if (folder / name / LOG).is_file()]
     times = [log.stat().st_mtime for log in logs]
     losses = [line["loss"] for line in lines.values() if line]
     state = "finished" if all(step >= last for step, last in stages.values()) else "stopped"
@@ -47,10 +46,10 @@ def state_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def curves_of(log: Path, points: int = 400) -> dict[str, list[tuple[float, float]]]:
+def curves_of(stage: Path, points: int = 400) -> dict[str, list[tuple[float, float]]]:
     """The numbers of a stage's log over its steps; a long curve has the means of `points` parts."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for line in _lines(log):
+    for line in read_log(stage / LOG):
         for name, number in line.items():
             if name != "step" and _is_finite(number):
                 curves.setdefault(name, []).append((line["step"], number))
@@ -75,21 +74,9 @@ def _lengths(folder: Path) -> dict[str, int]:
     return {name: getattr(config, name).training.max_train_steps for name in config.stages}
 
 
-def _lines(log: Path, *, latest_first: bool = False) -> Iterator[dict[str, Any]]:
-    """The complete lines of a log."""
-    texts = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    for text in reversed(texts) if latest_first else texts:
-        try:
-            line = json.loads(text)
-            if type(line["step"]) is int:
-                yield line
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-
-
 def _last_step(log: Path) -> dict[str, Any]:
     """The last line with a finite loss; empty if there is none."""
-    return next((line for line in _lines(log, latest_first=True) if _is_finite(line.get("loss"))), {})
+    return next((line for line in reversed(read_log(log)) if _is_finite(line.get("loss"))), {})
 
 
 def _is_finite(number: Any) -> bool:

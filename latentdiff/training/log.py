@@ -7,9 +7,12 @@ import math
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from latentdiff.core.errors import ResourceError
 from latentdiff.core.files import write_text
+
+LOG = "log.jsonl"
 
 
 class Log:
@@ -19,10 +22,10 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = path = directory / "log.jsonl"
-        kept = [line for line in _lines(path) if _step(line) <= start]
-        write_text(path, "".join(f"{line}\n" for line in kept))
-        self.reported = {int(_step(line)) for line in kept if "loss" not in json.loads(line)}
+        self._path = path = directory / LOG
+        kept = [line for line in read_log(path) if line["step"] <= start]
+        write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        self.reported = {line["step"] for line in kept if "loss" not in line}
         self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
@@ -46,21 +49,23 @@ class Log:
 
 def last_rate(directory: Path, step: int) -> float | None:
     """The learning rate that a run had reached by a step; None if its log does not say."""
-    for line in reversed(_lines(directory / "log.jsonl")):
-        if 0 < _step(line) <= step and "loss" in (tree := json.loads(line)):
-            rate = tree.get("learning_rate")
+    for line in reversed(read_log(directory / LOG)):
+        if 0 < line["step"] <= step and "loss" in line:
+            rate = line.get("learning_rate")
             return float(rate) if isinstance(rate, int | float) and math.isfinite(rate) else None
     return None
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines() if path.exists() else []
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, each with a `step` of 0 or more; none without a file.
 
-
-def _step(line: str) -> float:
-    """The step of a line; infinity for a truncated line, or one of another format."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if type(step) is int and step >= 0 else math.inf
+    A line that a kill cut off, or one of another format, is left out.
+    """
+    texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = []
+    for text in texts:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            line = json.loads(text)
+            if type(line["step"]) is int and line["step"] >= 0:
+                lines.append(line)
+    return lines

@@ -24,7 +24,7 @@ from latentdiff.settings.config import Training
 from latentdiff.training.checkpoint import checkpoints, damage, load_checkpoint, load_state, save_checkpoint, set_aside
 from latentdiff.training.ema import Ema, constant_decay, power_decay
 from latentdiff.training.interruption import Interruption
-from latentdiff.training.log import Log
+from latentdiff.training.log import LOG, Log
 from latentdiff.training.loop import Batching, Optimisation, Stage, TrainStep, train_steps
 from latentdiff.training.optim import learning_rate, optimizer_of
 from latentdiff.training.state import Trained, gather, restore, size, unshard
@@ -124,7 +124,7 @@ class _Run:
             raise ModelError(f"{checkpoint} belongs to other networks than the run's. Move {self._directory} away")
         restore(self.trained, tensors)
         if self._accelerator.is_main_process:
-            log = self._directory / "log.jsonl"
+            log = self._directory / LOG
             for other in checkpoints(self._directory / "checkpoints"):
                 another = other.resolve() != checkpoint.resolve() and not damage(other)
                 if another and load_state(other)["step"] >= state["step"]:
