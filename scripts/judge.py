@@ -24,6 +24,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from latentdiff.core.images import to_images
+from latentdiff.core.processor import multiplies_bfloat16
 from latentdiff.data.scenes import COLORS, SHAPES
 from latentdiff.data.sprites.color import recolored
 from latentdiff.data.sprites.description import GROUNDS
@@ -93,7 +94,7 @@ def train(library: Library, judge: Judge, steps: int, size: int, state: Path) ->
         for step in bar:
             rows, squares = ahead.result()
             ahead = pool.submit(draw, step + 1)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
                 logits = judge(to_images(squares))
             loss = functional.cross_entropy(logits.float(), labels[rows], label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)

@@ -113,6 +113,25 @@ def test_the_plan_is_the_arithmetic(tiny_run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "multiplies", "keys"),
+    [
+        ([], False, None),
+        (["mixed_precision=bf16", "denoiser.encode_dtype=bfloat16"], True, None),
+        (["mixed_precision=bf16"], False, "mixed_precision"),
+        (["denoiser.encode_dtype=bfloat16"], False, "denoiser.encode_dtype"),
+        (["mixed_precision=bf16", "denoiser.encode_dtype=bfloat16"], False, "mixed_precision, denoiser.encode_dtype"),
+    ],
+)
+def test_a_processor_that_emulates_bfloat16(tmp_path, monkeypatch, changes, multiplies, keys):
+    monkeypatch.setattr("latentdiff.stages.plan.multiplies_bfloat16", lambda: multiplies)
+    config = load_config(ROOT / "configs" / "scenes-tiny.toml", changes)
+    run = Run(config, tmp_path, Accelerator(cpu=True), open_data(config), {"clip": None, "denoiser": None})
+    warnings = [line for line in plan_of(run) if "bfloat16" in line]
+    expected = f"warning: this processor only emulates bfloat16 ({keys}): float32 is faster here"
+    assert warnings == ([] if keys is None else [expected])
+
+
 def test_memory_that_is_freed_is_kept():
     """A block allocated again costs page faults only before the call, which cannot be undone: hence another process."""
     code = (

@@ -29,8 +29,7 @@ def routes(folder: Path) -> APIRouter:
         path = _named(folders(), name)
         state = state_of(path)
         stages = {
-            stage: {"curves": curves_of(path / stage), "samples": samples_of(path / stage)}
-            for stage in state["stages"]
+            stage: {"curves": curves_of(path / stage), "samples": samples_of(path / stage)} for stage in state["stages"]
         }
         return {**state, "details": stages}
 

@@ -41,8 +41,8 @@ def plan_lines(run: Run[Any], weights: Mapping[str, Weights | None]) -> list[str
         f"mixed precision {run.config.mixed_precision}, seed {run.config.seed}",
         *_data_lines(run),
     ]
-    if run.config.mixed_precision == "bf16" and run.accelerator.device.type == "cpu" and not multiplies_bfloat16():
-        lines.append("warning: this processor only emulates bfloat16. Set mixed_precision to no: it is faster here")
+    if (keys := _emulated(run)) and run.accelerator.device.type == "cpu" and not multiplies_bfloat16():
+        lines.append(f"warning: this processor only emulates bfloat16 ({keys}): float32 is faster here")
     needed = 0
     for stage in run.stages:
         size = weights[stage]
@@ -62,6 +62,13 @@ def plan_lines(run: Run[Any], weights: Mapping[str, Weights | None]) -> list[str
     if needed > free:
         lines.append("warning: the disk may fill up before the end")
     return lines
+
+
+def _emulated(run: Run[Any]) -> str:
+    """The keys that ask for bfloat16."""
+    stages = [stage for stage in run.stages if getattr(getattr(run.config, stage), "encode_dtype", "") == "bfloat16"]
+    keys = [f"{stage}.encode_dtype" for stage in stages]
+    return ", ".join(["mixed_precision", *keys] if run.config.mixed_precision == "bf16" else keys)
 
 
 def _data_lines(run: Run[Any]) -> list[str]:
