@@ -12,6 +12,8 @@ from torch import nn
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.formats.adapter_file import read_adapter, save_kohya, save_peft
+from latentdiff.networks.adapters.adapter import Adapter, Layer
+from latentdiff.networks.adapters.attached import attach, weigh, weights_of
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.prompt import Prompt, Style
 
@@ -179,6 +181,23 @@ def test_a_peft_folder(folders, files, tmp_path):
     assert result.layers.keys() == {"unet"}
     for layer in result.layers["unet"].values():
         assert layer.scale == pytest.approx(8 / layer.rank**0.5)
+
+
+def test_weights_of_what_is_attached():
+    """As given, whatever alpha is; an adapter whose alpha is 0 everywhere adds nothing and has none."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    factors = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(4, 2)}
+    adapters = {
+        "one": {"0": Layer(factors, alpha=8.0), "1": Layer(factors, alpha=0.0)},
+        "stable": {"0": Layer(factors, alpha=3.0, rslora=True)},
+        "nothing": {"1": Layer(factors, alpha=0.0)},
+    }
+    plain = network(torch.ones(1, 4)).detach()
+    for name, weight in (("one", 0.7), ("stable", -0.3), ("nothing", 0.5)):
+        attach(Adapter({"": adapters[name]}), {"": network}, name, weight)
+    assert weights_of({"": network}) == pytest.approx({"one": 0.7, "stable": -0.3})
+    weigh({"": network}, {"one": 0.0})
+    torch.testing.assert_close(network(torch.ones(1, 4)), plain)
 
 
 def test_several_at_once(folders, files, tmp_path):

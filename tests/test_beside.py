@@ -148,6 +148,11 @@ def test_the_pictures_before_are_a_part_of_the_data(pairs, tmp_path, call):
     assert code == 3
     assert "3.png has no picture of this name in" in err
     (tmp_path / "3.png").rename(own / "before" / "3.png")
+    Image.open(own / "before" / "1.png").convert("RGB").save(own / "before" / "1.jpg")
+    code, _, err = call("train", EDITING, "-o", tmp_path / "run", *words, "--dry-run")
+    assert code == 3
+    assert "1.png and 1.jpg have the same name in" in err
+    (own / "before" / "1.jpg").unlink()
     assert call("train", EDITING, "-o", tmp_path / "run", *words)[0] == 0
     shutil.copy(own / "before" / "1.png", own / "before" / "3.png")
     more = words_of(settings_of(own) | {"denoiser.training.max_train_steps": 4})

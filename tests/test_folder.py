@@ -287,13 +287,30 @@ def test_card_of_impossible_values(folder, changes):
     assert "latentdiff.json" in refusal(folder, ModelError)
 
 
-@pytest.mark.parametrize("size", [0, 5, 1000])
-def test_truncated_weights_are_no_pickle(folder, size):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is only a pointer of Git LFS"),
+        ("<!DOCTYPE html><html>not found</html>", "is not a safetensors file"),
+    ],
+)
+def test_what_a_download_leaves_in_place_of_weights(folder, text, message):
+    path = next((folder / "vae").glob("*.safetensors"))
+    path.write_text(text)
+    refused = refusal(folder, ModelError)
+    assert f"{path.name} {message}" in refused, refused
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(0, "is not a safetensors file"), (5, "is not a safetensors file"), (1000, "cannot load unet")],
+)
+def test_truncated_weights_are_no_pickle(folder, size, message):
     from latentdiff.formats.folder import parameter_counts
 
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    assert "cannot load unet" in refusal(folder, ModelError)
+    assert message in refusal(folder, ModelError)
     with pytest.raises(ModelError, match="cannot load unet"):
         parameter_counts(folder)
 

@@ -19,6 +19,7 @@ from .forked import Started, with_hub
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 NAME = "someone/tiny-diffusion"
+OURS = ("words.txt", "clip/open_clip_model.safetensors", "few_steps/pytorch_lora_weights.safetensors")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -79,6 +80,9 @@ def hub(tmp_path_factory):
         made.save_pretrained(folder)
         (folder / "v1-5.ckpt").write_bytes(b"\x80\x02 not to be fetched")
         (folder / "pipeline.py").write_text("raise SystemExit")
+        for name in OURS:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("of this package's models")
         (folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"x")
         Hub.folders[commit] = folder
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -102,6 +106,7 @@ def test_fetched_once_at_a_revision(hub, tmp_path):
     assert code == 0, err
     fetched = [path for path in Hub.asked if "/resolve/" in path]
     assert any(path.endswith("unet/diffusion_pytorch_model.safetensors") for path in fetched)
+    assert all(any(path.endswith(name) for path in fetched) for name in OURS)
     assert not any(path.endswith((".py", ".ckpt")) or "non_ema" in path for path in fetched)
     Hub.asked.clear()
     code, err = generate(tmp_path, hub, "-o", "two.png")

@@ -295,6 +295,16 @@ def test_faults_of_a_library(tmp_path, text, message):
         Library(tmp_path)
 
 
+def test_a_kind_whose_sprites_are_never_drawn(tmp_path):
+    """Scenes of two things require countable ones, which all have the weight 0 here."""
+    rows = [{"file_name": "a.png", "name": "x"}, {"file_name": "b.png", "name": "y", "countable": True, "weight": 0}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    describer, rng = Describer(Library(tmp_path), shapes=0.0), np.random.default_rng(0)
+    assert describer.describe(rng, "single").groups[0].name == "x"
+    with pytest.raises(DataError, match=r"1 sprites of a kind all have the weight 0 \(.*metadata.jsonl\)"):
+        describer.describe(rng, "counting")
+
+
 def test_a_sprite_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "name": "x"}\n')
     (tmp_path / "a.png").write_text("<html>")

@@ -18,7 +18,7 @@ from typing import Any
 from latentdiff.core.errors import ModelError, UnsafeError, loading
 from latentdiff.core.files import sha256_of
 from latentdiff.formats import gguf_file
-from latentdiff.formats.pickle import is_pickle, named_safetensors
+from latentdiff.formats.pickle import check_safetensors, is_pickle, named_safetensors
 
 _UNREAD = {
     "scheduler",
@@ -242,8 +242,16 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files of a network's weights: one file, or the shards that an index names. The folder has been checked.
 
     variant: which of several sets of weights, fp16, non_ema, ...; by default the set without a variant, or the only
-    one. Raises ModelError.
+    one. Raises ModelError, UnsafeError.
     """
+    files = _named_files(folder, variant)
+    for file in files:
+        check_safetensors(file)
+    return files
+
+
+def _named_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a variant. Raises ModelError for one that is missing."""
     variants, variant = _variants(folder), variant_of(folder, variant)
     if variant not in variants:
         known = ", ".join(sorted(name or "the plain one" for name in variants)) or "none"

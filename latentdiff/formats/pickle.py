@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latentdiff.core.errors import ModelError, UnsafeError
 
+_POINTER = b"version https://git-lfs"
 _ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -17,19 +18,25 @@ def is_pickle(file: Path) -> bool:
     """
     with file.open("rb") as handle:
         head = handle.read(9)
-    if named_safetensors(file):
-        return len(head) == 9 and head[8:9] != b"{"
+    if named_safetensors(file) and (len(head) < 9 or head[8:9] == b"{"):
+        return False
     named = file.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
     return named or head[:2] in _PICKLES or head[:4] == _ARCHIVE
 
 
 def check_safetensors(file: Path, advice: str = "") -> None:
-    """Refuse what does not begin as a safetensors file. Raises UnsafeError for a pickle, ModelError for others."""
+    """Refuse what does not begin as a safetensors file. Raises UnsafeError for a pickle, ModelError for others.
+
+    The most frequent other is the pointer that a clone without Git LFS has in place of the file.
+    """
     if is_pickle(file):
         raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only{advice}")
     with file.open("rb") as handle:
-        if handle.read(9)[8:] != b"{":
-            raise ModelError(f"{file} is not a safetensors file")
+        head = handle.read(len(_POINTER))
+    if head == _POINTER:
+        raise ModelError(f"{file} is only a pointer of Git LFS. Fetch the file itself: git lfs pull")
+    if head[8:9] != b"{":
+        raise ModelError(f"{file} is not a safetensors file")
 
 
 def named_safetensors(file: Path) -> bool:
