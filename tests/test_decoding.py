@@ -155,6 +155,7 @@ def jpeg(side=64):
         (encoded(Image.fromarray(COLOR))[:-30], "truncated|broken"),
         (b"<html><body>404</body></html>", 'not an image: starts with "<html>"'),
         (b"\n<!DOCTYPE html>", 'not an image: starts with "<!DOCTYPE>"'),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "only a pointer of Git LFS: git lfs pull"),
         (b"PK\x03\x04 a zip", "not an image: starts with 50 4b 03 04"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not an image"),
         (png(np.zeros((1, 20, 3), np.uint8), 8, 2), "20 x 1 is longer than 16 to 1"),

@@ -31,6 +31,7 @@ SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".apng", ".ppm", ".pgm")
 )
 WHITE = (255, 255, 255)
+LFS_POINTER = b"version https://git-lfs"  # how the text begins that a clone without Git LFS has in place of a file
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 16.0
 Color = tuple[int, int, int]
@@ -121,6 +122,8 @@ def _grey16(values: np.ndarray, transparent: object, background: Color) -> np.nd
 
 def _what_else(data: bytes) -> str:
     """A message about bytes that no decoder knows."""
+    if data.startswith(LFS_POINTER):
+        return "only a pointer of Git LFS: git lfs pull fetches the file"
     head = data[:12].lstrip()
     if head[:1] == b"<":
         tag = data.lstrip()[:20].split(b">")[0].split(b" ")[0] + b">"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from latentdiff.core.decoding import LFS_POINTER
 from latentdiff.core.errors import ModelError, UnsafeError
 
-_POINTER = b"version https://git-lfs"
 _ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -32,9 +32,9 @@ def check_safetensors(file: Path, advice: str = "") -> None:
     if is_pickle(file):
         raise UnsafeError(f"{file} is a pickle file; latentdiff loads safetensors only{advice}")
     with file.open("rb") as handle:
-        head = handle.read(len(_POINTER))
-    if head == _POINTER:
-        raise ModelError(f"{file} is only a pointer of Git LFS. Fetch the file itself: git lfs pull")
+        head = handle.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise ModelError(f"{file} is only a pointer of Git LFS. git lfs pull fetches the file")
     if head[8:9] != b"{":
         raise ModelError(f"{file} is not a safetensors file")
 
