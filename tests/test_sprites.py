@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -234,6 +235,24 @@ def test_plurals(name, several):
 
 
 # pictures
+
+
+def test_where_a_single_thing_stands(library):
+    """In the middle, always of one size, unless its caption says small or names a place."""
+    kinds = Counter()
+    for scene in picture_of(library, "single", 300):
+        (thing,), description = scene.things, scene.description
+        kind = "placed" if description.place else description.size
+        kinds[kind] += 1
+        if kind == "placed":
+            offsets = (thing.x - UNIT / 2, thing.y - UNIT / 2)
+            assert tuple(round(math.copysign(abs(offset) > 5, offset)) for offset in offsets) == description.place
+        elif kind == "small":
+            assert 9 <= thing.radius <= 13
+            assert all(thing.radius <= centre <= UNIT - thing.radius for centre in (thing.x, thing.y))
+        else:
+            assert (thing.x, thing.y, thing.radius) == (UNIT / 2, UNIT / 2, {"": 26, "large": 30}[kind])
+    assert min(kinds[kind] for kind in ("placed", "small", "", "large")) > 5
 
 
 def test_the_objects_are_where_the_layout_has_them(library):
