@@ -472,6 +472,10 @@ def test_speed_of_the_networks_that_take_over(compiled_model):
     with pytest.warns(UserWarning, match="vae_tiling requires torch"):
         pipe.request(PROMPT, vae_tiling=True)
     assert (pipe.runtime, pipe.painter.model.speed, pipe.model.backbone.dtype) == ("torch", "max", torch.bfloat16)
+
+
+@pytest.mark.skipif(not compiling.has_bfloat16(), reason="the CPU has no bfloat16")
+def test_precision_of_the_networks_that_take_over(compiled_model):
     pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, device="cpu", torch_dtype="bfloat16")
     with pytest.warns(UserWarning, match="vae_tiling"):
         pipe.request(PROMPT, vae_tiling=True)

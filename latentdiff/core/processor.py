@@ -1,4 +1,4 @@
-"""What this machine's processor can do."""
+"""What this machine's processor can do, by torch. runtime/compiling.py asks OpenVINO, without importing torch."""
 
 from __future__ import annotations
 

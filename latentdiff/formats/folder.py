@@ -246,7 +246,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """
     files = _named_files(folder, variant)
     for file in files:
-        check_safetensors(file)
+        if file.name != GGUF:
+            check_safetensors(file)
     return files
 
 

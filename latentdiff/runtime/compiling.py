@@ -50,7 +50,7 @@ def _core() -> Any:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16."""
+    """Whether OpenVINO computes in bfloat16 on this CPU. core/processor.py says it of torch."""
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
