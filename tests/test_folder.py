@@ -301,17 +301,14 @@ def test_what_a_download_leaves_in_place_of_weights(folder, text, message):
     assert f"{path.name} {message}" in refused, refused
 
 
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [(0, "is not a safetensors file"), (5, "is not a safetensors file"), (1000, "cannot load unet")],
-)
-def test_truncated_weights_are_no_pickle(folder, size, message):
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_truncated_weights_are_no_pickle(folder, size):
     from latentdiff.formats.folder import parameter_counts
 
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    assert message in refusal(folder, ModelError)
-    with pytest.raises(ModelError, match=message):
+    assert "cannot load unet" in refusal(folder, ModelError)
+    with pytest.raises(ModelError, match="cannot load unet"):
         parameter_counts(folder)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from latentdiff.core.errors import ModelError, UnsafeError, loading
 from latentdiff.core.files import sha256_of
 from latentdiff.formats import gguf_file
-from latentdiff.formats.pickle import check_safetensors, is_pickle, named_safetensors
+from latentdiff.formats.pickle import SHORTEST, check_safetensors, is_pickle, named_safetensors
 
 _UNREAD = {
     "scheduler",
@@ -111,6 +111,8 @@ def _check_contents(directory: Path, *, of_model: bool = True) -> None:
             raise UnsafeError(
                 f"{file.relative_to(directory)} is a pickle file ({directory}). latentdiff loads safetensors only"
             )
+        elif named_safetensors(file) and file.stat().st_size > SHORTEST:
+            check_safetensors(file)
 
 
 def _unread(folder: Path, directory: Path, of_model: bool) -> bool:
@@ -242,17 +244,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files of a network's weights: one file, or the shards that an index names. The folder has been checked.
 
     variant: which of several sets of weights, fp16, non_ema, ...; by default the set without a variant, or the only
-    one. Raises ModelError, UnsafeError.
+    one. Raises ModelError.
     """
-    files = _named_files(folder, variant)
-    for file in files:
-        if file.name != GGUF:
-            check_safetensors(file)
-    return files
-
-
-def _named_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of a variant. Raises ModelError for one that is missing."""
     variants, variant = _variants(folder), variant_of(folder, variant)
     if variant not in variants:
         known = ", ".join(sorted(name or "the plain one" for name in variants)) or "none"

@@ -8,6 +8,7 @@ from latentdiff.core.decoding import LFS_POINTER
 from latentdiff.core.errors import ModelError, UnsafeError
 
 _ARCHIVE, _PICKLES = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+SHORTEST = 8  # bytes before the header of a safetensors file; of a file that ends there the loader says what is wrong
 
 
 def is_pickle(file: Path) -> bool:
