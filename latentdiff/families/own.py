@@ -74,15 +74,16 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def laid_out_for(module: nn.Module, device: torch.device) -> None:
-    """Give a module's weights the memory layout that suits a device.
+def laid_out_for(module: nn.Module, device: torch.device, *, narrow: bool) -> None:
+    """Give a module's weights the memory layout that suits a device and its arithmetic, `narrow` if not float32.
 
-    That is channels last on a GPU, for its tensor cores; on a CPU it makes bfloat16 convolutions 1.4 times slower.
+    That is channels last: on a GPU for its tensor cores, on a CPU because an autoencoder then encodes up to twice as
+    fast. Only bfloat16 convolutions on a CPU would be 1.4 times slower.
     """
     import torch
 
-    if device.type != "cpu":
-        module.to(memory_format=torch.channels_last)
+    contiguous = narrow and device.type == "cpu"
+    module.to(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
 
 
 def image_channels(config: Config) -> int:

@@ -40,7 +40,7 @@ def autoencoder_stage(config: Config, examples: Examples, device: torch.device) 
     with seeded(config.seed):
         module = new_codec(config)
     assert isinstance(module, Autoencoder)
-    laid_out_for(module, device)
+    laid_out_for(module, device, narrow=config.mixed_precision != "no")
     crop = min(settings.crop, *(side for size in examples.pictures.buckets() for side in size))
     crop -= crop % module.factor
     common: dict[str, Any] = {

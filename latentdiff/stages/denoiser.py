@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
+from accelerate import Accelerator
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, saving
@@ -73,7 +73,7 @@ def train_denoiser(run: Run[Config]) -> None:
     config, accelerator = run.config, run.accelerator
     codec, text_encoder = networks_before(config, run.folder, run.data.training)
     made_from = f"{weights_hash(codec)} {weights_hash(text_encoder)}"
-    unet = _backbone(config, codec, text_encoder, accelerator.device)
+    unet = _backbone(config, codec, text_encoder, accelerator)
     network: nn.Module = BesideNetwork(unet) if _reads_beside(config) else unet
     parts: dict[str, nn.Module] = {"unet": unet}
     if config.denoiser.tune_text_encoder and isinstance(text_encoder, TextEncoder):
@@ -175,19 +175,21 @@ def networks_before(config: Config, folder: Path, examples: Examples) -> tuple[A
     return codec, load_text_encoder(folder / "clip") if config.reads_texts else ClassLabels(classes_of(examples))
 
 
-def _backbone(config: Config, codec: AnyCodec, encoder: TextEncoder | ClassLabels, device: torch.device) -> UNet | DiT:
+def _backbone(
+    config: Config, codec: AnyCodec, encoder: TextEncoder | ClassLabels, accelerator: Accelerator
+) -> UNet | DiT:
     classes = len(encoder.names) if isinstance(encoder, ClassLabels) else 0
     with seeded(config.seed):
         backbone = new_backbone(config, codec.latent_channels, config.image_size // codec.factor, classes)
-    prepare_unet(backbone, config.denoiser, device)
+    prepare_unet(backbone, config.denoiser, accelerator)
     return backbone
 
 
-def prepare_unet(unet: UNet | Transformer, learning: Learning, device: torch.device) -> None:
-    """Make training fast on a device, and optionally small in memory; no number changes."""
+def prepare_unet(unet: UNet | Transformer, learning: Learning, accelerator: Accelerator) -> None:
+    """Make training fast on its device, and optionally small in memory; no number changes."""
     if isinstance(unet, UNet):
-        laid_out_for(unet, device)
-        if device.type == "cpu":
+        laid_out_for(unet, accelerator.device, narrow=accelerator.mixed_precision != "no")
+        if accelerator.device.type == "cpu":
             unet.use_plain_attention()
     if learning.gradient_checkpointing:
         unet.save_memory()

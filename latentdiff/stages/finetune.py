@@ -65,7 +65,7 @@ def finetune(run: Run[FineTuning], model: Model, say: Callable[..., None]) -> li
         made_from += f" {weights_hash(tuning.ip_adapter.encoder)}"
     say(*plan(run, model, tuning))
     unet, text_encoder, _ = trainable(model)
-    prepare_unet(unet, config.finetune, accelerator.device)
+    prepare_unet(unet, config.finetune, accelerator)
     if config.mixed_precision == "bf16":
         narrow_frozen(unet)
     model = moved(model, accelerator.device)
@@ -135,7 +135,7 @@ def rehearse(run: Run[FineTuning], model: Model) -> list[str]:
         _prior(run, model, "")  # raises DataError for faults
     tuning = begin(model, run.config)
     lines = plan(run, model, tuning)
-    prepare_unet(trainable(model)[0], run.config.finetune, run.accelerator.device)
+    prepare_unet(trainable(model)[0], run.config.finetune, run.accelerator)
     model = moved(model, run.accelerator.device)
     seconds = timed_step(run, model, tuning) * (2 if run.config.prior.prompt else 1)
     hours = seconds * run.config.finetune.training.max_train_steps / 3600

@@ -186,7 +186,7 @@ def ours(model: str, folder: Path, side: int, batch: int, precision: str, cached
     vae, text, tokenizer, network, scheduler = networks(model, folder.parent)
     unet, autoencoder, text_encoder = UNet(network), KLAutoencoder(vae).eval(), TextEncoder(tokenizer, text).eval()
     keep_freed_memory()
-    laid_out_for(unet, accelerator.device)
+    laid_out_for(unet, accelerator.device, narrow=accelerator.mixed_precision != "no")
     autoencoder.requires_grad_(False)
     if accelerator.device.type == "cpu":
         unet.use_plain_attention()
