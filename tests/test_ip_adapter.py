@@ -323,6 +323,10 @@ def test_from_the_shell_and_again(place, pictures, tmp_path, call):
     places = ["--source", file, "--source", file.parent]
     code, _, err = call("reproduce", "out.png", "--model", folder / "model", *places)
     assert code == 0, err
+    code, _, err = call("generate", "", *words[2:], *view, "-o", "shown.png")  # the picture alone says what to draw
+    assert code == 0, err
+    expected = own("", ip_adapter_image=[pictures[:2]], **options).images[0]
+    assert (np.asarray(Image.open(tmp_path / "shown.png")) == expected).all()
     for wrong, message in (
         (["--image-prompt", "cat.png"], "--image-prompt and --ip-adapter require each other"),
         (["--ip-adapter", file], "(got 0 pictures, 1 adapters)"),

@@ -247,7 +247,9 @@ def generate(
     process = Process.of_launcher()
     _check_seed(entries, common, resume, process)
     entries = varied(entries, axes, common)
-    requests = _requests(entries, common)  # refused before any library or weight is loaded
+    requests = _requests(
+        entries, common, shown=bool(controls or prompt_pictures)
+    )  # refused before any library or weight is loaded
     check_target(output, sum(request.num_images for request in requests), resume=resume)
     _check_used(requests, weaker, clip)
     if steps_gif and cascade:
@@ -373,15 +375,18 @@ def _number(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
 
-def _requests(entries: Sequence[PromptEntry], common: dict[str, Any]) -> list[Request]:
-    """The validated requests of the entries, completed from the command's options; seeds are consecutive."""
+def _requests(entries: Sequence[PromptEntry], common: dict[str, Any], *, shown: bool) -> list[Request]:
+    """The validated requests of the entries, completed from the command's options; seeds are consecutive.
+
+    shown: pictures say what to draw, so a prompt may be empty.
+    """
     from latentdiff.drawing.request import request
 
     requests: list[Request] = []
     for entry in entries:
         counted = {"seed": requests[-1].seed + requests[-1].num_images} if requests else {}
         with _naming(entry):
-            if not entry.prompt.strip():
+            if not entry.prompt.strip() and not shown:
                 raise ConfigError("prompt is empty. Say what to draw")
             requests.append(request(prompt=entry.prompt, **(common | counted | entry.settings)))
     return requests

@@ -100,7 +100,7 @@ class Request(BaseModel):
     guidance_rescale: Fraction = Field(0.0, description="restores the unguided contrast (Lin et al. 2023)")
     guidance_renorm: bool = Field(False, description="keeps the length of each token of the network's output")
     guidance_interval: tuple[Finite, Finite] | None = Field(
-        None, description="log-SNR between which guidance acts (Kynkaanniemi et al. 2024)"
+        None, description="values of log(alpha / sigma) between which guidance acts (Kynkaanniemi et al. 2024)"
     )
     threshold: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
         None, description="quantile of dynamic thresholding (Saharia et al. 2022)"
