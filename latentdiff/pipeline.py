@@ -303,6 +303,7 @@ class LatentDiffusionPipeline:
             device, dtype = None, device
         if self.runtime != "torch" and dtype is None and str(device) in ("cpu", "None"):
             return self
+        from latentdiff.drawing import extras
         from latentdiff.runtime.device import moved
 
         with self._changing("moving"):
@@ -311,8 +312,10 @@ class LatentDiffusionPipeline:
             refiner = None if painter.refiner is None else moved(painter.refiner, device, dtype)
             model = moved(painter.model, device, dtype)
             cascade = tuple(replace(each, model=moved(each.model, device, dtype)) for each in painter.cascade)
-            self._painter = replace(painter, model=model, weaker=weaker, refiner=refiner, cascade=cascade)
-            for network in (painter.scorer, painter.upscaler, *painter.controls, *painter.ip_adapters):
+            controls = tuple(control.to(model.place.device, dtype) for control in painter.controls)
+            painter = replace(painter, model=model, weaker=weaker, refiner=refiner, cascade=cascade, controls=controls)
+            self._painter = extras.with_adapters_placed(painter)
+            for network in (painter.scorer, painter.upscaler):
                 if network is not None:
                     network.to(device=self.device)
             return self
@@ -569,13 +572,14 @@ class LatentDiffusionPipeline:
         has_graphs = self.runtime == "torch" or extras.reads_image_prompts(self.model)
         what = "a second IP-Adapter" if has_graphs else "an IP-Adapter without graphs of the U-Net for it"
         with nullcontext() if has_graphs and len(weights) + before == 1 else self._in_torch(what):
+            painter = self._painter  # with all adapters, or unchanged
             for root, under, name in weights:
                 file = image_prompts.place_of(as_path(root), under, name)
                 folder = image_encoder_folder
                 encoder = None if folder is None else image_prompts.encoder_of(file, as_path(root), folder)
                 adapter = image_prompts.load_ip_adapter(file, encoder, self.model)
-                source = extras.source_of_ip_adapter(file, encoder)
-                self._painter = extras.with_ip_adapter(self._painter, adapter, source)
+                painter = extras.with_ip_adapter(painter, adapter, extras.source_of_ip_adapter(file, encoder))
+            self._painter = painter
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Set the default `ip_adapter_scale` of calls: a number, a dict by block, or a list of them."""
@@ -793,11 +797,13 @@ class LatentDiffusionPipeline:
         if scale == 1 or not before:
             yield
             return
-        self._painter = extras.weighed(self._painter, {name: scale * weight for name, weight in before.items()})
+        memory = self.painter.memory  # its prompts were encoded with the full weights
+        scaled = {name: scale * weight for name, weight in before.items()}
+        self._painter = replace(extras.weighed(self._painter, scaled), memory=None)
         try:
             yield
         finally:
-            self._painter = extras.weighed(self._painter, before)
+            self._painter = replace(extras.weighed(self._painter, before), memory=memory)
 
     def _watch(self, call: calls.Call, jobs: Sequence[Job]) -> Watch | None:
         if call.callback is None:

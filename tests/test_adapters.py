@@ -9,6 +9,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError, ModelError, UnsafeError
 from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.formats.adapter_file import read_adapter, save_kohya, save_peft
@@ -102,6 +103,21 @@ def test_kohya_s_twin_draws_the_same_picture(folders, files, family):
         torch.testing.assert_close(draw(pipe), pictures[name], rtol=1e-3, atol=1e-3)
     assert torch.equal(pictures["peft"], pictures["kohya"])
     assert (pictures["peft"] - plain).abs().max() > 0.01
+
+
+def test_the_scale_of_a_call_is_that_of_its_prompts_too(folders, files, monkeypatch):
+    """Also where encoded prompts are kept from call to call."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    fast = LatentDiffusionPipeline.from_pretrained(folders["1"], device="cpu", speed="fast")
+    plain = load(folders["1"])
+    for pipe in (fast, plain):
+        pipe.load_lora_weights(files["1"] / "peft.safetensors")
+    pictures = []
+    for scale in (1.0, 0.0, 1.0, 0.5):
+        settings = OPTIONS | {"cross_attention_kwargs": {"scale": scale}}
+        pictures.append(plain(PROMPT, **settings).images)
+        torch.testing.assert_close(fast(PROMPT, **settings).images, pictures[-1], rtol=1e-3, atol=1e-3)
+    assert (pictures[0] - pictures[1]).abs().max() > 0.01
 
 
 @FAMILIES

@@ -1,5 +1,6 @@
 """Caches: what is cached is what would be computed, to the bit; what changed is encoded again, and nothing else."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.data.dataset import open_data
 from latentdiff.data.store import Store
-from latentdiff.families.weights import load_codec, load_text_encoder
+from latentdiff.families.weights import load_codec, load_text_encoder, weights_hash
 from latentdiff.networks.codecs.identity import IdentityCodec
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.encoders.clip import TextEncoder, clip_tokenizer
@@ -72,6 +73,16 @@ def keys_by_name(config):
         examples.pictures.picture(row).name: [examples.key(row, view) for view in examples.every_view(row)]
         for row in range(len(examples))
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_every_precision_have_a_hash(dtype):
+    """That of their names and bytes, in the order of the names, whatever their order in memory."""
+    network = torch.nn.Conv2d(2, 3, 2).to(dtype)
+    content = b"".join(name.encode() + bytes(network.get_parameter(name).data.flatten().view(torch.uint8).tolist())
+                       for name in ("bias", "weight"))  # fmt: skip
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert weights_hash(network.to(memory_format=layout)) == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("flip", [False, True])

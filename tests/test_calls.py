@@ -278,6 +278,8 @@ def test_timesteps_and_sigmas(name, folders, theirs):
         ({"negative_prompt": ["a", "b"]}, "a text for each of 1 prompts"),
         ({"negative_prompt": 5}, "negative_prompt must be text"),
         ({"num_images_per_prompt": "x", "generator": torch.Generator()}, "num_images"),
+        ({"batch_size": "4", "generator": torch.Generator()}, "batch_size"),
+        ({"batch_size": None, "generator": torch.Generator()}, "batch_size"),
     ],
 )
 def test_refused(settings, message, ours):

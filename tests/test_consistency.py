@@ -306,6 +306,8 @@ def test_settings_without_effect(settings, message):
 
 def test_times_of_tuning():
     """The logarithms of the ratios are normal where the path has them."""
+    with pytest.raises(ValueError, match="times must be one of uniform, logit_normal, log_normal"):
+        Times(Straight(), "lognormal")
     times = Times(Straight(), "log_normal", LOG_MEAN, LOG_STD)
     rng = np.random.default_rng(0)
     picture = np.array([times.draw(rng) for _ in range(20_000)]) / 1000

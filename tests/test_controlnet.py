@@ -256,6 +256,9 @@ def test_as_diffusers_code_loads_them(place, pictures):
     pipe.controlnet = None
     assert pipe.controlnet is None
     pipe(PROMPT, **options)
+    pipe.load_controlnet(folder / "control0")
+    pipe.to(dtype=torch.bfloat16)
+    assert (pipe.controlnet.dtype, pipe.components["unet"].dtype) == (torch.bfloat16, torch.bfloat16)
     pipe.controlnet = controls[0]
     for wrong, message in ((torch.nn.Linear(1, 1), "controlnet must be a path"), ("typo", "typo")):
         with pytest.raises(LatentDiffError, match=message):
@@ -380,9 +383,11 @@ def test_by_the_command_line(place, call, tmp_path):
     assert (
         call("generate", PROMPT, *words, "--control", control, "--annotate", "canny", "-o", tmp_path / "b.png")[0] == 0
     )
-    assert call("annotate", tmp_path / "photo.png", "-o", tmp_path / "edges.png")[0] == 0
-    assert call("generate", PROMPT, *words, "--control", f"{folder / 'control0'}:{tmp_path / 'edges.png'}", "-o",
-                tmp_path / "c.png")[0] == 0  # fmt: skip
+    assert call("annotate", tmp_path / "photo.png", "-o", tmp_path / "new" / "edges.png")[0] == 0
+    code, _, err = call("annotate", tmp_path / "photo.png", "-o", tmp_path / "new" / "edges.png")
+    assert (code, "file exists" in err) == (2, True), err
+    edges = f"{folder / 'control0'}:{tmp_path / 'new' / 'edges.png'}"
+    assert call("generate", PROMPT, *words, "--control", edges, "-o", tmp_path / "c.png")[0] == 0
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc"]
     assert (pictures[1] == pictures[2]).all()
     assert (pictures[0] != pictures[1]).any()
@@ -397,7 +402,7 @@ def test_by_the_command_line(place, call, tmp_path):
     assert (np.asarray(Image.open(tmp_path / "d.png")) == pictures[0]).all()
     for name in "ab":
         again = call("reproduce", tmp_path / f"{name}.png", "-m", folder / "model", "--source", folder / "control0",
-                     "-o", tmp_path / f"{name}2.png")  # fmt: skip
+                     "-o", tmp_path / "again" / f"{name}.png")  # fmt: skip
         assert again[0] == 0, again[2]
         assert "equal: all" in again[1] + again[2]
     for given, message in (

@@ -257,6 +257,7 @@ def test_a_student_beside_others(place, compiled_model, tmp_path):
         with pytest.raises(ModelError, match="cannot have learnt words"):
             pipe.load_few_steps()
             pipe(**OPTIONS)
+    assert (pipe(**OPTIONS).images == opened(place, "torch")(**OPTIONS).images).all()
 
 
 def test_two_adapters_of_one_name(place, call, tmp_path):

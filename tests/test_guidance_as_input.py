@@ -80,6 +80,15 @@ def test_the_scale_changes_the_picture(folder):
     assert (one - other).abs().max() > 0.01
 
 
+def test_a_negative_prompt_without_effect_changes_nothing(folder):
+    """However long it is: it requires true_cfg_scale."""
+    pipe = load(folder)
+    options = {"latents": noise(), "num_images_per_prompt": 2, "output_type": "latent", "num_inference_steps": 1}
+    plain, other = (pipe(PROMPT, negative_prompt=text, **options) for text in ("", "dull " * 100))
+    assert torch.equal(torch.as_tensor(plain.images), torch.as_tensor(other.images))
+    assert any("has no effect" in note for note in other.notes)
+
+
 def test_the_defaults_are_those_of_its_pipeline(folder):
     defaults = load(folder).card.defaults
     assert {name: defaults[name] for name in ("sampler", "spacing", "num_inference_steps", "guidance_scale")} == {

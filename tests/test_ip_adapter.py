@@ -221,6 +221,8 @@ def test_refusals(place, pictures, tmp_path):
         own(PROMPT, ip_adapter_scale=0.5, **OPTIONS)
     with pytest.raises(ModelError, match="no such file"):
         own.load_ip_adapter(hub / "absent.safetensors")
+    with pytest.raises(ModelError, match="no such file"):  # then the first is not loaded either
+        own.load_ip_adapter([hub / "plain.safetensors", hub / "absent.safetensors"])
     with pytest.raises(ModelError, match=r"no ip_adapter\.safetensors in"):
         own.load_ip_adapter(hub)
     with pytest.raises(ModelError, match="no image encoder in"):

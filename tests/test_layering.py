@@ -57,6 +57,7 @@ HOMES = {  # the rooms that may import a library
     "matplotlib": {"evaluation", "show"},
     "PIL": {"core", "data", "drawing", "evaluation", "server", "stages"},
     "huggingface_hub": {"formats", "data"},
+    "yaml": {"data"},
 }
 
 

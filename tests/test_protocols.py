@@ -19,7 +19,6 @@ from latentdiff.networks.protocols import (
     PerturbedAttention,
     Posterior,
     PreparesConditions,
-    TrainedEncoder,
 )
 
 from . import stable_diffusion
@@ -136,7 +135,7 @@ def test_an_encoder_reads_chunks(model):
 
 def test_a_trained_encoder_reads_as_the_other(model):
     encoder = model.encoder
-    if not isinstance(encoder, TrainedEncoder):
+    if not hasattr(encoder, "tokenize"):
         assert model.runtime == "openvino", "all of torch's can be trained"
         return
     read = encoder(encoder.tokenize(list(PROMPTS)))

@@ -161,10 +161,12 @@ def test_adapters_stay_beside(folder, kind, tmp_path, call):
     plain, whole = draw(pipe), opened(folder)
     for each in (pipe, whole):
         each.load_lora_weights(tmp_path / "lora.safetensors")
-    added = draw(pipe) - plain
+    beside = draw(pipe)
+    added = beside - plain
     assert float((draw(pipe) - draw(whole)).norm()) < 0.05 * float(added.norm())
     with pytest.raises(ModelError, match="cannot be added to quantized weights"):
-        pipe.fuse_lora()
+        pipe.fuse_lora(0.5)
+    assert torch.equal(draw(pipe), beside)
     words = ("--lora", tmp_path / "lora.safetensors", "--quantize", kind, "--seed", "1", "-o", "x.png", "--steps", "2")
     assert call("generate", PROMPT, "-m", folder, "--size", "64x64", *words)[0] == 0
     code, out, _ = call("reproduce", "x.png", "--source", tmp_path, "-m", folder)

@@ -258,6 +258,15 @@ def test_the_model_that_was_used_least_lately_leaves(tiny, places):
     assert shelf.loaded(first) is tiny  # an unknown name costs nobody a model
 
 
+def test_a_model_in_use_keeps_its_place(tiny, places):
+    """Though it was used least lately: dropping it would free no memory."""
+    shelf = Shelf(tiny, lambda *_: LatentDiffusionPipeline(tiny.model), *places, keep=2)
+    first, other = Wanted("scenes-tiny"), Wanted("other")
+    shelf.take(other)
+    shelf.take(Wanted("scenes-tiny", torch=True), {id(tiny.painter)})
+    assert (shelf.loaded(first), shelf.loaded(other)) == (tiny, None)
+
+
 # the history
 
 

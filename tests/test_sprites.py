@@ -329,6 +329,9 @@ def test_a_sprite_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.png").write_text("<html>")
     with pytest.raises(DataError, match=r"a.png cannot be read"):
         Library(tmp_path).pixels(0)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"a.png cannot be read \(no such file or directory\)"):
+        _ = Library(tmp_path).identity
 
 
 def test_weights_are_shares(library):

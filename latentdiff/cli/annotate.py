@@ -9,7 +9,6 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.core.annotators import ANNOTATORS
-from latentdiff.core.errors import ConfigError
 
 
 def annotate(
@@ -21,12 +20,12 @@ def annotate(
 ) -> None:
     """Write what a control would see of a picture: its edges, its colours, ..."""
     from latentdiff.core.files import write_new
-    from latentdiff.drawing.files import encoded, open_picture, suffix_of
+    from latentdiff.drawing.files import check_file, encoded, open_picture
     from latentdiff.drawing.hints import hints_of
 
-    (hint,) = hints_of(open_picture(picture), 1, annotated=kind)
     target = output or picture.with_name(f"{picture.stem}-{kind}.png")
-    if (suffix := suffix_of(target)) is None:
-        raise ConfigError(f"--output must be a picture, like edges.png (got {target})")
-    write_new(target, encoded(hint.picture(), suffix, None))
+    check_file(target)
+    (hint,) = hints_of(open_picture(picture), 1, annotated=kind)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_new(target, encoded(hint.picture(), target.suffix.lower(), None))
     terminal.result(target)

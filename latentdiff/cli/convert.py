@@ -167,11 +167,10 @@ def _adapter(source: Path, output: Path, to: Form, model: str | None) -> None:
         raise ConfigError(f"{first} of {source} has no place in the model and would be lost. Name its --model")
     if adapter.words:
         raise ConfigError(f"the learnt words {', '.join(adapter.words)} of {source} would be lost")
-    with atomic(output) as made:
-        if to is Form.peft:
-            adapter_file.save_peft(adapter, made)
-        else:
-            adapter_file.save_kohya(adapter, made, networks)
+    if to is Form.peft:
+        adapter_file.save_peft(adapter, output)
+    else:
+        adapter_file.save_kohya(adapter, output, networks)
 
 
 def _exported(source: Path, variant: str | None) -> Path:

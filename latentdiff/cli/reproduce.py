@@ -37,6 +37,7 @@ def reproduce(
         image, LatentDiffusionPipeline.from_pretrained, model, source or [], device, runtime and runtime.value
     )
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_new(output, encoded(picture, output.suffix.lower(), None))
     terminal.result(likeness)
     if not likeness.equal:

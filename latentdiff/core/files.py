@@ -227,10 +227,21 @@ def flush(path: Path) -> None:
 
 def let_others_read(place: Path) -> None:
     """Give a weights file, or all weights files of a folder, the umask's mode: safetensors writes them as 0600."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = _umask()
     for file in place.rglob("*.safetensors") if place.is_dir() else [place]:
         file.chmod(0o666 & ~mask)
+
+
+def _umask() -> int:
+    """The process's umask. Where only setting it shows it, a file that another thread makes meanwhile has mode 0666."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sha256_of(*files: Path, named_in: Path | None = None) -> str:

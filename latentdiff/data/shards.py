@@ -100,7 +100,7 @@ def _samples(shard: Path) -> tuple[dict[str, dict[str, _Member]], int]:
 
 
 def _check_end(shard: Path, offset: int) -> None:
-    """Check that an archive ends in zeros and nothing else. Raises DataError.
+    """Check that an archive ends in zeros and nothing else. Raises tarfile.ReadError.
 
     tarfile stops silently at a truncated or damaged header, and at the end of the first of several archives.
     """

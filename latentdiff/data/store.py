@@ -46,11 +46,6 @@ class Store:
         """The keys without a row, each once, in order."""
         return [key for key in dict.fromkeys(keys) if key not in self._where]
 
-    def shape(self, key: str, name: str) -> tuple[int, ...]:
-        """The shape of a row's tensor."""
-        path, _ = self._where[key]
-        return tuple(self._files[path][name].shape[1:])
-
     def rows(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Tensors (len(keys), ...) by name; the rows must have one shape. Raises DataError for a key without a row."""
         try:

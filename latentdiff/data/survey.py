@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from latentdiff.core.decoding import MAX_PIXELS, WHITE, decode, silent_decoders
 from latentdiff.core.errors import DataError, ResourceError
+from latentdiff.core.files import write_text
 from latentdiff.core.text import printable
 from latentdiff.data.buckets import Size
 from latentdiff.data.memo import read_memo, write_memo
@@ -128,7 +129,7 @@ class Survey:
         """Write one JSON object a line for everything left out. The pictures themselves are not touched."""
         lines = [asdict(fault) for fault in self.quarantined]
         lines += [{"name": name, "reason": "a caption without an image", "id": None} for name in self.listing.orphans]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def survey(

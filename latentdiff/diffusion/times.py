@@ -32,6 +32,8 @@ class Times:
     bins: int = 0
 
     def __post_init__(self) -> None:
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"times must be one of {', '.join(DISTRIBUTIONS)} (got {self.distribution!r})")
         if self.bins and self.distribution == "log_normal":
             raise ValueError("bins require a distribution of shares, not of noise-to-signal ratios")
 

@@ -105,7 +105,10 @@ def batch_of_one_generator(settings: Mapping[str, Any], generator: Any, prompts:
     """One generator draws for all pictures, step by step: as one batch, like in diffusers."""
     if generator is None or isinstance(generator, list | tuple) or not isinstance(each, Integral):
         return {}
-    return {"batch_size": max(settings.get("batch_size", 1), min(prompts * int(each), LARGEST_BATCH))}
+    given = settings.get("batch_size", 1)
+    if not isinstance(given, Integral):  # the request refuses it
+        return {}
+    return {"batch_size": max(int(given), min(prompts * int(each), LARGEST_BATCH))}
 
 
 def second_prompts(settings: dict[str, Any], prompt: Any, negative: Any) -> None:

@@ -115,7 +115,7 @@ def batch_key(painter: Painter, job: Job) -> tuple[Any, ...]:
     canvas = job.canvas
     form = canvas and (canvas.pixels.shape, canvas.size, canvas.final, canvas.mask is None)
     forms = [each.form for each in job.image_prompts]
-    return job.settings, form, chunks_of(job, painter.model.encoder), job.embeds is None, forms
+    return job.settings, form, chunks_of(job, painter.model), job.embeds is None, forms
 
 
 def batches_of(painter: Painter, jobs: Sequence[Job], noise: CallerNoise = NO_NOISE) -> Iterator[Batch]:

@@ -111,10 +111,14 @@ def source_of_few_steps(file: Path) -> Source:
 
 def with_few_steps(painter: Painter, file: Path) -> tuple[Painter, Fit]:
     """Merge a model's student of few steps into the weights. Raises ModelError."""
-    merged, fit = with_adapter(painter, file, name=FEW_STEPS, merged=True)
-    if fit.words:
-        raise ModelError(f"a student of few steps cannot have learnt words ({', '.join(fit.words)} in {file})")
-    return replace(merged, sources=painter.sources).with_source("few-steps", source_of_few_steps(file)), fit
+    from latentdiff.formats import adapter_file
+
+    with LOADING:
+        words = adapter_file.read_adapter(file, adaptable_networks(painter.model)).words
+    if words:
+        raise ModelError(f"a student of few steps cannot have learnt words ({', '.join(words)} in {file})")
+    student, fit = with_adapter(painter, file, name=FEW_STEPS, merged=True)
+    return replace(student, sources=painter.sources).with_source("few-steps", source_of_few_steps(file)), fit
 
 
 def weighed(painter: Painter, weights: Mapping[str, float]) -> Painter:
@@ -128,10 +132,11 @@ def weighed(painter: Painter, weights: Mapping[str, float]) -> Painter:
 
 
 def merged(painter: Painter, scale: float = 1.0) -> Painter:
-    """Add the active adapters to the networks, each times its weight and `scale`."""
+    """Add the active adapters to the networks, each times its weight and `scale`. Raises ModelError."""
     from latentdiff.networks.adapters import attached
 
     networks = adaptable_networks(painter.model)
+    attached.check_numbers(networks)  # before any weight changes
     weights = {name: scale * weight for name, weight in attached.weights_of(networks).items()}
     painter = weighed(painter, weights)
     attached.merge_attached(networks)
@@ -143,8 +148,7 @@ def unloaded(painter: Painter) -> Painter:
     from latentdiff.networks.adapters import attached
 
     attached.detach(adaptable_networks(painter.model))
-    kept = {name: source for name, source in painter.sources.items() if source.kind != "lora"}
-    return replace(painter, sources=kept)
+    return replace(painter, sources=_sources_but(painter, "lora"))
 
 
 def _with_live(painter: Painter, change: Any) -> Painter:

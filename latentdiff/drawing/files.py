@@ -68,7 +68,7 @@ def write_pictures(
     metadata: bool,
     paths: Sequence[Path | None] | None = None,
 ) -> Iterator[tuple[Path, ImageMetadata]]:
-    """Write each picture as soon as it is drawn; yield its file and its record.
+    """Write each picture and yield its file and its record.
 
     paths: a file for each picture, None to skip it; without `paths` the next numbers of the folder.
     """

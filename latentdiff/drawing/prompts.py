@@ -55,12 +55,13 @@ def style_of(request: Request) -> Style:
     return Style(request.prompt_weights, request.long_prompts, request.clip_skip)
 
 
-def chunks_of(job: Job, encoder: Encoder) -> int:
+def chunks_of(job: Job, model: Model) -> int:
     """The number of chunks of a picture's longer prompt: both prompts get conditions of this length."""
+    encoder = model.encoder
     if job.embeds is not None:
         return len(job.embeds[0]["tokens"]) // encoder.length
     style = style_of(job.request)
-    is_guided = max(job.request.guidance_scale, job.request.true_cfg_scale) > 1
+    is_guided = job.request.cfg(model.reads_guidance) > 1
     prompts = [job.request.prompt] + [job.request.negative_prompt] * is_guided
     return max(encoder.read(prompt, style).chunks for prompt in prompts)
 
@@ -110,7 +111,7 @@ def prompted(batch: Batch, model: Model, size: Size, memory: Memory | None = Non
     from latentdiff.networks.encoders.joined import with_sizes  # imports NumPy, which a refused request does not need
 
     request, encoder = batch.request, model.encoder
-    style, least = style_of(request), max(chunks_of(job, encoder) for job in batch.jobs)
+    style, least = style_of(request), max(chunks_of(job, model) for job in batch.jobs)
     known = Memory() if memory is None else memory
     sizes, sizes_of_negative = (_sizes(model, request, size, score) for score in SCORES)
 

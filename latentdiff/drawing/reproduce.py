@@ -240,7 +240,7 @@ def reproduce(
 
 
 def _model(record: Record, named: str | Path | None) -> str | Path | None:
-    """The user's place of the model, or the record's. Raises ModelError if that does not exist here."""
+    """The user's place of the model, or the record's. Raises ConfigError if that does not exist here."""
     if named is not None or record.model_source is None:
         return named
     source = record.model_source

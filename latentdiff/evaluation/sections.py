@@ -306,11 +306,12 @@ def of_diversity(subject: Subject, references: References, settings: EvaluationS
     }
     order = np.argsort(apart)
     chosen = [*order[:2], *order[-2:]]
+    rows = images.reshape(-1, PICTURES_A_PROMPT, *images.shape[1:])
     pictures = [
-        (np.concatenate(list(images[4 * row : 4 * row + 4]), 1), {f"{apart[row]:.3f}": prompts[4 * row]})
-        for row in chosen
+        (np.concatenate(list(rows[row]), 1), {f"{apart[row]:.3f}": prompts[PICTURES_A_PROMPT * row]}) for row in chosen
     ]
-    return Result(figures, {"prompts": count, "pictures a prompt": 4, **_extractor(references)}, pictures=pictures)
+    facts = {"prompts": count, "pictures a prompt": PICTURES_A_PROMPT, **_extractor(references)}
+    return Result(figures, facts, pictures=pictures)
 
 
 def _between(units: np.ndarray) -> float:

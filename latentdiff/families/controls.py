@@ -16,16 +16,16 @@ CLASSES = CONTROLNETS | {"T2IAdapter"}
 PART = "controlnet"
 
 
-def load_control(path: Path, model: Model, variant: str | None = None) -> Any:
+def load_control(path: Path, model: Model) -> Any:
     """A control for a model, on the CPU in its stored precision. Raises ModelError, UnsafeError."""
     if path.is_file():
         return _of_file(path, model)
-    control = stored_control(path, variant)
+    control = stored_control(path)
     check_fit(control, model, path)
     return control
 
 
-def stored_control(path: Path, variant: str | None = None) -> Any:
+def stored_control(path: Path) -> Any:
     """A control of a folder, whatever model it is for. Raises ModelError, UnsafeError."""
     import diffusers
 
@@ -34,7 +34,7 @@ def stored_control(path: Path, variant: str | None = None) -> Any:
     place = check_control(path)
     name = folder.read_json(place / "config.json")["_class_name"]
     wrapper = _wrapper(name)
-    return wrapper(pretrained(getattr(diffusers, name), place.parent, place.name, variant, wrapper)).eval()
+    return wrapper(pretrained(getattr(diffusers, name), place.parent, place.name, None, wrapper)).eval()
 
 
 def check_control(path: Path) -> Path:

@@ -121,8 +121,9 @@ def joined(files: Sequence[Path], base: Path, variant: str | None = None) -> Mod
         if name in states:
             raise ModelError(f"two of the files hold {name} ({part.file})")
         holding[name] = part.file
-        state, (kind, *_) = _state(part, family, name, base), family.parts[name]
-        states[name] = PartWeights(state, None if config is None or _is_of(state, base / name, kind) else config)
+        state, kinds = _state(part, family, name, base), family.parts[name]
+        fits = config is None or any(_is_of(state, base / name, kind) for kind in sorted(kinds))
+        states[name] = PartWeights(state, None if fits else config)
     if "transformer" not in states:
         raise ModelError(f"no transformer in {', '.join(str(file) for file in files)}")
     folder.check_index(folder.read_index(base), base, family.parts, family.optional, states.keys())

@@ -61,6 +61,7 @@ from latentdiff.networks.with_weights import with_weights
 State = dict[str, Tensor]
 AnyTexts = TextEncoder | TwoTextEncoders | SecondTextEncoder
 SIDES = {"1": 64, "2": 64, "XL": 128, "XL refiner": 128}  # of latents; Stable Diffusion 2 of velocity: 96
+LAST_TIME = 999  # of the 1,000 that these models were trained on
 GUIDANCE = "time_embed.cond_proj.weight"  # of distilled models that read it
 OPEN_CLIP_H = (1024, 23)  # width -> the layers that are read, of 24; some files omit the last
 
@@ -450,7 +451,7 @@ def _prediction(path: Path, state: State, kind: Kind, unet: UNet, text_encoder: 
 
 
 @torch.no_grad()
-def predicts_noise(unet: UNet, text_encoder: AnyTexts, t: int = 999) -> bool:
+def predicts_noise(unet: UNet, text_encoder: AnyTexts) -> bool:
     """Whether the output at the last time correlates with the input.
 
     There x_t is nearly noise, which an epsilon network returns; the velocity is about -x0, which is independent of it.
@@ -459,6 +460,6 @@ def predicts_noise(unet: UNet, text_encoder: AnyTexts, t: int = 999) -> bool:
     model = unet.model
     side = 2 ** (len(model.config.block_out_channels) - 1) * 2
     x = torch.randn(1, model.config.in_channels, side, side, generator=generator).to(model.dtype)
-    output = unet(x, t, stacked([text_encoder.encode(Prompt(""))])).float()
+    output = unet(x, LAST_TIME, stacked([text_encoder.encode(Prompt(""))])).float()
     noise = x[:, : output.shape[1]].float()
     return bool(torch.corrcoef(torch.stack([output.flatten(), noise.flatten()]))[0, 1] > 0.5)

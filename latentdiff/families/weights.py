@@ -395,5 +395,5 @@ def weights_hash(network: nn.Module) -> str:
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         tensor = tensor if type(tensor) in (torch.Tensor, nn.Parameter) else tensor.dequantize()  # torchao's classes
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # bfloat16 too
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.core.errors import ModelError, loading, raised_as, saving
-from latentdiff.core.files import let_others_read
+from latentdiff.core.files import atomic
 from latentdiff.formats.adapter_names import kohya_name, other_kind, places, split
 from latentdiff.formats.folder import read_json
 from latentdiff.formats.pickle import check_safetensors
@@ -350,6 +350,5 @@ def _kohya_factors(layer: Layer) -> Iterable[tuple[str, Tensor]]:
 
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    with saving(path.name, path.parent):
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
-        let_others_read(path)
+    with saving(path.name, path.parent), atomic(path) as made:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, made, metadata)

@@ -304,13 +304,13 @@ def network_hash(folder: Path) -> str:
         return sha256_of(*weight_files(folder))
 
 
-def parameter_counts(directory: Path, variant: str | None = None) -> dict[str, int]:
+def parameter_counts(directory: Path) -> dict[str, int]:
     """Number of parameters of each part, from the headers of its weights."""
     counts: dict[str, int] = {}
     for part in (*NETWORKS, "clip"):
         if (directory / part).is_dir():
             files = sorted((directory / part).glob("*.safetensors")) if part == "clip" else None
-            counts[part] = sum(map(numbers_in, files or weight_files(directory / part, variant)))
+            counts[part] = sum(map(numbers_in, files or weight_files(directory / part)))
     return counts
 
 

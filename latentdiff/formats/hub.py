@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.core.errors import ModelError
-from latentdiff.formats.folder import GGUF, read_json, weight_files
+from latentdiff.formats.folder import FEW_STEPS, GGUF, NETWORKS, read_json, weight_files
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READ = ("*.json", "*/*.json", "*/merges.txt")
-_PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-_OURS = ("words.txt", "clip/*.safetensors", "few_steps/*.safetensors", *(f"{part}/{GGUF}" for part in _PARTS))
+_OURS = ("words.txt", "clip/*.safetensors", f"{FEW_STEPS}/*.safetensors", *(f"{part}/{GGUF}" for part in NETWORKS))
 
 
 def is_hub_id(name: str) -> bool:
@@ -37,7 +36,7 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
     settings: dict[str, Any] = {
         "repo_id": name,
         "revision": revision,
-        "allow_patterns": [*_READ, *_OURS, *(f"{part}/*{named}*.safetensors" for part in _PARTS)],
+        "allow_patterns": [*_READ, *_OURS, *(f"{part}/*{named}*.safetensors" for part in NETWORKS)],
         "ignore_patterns": [] if variant else ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.non_ema.*"],
     }
     try:
@@ -55,7 +54,7 @@ def fetched(name: str, revision: str | None, variant: str | None) -> Path:
 def _complete(folder: Path, variant: str | None) -> Path:
     """The snapshot, if its download was complete: every network of its index has its weights. Raises ModelError."""
     index = read_json(folder / "model_index.json")
-    for part in _PARTS:
+    for part in NETWORKS:
         entry = index.get(part)
         if isinstance(entry, list) and entry[-1:] != [None]:
             weight_files(folder / part, variant)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff.core.errors import ModelError, loading, saving
-from latentdiff.core.files import let_others_read
+from latentdiff.core.files import atomic
 from latentdiff.formats.pickle import check_safetensors
 from latentdiff.formats.tensors import widened
 
@@ -29,7 +29,6 @@ def read_words(path: Path) -> tuple[Path, dict[str, Tensor]]:
 def save_word(vectors: Mapping[str, Tensor], folder: Path, word: str) -> Path:
     """Write learned_embeds.safetensors, {word: (n, D)}; for SDXL clip_l and clip_g, in a file named after the word."""
     path = folder / (FILE if word in vectors else f"{word}.safetensors")
-    with saving(path.name, folder):
-        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}, path)
-        let_others_read(path)
+    with saving(path.name, folder), atomic(path) as made:
+        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in vectors.items()}, made)
     return path

@@ -139,19 +139,6 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
-class TrainedEncoder(Protocol):
-    """An encoder that can be trained together with the backbone."""
-
-    def tokenize(self, prompts: list[str]) -> Any:
-        """Token ids (B, ...) on the CPU, as training reads prompts: without weights, cut to the encoder's length."""
-        ...
-
-    def __call__(self, ids: Any) -> Conditions:
-        """Conditions of token ids, with gradients."""
-        ...
-
-
-@runtime_checkable
 class Codec(Protocol):
     """Data <-> latents. Only the codec knows the scale and shift of latents: outside they have unit variance."""
 

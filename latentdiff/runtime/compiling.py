@@ -145,7 +145,7 @@ class Compiler:
 
     def _made(self, part: str, shapes: Shapes, file: Path | None, kept: user_cache.Kept | None) -> Ready:
         """The request of a graph, from the cached file, or compiled and then written to it."""
-        settings = self._settings(part, shapes)
+        settings = self._settings(shapes)
         if kept is not None:
             compiled = _core().import_model(openvino().Tensor(kept.content), "CPU", settings)
             return Ready(compiled.create_infer_request(), [kept.content])
@@ -160,8 +160,8 @@ class Compiler:
             user_cache.keep(file, compiled.export_model().getvalue())
         return Ready(compiled.create_infer_request(), held)
 
-    def _settings(self, part: str, shapes: Shapes) -> dict[str, str]:
-        """OpenVINO's settings for a part and its shapes.
+    def _settings(self, shapes: Shapes) -> dict[str, str]:
+        """OpenVINO's settings for a part with these shapes.
 
         Snippets, kernels generated for groups of operations, make a step a fifth faster. They cost a small model a
         tenth of a second at the start. A few pictures save that again in the U-Net, but not in parts that run once a
@@ -200,7 +200,7 @@ class Compiler:
     def _key(self, part: str, shapes: Shapes) -> str:
         ov = openvino()
         cpu = [_core().get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-        settings = self._settings(part, shapes)
+        settings = self._settings(shapes)
         made_from = [self.model.identity(part), self._model_hash, shapes, settings, ov.__version__, cpu]
         made_from += [kind] if (kind := self._kind(part)) else []
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

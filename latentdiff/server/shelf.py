@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -96,10 +96,11 @@ class Shelf:
             self._loaded.move_to_end(key)
         return self._loaded.get(key)
 
-    def take(self, wanted: Wanted) -> LatentDiffusionPipeline:
+    def take(self, wanted: Wanted, used: Set[int] = frozenset()) -> LatentDiffusionPipeline:
         """The model, loaded if need be. Raises ConfigError for an unknown name, ModelError.
 
-        What could not be loaded fails again at once, as long as its file is the same: it costs no other model's place.
+        used: the ids of painters that keep their place, since dropping them would free no memory. What could not be
+        loaded fails again at once, as long as its file is the same: it costs no other model's place.
         """
         key = self._key(wanted)
         with self._turn:
@@ -107,7 +108,8 @@ class Shelf:
                 raise self._failed[key].with_traceback(None)  # each raise would add frames, with their pictures
             if key not in self._loaded:
                 while len(self._loaded) >= self.keep:  # before, so that memory never holds one more
-                    self._loaded.popitem(last=False)
+                    unused = (key for key, pipe in self._loaded.items() if id(pipe.painter) not in used)
+                    del self._loaded[next(unused, next(iter(self._loaded)))]
                 try:
                     self._loaded[key] = self._opened(wanted)
                 except LatentDiffError as error:

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from latentdiff.core.decoding import WHITE, Color, decode
+from latentdiff.core.decoding import FORMATS, WHITE, Color, decode
 from latentdiff.core.errors import ConfigError, DataError, ResourceError
 from latentdiff.drawing.canvas import BLACK, Margins
 from latentdiff.drawing.draw import canvas_of, jobs_of
@@ -149,16 +149,16 @@ class Studio:
     async def _load(self, wanted: Wanted, held: list[LatentDiffusionPipeline]) -> LatentDiffusionPipeline:
         async with self._loads:
             pipe = self.shelf.loaded(wanted)
-            while pipe is None and self._in_use() >= self.shelf.keep:
+            while pipe is None and len(self._in_use()) >= self.shelf.keep:
                 await asyncio.sleep(PAUSE)  # waiting pictures hold their models: one more would exceed the limit
-            pipe = await run_in_threadpool(self.shelf.take, wanted) if pipe is None else pipe
+            pipe = await run_in_threadpool(self.shelf.take, wanted, self._in_use()) if pipe is None else pipe
             self._held.append(pipe)
             held.append(pipe)
             return pipe
 
-    def _in_use(self) -> int:
-        """The number of models that pictures in the queue hold, or requests on their way there."""
-        return len(self.worker.painters() | {id(pipe.painter) for pipe in self._held})
+    def _in_use(self) -> set[int]:
+        """The ids of the painters that pictures in the queue hold, or requests on their way there."""
+        return self.worker.painters() | {id(pipe.painter) for pipe in self._held}
 
     def _keep(self, image: Image.Image, record: ImageMetadata) -> PictureFile:
         """Write a picture into the folder."""
@@ -203,7 +203,7 @@ def picture_mask(data: bytes, image: np.ndarray, *, inverted: bool = False) -> n
 def transparent_parts(data: bytes, what: str) -> np.ndarray:
     """Where a client's picture is transparent, uint8 (H, W), 255 for completely. Raises DataError."""
     read_picture(data, what)  # bounds and refusals
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         upright = ImageOps.exif_transpose(image)
         return 255 - np.asarray(upright.convert("RGBA").getchannel("A"))
 

@@ -109,7 +109,7 @@ class Masked:
         self._captions, self._examples, self._codec, self._seed = captions, examples, codec, seed
 
     def batch(self, keys: Sequence[Key], kept: Sequence[bool]) -> dict[str, Tensor]:
-        """The captions' inputs, `pixels` (B, C, H, W) with the masked part 0, and `mask` (B, 1, h, w)."""
+        """The captions' inputs, `pixels` (B, C, H, W) with the masked part 0, and `masked` (B, 1, h, w)."""
         pictures = [self._examples.image(*key) for key in keys]
         masks = [
             random_mask(noise.generator(self._seed, "mask", *key), p.shape[:2])

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentdiff.core.errors import ConfigError, saving
+from latentdiff.core.files import atomic
 from latentdiff.core.images import as_picture, coloured
 from latentdiff.core.vocabulary import seen_things
 from latentdiff.data import scenes
@@ -256,9 +257,9 @@ def _report(
         with unet.as_loaded(), encoder.as_loaded():
             pictures = draw_pictures(painter, references.captions, seed=config.seed)
         numbers |= {name: figure.value for name, figure in all_distances(pictures, references).items()}
-    directory.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    as_picture(sheet).save(directory / f"step-{step:08d}.png")
+    with atomic(directory / f"step-{step:08d}.png") as made:
+        as_picture(sheet).save(made)
     return numbers
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from latentdiff.core.errors import DataError
-from latentdiff.core.files import recorded
+from latentdiff.core.files import atomic, recorded, write_text
 from latentdiff.core.images import as_picture, coloured, to_images
 from latentdiff.core.text import printable, quoted
 from latentdiff.core.vocabulary import words_of
@@ -73,7 +73,7 @@ def keep_rows_apart(directory: Path, config: FineTuning, examples: Examples) -> 
         number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}-{n}").exists())
         directory.rename(directory.with_name(f"{directory.name}-{number}"))
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
+    write_text(path, content)
 
 
 def prompts_of(config: FineTuning, examples: Examples) -> list[str]:
@@ -113,7 +113,8 @@ def _save(pixels: np.ndarray, path: Path, about: Mapping[str, Any]) -> None:
     """Write a sheet of pictures that says in a text chunk what it shows."""
     info = PngInfo()
     info.add_itxt("Description", json.dumps(dict(about), ensure_ascii=False))
-    as_picture(pixels).save(path, pnginfo=info)
+    with atomic(path) as made:
+        as_picture(pixels).save(made, pnginfo=info)
 
 
 def write_page(run: Run[FineTuning], paths: Sequence[Path], sheets: Sequence[np.ndarray] = ()) -> list[Path]:
@@ -130,8 +131,8 @@ def write_page(run: Run[FineTuning], paths: Sequence[Path], sheets: Sequence[np.
     if sheets:
         about = {"what": few_steps.CAPTION, "prompts": prompts_of(run.config, run.data.validation)}
         _save(np.concatenate(list(sheets)), folder / few_steps.FILE, about)
-    (folder / PAGE).write_text(_page(run, lines, rows, sheets), encoding="utf-8")
-    (folder / CARD).write_text(_card(run, lines, paths, steps), encoding="utf-8")
+    write_text(folder / PAGE, _page(run, lines, rows, sheets))
+    write_text(folder / CARD, _card(run, lines, paths, steps))
     return [folder / PAGE, folder / CARD]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from latentdiff.core.errors import ConfigError
+from latentdiff.core.files import atomic
 from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.drawing.presets import settled_for
 from latentdiff.families.controls import PART as CONTROLNET
@@ -199,7 +200,8 @@ def _control(model: Model, config: FineTuning) -> Tuning:
         control = ControlNet.create(unet.model, codec.factor)
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-        control.save(folder / CONTROLNET)
+        with atomic(folder / CONTROLNET) as made:
+            control.save(made)
         return [folder / CONTROLNET]
 
     return Tuning(SteeredNetwork(unet, control), {CONTROLNET: control}, False, write, control)
@@ -219,7 +221,8 @@ def _image_prompt(model: Model, config: FineTuning) -> Tuning:
     learning.encoder = None  # checkpoints hold what is trained
 
     def write(folder: Path, metadata: Mapping[str, str]) -> list[Path]:
-        save_ip_adapter(adapter, folder / IP_ADAPTER)
+        with atomic(folder / IP_ADAPTER) as made:
+            save_ip_adapter(adapter, made)
         return [folder / IP_ADAPTER]
 
     module = PromptedNetwork(unet, learning)

@@ -13,6 +13,7 @@ from latentdiff.settings.finetuning import FILE, STAGE, load_finetuning
 from latentdiff.training.lock import is_locked
 from latentdiff.training.log import LOG, read_log
 
+POINTS = 400  # of a curve that is shown
 LARGEST = 1e300  # of a number that is shown
 _SAMPLES = re.compile(r"step-\d{1,12}\.png")
 
@@ -46,14 +47,14 @@ def state_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def curves_of(stage: Path, points: int = 400) -> dict[str, list[tuple[float, float]]]:
-    """The numbers of a stage's log over its steps; a long curve has the means of `points` parts."""
+def curves_of(stage: Path) -> dict[str, list[tuple[float, float]]]:
+    """The numbers of a stage's log over its steps; a long curve has the means of `POINTS` parts."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in read_log(stage / LOG):
         for name, number in line.items():
             if name != "step" and _is_finite(number):
                 curves.setdefault(name, []).append((line["step"], number))
-    return {name: _thinned(curve, points) for name, curve in curves.items()}
+    return {name: _thinned(curve) for name, curve in curves.items()}
 
 
 def samples_of(stage: Path) -> list[str]:
@@ -84,7 +85,7 @@ def _is_finite(number: Any) -> bool:
     return isinstance(number, int | float) and abs(number) < LARGEST
 
 
-def _thinned(curve: list[tuple[float, float]], points: int) -> list[tuple[float, float]]:
-    parts = [curve[len(curve) * k // points : len(curve) * (k + 1) // points] for k in range(points)]
-    kept = parts if len(curve) > points else [[point] for point in curve]
+def _thinned(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    parts = [curve[len(curve) * k // POINTS : len(curve) * (k + 1) // POINTS] for k in range(POINTS)]
+    kept = parts if len(curve) > POINTS else [[point] for point in curve]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in kept]

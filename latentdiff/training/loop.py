@@ -138,7 +138,7 @@ def train_steps(
             norm = accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm)
             loss, grad_norm = _mean_loss(accelerator, losses, norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise _not_finite(accelerator, stage, losses, batching.shares(first, process), step + 1, loss)
+                raise _not_finite(stage, losses, batching.shares(first, process), step + 1, loss)
             optimizer.step()
             optimizer.zero_grad()
             optimisation.ema.update(step + 1)
@@ -197,9 +197,7 @@ def _mean_loss(accelerator: Accelerator, losses: list[Tensor], norm: Tensor) -> 
     return numbers
 
 
-def _not_finite(
-    accelerator: Accelerator, stage: Stage, losses: list[Tensor], shares: list[range], step: int, loss: float
-) -> NonFiniteError:
+def _not_finite(stage: Stage, losses: list[Tensor], shares: list[range], step: int, loss: float) -> NonFiniteError:
     """An error that names the samples whose loss is not finite, or all samples if only the gradient is not."""
     ids = [name for share in shares for name in stage.sample_ids(share)]
     finite = torch.cat(losses).isfinite().cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import sys
@@ -20,6 +19,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from tqdm.auto import tqdm
 
 from latentdiff.core.errors import Interrupted, ModelError, NonFiniteError
+from latentdiff.core.files import write_json
 from latentdiff.settings.config import Training
 from latentdiff.training.checkpoint import checkpoints, damage, load_checkpoint, load_state, save_checkpoint, set_aside
 from latentdiff.training.ema import Ema, constant_decay, power_decay
@@ -75,8 +75,7 @@ def run_stage(
             run.train(progress)
     except NonFiniteError as error:
         if accelerator.is_main_process:
-            facts = {"message": str(error), "samples": error.samples}
-            (directory / "non-finite.json").write_text(json.dumps(facts, indent=1) + "\n")
+            write_json(directory / "non-finite.json", {"message": str(error), "samples": error.samples})
         raise
     run.trained.ema.apply()
     unshard(stage.module)

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from latentdiff.core.decoding import FORMATS
 from latentdiff.core.errors import DataError
 from latentdiff.data.inside import check_link, named_inside
 from latentdiff.data.source import lines_of
@@ -84,7 +85,7 @@ class Library:
         """The picture, uint8 (H, W, 4); it stays in memory, because scenes draw it again and again."""
         if row not in self._pixels:
             try:
-                with Image.open(self._files[row]) as image:
+                with Image.open(self._files[row], formats=FORMATS) as image:
                     self._pixels[row] = np.asarray(image.convert("RGBA"))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 raise DataError(f"{self._files[row].name} cannot be read ({str(error)[:80].lower()})") from None
@@ -95,7 +96,10 @@ class Library:
         """sha256 of the metadata and of all pictures."""
         digest = hashlib.sha256(self._metadata)
         for file in self._files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            try:
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+            except OSError as error:
+                raise DataError(f"{file.name} cannot be read ({(error.strerror or str(error)).lower()})") from None
         return digest.hexdigest()
 
     @cached_property

@@ -140,7 +140,7 @@ def merge_attached(networks: Networks) -> None:
 
     Raises ModelError for quantized weights.
     """
-    _check_numbers(networks)
+    check_numbers(networks)
     for carrier in _carriers(networks):
         weight = carrier.get_base_layer().weight
         doras = [name for name in carrier.active_adapters if name in carrier.lora_variant]
@@ -151,7 +151,7 @@ def merge_attached(networks: Networks) -> None:
     detach(networks)
 
 
-def _check_numbers(networks: Networks) -> None:
+def check_numbers(networks: Networks) -> None:
     """Raises ModelError for quantized weights, whose rounding would lose the change."""
     if not all(map(holds_numbers, networks.values())):
         raise ModelError("an adapter cannot be added to quantized weights: load it beside them, without fuse")
@@ -171,7 +171,7 @@ def detach(networks: Networks) -> None:
 @torch.no_grad()
 def merge(adapter: Adapter, networks: Networks, weight: float = 1.0) -> None:
     """Add an adapter of any kind to the weights. Raises ModelError while others are attached."""
-    _check_numbers(networks)
+    check_numbers(networks)
     if _carriers(networks):
         raise ModelError("adapters are attached: merge or unload them before another is merged")
     carried: dict[str, dict[str, Layer]] = {}

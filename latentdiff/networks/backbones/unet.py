@@ -24,6 +24,7 @@ from latentdiff.networks.traced import Traced, example
 
 TIME_CONDITION = "time_cond"  # an entry of the config: what joins the time, if not the guidance
 TIME_CONDITIONS = ("guidance", "until")
+WAVES = 256  # in which a U-Net reads its guidance, as the published distilled ones
 GRAPH = "unet"  # its part, and the name of its graph
 _FUSED = {"to_qkv", "to_kv"}
 
@@ -102,13 +103,13 @@ class UNet(nn.Module):
         """The condition that joins the time: `guidance`, or `until`, of which diffusers knows nothing."""
         return str(self.model.config.get(TIME_CONDITION, "guidance"))
 
-    def add_time_condition(self, name: str, width: int = 256) -> None:
-        """Add a layer that reads `guidance` or `until` as `width` waves; zeros at first, so that no output changes."""
-        layer = nn.Linear(width, self.model.config.block_out_channels[0], bias=False)
+    def add_time_condition(self, name: str) -> None:
+        """Add a layer that reads `guidance` or `until` as waves; zeros at first, so that no output changes."""
+        layer = nn.Linear(WAVES, self.model.config.block_out_channels[0], bias=False)
         nn.init.zeros_(layer.weight)
         self.model.time_embedding.cond_proj = layer.to(self.model.device, self.dtype)
         self.model.register_to_config(
-            time_cond_proj_dim=width, **({TIME_CONDITION: name} if name != "guidance" else {})
+            time_cond_proj_dim=WAVES, **({TIME_CONDITION: name} if name != "guidance" else {})
         )
 
     @property
