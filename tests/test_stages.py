@@ -200,23 +200,24 @@ def test_where_a_start_goes_on_from(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "changes_shapes"),
+    ("key", "old", "new", "changes_shapes"),
     [
-        ("denoiser.enlarging.scale 1 -> 4", True),
-        ("denoiser.enlarging.scale 2 -> 4", False),
-        ("denoiser.editing.source  -> before", True),
-        ("denoiser.editing.source a -> b", False),
-        ("consistency.objective lcm -> ect", False),
-        ("consistency.objective lcm -> mean-flow", True),
-        ("consistency.guidance_range None -> [2.0, 12.0]", True),
-        ("consistency.guidance_range [1.0, 8.0] -> [1.0, 10.0]", False),
-        ("denoiser.inpainting False -> True", True),
-        ("clip.merges 4000 -> 5000", True),
-        ("denoiser.training.seed 0 -> 1", False),
+        ("denoiser.enlarging.scale", 1, 4, True),
+        ("denoiser.enlarging.scale", 2, 4, False),
+        ("denoiser.editing.source", "", "before", True),
+        ("denoiser.editing.source", "a", "b", False),
+        ("denoiser.editing.source", "a -> ", "b", False),
+        ("consistency.objective", "lcm", "ect", False),
+        ("consistency.objective", "lcm", "mean-flow", True),
+        ("consistency.guidance_range", None, [2.0, 12.0], True),
+        ("consistency.guidance_range", [1.0, 8.0], [1.0, 10.0], False),
+        ("denoiser.inpainting", False, True, True),
+        ("clip.merges", 4000, 5000, True),
+        ("denoiser.training.seed", 0, 1, False),
     ],
 )
-def test_changes_of_shapes(change, changes_shapes):
-    assert _changes_shapes(change) is changes_shapes
+def test_changes_of_shapes(key, old, new, changes_shapes):
+    assert _changes_shapes(key, old, new) is changes_shapes
 
 
 def test_nothing_to_go_on_from(tmp_path):

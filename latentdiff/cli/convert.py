@@ -136,10 +136,15 @@ def _check_quantized(kind: str, output: Path, to: Form | None) -> None:
     check_kind(kind, "auto")
     if kind not in TYPES:
         raise ConfigError(f"a folder keeps {' or '.join(TYPES)}; {kind} is an option of generate and serve")
-    if output.suffix.lower() == ".safetensors":
-        raise ConfigError(f"quantized weights require a folder, not a single file (got {output})")
+    _check_folder(output)
     if to is Form.openvino:
         raise ConfigError("--to openvino has no quantized form. Convert without --quantize, then draw with it")
+
+
+def _check_folder(output: Path) -> None:
+    """Raises ConfigError for a single file, which cannot hold quantized weights."""
+    if output.suffix.lower() == ".safetensors":
+        raise ConfigError(f"quantized weights require a folder, not a single file (got {output})")
 
 
 def _pickle(source: Path, output: Path) -> None:
@@ -251,8 +256,8 @@ def _model(
     if vae is not None:
         pipe.load_vae(vae, as_stored=True)
     model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
-    if single and is_quantized(model):
-        raise ConfigError(f"quantized weights require a folder, not a single file (got {output})")
+    if is_quantized(model):
+        _check_folder(output)
     if quantize is not None:
         model = quantized(model, quantize)
     model = replace(model, prediction=prediction_of(request(prompt="", prediction=prediction), model))

@@ -265,7 +265,7 @@ def _finetune(
     from latentdiff.runtime.memory import keep_freed_memory
     from latentdiff.settings.finetuning import STAGE
     from latentdiff.stages.finetune import check_fits, finetune, load_settings_and_model, rehearse
-    from latentdiff.stages.run import Run, check_unchanged, checkpoints_to_resume, new_accelerator, rates_that_jump
+    from latentdiff.stages.run import new_accelerator, prepared
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
     from latentdiff.training.optim import check_optimizer
@@ -278,12 +278,11 @@ def _finetune(
         with accelerator.main_process_first():
             data = open_data(config, None if dry_run else folder / "cache")
         check_fits(model, config, data)
-        checkpoints, notes = checkpoints_to_resume(folder, [STAGE], resume)
-        changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
-        notes += rates_that_jump(config, folder, checkpoints)
-        run = Run(config, folder, accelerator, data, checkpoints, interruption)
+        run, notes = prepared(
+            config, folder, accelerator, data, [STAGE], interruption, resume=resume, allow_changed=allow_changed
+        )
         if accelerator.is_main_process:
-            terminal.note(*notes, *(f"warning: going on although {change}" for change in changed))
+            terminal.note(*notes)
         if dry_run:
             terminal.note(*rehearse(run, model))
             return []

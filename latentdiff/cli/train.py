@@ -97,14 +97,7 @@ def _train(
     from latentdiff.stages.chain import TRAIN
     from latentdiff.stages.denoiser import with_before
     from latentdiff.stages.plan import plan_of
-    from latentdiff.stages.run import (
-        Run,
-        check_trainable,
-        check_unchanged,
-        checkpoints_to_resume,
-        new_accelerator,
-        rates_that_jump,
-    )
+    from latentdiff.stages.run import check_trainable, new_accelerator, prepared
     from latentdiff.training.interruption import Interruption
     from latentdiff.training.lock import locked
     from latentdiff.training.optim import check_optimizer
@@ -121,12 +114,12 @@ def _train(
             cache = None if dry_run else folder / "cache"
             data = with_before(config, open_data(config, cache), cache)
         check_trainable(config, data, stages, accelerator.num_processes)
-        checkpoints, notes = checkpoints_to_resume(folder, [name for name in TRAIN if name in stages], resume)
-        changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
-        notes += rates_that_jump(config, folder, checkpoints)
-        run = Run(config, folder, accelerator, data, checkpoints, interruption)
+        chosen = [name for name in TRAIN if name in stages]
+        run, notes = prepared(
+            config, folder, accelerator, data, chosen, interruption, resume=resume, allow_changed=allow_changed
+        )
         if accelerator.is_main_process:
-            terminal.note(*notes, *(f"warning: going on although {change}" for change in changed), *plan_of(run))
+            terminal.note(*notes, *plan_of(run))
         if dry_run:
             return
         with locked(folder) if accelerator.is_main_process else nullcontext():

@@ -49,24 +49,24 @@ def listing(root: Path, options: Options) -> Listing:
     if layout == "auto":
         layout = "metadata" if metadata else "sidecars" if has_sidecars else "uncaptioned"
     if layout == "metadata":
-        paths, read = _by_metadata(root, files, pictures, metadata, others, options), {*metadata}
+        own, read = _by_metadata(root, files, pictures, metadata, others, options), {*metadata}
     elif layout == "sidecars":
-        paths, read = _by_sidecars(root, pictures, beside), {*beside}
+        own, read = _by_sidecars(root, pictures, beside), {*beside}
     elif layout == "drawn":
         records = [Record(name, _reader(root, name), prompts_in(root / name)) for name in pictures]
-        paths, read = Listing("drawn", records), set()
+        own, read = Listing("drawn", records), set()
     elif layout == "classes":
         records = [Record(name, _reader(root, name), (_class_of(name, root),)) for name in pictures]
-        paths, read = Listing("classes", records), set()
+        own, read = Listing("classes", records), set()
     else:
         names = [(name, *_of_folder_name(name)) for name in pictures]
         records = [Record(name, _reader(root, name), repeats=repeats, words=words) for name, words, repeats in names]
-        paths, read = Listing("uncaptioned", records), set()
-    if not paths.records:
+        own, read = Listing("uncaptioned", records), set()
+    if not own.records:
         raise DataError(f"no pictures in {root}. Known suffixes: {', '.join(sorted(SUFFIXES))}")
-    unread = sorted(set(files) - read - {record.name for record in paths.records})
+    unread = sorted(set(files) - read - {record.name for record in own.records})
     splits = (f"other splits are not read: {', '.join(sorted(others))}",) if others else ()
-    return Listing(paths.layout, paths.records, paths.orphans, (*paths.notes, *_note(unread), *splits))
+    return Listing(own.layout, own.records, own.orphans, (*own.notes, *_note(unread), *splits))
 
 
 def _other_splits(root: Path, files: list[str], options: Options) -> set[str]:

@@ -43,8 +43,8 @@ def listing(source: str, options: Options) -> Listing:
     captions = table[caption] if caption else [None] * len(table)
     records = []
     for number, text in enumerate(captions):
-        captions = captions_in({"text": text}, f"{source} row {number}")
-        records.append(Record(f"row {number}", _reader(table, number, image, root), captions))
+        own = captions_in({"text": text}, f"{source} row {number}")
+        records.append(Record(f"row {number}", _reader(table, number, image, root), own))
     if not records:
         raise DataError(f"no rows in {source}")
     return Listing("table", records, notes=_other_splits(table))

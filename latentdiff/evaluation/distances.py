@@ -44,11 +44,11 @@ def frechet_extrapolated(first: Array, second: Array, seed: int = 0) -> float:
     """The limit of the Frechet distance for many pictures: its intercept over 1 / N (Chong & Forsyth 2020)."""
     count = min(len(first), len(second))
     sizes = [int(share * count) for share in SHARES]
-    matches = []
+    distances = []
     for size in sizes:
         chosen = noise.permutation(count, seed, "frechet", size)[:size]  # paired rows
-        matches.append(frechet(first[chosen], second[chosen]))
-    return float(np.polyfit(1 / np.array(sizes), matches, 1)[1])
+        distances.append(frechet(first[chosen], second[chosen]))
+    return float(np.polyfit(1 / np.array(sizes), distances, 1)[1])
 
 
 def kernel(first: Array, second: Array) -> float:

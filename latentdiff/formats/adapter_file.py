@@ -44,11 +44,11 @@ _MATCHING_SECONDS = 1.0  # a pattern in somebody's config could take for ever
 
 def adapter_path(path: Path) -> Path:
     """The adapter file: `path` itself, or the one in this folder. Raises ModelError, UnsafeError."""
-    match = next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path
-    if not match.is_file():
+    file = next((path / name for name in NAMES if (path / name).is_file()), path) if path.is_dir() else path
+    if not file.is_file():
         raise ModelError(f"no adapter at {path}. Give a .safetensors file, or a folder with {NAMES[0]}")
-    check_safetensors(match)
-    return match
+    check_safetensors(file)
+    return file
 
 
 def read_adapter(path: Path, networks: Networks) -> Adapter:
@@ -278,13 +278,13 @@ def _entry(config: dict[str, Any], part: str, key: str) -> Any:
 def _config(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """PEFT's config: in the file's metadata, or adapter_config.json beside it. Raises ModelError."""
     if _METADATA in metadata:
-        match = json.loads(metadata[_METADATA])
+        config = json.loads(metadata[_METADATA])
     else:
         beside = file.parent / "adapter_config.json"
-        match = read_json(beside) if file.name == NAMES[1] and beside.is_file() else {}
-    if not isinstance(match, dict):
+        config = read_json(beside) if file.name == NAMES[1] and beside.is_file() else {}
+    if not isinstance(config, dict):
         raise ModelError(f"PEFT's config is not a JSON object ({file})")
-    return match
+    return config
 
 
 def save_peft(adapter: Adapter, path: Path, about: Mapping[str, str] = MappingProxyType({})) -> None:

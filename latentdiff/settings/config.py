@@ -495,17 +495,17 @@ def _check_text(config: Settings, source: str) -> None:
 
 def flat(config: Settings) -> dict[str, Any]:
     """All values by their dotted keys."""
-    fault: dict[str, Any] = {}
+    values: dict[str, Any] = {}
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
         for key, value in tree.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
             else:
-                fault[prefix + key] = value
+                values[prefix + key] = value
 
     walk(config.model_dump(), "")
-    return fault
+    return values
 
 
 def parsed_override(override: str) -> tuple[str, Any]:

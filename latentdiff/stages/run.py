@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -64,10 +64,10 @@ SHAPES = {  # settings of networks that their weights' shapes depend on
     "vectors",
 }
 WITHOUT_LAYER = {  # settings -> the values with which a network lacks a layer, or inputs, that it has with all others
-    "denoiser.enlarging.scale": ("1",),
+    "denoiser.enlarging.scale": (1,),
     "denoiser.editing.source": ("",),
     "consistency.objective": ("lcm", "ect"),
-    "consistency.guidance_range": ("None",),
+    "consistency.guidance_range": (None,),
 }
 IDENTIFIED_BY_CONTENT = (  # the identities of the pictures show their effect
     "source",
@@ -195,6 +195,28 @@ def _chosen(path: Path, stages: tuple[str, ...]) -> dict[str, Path]:
     return {own: path}
 
 
+def prepared(
+    config: AnySettings,
+    folder: Path,
+    accelerator: Accelerator,
+    data: DataSet,
+    stages: Iterable[str],
+    interruption: Interruption,
+    *,
+    resume: str,
+    allow_changed: bool,
+) -> tuple[Run[AnySettings], list[str]]:
+    """The run that goes on from its checkpoints, and messages for the user.
+
+    resume: see `checkpoints_to_resume`; allow_changed: see `check_unchanged`. Raises ModelError, ConfigError.
+    """
+    checkpoints, notes = checkpoints_to_resume(folder, stages, resume)
+    changed = check_unchanged(config, data, checkpoints, accelerator.num_processes, allow_changed)
+    notes += rates_that_jump(config, folder, checkpoints)
+    notes += [f"warning: going on although {change}" for change in changed]
+    return Run(config, folder, accelerator, data, checkpoints, interruption), notes
+
+
 def check_unchanged(
     config: Settings, data: DataSet, checkpoints: Mapping[str, Path | None], processes: int = 1, allow: bool = False
 ) -> list[str]:
@@ -202,25 +224,33 @@ def check_unchanged(
 
     allow: return the list instead.
     """
-    changes: list[str] = []
-    for stage, path in checkpoints.items():
-        if path:
-            here = _changes(load_state(path), config, data, stage, processes)
-            changes += [change for change in here if change not in changes]
-    if any(map(_changes_shapes, changes)):
+    found = [
+        change
+        for stage, path in checkpoints.items()
+        if path
+        for change in _changes(load_state(path), config, data, stage, processes)
+    ]
+    changes = list(dict.fromkeys(change.text for change in found))
+    if any(change.of_shapes for change in found):
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. The weights have other shapes: name another folder")
     if changes and not allow:
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. Use --allow-changed to accept, or another run folder")
     return changes
 
 
-def _changes_shapes(change: str) -> bool:
-    """Whether a change of a setting, "stage.key old -> new", is one of the networks' shapes."""
-    key, _, values = change.partition(" ")
+class _Change(NamedTuple):
+    """What differs from a checkpoint; of_shapes: the networks' weights then have other shapes."""
+
+    text: str
+    of_shapes: bool = False
+
+
+def _changes_shapes(key: str, old: Any, new: Any) -> bool:
+    """Whether a change of a setting is one of the networks' shapes."""
     if key == "autoencoder.kind" or key.rsplit(".", 1)[-1] in SHAPES:
         return True
     without = WITHOUT_LAYER.get(key)
-    return without is not None and len({value in without for value in values.split(" -> ")}) == 2
+    return without is not None and (old in without) != (new in without)
 
 
 def rates_that_jump(config: Settings, folder: Path, checkpoints: Mapping[str, Path | None]) -> list[str]:
@@ -241,12 +271,12 @@ def rates_that_jump(config: Settings, folder: Path, checkpoints: Mapping[str, Pa
     return jumps
 
 
-def _changes(state: Mapping[str, Any], config: Settings, data: DataSet, stage: str, processes: int) -> list[str]:
+def _changes(state: Mapping[str, Any], config: Settings, data: DataSet, stage: str, processes: int) -> list[_Change]:
     now = identity(config, stage, data)
     if state.get("stage") != stage:
         raise ModelError(f"a checkpoint of stage {state.get('stage')} lies where {stage} has its own. Move it away")
     try:
-        changes = [*_dataset_changes(state["dataset"], now["dataset"])]
+        changes = [_Change(text) for text in _dataset_changes(state["dataset"], now["dataset"])]
         batching = state["batching"]
         before = batching["batch_size"] * batching["accumulation_steps"] * batching["processes"]
         settings = {key: _plain(value) for key, value in now["config"].items()}
@@ -256,8 +286,9 @@ def _changes(state: Mapping[str, Any], config: Settings, data: DataSet, stage: s
         raise ModelError(f"a checkpoint of {stage} is damaged (state.json: {error})") from None
     training = getattr(config, stage).training
     batch = training.train_batch_size * training.gradient_accumulation_steps * processes
-    changes += [f"{key} {old.get(key)} -> {settings.get(key)}" for key in keys if key != "data.count"]
-    return changes + ([f"{stage} batch {before} -> {batch}"] if before != batch else [])
+    for key, was, new in ((key, old.get(key), settings.get(key)) for key in keys if key != "data.count"):
+        changes.append(_Change(f"{key} {was} -> {new}", _changes_shapes(key, was, new)))
+    return changes + ([_Change(f"{stage} batch {before} -> {batch}")] if before != batch else [])
 
 
 def _dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Sequence[str]:
