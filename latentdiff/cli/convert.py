@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,9 +100,8 @@ def convert(
     elif adapter:
         _adapter(source, output, adapter, model)
     else:
-        _model(
-            source, output, dtype, variant, vae, prediction, base, part or [], quantize, exporting=to is Form.openvino
-        )
+        exporting = to is Form.openvino
+        _model(source, output, _Change(dtype, variant, vae, prediction, base, part or [], quantize, exporting))
     terminal.result(output)
 
 
@@ -203,71 +202,91 @@ def _tell(differences: dict[str, float]) -> None:
         terminal.note(f"{part}: differs from torch by {difference:.1e} of its largest value")
 
 
-def _model(
-    source: Path,
-    output: Path,
-    dtype: Precision | None,
-    variant: str | None,
-    vae: Path | None,
-    prediction: str | None,
-    base: Path | None,
-    parts: list[Path],
-    quantize: str | None,
-    *,
-    exporting: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Change:
+    """What becomes different in a model; None for what stays. base, parts: see `families.parts.joined`."""
+
+    dtype: Precision | None
+    variant: str | None
+    vae: Path | None
+    prediction: str | None
+    base: Path | None
+    parts: list[Path]
+    quantize: str | None
+    exporting: bool
+
+    @property
+    def is_of_precision_alone(self) -> bool:
+        """Whether only the numbers of a folder's weights change, if anything does."""
+        others = (self.variant, self.vae, self.prediction, self.base, self.quantize)
+        return not self.exporting and all(value is None for value in others)
+
+
+def _model(source: Path, output: Path, change: _Change) -> None:
+    """Write a model in another form. Raises ConfigError, ModelError, UnsafeError."""
+    from latentdiff.formats.folder import quantized_parts
+
+    if change.base is not None and output.resolve().is_relative_to(change.base.resolve()):
+        raise ConfigError(f"{output} lies inside {change.base}. Choose another folder")
+    if change.parts and change.base is None:
+        raise ConfigError("--part requires --base: the folder that has the tokenizers")
+    single = output.suffix.lower() == ".safetensors"
+    # a model with quantized weights is loaded, since they and other weights share a file
+    if source.is_dir() and not single and change.is_of_precision_alone and not quantized_parts(source):
+        _rewritten(source, output, change.dtype)
+        return
+    model = _changed(source, output, change)
+    _save(model, output, exporting=change.exporting)
+    if single and source.is_dir():
+        height, width = model.card.size
+        terminal.note(f"note: a single file holds no size ({width}x{height}) and no recommended settings")
+
+
+def _rewritten(source: Path, output: Path, dtype: Precision | None) -> None:
+    """Write a folder in another precision, part by part: no network is built."""
+    import torch
+
+    from latentdiff.families.convert import convert_folder
+
+    if dtype is None:
+        raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
+    convert_folder(source, output, getattr(torch, dtype.value))
+
+
+def _changed(source: Path, output: Path, change: _Change) -> Any:
+    """The model with all that changes but its form on disk."""
     import torch
 
     from latentdiff.drawing.painter import prediction_of
     from latentdiff.drawing.request import request
-    from latentdiff.families.convert import convert_folder
-    from latentdiff.families.loading import save_model, stored_model
-    from latentdiff.families.original import save_single_file
-    from latentdiff.formats.folder import quantized_parts
+    from latentdiff.families.loading import stored_model
     from latentdiff.pipeline import LatentDiffusionPipeline
     from latentdiff.runtime.device import moved
-    from latentdiff.runtime.export import export
     from latentdiff.runtime.quantized import is_quantized, quantized
 
-    if base is not None and output.resolve().is_relative_to(base.resolve()):
-        raise ConfigError(f"{output} lies inside {base}. Choose another folder")
-    if parts and base is None:
-        raise ConfigError("--part requires --base: the folder that has the tokenizers")
-    single = output.suffix.lower() == ".safetensors"
-    precision = None if dtype is None else getattr(torch, dtype.value)
-    if (
-        source.is_dir()
-        and base is None
-        and not single
-        and variant is None
-        and vae is None
-        and prediction is None
-        and quantize is None
-        and not exporting
-        and not quantized_parts(source)  # quantized and other weights share a file
-    ):
-        if precision is None:
-            raise ConfigError(f"{source} is a folder already: say what is to change (--dtype), or name a .safetensors")
-        convert_folder(source, output, precision)
-        return
+    base, variant = change.base, change.variant
     pipe = LatentDiffusionPipeline(
-        stored_model(source, variant) if base is None else _joined(source, parts, base, variant)
+        stored_model(source, variant) if base is None else _joined(source, change.parts, base, variant)
     )
-    if vae is not None:
-        pipe.load_vae(vae, as_stored=True)
-    model = pipe.model if precision is None else moved(pipe.model, dtype=precision)
+    if change.vae is not None:
+        pipe.load_vae(change.vae, as_stored=True)
+    model = pipe.model if change.dtype is None else moved(pipe.model, dtype=getattr(torch, change.dtype.value))
     if is_quantized(model):
         _check_folder(output)
-    if quantize is not None:
-        model = quantized(model, quantize)
-    model = replace(model, prediction=prediction_of(request(prompt="", prediction=prediction), model))
+    if change.quantize is not None:
+        model = quantized(model, change.quantize)
+    return replace(model, prediction=prediction_of(request(prompt="", prediction=change.prediction), model))
+
+
+def _save(model: Any, output: Path, *, exporting: bool) -> None:
+    from latentdiff.families.loading import save_model
+    from latentdiff.families.original import save_single_file
+    from latentdiff.runtime.export import export
+
     with atomic(output) as made:
-        (save_single_file if single else save_model)(model, made)
+        (save_single_file if output.suffix.lower() == ".safetensors" else save_model)(model, made)
         if exporting:
             _tell(export(model, made))
-    if single and source.is_dir():
-        height, width = model.card.size
-        terminal.note(f"note: a single file holds no size ({width}x{height}) and no recommended settings")
 
 
 def _joined(source: Path, parts: list[Path], base: Path, variant: str | None) -> Any:
