@@ -9,10 +9,11 @@ from typing import Any
 
 from latentdiff.core.errors import ModelError
 from latentdiff.families.card import model_card
+from latentdiff.families.sampling import FLOW
 from latentdiff.families.scheduler import read_scheduler
 from latentdiff.model import EMPTY, Family, Model, TorchPlace
 
-SCHEDULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+SCHEDULER = ["diffusers", FLOW]
 
 
 def assembled(

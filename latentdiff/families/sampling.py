@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from latentdiff.diffusion.samplers import SAMPLERS, sampler_of
 
-_FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW = "FlowMatchEulerDiscreteScheduler"
 _OTHERWISE = "dpmpp_2m"  # of classes without a sampler of ours
 _OPEN = {"leading": "leading_open", "linspace": "linspace_open"}  # of multistep solvers
 _EXACT = {"linspace": "linspace_exact"}  # of solvers by ratio, whose default is linspace
@@ -26,7 +26,7 @@ _GRIDS: dict[str, tuple[str, Mapping[str, str]]] = {  # class -> its default spa
     "DEISMultistepScheduler": ("linspace", _OPEN),
     "LCMScheduler": ("leading", _LCM),
     "TCDScheduler": ("leading", _LCM),
-    _FLOW: ("trailing", {}),
+    FLOW: ("trailing", {}),
 }
 _THEIRS = {ours: theirs for grids in (_OPEN, _EXACT, {"leading": "distilled"}) for theirs, ours in grids.items()}
 _SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
@@ -102,7 +102,7 @@ def sampling_of(config: Mapping[str, Any]) -> Sampling:
         notes.append("skip_prk_steps=False")
     by_ratio = sampler is not None and SAMPLERS[sampler].by_ratio
     usual, ours = _GRIDS.get(name, ("linspace", _EXACT) if by_ratio else ("leading", {}))
-    is_flow = name == _FLOW or config.get("use_flow_sigmas")
+    is_flow = name == FLOW or config.get("use_flow_sigmas")
     stated = "trailing" if is_flow else str(config.get("timestep_spacing") or usual)
     spacing = ours.get(stated, stated if stated in ("leading", "linspace", "trailing") else "trailing")
     if name in ("DDIMScheduler", "PNDMScheduler") and stated == "linspace":

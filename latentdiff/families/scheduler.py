@@ -12,12 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from latentdiff.core.errors import ConfigError, ModelError, raised_as
 from latentdiff.core.text import one_line
 from latentdiff.diffusion.path import ByTokens, Path, Straight, VariancePreserving
-from latentdiff.families.sampling import Sampling, sampling_of, scheduler_of
+from latentdiff.families.sampling import FLOW, Sampling, sampling_of, scheduler_of
 from latentdiff.model import Model
 from latentdiff.settings.validation import first_fault
 
 FILE = "scheduler/scheduler_config.json"
-_FLOW = "FlowMatchEulerDiscreteScheduler"
 _KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _DISTILLED = {  # samplers of distilled models, which draw from other levels
     "lcm": {"_class_name": "LCMScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
@@ -74,7 +73,7 @@ class _Config(BaseModel):
     @property
     def is_flow(self) -> bool:
         """Whether the path is straight."""
-        return self.class_name == _FLOW or bool(self.use_flow_sigmas)
+        return self.class_name == FLOW or bool(self.use_flow_sigmas)
 
     @property
     def prediction(self) -> str:
@@ -160,7 +159,7 @@ def _path(config: _Config, file: FilePath) -> Path:
 
 def _straight(config: _Config) -> Straight:
     T = config.num_train_timesteps
-    if config.class_name != _FLOW:
+    if config.class_name != FLOW:
         return Straight(config.flow_shift or 1.0, T=T)
     if not config.use_dynamic_shifting:
         return Straight(config.shift, T=T, terminal=config.shift_terminal)
@@ -228,7 +227,7 @@ def _solver_config(path: Straight, sampler: str) -> dict[str, Any]:
 
 
 def _flow_config(path: Straight, prediction: str) -> dict[str, Any]:
-    config: dict[str, Any] = {"_class_name": _FLOW, "num_train_timesteps": path.T, "prediction_type": prediction}
+    config: dict[str, Any] = {"_class_name": FLOW, "num_train_timesteps": path.T, "prediction_type": prediction}
     config |= {} if path.terminal is None else {"shift_terminal": path.terminal}
     if path.growth is None:
         return config | {"shift": path.shift, "use_dynamic_shifting": False}
