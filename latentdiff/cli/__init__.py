@@ -28,7 +28,7 @@ from latentdiff.cli import (
     terminal,
     train,
 )
-from latentdiff.core.errors import Interrupted, LatentDiffError, ResourceError
+from latentdiff.core.errors import TOO_LARGE, Interrupted, LatentDiffError, ResourceError, is_out_of_memory
 
 app = typer.Typer(
     name="latentdiff",
@@ -115,9 +115,8 @@ def _fail_by_message(error: Exception) -> None:
             terminal.note(*usage().split("\n"))
             sys.exit(2)
         _fail(usage().replace("Input should be ", "must be ").replace("greater than or equal to", "at least"), 2)
-    # a class of its own on a GPU; on a CPU a RuntimeError with these words
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        _fail("out of memory. Draw fewer or smaller pictures at once", ResourceError.exit_code)
+    if is_out_of_memory(error):
+        _fail(TOO_LARGE, ResourceError.exit_code)
 
 
 def _catch_signals() -> None:

@@ -65,6 +65,14 @@ class Interrupted(BaseException):
         self.exit_code = 128 + number
 
 
+TOO_LARGE = "out of memory. Draw fewer or smaller pictures at once"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch had too little memory: on a GPU an error of a class of its own, on a CPU one with these words."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def raised_as(kind: type[LatentDiffError], what: str) -> Iterator[None]:
     """Turn any error of a library into one line, `what: reason`. Our own errors pass."""

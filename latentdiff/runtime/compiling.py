@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from latentdiff.core import cache as user_cache
-from latentdiff.core.errors import ModelError, ResourceError, loading
+from latentdiff.core.errors import TOO_LARGE, ModelError, ResourceError, loading
 from latentdiff.runtime.graphs import FOLDER, WEIGHT, Changed, Exported, Stored, file_of, named
 
 SHAPES = 4  # compiled versions of a graph in memory, each with its own weights; the oldest is dropped
@@ -213,7 +213,7 @@ def _memory_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if any(words in str(error) for words in ("Failed to allocate", "bad_alloc", "std::length_error")):
-            raise ResourceError("out of memory. Draw fewer or smaller pictures at once") from error
+            raise ResourceError(TOO_LARGE) from error
         raise
 
 

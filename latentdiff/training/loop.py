@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from latentdiff.core.errors import NonFiniteError, ResourceError
+from latentdiff.core.errors import NonFiniteError, ResourceError, is_out_of_memory
 from latentdiff.training.ema import Ema
 from latentdiff.training.loader import Batch, batches_of
 
@@ -161,7 +161,7 @@ def _backward(
                 accelerator.backward(loss.mean() * (_size(part) / samples))
             losses.append(loss.detach().reshape(-1))
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return None
     return losses
