@@ -105,9 +105,14 @@ def convert(
     terminal.result(output)
 
 
+def _is_single(output: Path) -> bool:
+    """Whether the output is a single file, not a folder."""
+    return output.suffix.lower() == ".safetensors"
+
+
 def _check_output(output: Path, to: Form | None, of_models: str | None, *, of_file: bool) -> None:
     """Raises ConfigError if the output's kind does not fit, or a model option is given for an adapter or a pickle."""
-    single = output.suffix.lower() == ".safetensors"
+    single = _is_single(output)
     of_file = of_file or to in (Form.peft, Form.kohya)
     if of_file and to is not Form.openvino and not single:
         raise ConfigError(f"the output is a file: name it {output}.safetensors")
@@ -142,7 +147,7 @@ def _check_quantized(kind: str, output: Path, to: Form | None) -> None:
 
 def _check_folder(output: Path) -> None:
     """Raises ConfigError for a single file, which cannot hold quantized weights."""
-    if output.suffix.lower() == ".safetensors":
+    if _is_single(output):
         raise ConfigError(f"quantized weights require a folder, not a single file (got {output})")
 
 
@@ -230,10 +235,10 @@ def _model(source: Path, output: Path, change: _Change) -> None:
         raise ConfigError(f"{output} lies inside {change.base}. Choose another folder")
     if change.parts and change.base is None:
         raise ConfigError("--part requires --base: the folder that has the tokenizers")
-    single = output.suffix.lower() == ".safetensors"
+    single = _is_single(output)
     # a model with quantized weights is loaded, since they and other weights share a file
     if source.is_dir() and not single and change.is_of_precision_alone and not quantized_parts(source):
-        _rewritten(source, output, change.dtype)
+        _rewrite(source, output, change.dtype)
         return
     model = _changed(source, output, change)
     _save(model, output, exporting=change.exporting)
@@ -242,7 +247,7 @@ def _model(source: Path, output: Path, change: _Change) -> None:
         terminal.note(f"note: a single file holds no size ({width}x{height}) and no recommended settings")
 
 
-def _rewritten(source: Path, output: Path, dtype: Precision | None) -> None:
+def _rewrite(source: Path, output: Path, dtype: Precision | None) -> None:
     """Write a folder in another precision, part by part: no network is built."""
     import torch
 
@@ -284,7 +289,7 @@ def _save(model: Any, output: Path, *, exporting: bool) -> None:
     from latentdiff.runtime.export import export
 
     with atomic(output) as made:
-        (save_single_file if output.suffix.lower() == ".safetensors" else save_model)(model, made)
+        (save_single_file if _is_single(output) else save_model)(model, made)
         if exporting:
             _tell(export(model, made))
 

@@ -247,9 +247,8 @@ def generate(
     process = Process.of_launcher()
     _check_seed(entries, common, resume, process)
     entries = varied(entries, axes, common)
-    requests = _requests(
-        entries, common, shown=bool(controls or prompt_pictures)
-    )  # refused before any library or weight is loaded
+    # refused before any library or weight is loaded
+    requests = _requests(entries, common, shown=bool(controls or prompt_pictures))
     check_target(output, sum(request.num_images for request in requests), resume=resume)
     _check_used(requests, weaker, clip)
     if steps_gif and cascade:

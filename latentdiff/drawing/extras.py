@@ -62,9 +62,18 @@ def adaptable_networks(model: Model) -> dict[str, nn.Module]:
 
 
 def with_adapter(
-    painter: Painter, path: Path, *, name: str | None = None, weight: float = 1.0, merged: bool = False
+    painter: Painter,
+    path: Path,
+    *,
+    name: str | None = None,
+    weight: float = 1.0,
+    merged: bool = False,
+    may_have_words: bool = True,
 ) -> tuple[Painter, Fit]:
-    """Attach an adapter beside the networks, or merge it into their weights. Raises ModelError, ConfigError."""
+    """Attach an adapter beside the networks, or merge it into their weights. Raises ModelError, ConfigError.
+
+    may_have_words: no for a student of few steps, whose words would have no record.
+    """
     from latentdiff.formats import adapter_file
     from latentdiff.networks.adapters import attached
 
@@ -76,6 +85,8 @@ def with_adapter(
     networks = adaptable_networks(painter.model)
     with LOADING:
         adapter = adapter_file.read_adapter(path, networks)
+    if adapter.words and not may_have_words:
+        raise ModelError(f"a student of few steps cannot have learnt words ({', '.join(adapter.words)} in {file})")
     bundled = [_words(painter, state, file, _free(painter, word)) for word, state in adapter.words.items()]
     with LOADING:
         if merged:
@@ -111,13 +122,7 @@ def source_of_few_steps(file: Path) -> Source:
 
 def with_few_steps(painter: Painter, file: Path) -> tuple[Painter, Fit]:
     """Merge a model's student of few steps into the weights. Raises ModelError."""
-    from latentdiff.formats import adapter_file
-
-    with LOADING:
-        words = adapter_file.read_adapter(file, adaptable_networks(painter.model)).words
-    if words:
-        raise ModelError(f"a student of few steps cannot have learnt words ({', '.join(words)} in {file})")
-    student, fit = with_adapter(painter, file, name=FEW_STEPS, merged=True)
+    student, fit = with_adapter(painter, file, name=FEW_STEPS, merged=True, may_have_words=False)
     return replace(student, sources=painter.sources).with_source("few-steps", source_of_few_steps(file)), fit
 
 

@@ -224,14 +224,14 @@ def check_unchanged(
 
     allow: return the list instead.
     """
-    found = [
+    differences = [
         change
         for stage, path in checkpoints.items()
         if path
         for change in _changes(load_state(path), config, data, stage, processes)
     ]
-    changes = list(dict.fromkeys(change.text for change in found))
-    if any(change.of_shapes for change in found):
+    changes = list(dict.fromkeys(change.text for change in differences))
+    if any(change.of_shapes for change in differences):
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. The weights have other shapes: name another folder")
     if changes and not allow:
         raise ConfigError(f"cannot resume: {'; '.join(changes)}. Use --allow-changed to accept, or another run folder")
