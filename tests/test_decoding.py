@@ -27,7 +27,7 @@ def composited(color, alpha, background=(255, 255, 255)):
 def test_colour_as_it_is(kind):
     decoded = decode(encoded(Image.fromarray(COLOR), kind, **({"lossless": True} if kind == "webp" else {})))
     assert np.array_equal(decoded.pixels, COLOR)
-    assert (decoded.mode, decoded.frames) == ("RGB", 1)
+    assert (decoded.mode, decoded.is_animated) == ("RGB", False)
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 30)])
@@ -130,7 +130,7 @@ def test_animations_give_their_first_frame(kind):
     frames = [Image.new("RGB", (8, 6), color) for color in ("red", "green", "blue", "white")]
     options = {"lossless": True} if kind == "webp" else {}
     decoded = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
-    assert decoded.frames == 4
+    assert decoded.is_animated
     assert np.array_equal(decoded.pixels, np.broadcast_to(np.uint8([255, 0, 0]), (6, 8, 3)))
 
 

@@ -1,5 +1,6 @@
 """`latentdiff serve`: OpenAI's images API by its own client, the queue, and what is refused."""
 
+import asyncio
 import base64
 import io
 import json
@@ -17,8 +18,14 @@ import openai
 import pytest
 from PIL import Image
 
+from latentdiff.core.errors import TOO_LARGE
+from latentdiff.drawing.draw import Drawing, canvas_of, jobs_of
 from latentdiff.drawing.record import read_metadata
+from latentdiff.server import run
 from latentdiff.server.guard import LOOPBACK, Limits, names_of
+from latentdiff.server.shelf import Shelf, Wanted
+from latentdiff.server.studio import Studio
+from latentdiff.server.work import FullError, Ticket, Worker
 
 from .conftest import ROOT
 from .forked import Started
@@ -39,6 +46,12 @@ def connections(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", noted)
     return hosts
+
+
+def make_jobs(pipe):
+    """One picture to be drawn."""
+    request = pipe.request("a", **QUICK)
+    return jobs_of(pipe.model, request, canvas_of(pipe.model, request, None, None))
 
 
 def decoded(item):
@@ -141,6 +154,16 @@ def test_what_is_ignored_is_named(served):
     answer = served.post("/v1/images/generations", body)
     names = "output_compression, partial_images, quality, user"
     assert (answer.status_code, answer.headers["x-ignored"]) == (200, names)
+    body = {"prompt": "a ring", "response_format": "url", "output_format": "jpeg", "a\r\nset-cookie: b": 1, **QUICK}
+    answer = served.post("/v1/images/generations", body)
+    assert (answer.status_code, answer.headers["x-ignored"]) == (200, "a??set-cookie: b, output_format")
+    assert answer.json()["data"][0]["url"].endswith(".png")
+
+
+def test_an_answer_says_what_its_pictures_are(served):
+    answer = served.client().images.generate(prompt="a ring", output_format="webp", size="64x48", extra_body=QUICK)
+    facts = (answer.size, answer.output_format, answer.background, answer.usage.total_tokens)
+    assert facts == ("64x48", "webp", "opaque", 0)
 
 
 # the queue
@@ -189,6 +212,60 @@ def test_a_full_queue_refuses(tiny, tmp_path):
         server.studio.worker.stop()
         for thread in threads:
             thread.join()
+
+
+def test_cancelled_pictures_leave_room(tiny, tmp_path):
+    """Before the worker has come to them."""
+    job = make_jobs(tiny)[0]
+
+    async def submit(worker):
+        tickets = [worker.submit(Ticket(tiny.painter, [job] * 4, "me")) for _ in range(2)]
+        with pytest.raises(FullError, match="8 of your pictures wait"):
+            worker.submit(Ticket(tiny.painter, [job], "me"))
+        tickets[0].cancelled = True
+        worker.submit(Ticket(tiny.painter, [job] * 4, "me"))
+        with pytest.raises(FullError, match="8 pictures wait"):
+            worker.submit(Ticket(tiny.painter, [job] * 3, "you"))
+
+    asyncio.run(submit(Worker(None, most=10, most_of_one=8)))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), TOO_LARGE),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), TOO_LARGE),
+        (KeyError("/home/me"), "the server failed (KeyError); its log says where"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/sdapi/v1/txt2img", "/api/draw", "/v1/models"])
+def test_failures_are_answered_in_the_same_form(served, monkeypatch, error, message, path):
+    """In the worker, in a stream and in a route; the next request is served."""
+
+    def failed(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Drawing, "finish", failed)
+        patch.setattr(Shelf, "names", failed) if path == "/v1/models" else None
+        if path == "/api/draw":
+            answer = served.post(path, {"settings": {"prompt": "a", **QUICK}})
+            assert json.loads(answer.text.splitlines()[-1]) == {"kind": "error", "message": message}
+        else:
+            answer = get(served.address + path) if path == "/v1/models" else served.post(path, {"prompt": "a", **QUICK})
+            assert (answer.status_code, answer.json()["error"]["message"]) == (500, message)
+            assert answer.json().get("detail") == (message if path.startswith("/sdapi") else None)
+    assert served.post("/v1/images/generations", {"prompt": "a", **QUICK}).status_code == 200
+
+
+def test_previews_are_decoded_as_the_picture(served, monkeypatch):
+    """In tiles, if the request asks for them."""
+    codec, tiled = served.studio.shelf.take(Wanted("scenes-tiny")).model.codec, []
+    decode = codec.decode
+    monkeypatch.setattr(codec, "decode", lambda latents: tiled.append(codec.vae.use_tiling) or decode(latents))
+    body = {"prompt": "a", "stream": True, "partial_images": 2, "vae_tiling": True, **QUICK}
+    assert served.post("/v1/images/generations", body).status_code == 200
+    assert tiled == [True] * 3
 
 
 def test_what_is_before_a_ticket_counts_what_is_being_drawn(tiny, tmp_path):
@@ -397,6 +474,7 @@ def test_a_token(tiny, tmp_path):
             (None, 401),
             ("Bearer wrong", 401),
             ("Basic !!!", 401),
+            ("Basic é".encode("latin-1"), 401),
             ("Bearer long enough", 200),
             (f"Basic {good}", 200),
         ):
@@ -414,6 +492,52 @@ def test_large_and_slow_bodies(tiny, tmp_path):
             head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
             slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        assert 'latentdiff_refused_total{status="413"} 1.0' in get(f"{server.address}/metrics").text
+
+
+def test_bodies_of_all_requests_are_bounded(tiny, tmp_path):
+    """While one request is drawn, another one's body finds no room."""
+    with Served(tiny, tmp_path / "out", limits=Limits(body=1000, bodies=1000)) as server:
+        body = {"prompt": "x" * 600, "num_inference_steps": 1000, "stream": True}
+        with stream("POST", f"{server.address}/v1/images/generations", json=body, timeout=60) as answer:
+            assert answer.status_code == 200
+            assert server.post("/v1/images/generations", {"prompt": "x" * 600}).status_code == 503
+            assert server.post("/v1/images/generations", {"prompt": ""}).status_code == 422
+        wait_for(lambda: not server.studio.worker.current())
+        assert server.post("/v1/images/generations", {"prompt": "x" * 600, **QUICK}).status_code == 200
+
+
+def test_connections_without_a_whole_request_are_closed(tiny, tmp_path, monkeypatch):
+    """Also after a first request; what is being answered is not closed."""
+    monkeypatch.setattr(run, "IDLE", 0.5)
+    studio = Studio(Shelf(tiny, lambda *_: tiny), tmp_path / "out")
+    listener = run.listening("127.0.0.1", 0)
+    address = listener.getsockname()
+    thread = threading.Thread(target=run.serve, args=(studio, listener, LOOPBACK, None), daemon=True)
+    thread.start()
+    head = f"GET /health HTTP/1.1\r\nHost: 127.0.0.1:{address[1]}\r\n"
+    body = json.dumps({"prompt": "a", "num_inference_steps": 60})
+    ask = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1:{address[1]}\r\nContent-Type: application/json\r\n"
+    with (
+        socket.create_connection(address) as empty,
+        socket.create_connection(address) as half,
+        socket.create_connection(address) as drawn,
+    ):
+        drawn.sendall(f"{ask}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        half.sendall(f"{head}\r\n".encode())
+        assert half.recv(1000).startswith(b"HTTP/1.1 200")
+        half.sendall(head.encode())
+        for each in (empty, half):
+            each.settimeout(30)
+            while each.recv(1000):
+                pass
+        drawn.settimeout(60)
+        assert drawn.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_a_wrong_method_names_the_right_one(served):
+    answer = get(f"{served.address}/v1/images/generations")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
 def test_health_and_metrics(served):

@@ -1,5 +1,6 @@
 """A1111's API, by the client that people use for it."""
 
+import asyncio
 import base64
 import io
 import json
@@ -15,10 +16,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.annotators import canny
-from latentdiff.drawing.draw import Drawing
+from latentdiff.drawing.draw import Drawing, canvas_of, jobs_of
 from latentdiff.drawing.record import parameters_text
 from latentdiff.networks.controls.controlnet import ControlNet
+from latentdiff.server.controls import controls_of
 from latentdiff.server.shelf import Shelf
+from latentdiff.server.work import PictureFile, Ticket, Worker
 
 from .serving import PROMPT, Served, png, post
 
@@ -189,18 +192,55 @@ def test_a_token_as_a_password(tiny, tmp_path):
         ("png-info", {"image": "!"}, "a picture must be in base64"),
         ("png-info", {"image": "AAAA"}, "not an image: starts with 00 00 00"),
         ("extra-single-image", {"image": SMALL, "upscaling_resize": 1e9, "upscaler_1": "Lanczos"}, "and at most 16"),
-        ("options", {"sd_model_checkpoint": "/etc/passwd"}, "is not served here"),
+        ("options", {"sd_model_checkpoint": "/etc/passwd"}, "unknown model '/etc/passwd'; one of"),
     ],
 )  # fmt: skip
 def test_what_is_refused(served, path, body, message):
     answer = served.post(f"/sdapi/v1/{path}", body)
-    assert (answer.status_code, message in answer.text) == (422, True), answer.text
+    assert (answer.status_code, message in answer.json()["detail"]) == (422, True), answer.text
 
 
 def test_unknown_settings_are_named(served):
     body = {"prompt": "a", "steps": 1, "stepz": 9, "s_min_uncond": 0, "mask_image": "x", "bé": 1}
     answer = served.post("/sdapi/v1/txt2img", body)
     assert (answer.status_code, answer.headers["x-ignored"]) == (200, "b?, mask_image, stepz")
+    answer = served.post(
+        "/sdapi/v1/extra-single-image", {"image": SMALL, "gfpgan_visibility": 1, "codeformer_weight": 0}
+    )
+    assert (answer.status_code, answer.headers["x-ignored"]) == (200, "gfpgan_visibility")
+    controls = controls_of(unit(image=SMALL, model="edges", pixel_perfect=True, resize_mode=0)["alwayson_scripts"])
+    assert controls.unread == ("controlnet.pixel_perfect",)
+
+
+def test_progress_is_that_of_the_own_pictures(tiny, tmp_path):
+    """Two clients whose pictures share a batch see their own; a third sees nothing, and cancels nothing."""
+    request = tiny.request("a", num_inference_steps=2, seed=1, num_images=2, batch_size=2)
+    jobs = jobs_of(tiny.model, request, canvas_of(tiny.model, request, None, None))
+    seen = {}
+
+    async def ask(worker):
+        tickets = [worker.submit(Ticket(tiny.painter, [job], f"{n}", interruptible=True)) for n, job in enumerate(jobs)]
+
+        def look(image, record):
+            if not seen:
+                seen.update({n: (worker.current(f"{n}"), worker.preview(f"{n}")) for n in range(3)})
+                worker.interrupt("2")
+                worker.interrupt("1")
+            return PictureFile("a.png", b"")
+
+        worker._finish = look
+        worker.start()
+        async for _ in tickets[0].events():
+            pass
+        return tickets
+
+    worker = Worker(None)
+    first, second = asyncio.run(ask(worker))
+    worker.stop()
+    assert (seen[0][0], seen[1][0], seen[2]) == ([first], [second], ([], None))
+    own, other = (np.asarray(seen[n][1]) for n in (0, 1))
+    assert (own != other).any()
+    assert (first.cancelled, second.cancelled) == (False, True)
 
 
 def test_a_transparent_mask_redraws_nothing_there(served, tiny, photo):
@@ -242,7 +282,7 @@ def test_a_picture_that_is_interrupted_while_it_is_decoded(tiny, tmp_path, monke
         finish = Drawing.finish
 
         def interrupted(self, *arguments):
-            server.studio.worker.interrupt()
+            server.studio.worker.interrupt("127.0.0.1")
             return finish(self, *arguments)
 
         monkeypatch.setattr(Drawing, "finish", interrupted)

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.core.errors import ConfigError, ModelError
+from latentdiff.core.errors import ConfigError, ModelError, ResourceError
 from latentdiff.drawing.files import write_pictures
 from latentdiff.drawing.request import LONGEST_PROMPT
 from latentdiff.server import studio
@@ -162,6 +162,33 @@ def test_a_model_that_does_not_load_costs_no_other_its_place(tiny, places):
             shelf.take(Wanted("other"))
     assert opens == [places[0] / "other"]
     assert shelf.loaded(Wanted("scenes-tiny")) is tiny
+
+
+def test_a_model_is_loaded_again_when_a_file_of_it_changes(tiny, places, tmp_path):
+    """Weights that are replaced, and a file that was missing; memory that ran out is tried again in any case."""
+    shutil.copytree(places[0] / "other", tmp_path / "other")
+    opens, fails = [], [ModelError("no weights"), ResourceError("out of memory")]
+
+    def open_(path, torch):
+        opens.append(path)
+        if fails:
+            raise fails.pop(0)
+        return LatentDiffusionPipeline(tiny.model)
+
+    shelf = Shelf(tiny, open_, tmp_path)
+    for error in (ModelError, ModelError):
+        with pytest.raises(error):
+            shelf.take(Wanted("other"))
+    (tmp_path / "other" / "unet" / "more.safetensors").touch()
+    with pytest.raises(ResourceError):
+        shelf.take(Wanted("other"))
+    first = shelf.take(Wanted("other"))
+    assert shelf.take(Wanted("other")) is first
+    weights = tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    assert shelf.loaded(Wanted("other")) is None
+    assert shelf.take(Wanted("other")) is not first
+    assert len(opens) == 4
 
 
 def test_two_models_of_one_name_are_refused(tiny, tmp_path, tiny_model):

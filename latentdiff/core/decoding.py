@@ -39,12 +39,12 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels, with Pillow's names of the file's colour mode and format, and its number of frames."""
+    """Pixels, Pillow's names of the file's colour mode and format, and whether it has more than one frame."""
 
     pixels: np.ndarray
     mode: str
     format: str
-    frames: int
+    is_animated: bool
 
 
 def decode(data: bytes, background: Color = WHITE, max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -90,12 +90,12 @@ def _decoded(image: Image.Image, background: Color, max_pixels: int) -> Decoded:
         raise DataError(f"{width} x {height} are more than {max_pixels:,} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise DataError(f"{width} x {height} is longer than {MAX_ASPECT:g} to 1")
-    mode, kind, frames = image.mode, image.format or "?", getattr(image, "n_frames", 1)
-    if kind == "MPO":
-        frames = 1  # a camera's JPEG with a second view or a preview
+    mode, kind = image.mode, image.format or "?"
+    # a count of frames would read the whole file; MPO is a camera's JPEG with a second view or a preview
+    is_animated = kind != "MPO" and bool(getattr(image, "is_animated", False))
     image.load()
     upright = ImageOps.exif_transpose(image)
-    return Decoded(rgb(upright, background), mode, kind, frames)
+    return Decoded(rgb(upright, background), mode, kind, is_animated)
 
 
 def rgb(image: Image.Image, background: Color = WHITE) -> np.ndarray:

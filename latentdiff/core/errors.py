@@ -69,8 +69,9 @@ TOO_LARGE = "out of memory. Draw fewer or smaller pictures at once"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch had too little memory: on a GPU an error of a class of its own, on a CPU one with these words."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether memory ran out: torch has an error of its own for a GPU, and for a CPU one with these words."""
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or "can't allocate memory" in str(error)
 
 
 @contextmanager

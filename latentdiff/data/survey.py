@@ -29,19 +29,19 @@ from latentdiff.data.buckets import Size
 from latentdiff.data.memo import read_memo, write_memo
 from latentdiff.data.source import Listing, Record
 
-_RULES = f"1, Pillow {PIL.__version__}"  # the facts below depend on these and on the bytes
+_RULES = f"2, Pillow {PIL.__version__}"  # the facts below depend on these and on the bytes
 QUARANTINED = '{"name": '  # how lines about faults begin
 _AT_ONCE = 256  # pictures in memory: a stream's hold their bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The result of decoding: upright size, colour mode, format and frames, or why a picture cannot be used."""
+    """The result of decoding: upright size, colour mode, format, or why a picture cannot be used."""
 
     size: Size = (0, 0)
     mode: str = ""
     format: str = ""
-    frames: int = 1
+    is_animated: bool = False
     fault: str = ""
 
 
@@ -204,7 +204,7 @@ def _facts(data: bytes, max_pixels: int) -> Facts:
     except DataError as error:
         return Facts(fault=str(error))
     height, width = decoded.pixels.shape[:2]
-    return Facts((height, width), decoded.mode, decoded.format, decoded.frames)
+    return Facts((height, width), decoded.mode, decoded.format, decoded.is_animated)
 
 
 def as_values(survey: Survey) -> list[Any]:

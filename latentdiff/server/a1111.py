@@ -16,12 +16,14 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from latentdiff.core.errors import ConfigError
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.cascade import final_of
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import parameters_text
+from latentdiff.server.answers import ignored
 from latentdiff.server.controls import controls_of
 from latentdiff.server.studio import (
     MOST_PICTURES,
@@ -129,11 +131,10 @@ class Settings(BaseModel):
         for name in self.override_settings.keys() - READ_OVERRIDES:
             raise ConfigError(f"override_settings.{name[:60]} is not supported")
 
-    def ignored(self) -> list[str]:
+    def unread(self) -> list[str]:
         """The settings that are ignored: some that clients send with every request, and unknown ones."""
         known = {*NEUTRAL, *NEUTRAL_HIRES, "hr_prompt", "hr_negative_prompt"} - IGNORED
-        unread = sorted(name for name, value in (self.model_extra or {}).items() if name not in known and value)
-        return [name[:60].encode("ascii", "replace").decode() for name in unread[:20]]
+        return sorted(name for name, value in (self.model_extra or {}).items() if name not in known and value)
 
 
 def _seed(seed: int) -> int:
@@ -152,9 +153,7 @@ def checkpoint_named(studio: Studio, checkpoint: Any) -> str:
     for name in studio.shelf.names():
         if checkpoint in (name, title(studio, name), (studio.shelf.hash_of(name) or "")[:10] or None):
             return name
-    raise ConfigError(
-        f"the model {str(checkpoint)[:60]!r} is not served here; one of {', '.join(studio.shelf.names()[:20])}"
-    )
+    raise ConfigError(f"unknown model {str(checkpoint)[:60]!r}; one of {', '.join(studio.shelf.names()[:20])}")
 
 
 def routes(studio: Studio) -> APIRouter:
@@ -169,25 +168,27 @@ def routes(studio: Studio) -> APIRouter:
     async def img2img(settings: Settings, http: HttpRequest) -> Response:
         if len(settings.init_images) != 1:
             raise ConfigError(f"init_images must be one picture (got {len(settings.init_images)})")
-        image = read_picture(from_base64(settings.init_images[0]), "init_images")
+        image = await run_in_threadpool(lambda: read_picture(from_base64(settings.init_images[0]), "init_images"))
         further: dict[str, Any] = {
             "strength": 0.75 if settings.denoising_strength is None else settings.denoising_strength
         }
         mask = None
         if settings.mask is not None:
-            mask = picture_mask(from_base64(settings.mask), image, inverted=bool(settings.inpainting_mask_invert))
+            coded, inverted = settings.mask, bool(settings.inpainting_mask_invert)
+            mask = await run_in_threadpool(lambda: picture_mask(from_base64(coded), image, inverted=inverted))
             further["mask_blur"] = settings.mask_blur
             if settings.inpaint_full_res:
                 further["padding_mask_crop"] = settings.inpaint_full_res_padding
         return await _answered(studio, settings, http, further, image=image, mask=mask)
 
     @router.get("/progress")
-    def progress(skip_current_image: bool = False) -> dict[str, Any]:
-        tickets = studio.worker.current()
+    def progress(http: HttpRequest, skip_current_image: bool = False) -> dict[str, Any]:
+        client = client_of(http)
+        tickets = studio.worker.current(client)
         steps, done = sum(t.steps for t in tickets), sum(t.done for t in tickets)
         share = done / steps if steps else 0.0
         left = max((t.seconds_left or 0.0 for t in tickets), default=0.0)
-        preview = None if skip_current_image or not tickets else studio.worker.preview()
+        preview = None if skip_current_image or not tickets else studio.worker.preview(client)
         state = {
             "skipped": False,
             "interrupted": any(t.cancelled for t in tickets),
@@ -203,8 +204,8 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/interrupt")
     @router.post("/skip")
-    def interrupt() -> dict[str, Any]:
-        studio.worker.interrupt()
+    def interrupt(http: HttpRequest) -> dict[str, Any]:
+        studio.worker.interrupt(client_of(http))
         return {}
 
     return router
@@ -215,7 +216,7 @@ async def _answered(
 ) -> Response:
     model = settings.override_settings.get("sd_model_checkpoint")
     chosen = None if model is None else checkpoint_named(studio, model)
-    controls = controls_of(settings.alwayson_scripts)
+    controls = await run_in_threadpool(controls_of, settings.alwayson_scripts)
     drawing = {**settings.drawing(), **further, **controls.settings}
     order = Order(drawing, client_of(http), chosen, controls=controls.names, hints=controls.hints, interruptible=True)
     ticket = await studio.submit(replace(order, **changes))
@@ -231,7 +232,7 @@ async def _answered(
     read = {*Settings.model_fields} - {"init_images", "mask", "override_settings", "alwayson_scripts"}
     body = settings.model_dump(include=read)
     answer = {"images": images, "parameters": body, "info": _info(ticket, in_order)}
-    return JSONResponse(answer, headers={"x-ignored": ", ".join(settings.ignored())} if settings.ignored() else None)
+    return JSONResponse(answer, headers=ignored([*settings.unread(), *controls.unread]))
 
 
 def _info(ticket: Ticket, pictures: list[FinishedPicture]) -> str:

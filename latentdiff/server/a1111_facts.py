@@ -7,6 +7,7 @@ import os
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
+from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
 from latentdiff.core.errors import ConfigError
@@ -15,9 +16,11 @@ from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.record import read_metadata_of
 from latentdiff.server.a1111 import checkpoint_named, title
+from latentdiff.server.answers import ignored
 from latentdiff.server.studio import Studio, from_base64, read_picture, to_base64
 
 UPSCALERS = {"None": None, "Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
+ENLARGING = ("image", "upscaler_1", "resize_mode", "upscaling_resize", "upscaling_resize_w", "upscaling_resize_h")
 LARGEST = 4096  # pixels of an enlarged picture's side
 EMPTY = (
     "latent-upscale-modes",
@@ -143,13 +146,15 @@ def tool_routes() -> APIRouter:
         return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}
 
     @router.post("/extra-single-image")
-    def enlarge(body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
+    def enlarge(body: Annotated[dict[str, Any], Body()]) -> Response:
         image = Image.fromarray(read_picture(from_base64(str(body.get("image", ""))), "image"))
         name = body.get("upscaler_1", "None")
         if not isinstance(name, str) or name not in UPSCALERS:
             raise ConfigError(f"unknown upscaler {str(name)[:40]!r}; one of {', '.join(UPSCALERS)}")
         resized = image if UPSCALERS[name] is None else image.resize(_enlarged(image, body), UPSCALERS[name])
-        return {"html_info": "", "image": to_base64(encoded(resized, ".png", None))}
+        unread = sorted(name for name, value in body.items() if name not in ENLARGING and value)
+        answer = {"html_info": "", "image": to_base64(encoded(resized, ".png", None))}
+        return JSONResponse(answer, headers=ignored(unread))
 
     return router
 

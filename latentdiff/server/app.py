@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,9 +14,10 @@ from starlette.exceptions import HTTPException
 
 from latentdiff.core.errors import LatentDiffError
 from latentdiff.server import a1111, a1111_facts, controls, gallery, openai, page, runs
+from latentdiff.server.answers import failure, status_of
 from latentdiff.server.guard import Guard, Limits
-from latentdiff.server.openai import failure, status_of
 from latentdiff.server.studio import Studio
+from latentdiff.server.work import as_ours
 from latentdiff.settings.validation import first_fault
 
 
@@ -43,23 +45,30 @@ def application(studio: Studio, hosts: tuple[str, ...] | None, token: str | None
     def metrics() -> Response:
         return Response(generate_latest(studio.registry), media_type="text/plain; version=0.0.4")
 
-    def refused(status: int, message: str) -> JSONResponse:
+    def count(status: int) -> None:
         studio.refused.labels(str(status)).inc()
-        return failure(status, message)
+
+    def refused(http: Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        count(status)
+        return failure(status, message, path=http.url.path, headers=headers)
 
     @app.exception_handler(LatentDiffError)
-    async def _ours(_: Request, error: LatentDiffError) -> JSONResponse:
-        return refused(status_of(error), str(error))
+    async def _ours(http: Request, error: LatentDiffError) -> JSONResponse:
+        return refused(http, status_of(error), str(error))
 
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(ValidationError)
-    async def _invalid(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
+    async def _invalid(http: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
         fault = first_fault(error)
         key = ".".join(part for part in fault.path if part != "body") or "the body"
-        return refused(422, f"{key[:80]}: {fault.message[:200]}")
+        return refused(http, 422, f"{key[:80]}: {fault.message[:200]}")
 
     @app.exception_handler(HTTPException)
-    async def _http(_: Request, error: HTTPException) -> JSONResponse:
-        return refused(error.status_code, str(error.detail))
+    async def _http(http: Request, error: HTTPException) -> JSONResponse:
+        return refused(http, error.status_code, str(error.detail), error.headers)
 
-    return Guard(app, hosts, token, limits or Limits())
+    @app.exception_handler(Exception)  # which the server logs, with its traceback
+    async def _foreign(http: Request, error: Exception) -> JSONResponse:
+        return refused(http, 500, str(as_ours(error)))
+
+    return Guard(app, hosts, token, limits or Limits(), count)

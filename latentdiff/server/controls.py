@@ -45,11 +45,12 @@ class Unit(BaseModel):
 
 
 class Controls(NamedTuple):
-    """What units ask for: the names of the ControlNets, their hints, and settings of drawing."""
+    """What units ask for: the names of the ControlNets, their hints, settings of drawing; and what is not read."""
 
     names: tuple[str, ...] = ()
     hints: tuple[Hint, ...] = ()
     settings: Mapping[str, Any] = {}
+    unread: tuple[str, ...] = ()
 
 
 def controls_of(scripts: Any) -> Controls:
@@ -76,7 +77,8 @@ def controls_of(scripts: Any) -> Controls:
         "control_guidance_start": tuple(unit.guidance_start for unit in units),
         "control_guidance_end": tuple(unit.guidance_end for unit in units),
     }
-    return Controls(tuple(_name(unit.model) for unit in units), tuple(map(_hint, units)), settings)
+    unread = sorted({f"{SCRIPT}.{name}" for unit in units for name, value in (unit.model_extra or {}).items() if value})
+    return Controls(tuple(_name(unit.model) for unit in units), tuple(map(_hint, units)), settings, tuple(unread))
 
 
 def _unit(tree: Any) -> Unit:

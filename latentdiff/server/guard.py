@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,23 +24,37 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 TYPES = ("application/json", "multipart/form-data")
 OPEN = ("/health",)  # needs no token
-TOO_LARGE = 413
+TOO_SLOW, TOO_LARGE = 408, 413
 ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin"))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a request: bytes of its body, and seconds until the body has arrived."""
+    """The limits of a request: bytes of its body, and seconds until the body has arrived.
+
+    bodies: bytes of the bodies of all requests that are being answered.
+    """
 
     body: int = 64 * 2**20
     seconds: float = 30.0
+    bodies: int = 512 * 2**20
+
+
+class _RefusalError(Exception):
+    """A status and a message."""
 
 
 class Guard:
-    """An ASGI application around another one. hosts: allowed names, without ports; None: any, behind a token."""
+    """An ASGI application around another one. hosts: allowed names, without ports; None: any, behind a token.
 
-    def __init__(self, app: Any, hosts: tuple[str, ...] | None, token: str | None, limits: Limits):
-        self._app, self._hosts, self._token, self._limits = app, hosts, token, limits
+    count: is called with the status of each refusal.
+    """
+
+    def __init__(
+        self, app: Any, hosts: tuple[str, ...] | None, token: str | None, limits: Limits, count: Callable[[int], None]
+    ):
+        self._app, self._hosts, self._token, self._limits, self._count = app, hosts, token, limits, count
+        self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the module."""
@@ -49,33 +62,33 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if refusal := self._refusal(scope, headers):
-            await _drain(receive)
-            await _answer(send, *refusal)
-            return
-        body = await self._body(receive, headers)
-        if isinstance(body, tuple):
-            if body[0] == TOO_LARGE:
+        try:
+            self._check(scope, headers)
+            with self._room_for(headers):
+                body = await self._body(receive)
+                await self._app(scope, _again(body, receive), _with_headers(send))
+        except _RefusalError as refusal:
+            status, message = refusal.args
+            self._count(status)
+            if status != TOO_SLOW:
                 await _drain(receive)
-            await _answer(send, *body)
-            return
-        await self._app(scope, _again(body, receive), _with_headers(send))
+            await _answer(send, status, message)
 
-    def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        """Raises _RefusalError for what a request's first lines say."""
         host = headers.get("host", "").lower()
         if self._hosts is not None and _name(host) not in self._hosts:
-            return 403, "this Host is not served here"
+            raise _RefusalError(403, "this Host is not served here")
         origin = headers.get("origin")
         is_page = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link that leads here
         is_foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_page
         if is_foreign or (origin is not None and (_netloc(origin) or "").lower() != host):
-            return 403, "requests of other sites are refused"
+            raise _RefusalError(403, "requests of other sites are refused")
         if self._token and scope["path"] not in OPEN and not self._is_known(headers.get("authorization", "")):
-            return 401, "a token is required: Authorization: Bearer TOKEN"
+            raise _RefusalError(401, "a token is required: Authorization: Bearer TOKEN")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind not in TYPES and headers.get("content-length", "0") != "0":
-            return 415, f"the body must be {' or '.join(TYPES)}"
-        return None
+            raise _RefusalError(415, f"the body must be {' or '.join(TYPES)}")
 
     def _is_known(self, authorization: str) -> bool:
         """Whether it holds the token: OpenAI's Bearer, or Basic with the token as the password."""
@@ -84,29 +97,40 @@ class Guard:
         if kind.lower() == "basic":
             try:
                 value = base64.b64decode(value, validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:  # no base64, or no text in it
                 return False
         return kind.lower() in ("bearer", "basic") and hmac.compare_digest(value.encode(), self._token.encode())
 
-    async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes | tuple[int, str]:
-        """The whole body, or why it is refused."""
-        most = self._limits.body
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > 15 or int(length) > most:
-            return TOO_LARGE, f"a body has at most {most} bytes"
-        parts, size = [], 0
+    @contextmanager
+    def _room_for(self, headers: dict[str, str]) -> Iterator[None]:
+        """A block that may hold a body of the length that the headers state, or of any. Raises _RefusalError."""
+        limits, length = self._limits, headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > limits.body:
+            raise _RefusalError(TOO_LARGE, f"a body has at most {limits.body / 2**20:g} MiB")
+        size = limits.body if "transfer-encoding" in headers else int(length)
+        if self._held + size > limits.bodies:
+            raise _RefusalError(503, "the server holds too many pictures of other requests. Ask again later")
+        self._held += size
         try:
-            async with asyncio.timeout(self._limits.seconds):
+            yield
+        finally:
+            self._held -= size
+
+    async def _body(self, receive: Receive) -> bytes:
+        """The whole body. Raises _RefusalError."""
+        parts, size, limits = [], 0, self._limits
+        try:
+            async with asyncio.timeout(limits.seconds):
                 while True:
                     message = await receive()
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
-                    if size > most:
-                        return TOO_LARGE, f"a body has at most {most} bytes"
+                    if size > limits.body:
+                        raise _RefusalError(TOO_LARGE, f"a body has at most {limits.body / 2**20:g} MiB")
                     if message["type"] != "http.request" or not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            return 408, f"the body did not arrive in {self._limits.seconds:g} seconds"
+            raise _RefusalError(TOO_SLOW, f"the body did not arrive in {limits.seconds:g} seconds") from None
 
 
 def is_local(host: str) -> bool:

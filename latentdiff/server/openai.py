@@ -14,17 +14,24 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from latentdiff.core.errors import ConfigError, DataError, LatentDiffError, ModelError, UnsafeError
+from latentdiff.core.errors import ConfigError, DataError, LatentDiffError
 from latentdiff.drawing.files import encoded
 from latentdiff.drawing.request import Request
-from latentdiff.server.studio import MissingError, Order, Studio, client_of, read_picture, to_base64, transparent_parts
+from latentdiff.server.answers import failure, ignored
+from latentdiff.server.studio import Order, Studio, client_of, read_picture, to_base64, transparent_parts
 from latentdiff.server.work import FinishedPicture, Moved, Preview, Ticket, finished_pictures
 
 ALIASES = ("default", "dall-e-2", "dall-e-3", "gpt-image-1")
 VARIED = 0.6  # strength of a variation
+USAGE = {  # tokens that are paid for
+    **dict.fromkeys(("total_tokens", "input_tokens", "output_tokens"), 0),
+    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+}
 _LOSSY = ("jpeg", "webp")
 
 
@@ -56,7 +63,14 @@ class Body(BaseModel):
             if both := sorted({"width", "height"} & known.keys()):
                 raise ConfigError(f"give size or {both[0]}, not both")
             settings["width"], settings["height"] = map(int, self.size.split("x"))
-        unused = {"user": True, "output_compression": self.output_format == "png", "partial_images": not self.stream}
+        is_file = self.response_format == "url" and not self.stream  # the folder's file, a PNG
+        unused = {
+            "user": True,
+            "output_format": is_file and self.output_format != "png",
+            "output_compression": is_file or self.output_format == "png",
+            "partial_images": not self.stream,
+            "response_format": self.stream and self.response_format == "url",
+        }
         left_out = {name for name, is_unused in unused.items() if is_unused and name in self.model_fields_set}
         return settings, sorted(({*extra} - {*known}) | left_out)
 
@@ -82,8 +96,8 @@ def routes(studio: Studio) -> APIRouter:
         pictures = files.get("image", []) + files.get("image[]", [])
         if len(pictures) != 1:
             raise ConfigError(f"image must be one picture; this model draws over one (got {len(pictures)})")
-        image = read_picture(pictures[0], "image")
-        transparent = transparent_parts(files.get("mask", pictures)[0], "mask")
+        image = await run_in_threadpool(read_picture, pictures[0], "image")
+        transparent = await run_in_threadpool(transparent_parts, files.get("mask", pictures)[0], "mask")
         if "mask" in files and not transparent.any():
             raise ConfigError("the mask has no transparent part: nothing would be drawn")
         mask = transparent if transparent.any() else None
@@ -94,7 +108,7 @@ def routes(studio: Studio) -> APIRouter:
         body, files = await _form(http, strength=VARIED)
         if len(files.get("image", [])) != 1:
             raise ConfigError(f"image must be one picture (got {len(files.get('image', []))})")
-        image = read_picture(files["image"][0], "image")
+        image = await run_in_threadpool(read_picture, files["image"][0], "image")
         return await _answered(studio, body, http, "image_variation", image=image)
 
     return router
@@ -128,19 +142,28 @@ async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **
     names = studio.shelf.names()
     if body.model not in (None, *names, *ALIASES):
         known = ", ".join(names[:20])
-        return failure(404, f"the model {str(body.model)[:60]!r} is not served here; one of {known}", "model_not_found")
-    settings, ignored = body.settings()
+        return failure(404, f"unknown model {str(body.model)[:60]!r}; one of {known}", "model_not_found")
+    settings, unused = body.settings()
     previews = body.partial_images if body.stream else 0
     model = body.model if body.model in names else None
     ticket = await studio.submit(Order(settings, client_of(http), model, previews=previews, **changes))
-    headers = {"x-ignored": ", ".join(ignored)[:500].encode("ascii", "replace").decode()} if ignored else {}
+    headers = ignored(unused)
     if body.stream:
         return StreamingResponse(_streamed(body, ticket, kind), media_type="text/event-stream", headers=headers)
     pictures: dict[int, dict[str, Any]] = {}
     async for event in finished_pictures(ticket, http.is_disconnected):
-        pictures[event.number] = _item(body, event, str(http.base_url))
+        pictures[event.number] = await run_in_threadpool(_item, body, event, str(http.base_url))
     data = [pictures[number] for number in sorted(pictures)]
-    return JSONResponse({"created": int(time.time()), "data": data}, headers=headers)
+    facts = _facts(body, event.image) | {"usage": USAGE}
+    return JSONResponse({"created": int(time.time()), "data": data, **facts}, headers=headers)
+
+
+def _facts(body: Body, image: Image.Image) -> dict[str, Any]:
+    """What an answer says about its pictures."""
+    is_file = body.response_format == "url" and not body.stream
+    kind = "png" if is_file else body.output_format
+    size = f"{image.width}x{image.height}"
+    return {"size": size, "quality": "auto", "background": "opaque", "output_format": kind}
 
 
 def _item(body: Body, event: FinishedPicture, base: str) -> dict[str, Any]:
@@ -170,45 +193,16 @@ async def _streamed(body: Body, ticket: Ticket, kind: str) -> AsyncIterator[str]
         async for event in ticket.events():
             if isinstance(event, Moved):
                 continue
-            facts = {
-                "created_at": int(time.time()),
-                "size": f"{event.image.width}x{event.image.height}",
-                "quality": "auto",
-                "background": "opaque",
-                "output_format": body.output_format,
-                "b64_json": _encoded(body, event),
-            }
+            coded = await run_in_threadpool(_encoded, body, event)
+            facts = {"created_at": int(time.time()), **_facts(body, event.image), "b64_json": coded}
             if isinstance(event, Preview):
                 number = counts[event.number] = counts.get(event.number, -1) + 1
                 yield _sse(f"{kind}.partial_image", {**facts, "partial_image_index": number})
             else:
-                usage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
-                usage["input_tokens_details"] = {"text_tokens": 0, "image_tokens": 0}  # type: ignore[assignment]
-                yield _sse(f"{kind}.completed", {**facts, "usage": usage})
+                yield _sse(f"{kind}.completed", {**facts, "usage": USAGE})
     except LatentDiffError as error:
         yield _sse("error", {"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
 
 
 def _sse(kind: str, facts: dict[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **facts})}\n\n"
-
-
-def failure(status: int, message: str, code: str | None = None) -> JSONResponse:
-    """An error in OpenAI's form."""
-    message = message.encode("utf-8", "backslashreplace").decode()  # of halves of surrogate pairs
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    content = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return JSONResponse(content, status, headers={"retry-after": "5"} if status == 429 else None)
-
-
-def status_of(error: LatentDiffError) -> int:
-    """The HTTP status of an error of ours."""
-    from latentdiff.server.work import FullError, StoppedError
-
-    if isinstance(error, FullError):
-        return 429
-    if isinstance(error, StoppedError):
-        return 503
-    if isinstance(error, MissingError):
-        return 404
-    return 422 if isinstance(error, ConfigError | DataError | ModelError | UnsafeError) else 500

@@ -7,7 +7,7 @@ nothing from another host, and everything goes through the guard, the queue and 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
@@ -17,6 +17,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from latentdiff.core.errors import LatentDiffError
 from latentdiff.diffusion.grids import GRIDS
@@ -36,7 +37,7 @@ from latentdiff.server.studio import (
     read_picture,
     to_base64,
 )
-from latentdiff.server.work import FinishedPicture, Preview, Ticket, finished_pictures
+from latentdiff.server.work import FinishedPicture, Moved, Preview, Ticket, finished_pictures
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = (  # of the page: scripts, pictures and addresses of this server alone; in no frame of another page
@@ -153,7 +154,7 @@ def routes(studio: Studio) -> APIRouter:
 
     @router.post("/api/draw")
     async def draw(body: Body, http: HttpRequest) -> Response:
-        ticket = await studio.submit(body.order(client_of(http)))
+        ticket = await studio.submit(await run_in_threadpool(body.order, client_of(http)))
         return StreamingResponse(_events_of(studio, ticket), media_type="application/x-ndjson")
 
     @router.post("/api/live")
@@ -161,7 +162,7 @@ def routes(studio: Studio) -> APIRouter:
         """A picture in few steps, as a data URL."""
         ticket = await studio.submit(body.order(client_of(http)))
         async for event in finished_pictures(ticket, http.is_disconnected):
-            image = to_base64(encoded(event.image, ".png", None))
+            image = to_base64(await run_in_threadpool(encoded, event.image, ".png", None))
         return {"image": f"data:image/png;base64,{image}", "notes": [*event.notes]}
 
     return router
@@ -186,22 +187,21 @@ async def _events_of(studio: Studio, ticket: Ticket) -> AsyncIterator[str]:
     yield _line(_progress(studio, ticket))
     try:
         async for event in ticket.events():
-            for facts in _facts(studio, ticket, event):
-                yield _line(facts)
+            if isinstance(event, Moved):
+                yield _line(_progress(studio, ticket))
+            else:
+                yield _line(await run_in_threadpool(_facts, studio, event))
     except LatentDiffError as error:
         yield _line({"kind": "error", "message": str(error)})
 
 
-def _facts(studio: Studio, ticket: Ticket, event: Any) -> Iterator[dict[str, Any]]:
+def _facts(studio: Studio, event: Preview | FinishedPicture) -> dict[str, Any]:
     if isinstance(event, Preview):
         data = to_base64(encoded(event.image, ".png", None))
-        yield {"kind": "preview", "number": event.number, "image": f"data:image/png;base64,{data}"}
-    elif isinstance(event, FinishedPicture):
-        name = event.kept.name
-        record = summary(record_in({"latentdiff": asdict(event.record)}, name), studio.shelf.own)
-        yield {"kind": "picture", "number": event.number, "name": name, "record": record, "notes": [*event.notes]}
-    else:
-        yield _progress(studio, ticket)
+        return {"kind": "preview", "number": event.number, "image": f"data:image/png;base64,{data}"}
+    name = event.kept.name
+    record = summary(record_in({"latentdiff": asdict(event.record)}, name), studio.shelf.own)
+    return {"kind": "picture", "number": event.number, "name": name, "record": record, "notes": [*event.notes]}
 
 
 def _progress(studio: Studio, ticket: Ticket) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import webbrowser
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -19,7 +20,9 @@ CLOSING = 10  # seconds for answers that are on their way
 
 
 class _Impatient(H11Protocol):
-    """uvicorn's HTTP, which also closes connections that send no request for a while."""
+    """uvicorn's HTTP, which also closes connections that send no request, or a part of one, for a while."""
+
+    _last: Any = None  # the request that was the latest one a while ago
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
@@ -27,8 +30,14 @@ class _Impatient(H11Protocol):
         self.loop.call_later(IDLE, self._close_unused)
 
     def _close_unused(self) -> None:
-        if self.cycle is None:
+        if self.transport.is_closing():
+            return
+        is_answered = self.cycle is None or self.cycle.response_complete
+        if is_answered and self.cycle is self._last:
             self.transport.close()
+            return
+        self._last = self.cycle
+        self.loop.call_later(IDLE, self._close_unused)
 
 
 class _Server(uvicorn.Server):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from latentdiff.core.errors import ConfigError, LatentDiffError
+from latentdiff.core.errors import ConfigError, DataError, LatentDiffError, ModelError, UnsafeError
 from latentdiff.drawing.extras import few_steps_at
 from latentdiff.drawing.request import LONGEST_PROMPT
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -100,7 +100,7 @@ class Shelf:
         """The model, loaded if need be. Raises ConfigError for an unknown name, ModelError.
 
         used: the ids of painters that keep their place, since dropping them would free no memory. What could not be
-        loaded fails again at once, as long as its file is the same: it costs no other model's place.
+        loaded fails again at once, as long as its files are the same: it costs no other model's place.
         """
         key = self._key(wanted)
         with self._turn:
@@ -112,7 +112,7 @@ class Shelf:
                     del self._loaded[next(unused, next(iter(self._loaded)))]
                 try:
                     self._loaded[key] = self._opened(wanted)
-                except LatentDiffError as error:
+                except (ConfigError, DataError, ModelError, UnsafeError) as error:  # not for lack of memory
                     self._failed[key] = error
                     if len(self._failed) > MOST_FAILED:
                         self._failed.popitem(last=False)
@@ -138,17 +138,14 @@ class Shelf:
         if len({each.name for each in wanted.adapters}) < len(wanted.adapters):
             raise ConfigError("an adapter is named twice")
         model = self._model(wanted.model)
-        files = [] if model is None else [model if model.is_file() else model / "model_index.json"]
+        files = [] if model is None else _files(model, "*")
         if wanted.fast and (student := few_steps_at(self._first_folder if model is None else model)) is not None:
             files.append(student)
         for adapter in wanted.adapters:
-            path = self._adapter(adapter.name)
-            files += [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+            files += _files(self._adapter(adapter.name), "*.safetensors")
         for control in wanted.controls:
-            path = self._control(control)
-            files += [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        states = [file.stat() for file in files]
-        return wanted, tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
+            files += _files(self._control(control), "*")
+        return wanted, tuple(_state(file) for file in files)
 
     def _check_first(self, folder: Path | None) -> None:
         """Raises ConfigError if the folder of models has another model of the first one's name."""
@@ -169,6 +166,20 @@ class Shelf:
 
     def _control(self, name: str) -> Path:
         return _named(name, _places(self._controls, "config.json"), "ControlNet")
+
+
+def _files(path: Path, pattern: str) -> list[Path]:
+    """A file, or those of a folder and of the folders in it."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob(pattern) if file.is_file())
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced; zeros for a file that is gone."""
+    try:
+        state = file.stat()
+    except OSError:
+        return 0, 0, 0
+    return state.st_mtime_ns, state.st_size, state.st_ino
 
 
 def _named(name: str, places: Mapping[str, Path], what: str) -> Path:

@@ -7,6 +7,7 @@ cancelled, and shown, between steps. What happens to a ticket comes back as even
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from latentdiff.core.errors import ConfigError, LatentDiffError
+from latentdiff.core.errors import TOO_LARGE, ConfigError, LatentDiffError, ResourceError, is_out_of_memory
 from latentdiff.core.images import as_picture, to_uint8
 from latentdiff.drawing.batch import Batch, Job
 from latentdiff.drawing.draw import Drawing, batch_key
@@ -35,6 +36,19 @@ class FullError(LatentDiffError):
 
 class StoppedError(LatentDiffError):
     """The server stops, or the ticket was cancelled."""
+
+
+class UnexpectedError(LatentDiffError):
+    """An error of the program itself."""
+
+
+def as_ours(error: Exception) -> LatentDiffError:
+    """An error as a client may read it: ours as it is, others without their words, which are for the server's log."""
+    if isinstance(error, LatentDiffError):
+        return error
+    if is_out_of_memory(error):
+        return ResourceError(TOO_LARGE)
+    return UnexpectedError(f"the server failed ({type(error).__name__}); its log says where")
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ class Moved:
     """A step of a ticket is done, see `Ticket.done`, or its place in the queue has changed."""
 
 
-Event = Preview | FinishedPicture | Moved | Exception
+Event = Preview | FinishedPicture | Moved | LatentDiffError
 
 
 @dataclass(eq=False)
@@ -121,7 +135,7 @@ class Ticket:
         try:
             while left:
                 event = await self._events.get()
-                if isinstance(event, Exception):
+                if isinstance(event, LatentDiffError):
                     raise event
                 yield event
                 left -= isinstance(event, FinishedPicture)
@@ -159,7 +173,7 @@ class Worker:
         self._current: list[tuple[Ticket, int]] = []
         self._changed = threading.Condition()
         self.stopping = False
-        self._latest: tuple[Painter, Any] | None = None  # the network's guess of the first picture of the batch
+        self._latest: Any = None  # the network's guesses of the pictures that are being drawn
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
@@ -173,11 +187,13 @@ class Worker:
         with self._changed:
             if self.stopping:
                 raise StoppedError("the server stops")
-            own = sum(other.client == client for other, _ in (*self._waiting, *self._current))
+            waiting = sum(not other.cancelled for other, _ in self._waiting)
+            all_ = (*self._waiting, *self._current)
+            own = sum(other.client == client and not other.cancelled for other, _ in all_)
             if len(jobs) > (least := min(self._most, self._most_of_one)):
                 raise ConfigError(f"a request has at most {least} pictures here (got {len(jobs)})")
-            if len(self._waiting) + len(jobs) > self._most:
-                raise FullError(f"{len(self._waiting)} pictures wait, and at most {self._most} may. Ask again later")
+            if waiting + len(jobs) > self._most:
+                raise FullError(f"{waiting} pictures wait, and at most {self._most} may. Ask again later")
             if own + len(jobs) > self._most_of_one:
                 raise FullError(f"{own} of your pictures wait, and at most {self._most_of_one} may. Ask again later")
             self._waiting.extend((ticket, number) for number in range(len(jobs)))
@@ -198,18 +214,22 @@ class Worker:
         places = [place for place, (other, _) in enumerate(list(self._waiting)) if other is ticket]
         return places[0] + len(self._current) if len(places) == len(ticket.jobs) else 0
 
-    def current(self) -> list[Ticket]:
-        """The tickets whose pictures are being drawn."""
-        return list(dict.fromkeys(ticket for ticket, _ in self._current))
+    def current(self, client: str | None = None) -> list[Ticket]:
+        """The tickets whose pictures are being drawn; of one client, or all."""
+        tickets = dict.fromkeys(ticket for ticket, _ in self._current)
+        return [ticket for ticket in tickets if client in (None, ticket.client)]
 
-    def preview(self) -> Image.Image | None:
-        """What the first picture that is being drawn would be now."""
-        latest = self._latest
-        return None if latest is None else _preview(*latest)
+    def preview(self, client: str) -> Image.Image | None:
+        """What the first picture that is being drawn for a client would be now."""
+        latest, current = self._latest, self._current
+        rows = [row for row, (ticket, _) in enumerate(current) if ticket.client == client]
+        if latest is None or not rows:
+            return None
+        return _preview(current[rows[0]][0], latest[rows[0] : rows[0] + 1])
 
-    def interrupt(self) -> None:
-        """Cancel the interruptible tickets that are being drawn."""
-        for ticket in self.current():
+    def interrupt(self, client: str) -> None:
+        """Cancel the interruptible tickets that are being drawn for a client."""
+        for ticket in self.current(client):
             ticket.cancelled = ticket.cancelled or ticket.interruptible
 
     def stop(self, wait: float = 30.0) -> None:
@@ -233,8 +253,10 @@ class Worker:
             if self._current:
                 try:
                     self._draw(self._current)
-                except Exception as error:  # the client gets it; the worker goes on
-                    self._tell_all(error)
+                except Exception as error:  # the clients get it; the worker goes on
+                    self._tell_all(as_ours(error))
+                    if not isinstance(error, LatentDiffError) and not is_out_of_memory(error):
+                        logging.getLogger(__name__).error("drawing failed", exc_info=error)
                 self._current, self._latest = [], None
         for ticket, _ in (*self._current, *self._waiting):
             ticket.tell(StoppedError("the server stops"))
@@ -260,7 +282,7 @@ class Worker:
         total, last, now = sum(drawing.batch.plan.steps), None, time.monotonic()
         for count, step in enumerate(drawing, 1):
             last = step
-            self._latest = painter, step.x0[:1]
+            self._latest = step.x0
             for ticket, _ in some:
                 ticket.done += 1
                 ticket.began = ticket.began or now
@@ -268,7 +290,7 @@ class Worker:
                 raise StoppedError("the server stops" if self.stopping else "cancelled")
             for row, (ticket, number) in enumerate(some):
                 if count < total and count in _preview_steps(total, ticket.previews):
-                    ticket.tell(Preview(number, _preview(painter, step.x0[row : row + 1])))
+                    ticket.tell(Preview(number, _preview(ticket, step.x0[row : row + 1])))
             for ticket in {ticket for ticket, _ in some if ticket.follow}:
                 ticket.tell(Moved())
         assert last is not None
@@ -281,14 +303,17 @@ class Worker:
                 kept = self._finish(image, record) if ticket.is_kept else NO_FILE
                 ticket.tell(FinishedPicture(number, image, record, kept, tuple(output.notes)))
 
-    def _tell_all(self, error: Exception) -> None:
+    def _tell_all(self, error: LatentDiffError) -> None:
         for ticket in self.current():
             ticket.cancelled = True
             ticket.tell(error)
 
 
-def _preview(painter: Painter, x0: Any) -> Image.Image:
-    return as_picture(to_uint8(decode(painter.model, x0))[0])
+def _preview(ticket: Ticket, x0: Any) -> Image.Image:
+    """A guess as the finished picture would be decoded: in tiles if the request asks for them."""
+    model, request = ticket.painter.model, ticket.jobs[0].request
+    with model.codec.piecewise(tiles=request.vae_tiling, slices=request.vae_slicing):
+        return as_picture(to_uint8(decode(model, x0))[0])
 
 
 def _identity(each: tuple[Ticket, int]) -> tuple[int, int]:

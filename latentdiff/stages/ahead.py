@@ -10,7 +10,7 @@ from latentdiff.data.dataset import DataSet
 from latentdiff.families.own import check_networks
 from latentdiff.networks.encoders.class_labels import ClassLabels
 from latentdiff.settings.config import Config
-from latentdiff.stages.cache import Shard, conditions_store, fill_conditions, fill_latents, latents_store
+from latentdiff.stages.cache import Shard, conditions_store, fill_conditions, fill_latents, latents_store, make_ready
 from latentdiff.stages.denoiser import networks_before
 from latentdiff.stages.run import new_accelerator
 
@@ -37,7 +37,7 @@ def cache_ahead(config: Config, folder: Path, data: DataSet, share: Shard) -> tu
         raise ConfigError("caching ahead is for networks that read texts; classes need none")
     cache, latents, contexts = folder / "cache", 0, 0
     of_pictures, of_captions = latents_store(config.denoiser, autoencoder, cache), conditions_store(text_encoder, cache)
-    autoencoder.to(device)
+    make_ready(autoencoder, config.denoiser, device)
     text_encoder.to(device)
     for examples in (data.training, data.validation):
         latents += fill_latents(config.denoiser, of_pictures, examples, autoencoder, device, share)

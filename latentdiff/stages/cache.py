@@ -20,6 +20,7 @@ from latentdiff.core.errors import ConfigError, DataError
 from latentdiff.core.images import to_images
 from latentdiff.data.examples import Examples
 from latentdiff.data.store import Store
+from latentdiff.families.own import laid_out_for
 from latentdiff.networks.conditions import Conditions
 from latentdiff.networks.encoders.class_labels import ClassLabels
 from latentdiff.settings.config import Learning
@@ -168,11 +169,20 @@ def _with_sizes(conditions: Conditions, batch: dict[str, Tensor]) -> Conditions:
     return conditions.joined({"sizes": batch["sizes"]} if "sizes" in batch else {})
 
 
+def make_ready(autoencoder: AnyCodec, learning: Learning, device: torch.device) -> None:
+    """Put an autoencoder on its device, in the memory layout for encoding, which changes the last bits of latents."""
+    autoencoder.to(device)
+    laid_out_for(autoencoder, device, narrow=learning.encode_dtype != "float32")
+
+
 def latents_of(
     learning: Learning, sets: Sequence[Examples], autoencoder: AnyCodec, cache: Path, accelerator: Accelerator
 ) -> list[Latents]:
-    """The latents of each set, cached if the config says so; all processes together encode what is missing."""
-    autoencoder.to(accelerator.device)
+    """The latents of each set, cached if the config says so; all processes together encode what is missing.
+
+    The autoencoder is made ready in any case: what it encodes later must not depend on what was cached before.
+    """
+    make_ready(autoencoder, learning, accelerator.device)
     if not learning.cache:
         return [EncodedLatents(examples, autoencoder, learning.encode_dtype) for examples in sets]
     store = latents_store(learning, autoencoder, cache)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.families.own import laid_out_for
 from latentdiff.families.weights import weights_hash
 from latentdiff.networks.codecs.autoencoder import Autoencoder
 from latentdiff.networks.codecs.identity import IdentityCodec
@@ -60,7 +59,6 @@ def moments_of(autoencoder: AnyCodec, images: Tensor, dtype: str = "float32") ->
 def _moments(autoencoder: AnyCodec, images: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     kind = images.device.type
     narrow = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32")
-    laid_out_for(autoencoder, images.device, narrow=dtype != "float32")
     with torch.autocast(kind, enabled=False), narrow:
         mean, log_variance = in_batches(autoencoder.encode, images)
     return mean.half(), log_variance.half()

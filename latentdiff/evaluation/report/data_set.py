@@ -97,7 +97,7 @@ def _duplicates(survey: Survey) -> Entry:
 
 def _kinds(survey: Survey) -> list[Entry]:
     facts = [picture.facts for picture in survey.pictures]
-    moving = [printable(picture.name) for picture in survey.pictures if picture.facts.frames > 1]
+    moving = [printable(picture.name) for picture in survey.pictures if picture.facts.is_animated]
     kinds = [
         Entry("colour modes", _counted(fact.mode for fact in facts)),
         Entry("formats", _counted(fact.format for fact in facts)),

@@ -1,6 +1,7 @@
 // A finished picture: how it is shown, and what can be done with it.
 
 import { button, byId, byPixels, make, picture, tried } from "./dom.js";
+import * as live from "./live.js";
 import * as paper from "./paper.js";
 import * as settings from "./settings.js";
 import { base64, file } from "./api.js";
@@ -76,7 +77,8 @@ async function vary(name, record) {
 
 async function enlarge(name, record) {
   if (isPlain(record)) return settings.requestOf(record, { hires_scale: 2 });
-  const [width, height] = record.size.map((side) => Math.round((2 * side) / settings.multiple()) * settings.multiple());
+  const multiple = await settings.multipleOf(record.model);
+  const [width, height] = record.size.map((side) => Math.round((2 * side) / multiple) * multiple);
   return over(name, record, { strength: 0.4, width, height });
 }
 
@@ -95,6 +97,7 @@ export async function reuse(record) {
   await toForm();
   await paper.start(null);
   const notes = await settings.fill(record);
+  live.offer(); // the model may be another one
   if (record.from_picture)
     notes.push("It was drawn over another picture: choose that one under “From a picture”, and set its mask and margins again. Until then strength and soft edge have no effect.");
   show(["Its settings are in the form.", ...notes].join(" "));
@@ -114,7 +117,7 @@ async function toForm() {
     location.hash = "#draw";
     await moved;
   }
-  byId("prompt").focus();
+  if (matchMedia("(pointer: fine)").matches) byId("prompt").focus(); // elsewhere a keyboard would cover the page
 }
 
 byPixels(byId("large-image"));

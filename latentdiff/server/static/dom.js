@@ -38,6 +38,10 @@ export async function tried(work) {
   }
 }
 
-export function complain(text) {
-  byId("problem").textContent = text;
+/** Show what went wrong. Empty text removes the message, if it came from the same source. */
+export function complain(text, source = "user") {
+  const problem = byId("problem");
+  if (text === "" && problem.dataset.source !== source) return;
+  problem.textContent = text;
+  problem.dataset.source = source;
 }

@@ -4,7 +4,10 @@ import { byId, complain, make, picture } from "./dom.js";
 import { lines } from "./api.js";
 
 const MOST = 64; // pictures of a request
+const AT_ONCE = 4; // requests: a browser has six connections to a host, and the page requires some itself
 const running = new Set();
+const turns = []; // of requests that wait for others to end
+let begun = 0;
 
 /** Draw what a request asks for, with previews in the gallery. body: or a promise of it. content: makes the content of a finished figure. */
 export async function draw(body, content) {
@@ -18,7 +21,7 @@ export async function draw(body, content) {
     const order = await body;
     figures = waiting(Math.min(order.settings.num_images ?? 1, MOST));
     const notes = new Set();
-    for await (const event of lines("/api/draw", order, abort.signal)) {
+    for await (const event of inTurn(() => lines("/api/draw", order, abort.signal))) {
       if (event.kind === "progress") showProgress(event);
       if (event.kind === "preview") figures[event.number].querySelector("img").src = event.image;
       if (event.kind === "picture") {
@@ -36,13 +39,31 @@ export async function draw(body, content) {
   } finally {
     for (const figure of figures.filter((each) => each.classList.contains("waiting"))) figure.remove();
     running.delete(abort);
-    byId("cancel").hidden = running.size === 0;
+    offerCancel();
   }
 }
 
 export function cancel() {
   for (const abort of running) abort.abort();
-  byId("go").focus(); // the button that had the focus goes
+}
+
+/** What `begin` yields, once fewer than AT_ONCE others are being drawn. */
+async function* inTurn(begin) {
+  if (begun >= AT_ONCE) await new Promise((resolve) => turns.push(resolve));
+  else begun += 1;
+  try {
+    yield* begin();
+  } finally {
+    if (turns.length > 0) turns.shift()(); // its place goes to the next
+    else begun -= 1;
+  }
+}
+
+/** Show the button while something is being drawn. When it goes, it leaves the focus to the button beside it. */
+function offerCancel() {
+  const hadFocus = document.activeElement === byId("cancel");
+  byId("cancel").hidden = running.size === 0;
+  if (hadFocus && running.size === 0) byId("go").focus();
 }
 
 /** Show text under the prompt. share: of the work that is done, not read out by screen readers; null hides the bar. */
@@ -51,7 +72,7 @@ export function show(text, share = null) {
   byId("steps").textContent = share === null ? "" : text;
   byId("progress").hidden = share === null;
   byId("progress").value = share ?? 0;
-  byId("cancel").hidden = running.size === 0;
+  offerCancel();
 }
 
 function showProgress({ done, steps, seconds, ahead }) {
@@ -63,6 +84,7 @@ function showProgress({ done, steps, seconds, ahead }) {
 function waiting(count) {
   const figures = Array.from({ length: count }, () => {
     const frame = make("button", { type: "button", className: "frame", disabled: true }, picture({ alt: "" }));
+    frame.ariaLabel = "A picture that is being drawn";
     return make("figure", { className: "waiting" }, frame);
   });
   byId("gallery").prepend(...figures);

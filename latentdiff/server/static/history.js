@@ -33,6 +33,12 @@ export async function more() {
   byId("found").children[count]?.querySelector("button")?.focus(); // the button “More” may be gone
 }
 
+/** How many pictures are shown, for screen readers too. */
+function counted(count, areMore) {
+  if (count === 0) return "No pictures found.";
+  return `${areMore ? "The latest " : ""}${count} ${count === 1 ? "picture" : "pictures"}`;
+}
+
 async function load(before, count) {
   const number = ++latest;
   const query = new URLSearchParams({ count });
@@ -48,8 +54,7 @@ async function load(before, count) {
   });
   figures = new Map([...(before ? figures : []), ...entries]);
   byId("found").replaceChildren(...figures.values());
-  if (figures.size === 0)
-    byId("found").append(make("p", { className: "empty", textContent: "No pictures found." }));
   last = pictures.at(-1)?.place ?? before;
   byId("more").hidden = pictures.length < count;
+  byId("count").textContent = counted(figures.size, !byId("more").hidden);
 }

@@ -32,9 +32,9 @@ export async function sketch() {
     const { image } = await post("/api/live", body);
     if (!wanted()) return;
     Object.assign(byId("sketch"), { src: image, alt: `A sketch of: ${body.prompt}`, hidden: false });
-    complain("");
+    complain("", "sketch");
   } catch (error) {
-    complain(error.message);
+    complain(error.message, "sketch");
   } finally {
     drawing = false;
     if (again) {

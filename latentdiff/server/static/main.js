@@ -28,7 +28,7 @@ function view() {
   current = name;
   if (name === "history") tried(() => history.refresh().then(() => scrollTo(0, places.history ?? 0)));
   else scrollTo(0, 0);
-  if (name === "runs") tried(runs.look);
+  if (name === "runs") runs.look();
 }
 
 async function request() {
@@ -39,8 +39,10 @@ async function request() {
 /** A picture of the user's: to start from, or to read its settings. */
 async function take(file) {
   const note = await paper.start(file);
+  if (note === null) return; // another one was chosen meanwhile
   location.hash = "#draw";
   show(`Drawing starts from this picture. ${note}`.trim());
+  if (!paper.isReadable(file)) return;
   const { record, parameters } = await post("/api/read", { image: await base64(file) });
   if (!record && parameters) show(`Settings recorded by another program:\n${parameters}`);
   if (record) byId("state").append(" ", button("Use its settings instead", () => tried(() => instead(record))));
@@ -58,7 +60,7 @@ function listen() {
     go(request());
   });
   byId("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("form").requestSubmit();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.repeat) byId("form").requestSubmit();
   });
   byId("cancel").addEventListener("click", cancel);
   for (const name of ["live", "prompt", "seed", "width", "height"]) byId(name).addEventListener("input", live.sketch);
@@ -71,7 +73,10 @@ function listen() {
     target.value = ""; // so that the same file can be chosen again
     if (file) tried(() => take(file));
   });
-  byId("without").addEventListener("click", () => tried(() => paper.start(null)));
+  byId("without").addEventListener("click", () => {
+    byId("file").focus(); // the button goes
+    tried(() => paper.start(null));
+  });
   byId("clear").addEventListener("click", paper.clear);
   byId("painting").addEventListener("change", ({ target }) => paper.painting(target.checked));
   byId("search").addEventListener("submit", (event) => event.preventDefault());

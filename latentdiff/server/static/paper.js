@@ -5,22 +5,24 @@ import { base64 } from "./api.js";
 
 const STEP = 0.02; // of the width, which an arrow key moves the brush
 const MOST = 2048 * 2048; // pixels that the server takes
-const state = { blob: null, canvas: null, last: null, painted: false, brush: [0.5, 0.5], ring: null };
+const READABLE = ["png", "jpeg", "webp", "gif", "bmp", "avif"].map((kind) => `image/${kind}`); // by the server too
+const state = { blob: null, canvas: null, last: null, brush: [0.5, 0.5], ring: null };
+const NOTHING = { blob: null, image: null, note: "" };
+let latest = 0; // the number of the latest choice: an older one that ends later is dropped
 
-/** Start from a picture; null removes it. Returns a sentence if the picture was reduced, else "". A file that is no
- * picture changes nothing. Strength and soft edge are reset only when the picture is removed. */
-export async function start(blob) {
-  let [image, note] = [null, ""];
-  if (blob !== null) {
-    image = await opened(blob);
-    if (image.naturalWidth * image.naturalHeight > MOST) {
-      blob = await smaller(image);
-      image = await opened(blob);
-      note = `It was reduced to ${image.naturalWidth} × ${image.naturalHeight}.`;
-    }
+/** Start from a picture; null removes it. Returns a sentence if the picture was changed, else ""; null if another one
+ * was chosen meanwhile. A file that is no picture changes nothing. Strength and soft edge are reset only when the
+ * picture is removed. */
+export async function start(file) {
+  const number = ++latest;
+  const choice = file === null ? NOTHING : await prepared(file);
+  if (number !== latest) {
+    if (choice.image) URL.revokeObjectURL(choice.image.src);
+    return null;
   }
+  const { blob, image, note } = choice;
   URL.revokeObjectURL(byId("paper").querySelector("img")?.src ?? "");
-  Object.assign(state, { blob, canvas: null, painted: false, ring: null });
+  Object.assign(state, { blob, canvas: null, ring: null });
   byId("start").hidden = blob === null;
   byId("paper").replaceChildren();
   for (const field of ["left", "top", "right", "bottom"]) byId(field).value = 0;
@@ -33,20 +35,35 @@ export async function start(blob) {
 /** Whether drawing starts from a picture. */
 export const isThere = () => state.blob !== null;
 
-async function opened(blob) {
-  const image = byPixels(make("img", { src: URL.createObjectURL(blob), alt: "The picture to start from" }));
+/** Whether the server can read this file as it is. */
+export const isReadable = (blob) => READABLE.includes(blob.type);
+
+/** A picture as the server takes it: of a size and a kind that it knows. */
+async function prepared(blob) {
+  const image = await opened(blob);
+  const isLarge = image.naturalWidth * image.naturalHeight > MOST;
+  if (!isLarge && isReadable(blob)) return { blob, image, note: "" };
   try {
-    await image.decode();
-  } catch {
+    const copy = await redrawn(image);
+    const made = await opened(copy);
+    const size = `${made.naturalWidth} × ${made.naturalHeight}`;
+    return { blob: copy, image: made, note: isLarge ? `It was reduced to ${size}.` : `It was converted to PNG, ${size}.` };
+  } finally {
     URL.revokeObjectURL(image.src);
-    throw new Error("The browser cannot open this file as a picture.");
   }
-  return image;
 }
 
-/** A photo of a phone, in the size that the server takes. */
-async function smaller(image) {
-  const scale = Math.sqrt(MOST / (image.naturalWidth * image.naturalHeight));
+async function opened(blob) {
+  const image = byPixels(make("img", { src: URL.createObjectURL(blob), alt: "The picture to start from" }));
+  const isOpen = await image.decode().then(() => image.naturalWidth * image.naturalHeight > 0, () => false);
+  if (isOpen) return image;
+  URL.revokeObjectURL(image.src);
+  throw new Error("The browser cannot open this file as a picture.");
+}
+
+/** A PNG of a picture, in a size that the server takes. */
+async function redrawn(image) {
+  const scale = Math.min(1, Math.sqrt(MOST / (image.naturalWidth * image.naturalHeight)));
   const [width, height] = [image.naturalWidth, image.naturalHeight].map((side) => Math.floor(side * scale));
   const copy = make("canvas", { width, height });
   copy.getContext("2d").drawImage(image, 0, 0, width, height);
@@ -55,7 +72,8 @@ async function smaller(image) {
 
 function show(image) {
   state.canvas = make("canvas", { width: image.naturalWidth, height: image.naturalHeight, tabIndex: 0 });
-  state.canvas.setAttribute("aria-label", "Mask: arrow keys move the brush, space paints, shift erases");
+  state.canvas.setAttribute("role", "application");
+  state.canvas.setAttribute("aria-label", "Mask: arrow keys move the brush, space paints, shift and space erases");
   state.ring = make("div", { className: "brush", hidden: true });
   byId("paper").append(image, state.canvas, state.ring);
   byId("picture-fold").open = true;
@@ -73,12 +91,18 @@ export async function request() {
   if (state.blob === null) return {};
   const margins = ["left", "top", "right", "bottom"].map((side) => Number(byId(side).value) || 0);
   const image = await base64(state.blob);
-  return { image, mask: state.painted ? await mask() : null, margins };
+  return { image, mask: isPainted() ? await mask() : null, margins };
 }
 
 export function clear() {
   state.canvas?.getContext("2d").clearRect(0, 0, state.canvas.width, state.canvas.height);
-  state.painted = false;
+}
+
+/** Whether anything is painted: all may have been erased. */
+function isPainted() {
+  const { width, height } = state.canvas;
+  const values = state.canvas.getContext("2d").getImageData(0, 0, width, height).data;
+  return values.some((value, place) => place % 4 === 3 && value > 0);
 }
 
 /** The painted part in white on black, a PNG in base64. */
@@ -102,10 +126,10 @@ function listen(canvas) {
     state.ring.hidden = true;
     canvas.setPointerCapture(event.pointerId);
     state.last = place(event);
-    stroke(state.last, event.shiftKey);
+    stroke(state.last, erases(event));
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (state.last) stroke(place(event), event.shiftKey);
+    if (state.last) stroke(place(event), erases(event));
   });
   for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, () => (state.last = null));
   canvas.addEventListener("keydown", (event) => {
@@ -115,7 +139,7 @@ function listen(canvas) {
     painting(true);
     state.brush = state.brush.map((at, axis) => Math.min(1, Math.max(0, at + way[axis] * STEP)));
     state.last = [state.brush[0] * canvas.width, state.brush[1] * canvas.height];
-    if (event.key === " ") stroke(state.last, event.shiftKey);
+    if (event.key === " ") stroke(state.last, erases(event));
     showRing();
     canvas.title = `Brush at ${state.brush.map((at) => `${Math.round(at * 100)}%`).join(", ")}`;
     state.last = null;
@@ -133,6 +157,8 @@ function showRing() {
   });
 }
 
+const erases = (event) => event.shiftKey || byId("erasing").checked;
+
 function place(event) {
   const box = state.canvas.getBoundingClientRect();
   const { width, height } = state.canvas;
@@ -140,9 +166,9 @@ function place(event) {
 }
 
 /** A line of the brush's width from where it was last. */
-function stroke(to, erases) {
+function stroke(to, isErased) {
   const pen = state.canvas.getContext("2d");
-  pen.globalCompositeOperation = erases ? "destination-out" : "source-over";
+  pen.globalCompositeOperation = isErased ? "destination-out" : "source-over";
   Object.assign(pen, { lineCap: "round", strokeStyle: "#e5007a", fillStyle: "#e5007a" });
   pen.lineWidth = Math.max(1, (Number(byId("brush").value) / 100) * state.canvas.width);
   pen.beginPath();
@@ -155,5 +181,4 @@ function stroke(to, erases) {
     pen.stroke();
   }
   state.last = to;
-  state.painted = true;
 }

@@ -11,7 +11,12 @@ let chosen = null;
 let timer = null;
 let latest = null; // what the view shows, as text
 
-export async function look() {
+/** Show the runs, and look again from time to time. */
+export function look() {
+  return watch().catch((error) => complain(error.message, "runs"));
+}
+
+async function watch() {
   clearTimeout(timer);
   if (byId("runs").hidden) return;
   try {
@@ -19,18 +24,21 @@ export async function look() {
     if (!runs.some((run) => run.name === chosen)) chosen = null; // it is gone
     chosen ??= (runs.find((run) => run.state === "running") ?? runs[0])?.name ?? null;
     const run = chosen ? await get(`/api/runs/${encodeURIComponent(chosen)}`) : null;
+    complain("", "runs");
     const now = JSON.stringify([runs, run]);
     if (now === latest) return; // nothing flickers, and the focus stays
     latest = now;
-    const hadFocus = byId("run-list").contains(document.activeElement);
+    const focused = byId("run-list").contains(document.activeElement) ? document.activeElement.textContent : null;
     list(runs);
-    if (hadFocus) byId("run-list").querySelector("[aria-current]")?.focus();
+    if (focused !== null) buttons().find((each) => each.textContent === focused)?.focus();
     if (run) detail(run);
     else byId("run").replaceChildren();
   } finally {
-    timer = setTimeout(() => look().catch((error) => complain(error.message)), EVERY);
+    timer = setTimeout(look, EVERY);
   }
 }
+
+const buttons = () => [...byId("run-list").querySelectorAll("button")];
 
 function list(runs) {
   if (runs.length === 0)

@@ -86,8 +86,10 @@ export function liveRequest() {
   return body;
 }
 
-/** The multiple that sides must have. */
-export const multiple = () => model?.multiple ?? 8;
+/** The multiple that the sides of a model's pictures must have. */
+export async function multipleOf(name) {
+  return (name === model?.name ? model : await get(`/api/models/${encodeURIComponent(name)}`)).multiple;
+}
 
 const previews = () => Number(byId("previews").value) || 0;
 
