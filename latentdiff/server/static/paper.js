@@ -72,6 +72,7 @@ async function redrawn(image) {
 
 function show(image) {
   state.canvas = make("canvas", { width: image.naturalWidth, height: image.naturalHeight, tabIndex: 0 });
+  state.canvas.getContext("2d", { willReadFrequently: true }); // to see whether anything is painted
   state.canvas.setAttribute("role", "application");
   state.canvas.setAttribute("aria-label", "Mask: arrow keys move the brush, space paints, shift and space erases");
   state.ring = make("div", { className: "brush", hidden: true });
@@ -98,11 +99,11 @@ export function clear() {
   state.canvas?.getContext("2d").clearRect(0, 0, state.canvas.width, state.canvas.height);
 }
 
-/** Whether anything is painted: all may have been erased. */
+/** Whether anything is painted: all may have been erased, but for faint edges. */
 function isPainted() {
   const { width, height } = state.canvas;
   const values = state.canvas.getContext("2d").getImageData(0, 0, width, height).data;
-  return values.some((value, place) => place % 4 === 3 && value > 0);
+  return values.some((value, place) => place % 4 === 3 && value > 127);
 }
 
 /** The painted part in white on black, a PNG in base64. */
