@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core.errors import ConfigError
 from latentdiff.drawing.reproduce import read_record
 from latentdiff.networks.conditions import Conditions
 from latentdiff.runtime import speed as speeds
+
+from . import flow_models
 
 PROMPT = "a red circle above a blue square"
 QUICK = {"num_inference_steps": 3, "seed": 1, "output_type": "uint8"}
@@ -60,6 +63,20 @@ def test_what_a_speed_does(tiny_model, uncompiled, speed, compiled, dtype):
     picture = [p(PROMPT, **QUICK).images.astype(int) for p in (pipe, plain)]
     assert uncompiled == compiled
     assert np.abs(picture[0] - picture[1]).max() <= (0 if speed == "exact" else 1 if speed == "fast" else 40)
+
+
+def test_a_video_codec_keeps_its_layout(tmp_path, uncompiled):
+    """Convolutions of three dimensions know no channels last; beside them those of two are laid out."""
+    flow_models.qwen_image().save_pretrained(tmp_path / "model")
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "model", runtime="torch", device="cpu", speed="fast")
+    pipe(PROMPT, **QUICK, width=64, height=64)
+    flat, deep = (
+        [part for part in pipe.model.codec.modules() if isinstance(part, kind)] for kind in (nn.Conv2d, nn.Conv3d)
+    )
+    assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in flat)
+    assert all(layer.weight.is_contiguous() for layer in deep)
+    assert flat
+    assert deep
 
 
 @pytest.mark.slow

@@ -82,8 +82,9 @@ def laid_out_for(module: nn.Module, device: torch.device, *, narrow: bool) -> No
     """
     import torch
 
-    contiguous = narrow and device.type == "cpu"
-    module.to(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+    from latentdiff.networks.layout import lay_out
+
+    lay_out(module, torch.contiguous_format if narrow and device.type == "cpu" else torch.channels_last)
 
 
 def image_channels(config: Config) -> int:

@@ -24,6 +24,7 @@ import torch
 from latentdiff.model import Model
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.autoencoder import Autoencoder
+from latentdiff.networks.layout import lay_out
 from latentdiff.runtime.quantized import is_quantized
 
 _GPU_MODE = "max-autotune"
@@ -42,7 +43,7 @@ def sped_up(model: Model, speed: Literal["fast", "max"]) -> Model:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
     gpu = model.place.device.type == "cuda"
     if isinstance(model.backbone, UNet):
-        model.backbone.to(memory_format=torch.channels_last)
+        lay_out(model.backbone)
         if not is_quantized(model):  # quantized weights would be widened, or cannot be joined
             model.backbone.fuse()
         if gpu and speed == "fast":
@@ -50,7 +51,7 @@ def sped_up(model: Model, speed: Literal["fast", "max"]) -> Model:
         else:
             model.backbone.model.compile(mode=_GPU_MODE if gpu else None)
     if isinstance(model.codec, Autoencoder):
-        model.codec.to(memory_format=torch.channels_last)
+        lay_out(model.codec)
         if speed == "max":
             model.codec.vae.decoder.compile(mode=_GPU_MODE if gpu else None)
     return replace(model, speed=speed)
