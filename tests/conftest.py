@@ -18,31 +18,40 @@ ROOT = Path(__file__).parent.parent
 
 
 LONGEST = (
-    "openvino",
+    "reproduce",
+    "samplers",
     "stable_diffusion",
     "faults",
     "evaluate",
-    "server_page",
-    "controlnet",
-    "server",
     "single_files",
-    "few_steps",
+    "drawing",
+    "flow_families",
     "adapters",
-    "finetune",
-    "mean_flow",
+    "calls",
+    "convert",
+    "openvino",
+    "server",
+    "manual",
+    "protocols",
+    "schedulers",
+    "server_page",
+    "foreign_adapters",
     "folder",
-    "processes",
 )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the cases of `quick` tests that it does not name as slow.
+    """Mark as slow: the cases of `quick` tests that it does not name, and those that slow.txt lists.
 
     The longest files come first: one at the end would leave the other processes idle. Of the first three only
     one needs the tiny model: others would wait for its training.
     """
+    measured = {line for line in (ROOT / "tests" / "slow.txt").read_text().splitlines() if not line.startswith("#")}
     for item in items:
+        if item.nodeid.removeprefix("tests/") in measured:
+            item.add_marker("slow")
+            item.add_marker("measured")
         quick = item.get_closest_marker("quick")
         if quick is not None:
             assert quick.args, item.nodeid
