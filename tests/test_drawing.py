@@ -24,7 +24,8 @@ from latentdiff.drawing.plan import plan
 from latentdiff.drawing.start import keyed, turned
 from latentdiff.families.weights import load_unet
 from latentdiff.networks.clip import Clip
-from latentdiff.networks.conditions import Conditions
+from latentdiff.networks.conditions import Conditions, stacked
+from latentdiff.networks.encoders.prompt import Prompt
 
 from . import stable_diffusion
 
@@ -468,6 +469,99 @@ def test_each_guidance_changes_the_picture_and_not_its_neighbours(pipe, settings
     torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def one_step(tiny_model):
+    """A function: the latents that one step with some settings ends at, from noise that is always the same.
+
+    The first level of the tiny model's path is pure noise: there x0 is minus the network's v. Its attention to the
+    prompt is made much stronger, so that guidance by it is seen.
+    """
+    own = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu", runtime="torch")
+    for name, parameter in own.model.backbone.model.named_parameters():
+        parameter.data.mul_(500 if "attn2.to_out" in name else 1)
+    noise_ = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(5))
+
+    def drawn(pipe=own, **settings):
+        options = {"num_inference_steps": 1, "sampler": "ddim", "output_type": "latent", "guidance_scale": 1.0}
+        return pipe(PROMPT, latents=noise_, **options | settings).images
+
+    drawn.noise, drawn.pipe = noise_, own
+    assert (drawn(guidance_scale=2.0) - drawn()).abs().max() > 0.05
+    return drawn
+
+
+def test_rescaled_guidance_by_hand(one_step):
+    cond, guided = one_step(), one_step(guidance_scale=9.0)
+    expected = guided * (0.7 * cond.std(unbiased=False) / guided.std(unbiased=False) + 0.3)
+    torch.testing.assert_close(one_step(guidance_scale=9.0, guidance_rescale=0.7), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_thresholded_guidance_by_hand(one_step):
+    cond, guided = one_step(), one_step(guidance_scale=90.0)
+    place = round(0.9 * (cond.numel() - 1))
+    limit, actual = (each.abs().flatten().sort().values[place] for each in (cond, guided))
+    assert actual > limit
+    expected = guided.clip(-actual, actual) * limit / actual
+    torch.testing.assert_close(one_step(guidance_scale=90.0, threshold=0.9), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_projected_guidance_by_hand(one_step):
+    """Of two steps the second adds the first one's difference times the momentum."""
+    cond = one_step()
+    difference = one_step(guidance_scale=2.0) - cond  # uncond + 2 (cond - uncond) - cond
+    most = float(difference.norm()) / 2
+    difference = difference / 2
+    parallel = (difference * cond).sum() / cond.norm() ** 2 * cond
+    expected = cond + 4.0 * (difference - parallel + 0.5 * parallel)
+    out = one_step(guidance_scale=5.0, apg=True, apg_eta=0.5, apg_norm=most)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one_step(guidance_scale=5.0, apg=True, apg_eta=1.0), one_step(guidance_scale=5.0))
+    twice = {"guidance_scale": 5.0, "apg": True, "num_inference_steps": 2}
+    assert (one_step(apg_momentum=-0.5, **twice) - one_step(**twice)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_perturbed_guidance_by_hand(one_step):
+    """Away from what the network says with perturbed attention."""
+    pipe = one_step.pipe
+    conditions = stacked([pipe.model.encoder.encode(Prompt(PROMPT))])
+    level = pipe.model.path.numbered(pipe.model.path.T - 1)
+    assert level.alpha == 0
+    perturbed = -pipe.model.backbone.predict_perturbed(one_step.noise, level.t, conditions)
+    expected = one_step() + 3.0 * (one_step() - perturbed)
+    torch.testing.assert_close(one_step(pag_scale=3.0), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - one_step()).abs().max() > 1e-3
+
+
+def test_guidance_in_an_interval(one_step, monkeypatch):
+    """Both conditions are computed at the levels in the interval, and one at the others. Pure noise is in none."""
+    pipe = one_step.pipe
+    levels = pipe.model.path.levels(4, pipe.request(PROMPT).spacing)
+    between = (levels[1].log_snr + levels[2].log_snr) / 2
+    counts, predict = [], pipe.model.backbone.predict
+    noted = lambda x, time, conditions: counts.append(conditions.count) or predict(x, time, conditions)  # noqa: E731
+    monkeypatch.setattr(pipe.model.backbone, "predict", noted)
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0}
+    early = one_step(**options, guidance_interval=(-100.0, between))
+    late = one_step(**options, guidance_interval=(between, 100.0))
+    assert counts == [0, 2, 0, 0, 0, 0, 2, 2]  # 0: without an axis of conditions
+    assert (early - late).abs().max() > 1e-3
+
+
+def test_guidance_by_clip_by_hand(tiny_model, one_step):
+    """x0 moves along the gradient of CLIP's score, by at most 0.05 root mean square."""
+    pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")
+    pipe.load_clip()
+    x0 = one_step(pipe=pipe)
+    gradient = pipe.painter.scorer.gradient([PROMPT], partial(differentiable_decode, pipe.model))(x0)
+    most = 0.05 * x0.numel() ** 0.5
+    for scale in (0.5 * most / float(gradient.norm()), 2 * most / float(gradient.norm())):
+        change = scale * gradient * min(1.0, most / float(scale * gradient.norm()))
+        out = one_step(pipe=pipe, clip_guidance_scale=scale)
+        torch.testing.assert_close(out, x0 + change, rtol=1e-3, atol=1e-4)
+    assert change.norm() == pytest.approx(most, rel=1e-4)
+
+
 @torch.no_grad()
 def test_perturbed_attention_is_the_identity(pipe):
     """With the middle block's self-attention maps set to the identity by hand: values, projected."""
@@ -495,8 +589,8 @@ def test_perturbed_attention_is_the_identity(pipe):
     )
 
 
-def test_autoguidance(tiny_model):
-    """By itself it changes nothing; a weaker one that says zero pushes away from zero."""
+def test_autoguidance(tiny_model, one_step):
+    """By itself it changes nothing; away from one that says zero is a multiple."""
     pipe = LatentDiffusionPipeline.from_pretrained(tiny_model, device="cpu")
     with pytest.raises(ConfigError, match="autoguidance_scale requires a weaker model"):
         picture_of(pipe, autoguidance_scale=2.0)
@@ -506,11 +600,9 @@ def test_autoguidance(tiny_model):
         for scale in (1.0, 3.0)
     )
     torch.testing.assert_close(plain, guided, rtol=1e-3, atol=1e-3)
-    worse = pipe.painter.weaker.backbone
-    for parameter in worse.parameters():
-        parameter.data.mul_(0.9)
-    other = pipe(PROMPT, output_type="latent", guidance_scale=1.0, autoguidance_scale=3.0, **QUICK).images
-    assert (other - plain).abs().max() > 1e-2
+    for parameter in pipe.painter.weaker.backbone.model.conv_out.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(one_step(pipe=pipe, autoguidance_scale=3.0), 3 * one_step(pipe=pipe))
     assert "weaker" in pipe.painter.sources
 
 

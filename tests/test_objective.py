@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from latentdiff.diffusion.objective import WEIGHTINGS, DiffusionLoss, weights
+from latentdiff.diffusion.parametrization import PARAMETRIZATIONS
 from latentdiff.diffusion.path import VariancePreserving
 
 SD = VariancePreserving.scaled_linear()
@@ -29,6 +30,18 @@ def test_other_weightings():
     np.testing.assert_array_equal(weights(SD, "v_prediction", "uniform"), 1)
 
 
+def test_gamma():
+    """Of each weighting its own parameter, in place of 5 and 1."""
+    np.testing.assert_allclose(weights(SD, "sample", "min_snr", 3.0), np.minimum(SNR, 3), rtol=1e-12)
+    np.testing.assert_allclose(weights(SD, "sample", "soft_min_snr", 3.0), 3 * SNR / (SNR + 3), rtol=1e-12)
+    np.testing.assert_allclose(weights(SD, "epsilon", "p2", 2.0), (1 + SNR) ** -2, rtol=1e-12)
+    x0, noise, wrong = torch.randn(3, 4, 2, 5, 5, generator=torch.Generator().manual_seed(0)).double()
+    t = torch.tensor([5, 150, 500, 990])
+    loss = DiffusionLoss(SD, "sample", "min_snr", 2.0)(lambda *_: wrong, x0, noise, t, None)
+    expected = torch.from_numpy(np.minimum(SNR, 2))[t] * ((wrong - x0) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_finite_at_zero_snr(weighting, prediction):
@@ -47,16 +60,18 @@ def test_weighting_means_the_same_for_every_prediction(weighting):
 
     def network(prediction):
         def predict(x, t, context):
+            if prediction == "karras":  # Karras et al. 2022, table 1: x0 = skip y + out F of y = x_t / alpha
+                ratio, y = sigma / alpha, x * (sigma**2 + alpha**2 / 4) ** 0.5 / alpha
+                return (wrong - 0.25 / (ratio**2 + 0.25) * y) / (0.5 * ratio / (ratio**2 + 0.25) ** 0.5)
             eps = (x - alpha * wrong) / sigma
-            return {"sample": wrong, "epsilon": eps, "v_prediction": alpha * eps - sigma * wrong}[prediction]
+            v = alpha * eps - sigma * wrong
+            return {"sample": wrong, "epsilon": eps, "v_prediction": v, "flow": eps - wrong}[prediction]
 
         return predict
 
-    losses = [
-        DiffusionLoss(SD, p, weighting)(network(p), x0, noise, t, None) for p in ("epsilon", "sample", "v_prediction")
-    ]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-9)
-    torch.testing.assert_close(losses[0], losses[2], rtol=1e-3, atol=1e-9)
+    first, *others = (DiffusionLoss(SD, p, weighting)(network(p), x0, noise, t, None) for p in PARAMETRIZATIONS)
+    for other in others:
+        torch.testing.assert_close(first, other, rtol=1e-3, atol=1e-9)
 
 
 def test_simple_loss_is_ho_s():

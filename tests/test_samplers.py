@@ -125,6 +125,58 @@ def test_orders_from_exact_history(name, order):
     assert math.log2(error(40) / error(80)) > order - 0.25
 
 
+def test_res_multistep_is_exact_for_a_line():
+    """Where x0 is linear in log-SNR l, each step but the first is the exact solution:
+    x / sigma grows by the integral of exp(l) x0(l). The weights of dpmpp_2m are others.
+    """
+    levels = SD.levels(12, "karras")[:-1]
+
+    def x0(level):
+        return 0.3 + 0.2 * level.log_snr
+
+    def integral(level):
+        return math.exp(level.log_snr) * (x0(level) - 0.2)
+
+    def errors(name):
+        before, found = None, []
+        for step, (t, s) in zip(
+            SAMPLERS[name].walk(lambda x, level: x0(level) + 0 * x, np.ones(3), levels, silent, SD),
+            itertools.pairwise(levels),
+            strict=True,
+        ):
+            if before is not None:
+                exact = s.sigma * (before / t.sigma + integral(s) - integral(t))
+                found.append(np.abs(step.x - exact).max())
+            before = step.x.copy()
+        return max(found)
+
+    assert errors("res_multistep") < 1e-12
+    assert errors("dpmpp_2m") > 1e-3
+
+
+@pytest.mark.parametrize("churn", [3.0, 1000.0])
+def test_churn_is_the_algorithm_of_karras(churn):
+    """Karras et al. 2022, algorithm 2, in their x / alpha over sigma / alpha, with S_noise 1 and no bounds."""
+    levels = SD.levels(9, "karras")
+    draws = np.random.default_rng(0).standard_normal((10, 7))
+    ratios = [level.ratio for level in levels]
+    y, gamma = draws[0] / levels[0].alpha, min(churn / 9, math.sqrt(2) - 1)
+
+    def clean(y, ratio):
+        return gaussian(MEAN, STD)(SD.level_of(ratio).alpha * y, SD.level_of(ratio))
+
+    for number, (now, after) in enumerate(itertools.pairwise(ratios), 1):
+        higher = now * (1 + gamma)
+        y = y + math.sqrt(higher**2 - now**2) * draws[number]
+        slope = (y - clean(y, higher)) / higher
+        ahead = y + (after - higher) * slope
+        if after > 0:
+            ahead = y + (after - higher) * (slope + (ahead - clean(ahead, after)) / after) / 2
+        y = ahead
+    walk = SAMPLERS["heun"].walk(gaussian(MEAN, STD), draws[0], levels, lambda number: draws[number], SD, churn=churn)
+    np.testing.assert_allclose(last(walk), y, rtol=1e-6, atol=1e-9)
+
+
 def test_unipc_beats_its_predictor_by_an_order():
     """Zhao et al. 2023: the corrector raises the order of UniP-2 to 3."""
     errors = [rms_error("unipc", steps) for steps in (40, 80, 160)]
