@@ -1,10 +1,15 @@
 """Configs: every one that ships is valid, and what is wrong is named."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from latentdiff.core.errors import ConfigError
+from latentdiff.families.own import new_path, times_of
 from latentdiff.settings.config import Config, load_config, save_config
 from latentdiff.settings.finetuning import load_finetuning
+from latentdiff.stages.denoiser import _training
 
 from .conftest import ROOT
 
@@ -82,9 +87,14 @@ def test_settings_without_effect(changes, message):
 
 
 def test_settings_with_their_effect():
-    for changes in (
-        ["denoiser.snr_gamma=3", 'denoiser.weighting="p2"'],
-        ["denoiser.logit_mean=2", 'denoiser.times="logit_normal"'],
-        ['denoiser.path="straight"', 'denoiser.prediction="flow"', "denoiser.schedule.num_train_timesteps=500"],
-    ):
-        load_config(None, changes)
+    config = load_config(None, ["denoiser.logit_mean=2", "denoiser.logit_std=0.5", 'denoiser.times="logit_normal"'])
+    times = times_of(config.denoiser, new_path(config))
+    assert (times.distribution, times.mean, times.std) == ("logit_normal", 2.0, 0.5)
+    straight = ['denoiser.path="straight"', 'denoiser.prediction="flow"', "denoiser.schedule.num_train_timesteps=500"]
+    assert new_path(load_config(None, straight)).T == 500
+    weighted = ["denoiser.snr_gamma=3", 'denoiser.weighting="p2"', 'denoiser.prediction="epsilon"']
+    config = load_config(None, weighted)
+    loss, _, _ = _training(config, SimpleNamespace(pictures=SimpleNamespace(buckets=lambda: {(): [0]})), 1)
+    t, noise = torch.tensor([100]), torch.ones(1, 1, 1, 1)
+    value = loss(lambda x, t, conditions: 0 * x, noise, noise, t, None)
+    assert float(value) == pytest.approx((1 + new_path(config).numbered(100).snr) ** -3, rel=1e-4)

@@ -714,7 +714,7 @@ def test_a_half_precision_autoencoder_that_overflows(tiny_model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
     with torch.no_grad():
         vae.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError, match=r"decoding gave non-finite numbers \(seeds \[1\]\)"):
         other(PROMPT, **QUICK)
 
 

@@ -144,11 +144,11 @@ def test_saved_sets_of_odd_states(pictures, tmp_path):
     assert len(surveyed(folder).pictures) == 4
     for odd in ([], "x", {"_data_files": 5}, {"_data_files": []}, {"_data_files": ["x"]}):
         (folder / "state.json").write_text(json.dumps(odd))
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match=r"state\.json|no data set|_data_files"):
             surveyed(folder)
     for splits in (5, ["../set"], [1]):
         (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
-        with pytest.raises((DataError, ConfigError)):
+        with pytest.raises((DataError, ConfigError), match=r"split|dataset_dict\.json"):
             surveyed(folder, Options(split="../set"))
 
 

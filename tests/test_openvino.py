@@ -322,26 +322,26 @@ def test_what_only_torch_has(compiled_model, what, small_files, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fails",
+    ("fails", "message"),
     [
-        lambda pipe: pipe.load_lora_weights("nowhere"),
-        lambda pipe: pipe.load_lora_weights(None),
-        lambda pipe: pipe.set_adapters("x"),
-        lambda pipe: pipe.load_textual_inversion("nowhere"),
-        lambda pipe: pipe.load_vae("nowhere"),
-        lambda pipe: pipe.load_clip("nowhere"),
-        lambda pipe: pipe.load_weaker("nowhere"),
-        lambda pipe: pipe.to("cuda" if not torch.cuda.is_available() else "nowhere"),
-        lambda pipe: pipe(PROMPT, autoguidance_scale=2.0),
+        (lambda pipe: pipe.load_lora_weights("nowhere"), "no adapter at nowhere"),
+        (lambda pipe: pipe.load_lora_weights(None), "a path must be text or a Path"),
+        (lambda pipe: pipe.set_adapters("x"), "no adapter 'x' is loaded"),
+        (lambda pipe: pipe.load_textual_inversion("nowhere"), "no embeddings at nowhere"),
+        (lambda pipe: pipe.load_vae("nowhere"), r"no VAE \(nowhere\)"),
+        (lambda pipe: pipe.load_clip("nowhere"), "no CLIP in open_clip's format at nowhere"),
+        (lambda pipe: pipe.load_weaker("nowhere"), r"no such model folder \(nowhere\)"),
+        (lambda pipe: pipe.to("cuda" if not torch.cuda.is_available() else "nowhere"), "cannot be used here"),
+        (lambda pipe: pipe(PROMPT, autoguidance_scale=2.0), "autoguidance_scale requires a weaker model"),
     ],
 )
-def test_a_change_that_fails_changes_no_runtime(compiled_model, fails):
+def test_a_change_that_fails_changes_no_runtime(compiled_model, fails, message):
     """Nor does it warn; unloading nothing is no change either."""
     pipe = LatentDiffusionPipeline.from_pretrained(compiled_model, device="cpu")
     before = pipe.painter
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises((ConfigError, ModelError)):
+        with pytest.raises((ConfigError, ModelError), match=message):
             fails(pipe)
         pipe.unload_lora_weights()
     assert pipe.painter is before
@@ -487,7 +487,7 @@ def test_another_network_is_another_model(compiled_model, default):
     plain = default[1]
     options = {"seed": 3, "num_inference_steps": 2, "output_type": "uint8"}
     before = plain(PROMPT, **options).images
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="has no setter"):
         plain.model = None
     with pytest.raises(FrozenInstanceError):
         plain.model.encoder = None

@@ -374,7 +374,7 @@ def test_what_does_not_fit_is_refused(family, saved, tmp_path, call):
         joined([other], folder)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=r"cannot load .*cut\.safetensors: .*file not fully covered"):
         joined([cut], folder)
     flux.pipeline().save_pretrained(tmp_path / "flux")
     with pytest.raises(ModelError, match=rf"belongs to {re.escape(family)}, .* to Flux\.1"):
@@ -550,7 +550,7 @@ def test_absurd_numbers_and_configs(z, tmp_path):
     for tree in ("{}", '{"_class_name": "Foo"}', '{"dim": "x"}'):
         base = shutil.copytree(folder, tmp_path / f"base{len(tree)}")
         (base / "transformer" / "config.json").write_text(tree)
-        with pytest.raises(ModelError):  # the tiny model's axes are in no file
+        with pytest.raises(ModelError, match="transformer"):  # the tiny model's axes are in no file
             joined([file], base)
     with pytest.raises(ModelError, match="no weights of variant fp16"):
         joined([file], folder, "fp16")

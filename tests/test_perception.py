@@ -92,5 +92,5 @@ def test_what_is_no_such_network(tmp_path, fid):
     with pytest.raises(UnsafeError, match="is a pickle file; latentdiff loads safetensors only"):
         named(fid / "inception.pth")
     (tmp_path / "hidden.safetensors").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(UnsafeError):
+    with pytest.raises(UnsafeError, match=r"hidden\.safetensors is a pickle file"):
         read_as(lpips, tmp_path / "hidden.safetensors")

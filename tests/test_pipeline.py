@@ -250,9 +250,16 @@ def test_nothing_is_moved_to_no_place(pipe, move, message):
     assert (pipe.device.type, pipe.model.backbone.dtype) == ("cpu", torch.float32)
 
 
-@pytest.mark.parametrize("options", [{"device": "bogus"}, {"device": "meta"}, {"torch_dtype": "int8"}])
-def test_refused_places(tiny_model, options):
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "bogus"}, "device 'bogus' cannot be used here"),
+        ({"device": "meta"}, "device 'meta' cannot be used here"),
+        ({"torch_dtype": "int8"}, r"floating-point torch.dtype of 16 bits or more \(got torch.int8\)"),
+    ],
+)
+def test_refused_places(tiny_model, options, message):
+    with pytest.raises(ConfigError, match=message):
         LatentDiffusionPipeline.from_pretrained(tiny_model, **options)
 
 

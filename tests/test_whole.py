@@ -135,8 +135,11 @@ def test_a_scratch_folder_that_another_process_removes(tmp_path, monkeypatch):
     gone = tmp_path / f"{SCRATCH}x"
     files._remove_if_abandoned(gone)
     gone.mkdir()
-    monkeypatch.setattr(files.os, "open", lambda *_: (_ for _ in ()).throw(FileNotFoundError("gone")))
+    opened = []
+    own = files.os.open
+    monkeypatch.setattr(files.os, "open", lambda *options: opened.append(gone.rmdir()) or own(*options))
     files._remove_if_abandoned(gone)
+    assert (len(opened), gone.exists()) == (1, False)
 
 
 @pytest.mark.parametrize(("name", "number"), [("mkdir", 3), ("mkdir", 4), ("link", 1), ("link", 2), ("rmtree", 1)])
