@@ -439,6 +439,15 @@ def test_annotators():
     halves = np.zeros((32, 32, 3), np.uint8)
     halves[:, 8:] = 100  # three quarters of the left squares
     assert set(np.unique(ANNOTATORS["palette"](halves))) == {50, 100}
+    checks = np.zeros((64, 64, 3), np.uint8)
+    checks[(np.indices((64, 64)).sum(0) % 2).astype(bool)] = 200
+    assert np.abs(ANNOTATORS["tile"](checks).astype(int) - 100).max() <= 2, "what is finer than a tile is gone"
+    step = np.zeros((400, 400, 3), np.uint8)
+    step[:, 200:] = 255
+    slope = np.diff(ANNOTATORS["blur"](step)[200, :, 0].astype(float)) / 255
+    places = np.arange(399) - 199
+    assert (slope * places).sum() == pytest.approx(0, abs=0.5)
+    assert (slope * places**2).sum() ** 0.5 == pytest.approx(400 / 50, rel=0.05), "the Gaussian's radius"
     two = ANNOTATORS["segments"](np.concatenate([red, pixels[:64, :64]], 1))
     assert len(np.unique(two.reshape(-1, 3), axis=0)) == 3
     for annotate in ANNOTATORS.values():

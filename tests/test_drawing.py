@@ -444,6 +444,14 @@ def test_generators(pipe):
         pipe(PROMPT, generator=3, **QUICK)
 
 
+def test_brackets_as_text(pipe):
+    """Without weights they are what escaped ones are."""
+    options = {"output_type": "latent", **QUICK}
+    literal = pipe("a (red:1.5) ring", prompt_weights=False, **options).images
+    assert torch.equal(literal, pipe(r"a \(red:1.5\) ring", **options).images)
+    assert not torch.equal(literal, pipe("a (red:1.5) ring", **options).images)
+
+
 # guidance
 
 

@@ -109,6 +109,13 @@ def test_weight_one_is_no_weight(encoder):
     assert torch.equal(encoder.encode(Prompt("a red circle above a blue square", PLAIN))["tokens"], plain)
 
 
+def test_brackets_as_text(encoder):
+    text = "a (red:1.5) circle [dull] BREAK"
+    literal = encoder(encoder.tokenize([text]))["tokens"][0]
+    assert torch.equal(encoder.encode(Prompt(text, PLAIN))["tokens"], literal)
+    assert not torch.equal(encoder.encode(Prompt(text))["tokens"], literal)
+
+
 def test_weights_move_away_from_the_empty_prompt(encoder):
     """c_empty + w (c - c_empty) at the word alone: 0 leaves nothing of it, and it is linear in w."""
     empty, plain = encoder.encode(Prompt(""))["tokens"], encoder.encode(Prompt("a red circle"))["tokens"]

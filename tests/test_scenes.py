@@ -166,3 +166,12 @@ def test_anti_aliased_area(shape, area):
     for x in (32.0, 32.3, 31.77):
         total = scenes.coverage(shape, x, 32.1, 20.0, 64, 64).sum()
         assert total == pytest.approx(area * 400, rel=0.01)
+
+
+def test_where_relations_hold():
+    """y points down; on the diagonal none holds; the inverse holds for the objects in the other order."""
+    truths = {(3, 1): "left of", (-3, 1): "right of", (1, 3): "above", (-1, -3): "below", (2, 2): None, (-2, 2): None}
+    for place, truth in truths.items():
+        for relation, inverse in scenes.INVERSE.items():
+            assert scenes.holds(relation, (5, 5), (5 + place[0], 5 + place[1])) == (relation == truth)
+            assert scenes.holds(inverse, (5 + place[0], 5 + place[1]), (5, 5)) == (relation == truth)

@@ -268,6 +268,13 @@ def related(relation: str, radii: Sequence[float], rng: np.random.Generator) -> 
     return [(along[i], across[i]) for i in (0, 1)]
 
 
+def holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
+    """Whether a relation holds between two centres, y downwards: they lie further apart along its axis than across."""
+    axis = 0 if relation in ("left of", "right of") else 1
+    along, across = second[axis] - first[axis], second[1 - axis] - first[1 - axis]
+    return (along if relation in ("left of", "above") else -along) > abs(across)
+
+
 def scattered(radii: Sequence[float], rng: np.random.Generator) -> list[tuple[float, float]]:
     """Centres anywhere, bounding boxes apart: the first good one of many candidates drawn at once."""
     r = np.asarray(radii)

@@ -16,13 +16,13 @@ import numpy as np
 from latentdiff.data import scenes
 from latentdiff.data.sprites.captions import sentence
 from latentdiff.data.sprites.color import main_color
-from latentdiff.data.sprites.description import Describer, Description, Group
+from latentdiff.data.sprites.description import Describer, Group
 from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import Scene, compose, render
 from latentdiff.diffusion import noise
 from latentdiff.evaluation import oracle
 from latentdiff.evaluation.judge import Judge
-from latentdiff.evaluation.objects import Region, cropped, objects, united
+from latentdiff.evaluation.objects import cropped, objects, united
 from latentdiff.model import Model, ModelCard
 
 OF_COLORS = ("colors", "binding")
@@ -173,20 +173,11 @@ class SpriteBenchmark(Composed):
             about = group.sprite is None or description.category in OF_COLORS
             return group.name in names[k] and (not about or colors[k] == group.color)
 
+        def related(first: int, second: int) -> bool:
+            return scenes.holds(description.relation, parts[first].centre, parts[second].centre)
+
         return any(
             all(fits(group, k) for group, k in zip(groups, order, strict=True))
-            and (not description.relation or _related(description, [parts[k] for k in order]))
+            and (not description.relation or related(*order[:2]))
             for order in permutations(range(len(parts)))
         )
-
-
-def _related(description: Description, parts: list[Region]) -> bool:
-    """Whether the relation holds between the centres of the first and the second object."""
-    (x0, y0), (x1, y1) = parts[0].centre, parts[1].centre
-    across = abs(x1 - x0) > abs(y1 - y0)
-    return {
-        "left of": across and x0 < x1,
-        "right of": across and x0 > x1,
-        "above": not across and y0 < y1,
-        "below": not across and y0 > y1,
-    }[description.relation]

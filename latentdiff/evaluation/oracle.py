@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from latentdiff.data.scenes import BACKGROUNDS, COLORS, RADII, SHAPES, SIZE, Description, Thing, coverage
+from latentdiff.data.scenes import BACKGROUNDS, COLORS, RADII, SHAPES, SIZE, Description, Thing, coverage, holds
 from latentdiff.evaluation.objects import background_of
 
 MIN_AREA = 24  # pixels; smaller specks are a decoder's noise, the smallest object has about 60
@@ -126,7 +126,4 @@ def _related(reading: Reading, description: Description) -> bool:
     first, second = (
         next(t for t in reading.things if (t.shape, t.color) == (g.shape, g.color)) for g in description.groups
     )
-    dx, dy = second.x - first.x, second.y - first.y
-    ahead, aside = (dx, dy) if description.relation in ("left of", "right of") else (dy, dx)
-    sign = 1 if description.relation in ("left of", "above") else -1
-    return sign * ahead > abs(aside)
+    return holds(description.relation, (first.x, first.y), (second.x, second.y))
