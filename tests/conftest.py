@@ -20,22 +20,23 @@ ROOT = Path(__file__).parent.parent
 LONGEST = (
     "reproduce",
     "samplers",
+    "flow_families",
+    "adapters",
+    "calls",
+    "convert",
+    "schedulers",
     "stable_diffusion",
     "faults",
     "evaluate",
     "single_files",
     "drawing",
-    "flow_families",
-    "adapters",
-    "calls",
-    "convert",
-    "openvino",
     "server",
+    "openvino",
     "manual",
     "protocols",
-    "schedulers",
     "server_page",
     "foreign_adapters",
+    "straight_path",
     "folder",
 )
 
@@ -44,7 +45,7 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     """Mark as slow: the cases of `quick` tests that it does not name, and those that slow.txt lists.
 
-    The longest files come first: one at the end would leave the other processes idle. Of the first three only
+    The longest files come first: one at the end would leave the other processes idle. Of the first ones only
     one needs the tiny model: others would wait for its training.
     """
     measured = {line for line in (ROOT / "tests" / "slow.txt").read_text().splitlines() if not line.startswith("#")}
