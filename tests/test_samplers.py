@@ -324,11 +324,12 @@ PATHS = {
 
 @pytest.mark.parametrize("spacing", GRIDS)
 @pytest.mark.parametrize("path", PATHS)
-def test_every_combination_ends_finite(path, spacing):
+@pytest.mark.parametrize("counts", [(1, 2, 7), pytest.param((50,), marks=pytest.mark.slow)], ids=["few", "many"])
+def test_every_combination_ends_finite(counts, path, spacing):
     """Every sampler x path x prediction x grid, with 1, 2, 7 and 50 steps, on an untrained network."""
     rng = np.random.default_rng(0)
     draws = rng.standard_normal((102, 2, 3)).astype(np.float32)
-    for steps in (1, 2, 7, 50):
+    for steps in counts:
         levels = PATHS[path].levels(steps, spacing)
         for name, prediction in itertools.product(SAMPLERS, PARAMETRIZATIONS):
             denoise = denoiser(lambda x, t, _: np.tanh(x) + 0 * np.float32(t), prediction, None)
