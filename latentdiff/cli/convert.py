@@ -41,7 +41,10 @@ def convert(
         Form | None, typer.Option(help="For an adapter: peft or kohya. For a model: openvino, for CPUs.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="For an adapter: its model (default: scenes-64).")
+        str | None,
+        typer.Option(
+            "--model", "-m", help="For an adapter: its model (default: the model that comes with the package)."
+        ),
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
     vae: Annotated[

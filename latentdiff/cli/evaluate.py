@@ -11,7 +11,7 @@ import typer
 
 from latentdiff.cli import report_folder, terminal
 from latentdiff.cli.loading import adapter_and_weight, common_settings, embedding_and_word, load_extras, loaded
-from latentdiff.cli.options import Precision, Runtime
+from latentdiff.cli.options import A_MODEL, Precision, Runtime
 from latentdiff.cli.variations import grid_of
 from latentdiff.core.errors import ConfigError
 
@@ -24,9 +24,7 @@ LACKING = ("autoguidance_scale", "strength", "prediction")
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="A folder, a .safetensors file or a hub id (default: scenes-64).")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=A_MODEL)] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +72,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="The network of distances: CLIP in open_clip's format, a model that has one, or FID's Inception as"
-            " .safetensors (default: the model's own CLIP, or scenes-64's)."
+            " .safetensors (default: the model's own CLIP, or the default model's)."
         ),
     ] = None,
     lpips: Annotated[Path | None, typer.Option(help="Weights of LPIPS as .safetensors, for the autoencoder.")] = None,

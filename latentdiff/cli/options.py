@@ -4,6 +4,7 @@ from enum import StrEnum
 from pathlib import Path
 
 OUTPUTS = Path("outputs")  # the folder of pictures
+A_MODEL = "A folder, a .safetensors file or a hub id (default: the model that comes with the package)."
 
 
 class Runtime(StrEnum):
