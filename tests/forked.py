@@ -194,6 +194,13 @@ def in_loss(stage, number, act=KILL):
     at_call(owner, "loss", number, act)
 
 
+def check_deterministic():
+    """Fail unless torch may choose deterministic kernels only."""
+    import torch
+
+    assert torch.are_deterministic_algorithms_enabled()
+
+
 def in_save(number, act=KILL):
     """`act` at a boundary of the files of a checkpoint: each is flushed once, the manifest and the folders too."""
     from latentdiff.training import checkpoint

@@ -267,7 +267,9 @@ def test_a_full_disk_stops_the_run(whole, begun):
 @pytest.mark.slow
 def test_deterministic_kernels_are_the_same_on_a_cpu(whole, begun):
     """On a CPU every kernel is deterministic as it is; the switch costs nothing there and changes nothing."""
-    code, err = denoiser(begun, "--deterministic")
+    code, err = denoiser(
+        begun, "--deterministic", hook=partial(forked.in_loss, "denoiser", 1, forked.check_deterministic)
+    )
     assert code == 0, err
     assert_bitwise(whole, begun, ["denoiser"])
 

@@ -116,6 +116,27 @@ def test_guidance_is_inside():
     torch.testing.assert_close(weighted, goals[0] / (goals[0] + mean_flow.C))
 
 
+def test_guidance_over_an_interval():
+    """The goal is v' - (t - r) du/dt with the guided velocity v', which also moves x; for a network u = a x + b t + c r
+    du/dt = a v' + b.
+    """
+    rows = torch.tensor([[0.7, 0.3]], dtype=torch.float64).repeat(4, 1)
+    x0, noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b, c, w = 0.8, 1.5, -0.4, 3.0
+
+    def student(x, time, conditions):
+        return _Double(a * x + b * time[:, None] / 1000 + c * conditions["until"][:, None] / 1000)
+
+    def teacher(x, time, uncond):
+        return uncond * x
+
+    loss = MeanFlowLoss(Straight(), guidance=w, power=0.0)(student, teacher, x0, noise, rows, Conditions({}), 0.5)
+    x, v = 0.3 * x0 + 0.7 * noise, noise - x0
+    guided = 0.5 * x + w * (v - 0.5 * x)
+    goal = guided - 0.4 * (a * guided + b)
+    torch.testing.assert_close(loss, (a * x + b * 0.7 + c * 0.3 - goal).square().sum(1), rtol=1e-5, atol=1e-6)
+
+
 def test_times():
     """t is the later of two sigmoids of normal draws; a quarter of the pairs are apart."""
     loss, rng = MeanFlowLoss(Straight(), guidance=1.0), np.random.default_rng(0)

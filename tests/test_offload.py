@@ -46,16 +46,25 @@ def test_once_only(first, tmp_path):
         pipe.offload("cpu", layers=True, blocks=True)
 
 
-def test_by_the_command_line(call, tiny_model, monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "layers", "blocks"), [("model", False, False), ("sequential", True, False), ("block", False, True)]
+)
+def test_by_the_command_line(call, tiny_model, monkeypatch, value, layers, blocks):
     """The model is loaded where it stays: one that is larger than the GPU would not fit there."""
-    loaded, devices = GENERATE.loaded, []
+    loaded, devices, units = GENERATE.loaded, [], []
     monkeypatch.setattr(GENERATE, "loaded", lambda *given: devices.append(given[1]) or loaded(*given))
     monkeypatch.setattr(device, "usable_device", lambda name: torch.device("cpu" if str(name) == "cpu" else "cuda:1"))
-    monkeypatch.setattr(LatentDiffusionPipeline, "offload", lambda self, to, **_: devices.append((self.device, to)))
-    words = ("--offload", "model", "--device", "cuda:1", "--steps", 1, "-s", 1)
+
+    def offload(self, to, **unit):
+        devices.append((self.device, to))
+        units.append(unit)
+
+    monkeypatch.setattr(LatentDiffusionPipeline, "offload", offload)
+    words = ("--offload", value, "--device", "cuda:1", "--steps", 1, "-s", 1)
     code, _, err = call("generate", "a ring", "-m", tiny_model, *words)
     assert code == 0, err
     assert devices == ["cpu", (torch.device("cpu"), torch.device("cuda:1"))]
+    assert units == [{"layers": layers, "blocks": blocks}]
 
 
 def weight_bytes(module):
@@ -67,6 +76,7 @@ def test_a_model_of_twelve_billions_fits_eight_gigabytes():
     with torch.device("meta"):
         network = diffusers.FluxTransformer2DModel.from_config(FLUX_DEV)
     blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+    assert len(blocks) == FLUX_DEV["num_layers"] + FLUX_DEV["num_single_layers"]
     assert weight_bytes(network) > 23e9
     largest = max(map(weight_bytes, blocks))
     rest = weight_bytes(network) - sum(map(weight_bytes, blocks))

@@ -42,9 +42,7 @@ def convert(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", "-m", help="For an adapter: its model (default: the model that comes with the package)."
-        ),
+        typer.Option("--model", "-m", help="For an adapter: its model (default: the one of the package)."),
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
     vae: Annotated[
