@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from latentdiff.core.errors import ConfigError, loading, saving
 from latentdiff.core.files import atomic, write_json
@@ -15,6 +14,7 @@ from latentdiff.families import check_folder
 from latentdiff.families.card import FILE as CARD_FILE
 from latentdiff.families.card import known_words
 from latentdiff.formats.folder import folder_hash, read_json
+from latentdiff.formats.tensors import write_tensors
 
 _COPIED = (".json", ".txt", ".md", ".gz", ".gguf")
 
@@ -53,4 +53,4 @@ def _convert_file(source: Path, target: Path, dtype: torch.dtype) -> None:
                 raise ConfigError(f"{name} of {source} does not fit {str(dtype).removeprefix('torch.')}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with saving(f"{source.parent.name}/{target.name}", target.parent):
-        save_file(state, target, metadata)
+        write_tensors(state, target, metadata)

@@ -18,7 +18,6 @@ from typing import Any
 import regex  # type: ignore[import-untyped]
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentdiff.core.errors import ModelError, loading, raised_as, saving
@@ -26,7 +25,7 @@ from latentdiff.core.files import atomic
 from latentdiff.formats.adapter_names import kohya_name, other_kind, places, split
 from latentdiff.formats.folder import read_json
 from latentdiff.formats.pickle import check_safetensors
-from latentdiff.formats.tensors import widened
+from latentdiff.formats.tensors import widened, write_tensors
 from latentdiff.networks.adapters.adapter import Adapter, Layer, Networks
 
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -351,4 +350,4 @@ def _kohya_factors(layer: Layer) -> Iterable[tuple[str, Tensor]]:
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     with saving(path.name, path.parent), atomic(path) as made:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, made, metadata)
+        write_tensors(state, made, metadata)

@@ -1,12 +1,13 @@
-"""Tensors read from files; 8-bit floats are widened and multiplied by their scales."""
+"""Tensors read from files and written; 8-bit floats are widened and multiplied by their scales."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff.core.errors import ModelError, loading
@@ -58,3 +59,18 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     with loading(file.name, file.parent):
         check_safetensors(file)
         return load_file(file)
+
+
+def write_tensors(state: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file whose bytes depend on its content alone: safetensors itself shuffles the entries of the metadata."""
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, dict(metadata) if metadata else None)
+    if not metadata:
+        return
+    with file.open("r+b") as written:
+        length = int.from_bytes(written.read(8), "little")
+        header = json.loads(written.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, "the same JSON in another order"
+        written.seek(8)
+        written.write(text)
