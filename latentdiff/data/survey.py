@@ -36,7 +36,7 @@ _AT_ONCE = 256  # pictures in memory: a stream's hold their bytes
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The result of decoding: upright size, colour mode, format, or why a picture cannot be used."""
+    """The result of decoding: upright size, colour mode, format, frames, or why a picture cannot be used."""
 
     size: Size = (0, 0)
     mode: str = ""

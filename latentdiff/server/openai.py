@@ -52,6 +52,11 @@ class Body(BaseModel):
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     user: str | None = None
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the answer names the folder's file, a PNG."""
+        return self.response_format == "url" and not self.stream
+
     def settings(self) -> tuple[dict[str, Any], list[str]]:
         """The settings of drawing, and the keys that are ignored."""
         extra = self.model_extra or {}
@@ -63,11 +68,10 @@ class Body(BaseModel):
             if both := sorted({"width", "height"} & known.keys()):
                 raise ConfigError(f"give size or {both[0]}, not both")
             settings["width"], settings["height"] = map(int, self.size.split("x"))
-        is_file = self.response_format == "url" and not self.stream  # the folder's file, a PNG
         unused = {
             "user": True,
-            "output_format": is_file and self.output_format != "png",
-            "output_compression": is_file or self.output_format == "png",
+            "output_format": self.is_file and self.output_format != "png",
+            "output_compression": self.is_file or self.output_format == "png",
             "partial_images": not self.stream,
             "response_format": self.stream and self.response_format == "url",
         }
@@ -160,14 +164,13 @@ async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **
 
 def _facts(body: Body, image: Image.Image) -> dict[str, Any]:
     """What an answer says about its pictures."""
-    is_file = body.response_format == "url" and not body.stream
-    kind = "png" if is_file else body.output_format
+    kind = "png" if body.is_file else body.output_format
     size = f"{image.width}x{image.height}"
     return {"size": size, "quality": "auto", "background": "opaque", "output_format": kind}
 
 
 def _item(body: Body, event: FinishedPicture, base: str) -> dict[str, Any]:
-    if body.response_format == "url":
+    if body.is_file:
         return {"url": f"{base}pictures/{event.kept.name}"}
     return {"b64_json": _encoded(body, event)}
 

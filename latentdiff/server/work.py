@@ -173,7 +173,7 @@ class Worker:
         self._current: list[tuple[Ticket, int]] = []
         self._changed = threading.Condition()
         self.stopping = False
-        self._latest: Any = None  # the network's guesses of the pictures that are being drawn
+        self._latest: tuple[Sequence[tuple[Ticket, int]], Any] | None = None  # a batch, and the network's guesses of it
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
@@ -188,8 +188,8 @@ class Worker:
             if self.stopping:
                 raise StoppedError("the server stops")
             waiting = sum(not other.cancelled for other, _ in self._waiting)
-            all_ = (*self._waiting, *self._current)
-            own = sum(other.client == client and not other.cancelled for other, _ in all_)
+            live = [other for other, _ in (*self._waiting, *self._current) if not other.cancelled]
+            own = sum(other.client == client for other in live)
             if len(jobs) > (least := min(self._most, self._most_of_one)):
                 raise ConfigError(f"a request has at most {least} pictures here (got {len(jobs)})")
             if waiting + len(jobs) > self._most:
@@ -221,11 +221,11 @@ class Worker:
 
     def preview(self, client: str) -> Image.Image | None:
         """What the first picture that is being drawn for a client would be now."""
-        latest, current = self._latest, self._current
-        rows = [row for row, (ticket, _) in enumerate(current) if ticket.client == client]
-        if latest is None or not rows:
+        if (latest := self._latest) is None:  # read once: the worker may come to another batch meanwhile
             return None
-        return _preview(current[rows[0]][0], latest[rows[0] : rows[0] + 1])
+        batch, x0 = latest
+        own = ((row, ticket) for row, (ticket, _) in enumerate(batch) if ticket.client == client)
+        return next((_preview(ticket, x0[row : row + 1]) for row, ticket in own), None)
 
     def interrupt(self, client: str) -> None:
         """Cancel the interruptible tickets that are being drawn for a client."""
@@ -254,8 +254,8 @@ class Worker:
                 try:
                     self._draw(self._current)
                 except Exception as error:  # the clients get it; the worker goes on
-                    self._tell_all(as_ours(error))
-                    if not isinstance(error, LatentDiffError) and not is_out_of_memory(error):
+                    self._tell_all(ours := as_ours(error))
+                    if isinstance(ours, UnexpectedError):
                         logging.getLogger(__name__).error("drawing failed", exc_info=error)
                 self._current, self._latest = [], None
         for ticket, _ in (*self._current, *self._waiting):
@@ -282,7 +282,7 @@ class Worker:
         total, last, now = sum(drawing.batch.plan.steps), None, time.monotonic()
         for count, step in enumerate(drawing, 1):
             last = step
-            self._latest = step.x0
+            self._latest = some, step.x0
             for ticket, _ in some:
                 ticket.done += 1
                 ticket.began = ticket.began or now

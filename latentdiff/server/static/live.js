@@ -20,6 +20,7 @@ const wanted = () => byId("live").checked && settings.isLive() && byId("prompt")
 export async function sketch() {
   if (!wanted()) {
     byId("sketch").hidden = true;
+    complain("", "sketch");
     return;
   }
   if (drawing) {

@@ -35,8 +35,8 @@ export async function start(file) {
 /** Whether drawing starts from a picture. */
 export const isThere = () => state.blob !== null;
 
-/** Whether the server can read this file as it is. */
-export const isReadable = (blob) => READABLE.includes(blob.type);
+/** Whether the server can read this file as it is. Without a type the browser itself knows it by its content. */
+export const isReadable = (blob) => blob.type === "" || READABLE.includes(blob.type);
 
 /** A picture as the server takes it: of a size and a kind that it knows. */
 async function prepared(blob) {

@@ -18,7 +18,7 @@ export function look() {
 
 async function watch() {
   clearTimeout(timer);
-  if (byId("runs").hidden) return;
+  if (byId("runs").hidden) return complain("", "runs");
   try {
     const runs = await get("/api/runs");
     if (!runs.some((run) => run.name === chosen)) chosen = null; // it is gone
