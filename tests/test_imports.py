@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from latentdiff.cli import main
-from latentdiff.families.loading import default_model
+from latentdiff.families.loading import DEFAULT_MODEL
 
 from .conftest import ROOT
 
@@ -64,7 +64,7 @@ DRAWING = {"openvino", "tokenizers", "numpy", "PIL"}
         ("train nothing.toml", 2, set()),
         ("runs ring.png", 2, set()),
         ("info ring.png", 0, {"numpy", "PIL"}),
-        (f"info {default_model()}", 0, {"numpy", "PIL"}),
+        (f"info {DEFAULT_MODEL}", 0, {"numpy", "PIL"}),
         ("generate ring --steps 1 --device cpu", 0, DRAWING),
         ("generate ring --steps 1 --device cpu -i ring.png --mask ring.png", 0, DRAWING),
         ("reproduce ring.png --device cpu", 0, DRAWING),

@@ -26,7 +26,7 @@ from latentdiff.cli.loading import (
     loaded,
     picture_and_scale,
 )
-from latentdiff.cli.options import A_MODEL, OUTPUTS, Precision, Runtime, Speed
+from latentdiff.cli.options import OUTPUTS, Model, Precision, Runtime, Speed
 from latentdiff.cli.prompts import PromptEntry, one_prompt, read_prompts
 from latentdiff.cli.variations import grid_of, varied, write_grid
 from latentdiff.core.errors import ConfigError
@@ -64,10 +64,7 @@ def generate(
         str | None, typer.Option("--class", help="For models of classes: the class to draw, in place of the prompt.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What not to draw.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help=A_MODEL),
-    ] = None,
+    model: Model = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id: commit, tag or branch.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of a folder's weights: fp16, ...")] = None,
     preset: Annotated[

@@ -2,9 +2,13 @@
 
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 OUTPUTS = Path("outputs")  # the folder of pictures
 A_MODEL = "A folder, a .safetensors file or a hub id (default: the model that comes with the package)."
+Model = Annotated[str | None, typer.Option("--model", "-m", help=A_MODEL)]
 
 
 class Runtime(StrEnum):

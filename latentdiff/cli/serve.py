@@ -9,7 +9,7 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.cli.loading import adapter_and_weight, embedding_and_word, load_extras, loaded
-from latentdiff.cli.options import A_MODEL, OUTPUTS, Precision, Runtime, Speed
+from latentdiff.cli.options import OUTPUTS, Model, Precision, Runtime, Speed
 from latentdiff.core.errors import ConfigError, UnsafeError
 from latentdiff.core.files import check_writable
 
@@ -20,10 +20,7 @@ HOST = "127.0.0.1"
 
 
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help=A_MODEL),
-    ] = None,
+    model: Model = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; any other than this machine's needs a token.")
     ] = HOST,

@@ -9,7 +9,7 @@ import typer
 
 from latentdiff.cli import terminal
 from latentdiff.cli.loading import common_settings, loaded
-from latentdiff.cli.options import A_MODEL, OUTPUTS, Runtime
+from latentdiff.cli.options import OUTPUTS, Model, Runtime
 from latentdiff.core.errors import ConfigError
 from latentdiff.core.files import check_writable
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Show what a model does: schedule, noise, steps, attention, latents.")
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help=A_MODEL)]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="A folder, or a new .png, .svg or .html file (default: outputs).")
 ]

@@ -153,7 +153,7 @@ def checkpoint_named(studio: Studio, checkpoint: Any) -> str:
     for name in studio.shelf.names():
         if checkpoint in (name, title(studio, name), (studio.shelf.hash_of(name) or "")[:10] or None):
             return name
-    raise ConfigError(f"unknown model {str(checkpoint)[:60]!r}; one of {', '.join(studio.shelf.names()[:20])}")
+    raise studio.shelf.unknown(checkpoint)
 
 
 def routes(studio: Studio) -> APIRouter:

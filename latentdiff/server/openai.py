@@ -145,8 +145,7 @@ async def _answered(studio: Studio, body: Body, http: HttpRequest, kind: str, **
     """Draw, and answer whole or as a stream. changes: what drawing starts from, see Order."""
     names = studio.shelf.names()
     if body.model not in (None, *names, *ALIASES):
-        known = ", ".join(names[:20])
-        return failure(404, f"unknown model {str(body.model)[:60]!r}; one of {known}", "model_not_found")
+        return failure(404, str(studio.shelf.unknown(body.model)), "model_not_found")
     settings, unused = body.settings()
     previews = body.partial_images if body.stream else 0
     model = body.model if body.model in names else None

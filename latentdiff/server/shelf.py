@@ -85,6 +85,10 @@ class Shelf:
         """The ControlNets that may be chosen."""
         return list(_places(self._controls, "config.json"))
 
+    def unknown(self, name: object) -> ConfigError:
+        """The error for a name that is no model's."""
+        return ConfigError(f"unknown model {str(name)[:60]!r}; one of {', '.join(self.names()[:20])}")
+
     def hash_of(self, name: str) -> str | None:
         """The hash of a model that has been loaded."""
         return self._hashes.get(name)
@@ -158,7 +162,7 @@ class Shelf:
             return None
         places = _places(self._models, "model_index.json")
         if name not in places:
-            raise ConfigError(f"unknown model {name[:60]!r}; one of {', '.join(self.names()[:20])}")
+            raise self.unknown(name)
         return places[name]
 
     def _adapter(self, name: str) -> Path:
