@@ -127,8 +127,9 @@ def test_times_are_uniform():
     assert np.histogram(t, 10, (0, 1000))[0] == pytest.approx(np.full(10, 500), abs=5 * 500**0.5)
 
 
-def test_a_text_encoder_is_trained_without_its_embeddings():
+def test_the_table_of_words_is_trained_if_the_vocabulary_is_the_captions():
     text_encoder = nn.ModuleDict({"token_embedding": nn.Linear(2, 2), "layer": nn.Linear(2, 2)})
-    thaw(text_encoder)
-    trained = {name for name, p in text_encoder.named_parameters() if p.requires_grad}
-    assert trained == {"layer.weight", "layer.bias"}
+    layer = {"layer.weight", "layer.bias"}
+    for words, trained in ((False, layer), (True, layer | {"token_embedding.weight", "token_embedding.bias"})):
+        thaw(text_encoder, words=words)
+        assert {name for name, p in text_encoder.named_parameters() if p.requires_grad} == trained

@@ -28,6 +28,21 @@ def test_muon_moves_matrices_by_an_orthogonal_step():
     torch.testing.assert_close(bias.abs(), torch.full_like(bias, 0.01 * (1 + 0.9)), rtol=1e-3, atol=0)  # NAdam's first
 
 
+def test_muon_moves_words_faster_and_only_those_of_the_captions():
+    """By NAdam's first step at five times the rate: a word's row has no gradient in most steps."""
+    module = nn.ModuleDict({"token_embedding": nn.Embedding(6, 4), "time_embedding": nn.Linear(4, 4)})
+    optimizer = optimizer_of(module, Training(optimizer="muon", learning_rate=0.01, weight_decay=0.5))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    module["time_embedding"](module["token_embedding"](torch.tensor([1, 4]))).square().sum().backward()
+    optimizer.step()
+    moved = {name: (p.detach() - before[name]).abs() for name, p in module.named_parameters()}
+    words = moved.pop("token_embedding.weight")
+    assert not words[[0, 2, 3, 5]].any()
+    torch.testing.assert_close(words[[1, 4]], torch.full((2, 4), 5 * 0.01 * 1.9), rtol=1e-3, atol=0)
+    for step in moved.values():
+        torch.testing.assert_close(step, torch.full_like(step, 0.01 * 1.9), rtol=1e-3, atol=0)
+
+
 def test_muon_is_exact_where_bfloat16_is_emulated(monkeypatch):
     """The singular values of its step, of float32, are what the iteration makes of them, to float32's precision."""
     monkeypatch.setattr("latentdiff.training.optim.multiplies_bfloat16", lambda: False)

@@ -78,7 +78,7 @@ def train_denoiser(run: Run[Config]) -> None:
     network: nn.Module = BesideNetwork(unet) if _reads_beside(config) else unet
     parts: dict[str, nn.Module] = {"unet": unet}
     if config.denoiser.tune_text_encoder and isinstance(text_encoder, TextEncoder):
-        thaw(text_encoder)
+        thaw(text_encoder, words=config.clip.merges is not None)
         if accelerator.device.type == "cpu":
             text_encoder.use_plain_attention()
         network, parts["text_encoder"] = ConditionedNetwork(unet, text_encoder), text_encoder

@@ -143,7 +143,7 @@ def _weights(model: Model, config: FineTuning, words: frozenset[str]) -> Tuning:
         return Tuning(unet, parts, False, write)
     encoders = _clip_of(text_encoder, "training the text encoder").encoders
     for encoder, name in zip(encoders, ("text_encoder", "text_encoder_2"), strict=False):
-        thaw(encoder)
+        thaw(encoder, words=False)
         parts[name] = encoder
     return Tuning(ConditionedNetwork(unet, text_encoder), parts, True, write)
 

@@ -86,13 +86,14 @@ class BesideNetwork(nn.Module):
         return output
 
 
-def thaw(text_encoder: nn.Module) -> None:
-    """Make a text encoder trainable, except for its token embeddings.
+def thaw(text_encoder: nn.Module, *, words: bool) -> None:
+    """Make a text encoder trainable; with `words` its table of words too.
 
-    They are most of the weights, and only those of the captions' few words would change.
+    A table of a foreign vocabulary is most of the weights, and only the rows of the captions' few words would change.
+    In a table of the captions' own vocabulary a row is the shortest way to learn what a word looks like.
     """
     for name, parameter in text_encoder.named_parameters():
-        parameter.requires_grad_("token_embedding" not in name)
+        parameter.requires_grad_(words or "token_embedding" not in name)
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,22 @@ def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer
 
     Biases, norms and other vectors are not decayed. `muon` (Jordan et al. 2024) moves each matrix, and each
     convolution seen as a matrix, by its orthogonalised momentum, of the same size as AdamW's step, so that one
-    learning rate serves both; vectors, and the layers in and out of pixels or latents, stay with Adam.
+    learning rate serves both; vectors, and the layers in and out of pixels or latents, stay with Adam. So does a table
+    of words, at WORD_RATE times the rate: a word's row moves only in the steps whose captions have the word.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if settings.optimizer == "muon":
         matrices = [p for name, p in named if p.ndim > 1 and not any(edge in name for edge in _EDGES)]
-        ids = {id(p) for p in matrices}
-        groups = [
+        tables = [p for name, p in named if _TABLE in name]
+        ids = {id(p) for p in (*matrices, *tables)}
+        by_adam: dict[str, Any] = {"weight_decay": 0.0, "use_fallback": True}
+        groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": [p for _, p in named if id(p) not in ids], "weight_decay": 0.0, "use_fallback": True},
+            {"params": [p for _, p in named if id(p) not in ids], **by_adam},
+            {"params": tables, **by_adam, "fallback_lr_scale": WORD_RATE},
         ]
         muon: torch.optim.Optimizer = _muon()(
-            groups,
+            [group for group in groups if group["params"]],
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
             nesterov=True,
@@ -76,6 +80,8 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     return kind
 
 
+WORD_RATE = 5.0
+_TABLE = "token_embedding"
 _EDGES = ("conv_in", "conv_out", "embedding")
 
 
