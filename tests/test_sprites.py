@@ -22,6 +22,7 @@ from latentdiff.data.sprites.description import GROUNDS, Describer, is_held_out
 from latentdiff.data.sprites.library import Library
 from latentdiff.data.sprites.scene import UNIT, background, compose, render
 from latentdiff.diffusion import noise
+from scripts import emoji
 
 from .conftest import ROOT
 from .forked import SHORT
@@ -405,3 +406,45 @@ def test_captions_of_sprites_have_words_of_one_thing(tmp_path):
     maker = SpriteScenes(Describer(Library(tmp_path), 0.0), (1.0,) * 6)
     assert maker.of_one_thing() == {"ping": "ping pong", "pong": "ping pong", "table": "ping pong", "puppy": "dog"}
     assert ShapeScenes((1.0,) * 6).of_one_thing() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "subcategory", "asked"),
+    [
+        ("woman", "person", True),
+        ("woman pilot", "person-role", False),  # beside pilot
+        ("men wrestling", "person-sport", False),  # beside people wrestling
+        ("woman dancing", "person-activity", True),  # nobody else dances
+        ("man’s shoe", "clothing", True),
+        ("couple with heart", "family", True),
+        ("couple with heart with woman, man", "family", False),
+        ("family of man, boy", "person-symbol", False),
+        ("pirate flag", "flag", True),
+        ("flag of France", "country-flag", False),
+        ("six-thirty", "time", False),
+        ("alarm clock", "time", True),
+        ("regional indicator A", "other-symbol", False),
+        ("keycap", "", False),
+        ("red circle", "geometric", False),
+        ("red heart", "heart", True),
+        ("person running with facing right", "person-activity", False),
+    ],
+)
+def test_emoji_that_are_left_out(name, subcategory, asked):
+    """Those that differ from another one by gender only, and those that nobody asks for by name."""
+    names = {"person", "pilot", "people wrestling", name}
+    assert emoji.is_asked_for(name, subcategory, names) == asked
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("automobile", "car"),
+        ("ring", "diamond ring"),
+        ("person: bald", "bald person"),
+        ("person: beard", "person with beard"),
+        ("flag: France", "flag of France"),
+    ],
+)
+def test_emoji_are_called_as_people_call_them(label, name):
+    assert emoji.spoken(label) == name
