@@ -8,7 +8,7 @@ scripts/compose.py composes pictures of them. Licences: noto Apache-2.0 (Google)
 (Microsoft), twemoji CC-BY-4.0 (Twitter and contributors), emojibase-data MIT. Models of these pictures must name them.
 Left out are icons that differ from another one by skin tone or gender only, and those that nobody asks for by name:
 flags of countries, families by their members, buttons, arrows, letters, digits, clock faces, signs of the zodiac. They
-are two fifths of all, and a small model that learns them knows the others less well.
+are a quarter of all, and a small model that learns them knows the others less well.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ _UNASKED = {  # subcategories
     "arrow",
     "av-symbol",
     "geometric",
-    "keycap",
     "transport-sign",
     "zodiac",
 }

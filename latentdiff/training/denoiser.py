@@ -15,6 +15,7 @@ from latentdiff.diffusion.objective import DiffusionLoss
 from latentdiff.diffusion.path import Path, Straight
 from latentdiff.diffusion.times import Times
 from latentdiff.networks.conditions import BESIDE, Conditions
+from latentdiff.training.optim import TABLE
 from latentdiff.training.order import Order
 
 Key = tuple[int, int]  # (row, epoch): a sample
@@ -93,7 +94,7 @@ def thaw(text_encoder: nn.Module, *, words: bool) -> None:
     In a table of the captions' own vocabulary a row is the shortest way to learn what a word looks like.
     """
     for name, parameter in text_encoder.named_parameters():
-        parameter.requires_grad_(words or "token_embedding" not in name)
+        parameter.requires_grad_(words or TABLE not in name)
 
 
 @dataclass(frozen=True)

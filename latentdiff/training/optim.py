@@ -25,7 +25,7 @@ def optimizer_of(module: nn.Module, settings: Training) -> torch.optim.Optimizer
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if settings.optimizer == "muon":
         matrices = [p for name, p in named if p.ndim > 1 and not any(edge in name for edge in _EDGES)]
-        tables = [p for name, p in named if _TABLE in name]
+        tables = [p for name, p in named if TABLE in name]
         ids = {id(p) for p in (*matrices, *tables)}
         by_adam: dict[str, Any] = {"weight_decay": 0.0, "use_fallback": True}
         groups: list[dict[str, Any]] = [
@@ -81,7 +81,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
 
 
 WORD_RATE = 5.0
-_TABLE = "token_embedding"
+TABLE = "token_embedding"  # in the name of a table of words
 _EDGES = ("conv_in", "conv_out", "embedding")
 
 
