@@ -85,7 +85,9 @@ def rendered(size: int, item: dict[str, Any]) -> bytes:
     return bytes(resvg_py.svg_to_bytes(svg_string=item["svg"], width=size, height=size))
 
 
-WEIGHTS = {"flags": 0.25, "symbols": 0.5}
+# how often a thing is drawn: people ask for animals and food first, seldom for a face or a sign, or for a long name
+_WEIGHTS = {"animals-nature": 2.0, "food-drink": 2.0, "smileys-emotion": 0.2, "people-body": 0.2, "symbols": 0.2}
+_WEIGHT_OF_LONG_NAMES = 0.2  # of three words or more
 _UNASKED = {  # subcategories
     "country-flag",
     "subdivision-flag",
@@ -163,6 +165,11 @@ def is_countable(name: str, subcategory: str) -> bool:
     return thing and len(words) <= 2 and all(word.isalpha() and word.islower() for word in words)
 
 
+def weight(name: str, category: str) -> float:
+    """How often a thing is drawn, relative to others."""
+    return _WEIGHTS.get(category, 1.0) if len(name.split()) <= 2 else _WEIGHT_OF_LONG_NAMES
+
+
 def facts(row: dict[str, Any], picture: Image.Image) -> dict[str, Any]:
     """What scenes must know: the main colour, whether the thing can be counted, how often it is drawn, a caption."""
     name, category = spoken(row["name"]), row["category"]
@@ -170,7 +177,7 @@ def facts(row: dict[str, Any], picture: Image.Image) -> dict[str, Any]:
         "name": name,
         "color": "" if category in _BODIES else main_color(np.asarray(picture)),
         "countable": is_countable(name, row["subcategory"]),
-        "weight": WEIGHTS.get(category, 1.0),
+        "weight": weight(name, category),
         "text": f"{name}, {row['style']} style",
     }
 
