@@ -108,6 +108,14 @@ def arrived(page, count):
     expect(page.locator("#cancel")).to_be_hidden()
 
 
+def wait_until(page, holds):
+    """Let the page go on until the condition holds, 20 seconds at most."""
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(20)
+
+
 def pixels(shop, page, place=0):
     """What a picture of the gallery shows, from its address."""
     address = page.locator("#gallery figure img").nth(place).get_attribute("src")
@@ -174,10 +182,7 @@ def test_cancel(page, shop):
     expect(page.locator("#state")).to_have_text("Cancelled")
     expect(page.locator("#go")).to_be_focused()
     expect(page.locator("#gallery figure")).to_have_count(0)
-    deadline = time.monotonic() + 20
-    while shop.studio.worker.current():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(page, lambda: not shop.studio.worker.current())
 
 
 def test_by_keyboard(page):
@@ -434,14 +439,15 @@ def test_many_requests_leave_the_browser_a_connection(page, shop):
     for _ in range(7):
         page.click("#go")
     expect(page.locator("#gallery figure.waiting")).to_have_count(7)
+    wait_until(page, lambda: len(held) >= 4)
     page.wait_for_timeout(200)
     assert len(held) == 4
     page.click("nav a:text('History')")
     expect(page.locator("#count")).to_have_text(re.compile(r"picture"))
     page.click("nav a:text('Draw')")
     for _ in range(7):
+        wait_until(page, lambda: held)
         held.pop(0).continue_()
-        page.wait_for_timeout(100)
     arrived(page, 7)
     for _ in range(6):
         page.click("#go")
@@ -542,10 +548,7 @@ def test_more_pictures_than_a_page_of_the_history(page, shop):
     fetched.clear()
     page.go_back()  # to the same place, and what is shown already is not fetched again
     expect(page.locator("#found figure")).to_have_count(count)
-    deadline = time.monotonic() + 20
-    while abs(page.evaluate("scrollY") - down) > 5:
-        assert time.monotonic() < deadline
-        page.wait_for_timeout(50)
+    wait_until(page, lambda: abs(page.evaluate("scrollY") - down) <= 5)
     assert fetched == []
 
 
