@@ -90,7 +90,7 @@ def measure(kind: str, folder: Path, control: Path, count: int, output: Path | N
     source = folder / ("test" if kind == "edges" else "test-maps")
     pictures = [np.asarray(Image.open(source / line["file_name"]).convert("RGB")) for line in lines]
     hints = [canny(picture) for picture in pictures] if kind == "edges" else pictures
-    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", runtime="torch")
+    pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", device="cpu", runtime="torch")
     free = [pipe(line["text"], seed=row, output_type="uint8").images[0] for row, line in enumerate(lines)]
     pipe.load_controlnet(control)
 

@@ -120,7 +120,7 @@ def cascade(model: str, output: Path | None, above: np.ndarray) -> None:
     from latentdiff.data.scenes import render
 
     scenes = [scene_of("test", row)[0] for row in range(CASCADES)]
-    base = LatentDiffusionPipeline.from_pretrained(device="cpu", runtime="torch")
+    base = LatentDiffusionPipeline.from_pretrained("scenes-64", device="cpu", runtime="torch")
     prompts = [scene.caption for scene in scenes]
     first = base(prompts, seed=0, output_type="uint8").images
     base.load_cascade(model)

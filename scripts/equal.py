@@ -110,9 +110,9 @@ def ask(pipe: LatentDiffusionPipeline, way: dict[str, Any], **more: Any) -> str:
     return pixels_of(pipe(**{"prompt": PROMPT, "seed": 7, "num_inference_steps": 6, **more, **way}).images)
 
 
-def weaker_than_default(folder: Path) -> Path:
-    """The default model with noise in the weights of its U-Net."""
-    shutil.copytree(located(None).path, folder)
+def weaker(folder: Path) -> Path:
+    """scenes-64 with noise in the weights of its U-Net."""
+    shutil.copytree(located("scenes-64").path, folder)
     (file,) = (folder / "unet").glob("*.safetensors")
     generator = torch.Generator().manual_seed(0)
     weights = load_file(file)
@@ -121,32 +121,33 @@ def weaker_than_default(folder: Path) -> Path:
     return folder
 
 
-def default_model(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """The default model in both runtimes."""
+def small_model(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    """scenes-64 in both runtimes."""
     kinds: dict[str, dict[str, Any]] = {
         "openvino": {"runtime": "openvino"},
         "openvino float32": {"runtime": "openvino", "speed": "exact"},
         "torch": {"runtime": "torch", "device": "cpu"},
     }
     for kind, settings in kinds.items():
-        pipe = LatentDiffusionPipeline.from_pretrained(**settings)
+        pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", **settings)
         ways = {**WAYS, **ways_with_picture(64)}
         ways |= {sampler: {"sampler": sampler} for sampler in SAMPLERS}
         ways |= TORCH_WAYS if kind == "torch" else {}
         for name, way in ways.items():
-            yield f"picture: default, {kind}, {name}", lambda pipe=pipe, way=way: ask(pipe, way)
+            yield f"picture: scenes-64, {kind}, {name}", lambda pipe=pipe, way=way: ask(pipe, way)
         yield (
-            f"picture: default, {kind}, latents",
+            f"picture: scenes-64, {kind}, latents",
             lambda pipe=pipe: hash_of(pipe(PROMPT, seed=7, num_inference_steps=6, output_type="latent").images),
         )
-    guided = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    guided.load_weaker(weaker_than_default(folder / "weaker"))
-    yield "picture: default, torch, autoguidance", lambda: ask(guided, {"autoguidance_scale": 2.0})
+    guided = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")
+    guided.load_weaker(weaker(folder / "weaker"))
+    yield "picture: scenes-64, torch, autoguidance", lambda: ask(guided, {"autoguidance_scale": 2.0})
     generators = [torch.Generator().manual_seed(n) for n in (1, 2)]
     own = {"generator": generators, "num_images_per_prompt": 2, "sampler": "euler_ancestral"}
-    yield "picture: default, torch, generators", lambda: ask(guided, own)
-    fast = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", torch_dtype=torch.bfloat16)
-    yield "picture: default, torch, bfloat16", lambda: ask(fast, {})
+    yield "picture: scenes-64, torch, generators", lambda: ask(guided, own)
+    settings = {"runtime": "torch", "device": "cpu", "torch_dtype": torch.bfloat16}
+    fast = LatentDiffusionPipeline.from_pretrained("scenes-64", **settings)
+    yield "picture: scenes-64, torch, bfloat16", lambda: ask(fast, {})
 
 
 def stable_diffusions(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -324,7 +325,7 @@ def recorded(kind: str) -> Record:
         folder = Path(scratch)
         if kind == "trainings":
             return trainings(folder) | commands(folder)
-        return {name: draw() for cases in (default_model(folder), stable_diffusions(folder)) for name, draw in cases}
+        return {name: draw() for cases in (small_model(folder), stable_diffusions(folder)) for name, draw in cases}
 
 
 def differences(before: Record, after: Record, known: dict[str, np.ndarray]) -> list[str]:

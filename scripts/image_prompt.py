@@ -61,7 +61,7 @@ def main() -> None:
 
     lines = [json.loads(line) for line in (given.folder / "metadata.jsonl").read_text().splitlines()][: given.pictures]
     view = np.stack([np.asarray(Image.open(given.folder / line["file_name"]).convert("RGB")) for line in lines])
-    pipe = LatentDiffusionPipeline.from_pretrained(device="cpu", runtime="torch")
+    pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", device="cpu", runtime="torch")
     free = np.concatenate([pipe("", seed=row, output_type="uint8").images for row in range(len(view))])
     pipe.load_ip_adapter(given.adapter)
     image = np.concatenate(

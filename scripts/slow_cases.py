@@ -22,7 +22,7 @@ KEPT = (
     "test_convert.py::test_a_pickle_is_read_by_its_tensors_alone",
     "test_convert.py::test_folder_to_single_file_and_back",
     "test_data_command.py::test_training_refuses_what_check_refuses",
-    "test_default_model.py::test_draws_what_it_is_asked_for",
+    "test_scenes_64.py::test_draws_what_it_is_asked_for",
     "test_dit.py::test_trained_from_nothing",
     "test_faults.py::test_signals_save_and_stop[SIGINT in a step]",
     "test_few_steps.py::test_the_student_draws",

@@ -16,7 +16,7 @@ from latentdiff.diffusion.path import Straight
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.drawing.extras import adaptable_networks
 from latentdiff.drawing.request import request
-from latentdiff.families.loading import default_model
+from latentdiff.families.loading import included_model
 from latentdiff.families.sampling import sampling_of, scheduler_of
 
 from .stable_diffusion import load
@@ -472,7 +472,7 @@ def test_arguments_of_loading(folders):
         ({"device_map": "auto"}, "from_pretrained has no device_map. It has device"),
     ):
         with pytest.raises(ConfigError, match=message):
-            LatentDiffusionPipeline.from_pretrained(default_model(), **options)
+            LatentDiffusionPipeline.from_pretrained(included_model("scenes-64"), **options)
 
 
 @pytest.mark.filterwarnings("ignore")

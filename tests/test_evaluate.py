@@ -33,7 +33,7 @@ from latentdiff.evaluation.report.report import as_lines, compared
 from latentdiff.evaluation.result import Figure, Result, as_tree, from_tree, mean
 from latentdiff.evaluation.sections import _share_nearer
 from latentdiff.evaluation.sweep import combinations, pareto
-from latentdiff.families.loading import default_model
+from latentdiff.families.loading import included_model
 from latentdiff.model import ModelCard
 from latentdiff.settings.config import load_config
 
@@ -245,7 +245,7 @@ def test_two_models(call, tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_the_default_model_damaged_is_worse_in_every_figure(command, tmp_path):
-    other = damaged(default_model(), tmp_path / "damaged", 0.15)
+    other = damaged(included_model("scenes-64"), tmp_path / "damaged", 0.15)
     words = ("--only", "likelihood,distances,composition,autoencoder", "--compare", other)
     done = command("evaluate", "-o", tmp_path / "out", "--pictures", 160, "--times", 4, *words)
     lines = [line for line in done.stdout.splitlines() if re.search(r"  (lower|higher) ", line)]

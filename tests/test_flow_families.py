@@ -16,7 +16,7 @@ from latentdiff.diffusion.level import NoiseLevel
 from latentdiff.diffusion.path import Straight
 from latentdiff.drawing.latents import from_diffusers
 from latentdiff.drawing.record import read_metadata
-from latentdiff.families.loading import default_model
+from latentdiff.families.loading import included_model
 from latentdiff.networks.backbones.packing import packed
 from latentdiff.networks.conditions import Conditions, stacked
 from latentdiff.networks.encoders.prompt import Prompt
@@ -226,7 +226,7 @@ def test_another_vae(folder, pipe, tmp_path):
     again.load_vae(folder)
     assert torch.equal(again(PROMPT, **options).images, expected)
     with pytest.raises(ModelError, match="this VAE does not fit the model"):
-        again.load_vae(default_model())
+        again.load_vae(included_model("scenes-64"))
 
 
 def test_saved_folders_load_in_diffusers(folder, pipe, family, tmp_path):

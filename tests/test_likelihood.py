@@ -201,7 +201,7 @@ def test_what_has_no_likelihood(exact, pictures):
 @pytest.mark.slow
 def test_captions_lower_that_of_the_default_model(pictures):
     """By far more than the error, under both variances; and noise in the weights raises it."""
-    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+    pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")
     result = likelihood(pipe.model, *pictures, times=4)
     for variance in ("small", "large"):
         mean, error = mean_and_error(result.gain(variance))

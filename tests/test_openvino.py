@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff import LatentDiffusionPipeline
 from latentdiff.core import cache as user_cache
 from latentdiff.core.errors import ConfigError, ModelError, ResourceError
-from latentdiff.families.loading import default_model, stored_model
+from latentdiff.families.loading import included_model, stored_model
 from latentdiff.networks.conditions import stacked
 from latentdiff.networks.encoders.prompt import Prompt
 from latentdiff.runtime import compiling, graphs
@@ -31,6 +31,7 @@ from . import stable_diffusion
 from .conftest import ROOT
 
 PROMPT = "a red circle above a blue square"
+SCENES = included_model("scenes-64")
 
 
 def both(folder, **settings):
@@ -590,7 +591,7 @@ def test_neither_torch_nor_telemetry(tmp_path):
 def test_converted_on_the_command_line(call, tmp_path):
     """A model of one's own, in bfloat16, drawn with by both and made again by both."""
     folder = tmp_path / "model"
-    assert call("convert", default_model(), "half", "--dtype", "bfloat16")[0] == 0
+    assert call("convert", SCENES, "half", "--dtype", "bfloat16")[0] == 0
     shutil.rmtree(tmp_path / "half" / "openvino")
     code, out, err = call("convert", "half", "model", "--to", "openvino")
     assert (code, out) == (0, "model\n")
@@ -621,23 +622,23 @@ def test_converted_on_the_command_line(call, tmp_path):
 def test_graphs_of_another_network(call, tmp_path, monkeypatch):
     """They are checked before they get their place: of those that fail nothing is left, and older ones stay."""
     monkeypatch.setattr("latentdiff.runtime.export.LARGEST_DIFFERENCE", 0.0)
-    shutil.copytree(default_model(), tmp_path / "model")
+    shutil.copytree(SCENES, tmp_path / "model")
     before = {file.name: file.read_bytes() for file in (tmp_path / "model" / "openvino").iterdir()}
     code, _, err = call("convert", "model", "--to", "openvino")
     assert code == 4
     assert "cannot export: unet differs by" in err
     assert {file.name: file.read_bytes() for file in (tmp_path / "model" / "openvino").iterdir()} == before
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in default_model().iterdir()}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in SCENES.iterdir()}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((default_model(), "--to", "openvino", "--vae", "x"), "--vae requires an output"),
+        ((SCENES, "--to", "openvino", "--vae", "x"), "--vae requires an output"),
         (("x.safetensors", "--to", "openvino"), "x.safetensors is not a local folder: name an output"),
-        ((default_model(), "y.safetensors", "--to", "openvino"), "--to openvino writes a model folder"),
-        ((default_model(), "--to", "openvino", "--dtype", "float16"), "--dtype requires an output"),
-        ((default_model(),), "name an output: a new folder, or a new .safetensors file"),
+        ((SCENES, "y.safetensors", "--to", "openvino"), "--to openvino writes a model folder"),
+        ((SCENES, "--to", "openvino", "--dtype", "float16"), "--dtype requires an output"),
+        ((SCENES,), "name an output: a new folder, or a new .safetensors file"),
     ],
 )
 def test_what_cannot_be_converted(call, words, message, tmp_path):

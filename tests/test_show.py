@@ -145,7 +145,7 @@ def test_words_have_the_places_of_their_tokens(pipe):
 
 def test_attention_finds_the_objects():
     """The default model looks at the circle where the circle is, above, and at the square where it is, below."""
-    default = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+    default = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")
     sheet = show.attention(default, PROMPT, seed=1)
     titles = [axes.get_title() for axes in sheet.figure.axes]
     assert titles == ["picture", *PROMPT.split()]

@@ -83,8 +83,8 @@ def test_a_video_codec_keeps_its_layout(tmp_path, uncompiled):
 @pytest.mark.parametrize("speed", ["fast", "max"])
 def test_compiled(speed, tmp_path):
     """As torch draws one by one; the record says how, and the picture is made again from it."""
-    exact = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
-    pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu", speed=speed)
+    exact = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")
+    pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu", speed=speed)
     ours, theirs = (
         p(PROMPT, seed=1, num_images_per_prompt=2, output_type="uint8").images.astype(int) for p in (pipe, exact)
     )

@@ -15,7 +15,7 @@ from latentdiff.diffusion.noise import normal
 from latentdiff.drawing.pixels import encode_images
 from latentdiff.drawing.reproduce import reproduce
 from latentdiff.families import check_vae
-from latentdiff.families.loading import default_model
+from latentdiff.families.loading import included_model
 from latentdiff.families.weights import load_vae
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.codecs.tiny import TinyAutoencoder
@@ -312,5 +312,5 @@ def test_the_config():
     """The one that ships: of the default model's latents."""
     config = load_config(ROOT / "configs" / "tiny-vae.toml").autoencoder
     made = TinyAutoencoder.create(config.block_out_channels, config.layers_per_block, config.latent_channels)
-    teacher = load_vae(check_vae(default_model()))
+    teacher = load_vae(check_vae(included_model("scenes-64")))
     assert (made.factor, made.latent_channels) == (teacher.factor, teacher.latent_channels)

@@ -14,7 +14,7 @@ import pytest
 from latentdiff.core import files
 from latentdiff.core.errors import ModelError
 from latentdiff.core.files import SCRATCH, atomic, scratch
-from latentdiff.families.loading import default_model
+from latentdiff.families.loading import included_model
 
 from .stable_diffusion import load, stored
 
@@ -217,7 +217,7 @@ def test_a_smaller_model_over_a_larger_one(folders, tmp_path):
 
 def test_the_clip_of_another_model_does_not_stay(folders, tiny_model, tmp_path):
     """A model with a CLIP over another brings its own; one without leaves none. Saved in its own place it keeps it."""
-    stored(default_model()).save_pretrained(tmp_path / "x")
+    stored(included_model("scenes-64")).save_pretrained(tmp_path / "x")
     of_default = (tmp_path / "x" / "clip" / "open_clip_model.safetensors").read_bytes()
     stored(tmp_path / "x").save_pretrained(tmp_path / "x")
     assert (tmp_path / "x" / "clip" / "open_clip_model.safetensors").read_bytes() == of_default

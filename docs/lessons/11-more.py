@@ -9,7 +9,7 @@ import numpy as np
 
 from latentdiff import LatentDiffusionPipeline
 
-pipe = LatentDiffusionPipeline.from_pretrained()
+pipe = LatentDiffusionPipeline.from_pretrained("scenes-64")
 photo = pipe("a red circle above a blue square", seed=1).images[0]
 
 

@@ -56,7 +56,7 @@ assert abs(walk.std() / path.level(99).sigma - 1) < 0.03
 # The same picture at the same times.
 
 # %%
-pipe = LatentDiffusionPipeline.from_pretrained()
+pipe = LatentDiffusionPipeline.from_pretrained("scenes-64")
 picture = np.asarray(pipe("a red circle above a blue square", seed=1).images[0]) / 127.5 - 1
 noise = rng.standard_normal(picture.shape)
 times = [0, 100, 250, 400, 550, 700, 850, 999]

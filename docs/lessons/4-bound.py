@@ -94,7 +94,7 @@ assert abs(best.mean() - last - others.sum()) < 4 * mean_and_error(best)[1]
 # *picture* there are two more terms: the decoder's, and what the random choice of latents gives back.
 
 # %%
-pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")
 unseen = [scene(np.random.default_rng([7, number])) for number in range(12)]
 result = likelihood(pipe.model, np.stack([render(each) for each in unseen]), [each.caption for each in unseen], times=8)
 for name, errors in (("with captions", result.cond), ("without", result.uncond)):

@@ -15,7 +15,7 @@ import torch
 
 from latentdiff import LatentDiffusionPipeline
 
-pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")
 unet = pipe.model.backbone.model
 PROMPT, ASKED = "a red circle above a blue square", {"seed": 1, "num_images_per_prompt": 4, "output_type": "uint8"}
 for name in ("down_blocks", "mid_block", "up_blocks"):

@@ -108,7 +108,7 @@ for row, (name, pictures) in enumerate(rows.items()):
 # The default model's autoencoder: 64 x 64 x 3 values become 16 x 16 x 4.
 
 # %%
-pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")
 picture = np.asarray(pipe("two green stars", seed=1).images[0])
 latents = pipe.encode(picture[None])
 back = (pipe.decode(latents)[0].permute(1, 2, 0).numpy() + 1) * 127.5

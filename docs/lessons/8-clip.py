@@ -16,7 +16,7 @@ from latentdiff.core.images import to_images
 from latentdiff.data.scenes import render, scene
 from latentdiff.families.clip import load_own_scorer
 
-pipe = LatentDiffusionPipeline.from_pretrained(runtime="torch", device="cpu")
+pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")
 clip = load_own_scorer(pipe.card.folder)
 scenes = [scene(np.random.default_rng([3, number])) for number in range(100)]
 pictures, captions = np.stack([render(each) for each in scenes]), [each.caption for each in scenes]

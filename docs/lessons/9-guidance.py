@@ -107,7 +107,7 @@ assert near_the_middle(limited) > near_the_middle(samples[3.0])
 # %%
 from latentdiff import LatentDiffusionPipeline
 
-pipe = LatentDiffusionPipeline.from_pretrained()
+pipe = LatentDiffusionPipeline.from_pretrained("scenes-64")
 figure, axes = plt.subplots(4, 8, figsize=(9, 4.8))
 for row, scale in enumerate((1.0, 2.0, 4.0, 8.0)):
     drawn = pipe("two green stars", seed=1, num_images_per_prompt=8, guidance_scale=scale).images

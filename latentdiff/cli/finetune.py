@@ -174,7 +174,7 @@ def finetune(
     Writes pytorch_lora_weights.safetensors, model/, learned_embeds.safetensors, controlnet/ or ip_adapter/ into the run
     folder, with a model card and a page of pictures before and after.
     """
-    from latentdiff.families.loading import is_default
+    from latentdiff.families.loading import DEFAULT_MODEL, name_of_included
     from latentdiff.settings.finetuning import load_finetuning
 
     for name, value in (("model", model), ("data", data)):
@@ -183,7 +183,7 @@ def finetune(
     training = "finetune.training."
     options: dict[str, Any] = {
         "name": _name(output) if config is None else None,
-        "model": None if is_default(model) else model,
+        "model": None if name_of_included(model) == DEFAULT_MODEL else model,
         "data.kind": "pictures",
         "data.pictures.source": data,
         "method": method and method.value,

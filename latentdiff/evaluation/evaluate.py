@@ -25,7 +25,7 @@ from latentdiff.evaluation.geneval import read_prompts
 from latentdiff.evaluation.held_out import held_out, pictures_of
 from latentdiff.evaluation.judge import WEIGHTS, Judge
 from latentdiff.evaluation.sections import EvaluationSettings, References
-from latentdiff.families.loading import default_model
+from latentdiff.families.loading import included_model
 from latentdiff.formats.folder import settings_hash
 from latentdiff.formats.tensors import read_tensors
 from latentdiff.networks.perception import lpips
@@ -180,7 +180,7 @@ def _extractor(candidate: Candidate, features: Path | None, say: Say) -> Extract
     if card.folder and (card.folder / "clip").is_dir():
         return extractors.of_model(card.folder, name=f"the CLIP of {card.name}")
     say(f"features: {card.name} has no CLIP; the default model's is used, which knows only scenes")
-    return extractors.of_model(default_model(), name="the CLIP of the default model")
+    return extractors.of_model(included_model(), name="the CLIP of the default model")
 
 
 def rules_of(

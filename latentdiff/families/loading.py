@@ -20,37 +20,41 @@ from latentdiff.formats.folder import FEW_STEPS, NETWORKS, folder_hash
 from latentdiff.model import Family, Model, ModelCard
 
 DEFAULT_MODEL = "scenes-64"
+INCLUDED = (DEFAULT_MODEL,)  # the models inside the package
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _PARTS = frozenset({*NETWORKS, *_TOKENIZERS, WORDS, THINGS, FEW_STEPS})  # those of an earlier model are removed
 
 
 class Located(NamedTuple):
-    """A model on this disk: its file or folder, its name, and its path or hub id (None: the default model)."""
+    """A model on this disk: its file or folder, its name, and its path, hub id or name (None: the default model)."""
 
     path: Path
     name: str
     source: str | None
 
 
-def default_model() -> Path:
-    """The folder of the default model: inside the package, or in `assets/` of a source checkout."""
+def included_model(name: str = DEFAULT_MODEL) -> Path:
+    """The folder of a model inside the package, or in `assets/` of a source checkout."""
     package = Path(str(files("latentdiff")))
-    for folder in (package / "assets" / DEFAULT_MODEL, package.parent / "assets" / DEFAULT_MODEL):
+    for folder in (package / "assets" / name, package.parent / "assets" / name):
         if (folder / "model_index.json").is_file():
             return folder
-    raise ModelError(f"the default model {DEFAULT_MODEL} is not in this installation ({package}). Name a model folder")
+    raise ModelError(f"the model {name} is not in this installation ({package}). Name a model folder")
 
 
 def located(path: str | Path | None, variant: str | None = None, revision: str | None = None) -> Located:
-    """The model at a path or of a hub id, which is fetched unless cached; None is the default. Raises ModelError."""
+    """The model at a path, of a hub id, or inside the package; None is the default. Raises ModelError.
+
+    What a hub id names is fetched unless it is in the cache.
+    """
     from latentdiff.formats.hub import fetched, is_hub_id
 
-    path = None if is_default(path) else path
-    if revision is not None and (path is None or not is_hub_id(str(path))):
-        what = "the default model" if path is None else f"a path ({path})"
+    included = name_of_included(path)
+    if revision is not None and (included is not None or not is_hub_id(str(path))):
+        what = f"a path ({path})" if included is None else f"the model {included} of this package"
         raise ConfigError(f"revision applies to hub ids, not to {what}")
-    if path is None:
-        return Located(default_model(), DEFAULT_MODEL, None)
+    if included is not None:
+        return Located(included_model(included), included, None if included == DEFAULT_MODEL else included)
     if not isinstance(path, str | Path) or not _possible(Path(path)):
         raise ModelError(f"no such model ({str(path)[:80]!r}). Give a folder, a file or a hub id")
     if is_hub_id(str(path)):
@@ -61,14 +65,17 @@ def located(path: str | Path | None, variant: str | None = None, revision: str |
     return Located(place, name, recorded(place))
 
 
-def is_default(path: str | Path | None) -> bool:
-    """Whether this is the default model: None, or its name unless a file or folder has that name."""
-    return path is None or (str(path) == DEFAULT_MODEL and not Path(path).exists())
+def name_of_included(path: str | Path | None) -> str | None:
+    """The name of a model inside the package, unless a file or folder has that name; the default one's for None."""
+    if path is None:
+        return DEFAULT_MODEL
+    return str(path) if str(path) in INCLUDED and not Path(path).exists() else None
 
 
 def place_of(path: str | Path | None) -> Path:
-    """The path of a model on this disk; None and the default model's name give its folder."""
-    return default_model() if path is None or is_default(path) else Path(path)
+    """The path of a model on this disk; None and the name of a model inside the package give its folder."""
+    included = name_of_included(path)
+    return Path(path or "") if included is None else included_model(included)
 
 
 def _possible(path: Path) -> bool:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from latentdiff.families.loading import default_model
+from latentdiff.families.loading import included_model
 
 PROMPT = "a red circle above a blue square"
 PEER = """
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--fast", action="store_true")
     arguments = parser.parse_args()
-    model = arguments.model or default_model()
+    model = arguments.model or included_model()
     each = commands(str(model), arguments.runtime, fast=arguments.fast)
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in each}
     with tempfile.TemporaryDirectory() as folder:

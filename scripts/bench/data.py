@@ -103,13 +103,13 @@ def filling(folder: Path, side: int, scratch: Path) -> None:
     from accelerate import Accelerator
 
     from latentdiff.data.dataset import open_data
-    from latentdiff.families.loading import default_model
+    from latentdiff.families.loading import included_model
     from latentdiff.families.weights import load_codec
     from latentdiff.settings.config import parse_config
     from latentdiff.stages.cache import latents_of
 
     config = parse_config({"image_size": side, "data": {"kind": "pictures", "pictures": {"source": str(folder)}}})
-    autoencoder, accelerator = load_codec(default_model()).float(), Accelerator(cpu=True)
+    autoencoder, accelerator = load_codec(included_model()).float(), Accelerator(cpu=True)
     for what in ("encoded", "found again"):
         examples, began = open_data(config, scratch).training, time.perf_counter()
         latents_of(config.denoiser, [examples], autoencoder, scratch, accelerator)

@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="ways whose names hold this")
     arguments = parser.parse_args()
     pictures = arguments.pictures
-    plain = LatentDiffusionPipeline.from_pretrained(runtime="openvino")
-    ways = {name: (LatentDiffusionPipeline.from_pretrained(**made), {}) for name, made in RUNTIMES.items()}
+    plain = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="openvino")
+    ways = {name: (LatentDiffusionPipeline.from_pretrained("scenes-64", **made), {}) for name, made in RUNTIMES.items()}
     ways |= {name: (plain, settings) for name, settings in SETTINGS.items()}
     if arguments.tiny:
         ways["tiny VAE"] = (LatentDiffusionPipeline.from_pretrained(arguments.tiny, runtime="openvino"), {})

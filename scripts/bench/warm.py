@@ -22,10 +22,10 @@ PROMPT = "a red circle above a blue square"
 def options_of(arguments, folder):
     """What all are told, and the file of their latents."""
     from latentdiff.diffusion.noise import normal
-    from latentdiff.families.loading import default_model
+    from latentdiff.families.loading import included_model
     from latentdiff.formats.folder import picture_geometry
 
-    model = arguments.model or default_model()
+    model = arguments.model or included_model()
     height, width = (arguments.size, arguments.size) if arguments.size else picture_geometry(model)[1]
     from latentdiff.formats.folder import read_json
 

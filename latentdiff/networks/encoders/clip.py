@@ -220,7 +220,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 def clip_tokenizer(max_length: int, pad: str = END) -> CLIPTokenizer:
     """CLIP's tokenizer, from the merges that open_clip ships; OpenCLIP's own models pad with "!", which has id 0."""
-    return _tokenizer(_merges(), max_length, pad)
+    return with_merges(_merges(), max_length, pad)
 
 
 @cache
@@ -237,13 +237,13 @@ def learnt_tokenizer(captions: Iterable[str], merges: int, max_length: int) -> C
 
     It reads any text, because every byte is a word of it. Training is deterministic.
     """
-    plain = _tokenizer([], max_length)
+    plain = with_merges([], max_length)
     learnt = plain.train_new_from_iterator(captions, len(plain) + merges, show_progress=False)
     pairs = json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]
-    return _tokenizer([(first, second) for first, second in pairs[:merges]], max_length)
+    return with_merges([(first, second) for first, second in pairs[:merges]], max_length)
 
 
-def _tokenizer(merges: Sequence[tuple[str, str]], max_length: int, pad: str = END) -> CLIPTokenizer:
+def with_merges(merges: Sequence[tuple[str, str]], max_length: int, pad: str = END) -> CLIPTokenizer:
     """CLIP's vocabulary: 256 bytes, the same ending a word, one entry a merge, start and end."""
     from open_clip.tokenizer import bytes_to_unicode
 

@@ -10,22 +10,22 @@ from latentdiff.data import scenes
 from latentdiff.diffusion import noise
 from latentdiff.evaluation import oracle
 from latentdiff.evaluation.composition import ceiling, evaluate_composition
-from latentdiff.families.loading import default_model
-from latentdiff.families.weights import load_clip, load_text_encoder
+from latentdiff.families.loading import included_model
+from latentdiff.families.weights import load_clip, load_text_encoder, load_tokenizer
 from latentdiff.formats.folder import parameter_counts
-from latentdiff.networks.encoders.clip import tokenize
+from latentdiff.networks.encoders.clip import clip_tokenizer, tokenize
 
 PROMPT = "a red circle above a blue square"
 
 
 @pytest.fixture(scope="module")
 def model():
-    return default_model()
+    return included_model("scenes-64")
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return LatentDiffusionPipeline.from_pretrained(device="cpu", runtime="torch")
+    return LatentDiffusionPipeline.from_pretrained("scenes-64", device="cpu", runtime="torch")
 
 
 def test_small(model):
@@ -81,3 +81,12 @@ def test_its_clip_knows_pictures_by_their_captions(model):
 @pytest.mark.slow
 def test_composition(pipe):
     assert evaluate_composition(pipe.painter, pictures=48, seed=1).overall > 0.8
+
+
+def test_its_vocabulary_has_clips_tokens_of_known_words(model):
+    """The table holds only those; a caption of the training set has the tokens that CLIP's vocabulary gives it."""
+    narrow, whole = load_tokenizer(model), clip_tokenizer(32)
+    assert len(narrow) < 700
+    captions = [scenes.scene(noise.generator(6, "vocabulary test", index)).caption for index in range(100)]
+    assert [narrow.tokenize(text) for text in captions] == [whole.tokenize(text) for text in captions]
+    assert narrow.tokenize("cat") == ["c", "at</w>"]
