@@ -77,7 +77,11 @@ def train(
         raise ConfigError(f"{folder} holds another run, of `latentdiff finetune`. Choose another folder")
     if stage and StageName.clip in stage and not effective.reads_texts:
         raise ConfigError("this config has no CLIP: its network reads classes")
-    stages = [str(name) for name in stage or StageName if name != StageName.clip or effective.reads_texts]
+    initial = effective.denoiser.initial
+    if initial and stage and set(stage) != {StageName.denoiser}:
+        raise ConfigError(f"denoiser.initial: {initial} has an autoencoder and CLIP. Only the denoiser is trained")
+    every = [StageName.denoiser] if initial else list(StageName)
+    stages = [str(name) for name in stage or every if name != StageName.clip or effective.reads_texts]
     _train(effective, folder, stages, resume, allow_changed, dry_run, deterministic)
 
 
@@ -96,6 +100,7 @@ def _train(
     from latentdiff.settings.config import save_config
     from latentdiff.stages.chain import TRAIN
     from latentdiff.stages.denoiser import with_before
+    from latentdiff.stages.initial import place_networks
     from latentdiff.stages.plan import plan_of
     from latentdiff.stages.run import check_trainable, new_accelerator, prepared
     from latentdiff.training.interruption import Interruption
@@ -124,8 +129,11 @@ def _train(
             return
         with locked(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
+                if config.denoiser.initial:
+                    place_networks(config.denoiser.initial, folder)
                 save_config(config, folder / "config.toml")
                 data.write_quarantine(folder)
+            accelerator.wait_for_everyone()
             for name in run.stages:
                 TRAIN[name](run)
     if accelerator.is_main_process:

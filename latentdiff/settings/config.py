@@ -293,6 +293,7 @@ class Denoiser(Learning):
     """diffusers.UNet2DConditionModel or DiTTransformer2DModel, and the objective it is trained on."""
 
     network: Literal["unet", "dit"] = Field("unet", description="unet reads texts; dit reads classes, without CLIP")
+    initial: str = Field("", description="a finished model to go on from: the denoiser is then the only stage")
     dit: DiT = DiT()
     enlarging: Enlarging = Enlarging()
     editing: Editing = Editing()
@@ -366,7 +367,8 @@ class Config(Settings):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that train something, in order."""
-        without = {"autoencoder": self.autoencoder.kind == "identity", "clip": not self.reads_texts}
+        begun = bool(self.denoiser.initial)
+        without = {"autoencoder": begun or self.autoencoder.kind == "identity", "clip": begun or not self.reads_texts}
         return tuple(stage for stage in STAGES if not without.get(stage))
 
     @property

@@ -12,6 +12,7 @@ from latentdiff.networks.encoders.class_labels import ClassLabels
 from latentdiff.settings.config import Config
 from latentdiff.stages.cache import Shard, conditions_store, fill_conditions, fill_latents, latents_store, make_ready
 from latentdiff.stages.denoiser import networks_before
+from latentdiff.stages.initial import place_networks
 from latentdiff.stages.run import new_accelerator
 
 
@@ -32,6 +33,8 @@ def cache_ahead(config: Config, folder: Path, data: DataSet, share: Shard) -> tu
         raise ConfigError("caching ahead requires denoiser.cache = true")
     check_networks(config)
     device = new_accelerator(config).device
+    if config.denoiser.initial:
+        place_networks(config.denoiser.initial, folder)
     autoencoder, text_encoder = networks_before(config, folder, data.training)
     if isinstance(text_encoder, ClassLabels):
         raise ConfigError("caching ahead is for networks that read texts; classes need none")

@@ -53,6 +53,7 @@ from latentdiff.stages.beside import Edited, Masked, Small
 from latentdiff.stages.cache import captions_of, latents_of
 from latentdiff.stages.classes import classes_of
 from latentdiff.stages.encoding import AnyCodec
+from latentdiff.stages.initial import load_weights
 from latentdiff.stages.run import Run
 from latentdiff.training.denoiser import (
     TIME_BINS,
@@ -172,7 +173,8 @@ def networks_before(config: Config, folder: Path, examples: Examples) -> tuple[A
     for stage_before, part in parts.items():
         if stage_before in config.stages and not part.is_dir():
             raise ConfigError(f"the denoiser requires the {stage_before} of the same run ({part}). Train it first")
-    codec = load_codec(folder / "model") if "autoencoder" in config.stages else new_codec(config)
+    begun = bool(config.denoiser.initial)  # its networks are in the places of the earlier stages
+    codec = load_codec(folder / "model") if begun or "autoencoder" in config.stages else new_codec(config)
     return codec, load_text_encoder(folder / "clip") if config.reads_texts else ClassLabels(classes_of(examples))
 
 
@@ -182,6 +184,8 @@ def _backbone(
     classes = len(encoder.names) if isinstance(encoder, ClassLabels) else 0
     with seeded(config.seed):
         backbone = new_backbone(config, codec.latent_channels, config.image_size // codec.factor, classes)
+    if config.denoiser.initial:
+        load_weights(config.denoiser.initial, backbone)
     prepare_unet(backbone, config.denoiser, accelerator)
     return backbone
 
