@@ -1,8 +1,9 @@
-"""Draw the pictures of the gallery: eight prompts, the default model, seeds 1 to 4, unpicked; print their table.
+"""Draw the pictures of the gallery: eight prompts, seeds 1 to 4, unpicked; print their table.
 
-    python scripts/gallery.py [MODEL]
+    python scripts/gallery.py [emoji-128|scenes-64]
 
-Each is shown twice as large, by nearest neighbour, so that what is seen is what was drawn.
+Those of 64 pixels are shown twice as large, by nearest neighbour, so that what is seen is what was drawn. The strip at
+the head of the README shows the first picture of each prompt of emoji-128.
 """
 
 import sys
@@ -13,29 +14,46 @@ from PIL import Image
 
 from latentdiff import LatentDiffusionPipeline
 
-PROMPTS = (
-    "a red circle above a blue square",
-    "three green stars",
-    "a yellow cross to the left of a pink triangle",
-    "a large orange ring",
-    "a cyan star and a purple square on a black background",
-    "four blue triangles",
-    "a green ring below a red star",
-    "a pink cross",  # a pair that training never drew
-)
-FOLDER = Path(__file__).parent.parent / "docs" / "images" / "gallery"
+PROMPTS = {
+    "emoji-128": (
+        "a cat",
+        "a red apple",
+        "a sunflower",
+        "an elephant, glossy style",
+        "a slice of pizza, noto style",
+        "a castle on a green background",
+        "a dog and a fish",
+        "three strawberries",
+    ),
+    "scenes-64": (
+        "a red circle above a blue square",
+        "three green stars",
+        "a yellow cross to the left of a pink triangle",
+        "a large orange ring",
+        "a cyan star and a purple square on a black background",
+        "four blue triangles",
+        "a green ring below a red star",
+        "a pink cross",  # a pair that training never drew
+    ),
+}
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+SHOWN = 256  # the side of a sheet of four, in pixels
 
 
 def main() -> None:
-    pipe = LatentDiffusionPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else None)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    cells = []
-    for number, prompt in enumerate(PROMPTS, 1):
+    name = sys.argv[1] if len(sys.argv) > 1 else "scenes-64"
+    pipe, folder = LatentDiffusionPipeline.from_pretrained(name), IMAGES / "gallery" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    cells, strip = [], []
+    for number, prompt in enumerate(PROMPTS[name], 1):
         a, b, c, d = pipe(prompt, seed=1, num_images_per_prompt=4, output_type="uint8").images
+        strip.append(a)
         sheet = Image.fromarray(np.vstack([np.hstack([a, b]), np.hstack([c, d])]))
-        path = FOLDER / f"{number}.png"
-        sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path, optimize=True)
-        cells.append(f"![{prompt}](docs/images/gallery/{path.name})<br>{prompt}")
+        path = folder / f"{number}.png"
+        sheet.resize((SHOWN, SHOWN), Image.Resampling.NEAREST).save(path, optimize=True)
+        cells.append(f"![{prompt}](docs/images/gallery/{name}/{path.name})<br>{prompt}")
+    if name == "emoji-128":
+        Image.fromarray(np.hstack(strip)).save(IMAGES / "strip.png", optimize=True)
     for first in range(0, len(cells), 4):
         print("| " + " | ".join(cells[first : first + 4]) + " |")
         if first == 0:

@@ -268,8 +268,8 @@ def test_own_pictures(call, tmp_path, folders):
     out = tmp_path / "out"
     code, _, err = call("evaluate", folders["1"], "-o", out, *QUICK, *words)
     assert code == 0, err
-    assert metrics(out)["settings"]["features"] == "the CLIP of the default model"
-    assert "has no CLIP; the default model's is used, which knows only scenes" in err
+    assert metrics(out)["settings"]["features"] == "the CLIP of scenes-64"
+    assert "has no CLIP; that of scenes-64 is used, which knows only scenes" in err
     assert metrics(out)["settings"]["pictures"] == 16
     assert "clip_score" in figures(out, "distances")
     assert "not measured" not in err

@@ -124,4 +124,4 @@ for name in ("ddim", "ddpm", "dpmpp_2m_sde"):
 # | to invert a picture, or compare models | `ddim`, `heun` |
 # | variety, many steps | `euler_ancestral`, `dpmpp_2m_sde`, `ddpm` |
 #
-# Try it: `latentdiff show samplers "two blue rings"`.
+# Try it: `latentdiff show samplers "two blue rings" -m scenes-64`.

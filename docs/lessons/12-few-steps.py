@@ -186,4 +186,4 @@ axes[1].legend(frameon=False)
 # - Each noise has its own end. A consistency model learns the ends, a mean flow the average velocity to them.
 # - Both learn from data alone, and guidance can be built in: then a picture takes 1 to 8 evaluations instead of 40.
 #
-# Try it: `latentdiff generate "a red circle" --fast`, and [Few steps](../guides/finetuning.md#few-steps).
+# Try it: `latentdiff generate "a red circle" -m scenes-64 --fast`, and [Few steps](../guides/finetuning.md#few-steps).

@@ -113,4 +113,4 @@ assert abs((end > 0).mean() - share) < 4 * np.sqrt(share * (1 - share) / 2000)
 # - epsilon, x_0, v and flow hold the same information. Convert it to x_0 once, and a sampler needs only that.
 # - Sampling reproduces the *shares* of the data, not only its values.
 #
-# Try it: `latentdiff show reverse "a red circle"`.
+# Try it: `latentdiff show reverse "a red circle" -m scenes-64`.

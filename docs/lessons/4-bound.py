@@ -90,7 +90,7 @@ assert abs(best.mean() - last - others.sum()) < 4 * mean_and_error(best)[1]
 # %% [markdown]
 # ## A trained model, term by term
 #
-# The default model on scenes that it has never seen. Its latents have 1,024 dimensions, so terms are large. To code a
+# `scenes-64` on scenes that it has never seen. Its latents have 1,024 dimensions, so terms are large. To code a
 # *picture* there are two more terms: the decoder's, and what the random choice of latents gives back.
 
 # %%

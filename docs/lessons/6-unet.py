@@ -3,7 +3,7 @@
 #
 # **Question.** A U-Net has a time input, skip connections, self-attention and cross-attention. What is each one for?
 #
-# We take the trained default model, remove one part at a time, and draw the same picture. What goes wrong shows what
+# We take the trained model `scenes-64`, remove one part at a time, and draw the same picture. What goes wrong shows what
 # the part does.
 
 # %%
@@ -119,4 +119,4 @@ for axis, (name, chosen) in zip(
 # **What to remember.** A part can be studied by silencing it. But a network that was *trained* without a part would make
 # up for some of it: this shows what this network relies on, not what any network needs.
 #
-# Try it: `latentdiff show attention "a red circle above a blue square"`.
+# Try it: `latentdiff show attention "a red circle above a blue square" -m scenes-64`.

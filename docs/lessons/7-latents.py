@@ -105,7 +105,7 @@ for row, (name, pictures) in enumerate(rows.items()):
 #
 # ## A real one
 #
-# The default model's autoencoder: 64 x 64 x 3 values become 16 x 16 x 4.
+# `scenes-64`'s autoencoder: 64 x 64 x 3 values become 16 x 16 x 4.
 
 # %%
 pipe = LatentDiffusionPipeline.from_pretrained("scenes-64", runtime="torch", device="cpu")

@@ -103,4 +103,4 @@ for row, images in enumerate((plain, steered)):
 # - CLIP puts texts and pictures into one space. The U-Net reads the text tower's vectors by cross-attention.
 # - A score measured by a CLIP says what *that* CLIP knows. Optimising it too hard fools it.
 #
-# Try it: `latentdiff generate "a cyan star" --clip-guidance-scale 3`.
+# Try it: `latentdiff generate "a cyan star" -m scenes-64 --clip-guidance-scale 3`.

@@ -123,4 +123,4 @@ for row, scale in enumerate((1.0, 2.0, 4.0, 8.0)):
 # - It trades variety for agreement. Too much leaves the data: colours saturate, shapes become simple.
 # - It costs a second evaluation of the network a step.
 #
-# Try it: `latentdiff generate "two green stars" --vary cfg=1,2,4,8 -N 4 -s 1 --grid`.
+# Try it: `latentdiff generate "two green stars" -m scenes-64 --vary cfg=1,2,4,8 -N 4 -s 1 --grid`.

@@ -72,7 +72,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="The network of distances: CLIP in open_clip's format, a model that has one, or FID's Inception as"
-            " .safetensors (default: the model's own CLIP, or the default model's)."
+            " .safetensors (default: the model's own CLIP, or that of scenes-64)."
         ),
     ] = None,
     lpips: Annotated[Path | None, typer.Option(help="Weights of LPIPS as .safetensors, for the autoencoder.")] = None,

@@ -173,14 +173,14 @@ def _config(data: str | None, side: int, lenient: Overrides) -> Config:
 
 
 def _extractor(candidate: Candidate, features: Path | None, say: Say) -> Extractor:
-    """The extractor that the user names, or the model's own CLIP, or the default model's."""
+    """The extractor that the user names, or the model's own CLIP, or that of scenes-64."""
     if features is not None:
         return extractors.named(features)
     card = candidate.painter.model.card
     if card.folder and (card.folder / "clip").is_dir():
         return extractors.of_model(card.folder, name=f"the CLIP of {card.name}")
-    say(f"features: {card.name} has no CLIP; the default model's is used, which knows only scenes")
-    return extractors.of_model(included_model(), name="the CLIP of the default model")
+    say(f"features: {card.name} has no CLIP; that of scenes-64 is used, which knows only scenes")
+    return extractors.of_model(included_model("scenes-64"), name="the CLIP of scenes-64")
 
 
 def rules_of(
