@@ -182,12 +182,14 @@ def facts(row: dict[str, Any], picture: Image.Image) -> dict[str, Any]:
     }
 
 
-def write_sprites(folder: Path, target: Path, size: int) -> int:
-    """Write every picture and metadata.jsonl; returns how many there are."""
+def write_sprites(folder: Path, target: Path, size: int, styles: Container[str]) -> int:
+    """Write every picture of these styles and metadata.jsonl; returns how many there are."""
     target.mkdir(parents=True)
     known, rows = described(folder), []
     names = {spoken(each["name"]) for each in known.values()}
     for name, style in SETS.items():
+        if style not in styles:
+            continue
         items = [item | labelled(item, known) for item in icons(folder, name)]
         items = [item for item in items if is_asked_for(spoken(item["name"]), item["subcategory"], names)]
         with ProcessPoolExecutor() as pool:
@@ -212,10 +214,11 @@ def main() -> None:
     parser.add_argument("packages", type=Path, help="node_modules with the packages")
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--styles", nargs="+", choices=[*SETS.values()], default=[*SETS.values()])
     arguments = parser.parse_args()
     sprites = arguments.out / "sprites"
     if not sprites.exists():
-        print(f"{write_sprites(arguments.packages, sprites, arguments.size):,} sprites in {sprites}")
+        print(f"{write_sprites(arguments.packages, sprites, arguments.size, arguments.styles):,} sprites in {sprites}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from latentdiff.formats.folder import FEW_STEPS, NETWORKS, folder_hash
 from latentdiff.model import Family, Model, ModelCard
 
 DEFAULT_MODEL = "scenes-64"
-INCLUDED = (DEFAULT_MODEL,)  # the models inside the package
+INCLUDED = (DEFAULT_MODEL, "emoji-128")  # the models inside the package
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _PARTS = frozenset({*NETWORKS, *_TOKENIZERS, WORDS, THINGS, FEW_STEPS})  # those of an earlier model are removed
 
