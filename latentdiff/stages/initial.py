@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from latentdiff.core.errors import ConfigError, saving
 from latentdiff.core.files import atomic
 from latentdiff.families.loading import stored_model
-from latentdiff.model import Model
+from latentdiff.model import ModelCard
 from latentdiff.networks.backbones.dit import DiT
 from latentdiff.networks.backbones.unet import UNet
 from latentdiff.networks.codecs.kl import KLAutoencoder
 from latentdiff.networks.encoders.clip import TextEncoder
 from latentdiff.runtime.device import moved
+
+
+class _Networks(NamedTuple):
+    codec: KLAutoencoder
+    encoder: TextEncoder
+    backbone: UNet
+    card: ModelCard
 
 
 def place_networks(initial: str, folder: Path) -> None:
@@ -30,21 +38,21 @@ def place_networks(initial: str, folder: Path) -> None:
     vae, texts = folder / "model" / "vae", folder / "clip"
     if vae.is_dir() and texts.is_dir():
         return
-    model = _model(initial)
+    networks = _networks(initial)
     with saving("the initial model", folder):
         with atomic(vae) as made:
-            model.codec.save(made)
-        clip = None if model.card.folder is None else model.card.folder / "clip"
+            networks.codec.save(made)
+        clip = networks.card.folder and networks.card.folder / "clip"
         if clip is not None and clip.is_dir():
             with atomic(folder / "model" / "clip") as made:
                 shutil.copytree(clip, made, dirs_exist_ok=True)
         with atomic(texts) as made:  # last: where it is, the others are
-            model.encoder.save(made)
+            networks.encoder.save(made)
 
 
 def load_weights(initial: str, backbone: UNet | DiT) -> None:
     """Give the U-Net the initial model's weights. Raises ConfigError if it has another shape."""
-    theirs, own = _model(initial).backbone.state_dict(), backbone.state_dict()
+    theirs, own = _networks(initial).backbone.state_dict(), backbone.state_dict()
     for name in sorted(theirs.keys() | own.keys()):
         shapes = [tuple(state[name].shape) if name in state else "none" for state in (theirs, own)]
         if shapes[0] != shapes[1]:
@@ -55,9 +63,9 @@ def load_weights(initial: str, backbone: UNet | DiT) -> None:
     backbone.load_state_dict(theirs)
 
 
-def _model(initial: str) -> Model:
+def _networks(initial: str) -> _Networks:
     model = moved(stored_model(initial), "cpu", torch.float32)
-    kinds = (model.codec, KLAutoencoder), (model.encoder, TextEncoder), (model.backbone, UNet)
-    if not all(isinstance(network, kind) for network, kind in kinds):
+    codec, encoder, backbone = model.codec, model.encoder, model.backbone
+    if not (isinstance(codec, KLAutoencoder) and isinstance(encoder, TextEncoder) and isinstance(backbone, UNet)):
         raise ConfigError(f"denoiser.initial: {initial} is not a model of a VAE, a CLIP text encoder and a U-Net")
-    return model
+    return _Networks(codec, encoder, backbone, model.card)
