@@ -52,7 +52,8 @@ def main() -> None:
         raise ModelError("the words must be ASCII, each letter of which is a byte")
     old = CLIPTokenizer.from_pretrained(given.model / "tokenizer")
     new = with_merges(merges_of([*words, *DIGITS], old), old.model_max_length, str(old.pad_token))
-    tokens = sorted(new.get_vocab(), key=new.get_vocab().__getitem__)
+    vocabulary = new.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     assert all(new.tokenize(word) == old.tokenize(word) for word in words)
 
     shutil.copytree(given.model, given.out)

@@ -309,7 +309,7 @@ def test_what_cannot_be_learnt(train, settings, code, message):
 
 
 def test_the_config():
-    """The one that ships: of the default model's latents."""
+    """The one that ships: of scenes-64's latents."""
     config = load_config(ROOT / "configs" / "tiny-vae.toml").autoencoder
     made = TinyAutoencoder.create(config.block_out_channels, config.layers_per_block, config.latent_channels)
     teacher = load_vae(check_vae(included_model("scenes-64")))

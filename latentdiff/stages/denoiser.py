@@ -76,6 +76,8 @@ def train_denoiser(run: Run[Config]) -> None:
     codec, text_encoder = networks_before(config, run.folder, run.data.training)
     made_from = f"{weights_hash(codec)} {weights_hash(text_encoder)}"
     unet = _backbone(config, codec, text_encoder, accelerator)
+    if config.denoiser.initial and run.checkpoints["denoiser"] is None:
+        load_weights(config.denoiser.initial, unet)
     network: nn.Module = BesideNetwork(unet) if _reads_beside(config) else unet
     parts: dict[str, nn.Module] = {"unet": unet}
     if config.denoiser.tune_text_encoder and isinstance(text_encoder, TextEncoder):
@@ -184,8 +186,6 @@ def _backbone(
     classes = len(encoder.names) if isinstance(encoder, ClassLabels) else 0
     with seeded(config.seed):
         backbone = new_backbone(config, codec.latent_channels, config.image_size // codec.factor, classes)
-    if config.denoiser.initial:
-        load_weights(config.denoiser.initial, backbone)
     prepare_unet(backbone, config.denoiser, accelerator)
     return backbone
 
